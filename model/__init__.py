@@ -1,0 +1,1 @@
+"""The network, EDM, autoencoders, text encoders and generation. Imports neither `pipeline` nor `trainer`."""

@@ -1,0 +1,1 @@
+"""Sources, stages, corpus format, engine, report and command line."""

@@ -1,0 +1,1 @@
+"""The torchrun trainer: `torchrun -m trainer RECIPE`."""
