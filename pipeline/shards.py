@@ -1,0 +1,118 @@
+"""The data objects of one shard: tars that stock webdataset reads, and parquet sidecars (docs/corpus.md, section 3)."""
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+# what every sidecar begins with; the column's own scalars follow
+SIDECAR = pa.schema(
+    [
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("detail", pa.string()),
+        pa.field("offset", pa.int64()),
+        pa.field("size", pa.int64()),
+    ]
+)
+SCALAR_TYPES = {
+    "string": pa.string(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "float32": pa.float32(),
+    "float64": pa.float64(),
+    "bool": pa.bool_(),
+}
+
+
+def sidecar_schema(scalars: Mapping[str, str]) -> pa.Schema:
+    """The parquet schema of a column's sidecar; `scalars` maps names to type names (`SCALAR_TYPES`)."""
+    return pa.schema([*SIDECAR, *(pa.field(name, SCALAR_TYPES[kind]) for name, kind in scalars.items())])
+
+
+class TarWriter:
+    """A webdataset tar whose bytes depend on nothing but its samples."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("wb")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> tuple[int, int]:
+        """Write one sample's members, `{extension: bytes}`; returns offset and size of the first one's data."""
+        first = None
+        for extension, data in members.items():
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size = len(data)
+            self._tar.addfile(info, io.BytesIO(data))
+            if first is None:  # the file position is behind the data, which is padded to whole blocks
+                first = (self._file.tell() - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, len(data))
+        assert first is not None, f"sample {key} has no members"
+        return first
+
+    def close(self) -> None:
+        self._tar.close()
+        self._file.close()
+
+
+def read_tar(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The samples of a tar in order, as (key, {extension: bytes}); the key ends at the first dot."""
+    key: str | None = None
+    members: dict[str, bytes] = {}
+    with tarfile.open(fileobj=file, mode="r|") as tar:
+        for info in tar:
+            name, _, extension = info.name.partition(".")
+            if name != key:
+                if key is not None:
+                    yield key, members
+                key, members = name, {}
+            data = tar.extractfile(info)
+            assert data is not None, f"{info.name} is no regular file"
+            members[extension] = data.read()
+    if key is not None:
+        yield key, members
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    pq.write_table(table, path, compression="zstd")
+
+
+def read_table(data: bytes) -> pa.Table:
+    return pq.read_table(io.BytesIO(data))
+
+
+def sidecar_table(rows: list[dict[str, Any]], scalars: Mapping[str, str]) -> pa.Table:
+    """Rows (dictionaries; what is absent is null) as a sidecar, ordered by row.
+
+    Raises:
+        ValueError: if the rows are not exactly 0, 1, 2, ...
+    """
+    rows = sorted(rows, key=lambda row: row["row"])
+    numbers = [row["row"] for row in rows]
+    if numbers != list(range(len(rows))):
+        raise ValueError(f"rows must be 0 to {len(rows) - 1} without gap or repetition, got {numbers[:8]}...")
+    return pa.Table.from_pylist(rows, schema=sidecar_schema(scalars))
+
+
+def array_bytes(array: np.ndarray) -> bytes:
+    """An array as the bytes of a `.npy` file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def array_from_bytes(data: bytes) -> np.ndarray:
+    """The array of a `.npy` file; never unpickles."""
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
