@@ -1,0 +1,149 @@
+"""EDM (Karras et al., arXiv 2206.00364) with MicroDiT's constants: preconditioning, training loss, sampling.
+
+x = x0 + sigma * noise
+D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)                    table 1 of the paper
+c_skip = sd^2 / (sigma^2 + sd^2)       c_out = sigma sd / sqrt(sigma^2 + sd^2)
+c_in = 1 / sqrt(sigma^2 + sd^2)        c_noise = ln(sigma) / 4
+loss = (sigma^2 + sd^2) / (sigma sd)^2 * |D - x0|^2
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model.network import MicroDiT
+from model.samplers import SAMPLERS
+
+
+@dataclass(frozen=True)
+class EDM:
+    """sigma_data: deviation of the latents that the preconditioning assumes. sigma_min, sigma_max, rho: sampling."""
+
+    sigma_data: float = 0.9
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    @staticmethod
+    def sigma_from_normal(rnd: Tensor, p_mean: float, p_std: float) -> Tensor:
+        """Training noise levels exp(p_mean + p_std * rnd) from standard normals, same shape."""
+        return (rnd * p_std + p_mean).exp()
+
+    def denoise(
+        self,
+        net: MicroDiT,
+        x: Tensor,
+        sigma: Tensor | float,
+        y: Tensor,
+        text_mask: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        negative: Tensor | None = None,
+        negative_mask: Tensor | None = None,
+    ) -> Tensor:
+        """D(x; sigma) in float32, (B, C, H, W), from noisy x (B, C, H, W).
+
+        sigma: one number, or (B,). With guidance_scale != 1 the network runs once on [x; x], [y; negative] and
+        F = u + guidance_scale * (c - u). negative: what to steer away from, shaped as y; None: zero embeddings.
+        """
+        x = x.float()
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
+        variance = sigma**2 + self.sigma_data**2
+        c_skip, c_out, c_in = (
+            c.view(-1, 1, 1, 1)
+            for c in (self.sigma_data**2 / variance, sigma * self.sigma_data * variance.rsqrt(), variance.rsqrt())
+        )
+        c_noise = sigma.log() / 4
+        if guidance_scale == 1:
+            f = net(c_in * x, c_noise, y, text_mask)["sample"].float()
+        else:
+            negative = torch.zeros_like(y) if negative is None else negative.to(y).expand_as(y)
+            if text_mask is not None:
+                text_mask = torch.cat([text_mask, text_mask if negative_mask is None else negative_mask])
+            c_noise = c_noise.expand(x.shape[0])
+            f = net((c_in * x).repeat(2, 1, 1, 1), c_noise.repeat(2), torch.cat([y, negative]), text_mask)
+            conditional, unconditional = f["sample"].float().chunk(2)
+            f = unconditional + guidance_scale * (conditional - unconditional)
+        return c_skip * x + c_out * f
+
+    def loss(
+        self,
+        net: MicroDiT,
+        x0: Tensor,
+        y: Tensor,
+        *,
+        sigma: Tensor,
+        noise: Tensor,
+        text_mask: Tensor | None = None,
+        mask_ratio: float = 0.0,
+        permutation: Tensor | None = None,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> Tensor:
+        """Weighted denoising loss: the mean over samples, or (B,) with reduction="none"; float32.
+
+        x0, noise: (B, C, H, W); sigma: (B,). With mask_ratio > 0 a sample's loss is the mean over the patches that
+        the network kept. permutation: as in `MicroDiT.forward`.
+        """
+        x0 = x0.float()
+        sigma = sigma.float().reshape(-1)
+        variance = sigma**2 + self.sigma_data**2
+        x = x0 + noise.float() * sigma.view(-1, 1, 1, 1)
+        scale = variance.rsqrt().view(-1, 1, 1, 1)
+        out = net(scale * x, sigma.log() / 4, y, text_mask, mask_ratio, permutation)
+        c_skip = (self.sigma_data**2 / variance).view(-1, 1, 1, 1)
+        c_out = (sigma * self.sigma_data).view(-1, 1, 1, 1) * scale
+        error = (c_skip * x + c_out * out["sample"].float() - x0).square()
+        weight = variance / (sigma * self.sigma_data) ** 2
+        if mask_ratio > 0:
+            kept = 1 - out["mask"]
+            rows, columns = (n // net.patch_size for n in x0.shape[2:])
+            patches = error.mean(dim=1).unflatten(2, (columns, -1)).unflatten(1, (rows, -1)).mean(dim=(2, 4)).flatten(1)
+            error = (patches * kept).sum(dim=1) / kept.sum(dim=1)
+        else:
+            error = error.flatten(1).mean(dim=1)
+        loss = weight * error
+        return loss.mean() if reduction == "mean" else loss
+
+    def sigmas(self, steps: int) -> Tensor:
+        """Noise levels of a run, float64 (steps + 1,), falling from sigma_max to sigma_min, then 0 (eq. 5)."""
+        if steps < 1:
+            raise ValueError(f"num_inference_steps={steps}: expected at least 1")
+        ramp = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
+        high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        return torch.cat([(high + ramp * (low - high)) ** self.rho, torch.zeros(1, dtype=torch.float64)])
+
+    @torch.no_grad()
+    def sample(
+        self,
+        net: MicroDiT,
+        latents: Tensor,
+        y: Tensor,
+        *,
+        text_mask: Tensor | None = None,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 5.0,
+        callback: Callable[[int, Tensor], None] | None = None,
+        sampler: str = "heun",
+        guidance_interval: tuple[float, float] | None = None,
+        negative: Tensor | None = None,
+        negative_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Turn unit noise `latents` (B, C, H, W) into clean latents, float32. The state is float64.
+
+        sampler: a name of `model.samplers.SAMPLERS`; "heun" is the released one (2 * steps - 1 network calls).
+        guidance_scale: applies above 1 only. guidance_interval: (low, high), guidance only where low < sigma <= high
+        (arXiv 2404.07724). callback(step, x): after each step, x the float64 state. negative: as in `denoise`.
+        """
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler={sampler!r}: expected one of {', '.join(SAMPLERS)}")
+        low, high = guidance_interval or (0.0, float("inf"))
+
+        def denoiser(x: Tensor, sigma: float) -> Tensor:
+            scale = guidance_scale if guidance_scale > 1 and low < sigma <= high else 1.0
+            d = self.denoise(net, x.float(), sigma, y, text_mask, scale, negative, negative_mask)
+            return d.double()
+
+        sigmas = self.sigmas(num_inference_steps).tolist()
+        return SAMPLERS[sampler](denoiser, latents.double() * sigmas[0], sigmas, callback).float()

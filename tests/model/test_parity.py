@@ -1,0 +1,113 @@
+"""Numbers of the network, EDM and the sampler against reference outputs: every case of every set.
+
+`pytest tests -k parity --parity-dir DIR` runs another set of the same format.
+"""
+
+import gc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.network import MicroDiT
+from tests.model.parity_format import (
+    ParitySet,
+    assert_close,
+    constructor_config,
+    make_input,
+    normal,
+    position_array,
+    run,
+)
+
+DATA = Path(__file__).parents[1] / "data"
+pytestmark = pytest.mark.timeout(7200)  # XL on a CPU takes minutes
+
+
+def _sets(config: pytest.Config) -> list[ParitySet]:
+    given = config.getoption("--parity-dir")
+    folders = [Path(given)] if given else sorted(DATA.glob("parity*"))
+    for folder in folders:
+        if not (folder / "golden_spec.json").is_file():
+            raise pytest.UsageError(f"--parity-dir {folder}: there is no golden_spec.json in it")
+    return [ParitySet(folder) for folder in folders]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "parity" not in metafunc.fixturenames:
+        return
+    sets = _sets(metafunc.config)
+    if "case" in metafunc.fixturenames:
+        # cases of one model with one filling stand together, so that XL is filled once
+        pairs = [(s, c) for s in sets for c in sorted(s.spec["cases"], key=lambda c: (c["model"], str(c["weights"])))]
+        metafunc.parametrize("parity,case", pairs, ids=[f"{s.folder.name}-{c['name']}" for s, c in pairs])
+    else:
+        metafunc.parametrize("parity", sets, ids=[s.folder.name for s in sets])
+
+
+_built: dict[tuple, MicroDiT] = {}
+
+
+def _net(parity: ParitySet, case: dict) -> MicroDiT:
+    """The case's model; one is kept, since XL's weights take 4.7 GB."""
+    key = (parity.folder, case["model"], str(case["weights"]))
+    if key not in _built:
+        _built.clear()
+        gc.collect()
+        _built[key] = parity.build(case)
+    return _built[key]
+
+
+def test_case(parity: ParitySet, case: dict) -> None:
+    assert case["outputs"], f"case {case['name']!r} has no outputs"
+    got = run(parity, case, _net(parity, case))
+    for name, entry in case["outputs"].items():
+        assert name in got, f"case {case['name']!r}: unknown output {name!r}, known are {', '.join(got)}"
+        expected = parity.array(entry["array"], entry)
+        assert_close(f"{case['name']} {name}", got[name], expected, entry.get("tolerance", {}))
+
+
+def test_set_is_made_by_rule(parity: ParitySet) -> None:
+    """The inputs and weights that this reader generates are the ones that the set was made with."""
+    assert parity.spec["cases"]
+    for seed, check in parity.spec.get("input_checks", {}).items():
+        uses = [e for c in parity.spec["cases"] for e in c["inputs"].values() if e.get("seed") == seed]
+        value = make_input(uses[0]) if uses else torch.from_numpy(normal(seed, check["shape"]))
+        assert list(value.shape) == check["shape"]
+        first = value.flatten()[: len(check["first"])].double().numpy()
+        np.testing.assert_array_equal(first, check["first"])
+        np.testing.assert_allclose(value.double().sum().item(), check["sum_float64"], rtol=1e-9, atol=1e-9)
+    for name, checks in parity.spec.get("weight_checks", {}).items():
+        model, rule, salt = name.split("|")
+        weights = {"rule": rule.removeprefix("rule"), "salt": salt.removeprefix("salt="), "fill_mask_token": False}
+        state = _net(parity, {"model": model, "weights": weights}).state_dict()
+        for key, check in checks.items():
+            assert list(state[key].shape) == check["shape"]
+            first = state[key].flatten()[: len(check["first"])].double().numpy()
+            np.testing.assert_array_equal(first, check["first"])
+            np.testing.assert_allclose(state[key].double().sum().item(), check["sum_float64"], rtol=1e-9, atol=1e-9)
+
+
+def test_positions(parity: ParitySet) -> None:
+    for name, entry in parity.spec.get("pos_embed_arrays", {}).items():
+        got = position_array(name)
+        assert_close(name, got, parity.array(name, entry), entry.get("tolerance", {"atol": 1e-6}))
+
+
+def test_manifest(parity: ParitySet) -> None:
+    """State-dict keys in order, shapes, kinds and parameter counts of every configuration, on the meta device."""
+    defaults = parity.spec.get("arch_defaults", {})
+    manifest = parity.manifest()
+    for name, model in parity.spec["models"].items():
+        if manifest and "manifest" in model:
+            assert manifest[model["manifest"]]["constructor"] == model["constructor"], name
+    for name, entry in manifest.items():
+        with torch.device("meta"):
+            net = MicroDiT(**constructor_config(entry["constructor"], defaults))
+        shapes = {key: list(value.shape) for key, value in net.state_dict().items()}
+        assert shapes == {key: e["shape"] for key, e in entry["state_dict"].items()}, name
+        assert list(shapes) == list(entry["state_dict"]), name
+        buffers = {key for key, _ in net.named_buffers()}
+        assert buffers == {key for key, e in entry["state_dict"].items() if e["kind"] == "buffer"}, name
+        assert sum(p.numel() for p in net.parameters()) == entry["total_params"], name
