@@ -32,6 +32,13 @@ class EDM:
         """Training noise levels exp(p_mean + p_std * rnd) from standard normals, same shape."""
         return (rnd * p_std + p_mean).exp()
 
+    def preconditioning(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in as (B, 1, 1, 1) and c_noise as (B,), from sigma (B,)."""
+        s = sigma.view(-1, 1, 1, 1)
+        variance = s**2 + self.sigma_data**2
+        root = variance.sqrt()
+        return self.sigma_data**2 / variance, s * self.sigma_data / root, 1 / root, sigma.log() / 4
+
     def denoise(
         self,
         net: MicroDiT,
@@ -50,12 +57,7 @@ class EDM:
         """
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
-        variance = sigma**2 + self.sigma_data**2
-        c_skip, c_out, c_in = (
-            c.view(-1, 1, 1, 1)
-            for c in (self.sigma_data**2 / variance, sigma * self.sigma_data * variance.rsqrt(), variance.rsqrt())
-        )
-        c_noise = sigma.log() / 4
+        c_skip, c_out, c_in, c_noise = self.preconditioning(sigma)
         if guidance_scale == 1:
             f = net(c_in * x, c_noise, y, text_mask)["sample"].float()
         else:
@@ -88,14 +90,11 @@ class EDM:
         """
         x0 = x0.float()
         sigma = sigma.float().reshape(-1)
-        variance = sigma**2 + self.sigma_data**2
+        c_skip, c_out, c_in, c_noise = self.preconditioning(sigma)
         x = x0 + noise.float() * sigma.view(-1, 1, 1, 1)
-        scale = variance.rsqrt().view(-1, 1, 1, 1)
-        out = net(scale * x, sigma.log() / 4, y, text_mask, mask_ratio, permutation)
-        c_skip = (self.sigma_data**2 / variance).view(-1, 1, 1, 1)
-        c_out = (sigma * self.sigma_data).view(-1, 1, 1, 1) * scale
+        out = net(c_in * x, c_noise, y, text_mask, mask_ratio, permutation)
         error = (c_skip * x + c_out * out["sample"].float() - x0).square()
-        weight = variance / (sigma * self.sigma_data) ** 2
+        weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         if mask_ratio > 0:
             kept = 1 - out["mask"]
             rows, columns = (n // net.patch_size for n in x0.shape[2:])

@@ -87,7 +87,7 @@ def constructor_config(constructor: dict[str, Any], arch_defaults: dict[str, Any
     return config | rest
 
 
-def fill(state: dict[str, Tensor], rule: str, salt: str, fill_mask_token: bool) -> None:
+def fill(state: dict[str, Tensor], rule: str, salt: str = "", fill_mask_token: bool = False) -> None:
     """Fill the weights in place by the format's rule A or B."""
     assert rule in ("A", "B"), f"unknown fill rule {rule!r}"
     with torch.no_grad():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from model.network import MicroDiT
+from tests.model import reference
 from tests.model.parity_format import (
     ParitySet,
     assert_close,
@@ -111,3 +112,31 @@ def test_manifest(parity: ParitySet) -> None:
         buffers = {key for key, _ in net.named_buffers()}
         assert buffers == {key for key, e in entry["state_dict"].items() if e["kind"] == "buffer"}, name
         assert sum(p.numel() for p in net.parameters()) == entry["total_params"], name
+
+
+def test_plain_reference_equals_released_outputs() -> None:
+    """The plain reference, which parity_plain was made with, is itself right: one anchor for all that it adds."""
+    parity = ParitySet(DATA / "parity")
+    checked = 0
+    for case in parity.spec["cases"]:
+        if case["op"] in ("forward", "loss"):
+            got = reference.outputs(case, reference.plain_net(parity, case), parity.inputs(case))
+            for name in got:
+                if name in case["outputs"]:
+                    entry = case["outputs"][name]
+                    assert_close(
+                        f"{case['name']} {name}", got[name], parity.array(entry["array"], entry), entry["tolerance"]
+                    )
+                    checked += 1
+    assert checked >= 6
+
+
+def test_plain_set_is_what_the_reference_makes(tmp_path: Path) -> None:
+    reference.write(tmp_path)
+    fresh, stored = ParitySet(tmp_path), ParitySet(DATA / "parity_plain")
+    assert [c["name"] for c in fresh.spec["cases"]] == [c["name"] for c in stored.spec["cases"]]
+    for a, b in zip(fresh.spec["cases"], stored.spec["cases"], strict=True):
+        assert {k: v for k, v in a.items() if k != "outputs"} == {k: v for k, v in b.items() if k != "outputs"}
+        for name, entry in b["outputs"].items():
+            new = torch.from_numpy(fresh.array(entry["array"], a["outputs"][name]))
+            assert_close(f"{b['name']} {name}", new, stored.array(entry["array"], entry), {"atol": 1e-6, "rtol": 1e-6})
