@@ -1,143 +1,42 @@
 """A corpus: declarations, attempts and commits (docs/corpus.md). What this module promises is exactly-once."""
 
-import hashlib
 import json
-import os
-import re
-import socket
-import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 from obstore.exceptions import BaseError
-from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.attempts import Attempt
 from pipeline.errors import RequestError
-from pipeline.shards import TarWriter, read_table, sha256_file, sidecar_table, write_table
-from pipeline.store import Store
+from pipeline.records import (
+    COLUMN,
+    COMMIT,
+    KEY,
+    RESERVED,
+    SOURCE,
+    UNITS,
+    VERSION,
+    Commit,
+    Declaration,
+    InputRef,
+    ObjectRef,
+    Record,
+    ShardRef,
+    UnitCommit,
+    canonical,
+    column_kind,
+    commit_name,
+    shard_name,
+    unit_name,
+)
+from pipeline.shards import SCALAR_TYPES, SIDECAR, read_table
+from pipeline.store import Store, first_line
 
-VERSION = 1
-MAX_ATTEMPT_HOURS = 12
-KEY = re.compile(r"[A-Za-z0-9_-]+")
-COLUMN = re.compile(r"[A-Za-z0-9_.@-]+(/[A-Za-z0-9_.@-]+)?")
-SOURCE = re.compile(r"[a-z0-9][a-z0-9_-]*")
-RESERVED = {"units", "commits", "columns", "sources", "tables", "selections"}
-UNITS = "units"
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-    def to_bytes(self) -> bytes:
-        """The record as it is stored: JSON with sorted keys and no white space, so that its hash is well defined."""
-        return canonical(self.model_dump(mode="json", by_alias=True))
-
-
-class ShardRef(Record):
-    """Which shard: its source, its unit and its name."""
-
-    source: str
-    unit: str
-    shard: str
-
-
-class Declaration(Record):
-    """What a column or a source is made by. `scalars` maps the sidecar's own columns to type names."""
-
-    name: str
-    kind: str
-    stage: dict[str, Any]
-    scalars: dict[str, str] = {}
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(canonical(self.stage)).hexdigest()
-
-
-class ObjectRef(Record):
-    name: str
-    size: int
-    sha256: str
-
-
-class InputRef(Record):
-    column: str
-    generation: int
-    sha256: str
-
-
-class Commit(Record):
-    """The record that makes an attempt the shard (docs/corpus.md, section 4)."""
-
-    version: int = VERSION
-    column: str
-    source: str
-    unit: str
-    shard: str
-    generation: int
-    attempt: str
-    object: ObjectRef
-    sidecar: ObjectRef
-    counts: dict[str, int]
-    reasons: dict[str, int]
-    fingerprint: str
-    inputs: list[InputRef]
-    timings: dict[str, float]
-    host: str
-
-    @property
-    def name(self) -> str:
-        return commit_name(self.column, self.source, self.shard, self.generation)
-
-    @property
-    def ref(self) -> ShardRef:
-        return ShardRef(source=self.source, unit=self.unit, shard=self.shard)
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.to_bytes()).hexdigest()
-
-    def as_input(self) -> InputRef:
-        return InputRef(column=self.column, generation=self.generation, sha256=self.sha256)
-
-
-class UnitCommit(Record):
-    """The record that all shards of a unit are committed; `inputs` is the unit's number of inputs."""
-
-    version: int = VERSION
-    source: str
-    unit: str
-    generation: int = 0
-    inputs: int
-    shards: list[str]
-    fingerprint: str
-
-
-def canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-def column_kind(column: str) -> str:
-    """`table` for captions and scores, `tar` for everything else."""
-    return "table" if column.split("/")[0] in ("captions", "scores") else "tar"
-
-
-def commit_name(column: str, source: str, shard: str, generation: int) -> str:
-    return f"commits/{column}/{source}/{shard}.{generation}.json"
-
-
-def unit_name(source: str, number: int) -> str:
-    return f"{source}-{number:06d}"
-
-
-def shard_name(unit: str, number: int) -> str:
-    return f"{unit}-{number:02d}"
+R = TypeVar("R", bound=Record)
 
 
 class Corpus:
@@ -173,7 +72,7 @@ class Corpus:
             return corpus
         except (BaseError, OSError) as error:
             raise RequestError(
-                f"corpus {url}: it cannot be written: {_one_line(error)}; check the path and your rights"
+                f"corpus {url}: it cannot be written: {first_line(error)}; check the path and your rights"
             ) from error
         return cls(store, name, shard_samples)
 
@@ -192,13 +91,15 @@ class Corpus:
                 f"corpus {url}: there is no corpus.json; expected the root of a corpus that `microdit build` made"
             ) from None
         except (BaseError, OSError) as error:
-            raise RequestError(f"corpus {url}: it cannot be reached: {_one_line(error)}") from error
+            raise RequestError(f"corpus {url}: it cannot be reached: {first_line(error)}") from error
         try:
             about = json.loads(data)
             version, name, shard_samples = about["version"], str(about["name"]), int(about["shard_samples"])
-        except (ValueError, KeyError, TypeError) as error:
+            if shard_samples < 1:
+                raise ValueError(f"shard_samples is {shard_samples}")
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise RequestError(
-                f"corpus {url}: corpus.json is damaged ({_one_line(error)}); restore it or begin a new corpus"
+                f"corpus {url}: corpus.json is damaged ({first_line(error)}); restore it or begin a new corpus"
             ) from None
         if version != VERSION:
             raise RequestError(
@@ -218,8 +119,15 @@ class Corpus:
         """
         if not COLUMN.fullmatch(column) or column.split("/")[0] in RESERVED:
             raise RequestError(
-                f"column {column!r}: a name has one or two parts of [A-Za-z0-9_.@-], and is none of {sorted(RESERVED)}"
+                f"column {column!r}: a name has one or two parts of [A-Za-z0-9_.@-] that begin with no dot, "
+                f"and is none of {sorted(RESERVED)}"
             )
+        for scalar, kind in (scalars or {}).items():
+            if kind not in SCALAR_TYPES or scalar in SIDECAR.names:
+                raise ValueError(
+                    f"column {column!r}: scalar {scalar!r} of type {kind!r}: types are {sorted(SCALAR_TYPES)}, "
+                    f"names are other than {SIDECAR.names}"
+                )
         return self._declare(
             f"columns/{column}.json",
             Declaration(name=column, kind=column_kind(column), stage=dict(stage), scalars=dict(scalars or {})),
@@ -234,7 +142,7 @@ class Corpus:
         return self._declare(f"sources/{source}.json", Declaration(name=source, kind="source", stage=dict(stage)))
 
     def _declare(self, name: str, wanted: Declaration) -> Declaration:
-        wanted = Declaration.model_validate_json(wanted.to_bytes())  # as it will be read back
+        wanted = Declaration.parse(wanted.to_bytes())  # as it will be read back
         try:
             self.store.create(name, wanted.to_bytes())
         except FileExistsError:
@@ -251,7 +159,7 @@ class Corpus:
 
     def _declaration(self, name: str) -> Declaration:
         if name not in self._declarations:
-            self._declarations[name] = Declaration.model_validate_json(self.store.get(name))
+            self._declarations[name] = self._read(name, Declaration)
         return self._declarations[name]
 
     def column(self, column: str) -> Declaration:
@@ -286,12 +194,10 @@ class Corpus:
         prefix = f"commits/{column}/{source}" if source else f"commits/{column}"
         highest: dict[tuple[str, str], int] = {}
         for item in self.store.list(prefix):
-            folder, _, file = item.name.rpartition("/")
-            shard, generation, _ = file.rsplit(".", 2)
-            # "captions" lists "captions/long" too: a commit's folder is exactly its column and source
-            if folder.rpartition("/")[0] == f"commits/{column}":
-                where = (folder.rpartition("/")[2], shard)
-                highest[where] = max(highest.get(where, 0), int(generation))
+            match = COMMIT.fullmatch(item.name)  # what is no commit is for `verify` to tell
+            if match and match[1] == column:  # "captions" lists "captions/long" too
+                where = (match[2], match[3])
+                highest[where] = max(highest.get(where, 0), int(match[4]))
         return highest
 
     def commit(self, column: str, source: str, shard: str, generation: int) -> Commit:
@@ -299,26 +205,31 @@ class Corpus:
 
         Raises:
             FileNotFoundError: there is none.
+            RequestError: it is damaged.
         """
-        return Commit.model_validate_json(self.store.get(commit_name(column, source, shard, generation)))
+        return self._read(commit_name(column, source, shard, generation), Commit)
 
     def commits(self, column: str, source: str | None = None) -> list[Commit]:
         """The commits of the highest generation of every shard of a column, ordered by source and shard."""
         found = sorted(self.committed(column, source).items())
         names = [commit_name(column, source, shard, generation) for (source, shard), generation in found]
         with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(lambda name: Commit.model_validate_json(self.store.get(name)), names))
+            return list(pool.map(lambda name: self._read(name, Commit), names))
 
     def units(self, source: str) -> dict[str, UnitCommit]:
         """The committed units of a source."""
         found = sorted(self.committed(UNITS, source).items())
         names = [commit_name(UNITS, source, unit, generation) for (_, unit), generation in found]
         with ThreadPoolExecutor(16) as pool:
-            records = list(pool.map(lambda name: UnitCommit.model_validate_json(self.store.get(name)), names))
+            records = list(pool.map(lambda name: self._read(name, UnitCommit), names))
         return {record.unit: record for record in records}
 
     def commit_unit(self, source: str, unit: str, inputs: int, shards: Sequence[str]) -> UnitCommit:
-        """Record that a unit is complete; a second worker that did the same finds the first one's record."""
+        """Record that a unit is complete; a second worker that did the same finds the first one's record.
+
+        Raises:
+            ValueError: the first one counted other inputs or shards.
+        """
         record = UnitCommit(
             source=source, unit=unit, inputs=inputs, shards=list(shards), fingerprint=self.source(source).fingerprint
         )
@@ -326,8 +237,24 @@ class Corpus:
         try:
             self.store.create(name, record.to_bytes())
         except FileExistsError:
-            return UnitCommit.model_validate_json(self.store.get(name))
+            found = self._read(name, UnitCommit)
+            if (found.inputs, found.shards) != (record.inputs, record.shards):
+                raise ValueError(
+                    f"unit {unit}: {name} has {found.inputs} inputs in {len(found.shards)} shards, "
+                    f"this worker read {inputs} in {len(shards)}; the source gave other inputs than before"
+                ) from None
+            return found
         return record
+
+    def _read(self, name: str, kind: type[R]) -> R:
+        data = self.store.get(name)
+        try:
+            return kind.parse(data)
+        except ValueError as error:
+            raise RequestError(
+                f"corpus {self.url}: {name} is damaged ({first_line(error)}); "
+                f"`microdit verify` lists all damage; restore this object from a copy"
+            ) from None
 
     # -- reading a shard -----------------------------------------------------------------------------------------
 
@@ -352,112 +279,6 @@ class Corpus:
             yield Attempt(self, declaration, ref, [c.as_input() for c in inputs], generation, maker.fingerprint, stack)
 
 
-class Attempt:
-    """One try to write one shard of one column: `add` or `fail` every row, then `commit`. Made by `Corpus.attempt`."""
-
-    def __init__(
-        self,
-        corpus: Corpus,
-        declaration: Declaration,
-        ref: ShardRef,
-        inputs: list[InputRef],
-        generation: int,
-        fingerprint: str,
-        stack: ExitStack,
-    ):
-        self.corpus, self.declaration, self.ref = corpus, declaration, ref
-        self.inputs, self.generation, self.fingerprint = inputs, generation, fingerprint
-        self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.urandom(4).hex()}"
-        self.rows: list[dict[str, Any]] = []
-        self._began = time.monotonic()
-        self._stack = stack
-        base = f"{declaration.name}/{ref.source}/{ref.shard}.{self.id}"
-        self._tar: TarWriter | None = None
-        if declaration.kind == "tar":
-            self._object_name, self._sidecar_name = f"{base}.tar", f"{base}.rows.parquet"
-            self._object_path = stack.enter_context(corpus.store.scratch(self._object_name))
-            self._tar = TarWriter(self._object_path)
-            stack.callback(self._tar.close)
-        else:
-            self._object_name = self._sidecar_name = f"{base}.parquet"
-        self._sidecar_path = stack.enter_context(corpus.store.scratch(self._sidecar_name))
-
-    def add(self, row: int, key: str, members: Mapping[str, bytes] | None = None, **scalars: Any) -> None:
-        """A sample that succeeded: its tar members, `{extension: bytes}` (none in a table), and its scalars.
-
-        Raises:
-            ValueError: the key has other characters than `[A-Za-z0-9_-]`.
-        """
-        if not KEY.fullmatch(key):
-            raise ValueError(f"key {key!r}: expected letters, digits, - and _ only")
-        line: dict[str, Any] = {"row": row, "key": key, "status": "ok", **scalars}
-        if self._tar is not None:
-            assert members, f"column {self.declaration.name} is a tar: sample {key} needs members"
-            line["offset"], line["size"] = self._tar.add(key, members)
-        self.rows.append(line)
-
-    def fail(self, row: int, key: str, reason: str, detail: str = "", **scalars: Any) -> None:
-        """A sample that failed: a short code to group by, and one line for a person."""
-        detail = " ".join(detail.split())[:500]
-        self.rows.append({"row": row, "key": key, "status": "failed", "reason": reason, "detail": detail, **scalars})
-
-    def commit(self, **timings: float) -> Commit:
-        """Publish the objects, then write the commit.
-
-        If another attempt was faster, its commit is returned and our objects are removed.
-
-        Args:
-            timings: seconds and counts worth keeping; `seconds`, from the attempt's beginning, is added if absent.
-
-        Raises:
-            ValueError: a row is missing or double, or the attempt is older than 12 hours.
-        """
-        store = self.corpus.store
-        table = sidecar_table(self.rows, self.declaration.scalars)
-        write_table(self._sidecar_path, table)
-        sidecar = ObjectRef(
-            name=self._sidecar_name, size=self._sidecar_path.stat().st_size, sha256=sha256_file(self._sidecar_path)
-        )
-        data = sidecar
-        if self._tar is not None:
-            self._tar.close()
-            data = ObjectRef(
-                name=self._object_name, size=self._object_path.stat().st_size, sha256=sha256_file(self._object_path)
-            )
-            store.publish(self._object_name, self._object_path)
-        store.publish(self._sidecar_name, self._sidecar_path)
-        age = time.monotonic() - self._began
-        if age > MAX_ATTEMPT_HOURS * 3600:
-            raise ValueError(
-                f"attempt {self.id} of {self.ref.shard} is {age / 3600:.1f} hours old, "
-                f"at most {MAX_ATTEMPT_HOURS} are allowed"
-            )
-        reasons = Counter(row["reason"] for row in self.rows if row["status"] == "failed")
-        failed = sum(reasons.values())
-        record = Commit(
-            column=self.declaration.name,
-            **self.ref.model_dump(),
-            generation=self.generation,
-            attempt=self.id,
-            object=data,
-            sidecar=sidecar,
-            counts={"in": len(self.rows), "out": len(self.rows) - failed, "failed": failed},
-            reasons=dict(reasons),
-            fingerprint=self.fingerprint,
-            inputs=self.inputs,
-            timings={"seconds": round(age, 3)} | {k: round(float(v), 3) for k, v in timings.items()},
-            host=socket.gethostname(),
-        )
-        try:
-            store.create(record.name, record.to_bytes())
-        except FileExistsError:
-            winner = self.corpus.commit(record.column, record.source, record.shard, record.generation)
-            if winner.attempt != self.id:  # ours, if the answer to our first request was lost and it was sent again
-                store.delete(sorted({data.name, sidecar.name}))
-            return winner
-        return record
-
-
 def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
     """What two nested dictionaries differ in, in words: `options.quality: the corpus has 90, the config says 95`."""
     if isinstance(found, dict) and isinstance(wanted, dict):
@@ -469,18 +290,19 @@ def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
     return [] if found == wanted else [f"{path}: the corpus has {found!r}, the config says {wanted!r}"]
 
 
-def _one_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
-
-
 __all__ = [
+    "KEY",
     "Attempt",
     "Commit",
     "Corpus",
     "Declaration",
+    "InputRef",
+    "ObjectRef",
     "ShardRef",
     "UnitCommit",
-    "ValidationError",
+    "canonical",
+    "column_kind",
+    "commit_name",
     "shard_name",
     "unit_name",
 ]

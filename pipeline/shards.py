@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import math
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,18 +46,26 @@ class TarWriter:
     def __init__(self, path: Path):
         self._file = path.open("wb")
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self._extensions: list[str] | None = None
 
     def add(self, key: str, members: Mapping[str, bytes]) -> tuple[int, int]:
-        """Write one sample's members, `{extension: bytes}`; returns offset and size of the first one's data."""
-        first = None
+        """Write one sample's members, `{extension: bytes}`; returns offset and size of the first one's data.
+
+        Raises:
+            ValueError: no members, other extensions than the samples before, or a name above 100 characters.
+        """
+        extensions = list(members)
+        if not extensions or extensions != (self._extensions or extensions):
+            raise ValueError(f"sample {key}: its members are {extensions}, expected {self._extensions or 'some'}")
+        self._extensions = extensions
+        offset, size = 0, -1
         for extension, data in members.items():
             info = tarfile.TarInfo(f"{key}.{extension}")
             info.size = len(data)
             self._tar.addfile(info, io.BytesIO(data))
-            if first is None:  # the file position is behind the data, which is padded to whole blocks
-                first = (self._file.tell() - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, len(data))
-        assert first is not None, f"sample {key} has no members"
-        return first
+            if size < 0:  # the file position is behind the data, which is padded to whole blocks
+                offset, size = self._file.tell() - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, len(data)
+        return offset, size
 
     def close(self) -> None:
         self._tar.close()
@@ -63,7 +73,12 @@ class TarWriter:
 
 
 def read_tar(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The samples of a tar in order, as (key, {extension: bytes}); the key ends at the first dot."""
+    """The samples of a tar in order, as (key, {extension: bytes}); the key ends at the first dot.
+
+    Raises:
+        tarfile.TarError: the tar is damaged.
+        ValueError: a member is no regular file.
+    """
     key: str | None = None
     members: dict[str, bytes] = {}
     with tarfile.open(fileobj=file, mode="r|") as tar:
@@ -74,7 +89,8 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
                     yield key, members
                 key, members = name, {}
             data = tar.extractfile(info)
-            assert data is not None, f"{info.name} is no regular file"
+            if data is None:
+                raise ValueError(f"{info.name} is no regular file")
             members[extension] = data.read()
     if key is not None:
         yield key, members
@@ -85,20 +101,26 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 def read_table(data: bytes) -> pa.Table:
-    return pq.read_table(io.BytesIO(data))
+    return pq.ParquetFile(io.BytesIO(data)).read()
 
 
 def sidecar_table(rows: list[dict[str, Any]], scalars: Mapping[str, str]) -> pa.Table:
     """Rows (dictionaries; what is absent is null) as a sidecar, ordered by row.
 
     Raises:
-        ValueError: if the rows are not exactly 0, 1, 2, ...
+        ValueError: if the rows are not exactly 0, 1, 2, ..., a key is there twice, or a scalar is not declared.
     """
     rows = sorted(rows, key=lambda row: row["row"])
     numbers = [row["row"] for row in rows]
     if numbers != list(range(len(rows))):
         raise ValueError(f"rows must be 0 to {len(rows) - 1} without gap or repetition, got {numbers[:8]}...")
-    return pa.Table.from_pylist(rows, schema=sidecar_schema(scalars))
+    keys = Counter(row["key"] for row in rows)
+    if len(keys) != len(rows):
+        raise ValueError(f"key {keys.most_common(1)[0][0]!r} is there {keys.most_common(1)[0][1]} times in one shard")
+    schema = sidecar_schema(scalars)
+    if unknown := {name for row in rows for name in row}.difference(schema.names):
+        raise ValueError(f"scalars {sorted(unknown)} are not declared; declared are {sorted(scalars)}")
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
 def array_bytes(array: np.ndarray) -> bytes:
@@ -109,8 +131,24 @@ def array_bytes(array: np.ndarray) -> bytes:
 
 
 def array_from_bytes(data: bytes) -> np.ndarray:
-    """The array of a `.npy` file; never unpickles."""
-    return np.load(io.BytesIO(data), allow_pickle=False)
+    """The array of a `.npy` file; never unpickles, and allocates no more than the file is long.
+
+    Raises:
+        ValueError: this is no `.npy` file, or its header and its length disagree.
+    """
+    buffer = io.BytesIO(data)
+    version = np.lib.format.read_magic(buffer)
+    if version == (1, 0):
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(buffer)
+    elif version == (2, 0):
+        shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(buffer)
+    else:
+        raise ValueError(f"npy version {version}: expected 1.0 or 2.0")
+    length = len(data) - buffer.tell()
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != length:
+        raise ValueError(f"npy: {length} bytes behind a header that says {dtype} {shape}")
+    array = np.frombuffer(data, dtype, offset=buffer.tell()) if length else np.empty(0, dtype)
+    return array.reshape(shape, order="F" if fortran_order else "C").copy()
 
 
 def sha256_file(path: Path) -> str:

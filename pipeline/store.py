@@ -4,18 +4,19 @@ obstore does the work on buckets, and listing and reading on a disk. Writing on 
 links a file into place without syncing it first, so that a power cut could leave a commit with no bytes in it.
 """
 
+import io
 import os
 import random
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import obstore
 from obstore.store import LocalStore, from_url
@@ -43,7 +44,7 @@ class Store:
             (environment, profile, instance role); `AWS_ENDPOINT_URL` names another server than Amazon's.
 
     Raises:
-        RequestError: if the URL is of no known kind.
+        RequestError: if the URL is of no known kind, or names no bucket.
     """
 
     def __init__(self, url: str | Path):
@@ -51,14 +52,20 @@ class Store:
         scheme = urlsplit(text).scheme
         self.root: Path | None = None
         self._backend: Any
+        self._durable: set[Path] = set()
         if scheme in SCHEMES:
             self.url = text.rstrip("/")
-            self._backend = from_url(self.url, **_options(scheme))
+            try:
+                self._backend = from_url(self.url, **_options(scheme))
+            except obstore.exceptions.BaseError as error:
+                raise RequestError(
+                    f"corpus {text!r}: {first_line(error)}; expected {scheme}://bucket/prefix and its credentials"
+                ) from error
         elif "://" in text and scheme != "file":
             known = ", ".join(f"{s}://" for s in SCHEMES)
             raise RequestError(f"corpus {text!r}: scheme {scheme!r} is not known; give a folder, or one of {known}")
         else:
-            self.root = Path(urlsplit(text).path if scheme == "file" else text).expanduser().absolute()
+            self.root = Path(unquote(urlsplit(text).path) if scheme == "file" else text).expanduser().absolute()
             self.url = str(self.root)
             self._backend = LocalStore(self.root) if self.root.is_dir() else None
 
@@ -96,8 +103,9 @@ class Store:
         """A local path to write the object `name` at, before `publish`; removed afterwards."""
         if self.root is not None:
             final = self.root / name
-            if not final.parent.is_dir():
-                _make_durable_folder(final.parent)
+            if final.parent not in self._durable:
+                _make_durable_folder(final.parent, self.root)
+                self._durable.add(final.parent)
             path = final.with_name(f"{final.name}#{random.SystemRandom().randrange(10**12)}")
         else:
             path = Path(tempfile.mkdtemp(prefix="microdit-")) / Path(name).name
@@ -124,12 +132,17 @@ class Store:
 
     def delete(self, names: Sequence[str]) -> None:
         """Remove objects; one that is already gone is no error."""
+        if self.root is not None:
+            for name in names:
+                (self.root / name).unlink(missing_ok=True)
+            return
         for start in range(0, len(names), 1000):
+            batch = list(names[start : start + 1000])
             try:
-                obstore.delete(self.backend, list(names[start : start + 1000]))
-            except FileNotFoundError:
-                for name in names[start : start + 1000]:
-                    if self.exists(name):
+                obstore.delete(self.backend, batch)
+            except FileNotFoundError:  # GCS and Azure stop at the first one that is gone
+                for name in batch:
+                    with suppress(FileNotFoundError):
                         obstore.delete(self.backend, name)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -152,7 +165,8 @@ class Store:
         """A seekable binary file over the object, read in blocks."""
         if self.root is not None:
             return (self.root / name).open("rb")
-        return cast(BinaryIO, obstore.open_reader(self.backend, name, buffer_size=4 << 20))
+        reader = obstore.open_reader(self.backend, name, buffer_size=4 << 20)
+        return cast(BinaryIO, io.BufferedReader(_Raw(reader), 1 << 20))
 
     def exists(self, name: str) -> bool:
         try:
@@ -178,6 +192,35 @@ class Store:
                     yield path
 
 
+class _Raw(io.RawIOBase):
+    """obstore's reader as Python's io expects one; its own `read` gives no `bytes`."""
+
+    def __init__(self, reader: Any):
+        self._reader = reader
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return int(self._reader.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._reader.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        data = memoryview(self._reader.read(len(buffer)))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text that says something: obstore's go on for pages."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
 def _options(scheme: str) -> dict[str, Any]:
     options: dict[str, Any] = {
         "client_options": {"timeout": timedelta(seconds=120), "connect_timeout": timedelta(seconds=10)},
@@ -200,12 +243,16 @@ def _options(scheme: str) -> dict[str, Any]:
     return options
 
 
-def _make_durable_folder(folder: Path) -> None:
-    """Make a folder and its parents so that their names survive a power cut."""
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+def _make_durable_folder(folder: Path, root: Path) -> None:
+    """Make a folder and its parents so that their names survive a power cut.
+
+    Below the root also those that were there: another writer may have made one a moment ago and not synced it yet.
+    """
+    parents = [folder, *folder.parents]
+    missing = [path.parent for path in parents if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for path in made:
-        _sync(path.parent)
+    for path in dict.fromkeys([*parents[1 : parents.index(root) + 1], *missing]):
+        _sync(path)
 
 
 def _sync(path: Path) -> None:
