@@ -30,6 +30,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 
+def softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last axis, in float32 at least."""
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, eps: float, key_mask: Tensor | None = None) -> Tensor:
     """Softmax attention with q and k normalised over all heads jointly, before the split into heads.
 
@@ -45,7 +50,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, eps: float, key_mask:
         scores = (q * (hidden // heads) ** -0.5) @ k.transpose(-1, -2)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        out = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+        out = softmax(scores).to(v.dtype) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).reshape(batch, queries, hidden)
@@ -135,7 +140,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, dim = x.shape
         k = min(int(self.capacity * tokens / self.num_experts), tokens)
-        probs = self.gate(x).softmax(-1, dtype=torch.float32)
+        probs = softmax(self.gate(x))
         weight, token = probs.transpose(1, 2).topk(k, dim=-1)  # (B, E, k)
         row = token + torch.arange(batch, device=x.device)[:, None, None] * tokens
         row = row.transpose(0, 1).reshape(-1)  # (E * B * k): an expert's tokens lie together

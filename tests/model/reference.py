@@ -1,8 +1,8 @@
 """MicroDiT and EDM written down plainly, to test against: float64, one sample at a time, loops over heads and experts.
 
 It shares no code with `model/`: a state dict (any floating dtype) and a few sizes go in.
-`python -m tests.model.reference` writes tests/data/parity_plain, a set in the parity format with the operations that the
-released outputs lack.
+`python -m tests.model.reference` writes tests/data/parity_plain, a set in the parity format with what the released
+outputs lack.
 """
 
 import hashlib
