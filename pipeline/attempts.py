@@ -23,7 +23,7 @@ class Attempt:
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: "Corpus",
         declaration: Declaration,
         ref: ShardRef,
         inputs: list[InputRef],
