@@ -1,0 +1,131 @@
+"""What a build came to: counts that add up, read from the commits."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.corpus import Corpus
+from pipeline.failures import failures, read_failure
+from pipeline.plan import IMAGES, Plan
+from pipeline.records import UNITS
+
+UPSTREAM = "upstream"
+
+
+@dataclass
+class ColumnSummary:
+    """One column: `shards = committed + set_aside + waiting` and, over the committed ones, `inputs = out + failed`."""
+
+    shards: int
+    committed: int
+    built: int
+    """Shards made by this run."""
+    set_aside: int
+    waiting: int
+    """Shards whose inputs are not there."""
+    inputs: int
+    out: int
+    failed: int
+    reasons: dict[str, int]
+    seconds: float
+    """Time of the stage, summed over the shards that this run made."""
+    rate: float | None
+    """Images a second of this run, from its first shard to its last."""
+
+    @property
+    def own_failures(self) -> float:
+        """The share of inputs that failed here, and not upstream."""
+        return (self.failed - self.reasons.get(UPSTREAM, 0)) / self.inputs if self.inputs else 0.0
+
+
+@dataclass
+class BuildSummary:
+    """The whole corpus as far as a build's config goes, and what this run did."""
+
+    corpus: str
+    seconds: float
+    worked: bool
+    """False if there was nothing to do."""
+    units: dict[str, int]
+    """`total`, `read`, `set_aside`."""
+    columns: dict[str, ColumnSummary]
+    set_aside: list[dict[str, Any]] = field(default_factory=list)
+    """`column`, `source`, `shard` and the last `message` of what was set aside: the first hundred."""
+    max_failures: float = 1.0
+
+    @property
+    def too_many_failures(self) -> list[str]:
+        """The columns of whose inputs a larger share failed than `max_failures`."""
+        return [name for name, column in self.columns.items() if column.own_failures > self.max_failures]
+
+    @property
+    def exit_status(self) -> int:
+        """0, or 1 if something is set aside or more samples failed than the config allows."""
+        aside = self.units["set_aside"] or any(column.set_aside for column in self.columns.values())
+        return 1 if aside or self.too_many_failures else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"exit_status": self.exit_status, "too_many_failures": self.too_many_failures}
+
+
+@dataclass
+class Work:
+    """What this run did for one column: shards, images, seconds of the stage, and the wall clock's first and last."""
+
+    shards: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+
+
+def summarize(
+    corpus: Corpus, plan: Plan, sources: list[str], work: Mapping[str, Work], seconds: float, max_failures: float
+) -> BuildSummary:
+    """Read the commits of the plan's columns and add them up."""
+    columns = {}
+    for column in plan.columns:
+        counts: Counter[str] = Counter()
+        reasons: Counter[str] = Counter()
+        committed = 0
+        for source in sources:
+            for commit in corpus.commits(column, source):
+                committed += 1
+                counts.update(commit.counts)
+                reasons.update(commit.reasons)
+        did = work.get(column, Work())
+        span = did.last - did.first
+        aside = len(plan.aside[column])
+        columns[column] = ColumnSummary(
+            shards=plan.shards,
+            committed=committed,
+            built=did.shards,
+            set_aside=aside,
+            waiting=max(plan.shards - committed - aside, 0) if column != IMAGES else 0,
+            inputs=counts["in"],
+            out=counts["out"],
+            failed=counts["failed"],
+            reasons=dict(reasons.most_common()),
+            seconds=round(did.seconds, 3),
+            rate=round(did.samples / span, 1) if span > 0 else None,
+        )
+    return BuildSummary(
+        corpus=corpus.url,
+        seconds=round(seconds, 3),
+        worked=any(did.shards for did in work.values()),
+        units={"total": plan.units_total, "read": plan.units_done, "set_aside": len(plan.aside[UNITS])},
+        columns=columns,
+        set_aside=_messages(corpus, plan),
+        max_failures=max_failures,
+    )
+
+
+def _messages(corpus: Corpus, plan: Plan) -> list[dict[str, Any]]:
+    found = []
+    for column, where in plan.aside.items():
+        numbers = failures(corpus, column) if where else {}
+        for source, shard in sorted(where)[:100]:
+            record = read_failure(corpus, column, source, shard, numbers[source, shard])
+            found.append({"column": column, "source": source, "shard": shard, "message": record.message})
+    return found[:100]
