@@ -88,7 +88,7 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
                 if key is not None:
                     yield key, members
                 key, members = name, {}
-            data = tar.extractfile(info)
+            data = tar.extractfile(info) if info.isfile() else None
             if data is None:
                 raise ValueError(f"{info.name} is no regular file")
             members[extension] = data.read()
@@ -137,13 +137,12 @@ def array_from_bytes(data: bytes) -> np.ndarray:
         ValueError: this is no `.npy` file, or its header and its length disagree.
     """
     buffer = io.BytesIO(data)
-    version = np.lib.format.read_magic(buffer)
-    if version == (1, 0):
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(buffer)
-    elif version == (2, 0):
-        shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(buffer)
-    else:
-        raise ValueError(f"npy version {version}: expected 1.0 or 2.0")
+    try:
+        version = np.lib.format.read_magic(buffer)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran_order, dtype = read(buffer)
+    except Exception as error:  # numpy lets through whatever Python's parser and tokenizer raise
+        raise ValueError(f"npy: its header cannot be read: {error}") from error
     length = len(data) - buffer.tell()
     if dtype.hasobject or math.prod(shape) * dtype.itemsize != length:
         raise ValueError(f"npy: {length} bytes behind a header that says {dtype} {shape}")
