@@ -1,0 +1,105 @@
+"""A corpus in the real format with made-up latents and texts: what the trainer sees, without images and encoders."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.corpus import Corpus, ShardRef, shard_name, unit_name
+from pipeline.shards import array_bytes
+from trainer.recipe import Recipe
+
+CAPTIONS = ("source", "long")
+
+
+def write_shard(corpus: Corpus, column: str, ref: ShardRef, inputs: list, generation: int = 0, failed=(), size=None):
+    """One shard of a column: rows of `failed` are failed. Latents and texts hold numbers that tell shard and row."""
+    size = size or corpus.shard_samples
+    number = int(ref.shard[-2:]) + 10 * int(ref.unit[-6:])
+    with corpus.attempt(column, ref, inputs, generation) as attempt:
+        for row in range(size):
+            key = f"k{number}-{row}"
+            rng = np.random.default_rng([number, row, len(column)])
+            if row in failed:
+                attempt.fail(row, key, "not_an_image")
+            elif column == "images":
+                attempt.add(row, key, {"png": b"no image", "json": b"{}"})
+            elif column.startswith("captions/"):
+                attempt.add(row, key, caption=f"drawing {number} {row}", tokens=3)
+            elif column.startswith("latents/"):
+                side = int(column.rpartition("-")[2]) // 8
+                latent = rng.normal(size=(4, side, side)).astype(np.float16)
+                latent[0, 0, 0] = (number * 16 + row) / 256
+                attempt.add(row, key, {"npy": array_bytes(latent)})
+            else:
+                tokens = 2 + (number + row) % (5 if column.endswith("source") else 20)
+                attempt.add(row, key, {"npy": array_bytes(rng.normal(size=(tokens, 16)).astype(np.float16))})
+        return attempt.commit()
+
+
+def build_corpus(
+    root: Path, units: int = 2, shards: int = 3, shard_samples: int = 16, failed: dict | None = None
+) -> Corpus:
+    """`failed` maps a column to rows that fail in each of its shards."""
+    failed = failed or {}
+    corpus = Corpus.create(root, "test", shard_samples)
+    corpus.declare_source("art", {"adapter": "made-up"})
+    corpus.declare_column("images", {"stage": "images"})
+    for captions in CAPTIONS:
+        corpus.declare_column(f"captions/{captions}", {"stage": "captions"}, {"caption": "string", "tokens": "int32"})
+        corpus.declare_column(f"text/tiny@{captions}", {"stage": "text", "encoder": "tiny"})
+    for side in (32, 64):
+        corpus.declare_column(f"latents/demo-{side}", {"stage": "latents", "autoencoder": "demo", "resolution": side})
+    for u in range(units):
+        unit = unit_name("art", u)
+        names = [shard_name(unit, s) for s in range(shards)]
+        for name in names:
+            ref = ShardRef(source="art", unit=unit, shard=name)
+            images = write_shard(corpus, "images", ref, [], failed=failed.get("images", ()))
+            for side in (32, 64):
+                column = f"latents/demo-{side}"
+                write_shard(corpus, column, ref, [images], failed=failed.get(column, ()))
+            for captions in CAPTIONS:
+                made = write_shard(corpus, f"captions/{captions}", ref, [images])
+                write_shard(
+                    corpus, f"text/tiny@{captions}", ref, [made], failed=failed.get(f"text/tiny@{captions}", ())
+                )
+        corpus.commit_unit("art", unit, shards * shard_samples, names)
+    return corpus
+
+
+MODEL = {
+    "dim": 32, "depth": 2, "head_dim": 16, "multiple_of": 8, "patch_mixer_depth": 1, "patch_mixer_dim": 32,
+    "num_experts": 2,
+}  # fmt: skip
+STAGE = {"latents": "latents/demo-32", "batch": 16, "learning_rate": 1e-3, "ema_half_life": 200}
+
+
+def build_recipe(corpus: Corpus, out: Path, **fields) -> Recipe:
+    """A recipe of seconds: two stages on the made-up corpus."""
+    base = {
+        "name": "test", "corpus": corpus.url, "out": str(out), "seed": 3, "model": MODEL, "lanes": 8,
+        "shuffle_window": 2,
+        "text": {"text/tiny@source": 0.7, "text/tiny@long": 0.3}, "text_lengths": [4, 8, 16, 32], "precision": "fp32",
+        "stages": [
+            STAGE | {"steps": 5, "mask_ratio": 0.5, "warmup": 32},
+            STAGE | {"steps": 7, "schedule": "cosine", "final_learning_rate": 1e-5},
+        ],
+        "log_every": 1, "checkpoint_every": 4,
+    }  # fmt: skip
+    return Recipe.model_validate(base | fields)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """96 rows in 6 shards; rows 3 and 7 of each shard are bad in one column or another: 84 are good."""
+    return build_corpus(
+        tmp_path_factory.mktemp("corpus"),
+        failed={"latents/demo-32": (3,), "latents/demo-64": (3,), "text/tiny@long": (7,)},
+    )
+
+
+@pytest.fixture
+def recipe(corpus: Corpus, tmp_path: Path) -> Callable[..., Recipe]:
+    return lambda **fields: build_recipe(corpus, tmp_path / "run", **fields)

@@ -1,0 +1,27 @@
+"""`python -m trainer RECIPE [key=value ...]`, or `torchrun ... -m trainer RECIPE ...` on many GPUs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from model.checkpoint import CheckpointError
+from pipeline.errors import RequestError
+from trainer.recipe import load_recipe
+from trainer.train import train
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainer", description="Train MicroDiT as a recipe says.")
+    parser.add_argument("recipe", help="a YAML file, e.g. configs/recipes/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. out=runs/a stages.0.images=20000")
+    given = parser.parse_args(arguments)
+    try:
+        summary = train(load_recipe(given.recipe, given.overrides))
+    except (RequestError, CheckpointError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 128 + summary["signal"] if summary["signal"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

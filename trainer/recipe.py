@@ -1,0 +1,143 @@
+"""The recipe: everything that decides what a run computes, in one YAML file (configs/recipes/)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.config import load_yaml
+from pipeline.errors import RequestError
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StageRecipe(_Part):
+    """One leg of the run: a resolution, a length, a mask ratio, a learning rate."""
+
+    latents: str
+    """The latents column to train on; it gives resolution and channels."""
+    images: int | None = Field(None, gt=0)
+    """How many images to see, rounded up to whole batches. Give this or `steps`."""
+    steps: int | None = Field(None, gt=0)
+    batch: int = Field(2048, gt=0)
+    """Images a step, over all processes: a multiple of the recipe's `lanes`."""
+    micro_batch: int | None = Field(None, gt=0)
+    """Images of one process in one pass; lower it when memory runs out. The numbers stay the same up to rounding."""
+    mask_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of the patches dropped after the patch mixer."""
+    learning_rate: float = Field(gt=0)
+    warmup: int = Field(0, ge=0)
+    """Images over which the rate rises from 0."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How the rate goes, after the warm-up, from `learning_rate` to `final_learning_rate` at the stage's end."""
+    final_learning_rate: float = Field(0.0, ge=0)
+    p_mean: float = -0.6
+    """Training noise: ln(sigma) has this mean and the deviation `p_std`."""
+    p_std: float = Field(1.2, gt=0)
+    ema_half_life: float | None = Field(None, gt=0)
+    """Images after which a weight counts half in the moving average; without it the stage keeps none."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "StageRecipe":
+        if (self.images is None) == (self.steps is None):
+            raise ValueError("give either images or steps")
+        return self
+
+    @property
+    def length(self) -> int:
+        """Steps of the stage."""
+        return self.steps if self.steps is not None else -(-(self.images or 0) // self.batch)
+
+
+class OptimizerRecipe(_Part):
+    """AdamW."""
+
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip: float | None = Field(default=0.25, gt=0)
+    """Largest norm of the whole gradient."""
+
+
+class Recipe(_Part):
+    """A run of the trainer. `OPERATION` names the fields that change nothing of what is computed (beyond rounding)."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    corpus: str
+    out: Path
+    """Folder of checkpoints, logs and pictures."""
+    selection: str | None = None
+    """`name` or `name@hash`; without one, every row that has all columns."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    model: dict[str, Any] = {}
+    """Arguments of `MicroDiT`, or `preset: tiny_2` and what differs from it. Latent size, channels and caption
+    width come from the columns."""
+    text: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    """Text columns and how often each is drawn, e.g. {text/minilm@source: 0.5, text/minilm@long: 0.5}."""
+    text_lengths: list[Annotated[int, Field(gt=0)]] = Field([16, 32, 48, 64, 77, 96, 120, 160, 256, 512], min_length=1)
+    """Text of a micro-batch is padded to the first of these that holds it."""
+    caption_dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of samples that see zero embeddings instead of text: what guidance needs."""
+    hold_out: int = Field(0, ge=0)
+    """Samples never trained on, drawn by the seed."""
+    lanes: int = Field(128, gt=0)
+    """Virtual lanes of the data order; the number of processes must divide it."""
+    shuffle_window: int = Field(4, gt=0)
+    """Shards of a lane among which rows are shuffled."""
+    cache_mb: int = Field(2048, gt=0)
+    """Memory of a process for shards that were read."""
+    stages: list[StageRecipe] = Field(min_length=1)
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    sigma_data: float = Field(0.9, gt=0)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 is autocast over fp32 weights; auto takes it on GPUs and on CPUs with matrix units for it."""
+    time_budget: float | None = Field(None, gt=0)
+    """Seconds. The speed is measured before the first step; stages that would take longer are all shortened alike."""
+    checkpoint_every: int = Field(1000, gt=0)
+    """Steps between checkpoints."""
+    checkpoint_keep: int = Field(2, gt=0)
+    log_every: int = Field(20, gt=0)
+    """Steps between lines of the log."""
+    guidance_scale: float = Field(5.0, ge=0)
+    """What `generate` takes when it is not told."""
+
+    @model_validator(mode="after")
+    def _whole_lanes(self) -> "Recipe":
+        for number, stage in enumerate(self.stages):
+            if stage.batch % self.lanes:
+                raise ValueError(
+                    f"stages.{number}.batch: {stage.batch} is no multiple of lanes={self.lanes}; "
+                    f"give such a batch, or set lanes to a divisor of {stage.batch}"
+                )
+        if sorted(set(self.text_lengths)) != self.text_lengths:
+            raise ValueError(f"text_lengths: {self.text_lengths} must rise")
+        return self
+
+
+# A run may go on with other values of these.
+OPERATION = {"corpus", "out", "cache_mb", "time_budget", "checkpoint_every", "checkpoint_keep", "log_every"} | {
+    "guidance_scale"
+}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file with `key=value` overrides (`stages.0.images=1000`).
+
+    Raises:
+        RequestError: naming file, field, value and what was expected.
+    """
+    return load_yaml(path, Recipe, overrides)
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """What must be equal for a run to go on: the recipe without `OPERATION` and the micro-batches."""
+    fields = recipe.model_dump(mode="json", exclude=OPERATION)
+    for stage in fields["stages"]:
+        del stage["micro_batch"]
+    return fields
+
+
+__all__ = ["OPERATION", "OptimizerRecipe", "Recipe", "RequestError", "StageRecipe", "identity", "load_recipe"]

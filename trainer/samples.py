@@ -1,0 +1,192 @@
+"""Which samples a run trains on: the rows of a selection that are ok in every column that the run needs."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.corpus import Commit, Corpus
+from pipeline.errors import RequestError
+from trainer.recipe import Recipe
+
+Where = tuple[str, str]  # source, shard
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """Samples by shard and row: `shard` (int32, N) counts in `shards`; ordered by source, shard and row."""
+
+    shards: list[Where]
+    shard: np.ndarray
+    row: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def name(self, i: int) -> str:
+        source, shard = self.shards[self.shard[i]]
+        return f"{source}/{shard}/{self.row[i]}"
+
+    def take(self, keep: np.ndarray) -> "SampleIndex":
+        """The samples at these positions, or where this is true."""
+        return SampleIndex(self.shards, self.shard[keep], self.row[keep])
+
+    def hashes(self, seed: int) -> np.ndarray:
+        """One number (uint64) a sample, of nothing but the seed, its shard's name and its row."""
+        starts = [
+            int.from_bytes(hashlib.sha256(f"{seed}/{source}/{shard}".encode()).digest()[:8])
+            for source, shard in self.shards
+        ]
+        x = np.array(starts, dtype=np.uint64)[self.shard] + self.row.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # the finaliser of splitmix64
+            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+        return x ^ (x >> np.uint64(31))
+
+    def lowest(self, count: int, seed: int) -> np.ndarray:
+        """Positions, ascending, of the `count` samples that a seed draws: those of the lowest hashes."""
+        return np.sort(np.argsort(self.hashes(seed), kind="stable")[:count])
+
+    @property
+    def digest(self) -> str:
+        """A hash of the samples, by name."""
+        digest = hashlib.sha256()
+        bounds = np.searchsorted(self.shard, np.arange(len(self.shards) + 1))
+        for (source, shard), start, end in zip(self.shards, bounds, bounds[1:], strict=False):
+            if end > start:
+                digest.update(f"{source}/{shard}\n".encode() + self.row[start:end].astype("<i4").tobytes())
+        return digest.hexdigest()[:16]
+
+
+def open_columns(corpus: Corpus, columns: Sequence[str]) -> dict[str, dict[Where, Commit]]:
+    """The newest commits of columns, by shard.
+
+    Raises:
+        RequestError: a column is unknown, empty, or stale: what it was made from was made anew since.
+    """
+    commits: dict[str, dict[Where, Commit]] = {}
+    waiting = list(columns)
+    while waiting:  # the columns, what they were made from, and so on
+        column = waiting.pop()
+        if column not in commits:
+            corpus.column(column)
+            commits[column] = {(c.source, c.shard): c for c in corpus.commits(column)}
+            waiting += sorted({ref.column for commit in commits[column].values() for ref in commit.inputs})
+    hashes = {name: {where: c.sha256 for where, c in found.items()} for name, found in commits.items()}
+    for column, found in commits.items():
+        for where, commit in found.items():
+            for ref in commit.inputs:
+                if hashes[ref.column].get(where) != ref.sha256:
+                    now = commits[ref.column].get(where)
+                    raise RequestError(
+                        f"column {column}, shard {where[1]}: it was made from generation {ref.generation} of "
+                        f"{ref.column}, the corpus now has "
+                        f"{'none' if now is None else f'generation {now.generation}'}; "
+                        "run `microdit build --repair`, which makes it anew"
+                    )
+    for column in columns:
+        if not commits[column]:
+            raise RequestError(f"column {column}: corpus {corpus.url} has no shard of it; build it first")
+    return {column: commits[column] for column in columns}
+
+
+def index_samples(
+    corpus: Corpus, columns: Mapping[str, Mapping[Where, Commit]], selection: str | None = None
+) -> tuple[SampleIndex, int]:
+    """The samples that are kept and ok in every column, and how many kept ones are not.
+
+    Without a selection all rows of shards that every column has are kept.
+
+    Raises:
+        RequestError: no such selection, none of its samples can be had, or its weights are not all 1.
+    """
+    kept = None if selection is None else _selected_rows(corpus, selection)
+    wanted = sorted(set.intersection(*(set(found) for found in columns.values())))
+    if kept is not None:
+        wanted = [where for where in wanted if where in kept]
+
+    def usable(where: Where) -> np.ndarray:
+        ok = np.logical_and.reduce([_ok_rows(corpus, found[where]) for found in columns.values()])
+        if kept is None:
+            return np.flatnonzero(ok)
+        rows = kept[where]
+        return rows[(rows < len(ok)) & ok[np.minimum(rows, len(ok) - 1)]]
+
+    with ThreadPoolExecutor(16) as pool:
+        rows = list(pool.map(usable, wanted))
+    sizes = [len(r) for r in rows]
+    if not sum(sizes):
+        what = f"selection {selection}" if selection else "the corpus"
+        raise RequestError(f"{what} has no sample that is ok in all of {', '.join(columns)}")
+    index = SampleIndex(
+        wanted, np.repeat(np.arange(len(wanted), dtype=np.int32), sizes), np.concatenate(rows).astype(np.int32)
+    )
+    missing = 0 if kept is None else sum(len(r) for r in kept.values()) - len(index)
+    return index, missing
+
+
+def _ok_rows(corpus: Corpus, commit: Commit) -> np.ndarray:
+    return pc.equal(corpus.sidecar(commit)["status"], "ok").to_numpy()
+
+
+def _selected_rows(corpus: Corpus, selection: str) -> dict[Where, np.ndarray]:
+    from pipeline.samples import load_selection  # it brings duckdb
+
+    table = load_selection(corpus, selection)
+    weight = table["weight"].to_numpy()
+    if len(weight) and (weight != 1).any():
+        raise RequestError(
+            f"selection {selection}: its weights go from {weight.min():g} to {weight.max():g}, but the trainer draws "
+            "every sample once an epoch; select without weights"
+        )
+    if not len(table):
+        return {}
+    # ordered by source, shard and row: a shard's rows lie together
+    names = [table[name].combine_chunks() for name in ("source", "shard")]
+    changes = np.logical_or.reduce([np.diff(n.dictionary_encode().indices.to_numpy()) != 0 for n in names])
+    starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
+    shards = zip(*(name.take(pa.array(starts)).to_pylist() for name in names), strict=True)
+    return dict(zip(shards, np.split(table["row"].to_numpy(), starts[1:]), strict=True))
+
+
+def split(indexes: Sequence[SampleIndex], hold_out: int, seed: int) -> tuple[list[SampleIndex], SampleIndex]:
+    """What each stage trains on, and the samples held out of all of them: the `hold_out` lowest hashes of the last one.
+
+    Raises:
+        RequestError: nothing would be left to train on.
+    """
+    last = indexes[-1]
+    held = last.take(last.lowest(hold_out, seed))
+    limit = held.hashes(seed).max() if hold_out else None
+    left = [index if limit is None else index.take(index.hashes(seed) > limit) for index in indexes]
+    for index in left:
+        if not len(index):
+            raise RequestError(f"hold_out: {hold_out} leaves nothing to train on of {len(last)} samples; lower it")
+    return left, held
+
+
+@dataclass(frozen=True)
+class RunSamples:
+    """The samples of a run: `stages[i]` is what stage i trains on, `held` what no stage does."""
+
+    corpus: Corpus
+    columns: dict[str, dict[Where, Commit]]
+    stages: list[SampleIndex]
+    held: SampleIndex
+    missing: int
+    """Samples of the selection that are not ok in every column of the last stage."""
+
+
+def open_samples(recipe: Recipe) -> RunSamples:
+    """Raises RequestError if the corpus, the selection or a column is missing, stale or empty."""
+    corpus = Corpus.open(recipe.corpus)
+    columns = open_columns(corpus, list(dict.fromkeys([*(stage.latents for stage in recipe.stages), *recipe.text])))
+    found = {
+        latents: index_samples(corpus, {name: columns[name] for name in (latents, *recipe.text)}, recipe.selection)
+        for latents in dict.fromkeys(stage.latents for stage in recipe.stages)
+    }
+    stages, held = split([found[stage.latents][0] for stage in recipe.stages], recipe.hold_out, recipe.seed)
+    return RunSamples(corpus, columns, stages, held, found[recipe.stages[-1].latents][1])

@@ -1,0 +1,70 @@
+"""This process among those of a run (torchrun's), and the signals that end it."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Team:
+    rank: int
+    world: int
+    device: torch.device
+
+    def mean(self, value: float) -> float:
+        return self._reduced(value, dist.ReduceOp.SUM) / self.world
+
+    def largest(self, value: float) -> float:
+        return self._reduced(value, dist.ReduceOp.MAX)
+
+    def _reduced(self, value: float, how: Any) -> float:
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, how)
+        return tensor.item()
+
+
+@contextmanager
+def joined_team() -> Iterator[Team]:
+    """The processes that torchrun started; one alone without it."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Team(int(os.environ.get("RANK", 0)), world, device)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+class Signals:
+    """While it is entered, the first SIGTERM or SIGINT is noted in `received`; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
