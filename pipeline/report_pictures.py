@@ -1,0 +1,154 @@
+"""A sample of the corpus to look at: images with every caption, beside what the autoencoders give back."""
+
+import base64
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from pipeline.corpus import Commit, Corpus, Declaration
+from pipeline.samples import query
+from pipeline.shards import array_from_bytes
+from pipeline.tables import Field
+
+PICTURES = 15
+SEED = "report"  # another word, another sample
+SIDE = 256  # larger pictures are scaled down to this many pixels
+MAX_CAPTION = 420  # characters shown of a caption
+
+
+def pictures(
+    corpus: Corpus,
+    columns: Mapping[str, Declaration],
+    commits: Mapping[str, Sequence[Commit]],
+    fields: Sequence[Field],
+    complete: Iterable[str],
+) -> dict[str, Any]:
+    """Samples with `id`, `captions`, `views` (the image, then one of each latents column), and the mean PSNR by column.
+
+    Args:
+        complete: SQL conditions of a sample that has every column; such samples are drawn first.
+    """
+    reader = _Reader(corpus, commits)
+    captions = {
+        f.column: f.name for f in fields if f.scalar == "caption" and commits[f.column] and f.column != "images"
+    }
+    latents = [name for name in columns if name.startswith("latents/") and commits[name]]
+    wanted = ", ".join(["id", "source", "shard", "row", *(f'"{name}"' for name in captions.values())])
+    whole = " AND ".join(["true", *complete])
+    drawn = query(
+        corpus,
+        f"SELECT {wanted} FROM samples WHERE status = 'ok' "
+        f"ORDER BY ({whole}) DESC, md5(id || '{SEED}') LIMIT {PICTURES}",
+    ).to_pylist()
+    samples, problems = [], []
+    for row in drawn:
+        data = reader.member("images", row["source"], row["shard"], row["row"])
+        if data is None:  # committed while this page was made
+            continue
+        with Image.open(io.BytesIO(data)) as stored:
+            image = stored.convert("RGB")
+        shown = image.copy()
+        shown.thumbnail((SIDE, SIDE))
+        words = {column: str(row[name] or "") for column, name in captions.items()}
+        text = next((w for w in words.values() if w), "no caption")
+        samples.append(
+            {
+                "id": row["id"],
+                "where": (row["source"], row["shard"], row["row"]),
+                "image": image,
+                "alt": _cut(text, 120),
+                "captions": [{"column": c, "text": _cut(w, MAX_CAPTION)} for c, w in words.items()],
+                "views": [_view(shown, "stored", f"{image.width} × {image.height} px", _cut(text, 120))],
+            }
+        )
+    psnr: dict[str, float] = {}
+    for column in latents:
+        try:
+            psnr[column] = _add_decoded(reader, columns[column], samples)
+        except Exception as error:  # a model may fail to load in a hundred ways; the page is worth having without it
+            problems.append(f"{column} cannot be decoded here: {type(error).__name__}: {_cut(str(error), 300)}")
+    return {"samples": samples, "psnr": {c: v for c, v in psnr.items() if math.isfinite(v)}, "problems": problems}
+
+
+def _add_decoded(reader: "_Reader", declaration: Declaration, samples: Sequence[dict[str, Any]]) -> float:
+    """Add a view of what a latents column holds to every sample that has it; returns the mean PSNR in dB."""
+    from model.autoencoder import (
+        load_autoencoder,
+    )  # torch is slow to import, and not needed by a corpus without latents
+
+    name = str(declaration.stage["autoencoder"])
+    autoencoder = load_autoencoder(name)
+    found = []
+    for sample in samples:
+        latent = reader.latent(declaration.name, *sample["where"])
+        if latent is None:
+            continue
+        pixels = autoencoder.decode(latent[None])[0]
+        wanted = encoded_pixels(sample["image"], pixels.shape[1], pixels.shape[0])
+        found.append(psnr(wanted, pixels))
+        back = Image.fromarray(pixels)
+        detail = f"{back.width} px, {found[-1]:.1f} dB"
+        back.thumbnail((SIDE, SIDE))
+        alt = f"decoded from {declaration.name}: {sample['alt']}"
+        sample["views"].append(_view(back, declaration.name.partition("/")[2], detail, alt))
+    return float(np.mean(found)) if found else math.nan
+
+
+def psnr(wanted: np.ndarray, found: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 images, 10 log10(255^2 / mean squared error), in dB; at most 99."""
+    error = float(np.mean((wanted.astype(np.float64) - found.astype(np.float64)) ** 2))
+    return 99.0 if error == 0 else min(99.0, 10 * math.log10(255**2 / error))
+
+
+def data_uri(image: Image.Image) -> str:
+    """A picture for the page itself: PNG where that is small (drawings), JPEG otherwise."""
+    buffer, kind = io.BytesIO(), "png"
+    image.save(buffer, "PNG", optimize=True)
+    if buffer.tell() > 4096 + image.width * image.height // 2:
+        buffer, kind = io.BytesIO(), "jpeg"
+        image.save(buffer, "JPEG", quality=88)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+class _Reader:
+    """Single samples out of committed tars; sidecars that were read are kept."""
+
+    def __init__(self, corpus: Corpus, commits: Mapping[str, Sequence[Commit]]):
+        self.corpus = corpus
+        self.commits = {(c.column, c.source, c.shard): c for found in commits.values() for c in found}
+        self.sidecars: dict[str, pa.Table] = {}
+
+    def member(self, column: str, source: str, shard: str, row: int) -> bytes | None:
+        """The first member of a sample; None if the column does not have it."""
+        commit = self.commits.get((column, source, shard))
+        if commit is None:
+            return None
+        if commit.name not in self.sidecars:
+            self.sidecars[commit.name] = self.corpus.sidecar(commit).select(["status", "offset", "size"])
+        line = self.sidecars[commit.name].slice(row, 1).to_pylist()[0]
+        if line["status"] != "ok":
+            return None
+        return self.corpus.store.get_range(commit.object.name, line["offset"], line["size"])
+
+    def latent(self, column: str, source: str, shard: str, row: int) -> np.ndarray | None:
+        data = self.member(column, source, shard, row)
+        return None if data is None else array_from_bytes(data)
+
+
+def _view(image: Image.Image, label: str, detail: str, alt: str) -> dict[str, Any]:
+    size = {"width": image.width, "height": image.height}
+    return {"uri": data_uri(image), "label": label, "detail": detail, "alt": alt} | size
+
+
+def _cut(text: str, most: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
+def encoded_pixels(image, w, h):
+    return np.asarray(image.resize((w, h), Image.Resampling.BICUBIC))

