@@ -1,7 +1,7 @@
 """The driver of a build: hands out what the plan says, downstream stages first, and takes back what comes of it.
 
-It keeps no state that matters: the plan comes from listings, and what has become ready from the workers' small messages.
-Kill it and start it again, and the listing says where to go on.
+It keeps no state that matters: the plan comes from listings, and what has become ready from the workers' messages. Kill
+it and start it again, and the listing says where to go on.
 """
 
 import heapq
@@ -18,14 +18,15 @@ from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
 from pipeline.failures import write_failure
 from pipeline.places import Places
-from pipeline.plan import IMAGES, Job, Plan, UnitJob
+from pipeline.plan import Job, Plan, UnitJob
 from pipeline.progress import Line, Progress, Snapshot, Tally
 from pipeline.records import UNITS
 from pipeline.sources import Source
+from pipeline.stages import IMAGES
 from pipeline.summary import Work
 
 IDLE_SECONDS = 30.0  # a stage that waits for work longer than this gives its model's place back
-CROWDED_SECONDS = 2.0  # the same while another stage waits for a place
+CROWDED_SECONDS = 10.0  # the same while another stage has waited as long for a place
 PER_ACTOR = 2  # shards with an actor: one running, one waiting
 GRACE_SECONDS = 15.0  # for the shards in flight when a signal comes
 BACKOFF_SECONDS = 1.0  # before the second attempt; twice as long before each further one
@@ -39,6 +40,7 @@ class Actor:
     handle: Any
     stage: int
     began: float
+    placed: bool = False
     ready: bool = False
     refs: list[Any] = field(default_factory=list)
     idle_since: float = 0.0
@@ -188,18 +190,18 @@ class Driver:
             return
         kept = {s for s in range(len(self.plan.stages)) if self._wants_model(s)} - {a.stage for a in self.actors}
         room = len(self.actors) + len(kept - {stage}) < self.places.actors
-        if not mine or (room and backlog >= PER_ACTOR * len(mine)):
+        more = len(mine) < self.places.actors_per_stage and backlog >= PER_ACTOR * len(mine)
+        if not mine or (room and more):
             options = {"num_cpus": self.places.actor_cpu, "num_gpus": self.places.actor_gpu}
             handle = self._actor.options(**options).remote(self._stage_refs[stage])
             actor = Actor(handle, stage, time.monotonic())
-            ref = handle.load.remote()
-            actor.refs.append(ref)
+            actor.refs = [handle.place.remote(), handle.load.remote()]
             self.actors.append(actor)
-            self.flights[ref] = Flight(None, actor)
+            self.flights |= {ref: Flight(None, actor) for ref in actor.refs}
 
     def _release_idle(self, now: float) -> None:
         """Give back the places of models that have nothing to do."""
-        crowded = any(not actor.ready and now - actor.began > CROWDED_SECONDS for actor in self.actors)
+        crowded = any(not actor.placed and now - actor.began > CROWDED_SECONDS for actor in self.actors)
         for actor in [actor for actor in self.actors if actor.ready and not actor.refs]:
             idle = now - actor.idle_since
             if self._finished(actor.stage) or idle > IDLE_SECONDS or (crowded and idle > CROWDED_SECONDS):
@@ -240,7 +242,8 @@ class Driver:
         if flight.actor is not None:
             flight.actor.refs.remove(ref)
             flight.actor.idle_since = time.monotonic()
-            flight.actor.ready = True
+            flight.actor.placed = True
+            flight.actor.ready |= not message.get("placed")
         if flight.job is None or message.get("load"):
             if "error" in message:
                 assert flight.actor is not None or isinstance(flight.job, Job)
@@ -315,6 +318,8 @@ class Driver:
         if actor in self.actors:
             self._dismiss(actor)
         if flight.job is None:
+            if actor.refs[0] != ref:  # `place` and `load` are lost together, and count once
+                return
             self.lost_actors[actor.stage] += 1
             if self.lost_actors[actor.stage] >= self.max_attempts:
                 name = self.plan.stages[actor.stage].name

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
-from pipeline.plan import Plan, Stage
-from pipeline.progress import Progress
+from pipeline.plan import Plan
+from pipeline.progress import Progress, Snapshot
 from pipeline.sources import Source
+from pipeline.stages import Stage
 from pipeline.summary import BuildSummary, Work, summarize
 
 if TYPE_CHECKING:
@@ -102,13 +103,20 @@ def carry_out(
     plan = Plan(corpus, {source.name: source.units() for source in sources}, stages, columns, retry_failed)
     names = [source.name for source in sources]
     work: dict[str, Work] = {}
+
+    def say(note: str) -> None:
+        if progress is not None:
+            progress(Snapshot(time.monotonic() - began, [], [note]))
+
     if not plan.empty():
         read = {unit.source for unit in plan.units}
         with ExitStack() as stack:
             signals = stack.enter_context(_signals())
             for source in sources:
                 if source.name in read:
+                    say(f"source {source.name}: getting ready")
                     stack.enter_context(source.running())
+            say("starting the workers")
             stack.enter_context(_cluster())  # ends before the sources do: no worker shall see them gone
             from pipeline.driver import Driver
 

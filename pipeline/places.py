@@ -22,6 +22,7 @@ class Places:
     actor_gpu: float
     actors: int
     """Actors of all model stages together."""
+    actors_per_stage: int
 
     @classmethod
     def on(
@@ -41,7 +42,9 @@ class Places:
         models = max(models, 1)
         half = cpus / 2
         gpu = _floor(min(gpus_per_actor, gpus / models if gpus < models else gpus))
-        actors = int(gpus / gpu) if gpu else max(1, int(half / models / max(cpus_per_actor, 0.1))) * models
+        # without a GPU half of the CPUs is shared out evenly: on a small machine each model is loaded once
+        each = max(1, int(gpus / gpus_per_actor) if gpu else int(half / models / max(cpus_per_actor, 0.1)))
+        actors = int(gpus / gpu) if gpu else each * models
         task = _floor(min(cpus_per_task, cpus / 4))
         ingest = _floor(min(cpus_per_task / 2, cpus / 8))
         return cls(
@@ -52,6 +55,7 @@ class Places:
             actor_cpu=_floor(min(cpus_per_actor, half / max(actors, models))),
             actor_gpu=gpu,
             actors=actors,
+            actors_per_stage=each,
         )
 
 

@@ -4,38 +4,12 @@ from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from pipeline.corpus import Commit, Corpus, ShardRef
+from pipeline.corpus import Corpus, ShardRef
 from pipeline.errors import RequestError
 from pipeline.failures import failures
 from pipeline.records import UNITS
-
-IMAGES = "images"
-
-
-class ColumnInputs(Protocol):
-    """What the plan must know of a column."""
-
-    @property
-    def inputs(self) -> tuple[str, ...]: ...
-
-
-class Stage(Protocol):
-    """What the engine must know of a stage (`pipeline.stages.Stage` is one). Picklable."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def columns(self) -> Mapping[str, ColumnInputs]: ...
-
-    @property
-    def device(self) -> str: ...
-
-    def load(self) -> None: ...
-
-    def run(self, corpus: Corpus, ref: ShardRef, columns: Sequence[str]) -> list[Commit]: ...
+from pipeline.stages import IMAGES, Stage
 
 
 @dataclass(frozen=True)

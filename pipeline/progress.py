@@ -151,7 +151,8 @@ def shown(console: Console | None = None) -> Iterator[Progress]:
             def draw(snapshot: Snapshot) -> None:
                 for note in snapshot.notes:
                     live.console.print(note, markup=False, highlight=False)
-                last[:] = [snapshot]
+                if snapshot.lines:
+                    last[:] = [snapshot]
                 live.update(as_table(snapshot))
 
             yield draw
@@ -164,7 +165,7 @@ def shown(console: Console | None = None) -> Iterator[Progress]:
         nonlocal printed
         for note in snapshot.notes:
             console.print(note, markup=False, highlight=False, soft_wrap=True)
-        if snapshot.seconds - printed >= LINE_EVERY:
+        if snapshot.lines and snapshot.seconds - printed >= LINE_EVERY:
             printed = snapshot.seconds
             console.print(as_text(snapshot), markup=False, highlight=False, soft_wrap=True)
 

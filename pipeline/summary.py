@@ -7,8 +7,9 @@ from typing import Any
 
 from pipeline.corpus import Corpus
 from pipeline.failures import failures, read_failure
-from pipeline.plan import IMAGES, Plan
+from pipeline.plan import Plan
 from pipeline.records import UNITS
+from pipeline.stages import IMAGES
 
 UPSTREAM = "upstream"
 
@@ -62,8 +63,40 @@ class BuildSummary:
     @property
     def exit_status(self) -> int:
         """0, or 1 if something is set aside or more samples failed than the config allows."""
-        aside = self.units["set_aside"] or any(column.set_aside for column in self.columns.values())
+        aside = bool(self.units["set_aside"]) or any(column.set_aside for column in self.columns.values())
         return 1 if aside or self.too_many_failures else 0
+
+    def text(self) -> str:
+        """The summary for people: a table that adds up, and what is to be said beside it."""
+        units = self.units
+        lines = [] if self.worked else ["nothing to do: all that can be made is there"]
+        lines.append(f"corpus {self.corpus}: {units['read']:,} of {units['total']:,} units read")
+        width = max(map(len, self.columns), default=0)
+        lines.append(f"{'column':{width}}  {'shards':>13}  {'in':>11} = {'out':>11} + {'failed':>9}  {'images/s':>8}")
+        for name, column in self.columns.items():
+            shards = f"{column.committed:,}/{column.shards:,}"
+            rate = "" if column.rate is None else f"{column.rate:,.0f}"
+            counts = f"{column.inputs:>11,} = {column.out:>11,} + {column.failed:>9,}"
+            lines.append(f"{name:{width}}  {shards:>13}  {counts}  {rate:>8}")
+        for name, column in self.columns.items():
+            if column.reasons:
+                reasons = ", ".join(f"{reason} {count:,}" for reason, count in column.reasons.items())
+                lines.append(f"{name}: failed for {reasons}")
+            if column.waiting:
+                lines.append(
+                    f"{name}: {column.waiting:,} shards are not made; the columns that they come from are not there"
+                )
+        for entry in self.set_aside:
+            where, message = f"{entry['column']}/{entry['source']}/{entry['shard']}", entry["message"].splitlines()[0]
+            lines.append(f"set aside: {where}: {message}")
+        if self.set_aside:
+            lines.append("what was set aside is taken again with --retry-failed")
+        for name in self.too_many_failures:
+            share = self.columns[name].own_failures
+            lines.append(
+                f"{name}: {share:.1%} of its inputs failed, the config allows max_failures = {self.max_failures}"
+            )
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"exit_status": self.exit_status, "too_many_failures": self.too_many_failures}

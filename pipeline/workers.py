@@ -16,9 +16,9 @@ import ray
 
 from pipeline.corpus import Commit, Corpus, ShardRef, UnitCommit
 from pipeline.errors import RequestError
-from pipeline.plan import Stage
 from pipeline.records import commit_name
 from pipeline.sources import Source
+from pipeline.stages import Stage
 
 Ingest = Callable[[Corpus, Source, str, Callable[[dict[str, Any]], None]], UnitCommit]
 
@@ -113,6 +113,10 @@ class StageActor:
     def __init__(self, refs: list[Any]):
         end_with_parent()
         self._corpus, self._stage = ray.get(refs)
+
+    def place(self) -> dict[str, Any]:
+        """Answered as soon as the actor has its place."""
+        return {"placed": True}
 
     def load(self) -> dict[str, Any]:
         """Load the models; `{"error": ...}` if that fails."""
