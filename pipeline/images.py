@@ -1,0 +1,221 @@
+"""Untrusted bytes to pixels, and pixels to what is stored. Everything is bounded before it is decoded.
+
+What is taken: JPEG, PNG, WebP, AVIF, GIF and BMP with one picture in them. EXIF rotation is applied, palettes are
+resolved, transparency is laid on white, CMYK, gray and 16-bit become 8-bit RGB. Animations are refused: no frame of
+one is what its caption speaks of. ICC profiles are not applied.
+"""
+
+import io
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipeline.config import ImageOptions
+
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP")
+MEMBER_FORMATS = {"jpg": "jpeg", "png": "png", "webp": "webp"}
+ORIENTATION = 0x0112
+MAX_SCANS = 200  # of a progressive JPEG, which has about ten; each one costs a pass over the whole picture
+SHRINK_MARGIN = 1.25  # how much larger than what it is resized to a JPEG is decoded at least
+
+
+class BadImage(ValueError):
+    """An image that is not taken: `reason` is a short code to group by, the message one line for a person."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture, upright.
+
+    `width` and `height` are those of the whole picture; `pixels` (H, W, 3), uint8, RGB, may be a smaller version of it.
+    `plain`: other decoders, too, make these pixels of the bytes: nothing was rotated, laid on white or converted.
+    """
+
+    pixels: np.ndarray
+    width: int
+    height: int
+    format: str
+    plain: bool
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What ingest stores of an image. Sizes are those of the upright picture."""
+
+    data: bytes
+    width: int
+    height: int
+    original_width: int
+    original_height: int
+    format: str
+    """What came: `jpeg`, `png`, `webp`, `avif`, `gif` or `bmp`."""
+
+
+def prepare(data: bytes, options: ImageOptions) -> Prepared:
+    """Decode an image whole, and make of it what is stored: the bytes as they came where nothing must be changed.
+
+    Raises:
+        BadImage: as `decode` does, and with `too_small`.
+    """
+    image = decode(data, options.max_pixels, options.max_side)
+    short = min(image.width, image.height)
+    if short < options.min_side:
+        raise BadImage("too_small", f"{image.width}x{image.height}; the short side must have {options.min_side} pixels")
+    if options.max_side is not None and short > options.max_side:
+        pixels = resize_short_side(image.pixels, options.max_side)
+    elif image.plain and image.format == MEMBER_FORMATS[options.format]:
+        return Prepared(data, image.width, image.height, image.width, image.height, image.format)
+    else:
+        pixels = image.pixels
+    height, width = pixels.shape[:2]
+    return Prepared(encode(pixels, options), width, height, image.width, image.height, image.format)
+
+
+def decode(data: bytes, max_pixels: int, shrink_to: int | None = None) -> Decoded:
+    """Decode an image whole.
+
+    Args:
+        max_pixels: width times height, known from the header, above which nothing is decoded.
+        shrink_to: JPEGs may be decoded at a fraction of their size, as long as the short side stays this many pixels
+            and a quarter more: for a resize to `shrink_to`.
+
+    Raises:
+        BadImage: with the reason `not_an_image`, `bomb`, `truncated`, `damaged` or `animated`.
+    """
+    try:
+        if data.startswith(b"\xff\xd8\xff"):
+            return _decode_jpeg(data, max_pixels, shrink_to)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _bound(image.width, image.height, max_pixels)
+            if getattr(image, "is_animated", False):
+                raise BadImage("animated", f"{image.format} with several frames; expected one picture")
+            return _decode_pillow(image, str(image.format).lower())
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage("bomb", str(error)) from None
+    except UnidentifiedImageError:
+        reason = _fault(data) if _known(data) else "not_an_image"
+        raise BadImage(reason, f"no picture that can be read; it begins with {data[:24]!r}") from None
+    except Exception as error:  # decoders raise anything at all on damaged bytes; nothing but this image is at fault
+        text = f"{type(error).__name__}: {error}"
+        cut = isinstance(error, EOFError | struct.error) or any(w in text.lower() for w in ("truncat", "premature end"))
+        raise BadImage("truncated" if cut else _fault(data), text) from None
+
+
+def resize_short_side(pixels: np.ndarray, side: int) -> np.ndarray:
+    """(H, W, 3) uint8 so that the short side has `side` pixels: bicubic, antialiased; the long side is rounded down."""
+    height, width = pixels.shape[:2]
+    if min(height, width) == side:
+        return pixels
+    size = (side, side * height // width) if width <= height else (side * width // height, side)
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+
+
+def encode(pixels: np.ndarray, options: ImageOptions) -> bytes:
+    """(H, W, 3) uint8 as a member of the images column. The same pixels give the same bytes."""
+    if options.format == "jpg":
+        pixels = np.ascontiguousarray(pixels)
+        return simplejpeg.encode_jpeg(pixels, quality=options.quality, colorspace="RGB", colorsubsampling="444")
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, options.format, quality=options.quality)
+    return buffer.getvalue()
+
+
+def _decode_jpeg(data: bytes, max_pixels: int, shrink_to: int | None) -> Decoded:
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    _bound(width, height, max_pixels)
+    scans = data.count(b"\xff\xda")
+    if scans > MAX_SCANS:
+        raise BadImage("bomb", f"a JPEG of {scans} scans; at most {MAX_SCANS} are decoded")
+    if colours not in ("YCbCr", "RGB", "Gray"):
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            return _decode_pillow(image, "jpeg")
+    least: dict[str, Any] = {}
+    if shrink_to is not None and min(width, height) >= 2 * shrink_to * SHRINK_MARGIN:
+        least = {"min_" + side: int(shrink_to * SHRINK_MARGIN) for side in ("width", "height")} | {"min_factor": 2}
+    try:
+        pixels = simplejpeg.decode_jpeg(data, **least)
+    except ValueError as error:
+        # some cameras write stray bytes between a complete picture and its end marker
+        if "before marker 0xd9" not in str(error):
+            raise
+        pixels = simplejpeg.decode_jpeg(data, strict=False, **least)
+    orientation = _orientation(data)
+    if orientation >= 5:
+        width, height = height, width
+    return Decoded(_upright(pixels, orientation), width, height, "jpeg", plain=orientation == 1)
+
+
+def _orientation(data: bytes) -> int:
+    """EXIF's word on how a JPEG is rotated, 1 to 8; 1 (upright) if there is none or it cannot be read."""
+    if b"Exif\0\0" not in data:
+        return 1
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            found = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # a damaged note about a whole picture
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _decode_pillow(image: Image.Image, format_name: str) -> Decoded:
+    image.load()
+    turned = ImageOps.exif_transpose(image)
+    plain = image.mode in ("RGB", "L") and "transparency" not in image.info and turned.size == image.size
+    plain = plain and image.getexif().get(ORIENTATION, 1) == 1
+    if turned.mode.startswith("I"):  # 16 bits of gray
+        gray = np.asarray(turned)
+        rgb = np.repeat((gray.astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+    elif turned.has_transparency_data:
+        white = Image.new("RGBA", turned.size, "white")
+        rgb = np.asarray(Image.alpha_composite(white, turned.convert("RGBA")).convert("RGB"))
+    else:
+        rgb = np.asarray(turned.convert("RGB"))
+    return Decoded(rgb, turned.width, turned.height, format_name, plain)
+
+
+def _bound(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImage("bomb", f"{width}x{height} is {width * height} pixels; at most {max_pixels} are decoded")
+
+
+def _known(data: bytes) -> bool:
+    """Whether the bytes begin like an image of one of the formats."""
+    return (
+        data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM"))
+        or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+        or data[4:12] in (b"ftypavif", b"ftypavis")
+    )
+
+
+def _fault(data: bytes) -> str:
+    """`truncated` if the format says that more should come, else `damaged`."""
+    if data.startswith(b"\x89PNG"):
+        cut = b"IEND" not in data[-32:]
+    elif data.startswith(b"RIFF"):
+        cut = len(data) < 12 or int.from_bytes(data[4:8], "little") + 8 > len(data)
+    elif data.startswith(b"\xff\xd8"):
+        cut = b"\xff\xd9" not in data[-64:]
+    else:
+        cut = False
+    return "truncated" if cut else "damaged"

@@ -1,0 +1,61 @@
+"""Where images come from. A source is cut into units; reading a unit gives every input of it, in order."""
+
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from pipeline.config import BuildConfig
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a unit: the bytes that came, or the reason why none did, or neither if it was not wanted."""
+
+    ordinal: int
+    """Its number in the unit, from 0."""
+    key: str
+    data: bytes | None
+    origin: str = ""
+    caption: str = ""
+    license: str = ""
+    reason: str | None = None
+    detail: str = ""
+
+
+class Source(Protocol):
+    """A dataset adapter. Picklable: workers get copies."""
+
+    name: str
+
+    def stage(self) -> dict[str, Any]:
+        """What the inputs are made by, for the declaration; includes a hash of the list."""
+
+    def units(self) -> list[str]:
+        """The names of the units, in order."""
+
+    def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:
+        """Exactly one Input per input of the unit, in order; those that are not wanted are not fetched."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """Entered once, by the driver, around everything that reads."""
+
+
+def sources_of(config: "BuildConfig") -> list[Source]:
+    """The sources of a config.
+
+    Raises:
+        RequestError: a list that is not there, or cannot be read.
+    """
+    from pipeline.config import UrlsSource
+    from pipeline.sources.openmoji import Openmoji
+    from pipeline.sources.urls import Urls
+
+    sources: list[Source] = []
+    for name, options in config.sources.items():
+        if isinstance(options, UrlsSource):
+            sources.append(Urls(name, options.list, options.unit_inputs, options.fetch, options.limit, options.license))
+        else:
+            sources.append(Openmoji(name, options))
+    return sources

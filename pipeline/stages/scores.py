@@ -1,0 +1,117 @@
+"""`scores/basic`: what can be said of an image without a model."""
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.corpus import Commit, Corpus, ShardRef
+from pipeline.images import BadImage, decode
+from pipeline.stages import IMAGES, ColumnSpec, attempts, fail_upstream, image_bytes, latest, read_rows
+
+SCALARS = {
+    "width": "int32",
+    "height": "int32",
+    "aspect": "float32",
+    "sharpness": "float32",
+    "entropy": "float32",
+    "pixels_sha256": "string",
+    "phash": "string",
+}
+SHARPNESS_SIDE = 512  # the long side of the version that sharpness is measured on, so that sizes can be compared
+
+
+class BasicScores:
+    """Scores of the stored image: size, aspect (width / height), `sharpness`, `entropy`, `pixels_sha256`, `phash`."""
+
+    device = "cpu"
+
+    def __init__(self, name: str, max_pixels: int):
+        self.name = name
+        self.columns = {name: ColumnSpec({"stage": "scores/basic", "version": 1}, SCALARS, (IMAGES,))}
+        self._max_pixels = max_pixels
+
+    def load(self) -> None:
+        pass
+
+    def run(self, corpus: Corpus, ref: ShardRef, columns: Sequence[str]) -> list[Commit]:
+        images = latest(corpus, IMAGES, ref)
+        with ExitStack() as stack:
+            made = attempts(stack, corpus, ref, columns, [images])
+            for row in read_rows(corpus, images):
+                if not row.ok:
+                    fail_upstream(made, row.scalars, IMAGES)
+                    continue
+                for attempt in made.values():
+                    try:
+                        scores = basic_scores(decode(image_bytes(row.members), self._max_pixels).pixels)
+                    except BadImage as error:
+                        attempt.fail(row.row, row.key, error.reason, str(error))
+                    else:
+                        attempt.add(row.row, row.key, **scores)
+            return [attempt.commit() for attempt in made.values()]
+
+
+def basic_scores(pixels: np.ndarray) -> dict[str, Any]:
+    """The scores of (H, W, 3) uint8 RGB pixels.
+
+    - `sharpness`: the variance of the Laplacian (4 neighbours) of the luma, the long side reduced to 512 pixels
+    - `entropy`: of the luma's histogram of 256 bins, in bits (0 to 8)
+    - `pixels_sha256`: of the pixels' bytes, row by row, as 64 hex digits, after `<width>x<height>:`
+    - `phash`: 64-bit perceptual hash as 16 hex digits; near-equal pictures differ in few bits
+    """
+    height, width = pixels.shape[:2]
+    image = Image.fromarray(pixels)
+    luma = image.convert("L")
+    counts = np.array(luma.histogram(), np.float64)
+    shares = counts[counts > 0] / counts.sum()
+    scale = SHARPNESS_SIDE / max(width, height)
+    small = luma
+    if scale < 1:
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        small = luma.resize(size, Image.Resampling.BICUBIC)
+    digest = hashlib.sha256(f"{width}x{height}:".encode())
+    digest.update(pixels.tobytes())
+    return {
+        "width": width,
+        "height": height,
+        "aspect": width / height,
+        "sharpness": _laplacian_variance(np.asarray(small)),
+        "entropy": float(-(shares * np.log2(shares)).sum()) + 0.0,
+        "pixels_sha256": digest.hexdigest(),
+        "phash": perceptual_hash(luma),
+    }
+
+
+def perceptual_hash(luma: Image.Image) -> str:
+    """The DCT hash: which of the 8x8 lowest frequencies of the 32x32 picture lie above their median.
+
+    The zero frequency stays out of the median. 64 bits as 16 hex digits, row by row, the first bit highest.
+    """
+    small = np.asarray(luma.resize((32, 32), Image.Resampling.BICUBIC), np.float64)
+    # rounded so that a flat picture's frequencies are zero, not noise
+    low = (_dct8() @ small @ _dct8().T).round(6).ravel()
+    bits = low > np.median(low[1:])
+    return np.packbits(bits).tobytes().hex()
+
+
+@lru_cache(maxsize=1)
+def _dct8() -> np.ndarray:
+    """The first 8 rows of the orthonormal DCT-II matrix of size 32."""
+    k, n = np.arange(8)[:, None], np.arange(32)[None, :]
+    matrix = np.cos(np.pi * (2 * n + 1) * k / 64) * np.sqrt(2 / 32)
+    matrix[0] /= np.sqrt(2)
+    return matrix
+
+
+def _laplacian_variance(luma: np.ndarray) -> float:
+    """0 for a picture without an inner pixel."""
+    if min(luma.shape) < 3:
+        return 0.0
+    values = luma.astype(np.float32)
+    inner = values[:-2, 1:-1] + values[2:, 1:-1] + values[1:-1, :-2] + values[1:-1, 2:] - 4 * values[1:-1, 1:-1]
+    return float(inner.var(dtype=np.float64))
