@@ -159,7 +159,7 @@ def _aliases(known: Iterable[str], short_names: Iterable[str]) -> tuple[str, ...
 
 @lru_cache(maxsize=1)
 def catalogue() -> tuple[Emoji, ...]:
-    """The drawings that `emoji` can name, by file name: no skin-tone variants, no private-use extras (1,918 in 17.0)."""
+    """The drawings that `emoji` can name, by file name; no skin-tone variants, no private-use extras (17.0: 1,918)."""
     found = []
     for code, path in svg_files().items():
         text = characters(code)
