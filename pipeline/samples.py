@@ -29,7 +29,10 @@ SELECTION = pa.schema(
     ]
 )
 READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI)  # multi is PIVOT
-CONFINED = {"enable_external_access": "false", "python_enable_replacements": "false"}  # the SQL may be a stranger's
+CONFINED: dict[str, str | bool | int | float | list[str]] = {  # the SQL may be a stranger's
+    "enable_external_access": False,
+    "python_enable_replacements": False,
+}
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
