@@ -226,8 +226,8 @@ class StageData:
                 f"{world} processes share {self.lanes.count} lanes of {len(index)} samples: "
                 f"the number of processes must divide {self.lanes.count}"
             )
-        self.text = list(recipe.text)
-        self.text_bounds = np.cumsum(list(recipe.text.values())) / sum(recipe.text.values())
+        self.text = sorted(recipe.text)  # what is drawn depends on no order in the file
+        self.text_bounds = np.cumsum([recipe.text[name] for name in self.text]) / sum(recipe.text.values())
         self.latent_shape, self.text_width = shapes(cache, index, stage.latents, self.text)
         self.tokens = math.prod(self.latent_shape[1:]) // patch_size**2 if stage.mask_ratio > 0 else None
 

@@ -29,7 +29,8 @@ def write_shard(corpus: Corpus, column: str, ref: ShardRef, inputs: list, genera
                 attempt.add(row, key, caption=f"drawing {number} {row}", tokens=3)
             elif column.startswith("latents/"):
                 side = int(column.rpartition("-")[2]) // 8
-                latent = rng.normal(size=(4, side, side)).astype(np.float16)
+                latent = np.full((4, side, side), 0.8) + 0.2 * rng.normal(size=(4, side, side))  # something to learn
+                latent = latent.astype(np.float16)
                 latent[0, 0, 0] = (number * 16 + row) / 256
                 attempt.add(row, key, {"npy": array_bytes(latent)})
             else:
@@ -76,10 +77,10 @@ MODEL = {
 STAGE = {"latents": "latents/demo-32", "batch": 16, "learning_rate": 1e-3, "ema_half_life": 200}
 
 
-def build_recipe(corpus: Corpus, out: Path, **fields) -> Recipe:
+def build_recipe(of: Corpus, out: Path | str, **fields) -> Recipe:
     """A recipe of seconds: two stages on the made-up corpus."""
     base = {
-        "name": "test", "corpus": corpus.url, "out": str(out), "seed": 3, "model": MODEL, "lanes": 8,
+        "name": "test", "corpus": of.url, "out": str(out), "seed": 3, "model": MODEL, "lanes": 8,
         "shuffle_window": 2,
         "text": {"text/tiny@source": 0.7, "text/tiny@long": 0.3}, "text_lengths": [4, 8, 16, 32], "precision": "fp32",
         "stages": [
@@ -102,4 +103,4 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 @pytest.fixture
 def recipe(corpus: Corpus, tmp_path: Path) -> Callable[..., Recipe]:
-    return lambda **fields: build_recipe(corpus, tmp_path / "run", **fields)
+    return lambda **fields: build_recipe(**{"of": corpus, "out": tmp_path / "run"} | fields)

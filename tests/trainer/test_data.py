@@ -1,0 +1,267 @@
+import threading
+from collections import Counter
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.corpus import Corpus
+from pipeline.errors import RequestError
+from pipeline.shards import array_bytes, array_from_bytes
+from tests.trainer.conftest import build_corpus, build_recipe
+from trainer.data import Draw, Lanes, ShardCache, StageData, in_thread, pad_text
+from trainer.samples import SampleIndex, open_samples
+
+
+def made_up_index(sizes: list[int]) -> SampleIndex:
+    rows = np.concatenate([np.arange(n, dtype=np.int32) for n in sizes])
+    shard = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    return SampleIndex([("art", f"s{i}") for i in range(len(sizes))], shard, rows)
+
+
+def sequence(lanes: Lanes, batch: int, steps: int, world: int = 1, start: int = 0) -> list[list[int]]:
+    """The global batches from step `start`, put together from the parts of `world` processes."""
+    batches = []
+    for step in range(start, start + steps):
+        whole = [-1] * batch
+        for rank in range(world):
+            for row, position in zip(*lanes.batch(step * batch, batch, rank, world), strict=True):
+                assert whole[row] == -1
+                whole[row] = int(position)
+        batches.append(whole)
+    return batches
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(lambda s: sum(s) > 0),
+    lanes=st.sampled_from([1, 4, 8, 12]),
+    each=st.integers(1, 3),
+    window=st.integers(1, 4),
+    seed=st.integers(0, 2**40),
+)
+def test_every_epoch_of_a_lane_has_each_of_its_samples_once(sizes, lanes, each, window, seed) -> None:
+    index = made_up_index(sizes)
+    order = Lanes(index, lanes, seed, window)
+    assert lanes % order.count == 0 and order.count <= len(index)
+    owned = []
+    for lane in range(order.count):
+        size = len(index) * (lane + 1) // order.count - len(index) * lane // order.count
+        first, second = order.samples(lane, 0, size).tolist(), order.samples(lane, size, size).tolist()
+        assert sorted(first) == sorted(second)
+        owned += first
+        # any stretch, whatever was asked before, is the same
+        stretch = Lanes(index, lanes, seed, window).samples(lane, 3, 2 * size).tolist()
+        assert order.samples(lane, 3, 2 * size).tolist() == stretch
+        assert stretch[: max(2 * size - 3, 0)] == (first + second)[3:]
+    assert sorted(owned) == list(range(len(index)))  # lanes own all, and nothing twice
+    batch = order.count * each
+    assert sequence(order, batch, 3, start=2) == sequence(Lanes(index, lanes, seed, window), batch, 5)[2:]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_sequence_is_the_same_for_any_number_of_processes(world: int) -> None:
+    index = made_up_index([30, 50, 17, 41])
+    assert sequence(Lanes(index, 8, 7, 2), 16, 12, world) == sequence(Lanes(index, 8, 7, 2), 16, 12)
+
+
+def test_lane_sizes_differ_by_one_at_most_and_row_i_is_of_lane_i_mod_lanes() -> None:
+    index = made_up_index([30, 50, 17, 41])
+    lanes = Lanes(index, 8, 7, 2)
+    owner = {}
+    for lane in range(8):
+        for position in lanes.samples(lane, 0, 138 // 8).tolist():
+            owner[position] = lane
+    assert set(Counter(owner.values()).values()) == {17}
+    for batch in sequence(lanes, 16, 8):
+        assert all(owner.get(position, i % 8) == i % 8 for i, position in enumerate(batch))
+
+
+def test_seed_and_epoch_change_the_order_and_the_window_bounds_the_shuffle() -> None:
+    index = made_up_index([20] * 12)
+    lanes = Lanes(index, 2, 1, 3)
+    first, second = lanes.samples(0, 0, 120), lanes.samples(0, 120, 120)
+    assert first.tolist() != second.tolist()
+    assert first.tolist() != Lanes(index, 2, 2, 3).samples(0, 0, 120).tolist()
+    for start in range(0, 120, 60):  # three whole shards of 20 rows, mixed
+        part = first[start : start + 60]
+        assert len(set(index.shard[part])) == 3
+        assert len(set(index.shard[part[:20]])) > 1
+
+
+def test_order_is_pinned() -> None:
+    """A change of this order breaks every run that is resumed: it must be meant, and told."""
+    lanes = Lanes(made_up_index([5, 9, 6]), 4, 11, 2)
+    assert sequence(lanes, 4, 6) == [
+        [4, 6, 12, 16], [1, 9, 14, 19], [2, 7, 10, 17], [3, 5, 11, 15], [0, 8, 13, 18], [1, 9, 11, 17],
+    ]  # fmt: skip
+
+
+def test_fewer_samples_than_lanes() -> None:
+    assert Lanes(made_up_index([5]), 128, 0, 4).count == 4
+    assert Lanes(made_up_index([7]), 12, 0, 4).count == 6
+
+
+@pytest.fixture
+def stage_data(corpus: Corpus, tmp_path):
+    opened = []
+
+    def make(rank: int = 0, world: int = 1, number: int = 0, max_bytes: int = 1 << 30, of: Corpus = corpus, **fields):
+        recipe = build_recipe(of, tmp_path / "run", **fields)
+        found = open_samples(recipe)
+        cache = ShardCache(of, found.columns, max_bytes)
+        opened.append(cache)
+        return StageData(recipe, recipe.stages[number], found.stages[number], cache, 2, rank, world)
+
+    yield make
+    for cache in opened:
+        cache.close()
+
+
+def stored(corpus: Corpus, column: str, where: tuple[str, str], row: int) -> np.ndarray:
+    """The slow and plain way to one array."""
+    commit = next(c for c in corpus.commits(column) if (c.source, c.shard) == where)
+    line = corpus.sidecar(commit).slice(row, 1).to_pylist()[0]
+    assert line["row"] == row
+    return array_from_bytes(corpus.store.get_range(commit.object.name, line["offset"], line["size"]))
+
+
+def test_batches_hold_what_the_columns_hold_joined_by_row(corpus: Corpus, stage_data) -> None:
+    data = stage_data(caption_dropout=0.3)
+    dropped = columns = 0
+    for step, batch in enumerate(data.batches(0, 0, 4)):
+        (micro,) = batch.micro_batches
+        draw = Draw.of(3, step, 16, (4, 4, 4), 4)
+        for i, position in enumerate(batch.positions.tolist()):
+            where, row = data.index.shards[data.index.shard[position]], int(data.index.row[position])
+            assert np.array_equal(micro.latents[i], stored(corpus, "latents/demo-32", where, row))
+            length = int(micro.text_mask[i].sum())
+            assert not micro.text[i, length:].any()
+            if draw.dropout[i] < 0.3:
+                dropped += 1
+                assert not micro.text[i].any()
+            else:
+                column = "text/tiny@long" if draw.caption[i] < 0.3 else "text/tiny@source"
+                columns += column.endswith("long")
+                assert np.array_equal(micro.text[i, :length], stored(corpus, column, where, row))
+        assert torch.equal(micro.noise, draw.noise) and torch.equal(micro.permutation, draw.permutation)
+        assert micro.text.shape[1] in (4, 8, 16, 32)
+    assert dropped and columns
+
+
+def test_batches_are_the_same_for_any_number_of_processes_micro_batches_and_start(stage_data) -> None:
+    def rows(data: StageData, step: int, count: int) -> dict:
+        """Everything about each global row, by step and row."""
+        found = {}
+        for s, batch in enumerate(data.batches(step, step * 16, count), step):
+            rows, positions = data.lanes.batch(s * 16, 16, data.rank, data.world)
+            assert positions.tolist() == batch.positions.tolist()
+            parts = [
+                (p.latents[i], p.text[i][p.text_mask[i]], p.sigma_normal[i], p.noise[i], p.permutation[i])
+                for p in batch.micro_batches
+                for i in range(len(p.latents))
+            ]
+            found |= {(s, row): part for row, part in zip(rows.tolist(), parts, strict=True)}
+        return found
+
+    alone = rows(stage_data(), 0, 6)
+    stage = {"latents": "latents/demo-32", "batch": 16, "learning_rate": 1e-3, "steps": 9, "mask_ratio": 0.5}
+    others = [
+        rows(stage_data(rank=0, world=2), 0, 6) | rows(stage_data(rank=1, world=2), 0, 6),
+        {k: v for rank in range(4) for k, v in rows(stage_data(rank=rank, world=4), 0, 6).items()},
+        rows(stage_data(stages=[stage | {"micro_batch": 5}]), 0, 6),
+        {k: v for k, v in alone.items() if k[0] < 2} | rows(stage_data(), 2, 4),
+    ]
+    for other in others:
+        assert other.keys() == alone.keys() and len(alone) == 96
+        for key, parts in alone.items():
+            assert all(torch.equal(a, b) for a, b in zip(parts, other[key], strict=True)), key
+
+
+def test_a_small_cache_gives_the_same_batches_and_stays_small(stage_data) -> None:
+    plenty, tight = stage_data(), stage_data(max_bytes=60_000)
+    for a, b in zip(plenty.batches(0, 0, 12), tight.batches(0, 0, 12), strict=True):
+        assert torch.equal(a.micro_batches[0].latents, b.micro_batches[0].latents)
+        assert torch.equal(a.micro_batches[0].text, b.micro_batches[0].text)
+    tight.cache.trim()
+    assert tight.cache.bytes <= 60_000
+    assert plenty.cache.reads == 18  # 6 shards of 3 columns, each read once
+    assert tight.cache.reads > 18
+
+
+def test_masks_are_drawn_only_where_they_are_used(stage_data) -> None:
+    masked, plain = stage_data(number=0), stage_data(number=1)
+    a, b = next(masked.batches(0, 0, 1)), next(plain.batches(0, 0, 1))
+    assert a.micro_batches[0].permutation is not None and b.micro_batches[0].permutation is None
+    assert torch.equal(a.micro_batches[0].noise, b.micro_batches[0].noise)
+
+
+def test_processes_must_divide_the_lanes(stage_data) -> None:
+    with pytest.raises(RequestError, match="3 processes share 8 lanes"):
+        stage_data(world=3)
+
+
+def test_text_columns_of_different_widths_are_refused(tmp_path, stage_data) -> None:
+    corpus = build_corpus(tmp_path / "c", units=1, shards=1)
+    corpus.declare_column("text/wide@source", {"stage": "text"})
+    (source,) = corpus.commits("captions/source")
+    with corpus.attempt("text/wide@source", source.ref, [source]) as attempt:
+        for row in range(16):
+            attempt.add(row, f"k0-{row}", {"npy": array_bytes(np.zeros((2, 24), np.float16))})
+        attempt.commit()
+    with pytest.raises(RequestError, match="differ in width"):
+        stage_data(of=corpus, text={"text/tiny@source": 1, "text/wide@source": 1})
+
+
+def test_a_damaged_shard_is_named(tmp_path, stage_data) -> None:
+    corpus = build_corpus(tmp_path / "c", units=1, shards=1)
+    data = stage_data(of=corpus)
+    (commit,) = corpus.commits("latents/demo-32")
+    path = tmp_path / "c" / commit.object.name
+    path.write_bytes(path.read_bytes()[:3000])
+    data.cache = ShardCache(corpus, data.cache.columns, 1 << 30)
+    with (
+        closing(data.cache),
+        pytest.raises(RequestError, match=r"latents/demo-32, shard art-000000-00, row \d+: .*damaged"),
+    ):
+        next(data.batches(0, 0, 1))
+
+
+def test_padding() -> None:
+    texts = [np.ones((n, 3), np.float16) for n in (2, 5, 1)]
+    padded, mask = pad_text(texts, [4, 8, 16])
+    assert padded.shape == (3, 8, 3) and mask.sum(axis=1).tolist() == [2, 5, 1]
+    assert padded.sum() == 3 * 8
+    with pytest.raises(RequestError, match="17 tokens, the last length is 16; add 17"):
+        pad_text([np.ones((17, 3), np.float16)], [4, 8, 16])
+
+
+def test_draws_depend_on_seed_and_step_alone() -> None:
+    a, b = Draw.of(1, 5, 8, (4, 2, 2), 4), Draw.of(1, 5, 8, (4, 2, 2), None)
+    assert torch.equal(a.noise, b.noise) and b.permutation is None
+    assert a.permutation is not None and a.permutation.sort(dim=1).values.tolist() == [[0, 1, 2, 3]] * 8
+    for other in (Draw.of(1, 6, 8, (4, 2, 2), 4), Draw.of(2, 5, 8, (4, 2, 2), 4)):
+        assert not torch.equal(a.noise, other.noise)
+        assert not torch.equal(a.sigma_normal, other.sigma_normal)
+        assert not np.array_equal(a.caption, other.caption)
+    assert not np.array_equal(a.caption, a.dropout)
+
+
+def test_in_thread_gives_all_raises_what_was_raised_and_ends_its_thread() -> None:
+    assert list(in_thread(iter(range(50)))) == list(range(50))  # type: ignore[arg-type]
+
+    def broken():
+        yield 1
+        raise RequestError("shard x is damaged")
+
+    items = in_thread(broken())
+    assert next(items) == 1
+    with pytest.raises(RequestError, match="shard x"):
+        next(items)
+    endless = in_thread(iter(int, 1))  # type: ignore[arg-type]
+    next(endless)
+    endless.close()
+    assert not [t for t in threading.enumerate() if t.name == "batches"]

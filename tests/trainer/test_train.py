@@ -1,0 +1,321 @@
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from model.checkpoint import load_model
+from pipeline.corpus import Corpus
+from pipeline.errors import RequestError
+from tests.trainer.conftest import STAGE, build_corpus
+from trainer.recipe import StageRecipe
+from trainer.train import Learner, learning_rate, train
+
+
+def losses(out: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())}
+
+
+def state(out: Path, step: int) -> dict:
+    return json.loads((out / "checkpoints" / f"step-{step:08d}" / "state.json").read_text())
+
+
+def tensors(out: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(out / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch):
+    """Do something before the n-th step of this process is taken."""
+    original = Learner.step
+
+    def plan(number: int, action) -> None:
+        count = 0
+
+        def step(self, *args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == number:
+                action()
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(Learner, "step", step)
+
+    return plan
+
+
+def test_a_run_learns_logs_and_leaves_what_generation_needs(recipe, tmp_path) -> None:
+    stage = STAGE | {"steps": 60, "learning_rate": 3e-3}
+    summary = train(recipe(stages=[stage], log_every=10, checkpoint_every=100))
+    assert summary["images"] == 960 and summary["steps"] == 60 and summary["skipped"] == 0 and summary["signal"] == 0
+    found = losses(tmp_path / "run")
+    assert list(found) == [10, 20, 30, 40, 50, 60]
+    assert found[60] < 0.97 * found[10]
+    folder = Path(summary["checkpoint"])
+    net, ema = load_model(folder / "model.safetensors"), load_model(folder / "ema.safetensors")
+    assert summary["parameters"] == sum(p.numel() for p in net.parameters())
+    assert not torch.equal(net.final_layer.linear.weight, ema.final_layer.linear.weight)
+    info = json.loads((folder / "generate.json").read_text())
+    assert info["latent_shape"] == [4, 4, 4]
+    assert info["latents"] == {"stage": "latents", "autoencoder": "demo", "resolution": 32}
+    assert info["text"] == {"stage": "text", "encoder": "tiny"}
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("step", [3, 6, 7, 10, 12])
+def test_killed_and_run_again_gives_the_same_losses_bit_by_bit(recipe, at_step, tmp_path, monkeypatch, step) -> None:
+    whole = recipe(out=str(tmp_path / "whole"))
+    train(whole)
+
+    def die() -> None:
+        raise Killed
+
+    with monkeypatch.context():
+        at_step(step, die)
+        with pytest.raises(Killed):
+            train(recipe())
+    monkeypatch.undo()
+    (tmp_path / "run" / "log.jsonl").open("a").write('{"step": 9, "los')  # a kill may tear the last line
+    summary = train(recipe())
+    assert summary["steps"] == 12
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "run")) == 12
+    for name in ("model", "ema", "optimizer"):
+        a, b = tensors(tmp_path / "run", 12, name), tensors(tmp_path / "whole", 12, name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_and_the_run_goes_on(recipe, at_step, tmp_path, monkeypatch, number) -> None:
+    train(recipe(out=str(tmp_path / "whole"), log_every=4))
+    before = signal.getsignal(number)
+    at_step(6, lambda: os.kill(os.getpid(), number))
+    summary = train(recipe(log_every=4))
+    assert signal.getsignal(number) is before
+    assert (summary["signal"], summary["steps"]) == (number, 6)
+    assert state(tmp_path / "run", 6)["progress"]["stage_step"] == 1
+    monkeypatch.undo()
+    assert train(recipe(log_every=4))["signal"] == 0
+    # the line of step 8 is a mean of steps before and after the stop
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_finished_run_has_nothing_to_do(recipe, tmp_path, capsys) -> None:
+    first = train(recipe())
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    capsys.readouterr()
+    assert train(recipe()) == first
+    assert (tmp_path / "run" / "log.jsonl").read_text() == log
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_micro_batches_change_nothing_but_rounding(recipe, tmp_path) -> None:
+    stages = [STAGE | {"steps": 4, "mask_ratio": 0.5}]
+    train(recipe(stages=stages, out=str(tmp_path / "a")))
+    train(recipe(stages=[stages[0] | {"micro_batch": 6}], out=str(tmp_path / "b")))
+    assert list(losses(tmp_path / "b").values()) == pytest.approx(list(losses(tmp_path / "a").values()), rel=1e-5)
+
+
+def test_steps_with_a_gradient_that_is_not_finite_are_skipped_and_counted(recipe, tmp_path, monkeypatch) -> None:
+    from trainer.data import StageData
+
+    original = StageData._batch
+
+    def spoiled(self, step, seen):
+        batch = original(self, step, seen)
+        if step in (2, 7):
+            batch.micro_batches[0].noise[0] = math.nan
+        return batch
+
+    monkeypatch.setattr(StageData, "_batch", spoiled)
+    summary = train(recipe(log_every=2, checkpoint_every=1, checkpoint_keep=20))
+    assert summary["skipped"] == 2
+    before, after = tensors(tmp_path / "run", 2), tensors(tmp_path / "run", 3)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    before, after = tensors(tmp_path / "run", 2, "optimizer"), tensors(tmp_path / "run", 3, "optimizer")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())
+    assert not torch.equal(tensors(tmp_path / "run", 3)["final_layer.linear.weight"], torch.zeros(1)) and all(
+        value.isfinite().all() for value in tensors(tmp_path / "run", 12).values()
+    )
+
+
+def test_a_run_that_learns_nothing_any_more_ends(recipe, tmp_path, monkeypatch) -> None:
+    from trainer.data import StageData
+
+    original = StageData._batch
+
+    def spoiled(self, step, seen):
+        batch = original(self, step, seen)
+        batch.micro_batches[0].noise[0] = math.nan
+        return batch
+
+    monkeypatch.setattr(StageData, "_batch", spoiled)
+    with pytest.raises(RequestError, match="step 3: the last 3 gradients were not finite"):
+        train(recipe())
+
+
+def test_time_budget_shortens_all_stages_once(recipe, tmp_path, at_step, monkeypatch, capsys) -> None:
+    stages = [STAGE | {"images": 400_000, "mask_ratio": 0.5, "warmup": 80_000}, STAGE | {"images": 1_200_000}]
+    budget = recipe(stages=stages, time_budget=6, log_every=20, checkpoint_every=10_000)
+    # 2 x 11 steps measure the speed
+    at_step(30, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = train(budget)
+    said = capsys.readouterr().out
+    assert "time budget: at " in said and "1,600,000 images would take" in said
+    lengths = state(tmp_path / "run", stopped["steps"])["progress"]["lengths"]
+    assert stopped["steps"] == 8 and 0 < stopped["scale"] < 0.5
+    assert lengths[1] == pytest.approx(3 * lengths[0], rel=0.1)
+    monkeypatch.undo()
+    assert train(budget.model_copy(update={"time_budget": 1e9}))["steps"] == sum(lengths)
+
+
+def test_time_budget_that_is_enough_changes_nothing(recipe, tmp_path) -> None:
+    summary = train(recipe(time_budget=1000))
+    assert summary["scale"] == 1 and summary["steps"] == 12
+    train(recipe(out=str(tmp_path / "other")))
+    assert losses(tmp_path / "run") == losses(tmp_path / "other")
+
+
+def test_another_recipe_or_other_samples_are_refused(recipe, tmp_path) -> None:
+    corpus = build_corpus(tmp_path / "c", units=1, shards=3)
+    own = {"of": corpus}
+    train(recipe(**own))
+    for fields, name in (({"seed": 4}, "seed"), ({"stages": [STAGE | {"steps": 2}]}, "stages")):
+        with pytest.raises(RequestError, match=f"was made with {name} = .*put it back, or set out"):
+            train(recipe(**own, **fields))
+    train(recipe(**own, log_every=3, checkpoint_every=50, cache_mb=1))
+    build_corpus(tmp_path / "c", units=2, shards=3)
+    with pytest.raises(RequestError, match=r"made on 48 samples of latents/demo-32 .* now give 96"):
+        train(recipe(**own))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": {"dim": 30}}, "model: .*dim=30"),
+        ({"model": {"dimension": 32}}, "model: .*dimension.*expected arguments of MicroDiT"),
+        ({"model": {"preset": "huge"}}, "preset = 'huge': expected one of xl_2, tiny_2"),
+        ({"model": {"in_channels": 16}}, "in_channels = 16: the columns say 4"),
+        ({"corpus": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"text": {"text/other@source": 1.0}}, "text/other@source"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_refused(recipe, fields, message) -> None:
+    with pytest.raises(RequestError, match=message):
+        train(recipe(**fields))
+
+
+def test_stages_may_differ_in_resolution_and_moving_average(recipe, tmp_path) -> None:
+    stages = [
+        STAGE | {"steps": 3, "ema_half_life": None},
+        STAGE | {"steps": 3, "latents": "latents/demo-64", "batch": 8, "mask_ratio": 0.75},
+    ]
+    summary = train(recipe(stages=stages, checkpoint_every=1, checkpoint_keep=9))
+    assert summary["images"] == 3 * 16 + 3 * 8
+    assert not (tmp_path / "run" / "checkpoints" / "step-00000002" / "ema.safetensors").exists()
+    weights, ema = tensors(tmp_path / "run", 4), tensors(tmp_path / "run", 4, "ema")
+    assert all(torch.equal(weights[key], ema[key]) for key in weights)  # it begins with the weights of its first step
+    share, before, now = 1 - 0.5 ** (8 / 200), ema, tensors(tmp_path / "run", 5)
+    after = tensors(tmp_path / "run", 5, "ema")
+    for key in before:
+        torch.testing.assert_close(after[key], before[key] + share * (now[key] - before[key]))
+    assert json.loads(Path(summary["checkpoint"], "generate.json").read_text())["latent_shape"] == [4, 8, 8]
+
+
+def test_learning_rate() -> None:
+    stage = StageRecipe(
+        latents="l", steps=100, batch=10, warmup=100, learning_rate=1.0, schedule="cosine", final_learning_rate=0.1
+    )
+    rates = [learning_rate(stage, step, 110) for step in range(111)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[9] == pytest.approx(10 / 11) and rates[10] == 1
+    assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    linear = stage.model_copy(update={"schedule": "linear", "warmup": 0})
+    assert [learning_rate(linear, step, 10) for step in (0, 5, 10)] == pytest.approx([1, 0.55, 0.1])
+    constant = stage.model_copy(update={"schedule": "constant"})
+    assert [learning_rate(constant, step, 60, scale=0.5) for step in (4, 5, 59)] == pytest.approx([5 / 6, 1, 1])
+
+
+# -- as a command ----------------------------------------------------------------------------------------------------
+
+
+def command(path: Path, *overrides: str, processes: int = 0) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
+    return [sys.executable, *torchrun, "-m", "trainer", str(path), *overrides]
+
+
+@pytest.fixture
+def yaml_recipe(recipe, tmp_path):
+    def write(**fields) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe(**fields).model_dump(mode="json", exclude_none=True)))
+        return path
+
+    return write
+
+
+def test_two_processes_give_the_losses_of_one(recipe, yaml_recipe, tmp_path) -> None:
+    stages = [STAGE | {"steps": 3, "mask_ratio": 0.5, "micro_batch": 5}, STAGE | {"steps": 2}]
+    train(recipe(stages=stages, out=str(tmp_path / "one")))
+    path = yaml_recipe(stages=stages)
+    done = subprocess.run(command(path, processes=2), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "run")
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
+    assert two.keys() == one.keys()
+    # and one process goes on where two were
+    done = subprocess.run(command(path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "finished: 80 of 80 images" in done.stdout
+
+
+def test_sigkill_and_sigterm_of_the_real_command(recipe, yaml_recipe, tmp_path) -> None:
+    stages = [STAGE | {"steps": 150}]
+    path = yaml_recipe(stages=stages, checkpoint_every=5)
+    whole = recipe(stages=stages, out=str(tmp_path / "whole"), checkpoint_every=1000)
+    train(whole)
+
+    def run_until(step: int, number: int) -> int:
+        process = subprocess.Popen(command(path), stdout=subprocess.DEVNULL)
+        log = tmp_path / "run" / "log.jsonl"
+        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= step):
+            time.sleep(0.02)
+        process.send_signal(number)
+        return process.wait()
+
+    assert run_until(12, signal.SIGKILL) == -signal.SIGKILL
+    assert run_until(40, signal.SIGTERM) == 143
+    done = subprocess.run(command(path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on after" in done.stdout
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_wrong_request_ends_with_status_2_and_one_message(yaml_recipe) -> None:
+    done = subprocess.run(command(yaml_recipe(), "corpus=/nowhere"), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "corpus /nowhere: there is no corpus.json" in done.stderr
+
+
+def test_the_corpus_is_only_read(corpus: Corpus, recipe) -> None:
+    def listing() -> list[str]:
+        return sorted(item.name for item in corpus.store.list())
+
+    before = listing()
+    train(recipe())
+    assert listing() == before
