@@ -1,0 +1,345 @@
+"""The command line: `microdit --help`. What is heavy is imported by the command that needs it."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from pipeline.errors import RequestError
+
+
+class Commands(TyperGroup):
+    """Exit status 2 with one message if the request is wrong, 128 + the signal's number if one ended the command."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RequestError as error:
+            print(f"microdit: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt as stopped:
+            print(f"\nmicrodit: {stopped or 'stopped; run the same command again and it goes on'}", file=sys.stderr)
+            raise typer.Exit(128 + getattr(stopped, "signum", signal.SIGINT)) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="microdit",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Build a latent corpus of image-caption pairs, look at it, and train a MicroDiT on it.
+
+    **The whole road, small:** `microdit demo`
+
+    **Step by step:**
+
+    - `microdit build configs/demo.yaml --corpus my/corpus`
+
+    - `microdit query my/corpus "SELECT status, count(*) FROM samples GROUP BY 1"`
+
+    - `microdit select my/corpus large "SELECT source, shard, row FROM samples WHERE status = 'ok' AND width >= 128"`
+
+    - `microdit train configs/recipes/demo.yaml corpus=my/corpus selection=large out=my/run`
+
+    - `microdit generate --checkpoint my/run --prompt "red apple"`
+
+    Whatever was stopped goes on when the same command is run again. Exit status: 0 done, 1 too much failed,
+    2 the request is wrong (the message says what), 130 or 143 stopped by a signal.
+    """,
+)
+
+CorpusUrl = Annotated[
+    str, typer.Argument(metavar="CORPUS", help="A folder, or s3://bucket/prefix (gs://, az://).", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Sql = Annotated[str, typer.Argument(metavar="SQL", help="One SELECT over the view `samples`.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the file, e.g. shard_samples=64.", show_default=False),
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where everything goes.")] = Path("runs/demo"),
+) -> None:
+    """Everything, small, on built-in data: a corpus, a training, pictures, and a page to look at."""
+    from pipeline.demo import run_demo
+
+    raise typer.Exit(run_demo(out))
+
+
+@app.command()
+def build(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/demo.yaml.")],
+    overrides: Overrides = None,
+    corpus: Annotated[str | None, typer.Option(metavar="URL", help="The corpus, in place of the config's.")] = None,
+    columns: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Make these columns alone; `images` reads the sources.")
+    ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Take again what was set aside.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build a corpus, or go on with it: everything the config asks for that is not there.
+
+    **Examples**
+
+    - `microdit build configs/demo.yaml --corpus my/corpus`
+
+    - `microdit build configs/demo.yaml --columns images,captions/source`
+
+    - `microdit build configs/demo.yaml --retry-failed resources.cpus_per_task=0.5`
+    """
+    from pipeline.config import load_config
+    from pipeline.engine import build as build_corpus
+    from pipeline.progress import shown
+
+    wanted = [name.strip() for name in columns.split(",") if name.strip()] if columns is not None else None
+    with _answer(as_json) as answer, shown() as progress:
+        loaded = load_config(config, overrides or (), corpus)
+        summary = build_corpus(loaded, wanted, retry_failed=retry_failed, progress=progress)
+        answer.update(summary.to_dict())
+    if not as_json:
+        print(summary.text())
+    raise typer.Exit(summary.exit_status)
+
+
+@app.command()
+def status(corpus: CorpusUrl, as_json: Json = False) -> None:
+    """How far a corpus is: by source and column what is done, failed and left, bytes, and rates."""
+    from pipeline.check import status as status_of
+
+    with _answer(as_json) as answer:
+        answer.update(status_of(_open(corpus)))
+    if not as_json:
+        _print_status(answer)
+
+
+@app.command()
+def report(
+    corpus: CorpusUrl,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Default: report.html here.")] = None,
+    run: Annotated[Path | None, typer.Option(metavar="DIR", help="A training run to show with it.")] = None,
+) -> None:
+    """One self-contained page: what came in, what was dropped and why, pictures, sizes, rates."""
+    from pipeline.report import write_report
+
+    print(write_report(_open(corpus), out, run))
+
+
+@app.command()
+def query(corpus: CorpusUrl, sql: Sql, as_json: Json = False) -> None:
+    """Ask the sample table, one line per input, with DuckDB's SQL.
+
+    **Examples**
+
+    - `microdit query my/corpus "SELECT reason, count(*) AS n FROM samples WHERE status = 'failed' GROUP BY 1"`
+
+    - `microdit query my/corpus "SELECT * FROM samples LIMIT 1" --json` shows the columns that there are
+    """
+    from pipeline.samples import query as run_query
+
+    with _answer(as_json) as answer:
+        table = run_query(_open(corpus), sql)
+        answer.update({"columns": table.column_names, "rows": table.to_pylist()})
+    if not as_json:
+        _print_rows(answer["columns"], answer["rows"])
+
+
+@app.command()
+def select(
+    corpus: CorpusUrl,
+    name: Annotated[str, typer.Argument(help="The selection's name.", show_default=False)],
+    sql: Sql,
+    as_json: Json = False,
+) -> None:
+    """Save a selection: the rows (`source`, `shard`, `row`, and `weight` if you like) that a query gives.
+
+    **Example**
+
+    - `microdit select my/corpus large "SELECT source, shard, row FROM samples WHERE status = 'ok' AND width >= 128"`
+    """
+    from pipeline.samples import select as select_rows
+
+    with _answer(as_json) as answer:
+        chosen = select_rows(_open(corpus), name, sql)
+        answer.update({"name": chosen.name, "hash": chosen.hash, "path": chosen.path, "rows": chosen.rows})
+    if not as_json:
+        print(f"{chosen.name}@{chosen.hash}: {chosen.rows:,} rows")
+
+
+@app.command()
+def verify(corpus: CorpusUrl, as_json: Json = False) -> None:
+    """Check every object: checksums, counts, keys, lineage, in = out + failed. Exit status 1 if something is wrong."""
+    from pipeline.check import verify as verify_all
+
+    with _answer(as_json) as answer:
+        answer.update(verify_all(_open(corpus)))
+    if not as_json:
+        _print_verified(answer)
+    raise typer.Exit(1 if answer["problems"] else 0)
+
+
+@app.command()
+def ls(
+    corpus: CorpusUrl,
+    column: Annotated[str, typer.Argument(help="A column, e.g. latents/demo-64.", show_default=False)],
+) -> None:
+    """The committed objects of a column, one name a line: what webdataset or datasets can read."""
+    from pipeline.check import ls as names_of
+
+    for name in names_of(_open(corpus), column):
+        print(name)
+
+
+@app.command()
+def gc(
+    corpus: CorpusUrl,
+    older_than_hours: Annotated[float, typer.Option(metavar="HOURS", help="Leave what is younger.", min=0)] = 48,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove what no commit names: leftovers of killed workers and of lost races."""
+    from pipeline.check import gc as collect
+
+    with _answer(as_json) as answer:
+        answer.update(collect(_open(corpus), older_than_hours=older_than_hours, dry_run=dry_run))
+    if not as_json:
+        for name in answer["names"]:
+            print(name)
+        counts = ", ".join(f"{answer[what]:,} {what}" for what in ("attempts", "tables", "unfinished", "uploads"))
+        print(f"{'would remove' if dry_run else 'removed'} {counts}; {_bytes(answer['bytes'])}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, e.g. configs/recipes/demo.yaml.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train as a recipe says, on all GPUs of this machine; the same as `torchrun ... -m trainer RECIPE`.
+
+    **Example**
+
+    - `microdit train configs/recipes/demo.yaml corpus=my/corpus out=my/run`
+    """
+    from trainer.recipe import load_recipe
+
+    load_recipe(recipe, overrides or ())  # what is wrong with it is said here, once, and not by every process
+    import torch
+
+    gpus = torch.cuda.device_count()
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
+    command = [sys.executable, *launch, "-m", "trainer", recipe, *(overrides or ())]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)  # signals and the exit status are the trainer's own
+
+
+def main() -> None:
+    app()
+
+
+# -- helpers -----------------------------------------------------------------------------------------------------------
+
+
+def _open(url: str) -> Any:
+    from pipeline.corpus import Corpus
+
+    return Corpus.open(url)
+
+
+@contextlib.contextmanager
+def _answer(as_json: bool) -> Iterator[dict[str, Any]]:
+    """A dictionary to fill; with `--json` it is what is printed, and what others print goes to standard error."""
+    answer: dict[str, Any] = {}
+    if not as_json:
+        yield answer
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        yield answer
+    print(json.dumps(answer, default=str, ensure_ascii=False))
+
+
+def _print_rows(columns: list[str], rows: Sequence[Mapping[str, Any]], most: int = 100) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in columns:
+        numeric = all(isinstance(row[name], int | float) for row in rows[:most])
+        table.add_column(name, justify="right" if rows and numeric else "left", overflow="fold")
+    for row in rows[:most]:
+        table.add_row(*("" if row[name] is None else str(row[name]) for name in columns))
+    _console().print(table, markup=False)
+    if len(rows) > most:
+        print(f"... {len(rows) - most:,} rows more; --json prints them all")
+
+
+def _console() -> Any:
+    """Standard output: as wide as the terminal, and as wide as it likes elsewhere."""
+    from rich.console import Console
+
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=1000)
+
+
+def _print_status(found: Mapping[str, Any]) -> None:
+    print(f"corpus {found['corpus']} ({found['name']}), shards of {found['shard_samples']:,}")
+    for name, source in found["sources"].items():
+        units = (
+            f"{source['units_done']:,} units read"
+            if source["units"] is None
+            else (f"{source['units_done']:,} of {source['units']:,} units read")
+        )
+        print(f"source {name}: {units}, {source['inputs']:,} inputs")
+    rows = [
+        {
+            "column": column,
+            "source": source,
+            "done": entry["done"],
+            "left": entry["left"],
+            "aside": entry["set_aside"],
+            "stale": entry["stale"],
+            "in": entry["in"],
+            "out": entry["out"],
+            "failed": entry["failed"],
+            "size": _bytes(entry["bytes"]),
+            "images/s a worker": None if entry["rate"] is None else round(entry["rate"], 1),
+        }
+        for column, sources in found["columns"].items()
+        for source, entry in sources.items()
+    ]
+    if rows:
+        print()
+        _print_rows(list(rows[0]), rows, most=len(rows))
+    for entry in found["set_aside"]:
+        where, message = f"{entry['column']}/{entry['source']}/{entry['shard']}", entry["message"].splitlines()[0]
+        print(f"set aside after {entry['attempts']} attempts: {where}: {message}")
+
+
+def _bytes(size: float) -> str:
+    """`4.1 kB`, `3.2 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _print_verified(found: Mapping[str, Any]) -> None:
+    totals = found["totals"]
+    for problem in found["problems"]:
+        print(f"{problem['kind']}: {problem['what']}: {problem['detail']}")
+    for column, samples in totals["samples"].items():
+        print(f"{column}: in {samples['in']:,} = out {samples['out']:,} + failed {samples['failed']:,}")
+    print(
+        f"{totals['shards']:,} shards, {totals['commits']:,} commits, {totals['units']:,} units, "
+        f"{_bytes(totals['bytes'])}: {len(found['problems']):,} problems"
+    )
