@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from obstore.exceptions import BaseError
 
-from pipeline.corpus import Corpus, Declaration, UnitCommit, commit_name
+from pipeline.corpus import Corpus, Declaration, UnitCommit, column_kind, commit_name
 from pipeline.errors import RequestError
 from pipeline.parallel import threaded
 from pipeline.records import COMMIT, UNITS
@@ -85,8 +85,9 @@ def _declarations(corpus: Corpus, folder: str, whole: Findings) -> dict[str, Dec
         name = item.name.removeprefix(f"{folder}/").removesuffix(".json")
         try:
             declaration = corpus.column(name) if folder == "columns" else corpus.source(name)
-            if declaration.name != name:
-                raise RequestError(f"it declares {declaration.name!r}")
+            kind = column_kind(name) if folder == "columns" else "source"
+            if (declaration.name, declaration.kind) != (name, kind):
+                raise RequestError(f"it declares {declaration.name!r} of kind {declaration.kind!r}, expected {kind!r}")
         except RequestError as error:
             found[name] = None
             whole.problem("declaration", item.name, str(error))

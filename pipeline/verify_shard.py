@@ -100,7 +100,7 @@ class ShardCheck:
         if not (commit.shard.startswith(f"{commit.unit}-") and commit.unit.startswith(f"{commit.source}-")):
             self.found.problem("commit", name, f"shard, unit {commit.unit!r} and source do not fit")
         if column == "images":
-            self.found.unit = commit.unit
+            self.found.unit, self.found.inputs = commit.unit, commit.counts.get("in", 0)
         elif "images" in self.commits and commit.unit != self.commits["images"].unit:
             self.found.problem("commit", name, f"its unit is {commit.unit!r}, that of the images {self.found.unit!r}")
 
@@ -211,7 +211,7 @@ class ShardCheck:
         expect(len(set(texts)) == count, "keys", "a key is there twice")
         if column == "images":
             expect(count <= self.corpus.shard_samples, "rows", f"{count} rows, at most {self.corpus.shard_samples}")
-            self.found.inputs, self.found.keys = count, keys.filter(alive)
+            self.found.keys = keys.filter(alive)
         elif "images" in self.sidecars:
             images = self.sidecars["images"]["key"].combine_chunks()
             expect(keys.equals(images), "keys", f"its {count} keys are not those of the images ({len(images)})")
