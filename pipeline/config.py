@@ -239,7 +239,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = key_node.value
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else key_node
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
             seen.add(key)
@@ -273,20 +273,22 @@ def load_yaml(path: str | Path, model_class: type[Model], overrides: Sequence[st
     file = find_file(path)
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise RequestError(f"config {path}: it cannot be read as YAML: {_yaml_fault(error)}") from None
     if not isinstance(tree, dict):
         raise RequestError(f"config {path}: expected `key: value` lines, found {_shown(tree)}")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
-            raise RequestError(f"override {override!r}: expected key=value, as in shard_samples=64")
+            raise RequestError(f"override {_shown(override)}: expected key=value, as in shard_samples=64")
         try:
-            _set(tree, key.strip(), yaml.load(text, _Loader))
-        except yaml.YAMLError as error:
-            raise RequestError(f"override {override!r}: the value is no YAML: {_yaml_fault(error)}") from None
+            value = yaml.load(text, _Loader)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2026-99-99 is a ValueError
+            raise RequestError(f"override {_shown(override)}: the value is no YAML: {_yaml_fault(error)}") from None
+        try:
+            _set(tree, key.strip(), value)
         except LookupError as error:
-            raise RequestError(f"override {override!r}: {error.args[0]}") from None
+            raise RequestError(f"override {_shown(override)}: {error.args[0]}") from None
     try:
         return model_class.model_validate(tree)
     except ValidationError as error:

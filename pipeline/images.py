@@ -35,7 +35,7 @@ class BadImage(ValueError):
 class Decoded:
     """A picture, upright.
 
-    `width` and `height` are those of the whole picture; `pixels` (H, W, 3), uint8, RGB, may be a smaller version of it.
+    `width` and `height` are those of the whole picture; `pixels` (H, W, 3), uint8, RGB, is `scale` times as large.
     `plain`: other decoders, too, make these pixels of the bytes: nothing was rotated, laid on white or converted.
     """
 
@@ -44,6 +44,7 @@ class Decoded:
     height: int
     format: str
     plain: bool
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
     if short < options.min_side:
         raise BadImage("too_small", f"{image.width}x{image.height}; the short side must have {options.min_side} pixels")
     if options.max_side is not None and short > options.max_side:
-        pixels = resize_short_side(image.pixels, options.max_side)
+        size = short_side_size(image.width, image.height, options.max_side)
+        # a JPEG of 750 rows decoded at a quarter has 188 rows, of which the last one is half beyond the picture
+        box = (0.0, 0.0, image.width * image.scale, image.height * image.scale)
+        pixels = np.asarray(Image.fromarray(image.pixels).resize(size, Image.Resampling.BICUBIC, box))
     elif image.plain and image.format == MEMBER_FORMATS[options.format]:
         return Prepared(data, image.width, image.height, image.width, image.height, image.format)
     else:
@@ -111,12 +115,15 @@ def decode(data: bytes, max_pixels: int, shrink_to: int | None = None) -> Decode
         raise BadImage("truncated" if cut else _fault(data), text) from None
 
 
-def resize_short_side(pixels: np.ndarray, side: int) -> np.ndarray:
-    """(H, W, 3) uint8 so that the short side has `side` pixels: bicubic, antialiased; the long side is rounded down."""
-    height, width = pixels.shape[:2]
-    if min(height, width) == side:
+def short_side_size(width: int, height: int, side: int) -> tuple[int, int]:
+    """Width and height when the short side has `side` pixels; the long side is rounded down."""
+    return (side, side * height // width) if width <= height else (side * width // height, side)
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 to `size` (width, height): bicubic, antialiased."""
+    if size == (pixels.shape[1], pixels.shape[0]):
         return pixels
-    size = (side, side * height // width) if width <= height else (side * width // height, side)
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
@@ -139,8 +146,9 @@ def _decode_jpeg(data: bytes, max_pixels: int, shrink_to: int | None) -> Decoded
     if colours not in ("YCbCr", "RGB", "Gray"):
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             return _decode_pillow(image, "jpeg")
+    orientation = _orientation(data)
     least: dict[str, Any] = {}
-    if shrink_to is not None and min(width, height) >= 2 * shrink_to * SHRINK_MARGIN:
+    if shrink_to is not None and min(width, height) >= 2 * shrink_to * SHRINK_MARGIN and orientation == 1:
         least = {"min_" + side: int(shrink_to * SHRINK_MARGIN) for side in ("width", "height")} | {"min_factor": 2}
     try:
         pixels = simplejpeg.decode_jpeg(data, **least)
@@ -149,10 +157,10 @@ def _decode_jpeg(data: bytes, max_pixels: int, shrink_to: int | None) -> Decoded
         if "before marker 0xd9" not in str(error):
             raise
         pixels = simplejpeg.decode_jpeg(data, strict=False, **least)
-    orientation = _orientation(data)
     if orientation >= 5:
         width, height = height, width
-    return Decoded(_upright(pixels, orientation), width, height, "jpeg", plain=orientation == 1)
+    scale = 1.0 if not least else round(8 * pixels.shape[0] / height) / 8
+    return Decoded(_upright(pixels, orientation), width, height, "jpeg", orientation == 1, scale)
 
 
 def _orientation(data: bytes) -> int:
@@ -216,6 +224,11 @@ def _fault(data: bytes) -> str:
         cut = len(data) < 12 or int.from_bytes(data[4:8], "little") + 8 > len(data)
     elif data.startswith(b"\xff\xd8"):
         cut = b"\xff\xd9" not in data[-64:]
+    elif data[4:8] == b"ftyp":  # AVIF: boxes that tell their lengths
+        end = 0
+        while end + 8 <= len(data) and (length := int.from_bytes(data[end : end + 4], "big")) >= 8:
+            end += length
+        cut = end > len(data)
     else:
         cut = False
     return "truncated" if cut else "damaged"

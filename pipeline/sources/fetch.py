@@ -152,7 +152,7 @@ class _Fetcher:
                 self.asked.put((what, None))
 
     async def _answer(self, session: aiohttp.ClientSession, url: str) -> Answer:
-        """At most two tries within the time of one URL."""
+        """At most two tries within the time of one URL; aiohttp itself resends at once where a connection breaks."""
         end = time.monotonic() + self._options.timeout
         for last in (False, True):
             try:
@@ -173,7 +173,8 @@ class _Fetcher:
         options = self._options
         soon = random.uniform(*BACKOFF)
         try:
-            async with session.get(url, max_redirects=options.max_redirects) as response:
+            # aiohttp gives up at this number, not after it, and takes 0 for no bound
+            async with session.get(url, max_redirects=options.max_redirects + 1) as response:
                 if response.status != 200:
                     retry_in = self._retry_in(response, soon) if response.status in PASSING else None
                     raise _Failed(f"http_{response.status}", f"{response.status} {response.reason or ''}", retry_in)

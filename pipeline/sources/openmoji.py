@@ -1,4 +1,4 @@
-"""`openmoji`: the demo's source. OpenMoji drawings are prepared in a cache folder and fetched over HTTP from loopback."""
+"""`openmoji`: the demo's source. OpenMoji drawings, prepared in a cache folder and fetched over HTTP from loopback."""
 
 import os
 from collections.abc import Callable, Generator, Iterator

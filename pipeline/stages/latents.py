@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.config import LatentsColumn, Resources
 from pipeline.corpus import Commit, Corpus, ShardRef
-from pipeline.images import BadImage, decode, resize_short_side
+from pipeline.images import BadImage, decode, resize, short_side_size
 from pipeline.parallel import threaded
 from pipeline.shards import array_bytes
 from pipeline.stages import IMAGES, ColumnSpec, Row, attempts, fail_upstream, image_bytes, latest, read_rows
@@ -93,7 +93,7 @@ class Latents:
             pixels = decode(image_bytes(row.members), self._max_pixels).pixels
         except BadImage as error:
             return error
-        return {side: centre_crop(resize_short_side(pixels, side), side) for side in resolutions}
+        return {side: square(pixels, side) for side in resolutions}
 
     def _encode(self, column: str, source: str, good: Sequence[tuple[Row, dict[int, np.ndarray]]]) -> list[np.ndarray]:
         """Latents (C, h, w) float16 of a batch that is filled up with black images."""
@@ -116,8 +116,9 @@ def seed_of(column: str, source: str, key: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def centre_crop(pixels: np.ndarray, side: int) -> np.ndarray:
-    """The (side, side, 3) middle of (H, W, 3)."""
+def square(pixels: np.ndarray, side: int) -> np.ndarray:
+    """(H, W, 3) uint8 to (side, side, 3): the short side resized, bicubic and antialiased, and the centre cut out."""
+    pixels = resize(pixels, short_side_size(pixels.shape[1], pixels.shape[0], side))
     top, left = ((length - side) // 2 for length in pixels.shape[:2])
     return pixels[top : top + side, left : left + side]
 
