@@ -1,0 +1,98 @@
+"""Model files: a folder on this machine, or one commit of a Hugging Face Hub repository.
+
+Both come back as a folder that holds just the wanted files, with an `origin` that says which bytes they are. A branch
+or tag is resolved to its commit before anything is downloaded, so that "main" is never what a corpus remembers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class ModelFilesError(RuntimeError):
+    """The files of a model cannot be had. The message names the model and says what to do."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of a model in `folder`.
+
+    `revision` is the hub commit, or None for a folder of the user's own. `name` is the repository id or the folder's
+    own name (not its path, which differs from machine to machine).
+    """
+
+    folder: Path
+    name: str
+    revision: str | None
+
+    def has(self, *patterns: str) -> bool:
+        """Whether any file (path relative to the folder, POSIX) matches any of the glob patterns."""
+        return bool(self.matching(*patterns))
+
+    def matching(self, *patterns: str) -> list[str]:
+        """The files that match, sorted, as POSIX paths relative to the folder."""
+        files = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
+        return sorted(file for file in files if any(fnmatch(file, pattern) for pattern in patterns))
+
+    def origin(self, *patterns: str) -> dict[str, str]:
+        """What identifies the bytes: repository and commit, or a folder's name and a sha256 over the matching files."""
+        if self.revision is not None:
+            return {"repo": self.name, "revision": self.revision}
+        digest = hashlib.sha256()
+        for file in self.matching(*patterns):
+            with (self.folder / file).open("rb") as stream:
+                digest.update(f"{file}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        return {"folder": self.name, "sha256": digest.hexdigest()}
+
+
+def fetch(name_or_path: str | Path, patterns: Sequence[str], *, revision: str | None = None) -> ModelFiles:
+    """Returns the files matching `patterns` (globs over paths in the repository) of a folder or a hub repository.
+
+    What the cache holds is not downloaded again; with a commit as `revision` and a full cache no network is needed.
+    An interrupted download goes on where it stopped.
+
+    Raises:
+        ModelFilesError: no such folder, repository or revision; a gated repository without access; no connection.
+        ValueError: `revision` together with a folder, or a name that is neither a folder nor `owner/name`.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} was given with the folder {folder}: a folder has no revisions")
+        return ModelFiles(folder, folder.resolve().name, None)
+    repo = str(name_or_path)
+    if not _REPO_ID.fullmatch(repo):
+        raise ValueError(f"{repo!r} is neither an existing folder nor a hub repository id like 'owner/name'")
+    return _fetch_hub(repo, patterns, revision)
+
+
+def _fetch_hub(repo: str, patterns: Sequence[str], revision: str | None) -> ModelFiles:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+    except errors.GatedRepoError as error:
+        raise ModelFilesError(
+            f"{repo} is gated: accept its terms at https://huggingface.co/{repo}, then run `hf auth login` or set "
+            "HF_TOKEN to a token of that account"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelFilesError(
+            f"the hub has no repository {repo} (or it is private and no token with access is set): check the name, "
+            "or run `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelFilesError(f"{repo} has no revision {revision!r}: give a branch, a tag or a commit hash") from error
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelFilesError(
+            f"cannot download {repo} at revision {revision or 'main'}, and the cache does not hold it: {reason[0]}"
+        ) from error
+    return ModelFiles(snapshot, repo, snapshot.name)
