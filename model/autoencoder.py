@@ -3,8 +3,8 @@
     uint8 (B, H, W, 3) --> -1..1 (B, 3, H, W) --encoder--> posterior (mean, std) --normaliser--> latents (B, C, h, w)
 
 How latents are normalised is read from the model's own config, never written here: shift and scale,
-`(z - shift_factor) * scaling_factor`; mean and deviation by channel, `(z - latents_mean) / latents_std`; or FLUX.2's batch
-norm over patches of 2 x 2.
+`(z - shift_factor) * scaling_factor`; mean and deviation by channel, `(z - latents_mean) / latents_std`; or FLUX.2's
+batch norm over patches of 2 x 2.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Autoencoder:
         """Normalised latents, float32 (B, C, h, w), of uint8 images (B, H, W, 3).
 
         posterior: `sample` draws each image's latents with a generator of its own, seeded by `seeds[i]`, so that they
-            do not depend on the batch; `mean` takes the most likely ones; `moments` gives mean and deviation, (B, 2C, h, w).
-            A deterministic autoencoder gives the same for all, and has no moments.
+            do not depend on the batch; `mean` takes the most likely ones; `moments` gives mean and deviation,
+            (B, 2C, h, w). A deterministic autoencoder gives the same for all, and has no moments.
 
         Raises:
             ValueError: the sides are no multiple of `downsample`, or `sample` has no seeds.
