@@ -31,6 +31,13 @@ class SampleIndex:
         source, shard = self.shards[self.shard[i]]
         return f"{source}/{shard}/{self.row[i]}"
 
+    def by_shard(self) -> dict[Where, list[int]]:
+        """The rows of each shard that has some; shards and rows ascend."""
+        found: dict[Where, list[int]] = {}
+        for shard, row in zip(self.shard.tolist(), self.row.tolist(), strict=True):
+            found.setdefault(self.shards[shard], []).append(row)
+        return found
+
     def take(self, keep: np.ndarray) -> "SampleIndex":
         """The samples at these positions, or where this is true."""
         return SampleIndex(self.shards, self.shard[keep], self.row[keep])

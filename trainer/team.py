@@ -1,7 +1,9 @@
 """This process among those of a run (torchrun's), and the signals that end it."""
 
+import math
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+PATIENCE = 5.0  # seconds after a signal in which another one is taken for the same wish
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,14 @@ def joined_team() -> Iterator[Team]:
 
 
 class Signals:
-    """While it is entered, the first SIGTERM or SIGINT is noted in `received`; a second one acts as usual."""
+    """While it is entered, the first SIGTERM or SIGINT is noted in `received`; one that comes much later acts as usual.
+
+    (After ctrl-C the terminal and torchrun both send one.)
+    """
 
     def __init__(self) -> None:
         self.received = 0
+        self._since = math.inf
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -65,6 +73,8 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        if not self.received:
+            self.received, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > PATIENCE:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
