@@ -185,15 +185,24 @@ def _denoise(parity: ParitySet, case: dict, net: nn.Module, inputs: dict[str, Te
 def _loss(parity: ParitySet, case: dict, net: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     params, edm = case["params"], parity.edm(case)
     sigma = edm.sigma_from_normal(inputs["rnd_normal"], params["p_mean"], params["p_std"]).reshape(-1)
+    arguments = {"sigma": sigma, "noise": inputs["noise"]} | _masking(case, inputs)
+    # XL goes sample by sample: weights and gradients take 9.3 GB, the activations of one sample at 512 px about 3
+    batch = len(sigma)
+    size = 1 if sum(p.numel() for p in net.parameters()) > 5e8 else batch
+    with_gradients = any(name.startswith("grad") for name in case["outputs"])
+    loss = torch.zeros(())
     net.train()
     try:
-        with torch.set_grad_enabled(any(name.startswith("grad") for name in case["outputs"])):
-            loss = edm.loss(
-                net, inputs["x0"], inputs["y"], sigma=sigma, noise=inputs["noise"], **_masking(case, inputs)
-            )
-        out = {"loss": loss.detach()}
-        if loss.requires_grad:
-            loss.backward()
+        for start in range(0, batch, size):
+            part = slice(start, start + size)
+            rows = {k: v[part] if isinstance(v, Tensor) else v for k, v in arguments.items()}
+            with torch.set_grad_enabled(with_gradients):
+                share = edm.loss(net, inputs["x0"][part], inputs["y"][part], **rows) * (size / batch)
+            if with_gradients:
+                share.backward()
+            loss += share.detach()
+        out = {"loss": loss}
+        if with_gradients:
             parameters = dict(net.named_parameters())
             norms = [
                 -1.0 if parameters[n].grad is None else parameters[n].grad.double().norm() for n in sorted(parameters)

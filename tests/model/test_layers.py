@@ -2,22 +2,12 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.experts import one_hot_experts
 from model import layers
 from model.layers import Experts, attention
-
-
-def one_hot_experts(layer: Experts, x: torch.Tensor) -> torch.Tensor:
-    """Expert choice with dispatch by one-hot matrices: slow, large, plain."""
-    k = int(layer.capacity * x.shape[1] / layer.num_experts)
-    probs = torch.softmax(x @ layer.gate.weight.T, dim=-1)
-    weight, token = torch.topk(probs.movedim(2, 1), k, dim=-1)
-    dispatch = F.one_hot(token, x.shape[1]).to(x.dtype)  # (B, E, k, T)
-    hidden = F.gelu(torch.einsum("bekt,btd,edf->bekf", dispatch, x, layer.w1))
-    return torch.einsum("bekt,bek,bekf,efd->btd", dispatch, weight, hidden, layer.w2)
 
 
 def _experts(dim: int, num_experts: int, capacity: float, dtype: torch.dtype = torch.float64) -> Experts:
