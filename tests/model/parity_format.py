@@ -4,6 +4,7 @@ Weights and inputs are made from names, so only outputs are stored. An operation
 `net(x, t, y, mask_ratio=..., permutation=...) -> {"sample", "mask"}`.
 """
 
+import inspect
 import json
 import re
 import zlib
@@ -73,18 +74,29 @@ class ParitySet:
 
 
 def constructor_config(constructor: dict[str, Any], arch_defaults: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of MicroDiT from the format's constructor: given in full, or {"arch", "latent_res", ...}."""
-    if "arch" not in constructor:
-        return dict(constructor)
-    rest = dict(constructor)
-    arch = rest.pop("arch")
-    defaults = arch_defaults.get(arch, arch_defaults)
-    config = PRESETS[arch.removeprefix("MicroDiT_").lower()] | {
-        k: v for k, v in defaults.items() if not isinstance(v, dict)
-    }
-    if "latent_res" in rest:
-        config["input_size"] = rest.pop("latent_res")
-    return config | rest
+    """Arguments of MicroDiT from the format's constructor: given in full, or {"arch", "latent_res", ...}.
+
+    An arch takes the preset of its name, the set's defaults for it (as far as they are arguments), then what is given.
+    """
+    given = dict(constructor)
+    arch = given.pop("arch", None)
+    if arch is None:
+        return given
+    preset = PRESETS[arch.removeprefix("MicroDiT_").lower()]
+    known = inspect.signature(MicroDiT).parameters
+    defaults = _renamed(arch_defaults.get(arch, arch_defaults), preset["depth"])
+    return preset | {k: v for k, v in defaults.items() if k in known} | _renamed(given, preset["depth"])
+
+
+def _renamed(arguments: dict[str, Any], depth: int) -> dict[str, Any]:
+    """latent_res is input_size; qkv_ratio and mlp_ratio are the first and last multiplier of a linear row."""
+    arguments = dict(arguments)
+    if "latent_res" in arguments:
+        arguments["input_size"] = arguments.pop("latent_res")
+    for ratio, multipliers in (("qkv_ratio", "qkv_multipliers"), ("mlp_ratio", "ffn_multipliers")):
+        if ratio in arguments:
+            arguments[multipliers] = np.linspace(*arguments.pop(ratio), num=depth).tolist()
+    return arguments
 
 
 def fill(state: dict[str, Tensor], rule: str, salt: str = "", fill_mask_token: bool = False) -> None:
