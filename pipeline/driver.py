@@ -134,7 +134,8 @@ class Driver:
             if not isinstance(flight.job, Job):
                 del self.flights[ref]
         until = time.monotonic() + GRACE_SECONDS
-        self.notes.append(f"stopping: {len(self.flights)} shards in flight get {GRACE_SECONDS:.0f} s to end")
+        if self.flights:
+            self.notes.append(f"stopping: {len(self.flights)} shards in flight get {GRACE_SECONDS:.0f} s to end")
         while self.flights and time.monotonic() < until:
             self._collect(0.2)
             self._report()

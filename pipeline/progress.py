@@ -33,7 +33,7 @@ class Line:
     failed: int = 0
     rate: float | None = None
     left: float | None = None
-    state: str = "waiting"
+    state: str = ""
 
 
 @dataclass

@@ -97,7 +97,7 @@ def interrupt(arguments: list[str], corpus: Path) -> "subprocess.CompletedProces
         program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        until = time.monotonic() + 90
+        until = time.monotonic() + 150
         while not list((corpus / "commits/images").rglob("*.json")):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < until, "the build did not begin"
@@ -241,10 +241,17 @@ def test_report(built: Built, tmp_path: Path) -> None:
 
 def test_train_says_what_is_wrong_with_a_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("no_such_field: 1\n")
+    recipe.write_text("name: empty\n")
     result = microdit("train", recipe)
     assert result.exit_code == 2
-    assert "no_such_field" in result.stderr
+    assert f"config {recipe}: stages" in result.stderr
+
+
+def test_generate_says_that_there_is_no_checkpoint(tmp_path: Path) -> None:
+    result = microdit("generate", "--checkpoint", tmp_path / "none", "--prompt", "red apple", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert f"{tmp_path / 'none'}: there is no checkpoint" in result.stderr
+    assert microdit("generate", "--checkpoint", tmp_path).exit_code == 2  # no prompt
 
 
 def test_help_teaches_and_imports_nothing_heavy() -> None:

@@ -67,7 +67,7 @@ def commits(url: Path, column: str) -> list[Path]:
 
 
 def wait_for_commits(process: "subprocess.Popen[str]", url: Path, column: str, number: int) -> None:
-    until = time.monotonic() + 90
+    until = time.monotonic() + 150
     while len(commits(url, column)) < number:
         assert process.poll() is None, f"the build ended too early: {process.stdout and process.stdout.read()}"
         assert time.monotonic() < until, "the build did not get that far"
@@ -112,6 +112,7 @@ def test_a_whole_build_streams_and_loads_each_model_once(cluster: None, tmp_path
     assert sorted(path.name.rpartition("-")[0] for path in loads.iterdir()) == ["third", "upper words"]
     assert not (tmp_path / "running").exists()  # the source was left when all was done
 
+    assert any(line.name == "ingest" and line.state.endswith("at work") for shot in seen for line in shot.lines)
     last = {line.name: line for line in seen[-1].lines}
     assert list(last) == ["ingest", "source words", "upper words", "third"]
     assert all(line.done == line.total and not line.more for line in last.values())
