@@ -193,9 +193,9 @@ class Muon(torch.optim.Optimizer):
 
 def save(vae: AutoencoderKL, out: Path, scaling: float) -> int:
     """Writes the diffusers folder in fp16 and returns its size in bytes."""
-    vae.register_to_config(scaling_factor=scaling)
     copy = AutoencoderKL.from_config(vae.config)
     copy.load_state_dict(vae.state_dict())
+    copy.register_to_config(scaling_factor=scaling)
     copy.half().save_pretrained(out, safe_serialization=True)
     return sum(path.stat().st_size for path in out.iterdir() if path.is_file())
 
