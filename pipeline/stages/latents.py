@@ -4,7 +4,6 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import lru_cache
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -12,10 +11,12 @@ import numpy as np
 
 from pipeline.config import LatentsColumn, Resources
 from pipeline.corpus import Commit, Corpus, ShardRef
+from pipeline.errors import RequestError
 from pipeline.images import BadImage, decode, resize, short_side_size
 from pipeline.parallel import threaded
 from pipeline.shards import array_bytes
 from pipeline.stages import IMAGES, ColumnSpec, Row, attempts, fail_upstream, image_bytes, latest, read_rows
+from pipeline.stages.models import absolute, autoencoder_identity, best_device
 
 T = TypeVar("T")
 
@@ -30,12 +31,13 @@ class Latents:
     device = "gpu"
 
     def __init__(self, columns: Mapping[str, LatentsColumn], max_pixels: int, resources: Resources):
-        first = next(iter(columns.values()))
-        self._autoencoder, self._revision = first.autoencoder, first.revision
+        column, first = next(iter(columns.items()))
+        model = autoencoder_identity(column, first.autoencoder, first.revision)
+        # a branch may move on between the declaration and a worker's start
+        self._autoencoder, self._revision = absolute(first.autoencoder), model.get("revision")
         self._options, self._max_pixels = dict(columns), max_pixels
         self._batch, self._threads = resources.latents_batch, resources.decode_threads
         self.name = f"latents:{first.autoencoder}"
-        model = autoencoder_fingerprint(first.autoencoder, first.revision)
         self.columns = {
             name: ColumnSpec(
                 {"stage": "latents", "version": 1, **options.model_dump(), "model": model},
@@ -52,8 +54,16 @@ class Latents:
     def load(self) -> None:
         from model.autoencoder import load_autoencoder
 
-        if self._model is None:
-            self._model = load_autoencoder(self._autoencoder, revision=self._revision, device=best_device())
+        if self._model is not None:
+            return
+        model = load_autoencoder(self._autoencoder, revision=self._revision, device=best_device())
+        for column, options in self._options.items():
+            if options.resolution % model.downsample:
+                raise RequestError(
+                    f"columns.{column}.resolution = {options.resolution}: the autoencoder {self._autoencoder} takes "
+                    f"multiples of {model.downsample}"
+                )
+        self._model = model
 
     def run(self, corpus: Corpus, ref: ShardRef, columns: Sequence[str]) -> list[Commit]:
         self.load()
@@ -127,17 +137,3 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     rest = iter(items)
     while chunk := list(islice(rest, size)):
         yield chunk
-
-
-def best_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@lru_cache(maxsize=16)
-def autoencoder_fingerprint(name: str, revision: str | None) -> Any:
-    """What identifies an autoencoder's numbers."""
-    from model.autoencoder import load_autoencoder
-
-    return load_autoencoder(name, revision=revision).fingerprint

@@ -95,7 +95,7 @@ def perceptual_hash(luma: Image.Image) -> str:
     small = np.asarray(luma.resize((32, 32), Image.Resampling.BICUBIC), np.float64)
     # rounded so that a flat picture's frequencies are zero, not noise
     low = (_dct8() @ small @ _dct8().T).round(6).ravel()
-    bits = low > np.median(low[1:])
+    bits = low > np.sort(low[1:])[31]
     return np.packbits(bits).tobytes().hex()
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,8 @@ from pipeline.config import TextColumn
 from pipeline.corpus import Commit, Corpus, ShardRef
 from pipeline.shards import array_bytes
 from pipeline.stages import ColumnSpec, attempts, fail_upstream, latest
-from pipeline.stages.latents import best_device, chunks
+from pipeline.stages.latents import chunks
+from pipeline.stages.models import absolute, best_device, text_encoder_identity
 
 WINDOW = 16  # batches that are sorted by length together; more would hold more embeddings in memory
 
@@ -26,10 +26,10 @@ class Text:
 
     def __init__(self, name: str, options: TextColumn, batch: int):
         self.name = name.replace("/", ":", 1)
-        self._encoder, self._revision, self._batch = options.encoder, options.revision, batch
+        model = text_encoder_identity(name, options.encoder, options.revision)
+        self._encoder, self._revision, self._batch = absolute(options.encoder), model.get("revision"), batch
         self._captions = f"captions/{name.partition('@')[2]}"
-        stage = {"stage": "text", "version": 1, "captions": self._captions, **options.model_dump()}
-        stage["model"] = text_fingerprint(options.encoder, options.revision)
+        stage = {"stage": "text", "version": 1, "captions": self._captions, **options.model_dump(), "model": model}
         self.columns = {name: ColumnSpec(stage, {"tokens": "int32"}, (self._captions,))}
         self._model: Any = None
 
@@ -73,11 +73,3 @@ class Text:
                 for i, embedding, length in zip(batch, embeddings.cpu().numpy(), lengths.tolist(), strict=True):
                     found[i] = embedding[:length].astype(np.float16)
         return found
-
-
-@lru_cache(maxsize=16)
-def text_fingerprint(name: str, revision: str | None) -> Any:
-    """What identifies a text encoder's numbers."""
-    from model.text import load_text_encoder
-
-    return load_text_encoder(name, revision=revision).fingerprint
