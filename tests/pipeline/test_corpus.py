@@ -27,6 +27,7 @@ from pipeline.errors import RequestError
 from pipeline.shards import read_tar
 from pipeline.store import Store
 from tests.pipeline.made import FAILED, SHARD_SAMPLES, SOURCE, fill, keys_of, make_corpus, write_column, write_images
+from tests.pipeline.racers import build_all
 
 SPAWN = multiprocessing.get_context("spawn")
 RACERS, SHARDS = 3, 4
@@ -309,18 +310,10 @@ def test_the_loser_gets_the_winners_commit_and_drops_its_objects(corpus_url: str
     assert _objects(corpus) == _named(corpus) == {fast.object.name, fast.sidecar.name}
 
 
-def _build_all(url: str, barrier, done) -> None:  # type: ignore[no-untyped-def]
-    corpus = Corpus.open(url)
-    for number in range(SHARDS):
-        ref = ShardRef(source=SOURCE, unit=REF.unit, shard=shard_name(REF.unit, number))
-        barrier.wait(60)
-        done.put((number, write_images(corpus, ref).attempt, write_images(corpus, ref, generation=1).attempt))
-
-
 def test_of_many_attempts_one_is_the_shard(corpus_url: str) -> None:
     corpus = make_corpus(corpus_url)
     barrier, done = SPAWN.Barrier(RACERS), SPAWN.Queue()
-    racers = [SPAWN.Process(target=_build_all, args=(corpus_url, barrier, done)) for _ in range(RACERS)]
+    racers = [SPAWN.Process(target=build_all, args=(corpus_url, SHARDS, barrier, done)) for _ in range(RACERS)]
     for process in racers:
         process.start()
     told = {done.get(timeout=120) for _ in range(RACERS * SHARDS)}

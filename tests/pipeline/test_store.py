@@ -10,25 +10,17 @@ import pytest
 
 from pipeline.errors import RequestError
 from pipeline.store import UNFINISHED, Store
+from tests.pipeline.racers import create_all, write_for_ever
 
 RACERS, NAMES = 4, 25
 SPAWN = multiprocessing.get_context("spawn")
 
 
-def _race(url: str, racer: int, barrier, wins) -> None:  # type: ignore[no-untyped-def]
-    store = Store(url)
-    for number in range(NAMES):
-        barrier.wait(60)
-        try:
-            store.create(f"raced/{number}", f"{racer}".encode() * 1000)
-        except FileExistsError:
-            continue
-        wins.put((number, racer))
-
-
 def test_of_many_creators_exactly_one_wins(corpus_url: str) -> None:
     barrier, wins = SPAWN.Barrier(RACERS), SPAWN.Queue()
-    racers = [SPAWN.Process(target=_race, args=(corpus_url, racer, barrier, wins)) for racer in range(RACERS)]
+    racers = [
+        SPAWN.Process(target=create_all, args=(corpus_url, racer, NAMES, barrier, wins)) for racer in range(RACERS)
+    ]
     for process in racers:
         process.start()
     won = sorted(wins.get(timeout=120) for _ in range(NAMES))
@@ -102,19 +94,10 @@ def test_a_pickled_store_is_the_same_store(corpus_url: str) -> None:
     assert copy.url == store.url and copy.get("a") == b"x"
 
 
-def _write_for_ever(url: str) -> None:
-    store = Store(url)
-    number = 0
-    while True:
-        number += 1
-        store.create(f"written/{os.getpid()}-{number}", b"0123456789" * 100_000)
-        store.delete([f"written/{os.getpid()}-{number - 5}"])
-
-
 def test_readers_beside_writers_see_whole_objects_only(corpus_url: str) -> None:
     store = Store(corpus_url)
     store.create("first", b"x")
-    writers = [SPAWN.Process(target=_write_for_ever, args=(corpus_url,), daemon=True) for _ in range(2)]
+    writers = [SPAWN.Process(target=write_for_ever, args=(corpus_url,), daemon=True) for _ in range(2)]
     for process in writers:
         process.start()
     seen: set[str] = set()
