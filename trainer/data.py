@@ -150,6 +150,7 @@ class ShardCache:
 class MicroBatch:
     """What one forward pass takes, b samples: see `EDM.loss`."""
 
+    rows: Tensor  # int64 (b,), of the global batch
     latents: Tensor  # (b, C, H, W)
     text: Tensor  # (b, L, width), zeros behind the text and for dropped captions
     text_mask: Tensor  # bool (b, L)
@@ -251,11 +252,16 @@ class StageData:
     def _batch(self, step: int, seen: int) -> Batch:
         rows, positions = self.lanes.batch(seen, self.stage.batch, self.rank, self.world)
         draw = Draw.of(self.recipe.seed, step, self.stage.batch, self.latent_shape, self.tokens)
+        latents, texts = self._arrays(rows, positions, draw)
         size = self.stage.micro_batch or len(rows)
-        parts = [slice(start, start + size) for start in range(0, len(rows), size)]
-        return Batch(positions, [self._micro_batch(rows[part], positions[part], draw) for part in parts])
+        order = np.arange(len(rows))
+        if size < len(rows):  # texts of like length together: less padding
+            order = np.argsort([len(text) for text in texts], kind="stable")
+        parts = [order[start : start + size].tolist() for start in range(0, len(rows), size)]
+        return Batch(positions, [self._micro_batch(rows, latents, texts, draw, part) for part in parts])
 
-    def _micro_batch(self, rows: np.ndarray, positions: np.ndarray, draw: Draw) -> MicroBatch:
+    def _arrays(self, rows: np.ndarray, positions: np.ndarray, draw: Draw) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Latents and texts of these rows; a dropped caption is one token of zeros."""
         index = self.index
         latents, texts = [], []
         columns = np.searchsorted(self.text_bounds, draw.caption[rows], side="right").clip(max=len(self.text) - 1)
@@ -265,10 +271,16 @@ class StageData:
             where, row = index.shards[index.shard[position]], int(index.row[position])
             latents.append(self.cache.get(self.stage.latents, where)[row])
             texts.append(nothing if drop else self.cache.get(self.text[column], where)[row])
-        text, mask = pad_text(texts, self.recipe.text_lengths)
-        taken = torch.from_numpy(rows)
+        return latents, texts
+
+    def _micro_batch(
+        self, rows: np.ndarray, latents: list[np.ndarray], texts: list[np.ndarray], draw: Draw, part: list[int]
+    ) -> MicroBatch:
+        text, mask = pad_text([texts[i] for i in part], self.recipe.text_lengths)
+        taken = torch.from_numpy(rows[part])
         return MicroBatch(
-            latents=torch.from_numpy(np.stack(latents)),
+            rows=taken,
+            latents=torch.from_numpy(np.stack([latents[i] for i in part])),
             text=torch.from_numpy(text),
             text_mask=torch.from_numpy(mask),
             sigma_normal=draw.sigma_normal[taken],

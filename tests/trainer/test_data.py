@@ -157,14 +157,12 @@ def test_batches_are_the_same_for_any_number_of_processes_micro_batches_and_star
         """Everything about each global row, by step and row."""
         found = {}
         for s, batch in enumerate(data.batches(step, step * 16, count), step):
-            rows, positions = data.lanes.batch(s * 16, 16, data.rank, data.world)
-            assert positions.tolist() == batch.positions.tolist()
-            parts = [
-                (p.latents[i], p.text[i][p.text_mask[i]], p.sigma_normal[i], p.noise[i], p.permutation[i])
+            assert data.lanes.batch(s * 16, 16, data.rank, data.world)[1].tolist() == batch.positions.tolist()
+            found |= {
+                (s, row): (p.latents[i], p.text[i][p.text_mask[i]], p.sigma_normal[i], p.noise[i], p.permutation[i])
                 for p in batch.micro_batches
-                for i in range(len(p.latents))
-            ]
-            found |= {(s, row): part for row, part in zip(rows.tolist(), parts, strict=True)}
+                for i, row in enumerate(p.rows.tolist())
+            }
         return found
 
     alone = rows(stage_data(), 0, 6)
@@ -190,6 +188,16 @@ def test_a_small_cache_gives_the_same_batches_and_stays_small(stage_data) -> Non
     assert tight.cache.bytes <= 60_000
     assert plenty.cache.reads == 18  # 6 shards of 3 columns, each read once
     assert tight.cache.reads > 18
+
+
+def test_micro_batches_put_texts_of_like_length_together(stage_data) -> None:
+    stage = {"latents": "latents/demo-32", "batch": 16, "learning_rate": 1e-3, "steps": 9}
+    whole = next(stage_data(stages=[stage]).batches(0, 0, 1)).micro_batches
+    parts = next(stage_data(stages=[stage | {"micro_batch": 6}]).batches(0, 0, 1)).micro_batches
+    assert [len(p.latents) for p in whole] == [16] and [len(p.latents) for p in parts] == [6, 6, 4]
+    lengths = [p.text_mask.sum(dim=1).tolist() for p in parts]
+    assert [n for part in lengths for n in part] == sorted(whole[0].text_mask.sum(dim=1).tolist())
+    assert parts[0].text.shape[1] < parts[2].text.shape[1] == whole[0].text.shape[1]
 
 
 def test_masks_are_drawn_only_where_they_are_used(stage_data) -> None:

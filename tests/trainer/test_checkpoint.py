@@ -1,0 +1,111 @@
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoint import CheckpointError
+from model.network import MicroDiT
+from tests.trainer.conftest import MODEL
+from trainer import checkpoint
+from trainer.train import train
+
+
+def made(seed: int = 0) -> tuple[MicroDiT, torch.optim.AdamW]:
+    torch.manual_seed(seed)
+    net = MicroDiT(input_size=4, caption_channels=16, **MODEL)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
+    for _ in range(2):
+        for parameter in net.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    return net, optimizer
+
+
+def save(out: Path, step: int, keep: int = 2, seed: int = 0) -> Path:
+    net, optimizer = made(seed)
+    ema = {name: p.detach() * 2 for name, p in net.named_parameters()}
+    return checkpoint.save(out, step, net, ema, optimizer, {"note": seed}, {"latent_shape": [4, 4, 4]}, keep)
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    folder = save(tmp_path, 7, seed=3)
+    assert folder == tmp_path / "checkpoints" / "step-00000007"
+    found = checkpoint.load_latest(tmp_path, pytest.fail)
+    assert found is not None and found.folder == folder
+    assert found.state == {"version": 1, "step": 7, "note": 3}
+    net, optimizer = made(3)
+    assert found.model.keys() == net.state_dict().keys()
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in found.model.items())
+    weight = "blocks.0.attn.qkv.weight"
+    assert found.ema is not None and torch.equal(found.ema[weight], 2 * found.model[weight])
+    other, fresh = made(4)
+    checkpoint.load_optimizer(other, fresh, found.optimizer)
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        for key, value in optimizer.state[a].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(fresh.state[b][key])), key
+
+
+def test_only_the_last_are_kept_and_nothing_is_left_half(tmp_path: Path) -> None:
+    assert checkpoint.load_latest(tmp_path, pytest.fail) is None
+    partial = tmp_path / "checkpoints" / "step-00000030.partial"
+    partial.mkdir(parents=True)
+    (partial / "state.json").write_text("{")
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000030", "step-00000040"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_checkpoint_cut_in_half_is_passed_over_and_said_so(tmp_path: Path, file: str) -> None:
+    save(tmp_path, 10)
+    cut = save(tmp_path, 20) / file
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    said: list[str] = []
+    found = checkpoint.load_latest(tmp_path, said.append)
+    assert found is not None and found.state["step"] == 10
+    assert len(said) == 1 and "step-00000020 cannot be read and is passed over" in said[0]
+
+
+def test_missing_files_and_other_versions_are_passed_over_and_none_left_is_an_error(tmp_path: Path) -> None:
+    (save(tmp_path, 10) / "optimizer.safetensors").unlink()
+    state = save(tmp_path, 20) / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"version": 99}))
+    said: list[str] = []
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
+        checkpoint.load_latest(tmp_path, said.append)
+    assert len(said) == 2 and "version 99" in said[0]
+
+
+def test_a_run_goes_on_from_the_last_good_checkpoint(recipe, tmp_path: Path, capsys) -> None:
+    train(recipe(out=str(tmp_path / "whole")))
+    train(recipe())
+    newest = tmp_path / "run" / "checkpoints" / "step-00000012" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert train(recipe())["steps"] == 12
+    said = capsys.readouterr().out
+    assert "step-00000012 cannot be read" in said and "going on after 128 of 192 images" in said
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("run", "whole")]
+    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+    assert losses[0] == losses[1]
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Path, monkeypatch) -> None:
+    save(tmp_path, 10, seed=1)
+    for number in range(1, 12):  # before each of the writes and syncs
+        count = 0
+
+        def die(*args, number=number, real=checkpoint._sync):
+            nonlocal count
+            count += 1
+            if count == number:
+                raise KeyboardInterrupt
+            real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_sync", die)
+            with contextlib.suppress(KeyboardInterrupt):
+                save(tmp_path, 20 + number, keep=1, seed=2)
+        found = checkpoint.load_latest(tmp_path, pytest.fail)
+        assert found is not None and found.state["step"] in (10, *range(21, 21 + number))
