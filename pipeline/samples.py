@@ -4,16 +4,19 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from pyarrow.fs import LocalFileSystem
 
 from pipeline.corpus import Corpus, canonical
 from pipeline.errors import RequestError
@@ -64,11 +67,15 @@ def query(corpus: Corpus, sql: str) -> pa.Table:
 def _connected(corpus: Corpus, table: SampleTable) -> Iterator[duckdb.DuckDBPyConnection]:
     with (
         tempfile.TemporaryDirectory(prefix="microdit-sql-") as spill,
-        corpus.store.open(table.object.name) as file,
         duckdb.connect(":memory:", config=CONFINED | {"temp_directory": spill}) as connection,
     ):
+        # a path, never a Python file: several scans of one query would share it, which deadlocks and mixes up reads
+        path = Path(spill) / "samples.parquet" if corpus.store.root is None else corpus.store.root / table.object.name
+        if corpus.store.root is None:
+            with corpus.store.open(table.object.name) as file, path.open("wb") as copy:
+                shutil.copyfileobj(file, copy, 16 << 20)
         try:
-            fragment = ds.ParquetFileFormat().make_fragment(pa.PythonFile(file, mode="r"))
+            fragment = ds.ParquetFileFormat().make_fragment(str(path), LocalFileSystem())
             view = ds.FileSystemDataset([fragment], fragment.physical_schema, fragment.format)
         except (pa.ArrowException, OSError) as error:
             raise RequestError(
