@@ -75,7 +75,7 @@ class OpenmojiSource(Options):
     unit_inputs: int = Field(default=512, ge=1, le=1_000_000)
     limit: int | None = Field(default=None, ge=1)
     """Take that many drawings only."""
-    fetch: FetchOptions = FetchOptions(timeout=4.0, idle_timeout=2.0, max_bytes=4 << 20)
+    fetch: FetchOptions = FetchOptions(timeout=12.0, idle_timeout=6.0, max_bytes=4 << 20)
 
 
 SourceOptions = Annotated[UrlsSource | OpenmojiSource, Field(discriminator="adapter")]

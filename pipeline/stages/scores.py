@@ -19,6 +19,9 @@ SCALARS = {
     "aspect": "float32",
     "sharpness": "float32",
     "entropy": "float32",
+    "red": "float32",
+    "green": "float32",
+    "blue": "float32",
     "pixels_sha256": "string",
     "phash": "string",
 }
@@ -26,7 +29,7 @@ SHARPNESS_SIDE = 512  # the long side of the version that sharpness is measured 
 
 
 class BasicScores:
-    """Scores of the stored image: size, aspect (width / height), `sharpness`, `entropy`, `pixels_sha256`, `phash`."""
+    """Scores of the stored image: size, aspect (width / height), and what `basic_scores` gives."""
 
     device = "cpu"
 
@@ -61,6 +64,7 @@ def basic_scores(pixels: np.ndarray) -> dict[str, Any]:
 
     - `sharpness`: the variance of the Laplacian (4 neighbours) of the luma, the long side reduced to 512 pixels
     - `entropy`: of the luma's histogram of 256 bins, in bits (0 to 8)
+    - `red`, `green`, `blue`: their means over the pixels (0 to 255)
     - `pixels_sha256`: of the pixels' bytes, row by row, as 64 hex digits, after `<width>x<height>:`
     - `phash`: 64-bit perceptual hash as 16 hex digits; near-equal pictures differ in few bits
     """
@@ -76,12 +80,16 @@ def basic_scores(pixels: np.ndarray) -> dict[str, Any]:
         small = luma.resize(size, Image.Resampling.BICUBIC)
     digest = hashlib.sha256(f"{width}x{height}:".encode())
     digest.update(pixels.tobytes())
+    red, green, blue = pixels.mean((0, 1)).tolist()
     return {
         "width": width,
         "height": height,
         "aspect": width / height,
         "sharpness": _laplacian_variance(np.asarray(small)),
         "entropy": float(-(shares * np.log2(shares)).sum()) + 0.0,
+        "red": red,
+        "green": green,
+        "blue": blue,
         "pixels_sha256": digest.hexdigest(),
         "phash": perceptual_hash(luma),
     }

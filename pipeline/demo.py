@@ -1,0 +1,167 @@
+"""`microdit demo`: the whole road, small and real, from URLs to pictures and a page to look at.
+
+Every step is what a user would run, and each goes on where it was stopped: the build from its commits, the selection
+from its hash, the training from its last checkpoint. So running the demo again, after a kill too, is always right.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.check import verify
+from pipeline.config import HOME, load_config
+from pipeline.corpus import Corpus
+from pipeline.engine import build
+from pipeline.progress import shown
+from pipeline.report import write_report
+from pipeline.samples import query, select
+
+TIME_LIMIT = 8 * 60  # seconds for everything on 2 cores; the training gets what the build left of it, but for
+AFTER_TRAINING = 60  # the pictures and the page
+LEAST_TRAINING = 60
+
+# Of drawings that look alike only the first is kept: at most 4 of the 64 bits of the perceptual hash differ, and so
+# does hardly the mean colour (flat drawings that differ in colour alone have one hash). Too small ones are left out.
+SELECTION = """
+SELECT source, shard, row FROM samples AS s
+WHERE status = 'ok' AND least(width, height) >= 64
+  AND has_latents_demo_64 AND has_text_minilm_source AND has_text_minilm_long
+  AND NOT EXISTS (
+    SELECT 1 FROM samples AS t
+    WHERE t.status = 'ok' AND least(t.width, t.height) >= 64 AND (t.shard, t.row) < (s.shard, s.row)
+      AND bit_count(xor(('0x' || t.basic_phash)::UBIGINT, ('0x' || s.basic_phash)::UBIGINT)) <= 4
+      AND abs(t.basic_red - s.basic_red) + abs(t.basic_green - s.basic_green) + abs(t.basic_blue - s.basic_blue) < 6)
+"""
+LOOK = """
+SELECT CASE WHEN status = 'ok' THEN 'ok' ELSE reason END AS outcome, count(*) AS images,
+       round(avg(caption_source_tokens), 1) AS words, round(avg(caption_long_tokens), 1) AS words_long,
+       round(avg(basic_entropy), 2) AS entropy
+FROM samples GROUP BY 1 ORDER BY 2 DESC
+"""
+
+
+def run_demo(out: Path) -> int:
+    """Build, choose, train, draw, verify and report below `out`; the exit status of the command.
+
+    Raises:
+        RequestError: something about the request is wrong; the message says what.
+    """
+    began = time.monotonic()
+    console = Console(highlight=False)
+    out.mkdir(parents=True, exist_ok=True)
+    say = _Steps(console)
+
+    say.step("building a corpus from a list of URLs", "microdit build configs/demo.yaml")
+    config = load_config("configs/demo.yaml", corpus=str(out / "corpus"))
+    with shown(console) as progress:
+        built = build(config, progress=progress)
+    console.print(built.text())
+    if built.exit_status:
+        return built.exit_status
+    corpus = Corpus.open(config.corpus)
+
+    say.step("looking at it, and choosing", 'microdit query ... "SELECT ..."; microdit select ... "SELECT ..."')
+    console.print(_as_table(query(corpus, LOOK).to_pylist()))
+    selection = select(corpus, "demo", SELECTION)
+    console.print(f"selection {selection.name}@{selection.hash}: {selection.rows:,} images, duplicates left out")
+
+    run = out / "run"
+    left = TIME_LIMIT - AFTER_TRAINING - (time.monotonic() - began)
+    say.step("training a small MicroDiT on it", "torchrun -m trainer configs/recipes/demo.yaml")
+    status = _train(
+        f"corpus={corpus.url}",
+        f"selection={selection.name}@{selection.hash}",
+        f"out={run}",
+        f"time_budget={max(left, LEAST_TRAINING):.0f}",
+    )
+    if status:
+        return status
+
+    say.step("drawing what it learned, from captions alone", "")
+    figures = _evaluate(run)
+    console.print(_as_table(_figure_rows(figures)))
+    console.print(f"real beside generated: {run / 'grid.png'}")
+
+    say.step("checking every byte", "microdit verify ...")
+    checked = verify(corpus)
+    if checked["problems"]:
+        console.print_json(json.dumps(checked["problems"][:20]))
+        return 1
+    console.print("every object, count, key and lineage is right")
+    report = write_report(corpus, out / "report.html", run)
+
+    say.step(f"done in {(time.monotonic() - began) / 60:.1f} minutes", "")
+    console.print(f"  pictures   {run / 'grid.png'}\n  report     {report}")
+    console.print(f"  your turn  microdit generate --checkpoint {run} --prompt 'red apple'")
+    return 0
+
+
+class _Steps:
+    """Numbered headings, each with the command that does the same."""
+
+    def __init__(self, console: Console):
+        self.console, self.number = console, 0
+
+    def step(self, text: str, command: str) -> None:
+        self.number += 1
+        self.console.print(f"\n[bold]{self.number}. {text}[/bold]" + (f"   [dim]{command}[/dim]" if command else ""))
+
+
+def _train(*overrides: str) -> int:
+    """The trainer in a process of its own, with every core; the exit status."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "trainer"]
+    command += [str(HOME / "configs/recipes/demo.yaml"), *overrides]
+    environment = dict(os.environ, OMP_NUM_THREADS=str(len(os.sched_getaffinity(0))))
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the terminal told the trainer too: it saves a checkpoint and ends
+            process.send_signal(signal.SIGINT)
+            return process.wait()
+
+
+def _evaluate(run: Path) -> dict[str, Any]:
+    """The figures of the newest checkpoint, made if they are not there yet."""
+    from model.generate import find_checkpoint  # imports torch
+    from trainer.evaluate import evaluate
+
+    path = run / "evaluation.json"
+    if path.is_file() and (found := json.loads(path.read_text()))["checkpoint"] == find_checkpoint(run).name:
+        return found
+    return evaluate(run)
+
+
+def _figure_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was learned beside what the network knew before its first step."""
+    untrained, count, held_out = figures["untrained"], figures["count"], figures["held_out_count"]
+
+    def row(text: str, name: str, form: str) -> dict[str, Any]:
+        values = {"trained": figures[name], "untrained": untrained[name]}
+        return {"of pictures generated from captions": text} | {
+            key: "" if value is None else form.format(value) for key, value in values.items()
+        }
+
+    return [
+        row(f"nearest to their own image, of {count}", "nearest_in_count", "{}"),
+        row(f"nearest to their own image, of all {figures['images']:,}", "nearest_in_all", "{}"),
+        row(f"never trained on, nearest to their own, of {held_out}", "held_out_nearest_in_count", "{}"),
+        row("PSNR against their own image, dB", "psnr", "{:.1f}"),
+        row("the same, never trained on, dB", "held_out_psnr", "{:.1f}"),
+    ]
+
+
+def _as_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in rows[0] if rows else []:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    return table
