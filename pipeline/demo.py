@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,10 @@ FROM samples GROUP BY 1 ORDER BY 2 DESC
 """
 
 
-def run_demo(out: Path) -> int:
+def run_demo(out: Path, build_overrides: Sequence[str] = (), train_overrides: Sequence[str] = ()) -> int:
     """Build, choose, train, draw, verify and report below `out`; the exit status of the command.
+
+    The overrides (`key=value`) change configs/demo.yaml and configs/recipes/demo.yaml, to make it smaller still.
 
     Raises:
         RequestError: something about the request is wrong; the message says what.
@@ -60,7 +63,7 @@ def run_demo(out: Path) -> int:
     say = _Steps(console)
 
     say.step("building a corpus from a list of URLs", "microdit build configs/demo.yaml")
-    config = load_config("configs/demo.yaml", corpus=str(out / "corpus"))
+    config = load_config("configs/demo.yaml", build_overrides, corpus=str(out / "corpus"))
     with shown(console) as progress:
         built = build(config, progress=progress)
     console.print(built.text())
@@ -81,6 +84,7 @@ def run_demo(out: Path) -> int:
         f"selection={selection.name}@{selection.hash}",
         f"out={run}",
         f"time_budget={max(left, LEAST_TRAINING):.0f}",
+        *train_overrides,
     )
     if status:
         return status

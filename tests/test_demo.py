@@ -1,0 +1,98 @@
+"""The whole road, smaller: killed on the way, run again to the end, and run once more with nothing to do."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.check import status
+from pipeline.corpus import Corpus
+from pipeline.demo_server import prepare
+from pipeline.verify import verify
+
+pytestmark = pytest.mark.timeout(600)
+
+DRAWINGS = 150
+TRAIN = [
+    "stages.0.images=1280",
+    "stages.1.images=2560",
+    "checkpoint_every=5",
+    "hold_out=16",
+    "model.dim=64",
+    "model.patch_mixer_dim=64",
+]
+
+
+def start(out: Path, cache: Path) -> subprocess.Popen[bytes]:
+    build = ["shard_samples=32", "sources.openmoji.unit_inputs=64", f"sources.openmoji.limit={DRAWINGS}"]
+    build.append(f"sources.openmoji.cache={cache}")
+    code = (
+        "import sys; from pathlib import Path; from pipeline.demo import run_demo; "
+        f"sys.exit(run_demo(Path({str(out)!r}), {build!r}, {TRAIN!r}))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> str:
+    output = process.communicate(timeout=500)[0].decode()
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_when(process: subprocess.Popen[bytes], reached: Path, pattern: str, pause: float) -> None:
+    """SIGKILL the whole process group a moment after a file that matches is there."""
+    deadline = time.monotonic() + 400
+    while not any(reached.rglob(pattern)):
+        assert process.poll() is None, process.communicate()[0].decode()
+        assert time.monotonic() < deadline, f"no {pattern} below {reached}"
+        time.sleep(0.05)
+    time.sleep(pause)
+    assert process.poll() is None, "it was over before it was killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_demo_killed_twice_and_run_again(tmp_path: Path) -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    pauses = random.Random(seed)
+    out, cache = tmp_path / "demo", tmp_path / "cache"
+
+    kill_when(start(out, cache), out / "corpus/commits", "*.json", pauses.uniform(0, 1))
+    assert not (out / "run").exists(), "the first kill came in the middle of the build"
+    kill_when(start(out, cache), out / "run", "state.json", pauses.uniform(0, 0.5))
+    assert not (out / "report.html").exists(), "the second kill came in the middle of the training"
+    finish(start(out, cache))
+
+    corpus = Corpus.open(out / "corpus")
+    found = verify(corpus)
+    assert found["ok"], found["problems"]
+    listed = prepare(cache / f"openmoji-{DRAWINGS}", DRAWINGS)
+    counts = found["totals"]["samples"]
+    assert all(column["in"] == listed.inputs == column["out"] + column["failed"] for column in counts.values())
+    dropped = sum(len(urls) for kind, urls in listed.bad.items() if kind != "duplicate")
+    assert {column["failed"] for column in counts.values()} == {dropped}
+    assert set(counts) == {
+        "images", "captions/source", "captions/long", "scores/basic",
+        "latents/demo-64", "latents/demo-128", "text/minilm@source", "text/minilm@long",
+    }  # fmt: skip
+    assert {entry["left"] for column in status(corpus)["columns"].values() for entry in column.values()} == {0}
+
+    figures = json.loads((out / "run/evaluation.json").read_text())
+    assert figures["psnr"] > figures["untrained"]["psnr"] + 1  # even so short a training learns the white paper
+    assert Image.open(out / "run/grid.png").width > 500
+    assert "data:image/" in (out / "report.html").read_text()
+
+    before = {path: path.stat().st_mtime_ns for path in (out / "corpus").rglob("*.tar")}
+    output = finish(start(out, cache))
+    assert "nothing to do" in output
+    assert {path: path.stat().st_mtime_ns for path in (out / "corpus").rglob("*.tar")} == before
