@@ -157,11 +157,20 @@ def _lineage(declaration: Declaration, commits: Sequence[Commit]) -> dict[str, A
         "name": declaration.name,
         "stage": str(stage.get("stage", stage.get("name", declaration.kind))),
         "model": model if isinstance(model, str) else json.dumps(model),
-        "revision": str(stage.get("revision", stage.get("version", ""))),
+        "revision": _identity({name: value for name, value in stage.items() if name != "images"}),
         "fingerprint": declaration.fingerprint[:12],
         "inputs": sorted({i.column for c in commits for i in c.inputs}),
         "declared": json.dumps(stage, indent=2, sort_keys=True, ensure_ascii=False),
     }
+
+
+def _identity(value: Any) -> str:
+    """The revision or hash of the model, list or table that a declaration names; empty if it names none."""
+    if not isinstance(value, Mapping):
+        return ""
+    hashes = (value.get(name) for name in ("revision", "sha256", "list", "table", "model"))
+    own = next((text for text in hashes if isinstance(text, str) and text), "")
+    return own[:12] or next((found for inner in value.values() if (found := _identity(inner))), "")
 
 
 def _quoted(text: str) -> str:

@@ -10,9 +10,12 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from pipeline.config import PILLOW_MAX_PIXELS
 from pipeline.corpus import Commit, Corpus, Declaration
+from pipeline.images import decode
 from pipeline.samples import query
 from pipeline.shards import array_from_bytes
+from pipeline.stages.latents import best_device, square
 from pipeline.tables import Field
 
 PICTURES = 15
@@ -50,8 +53,7 @@ def pictures(
         data = reader.member("images", row["source"], row["shard"], row["row"])
         if data is None:  # committed while this page was made
             continue
-        with Image.open(io.BytesIO(data)) as stored:
-            image = stored.convert("RGB")
+        image = Image.fromarray(decode(data, PILLOW_MAX_PIXELS).pixels)
         shown = image.copy()
         shown.thumbnail((SIDE, SIDE))
         words = {column: str(row[name] or "") for column, name in captions.items()}
@@ -77,19 +79,23 @@ def pictures(
 
 def _add_decoded(reader: "_Reader", declaration: Declaration, samples: Sequence[dict[str, Any]]) -> float:
     """Add a view of what a latents column holds to every sample that has it; returns the mean PSNR in dB."""
-    from model.autoencoder import (
-        load_autoencoder,
-    )  # torch is slow to import, and not needed by a corpus without latents
+    import torch  # slow to import, and not needed by a corpus without latents
 
-    name = str(declaration.stage["autoencoder"])
-    autoencoder = load_autoencoder(name)
+    from model.autoencoder import load_autoencoder
+
+    model = declaration.stage.get("model", {})
+    autoencoder = load_autoencoder(
+        declaration.stage["autoencoder"], revision=model.get("revision"), device=best_device()
+    )
+    if model and autoencoder.fingerprint != model:
+        raise ValueError(f"{autoencoder.name} is another one here ({autoencoder.fingerprint}) than in the corpus")
     found = []
     for sample in samples:
         latent = reader.latent(declaration.name, *sample["where"])
         if latent is None:
             continue
-        pixels = autoencoder.decode(latent[None])[0]
-        wanted = encoded_pixels(sample["image"], pixels.shape[1], pixels.shape[0])
+        pixels = autoencoder.decode(torch.from_numpy(latent)[None])[0].numpy()
+        wanted = square(np.asarray(sample["image"]), pixels.shape[0])
         found.append(psnr(wanted, pixels))
         back = Image.fromarray(pixels)
         detail = f"{back.width} px, {found[-1]:.1f} dB"
@@ -148,7 +154,3 @@ def _view(image: Image.Image, label: str, detail: str, alt: str) -> dict[str, An
 def _cut(text: str, most: int) -> str:
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
-
-
-def encoded_pixels(image, w, h):
-    return np.asarray(image.resize((w, h), Image.Resampling.BICUBIC))

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def training(run: Path) -> dict[str, Any]:
         problems.append(f"{charts.format_count(len(lines) - len(points))} lines of log.jsonl have no finite loss")
     speeds = [float(line["images_per_second"]) for line in lines if _positive(line.get("images_per_second"))]
     drawn = len(points) > 1
+    evaluation = _evaluation(run / "evaluation.json", problems)
     return {
         "name": run.name,
         "steps": max((int(line["step"]) for line in lines if isinstance(line.get("step"), int)), default=0),
@@ -41,7 +43,8 @@ def training(run: Path) -> dict[str, Any]:
         "wide": charts.loss_curve(points, wide=True) if drawn else None,
         "stages": list(dict.fromkeys(point.stage for point in points)),
         "narrow": charts.loss_curve(points, wide=False) if drawn else None,
-        "figures": _figures(run / "evaluation.json", problems),
+        "figures": _figures(evaluation),
+        "grid_says": _grid_says(evaluation),
         "grid": _grid(run / "grid.png", problems),
         "problems": problems,
     }
@@ -83,8 +86,12 @@ def _stage_name(number: Any, names: list[str]) -> str:
     return f"{number}: {names[number - 1]}" if known else f"stage {number}" if number is not None else "training"
 
 
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return _number(value) and value > 0
 
 
 def _grid(path: Path, problems: list[str]) -> dict[str, Any] | None:
@@ -104,5 +111,44 @@ def _grid(path: Path, problems: list[str]) -> dict[str, Any] | None:
     return {"uri": data_uri(picture), "width": picture.width, "height": picture.height}
 
 
-def _figures(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    return []
+def _evaluation(path: Path, problems: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        problems.append("there is no evaluation.json in the run's folder, so there are no figures of what was learned")
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        problems.append(f"evaluation.json is no JSON: {error}")
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _figures(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Rows of (label, the trained network's figure, the untrained one's); those that were not measured are left out."""
+    before = evaluation.get("untrained")
+    before = before if isinstance(before, dict) else {}
+    count, held_out = evaluation.get("count", 0), evaluation.get("held_out_count", 0)
+    nearest = "pictures nearest to their own real image, among "
+    rows = (
+        ("nearest_in_count", f"{nearest}the {count} of the captions drawn", "{} of " + str(count)),
+        ("nearest_in_all", f"{nearest}all {charts.format_count(evaluation.get('images', 0))}", "{} of " + str(count)),
+        ("held_out_nearest_in_count", f"{nearest}{held_out} held out of training", "{} of " + str(held_out)),
+        ("psnr", "PSNR to the own real image, mean", "{:.1f} dB"),
+        ("held_out_psnr", "PSNR to the own real image, held out of training, mean", "{:.1f} dB"),
+    )
+    return [
+        {"label": label, "trained": form.format(evaluation[name]), "untrained": form.format(before[name])}
+        for name, label, form in rows
+        if _number(evaluation.get(name)) and _number(before.get(name))
+    ]
+
+
+def _grid_says(evaluation: Mapping[str, Any]) -> str:
+    drawn = f"{evaluation['count']} captions" if _number(evaluation.get("count")) else "captions"
+    ways = []
+    if _number(evaluation.get("num_inference_steps")):
+        ways.append(f"{evaluation['num_inference_steps']} steps")
+    if _number(evaluation.get("guidance_scale")):
+        ways.append(f"guidance {charts.format_number(evaluation['guidance_scale'])}")
+    how = f" ({', '.join(ways)})" if ways else ""
+    return f"Real image, and beside it what the network made of its caption alone{how}, for {drawn} drawn at random."

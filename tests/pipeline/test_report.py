@@ -1,0 +1,460 @@
+"""The report page: what it says equals what the corpus holds, and a browser shows it without any request."""
+
+import io
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageDraw
+from playwright.sync_api import Browser, sync_playwright
+
+from model.autoencoder import load_autoencoder
+from pipeline import report_charts as charts
+from pipeline.corpus import Corpus, ShardRef, shard_name, unit_name
+from pipeline.errors import RequestError
+from pipeline.failures import write_failure
+from pipeline.images import decode
+from pipeline.report import write_report
+from pipeline.report_facts import rates
+from pipeline.report_pictures import PICTURES, psnr
+from pipeline.samples import select
+from pipeline.shards import array_bytes, array_from_bytes, read_tar
+from pipeline.stages.latents import square
+from tests.pipeline.made import IMAGE_SCALARS, fill, make_corpus
+
+SHARDS, ROWS, SIDE = 2, 16, 96
+HOSTILE = "<script>window.hurt = true</script><img src=x onerror='window.hurt = true'> & \"so on\""
+LONG = "averyverylongwordwithoutanyspaceinit" * 12
+FAILURES = {
+    1: ("http_404", f"HTTP 404 for http://127.0.0.1/{HOSTILE}"),
+    5: ("timeout", "no byte within 2 s"),
+    9: ("truncated", "image file is truncated"),
+    17: ("http_404", "HTTP 404 again"),
+    21: ("too_small", "10x10; the short side must have 32 pixels"),
+}
+BROKEN_LATENT = 12
+KEPT = SHARDS * ROWS - len(FAILURES)
+
+
+def drawing(number: int) -> Image.Image:
+    image = Image.new("RGB", (SIDE, SIDE + 8 * (number % 3)), "white")
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((10 + number, 12, 70, 50 + number), fill=(8 * number, 90, 200 - 6 * number), outline="black", width=3)
+    draw.rectangle((30, 40 + number, 80, 90), fill=(240, 7 * number, 60))
+    return image
+
+
+def caption(number: int) -> str:
+    return {2: HOSTILE, 3: LONG, 4: ""}.get(number, f"a drawing with the number {number}" + " or so" * (number % 4))
+
+
+@pytest.fixture(scope="module")
+def autoencoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("autoencoder")
+    AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[4, 4, 4, 4],
+        norm_num_groups=2,
+        latent_channels=4,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder: Path) -> Corpus:
+    """Two shards with five failed images, two captions columns, scores, latents that can be decoded or not, text."""
+    corpus = Corpus.create(tmp_path_factory.mktemp("data") / "corpus", "tiny & <small>", ROWS)
+    corpus.declare_source("made", {"adapter": "made", "attribution": "Drawn by a <test>, CC0"})
+    corpus.declare_column("images", {"stage": "ingest", "version": 1}, IMAGE_SCALARS)
+    for name in ("source", "long"):
+        corpus.declare_column(f"captions/{name}", {"stage": "captions"}, {"caption": "string", "tokens": "int32"})
+    corpus.declare_column("scores/basic", {"stage": "scores/basic"}, {"sharpness": "float32", "phash": "string"})
+    latents = {"stage": "latents", "version": 1, "resolution": 64, "revision": None, "posterior": "sample"}
+    model = load_autoencoder(autoencoder_folder).fingerprint
+    absmax = {"absmax": "float32"}
+    corpus.declare_column("latents/tiny-64", latents | {"autoencoder": str(autoencoder_folder), "model": model}, absmax)
+    corpus.declare_column("latents/gone-64", latents | {"autoencoder": str(autoencoder_folder / "gone")}, absmax)
+    corpus.declare_column("text/minilm@source", {"stage": "text", "encoder": "minilm"}, {"tokens": "int32"})
+    corpus.declare_column("text/minilm@later", {"stage": "text", "encoder": "minilm"}, {"tokens": "int32"})
+    unit = unit_name("made", 0)
+    for number in range(SHARDS):
+        write_shard(corpus, ShardRef(source="made", unit=unit, shard=shard_name(unit, number)), number * ROWS)
+    corpus.commit_unit("made", unit, SHARDS * ROWS, [shard_name(unit, number) for number in range(SHARDS)])
+    return corpus
+
+
+def write_shard(corpus: Corpus, ref: ShardRef, first: int) -> None:
+    numbers = range(first, first + ROWS)
+    with corpus.attempt("images", ref) as attempt:
+        for row, number in enumerate(numbers):
+            if number in FAILURES:
+                attempt.fail(row, f"k{number}", *FAILURES[number])
+                continue
+            image, buffer = drawing(number), io.BytesIO()
+            image.save(buffer, "jpeg", quality=92)
+            sizes = {"width": image.width, "height": image.height}
+            sizes |= {f"original_{name}": value for name, value in sizes.items()}
+            about = {"caption": caption(number), "license": "CC0" if number % 2 else "", "origin": HOSTILE}
+            members = {"jpg": buffer.getvalue(), "json": json.dumps(about).encode()}
+            attempt.add(row, f"k{number}", members, **about, **sizes, format="jpeg", bytes=buffer.tell())
+        images = attempt.commit()
+    rng = np.random.default_rng(first)
+    for column in [name for name in corpus.columns() if name not in ("images", "text/minilm@later")]:
+        with corpus.attempt(column, ref, [images]) as attempt:
+            for row, number in enumerate(numbers):
+                words = caption(number) + (" in many more words" if column == "captions/long" else "")
+                latent = rng.standard_normal((4, 8, 8)).astype(np.float16)
+                if number in FAILURES:
+                    attempt.fail(row, f"k{number}", "upstream", "images")
+                elif column.startswith("captions/"):
+                    attempt.add(row, f"k{number}", caption=words, tokens=len(words.split()))
+                elif column.startswith("scores/"):
+                    attempt.add(row, f"k{number}", sharpness=math.sqrt(number), phash="0" * 16)
+                elif column == "latents/tiny-64" and number == BROKEN_LATENT:
+                    attempt.fail(row, f"k{number}", "not_finite", "7 values are no numbers")
+                elif column.startswith("latents/"):
+                    attempt.add(row, f"k{number}", {"npy": array_bytes(latent)}, absmax=float(abs(latent).max()))
+                else:
+                    embedding = rng.standard_normal((row + 2, 8)).astype(np.float16)
+                    attempt.add(row, f"k{number}", {"npy": array_bytes(embedding)}, tokens=row + 2)
+            attempt.commit()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder as the trainer leaves it, with a log whose last line was cut by a kill."""
+    folder = tmp_path_factory.mktemp("run")
+    lines = [
+        {
+            "step": step, "images": step * 64, "stage": 1 if step <= 40 else 2, "loss": 0.3 + 1 / step,
+            "learning_rate": 1e-3, "grad_norm": 0.5, "images_per_second": 512.0, "skipped": 0, "seconds": step / 8,
+        }
+        for step in range(1, 121)
+    ]  # fmt: skip
+    lines[7]["loss"] = math.nan
+    (folder / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 121, "ima')
+    state = {"recipe": {"stages": [{"latents": "latents/tiny-64", "mask_ratio": m} for m in (0.75, 0.0)]}}
+    (folder / "checkpoints/step-00000120").mkdir(parents=True)
+    (folder / "checkpoints/step-00000120/state.json").write_text(json.dumps(state))
+    Image.effect_noise((400, 200), 90).save(folder / "grid.png")
+    untrained = {"nearest_in_count": 1, "nearest_in_all": 0, "held_out_nearest_in_count": 2, "psnr": 6.31}
+    figures = {"nearest_in_count": 58, "nearest_in_all": 41, "held_out_nearest_in_count": None, "psnr": 15.04}
+    about = {"count": 64, "held_out_count": 0, "images": 1462, "num_inference_steps": 18, "guidance_scale": 2.0}
+    (folder / "evaluation.json").write_text(json.dumps(about | figures | {"untrained": untrained}))
+    return folder
+
+
+@dataclass
+class Page:
+    path: Path
+    html: str
+    text: str
+
+
+class _Text(HTMLParser):
+    """The text of a page, as a reader sees it: one space between the pieces, plain spaces in numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[str] = []
+        self.hidden = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.hidden = self.hidden or tag == "style"
+
+    def handle_endtag(self, tag: str) -> None:
+        self.hidden = self.hidden and tag != "style"
+
+    def handle_data(self, data: str) -> None:
+        if not self.hidden:
+            self.pieces.append(data)
+
+
+def as_page(path: Path) -> Page:
+    html = path.read_text(encoding="utf-8")
+    reader = _Text()
+    reader.feed(html)
+    return Page(path, html, " ".join(" ".join(reader.pieces).split()))
+
+
+@pytest.fixture(scope="module")
+def page(corpus: Corpus, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    select(corpus, "train", "SELECT source, shard, row FROM samples WHERE status = 'ok' AND height = width")
+    return as_page(write_report(corpus, tmp_path_factory.mktemp("page") / "new" / "report.html", run))
+
+
+# -- what it says ----------------------------------------------------------------------------------------------------
+
+
+def test_the_funnel_is_the_corpus(page: Page) -> None:
+    square = sum(1 for n in range(SHARDS * ROWS) if n not in FAILURES and n % 3 == 0)
+    steps = re.findall(r'<div class="step">(\w[\w ]*)<small>.*?<div class="left">([\d,]+)', page.html, re.DOTALL)
+    assert steps == [
+        ("Listed", "32"),
+        ("Fetched", "29"),
+        ("Decoded", "28"),
+        ("Kept", str(KEPT)),
+        ("In every column", str(KEPT - 1)),
+        ("Selected", str(square)),
+    ]
+    assert "2 http_404 , such as made/k1 : HTTP 404 for http://127.0.0.1/<script>" in page.text
+    assert "1 timeout , such as made/k5 : no byte within 2 s" in page.text
+    assert "1 not_finite in latents/tiny-64, such as made/k12 : 7 values are no numbers" in page.text
+    assert "upstream" not in page.text, "what was inherited is told where it began"
+    assert "height = width" in page.text, "the query of the selection"
+
+
+def test_bytes_rates_licences_and_lineage_are_those_of_the_commits(corpus: Corpus, page: Page) -> None:
+    commits = corpus.commits("latents/tiny-64")
+    size = sum(c.object.size + c.sidecar.size for c in commits)
+    rows = re.findall(r'<th scope="row">latents/tiny-64</th>(.*?)</tr>', page.html, re.DOTALL)
+    in_bytes, in_rates, in_lineage = (" ".join(re.sub(r"<[^>]+>", " ", row).split()) for row in rows)
+    samples = KEPT - 1
+    wanted = [charts.format_bytes(size), str(samples), charts.format_bytes(size / samples)]
+    assert in_bytes == " ".join(wanted).replace("\xa0", " ")
+    assert in_rates.startswith(f"{SHARDS} {SHARDS * ROWS} ")
+    assert in_lineage.endswith(f"images {corpus.column('latents/tiny-64').fingerprint[:12]}")
+    names = [name for name in corpus.columns() if corpus.commits(name)]
+    objects = {o.name: o.size for name in names for c in corpus.commits(name) for o in (c.object, c.sidecar)}
+    assert f"{charts.format_bytes(sum(objects.values()))} in all".replace("\xa0", " ") in page.text
+    odd = sum(1 for n in range(SHARDS * ROWS) if n not in FAILURES and n % 2)
+    assert f"CC0 made {odd}" in page.text and f"not stated made {KEPT - odd}" in page.text
+    assert "Drawn by a <test>, CC0" in page.text
+    assert "Not built yet, and not asked for below: text/minilm@later" in page.text
+
+
+def test_pictures_stand_beside_what_their_latents_decode_to(
+    corpus: Corpus, page: Page, autoencoder_folder: Path
+) -> None:
+    cards = re.findall(r'<article class="sample card">(.*?)</article>', page.html, re.DOTALL)
+    assert len(cards) == PICTURES
+    commit = corpus.commits("latents/tiny-64")[0]
+    autoencoder = load_autoencoder(autoencoder_folder)
+    with corpus.open_object(commit) as file:
+        latents = {key: array_from_bytes(members["npy"]) for key, members in read_tar(file)}
+    for card in cards:
+        (key,) = re.findall(r'<p class="key mono">made/(\w+)</p>', card)
+        assert int(key[1:]) not in FAILURES
+        assert card.count("<img ") == 2, "the image, and one decoded latent"
+        if key in latents:
+            decoded = autoencoder.decode(torch.from_numpy(latents[key])[None])[0].numpy()
+            assert f"64 px, {psnr(_encoded(int(key[1:])), decoded):.1f} dB" in card
+    assert "latents/gone-64 cannot be decoded here" in page.text
+
+
+def _encoded(number: int) -> np.ndarray:
+    """The pixels that a 64 px latent of a stored drawing is made from."""
+    buffer = io.BytesIO()
+    drawing(number).save(buffer, "jpeg", quality=92)
+    return square(decode(buffer.getvalue(), 1 << 20).pixels, 64)
+
+
+def test_histograms_count_every_kept_image(page: Page) -> None:
+    assert re.search(r"Short side\s*<small>all 27 the same", page.html)
+    for title in (
+        "words of captions/source",
+        "words of captions/long",
+        "tokens of text/minilm@source",
+        "sharpness (scores/basic)",
+    ):
+        figure = page.html.split(f"<figcaption>{title}<small>")[1].split("</figure>")[0]
+        counts = re.findall(r"<title>[^<]*: ([\d,]+) images</title>", figure)
+        assert sum(map(int, counts)) == KEPT, title
+    figure = page.html.split("<figcaption>absmax of latents/tiny-64<small>")[1].split("</figure>")[0]
+    assert sum(map(int, re.findall(r": ([\d,]+) images</title>", figure))) == KEPT - 1
+
+
+def test_training_is_told_and_so_is_what_is_damaged(page: Page) -> None:
+    assert "7,680 images seen in 120 steps, 15 s at 512 images a second" in page.text
+    assert "Stages: 1: tiny-64, mask 75%; 2: tiny-64, mask 0%." in page.text
+    assert "1 lines of log.jsonl have no finite loss" in page.text
+    assert "1 lines of log.jsonl are no JSON" in page.text
+    assert page.html.count('<polyline class="mean"') == 2, "for a desktop and for a phone"
+
+
+def test_figures_stand_beside_the_untrained_networks(page: Page) -> None:
+    section = page.text.split("What was learned")[1].split("Loss")[0]
+    assert "among the 64 of the captions drawn 58 of 64 1 of 64" in section
+    assert "among all 1,462 41 of 64 0 of 64" in section
+    assert "PSNR to the own real image, mean 15.0 dB 6.3 dB" in section
+    assert "held out" not in section, "it was not measured"
+    assert "(18 steps, guidance 2), for 64 captions drawn at random" in page.text
+
+
+def test_untrusted_text_is_escaped(page: Page) -> None:
+    assert HOSTILE in page.text and "tiny & <small>" in page.text
+    assert "<script" not in page.html and "<small>\n" not in page.html.split("<h1>")[1].split("</h1>")[0]
+    assert "default-src 'none'" in page.html
+
+
+def test_a_page_without_a_run_and_without_latents(tmp_path: Path) -> None:
+    made = make_corpus(tmp_path / "corpus")
+    fill(made, columns=["captions/source"])
+    text = as_page(write_report(made, tmp_path / "r.html")).text
+    assert "10 of 12 images were kept" in text and "Training" not in text
+    assert "Not built yet, and not asked for below: scores/basic, latents/demo-64, text/minilm@source" in text
+
+
+def test_what_is_missing_or_broken_is_said(tmp_path: Path) -> None:
+    made = make_corpus(tmp_path / "corpus")
+    fill(made, units=1, shards=1, columns=["captions/source"])
+    write_failure(
+        made, "scores/basic", "demo", "demo-000000-00", stage="scores", attempts=3, message="disk <full>", traceback=""
+    )
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "evaluation.json").write_text("{")
+    (run / "grid.png").write_bytes(b"no picture")
+    text = as_page(write_report(made, tmp_path / "r.html", run)).text
+    assert "scores/basic: 1 shard failed and was set aside, such as demo-000000-00: disk <full>" in text
+    assert "there is no log.jsonl" in text
+    assert "evaluation.json is no JSON" in text
+    assert "grid.png cannot be read" in text
+
+
+@pytest.mark.parametrize("what", ["nothing built", "no such run", "out is a folder"])
+def test_bad_requests_are_named(tmp_path: Path, corpus: Corpus, what: str) -> None:
+    if what == "nothing built":
+        empty = Corpus.create(tmp_path / "empty", "empty")
+        with pytest.raises(RequestError, match="no images are committed yet"):
+            write_report(empty, tmp_path / "r.html")
+    elif what == "no such run":
+        with pytest.raises(RequestError, match=r"nowhere.*there is no such folder"):
+            write_report(corpus, tmp_path / "r.html", tmp_path / "nowhere")
+    else:
+        with pytest.raises(RequestError, match="cannot be written"):
+            write_report(corpus, tmp_path)
+
+
+# -- what it counts with ---------------------------------------------------------------------------------------------
+
+
+def test_time_in_which_nothing_ran_is_cut_out(corpus: Corpus) -> None:
+    commits = corpus.commits("images")
+    dated = [
+        commits[0].model_copy(update={"attempt": "20260101T000000-00000000", "timings": {"seconds": 10.0}}),
+        commits[1].model_copy(update={"attempt": "20260103T000000-00000000", "timings": {"seconds": 30.0}}),
+    ]
+    found = rates({"images": dated, "captions/source": []})
+    assert found["seconds"] == 40 and found["rate"] == SHARDS * ROWS / 40
+    assert found["rows"][0]["spans"] == [(0.0, 40.0)]
+    assert found["dates"] == "1 January 2026 to 3 January 2026"
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted"),
+    [
+        (charts.format_bytes(0), "0 B"),
+        (charts.format_bytes(999), "999 B"),
+        (charts.format_bytes(999_600), "1 MB"),
+        (charts.format_bytes(12_345_678), "12.3 MB"),
+        (charts.format_bytes(1.5e15), "1.5 PB"),
+        (charts.format_number(0), "0"),
+        (charts.format_number(0.012345), "0.0123"),
+        (charts.format_number(9.996), "10"),
+        (charts.format_number(1234.5), "1,234"),
+        (charts.format_number(-20.0), "-20"),
+        (charts.format_duration(0.04), "0.0 s"),
+        (charts.format_duration(59.7), "1 min 0 s"),
+        (charts.format_duration(3599.6), "1 h 0 min"),
+        (charts.format_duration(200_000), "2.3 days"),
+    ],
+)
+def test_numbers_for_people(made: str, wanted: str) -> None:
+    assert made.replace("\xa0", " ") == wanted
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.0031, 0.0032), (-3, 17), (1, 1e6), (0.5, 0.5)])
+def test_ticks_are_round_few_and_inside(low: float, high: float) -> None:
+    ticks = charts.nice_ticks(low, high)
+    assert 1 <= len(ticks) <= 6 and all(low - 1e-9 <= t <= high + 1e-9 for t in ticks)
+
+
+def test_the_running_mean_neither_lags_nor_drifts() -> None:
+    line = [3 - 0.01 * i for i in range(200)]
+    assert charts.smooth(line, 20)[20:180] == pytest.approx(line[20:180])
+
+
+def test_colours_can_be_told_apart_in_both_schemes() -> None:
+    """WCAG 2.2: text 4.5:1 against what it stands on, shapes 3:1."""
+    css = (Path(charts.__file__).parent / "report.html.j2").read_text()
+    schemes = [
+        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block)) for block in re.findall(r":root \{(.*?)\}", css, re.S)
+    ]
+    assert len(schemes) == 2 and schemes[0].keys() == schemes[1].keys()
+    for colours in schemes:
+        for text in ("ink", "soft", "accent", "warm"):
+            for ground in ("paper", "card") + (("warm-paper",) if text == "warm" else ()):
+                assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+        for shape in ("fill", "axis", "warm-fill", "accent"):
+            assert contrast(colours[shape], colours["card"]) >= 3, shape
+        assert contrast(colours["fill"], colours["ghost"]) >= 2, "what is left against what was there"
+
+
+def contrast(one: str, other: str) -> float:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+# -- in a browser ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    switches = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=switches)
+        yield browser
+        browser.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 390, 1280])
+def test_a_browser_shows_it(browser: Browser, page: Page, width: int, scheme: str) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    try:
+        tab = context.new_page()
+        errors: list[str] = []
+        requests: list[str] = []
+        tab.on("console", lambda message: errors.append(message.text))
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.goto(page.path.as_uri())
+        for summary in tab.locator("summary").all():  # what is folded away must fit too
+            summary.click()
+        assert errors == []
+        assert [url for url in requests if not url.startswith("data:")] == [page.path.as_uri()]
+        images = tab.evaluate("Array.from(document.images, i => [i.complete, i.naturalWidth, i.alt])")
+        assert len(images) == PICTURES * 2 + 1
+        assert all(complete and size > 0 and alt for complete, size, alt in images)
+        assert tab.evaluate("window.hurt") is None
+        assert tab.evaluate("document.scripts.length") == 0
+        assert tab.evaluate("document.scrollingElement.scrollWidth") <= width
+        assert tab.locator("svg.loss:visible").count() == 1, "the curve for this width, and not the other"
+        assert tab.locator("h1").inner_text() == "tiny & <small>"
+        names = tab.locator("svg[role=img]").evaluate_all("all => all.map(s => s.querySelector('title').textContent)")
+        assert len(names) >= 8 and all(names)
+        ground = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert ground == {"light": "rgb(250, 249, 246)", "dark": "rgb(18, 21, 24)"}[scheme]
+    finally:
+        context.close()
+
+
+def test_the_page_is_small(page: Page) -> None:
+    assert page.path.stat().st_size < 3_000_000
