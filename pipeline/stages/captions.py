@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import BuildConfig, CaptionsColumn, OpenmojiSource
@@ -32,7 +33,8 @@ class Captions:
         self._table: Path | None = None
         if options.join is not None:
             self._table = _table_path(name, options.join, config)
-            stage |= {"from": "table", "by": self.by, "table": _sha256(self._table, name)}
+            self._sha256 = _sha256(self._table, name)
+            stage |= {"from": "table", "by": self.by, "table": self._sha256}
         self.columns = {name: ColumnSpec(stage, SCALARS, (IMAGES,))}
 
     def load(self) -> None:
@@ -40,7 +42,7 @@ class Captions:
 
     def run(self, corpus: Corpus, ref: ShardRef, columns: Sequence[str]) -> list[Commit]:
         images = latest(corpus, IMAGES, ref)
-        table = None if self._table is None else read_captions(self._table, self.by)
+        table = None if self._table is None else read_captions(self._table, self.by, self._sha256)
         with ExitStack() as stack:
             made = attempts(stack, corpus, ref, columns, [images])
             lines = corpus.sidecar(images).select(["row", "key", "status", "reason", "detail", "origin", "caption"])
@@ -60,43 +62,55 @@ class Captions:
 
 
 @lru_cache(maxsize=4)
-def read_captions(path: Path, by: str) -> dict[str, str]:
+def read_captions(path: Path, by: str, sha256: str) -> dict[str, str | None]:
     """A caption table as {origin or key: caption}; of a name given twice the first one stays.
 
     Raises:
-        RequestError: it cannot be read, or has not the columns.
+        RequestError: it cannot be read, has not the columns, or is not the file with this hash.
     """
     names = ("key",) if by == "key" else ("url", "origin")
-    captions: dict[str, str] = {}
+    captions: dict[str, str | None] = {}
     try:
-        if path.suffix == ".parquet":
-            with pq.ParquetFile(path) as file:
-                name = next((n for n in names if n in file.schema_arrow.names), None)
-                if name is None or "caption" not in file.schema_arrow.names:
-                    raise RequestError(_wrong_columns(path, names, file.schema_arrow.names))
-                for batch in file.iter_batches(columns=[name, "caption"]):
-                    for where, caption in zip(*(batch.column(i).to_pylist() for i in (0, 1)), strict=True):
-                        captions.setdefault(where, caption)
-            return captions
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    entry = json.loads(line)
-                except ValueError as error:
-                    raise RequestError(f"caption table {path}, line {number}: no JSON ({error})") from None
-                name = next((n for n in names if isinstance(entry, dict) and n in entry), None)
-                if name is None or "caption" not in entry:
-                    raise RequestError(f"{_wrong_columns(path, names, entry)} in line {number}")
-                captions.setdefault(entry[name], entry["caption"])
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        if isinstance(error, RequestError):
-            raise
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise RequestError(f"caption table {path}: it is not the one that the column was declared with")
+        for place, entry in _parquet(path, names) if path.suffix == ".parquet" else _json_lines(path):
+            name = next((n for n in names if n in entry), None)
+            if name is None or "caption" not in entry:
+                raise RequestError(f"caption table {path}{place}: {_wanted(names)}; found {list(entry)[:12]}")
+            where, caption = entry[name], entry["caption"]
+            if not isinstance(where, str) or not isinstance(caption, str | None):
+                raise RequestError(f"caption table {path}{place}: {name} and caption must be strings; found {entry}")
+            captions.setdefault(where, caption)
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise RequestError(f"caption table {path}: it cannot be read: {error}") from error
     return captions
 
 
-def _wrong_columns(path: Path, names: Sequence[str], found: Any) -> str:
-    return f"caption table {path}: expected the columns {' or '.join(names)}, and caption; found {list(found)[:12]}"
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise RequestError(f"caption table {path}, line {number}: no JSON ({error})") from None
+            if not isinstance(entry, dict):
+                raise RequestError(f"caption table {path}, line {number}: expected a JSON object; found {line[:80]!r}")
+            yield f", line {number}", entry
+
+
+def _parquet(path: Path, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    with pq.ParquetFile(path) as file:
+        found = file.schema_arrow.names
+        if "caption" not in found or not set(names) & set(found):
+            raise RequestError(f"caption table {path}: {_wanted(names)}; found {found[:12]}")
+        for batch in file.iter_batches(columns=[name for name in (*names, "caption") if name in found]):
+            for entry in batch.to_pylist():
+                yield "", entry
+
+
+def _wanted(names: Sequence[str]) -> str:
+    return f"expected the columns {' or '.join(names)}, and caption"
 
 
 def _table_path(column: str, join: str, config: BuildConfig) -> Path:
