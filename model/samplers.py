@@ -30,21 +30,39 @@ def heun(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float], callback: Callb
 
 
 def dpmpp_2m(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float], callback: Callback = None) -> Tensor:
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2) in terms of sigma, n calls for n steps.
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), n calls for n steps."""
+    return _multistep(denoiser, x, sigmas, callback, corrected=False)
 
-    With lambda = -ln(sigma) a step of size h is x' = e^-h x + (1 - e^-h) D', where D' extrapolates the last two
-    denoised states to the middle of the step. The last step, to sigma 0, is the denoised state itself.
+
+def unipc(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float], callback: Callback = None) -> Tensor:
+    """DPM-Solver++(2M) with UniPC's corrector (UniC-1, arXiv 2302.04867), n calls for n steps.
+
+    What the denoiser says at a predicted state also corrects that state, at no further call.
     """
-    previous, previous_h = None, 0.0
+    return _multistep(denoiser, x, sigmas, callback, corrected=True)
+
+
+def _multistep(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float], callback: Callback, corrected: bool) -> Tensor:
+    """With lambda = -ln(sigma), a step of size h is x' = e^-h x + integral of e^(s-h) D over s in [0, h].
+
+    Predictor: D is constant, at the middle of the step, extrapolated from the last two calls. Corrector: D is linear
+    between the calls at both ends of the step. The last step, to sigma 0, ends at the denoised state itself.
+    """
+    before: Tensor | None = None  # the state at the start of the last step
+    denoised_before, h_before = x, 0.0
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
         denoised = denoiser(x, sigma)
+        if corrected and before is not None:
+            constant = -math.expm1(-h_before)
+            x = math.exp(-h_before) * before + constant * denoised_before
+            x = x + (1 - constant / h_before) * (denoised - denoised_before)
         if following > 0:
             h = math.log(sigma / following)
             target = denoised
-            if previous is not None:
-                target = denoised + (denoised - previous) * (h / (2 * previous_h))
+            if before is not None:
+                target = denoised + (denoised - denoised_before) * (h / (2 * h_before))
+            before, denoised_before, h_before = x, denoised, h
             x = math.exp(-h) * x - math.expm1(-h) * target
-            previous, previous_h = denoised, h
         else:
             x = denoised
         if callback is not None:
@@ -52,4 +70,4 @@ def dpmpp_2m(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float], callback: C
     return x
 
 
-SAMPLERS: dict[str, Sampler] = {"heun": heun, "dpmpp_2m": dpmpp_2m}
+SAMPLERS: dict[str, Sampler] = {"heun": heun, "dpmpp_2m": dpmpp_2m, "unipc": unipc}
