@@ -164,7 +164,7 @@ class Store:
     def open(self, name: str) -> BinaryIO:
         """A seekable binary file over the object, read in blocks."""
         if self.root is not None:
-            return (self.root / name).open("rb")
+            return (self.root / name).open("rb", 1 << 20)
         reader = obstore.open_reader(self.backend, name, buffer_size=4 << 20)
         return cast(BinaryIO, io.BufferedReader(_Raw(reader), 1 << 20))
 

@@ -5,6 +5,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -122,8 +123,8 @@ class ShardCheck:
         if commit.object == commit.sidecar:
             return
         try:
-            members = self._whole(commit.object, _members)
-        except (tarfile.TarError, ValueError) as error:
+            members = self._whole(commit.object, tar_members)
+        except ValueError as error:
             self.found.problem("tar", commit.object.name, f"it is no tar: {first_line(error)}")
             return
         if members is not None and column in self.sidecars:
@@ -141,7 +142,7 @@ class ShardCheck:
                 result, error = None, None
                 try:
                     result = read(hashing)  # type: ignore[arg-type]
-                except (tarfile.TarError, ValueError) as caught:
+                except ValueError as caught:
                     error = caught
                 hashing.drain()
         except FileNotFoundError:
@@ -161,22 +162,23 @@ class ShardCheck:
         return None
 
     def _members(self, commit: Commit, sidecar: pa.Table, members: list[tuple[str, int, int]]) -> None:
-        alive = sidecar.filter(pc.equal(sidecar["status"], "ok")).select(["key", "offset", "size"]).to_pylist()
-        parts = [name.partition(".") for name, _, _ in members]
-        extensions = [extension for key, _, extension in parts if alive and key == alive[0]["key"]]
+        alive = sidecar.filter(pc.equal(sidecar["status"], "ok"))
+        keys = alive["key"].to_pylist()
+        places = list(zip(alive["offset"].to_pylist(), alive["size"].to_pylist(), strict=True))
+        names = [name for name, _, _ in members]
+        first = names[0].partition(".")[0] if names else ""
+        extensions = [name.partition(".")[2] for name in takewhile(lambda name: name.startswith(f"{first}."), names)]
         step = max(len(extensions), 1)
-        if len(members) != step * len(alive):
-            self.found.problem(
-                "tar", commit.object.name, f"{len(members)} members, expected {step} of each of {len(alive)} samples"
-            )
+        wanted = [f"{key}.{extension}" for key in keys for extension in extensions]
+        if len(names) != step * len(keys):
+            detail = f"{len(names)} members, expected {step} of each of {len(keys)} samples"
+        elif names != wanted:
+            detail = next(f"it has {n!r}, expected {w!r}" for n, w in zip(names, wanted, strict=True) if n != w)
+        elif [(offset, size) for _, offset, size in members[::step]] != places:
+            detail = "offsets and sizes of the samples are not those in the sidecar"
+        else:
             return
-        for number, line in enumerate(alive):
-            part = members[number * step : (number + 1) * step]
-            wanted = [f"{line['key']}.{extension}" for extension in extensions]
-            if [name for name, _, _ in part] != wanted or part[0][1:] != (line["offset"], line["size"]):
-                detail = f"it has {part}, expected {wanted}, the first at {line['offset']} with {line['size']} bytes"
-                self.found.problem("tar", commit.object.name, detail)
-                return
+        self.found.problem("tar", commit.object.name, detail)
 
     # -- rows and lineage --------------------------------------------------------------------------------------------
 
@@ -260,12 +262,24 @@ class Hashing:
             pass
 
 
-def _members(file: BinaryIO) -> list[tuple[str, int, int]]:
-    """Name, offset and size of all members of a tar, in order."""
-    found = []
-    with tarfile.open(fileobj=file, mode="r|", bufsize=BLOCK) as tar:
-        for info in tar:
-            if not info.isfile():
-                raise ValueError(f"{info.name} is no regular file")
-            found.append((info.name, info.offset_data, info.size))
+def tar_members(file: BinaryIO) -> list[tuple[str, int, int]]:
+    """Name, offset and size of all members of a plain ustar, in order; `tarfile` takes forty times as long.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    found, position = [], 0
+    while any(header := file.read(tarfile.BLOCKSIZE)):
+        name = header[:100].rstrip(b"\0").decode()
+        if header[257:262] != b"ustar" or header[156] not in b"0\0" or header[345]:
+            raise ValueError(f"member {name[:100]!r} at {position} is no regular file of a plain ustar")
+        size = int(header[124:136].rstrip(b" \0"), 8)
+        padded = -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if size < 0 or len(file.read(padded)) < padded:
+            raise ValueError(f"member {name!r} at {position} is cut")
+        position += tarfile.BLOCKSIZE
+        found.append((name, position, size))
+        position += padded
+    if not header:
+        raise ValueError(f"it ends at {position} without an empty block")
     return found

@@ -18,6 +18,8 @@ import boto3
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.check import gc, ls, status, verify
 from pipeline.corpus import Commit, Corpus, ShardRef, canonical, shard_name, unit_name
@@ -26,6 +28,7 @@ from pipeline.failures import write_failure
 from pipeline.samples import query, sample_table, select
 from pipeline.shards import TarWriter, array_bytes, read_table, write_table
 from pipeline.store import Store
+from pipeline.verify_shard import tar_members
 from tests.pipeline.made import COLUMNS, SHARD_SAMPLES, SOURCE, fill, keys_of, make_corpus, write_column, write_images
 
 UNIT = unit_name(SOURCE, 0)
@@ -307,6 +310,24 @@ def _link_tar() -> bytes:
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(info)
     return buffer.getvalue()
+
+
+@settings(max_examples=60, deadline=None, print_blob=True)
+@given(st.lists(st.binary(max_size=1100), max_size=5), st.data())
+def test_the_members_of_a_tar(
+    contents: list[bytes], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    samples = [(f"key-{n}", {"npy": content, "json": b"{}"}) for n, content in enumerate(contents)]
+    whole = _tar_bytes(tmp_path_factory.mktemp("tar"), samples)
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        assert tar_members(io.BytesIO(whole)) == [(info.name, info.offset_data, info.size) for info in tar]
+    damaged = bytearray(whole[: data.draw(st.integers(0, len(whole)))])
+    if damaged:
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        tar_members(io.BytesIO(bytes(damaged)))
+    except ValueError:
+        return
 
 
 @pytest.mark.parametrize("damage", ["none", "order", "absent", "more", "double", "extension", "no tar", "link"])
