@@ -313,7 +313,7 @@ def _link_tar() -> bytes:
 
 
 @settings(max_examples=60, deadline=None, print_blob=True)
-@given(st.lists(st.binary(max_size=1100), max_size=5), st.data())
+@given(contents=st.lists(st.binary(max_size=1100), max_size=5), data=st.data())
 def test_the_members_of_a_tar(
     contents: list[bytes], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
