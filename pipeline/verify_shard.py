@@ -271,6 +271,8 @@ def tar_members(file: BinaryIO) -> list[tuple[str, int, int]]:
     found, position = [], 0
     while any(header := file.read(tarfile.BLOCKSIZE)):
         name = header[:100].rstrip(b"\0").decode()
+        if len(header) < tarfile.BLOCKSIZE:
+            raise ValueError(f"it is cut at {position + len(header)}")
         if header[257:262] != b"ustar" or header[156] not in b"0\0" or header[345]:
             raise ValueError(f"member {name[:100]!r} at {position} is no regular file of a plain ustar")
         size = int(header[124:136].rstrip(b" \0"), 8)
