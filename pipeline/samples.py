@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,9 +93,14 @@ def _run(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
         if len(kinds) != 1 or kinds[0] not in READING:
             what = ", ".join(kind.name for kind in kinds) or "nothing"
             raise RequestError(f"SQL: {what}; expected one SELECT over the view samples")
-        return connection.sql(sql).to_arrow_table()
+        table = connection.sql(sql).to_arrow_table()
     except duckdb.Error as error:
         raise RequestError(f"SQL: {error}") from None
+    for where, field in enumerate(table.schema):
+        if field.type == pa.decimal128(38, 0):  # what DuckDB's 128-bit sums come as
+            with suppress(pa.ArrowInvalid):  # it is larger than 64 bits: it stays
+                table = table.set_column(where, field.name, pc.cast(table[where], pa.int64()))
+    return table
 
 
 # -- selections ------------------------------------------------------------------------------------------------------

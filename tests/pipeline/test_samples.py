@@ -196,6 +196,8 @@ def test_sql_of_many_kinds(corpus: Corpus) -> None:
         {"status": "failed", "n": 4},
         {"status": "ok", "n": 20},
     ]
+    (sums,) = query(corpus, "SELECT sum(row) AS small, sum(2::HUGEINT ** 100) AS large FROM samples").to_pylist()
+    assert sums == {"small": 4 * 15, "large": 24 * 2**100} and type(sums["small"]) is int
     assert query(corpus, "DESCRIBE samples").num_rows == query(corpus, "SELECT * FROM samples").num_columns
     assert query(corpus, "WITH a AS (FROM samples) SELECT max(row) AS m FROM a")["m"].to_pylist() == [5]
     assert query(corpus, "PIVOT samples ON status USING count(*) GROUP BY source").to_pylist() == [
