@@ -1,5 +1,6 @@
 """EDM: preconditioning, loss, guidance, and samplers against a denoiser whose trajectories are known exactly."""
 
+import json
 import math
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import sampler as benchmark
 from model.edm import EDM
 from model.samplers import SAMPLERS
 from tests.model.test_network import batch, build
@@ -188,3 +190,16 @@ def test_latents_in_half_precision_give_a_float32_loss() -> None:
 def test_wrong_requests(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EDM().sample(GaussianNet(), torch.zeros(1, 4, 8, 8), torch.zeros(1, 1, 1), **change)
+
+
+def test_benchmark_prints_one_object(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "REFERENCE_STEPS", 40)
+    monkeypatch.setattr(benchmark, "STEPS", {"heun": (4, 30), "other": (4, 30)})
+    benchmark.main(["--json", "--train-steps", "2", "--batch", "1"])
+    result = json.loads(capsys.readouterr().out)
+    assert {row["sampler"] for row in result["rows"]} == set(SAMPLERS)
+    for name in SAMPLERS:
+        coarse, fine = (row for row in result["rows"] if row["sampler"] == name)
+        assert fine["distance"] < coarse["distance"]
+        assert fine["calls"] == (59 if name == "heun" else 30)
+    assert result["calls_to_reach_heun_30"]["heun"] == 59

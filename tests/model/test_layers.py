@@ -1,10 +1,13 @@
 """Experts and attention against plain forms of the same mathematics."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import experts
 from benchmarks.experts import one_hot_experts
 from model import layers
 from model.layers import Experts, attention
@@ -108,3 +111,11 @@ def test_masked_keys_have_no_influence() -> None:
     torch.testing.assert_close(out[:1], attention(q[:1], k[:1, :3], v[:1, :3], 2, 1e-6))
     k[0, 3:], v[0, 3:] = 1e4, -1e4
     torch.testing.assert_close(attention(q, k, v, 2, 1e-6, mask), out)
+
+
+def test_benchmark_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    experts.main(["--json", "--widths", "tiny", "--tokens", "64", "256", "--batch-tokens", "256", "--repeat", "1"])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["tokens"], row["batch"]) for row in rows] == [(64, 4), (256, 1)]
+    assert all(row["gather"]["peak_mib"] > 0 and row["gather"]["seconds"] > 0 for row in rows)
+    assert rows[1]["memory_ratio"] > 1  # one-hot matrices cost memory
