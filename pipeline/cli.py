@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -302,7 +303,16 @@ def _answer(as_json: bool) -> Iterator[dict[str, Any]]:
         return
     with contextlib.redirect_stdout(sys.stderr):
         yield answer
-    print(json.dumps(answer, default=str, ensure_ascii=False))
+    print(json.dumps(_finite(answer), default=str, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_rows(columns: list[str], rows: Sequence[Mapping[str, Any]], most: int = 100) -> None:

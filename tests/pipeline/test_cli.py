@@ -207,6 +207,8 @@ def test_query_select_and_ls(built: Built) -> None:
     assert lines == [["status", "n"], ["failed", "2"], ["ok", "22"]]
     many = microdit("query", built.corpus, "SELECT unnest(range(120)) AS [x]".replace("[x]", "x")).stdout
     assert "... 20 rows more" in many
+    odd = microdit("query", built.corpus, "SELECT 'nan'::DOUBLE AS x, [1.5, 'inf'::DOUBLE] AS y", "--json")
+    assert json.loads(odd.stdout, parse_constant=pytest.fail)["rows"] == [{"x": None, "y": [1.5, None]}]
     bad = microdit("query", built.corpus, "SELECT nothing FROM samples", "--json")
     assert (bad.exit_code, bad.stdout) == (2, "")
     assert "nothing" in bad.stderr
