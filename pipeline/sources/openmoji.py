@@ -51,8 +51,10 @@ class Openmoji:
     @contextmanager
     def running(self) -> Iterator[None]:
         with demo_server.serve(self.prepared.folder) as self._base:
-            yield
-        self._base = None
+            try:
+                yield
+            finally:
+                self._base = None
 
     def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:
         if self._base is None:

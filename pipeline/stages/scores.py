@@ -25,6 +25,7 @@ SCALARS = {
     "pixels_sha256": "string",
     "phash": "string",
 }
+HASH_MARGIN = 2.0
 SHARPNESS_SIDE = 512  # the long side of the version that sharpness is measured on, so that sizes can be compared
 
 
@@ -98,12 +99,13 @@ def basic_scores(pixels: np.ndarray) -> dict[str, Any]:
 def perceptual_hash(luma: Image.Image) -> str:
     """The DCT hash: which of the 8x8 lowest frequencies of the 32x32 picture lie above their median.
 
-    The zero frequency stays out of the median. 64 bits as 16 hex digits, row by row, the first bit highest.
+    The zero frequency stays out of the median. What lies within 2 gray levels of the median counts as below it: in a
+    symmetric drawing half of the frequencies are zero, and JPEG would throw a coin for each of them.
+    64 bits as 16 hex digits, row by row, the first bit highest.
     """
     small = np.asarray(luma.resize((32, 32), Image.Resampling.BICUBIC), np.float64)
-    # rounded so that a flat picture's frequencies are zero, not noise
-    low = (_dct8() @ small @ _dct8().T).round(6).ravel()
-    bits = low > np.sort(low[1:])[31]
+    low = (_dct8() @ small @ _dct8().T).ravel()
+    bits = low > np.sort(low[1:])[31] + HASH_MARGIN
     return np.packbits(bits).tobytes().hex()
 
 
