@@ -29,7 +29,7 @@ TIME_LIMIT = 8 * 60  # seconds for everything on 2 cores; the training gets what
 AFTER_TRAINING = 60  # the pictures and the page
 LEAST_TRAINING = 60
 
-# Of drawings that look alike only the first is kept: at most 4 of the 64 bits of the perceptual hash differ, and so
+# Of drawings that look alike only the first is kept: at most 1 of the 64 bits of the perceptual hash differs, and so
 # does hardly the mean colour (flat drawings that differ in colour alone have one hash). Too small ones are left out.
 SELECTION = """
 SELECT source, shard, row FROM samples AS s
@@ -38,7 +38,7 @@ WHERE status = 'ok' AND least(width, height) >= 64
   AND NOT EXISTS (
     SELECT 1 FROM samples AS t
     WHERE t.status = 'ok' AND least(t.width, t.height) >= 64 AND (t.shard, t.row) < (s.shard, s.row)
-      AND bit_count(xor(('0x' || t.basic_phash)::UBIGINT, ('0x' || s.basic_phash)::UBIGINT)) <= 4
+      AND bit_count(xor(('0x' || t.basic_phash)::UBIGINT, ('0x' || s.basic_phash)::UBIGINT)) <= 1
       AND abs(t.basic_red - s.basic_red) + abs(t.basic_green - s.basic_green) + abs(t.basic_blue - s.basic_blue) < 6)
 """
 LOOK = """

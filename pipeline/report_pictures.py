@@ -4,6 +4,7 @@ import base64
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -68,25 +69,21 @@ def pictures(
                 "views": [_view(shown, "stored", f"{image.width} × {image.height} px", _cut(text, 120))],
             }
         )
-    psnr: dict[str, float] = {}
+    found: dict[str, float] = {}
     for column in latents:
         try:
-            psnr[column] = _add_decoded(reader, columns[column], samples)
+            found[column] = _add_decoded(reader, columns[column], samples)
         except Exception as error:  # a model may fail to load in a hundred ways; the page is worth having without it
             problems.append(f"{column} cannot be decoded here: {type(error).__name__}: {_cut(str(error), 300)}")
-    return {"samples": samples, "psnr": {c: v for c, v in psnr.items() if math.isfinite(v)}, "problems": problems}
+    return {"samples": samples, "psnr": {c: v for c, v in found.items() if math.isfinite(v)}, "problems": problems}
 
 
 def _add_decoded(reader: "_Reader", declaration: Declaration, samples: Sequence[dict[str, Any]]) -> float:
     """Add a view of what a latents column holds to every sample that has it; returns the mean PSNR in dB."""
     import torch  # slow to import, and not needed by a corpus without latents
 
-    from model.autoencoder import load_autoencoder
-
     model = declaration.stage.get("model", {})
-    autoencoder = load_autoencoder(
-        declaration.stage["autoencoder"], revision=model.get("revision"), device=best_device()
-    )
+    autoencoder = _autoencoder(str(declaration.stage["autoencoder"]), model.get("revision"))
     if model and autoencoder.fingerprint != model:
         raise ValueError(f"{autoencoder.name} is another one here ({autoencoder.fingerprint}) than in the corpus")
     found = []
@@ -95,14 +92,20 @@ def _add_decoded(reader: "_Reader", declaration: Declaration, samples: Sequence[
         if latent is None:
             continue
         pixels = autoencoder.decode(torch.from_numpy(latent)[None])[0].numpy()
-        wanted = square(np.asarray(sample["image"]), pixels.shape[0])
-        found.append(psnr(wanted, pixels))
+        found.append(psnr(square(np.asarray(sample["image"]), pixels.shape[0]), pixels))
         back = Image.fromarray(pixels)
         detail = f"{back.width} px, {found[-1]:.1f} dB"
         back.thumbnail((SIDE, SIDE))
         alt = f"decoded from {declaration.name}: {sample['alt']}"
         sample["views"].append(_view(back, declaration.name.partition("/")[2], detail, alt))
     return float(np.mean(found)) if found else math.nan
+
+
+@lru_cache(maxsize=1)
+def _autoencoder(name: str, revision: str | None) -> Any:
+    from model.autoencoder import load_autoencoder
+
+    return load_autoencoder(name, revision=revision, device=best_device())
 
 
 def psnr(wanted: np.ndarray, found: np.ndarray) -> float:

@@ -128,13 +128,21 @@ def _figures(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
     before = evaluation.get("untrained")
     before = before if isinstance(before, dict) else {}
     count, held_out = evaluation.get("count", 0), evaluation.get("held_out_count", 0)
-    nearest = "pictures nearest to their own real image, among "
+    nearest = "Nearest to their own real image, among "
     rows = (
-        ("nearest_in_count", f"{nearest}the {count} of the captions drawn", "{} of " + str(count)),
-        ("nearest_in_all", f"{nearest}all {charts.format_count(evaluation.get('images', 0))}", "{} of " + str(count)),
-        ("held_out_nearest_in_count", f"{nearest}{held_out} held out of training", "{} of " + str(held_out)),
-        ("psnr", "PSNR to the own real image, mean", "{:.1f} dB"),
-        ("held_out_psnr", "PSNR to the own real image, held out of training, mean", "{:.1f} dB"),
+        ("nearest_in_count", f"{nearest}those of the {count} captions drawn", "{} of " + str(count)),
+        (
+            "nearest_in_all",
+            f"{nearest}all {charts.format_count(evaluation.get('images', 0))} real images",
+            "{} of " + str(count),
+        ),
+        (
+            "held_out_nearest_in_count",
+            f"{nearest}those of {held_out} captions held out of training",
+            "{} of " + str(held_out),
+        ),
+        ("psnr", "PSNR to their own real image, mean", "{:.1f} dB"),
+        ("held_out_psnr", "The same, of captions held out of training", "{:.1f} dB"),
     )
     return [
         {"label": label, "trained": form.format(evaluation[name]), "untrained": form.format(before[name])}

@@ -284,9 +284,9 @@ def test_training_is_told_and_so_is_what_is_damaged(page: Page) -> None:
 
 def test_figures_stand_beside_the_untrained_networks(page: Page) -> None:
     section = page.text.split("What was learned")[1].split("Loss")[0]
-    assert "among the 64 of the captions drawn 58 of 64 1 of 64" in section
-    assert "among all 1,462 41 of 64 0 of 64" in section
-    assert "PSNR to the own real image, mean 15.0 dB 6.3 dB" in section
+    assert "among those of the 64 captions drawn 58 of 64 1 of 64" in section
+    assert "among all 1,462 real images 41 of 64 0 of 64" in section
+    assert "PSNR to their own real image, mean 15.0 dB 6.3 dB" in section
     assert "held out" not in section, "it was not measured"
     assert "(18 steps, guidance 2), for 64 captions drawn at random" in page.text
 
