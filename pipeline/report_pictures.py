@@ -22,6 +22,7 @@ from pipeline.tables import Field
 PICTURES = 15
 SEED = "report"  # another word, another sample
 SIDE = 256  # larger pictures are scaled down to this many pixels
+BATCH_LATENTS = 4096  # places (h x w) of the latents that are decoded at a time: 16 images of 128 px, 1 of 512 px
 MAX_CAPTION = 420  # characters shown of a caption
 
 
@@ -86,12 +87,14 @@ def _add_decoded(reader: "_Reader", declaration: Declaration, samples: Sequence[
     autoencoder = _autoencoder(str(declaration.stage["autoencoder"]), model.get("revision"))
     if model and autoencoder.fingerprint != model:
         raise ValueError(f"{autoencoder.name} is another one here ({autoencoder.fingerprint}) than in the corpus")
+    there = [(s, latent) for s in samples if (latent := reader.latent(declaration.name, *s["where"])) is not None]
+    decoded: list[np.ndarray] = []
+    while len(decoded) < len(there):
+        some = [latent for _, latent in there[len(decoded) :]]
+        some = some[: max(1, BATCH_LATENTS // some[0][0].size)]
+        decoded += list(autoencoder.decode(torch.from_numpy(np.stack(some))).numpy())
     found = []
-    for sample in samples:
-        latent = reader.latent(declaration.name, *sample["where"])
-        if latent is None:
-            continue
-        pixels = autoencoder.decode(torch.from_numpy(latent)[None])[0].numpy()
+    for (sample, _), pixels in zip(there, decoded, strict=True):
         found.append(psnr(square(np.asarray(sample["image"]), pixels.shape[0]), pixels))
         back = Image.fromarray(pixels)
         detail = f"{back.width} px, {found[-1]:.1f} dB"
