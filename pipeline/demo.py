@@ -21,6 +21,7 @@ from pipeline.check import verify
 from pipeline.config import HOME, load_config
 from pipeline.corpus import Corpus
 from pipeline.engine import build
+from pipeline.errors import RequestError
 from pipeline.progress import shown
 from pipeline.report import write_report
 from pipeline.samples import query, select
@@ -66,12 +67,12 @@ def run_demo(out: Path, build_overrides: Sequence[str] = (), train_overrides: Se
     config = load_config("configs/demo.yaml", build_overrides, corpus=str(out / "corpus"))
     with shown(console) as progress:
         built = build(config, progress=progress)
-    console.print(built.text())
+    console.print(built.text(), markup=False, soft_wrap=True)
     if built.exit_status:
         return built.exit_status
     corpus = Corpus.open(config.corpus)
 
-    say.step("looking at it, and choosing", 'microdit query ... "SELECT ..."; microdit select ... "SELECT ..."')
+    say.step("looking at it, and choosing by SQL", "microdit query ..., microdit select ...")
     console.print(_as_table(query(corpus, LOOK).to_pylist()))
     selection = select(corpus, "demo", SELECTION)
     console.print(f"selection {selection.name}@{selection.hash}: {selection.rows:,} images, duplicates left out")
@@ -103,8 +104,8 @@ def run_demo(out: Path, build_overrides: Sequence[str] = (), train_overrides: Se
     report = write_report(corpus, out / "report.html", run)
 
     say.step(f"done in {(time.monotonic() - began) / 60:.1f} minutes", "")
-    console.print(f"  pictures   {run / 'grid.png'}\n  report     {report}")
-    console.print(f"  your turn  microdit generate --checkpoint {run} --prompt 'red apple'")
+    console.print(f"  pictures   {run / 'grid.png'}\n  report     {report}", soft_wrap=True)
+    console.print(f"  your turn  microdit generate --checkpoint {run} --prompt 'red apple'", soft_wrap=True)
     return 0
 
 
@@ -116,7 +117,8 @@ class _Steps:
 
     def step(self, text: str, command: str) -> None:
         self.number += 1
-        self.console.print(f"\n[bold]{self.number}. {text}[/bold]" + (f"   [dim]{command}[/dim]" if command else ""))
+        command = f"   [dim]{command}[/dim]" if command else ""
+        self.console.print(f"\n[bold]{self.number}. {text}[/bold]{command}", soft_wrap=True)
 
 
 def _train(*overrides: str) -> int:
@@ -134,13 +136,17 @@ def _train(*overrides: str) -> int:
 
 def _evaluate(run: Path) -> dict[str, Any]:
     """The figures of the newest checkpoint, made if they are not there yet."""
-    from model.generate import find_checkpoint  # imports torch
+    from model.checkpoint import CheckpointError  # these import torch
+    from model.generate import find_checkpoint
     from trainer.evaluate import evaluate
 
     path = run / "evaluation.json"
-    if path.is_file() and (found := json.loads(path.read_text()))["checkpoint"] == find_checkpoint(run).name:
-        return found
-    return evaluate(run)
+    try:
+        if path.is_file() and (found := json.loads(path.read_text()))["checkpoint"] == find_checkpoint(run).name:
+            return found
+        return evaluate(run)
+    except CheckpointError as error:
+        raise RequestError(str(error)) from error
 
 
 def _figure_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:

@@ -79,9 +79,9 @@ class BuildSummary:
             counts = f"{column.inputs:>11,} = {column.out:>11,} + {column.failed:>9,}"
             lines.append(f"{name:{width}}  {shards:>13}  {counts}  {rate:>8}")
         for name, column in self.columns.items():
-            if column.reasons:
-                reasons = ", ".join(f"{reason} {count:,}" for reason, count in column.reasons.items())
-                lines.append(f"{name}: failed for {reasons}")
+            own = {reason: count for reason, count in column.reasons.items() if reason != UPSTREAM}
+            if own:  # what failed upstream is told there
+                lines.append(f"{name}: failed for " + ", ".join(f"{reason} {count:,}" for reason, count in own.items()))
             if column.waiting:
                 lines.append(
                     f"{name}: {column.waiting:,} shards are not made; the columns that they come from are not there"
