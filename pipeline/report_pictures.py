@@ -16,7 +16,8 @@ from pipeline.corpus import Commit, Corpus, Declaration
 from pipeline.images import decode
 from pipeline.samples import query
 from pipeline.shards import array_from_bytes
-from pipeline.stages.latents import best_device, square
+from pipeline.stages.latents import square
+from pipeline.stages.models import best_device
 from pipeline.tables import Field
 
 PICTURES = 15
@@ -75,7 +76,7 @@ def pictures(
         try:
             found[column] = _add_decoded(reader, columns[column], samples)
         except Exception as error:  # a model may fail to load in a hundred ways; the page is worth having without it
-            problems.append(f"{column} cannot be decoded here: {type(error).__name__}: {_cut(str(error), 300)}")
+            problems.append(f"{column} cannot be decoded here: {_cut(str(error) or type(error).__name__, 300)}")
     return {"samples": samples, "psnr": {c: v for c, v in found.items() if math.isfinite(v)}, "problems": problems}
 
 
@@ -85,8 +86,8 @@ def _add_decoded(reader: "_Reader", declaration: Declaration, samples: Sequence[
 
     model = declaration.stage.get("model", {})
     autoencoder = _autoencoder(str(declaration.stage["autoencoder"]), model.get("revision"))
-    if model and autoencoder.fingerprint != model:
-        raise ValueError(f"{autoencoder.name} is another one here ({autoencoder.fingerprint}) than in the corpus")
+    if any(autoencoder.fingerprint.get(name) != value for name, value in model.items()):
+        raise ValueError(f"the autoencoder {autoencoder.name!r} that is here is not the one that made them")
     there = [(s, latent) for s in samples if (latent := reader.latent(declaration.name, *s["where"])) is not None]
     decoded: list[np.ndarray] = []
     while len(decoded) < len(there):

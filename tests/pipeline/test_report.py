@@ -29,6 +29,7 @@ from pipeline.report_pictures import PICTURES, psnr
 from pipeline.samples import select
 from pipeline.shards import array_bytes, array_from_bytes, read_tar
 from pipeline.stages.latents import square
+from pipeline.stages.models import autoencoder_identity
 from tests.pipeline.made import IMAGE_SCALARS, fill, make_corpus
 
 SHARDS, ROWS, SIDE = 2, 16, 96
@@ -80,9 +81,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder: Path) -
         corpus.declare_column(f"captions/{name}", {"stage": "captions"}, {"caption": "string", "tokens": "int32"})
     corpus.declare_column("scores/basic", {"stage": "scores/basic"}, {"sharpness": "float32", "phash": "string"})
     latents = {"stage": "latents", "version": 1, "resolution": 64, "revision": None, "posterior": "sample"}
-    model = load_autoencoder(autoencoder_folder).fingerprint
+    model = autoencoder_identity("latents/tiny-64", str(autoencoder_folder), None)
     absmax = {"absmax": "float32"}
     corpus.declare_column("latents/tiny-64", latents | {"autoencoder": str(autoencoder_folder), "model": model}, absmax)
+    other = latents | {"autoencoder": str(autoencoder_folder), "model": model | {"sha256": "0" * 64}}
+    corpus.declare_column("latents/other-64", other, absmax)
     corpus.declare_column("latents/gone-64", latents | {"autoencoder": str(autoencoder_folder / "gone")}, absmax)
     corpus.declare_column("text/minilm@source", {"stage": "text", "encoder": "minilm"}, {"tokens": "int32"})
     corpus.declare_column("text/minilm@later", {"stage": "text", "encoder": "minilm"}, {"tokens": "int32"})
@@ -250,6 +253,7 @@ def test_pictures_stand_beside_what_their_latents_decode_to(
             decoded = autoencoder.decode(torch.from_numpy(latents[key])[None])[0].numpy()
             assert f"64 px, {psnr(_encoded(int(key[1:])), decoded):.1f} dB" in card
     assert "latents/gone-64 cannot be decoded here" in page.text
+    assert "latents/other-64 cannot be decoded here: the autoencoder" in page.text, "other weights than the column's"
 
 
 def _encoded(number: int) -> np.ndarray:
