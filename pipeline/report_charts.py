@@ -30,7 +30,8 @@ def format_number(value: float) -> str:
         return f"{value:.1e}"
     if float(value).is_integer() or magnitude >= 3:
         return f"{value:,.0f}"
-    return f"{value:,.{max(0, 2 - magnitude)}f}".rstrip("0").rstrip(".")
+    text = f"{value:,.{max(0, 2 - magnitude)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def format_bytes(value: float) -> str:

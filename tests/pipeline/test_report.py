@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from playwright.sync_api import Browser, sync_playwright
 
@@ -367,6 +369,9 @@ def test_time_in_which_nothing_ran_is_cut_out(corpus: Corpus) -> None:
         (charts.format_number(0.012345), "0.0123"),
         (charts.format_number(9.996), "10"),
         (charts.format_number(1234.5), "1,234"),
+        (charts.format_number(200.3), "200"),
+        (charts.format_number(12.96), "13"),
+        (charts.format_number(1.5e-7), "1.5e-07"),
         (charts.format_number(-20.0), "-20"),
         (charts.format_duration(0.04), "0.0 s"),
         (charts.format_duration(59.7), "1 min 0 s"),
@@ -376,6 +381,14 @@ def test_time_in_which_nothing_ran_is_cut_out(corpus: Corpus) -> None:
 )
 def test_numbers_for_people(made: str, wanted: str) -> None:
     assert made.replace("\xa0", " ") == wanted
+
+
+@given(st.floats(1e-12, 1e15), st.sampled_from([1, -1]))
+def test_a_number_for_people_is_the_number(value: float, sign: int) -> None:
+    assert float(charts.format_number(sign * value).replace(",", "")) == pytest.approx(sign * value, rel=0.051)
+    amount, unit = charts.format_bytes(value).split("\xa0")
+    size = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}[unit]
+    assert float(amount) * size == pytest.approx(value, rel=0.0051, abs=0.5)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.0031, 0.0032), (-3, 17), (1, 1e6), (0.5, 0.5)])
