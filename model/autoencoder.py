@@ -48,18 +48,19 @@ class Autoencoder:
     Attributes:
         channels: C of the latents.
         downsample: pixels of an image's side for one of the latents'.
-        fingerprint: what identifies its numbers: files, dtype, normaliser.
+        normaliser: `shift_scale`, `mean_std` or `batch_norm`.
+        fingerprint: what identifies its numbers: files and dtype.
     """
 
     def __init__(self, module: Any, name: str, origin: dict[str, str], dtype: torch.dtype, device: torch.device):
         self.name, self.revision = name, origin.get("revision")
         self._module, self._dtype, self._device = module, dtype, device
         config = module.config
-        self._mean, self._deviation, self._patch, kind = _normaliser(module)
+        self._mean, self._deviation, self._patch, self.normaliser = _normaliser(module)
         self.channels = int(config.latent_channels) * self._patch**2
         blocks = config.get("block_out_channels") or config.encoder_block_out_channels
         self.downsample = 2 ** (len(blocks) - 1) * self._patch
-        self.fingerprint: dict[str, Any] = {**origin, "dtype": str(dtype).removeprefix("torch."), "normaliser": kind}
+        self.fingerprint: dict[str, Any] = {**origin, "dtype": str(dtype).removeprefix("torch.")}
 
     @torch.inference_mode()
     def encode(

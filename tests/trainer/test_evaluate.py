@@ -18,15 +18,15 @@ from trainer.evaluate import compare, distances, evaluate
 from trainer.recipe import Recipe
 from trainer.train import train
 
-NAMES = ("red", "green", "blue", "yellow", "white", "black")
-COLOURS = ((220, 30, 30), (30, 180, 30), (30, 30, 220), (230, 220, 30), (250, 250, 250), (10, 10, 10))
+NAMES = ("red", "green", "blue", "yellow", "pink", "black")
+COLOURS = ((220, 30, 30), (30, 180, 30), (30, 30, 220), (230, 220, 30), (240, 150, 200), (10, 10, 10))
 
 
 def picture(number: int) -> tuple[str, np.ndarray]:
-    """36 different pictures: one colour above, one below."""
+    """36 different pictures: one colour above, one below, on white."""
     above, below = divmod(number, 6)
-    pixels = np.empty((48, 32, 3), np.uint8)
-    pixels[:24], pixels[24:] = COLOURS[above], COLOURS[below]
+    pixels = np.full((48, 32, 3), 255, np.uint8)
+    pixels[12:24, 4:28], pixels[24:36, 4:28] = COLOURS[above], COLOURS[below]
     return f"{NAMES[above]} above {NAMES[below]}", pixels
 
 
