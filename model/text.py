@@ -91,7 +91,7 @@ def load_text_encoder(
 
     config = AutoConfig.from_pretrained(files.folder, local_files_only=True)
     kind = T5EncoderModel if config.model_type == "t5" else AutoModel
-    module = kind.from_pretrained(files.folder, dtype=dtype or entry.dtype, local_files_only=True)
+    module: Any = kind.from_pretrained(files.folder, dtype=dtype or entry.dtype, local_files_only=True)
     module = module.to(device).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(files.folder, local_files_only=True)
     return TextEncoder(
