@@ -122,10 +122,10 @@ class _Steps:
 
 
 def _train(*overrides: str) -> int:
-    """The trainer in a process of its own, with every core; the exit status."""
+    """The trainer in a process of its own, with every core unless OMP_NUM_THREADS says less; the exit status."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "trainer"]
     command += [str(HOME / "configs/recipes/demo.yaml"), *overrides]
-    environment = dict(os.environ, OMP_NUM_THREADS=str(len(os.sched_getaffinity(0))))
+    environment = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))} | os.environ
     with subprocess.Popen(command, env=environment) as process:
         try:
             return process.wait()
