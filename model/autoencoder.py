@@ -2,16 +2,19 @@
 
     uint8 (B, H, W, 3) --> -1..1 (B, 3, H, W) --encoder--> posterior (mean, std) --normaliser--> latents (B, C, h, w)
 
-How latents are normalised is read from the model's own config, never written here: shift and scale,
-`(z - shift_factor) * scaling_factor`; mean and deviation by channel, `(z - latents_mean) / latents_std`; or FLUX.2's
-batch norm over patches of 2 x 2.
+How latents are normalised is read from the model's own config, never written here:
+
+    shift_scale  (z - shift_factor) * scaling_factor
+    mean_std     (z - latents_mean) / latents_std * scaling_factor (1 where the config has none), by channel
+    batch_norm   (p - running_mean) / sqrt(running_var + batch_norm_eps), p = z with 2 x 2 patches as channels (FLUX.2)
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,27 +22,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.hub import fetch
+from model.hub import ModelFiles, fetch
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a named autoencoder lies. `dtype` is what its weights bear: the SDXL one gives NaN in float16."""
+    """Where an autoencoder lies, and at which commit (None: what `main` is when it is first asked for).
+
+    dtype is the same on every machine, so that a corpus can be made on several: bfloat16 is safe for every one of them
+    (the SDXL one gives NaN in float16).
+    """
 
     where: str
-    subfolder: str = ""
+    subfolder: str | None = ""
+    revision: str | None = None
     dtype: torch.dtype = torch.bfloat16
 
 
 AUTOENCODERS = {
     "demo": Entry(str(Path(__file__).parent / "demo_autoencoder"), dtype=torch.float32),
-    "sdxl": Entry("stabilityai/stable-diffusion-xl-base-1.0", "vae"),
-    "sdxl-fp16-fix": Entry("madebyollin/sdxl-vae-fp16-fix"),
+    "sdxl": Entry("stabilityai/stable-diffusion-xl-base-1.0", "vae", "462165984030d82259a11f4367a4eed129e94a7b"),
+    "sdxl-fp16-fix": Entry("madebyollin/sdxl-vae-fp16-fix", "", "207b116dae70ace3637169f1ddd2434b91b3a8cd"),
     "ostris": Entry("ostris/vae-kl-f8-d16"),
     "flux2": Entry("black-forest-labs/FLUX.2-klein-4B", "vae"),
 }
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLFlux2")
+WEIGHTS = (
+    ("diffusion_pytorch_model.safetensors",),
+    ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model-?????-of-?????.safetensors"),
+    ("diffusion_pytorch_model.bin",),
+)
 PATCH = 2  # FLUX.2 normalises patches of 2 x 2 latents as channels
+CPU_PIXELS = 8 * 128 * 128  # images that go through a CPU together: with more, activations leave its caches
 
 
 class Autoencoder:
@@ -49,67 +63,101 @@ class Autoencoder:
         channels: C of the latents.
         downsample: pixels of an image's side for one of the latents'.
         normaliser: `shift_scale`, `mean_std` or `batch_norm`.
-        fingerprint: what identifies its numbers: files and dtype.
+        fingerprint: what identifies its numbers: files, dtype and normaliser, as `autoencoder_fingerprint` tells them.
     """
 
-    def __init__(self, module: Any, name: str, origin: dict[str, str], dtype: torch.dtype, device: torch.device):
-        self.name, self.revision = name, origin.get("revision")
-        self._module, self._dtype, self._device = module, dtype, device
+    def __init__(self, module: Any, name: str, fingerprint: dict[str, Any], device: torch.device):
+        self.name, self.fingerprint, self.revision = name, fingerprint, fingerprint.get("revision")
+        self._module, self._device = module, device
+        self.normaliser: str = fingerprint["normaliser"]["kind"]
+        mean, deviation = _statistics(module, fingerprint["normaliser"])
+        self._mean, self._deviation = mean.to(device), deviation.to(device)
+        # not before the statistics are read: in bfloat16 they would lose their digits
+        self._dtype: torch.dtype = getattr(torch, fingerprint["dtype"])
+        torch.nn.Module.to(module, device=device, dtype=self._dtype)
+        module.to(memory_format=torch.channels_last)
         config = module.config
-        self._mean, self._deviation, self._patch, self.normaliser = _normaliser(module)
+        self._patch = PATCH if self.normaliser == "batch_norm" else 1
         self.channels = int(config.latent_channels) * self._patch**2
         blocks = config.get("block_out_channels") or config.encoder_block_out_channels
         self.downsample = 2 ** (len(blocks) - 1) * self._patch
-        self.fingerprint: dict[str, Any] = {**origin, "dtype": str(dtype).removeprefix("torch.")}
 
     @torch.inference_mode()
     def encode(
         self,
         images: Tensor | np.ndarray,
         *,
-        posterior: Literal["sample", "mean", "moments"] = "sample",
+        posterior: Literal["sample", "mode", "moments"] = "sample",
         seeds: Sequence[int] | None = None,
     ) -> Tensor:
         """Normalised latents, float32 (B, C, h, w), of uint8 images (B, H, W, 3).
 
         posterior: `sample` draws each image's latents with a generator of its own, seeded by `seeds[i]`, so that they
-            do not depend on the batch; `mean` takes the most likely ones; `moments` gives mean and deviation,
-            (B, 2C, h, w). A deterministic autoencoder gives the same for all, and has no moments.
+            do not depend on the batch; `mode` takes the most likely ones; `moments` gives mean and standard deviation,
+            (B, 2C, h, w), so that mean + std * noise is a sample. A deterministic autoencoder gives the same for the
+            first two, and has no moments.
 
         Raises:
-            ValueError: the sides are no multiple of `downsample`, or `sample` has no seeds.
+            ValueError: not uint8 (B, H, W, 3), sides that are no multiple of `downsample`, `sample` without a seed for
+                each image, or another posterior.
         """
         images = torch.as_tensor(images)
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"images: expected uint8 (B, H, W, 3), got {images.dtype} {tuple(images.shape)}")
         height, width = images.shape[1:3]
         if height % self.downsample or width % self.downsample:
             raise ValueError(f"images of {height} x {width}: {self.name} takes multiples of {self.downsample} pixels")
-        pixels = images.to(self._device).permute(0, 3, 1, 2).to(self._dtype) / 127.5 - 1
-        encoded = self._module.encode(pixels.contiguous(memory_format=torch.channels_last))
-        if not hasattr(encoded, "latent_dist"):
-            if posterior == "moments":
-                raise ValueError(f"{self.name} is deterministic: it has no moments; ask for 'mean'")
-            return self._normalise(encoded.latent.float())
-        mean, deviation = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
-        if posterior == "mean":
-            return self._normalise(mean)
-        if posterior == "moments":
-            scaled = _patchify(deviation, self._patch) / self._deviation
-            return torch.cat([self._normalise(mean), scaled], 1)
-        if seeds is None or len(seeds) != len(images):
+        if posterior not in ("sample", "mode", "moments"):
+            raise ValueError(f"posterior={posterior!r}: expected 'sample', 'mode' or 'moments'")
+        if posterior == "sample" and (seeds is None or len(seeds) != len(images)):
             raise ValueError(f"posterior='sample' needs one seed for each of the {len(images)} images")
-        noise = torch.stack([torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds])
+        parts = [self._moments(part) for part in images.split(self._together(height * width, len(images)))]
+        mean = torch.cat([part[0] for part in parts])
+        if parts[0][1] is None:
+            if posterior == "moments":
+                raise ValueError(f"{self.name} is deterministic: it has no moments; ask for 'mode'")
+            return self._normalise(mean)
+        if posterior == "mode":
+            return self._normalise(mean)
+        deviation = torch.cat([part[1] for part in parts])
+        if posterior == "moments":
+            return torch.cat([self._normalise(mean), _patchify(deviation, self._patch) / self._deviation], 1)
+        shape = mean.shape[1:]
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds or ()])
         return self._normalise(mean + deviation * noise.to(mean.device))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """uint8 images (B, H, W, 3), on the CPU, of normalised latents (B, C, h, w)."""
+        """uint8 images (B, H, W, 3), on the CPU, of normalised latents (B, C, h, w).
+
+        Raises:
+            ValueError: the latents have another number of channels.
+        """
+        if latents.ndim != 4 or latents.shape[1] != self.channels:
+            raise ValueError(f"latents {tuple(latents.shape)}: {self.name} takes (B, {self.channels}, h, w)")
         raw = latents.to(self._device, torch.float32) * self._deviation + self._mean
-        decoded = self._module.decode(_unpatchify(raw, self._patch).to(self._dtype)).sample
-        pixels = ((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return pixels.permute(0, 2, 3, 1).contiguous().cpu()
+        raw = _unpatchify(raw, self._patch).to(self._dtype, memory_format=torch.channels_last)
+        area = latents.shape[2] * latents.shape[3] * self.downsample**2
+        parts = []
+        for part in raw.split(self._together(area, len(raw))):
+            pixels = ((self._module.decode(part).sample.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+            parts.append(pixels.permute(0, 2, 3, 1).contiguous().cpu())
+        return torch.cat(parts)
+
+    def _together(self, area: int, batch: int) -> int:
+        """How many images of `area` pixels go through the network at once."""
+        return max(1, CPU_PIXELS // area) if self._device.type == "cpu" else batch
+
+    def _moments(self, images: Tensor) -> tuple[Tensor, Any]:
+        """Mean and standard deviation (None if deterministic) as the network gives them, float32."""
+        pixels = images.to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        encoded = self._module.encode(pixels.to(self._dtype, memory_format=torch.channels_last))
+        if not hasattr(encoded, "latent_dist"):
+            return encoded.latent.float(), None
+        return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
 
     def _normalise(self, raw: Tensor) -> Tensor:
-        return (_patchify(raw, self._patch) - self._mean) / self._deviation
+        return ((_patchify(raw, self._patch) - self._mean) / self._deviation).contiguous()
 
 
 def load_autoencoder(
@@ -121,48 +169,102 @@ def load_autoencoder(
 ) -> Autoencoder:
     """An autoencoder of `AUTOENCODERS`, a hub repository (`owner/name`, `owner/name:subfolder`) or a folder.
 
+    Of a repository or folder without a named sub-folder, `vae/` is taken where there is one, else the root.
+
     Raises:
-        ValueError: no such name, or the model is of no known class.
+        ValueError: no such name, the model is of no known class, or it cannot run in `dtype`.
         model.hub.ModelFilesError: its files cannot be had.
     """
     name = str(name_or_path)
+    entry, files, config = _find(name, revision, dtype)
+    prefix = f"{entry.subfolder}/" if entry.subfolder else ""
+    groups = [[prefix + file for file in group] for group in WEIGHTS]
+    files = fetch(entry.where, [f"{prefix}config.json"], weights=groups, revision=files.revision)
+    import diffusers
+
+    if entry.dtype == torch.float16 and config.get("force_upcast"):
+        raise ValueError(f"autoencoder {name!r} overflows in float16 (force_upcast); take bfloat16 or sdxl-fp16-fix")
+    module = getattr(diffusers, config["_class_name"]).from_pretrained(
+        files.folder / prefix,
+        torch_dtype=torch.float32,
+        local_files_only=True,
+        low_cpu_mem_usage=False,
+        use_safetensors=files.weights[0].endswith((".safetensors", ".index.json")),
+    )
+    module = module.eval().requires_grad_(False)
+    return Autoencoder(module, name, _fingerprint(entry, files, config), torch.device(device))
+
+
+def autoencoder_fingerprint(
+    name_or_path: str | Path, *, revision: str | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """The fingerprint of `load_autoencoder(...)`, told from its files: of a repository only the config is fetched.
+
+    Raises:
+        As `load_autoencoder`.
+    """
+    return _fingerprint(*_find(str(name_or_path), revision, dtype))
+
+
+def _find(name: str, revision: str | None, dtype: torch.dtype | None) -> tuple[Entry, ModelFiles, dict[str, Any]]:
+    """The entry with every question answered, its config file and what that says."""
     entry = AUTOENCODERS.get(name)
     if entry is None:
         where, _, subfolder = name.partition(":") if not Path(name).is_dir() else (name, "", "")
-        entry = Entry(where, subfolder)
-    prefix = f"{entry.subfolder}/" if entry.subfolder else ""
-    patterns = [f"{prefix}config.json", f"{prefix}*.safetensors"]
-    files = fetch(entry.where, patterns, revision=revision)
-    folder = files.folder / entry.subfolder
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"autoencoder {name!r}: {entry.where} has no {prefix}config.json; give owner/name:subfolder")
-    kind = json.loads((folder / "config.json").read_text()).get("_class_name")
-    if kind not in CLASSES:
+        entry = Entry(where, subfolder or None)
+    subfolders = ("vae", "") if entry.subfolder is None else (entry.subfolder,)
+    candidates = {f"{folder}/config.json" if folder else "config.json": folder for folder in subfolders}
+    files = fetch(entry.where, list(candidates), revision=revision or entry.revision)
+    found = [path for path in candidates if (files.folder / path).is_file()]
+    if not found:
+        known = f"; named ones are {', '.join(AUTOENCODERS)}"
+        raise ValueError(f"autoencoder {name!r}: there is no {' or '.join(candidates)} in {entry.where}{known}")
+    config = json.loads((files.folder / found[0]).read_text())
+    if config.get("_class_name") not in CLASSES:
+        kind = config.get("_class_name")
         raise ValueError(f"autoencoder {name!r}: its class is {kind!r}, expected one of {', '.join(CLASSES)}")
+    return replace(entry, subfolder=candidates[found[0]], dtype=dtype or entry.dtype), files, config
+
+
+def _fingerprint(entry: Entry, files: ModelFiles, config: dict[str, Any]) -> dict[str, Any]:
+    prefix = f"{entry.subfolder}/" if entry.subfolder else ""
+    patterns = ["config.json", *(file for group in WEIGHTS for file in group)]
+    origin: dict[str, Any] = files.origin(*(prefix + pattern for pattern in patterns))
+    if entry.subfolder:
+        origin["subfolder"] = entry.subfolder
+    return {**origin, "dtype": str(entry.dtype).removeprefix("torch."), "normaliser": _normaliser(config)}
+
+
+def _normaliser(config: dict[str, Any]) -> dict[str, Any]:
+    """Kind and numbers, as the config has them; those of a batch norm are in the weights."""
+    if config["_class_name"] == "AutoencoderKLFlux2":
+        return {"kind": "batch_norm", "eps": _option(config, "batch_norm_eps")}
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        return {"kind": "mean_std", "mean": mean, "std": std, "scale": config.get("scaling_factor", 1.0)}
+    shift, scale = config.get("shift_factor") or 0.0, _option(config, "scaling_factor")
+    return {"kind": "shift_scale", "shift": shift, "scale": scale}
+
+
+def _option(config: dict[str, Any], name: str) -> Any:
+    """An option of the config; old ones leave out what is the default of the class."""
+    if name in config:
+        return config[name]
     import diffusers
 
-    dtype = dtype or entry.dtype
-    module = getattr(diffusers, kind).from_pretrained(
-        folder, torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
-    )
-    module = module.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return Autoencoder(module, name, files.origin(*patterns), dtype, torch.device(device))
+    return inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters[name].default
 
 
-def _normaliser(module: Any) -> tuple[Tensor, Tensor, int, str]:
-    """(mean, deviation, patch, kind) with latents = (patchified z - mean) / deviation, from the model's own config."""
-    config, device = module.config, module.device
-
-    def by_channel(values: Any) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
-
-    if hasattr(module, "bn"):
-        variance = module.bn.running_var.float() + config.batch_norm_eps
-        return by_channel(module.bn.running_mean), by_channel(variance.sqrt()), PATCH, "batch_norm"
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        return by_channel(config.latents_mean), by_channel(config.latents_std), 1, "mean_std"
-    shift = config.get("shift_factor") or 0.0
-    return by_channel([shift]), by_channel([1 / config.scaling_factor]), 1, "shift_scale"
+def _statistics(module: Any, normaliser: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """(mean, deviation), float32 (1, C or 1, 1, 1), with latents = (patchified z - mean) / deviation."""
+    if normaliser["kind"] == "batch_norm":
+        mean, deviation = module.bn.running_mean, (module.bn.running_var + normaliser["eps"]).sqrt()
+    elif normaliser["kind"] == "mean_std":
+        mean, deviation = normaliser["mean"], torch.as_tensor(normaliser["std"]) / normaliser["scale"]
+    else:
+        mean, deviation = [normaliser["shift"]], [1 / normaliser["scale"]]
+    by_channel = [torch.as_tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, deviation)]
+    return by_channel[0], by_channel[1]
 
 
 def _patchify(z: Tensor, patch: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Model files: a folder on this machine, or one commit of a Hugging Face Hub repository.
 
-Both come back as a folder that holds just the wanted files, with an `origin` that says which bytes they are. A branch
-or tag is resolved to its commit before anything is downloaded, so that "main" is never what a corpus remembers.
+Both come back as a folder that holds the wanted files, with an `origin` that says which bytes they are. A branch or
+tag is resolved to its commit before anything is downloaded, so that "main" is never what a corpus remembers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -25,19 +25,16 @@ class ModelFiles:
     """The files of a model in `folder`.
 
     `revision` is the hub commit, or None for a folder of the user's own. `name` is the repository id or the folder's
-    own name (not its path, which differs from machine to machine).
+    own name (not its path, which differs from machine to machine). `weights` are the files that were chosen for them.
     """
 
     folder: Path
     name: str
     revision: str | None
-
-    def has(self, *patterns: str) -> bool:
-        """Whether any file (path relative to the folder, POSIX) matches any of the glob patterns."""
-        return bool(self.matching(*patterns))
+    weights: tuple[str, ...] = ()
 
     def matching(self, *patterns: str) -> list[str]:
-        """The files that match, sorted, as POSIX paths relative to the folder."""
+        """The files that match any of the globs, sorted, as POSIX paths relative to the folder."""
         files = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
         return sorted(file for file in files if any(fnmatch(file, pattern) for pattern in patterns))
 
@@ -52,16 +49,41 @@ class ModelFiles:
         return {"folder": self.name, "sha256": digest.hexdigest()}
 
 
-def fetch(name_or_path: str | Path, patterns: Sequence[str], *, revision: str | None = None) -> ModelFiles:
-    """Returns the files matching `patterns` (globs over paths in the repository) of a folder or a hub repository.
+def fetch(
+    name_or_path: str | Path,
+    patterns: Sequence[str],
+    *,
+    weights: Sequence[Sequence[str]] = (),
+    revision: str | None = None,
+) -> ModelFiles:
+    """The files that match `patterns` (globs over paths in the repository) of a folder or a hub repository.
+
+    weights: alternatives, the best first, each one a group of patterns; just the first one that the repository holds is
+        taken, so that a repository with several copies of its weights is downloaded once.
 
     What the cache holds is not downloaded again; with a commit as `revision` and a full cache no network is needed.
     An interrupted download goes on where it stopped.
 
     Raises:
-        ModelFilesError: no such folder, repository or revision; a gated repository without access; no connection.
+        ModelFilesError: no such repository or revision, or none of the weights in it; a gated repository without
+            access; no connection.
         ValueError: `revision` together with a folder, or a name that is neither a folder nor `owner/name`.
     """
+    files = _fetch(name_or_path, patterns, revision)
+    if not weights:
+        return files
+    for group in weights:
+        if files.revision is not None:  # the listing of a commit is kept, so that another group costs no request
+            _fetch_hub(files.name, group, files.revision)
+        if found := files.matching(*group):
+            return replace(files, weights=tuple(found))
+    raise ModelFilesError(
+        f"{name_or_path}{f' at {files.revision}' if files.revision else ''} holds no weights; expected one of "
+        + ", ".join(group[0] for group in weights)
+    )
+
+
+def _fetch(name_or_path: str | Path, patterns: Sequence[str], revision: str | None) -> ModelFiles:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if revision is not None:

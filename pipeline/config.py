@@ -125,8 +125,8 @@ class LatentsColumn(Options):
     """A name of `model.autoencoder`, a folder, or a hub repository."""
     revision: str | None = None
     resolution: int = Field(ge=8, le=4096)
-    posterior: Literal["sample", "mean"] = "sample"
-    """A sample of the posterior, seeded by key and column, or its mean."""
+    posterior: Literal["sample", "mode"] = "sample"
+    """A sample of the posterior, seeded by key and column, or its mode."""
 
 
 class TextColumn(Options):

@@ -383,7 +383,7 @@ def test_the_posterior_is_drawn_by_key_and_column(corpus: Corpus, autoencoder: s
     options = {"autoencoder": autoencoder, "resolution": 32}
     made = make(
         corpus,
-        {"latents/a": options, "latents/b": options, "latents/mean": {**options, "posterior": "mean"}},
+        {"latents/a": options, "latents/b": options, "latents/mean": {**options, "posterior": "mode"}},
     )
     a, b, mean = (arrays(corpus, made[f"latents/{name}"])["k0"] for name in ("a", "b", "mean"))
     assert not np.array_equal(a, b)
@@ -410,7 +410,7 @@ def test_latents_that_are_no_numbers_are_not_written(corpus: Corpus, autoencoder
     with torch.no_grad():
         broken.quant_conv.weight.mul_(1e9)
     broken.save_pretrained(tmp_path / "broken")
-    columns = {"latents/x": {"autoencoder": str(tmp_path / "broken"), "resolution": 32, "posterior": "mean"}}
+    columns = {"latents/x": {"autoencoder": str(tmp_path / "broken"), "resolution": 32, "posterior": "mode"}}
     made = make(corpus, columns)["latents/x"]
     check_rows(corpus, made, "images")
     assert {line["reason"] for line in lines(corpus, made)} == {"upstream", "not_finite"}

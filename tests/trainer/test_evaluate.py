@@ -55,7 +55,7 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
             for row, key, caption, _ in rows:
                 attempt.add(row, key, caption=caption, tokens=3)
             captions = attempt.commit()
-        latents = autoencoder.encode(np.stack([pixels[8:40] for *_, pixels in rows]), posterior="mean").numpy()
+        latents = autoencoder.encode(np.stack([pixels[8:40] for *_, pixels in rows]), posterior="mode").numpy()
         with corpus.attempt("latents/demo-32", ref, [images]) as attempt:
             for row, key, *_ in rows:
                 attempt.add(row, key, {"npy": array_bytes(latents[row].astype(np.float16))})
