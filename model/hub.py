@@ -62,7 +62,8 @@ def fetch(
         taken, so that a repository with several copies of its weights is downloaded once.
 
     What the cache holds is not downloaded again; with a commit as `revision` and a full cache no network is needed.
-    An interrupted download goes on where it stopped.
+    A connection that breaks is taken up where it broke. After a run that was ended, the files that were complete are
+    kept and the others begin again: the client of huggingface_hub 2 keeps no partial files.
 
     Raises:
         ModelFilesError: no such repository or revision, or none of the weights in it; a gated repository without
@@ -74,7 +75,7 @@ def fetch(
         return files
     for group in weights:
         if files.revision is not None:  # the listing of a commit is kept, so that another group costs no request
-            _fetch_hub(files.name, group, files.revision)
+            _fetch_hub(files.name, [*patterns, *group], files.revision)
         if found := files.matching(*group):
             return replace(files, weights=tuple(found))
     raise ModelFilesError(
@@ -115,6 +116,7 @@ def _fetch_hub(repo: str, patterns: Sequence[str], revision: str | None) -> Mode
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelFilesError(
-            f"cannot download {repo} at revision {revision or 'main'}, and the cache does not hold it: {reason[0]}"
+            f"cannot download {repo} at revision {revision or 'main'}, and the cache does not hold it: "
+            + reason[0].removeprefix("Got: ")
         ) from error
     return ModelFiles(snapshot, repo, snapshot.name)

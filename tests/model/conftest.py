@@ -1,0 +1,3 @@
+from tests.hub import hub
+
+__all__ = ["hub"]
