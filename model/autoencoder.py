@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.hub import ModelFiles, fetch
+from model.hub import ModelFiles, ModelFilesError, check_loaded, fetch
 
 
 @dataclass(frozen=True)
@@ -184,13 +184,18 @@ def load_autoencoder(
 
     if entry.dtype == torch.float16 and config.get("force_upcast"):
         raise ValueError(f"autoencoder {name!r} overflows in float16 (force_upcast); take bfloat16 or sdxl-fp16-fix")
-    module = getattr(diffusers, config["_class_name"]).from_pretrained(
-        files.folder / prefix,
-        torch_dtype=torch.float32,
-        local_files_only=True,
-        low_cpu_mem_usage=False,
-        use_safetensors=files.weights[0].endswith((".safetensors", ".index.json")),
-    )
+    try:
+        module, found = getattr(diffusers, config["_class_name"]).from_pretrained(
+            files.folder / prefix,
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            use_safetensors=files.weights[0].endswith((".safetensors", ".index.json")),
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError) as error:
+        raise ModelFilesError(f"autoencoder {name!r}: {files.weights[0]} is damaged: {error}") from error
+    check_loaded(f"autoencoder {name!r}", files, found["missing_keys"])
     module = module.eval().requires_grad_(False)
     return Autoencoder(module, name, _fingerprint(entry, files, config), torch.device(device))
 

@@ -84,6 +84,17 @@ def fetch(
     )
 
 
+def check_loaded(what: str, files: ModelFiles, missing: Sequence[str]) -> None:
+    """Refuses a model of which a part would be random, which its library but warns of.
+
+    Raises:
+        ModelFilesError: there are missing weights.
+    """
+    if missing:
+        some = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ModelFilesError(f"{what}: {files.weights[0]} lacks {len(missing)} of its model's weights: {some}")
+
+
 def _fetch(name_or_path: str | Path, patterns: Sequence[str], revision: str | None) -> ModelFiles:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():

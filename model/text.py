@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model.clip import ClipTokenizer, load_open_clip, open_clip_config, read_merges
-from model.hub import ModelFiles, fetch
+from model.hub import ModelFiles, ModelFilesError, check_loaded, fetch
 
 CAPTION = "{caption}"
 
@@ -175,13 +175,13 @@ def load_text_encoder(
     logging.disable_progress_bar()  # one bar for each loading of each worker helps nobody
     fingerprint = _fingerprint(*found)
     if family == "clip":
-        module = _load_clip(files, entry, options)
+        module = _load_clip(name, files, entry, options)
         merges = read_merges(files.folder, module.config.vocab_size)
         tokenizer: Any = ClipTokenizer(merges, module.config.max_position_embeddings)
     else:
         config = AutoConfig.from_pretrained(files.folder, local_files_only=True)
         kind: Any = AutoModelForTextEncoding if config.model_type in T5 else AutoModel
-        module = kind.from_pretrained(files.folder, config=config, dtype=entry.dtype, local_files_only=True)
+        module = _load(name, files, kind, config, entry.dtype)
         tokenizer = AutoTokenizer.from_pretrained(files.folder, local_files_only=True)
         tokenizer.padding_side = tokenizer.truncation_side = "right"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -286,12 +286,23 @@ def _fingerprint(entry: Entry, files: ModelFiles, family: Family, options: dict[
     return found
 
 
-def _load_clip(files: ModelFiles, entry: Entry, options: dict[str, Any]) -> Any:
+def _load_clip(name: str, files: ModelFiles, entry: Entry, options: dict[str, Any]) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     if entry.hidden_act:
         options = {**options, "hidden_act": entry.hidden_act}
     if files.weights[0].startswith("open_clip"):
         return load_open_clip(files.folder / files.weights[0], options)
-    config = CLIPTextConfig(**options)
-    return CLIPTextModel.from_pretrained(files.folder, config=config, dtype=torch.float32, local_files_only=True)
+    return _load(name, files, CLIPTextModel, CLIPTextConfig(**options), torch.float32)
+
+
+def _load(name: str, files: ModelFiles, kind: Any, config: Any, dtype: torch.dtype) -> Any:
+    what = f"text encoder {name!r}"
+    try:
+        module, found = kind.from_pretrained(
+            files.folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise ModelFilesError(f"{what}: {files.weights[0]} is damaged: {error}") from error
+    check_loaded(what, files, found["missing_keys"])
+    return module

@@ -139,7 +139,8 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self._path, self._file = url.path, ""
         if match := SIBLINGS.fullmatch(url.path):
-            self._api(*match.groups(), parse_qs(url.query))
+            kind, repo, what, revision, path = match.groups()
+            self._api(kind, repo, what, revision, path, parse_qs(url.query))
         elif match := RESOLVE.fullmatch(url.path):
             self._resolve("datasets" if match[1] else "models", match[2], unquote(match[3]), unquote(match[4]))
         elif url.path.startswith("/cdn/") and (data := self.hub._blobs.get(url.path.removeprefix("/cdn/"))) is not None:
