@@ -193,7 +193,7 @@ def load_autoencoder(
             use_safetensors=files.weights[0].endswith((".safetensors", ".index.json")),
             output_loading_info=True,
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ModelFilesError(f"autoencoder {name!r}: {files.weights[0]} is damaged: {error}") from error
     check_loaded(f"autoencoder {name!r}", files, found["missing_keys"])
     module = module.eval().requires_grad_(False)

@@ -13,9 +13,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from model.clip import ClipTokenizer, load_open_clip, open_clip_config, read_merges
@@ -292,7 +294,10 @@ def _load_clip(name: str, files: ModelFiles, entry: Entry, options: dict[str, An
     if entry.hidden_act:
         options = {**options, "hidden_act": entry.hidden_act}
     if files.weights[0].startswith("open_clip"):
-        return load_open_clip(files.folder / files.weights[0], options)
+        try:
+            return load_open_clip(files.folder / files.weights[0], options)
+        except (OSError, RuntimeError, KeyError, ValueError, UnpicklingError, SafetensorError) as error:
+            raise ModelFilesError(f"text encoder {name!r}: {files.weights[0]} is damaged: {error}") from error
     return _load(name, files, CLIPTextModel, CLIPTextConfig(**options), torch.float32)
 
 
@@ -302,7 +307,7 @@ def _load(name: str, files: ModelFiles, kind: Any, config: Any, dtype: torch.dty
         module, found = kind.from_pretrained(
             files.folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise ModelFilesError(f"{what}: {files.weights[0]} is damaged: {error}") from error
     check_loaded(what, files, found["missing_keys"])
     return module
