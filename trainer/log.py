@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.errors import RequestError
 from trainer.data import Batch
+from trainer.recipe import StageRecipe
 from trainer.team import Team
 
 PLAIN_STATUS_SECONDS = 10.0  # without a terminal the status line is printed this often
@@ -88,6 +89,10 @@ class Progress:
     loss_steps: int = 0
     loss: float | None = None  # of the last line
 
+    def images(self, stages: Sequence[StageRecipe]) -> int:
+        """How many the whole run sees."""
+        return sum(length * stage.batch for length, stage in zip(self.lengths, stages, strict=True))
+
 
 class Meter:
     """Loss, speed and waiting of the steps since the last line of the log; no synchronisation until it is asked."""
@@ -101,6 +106,7 @@ class Meter:
         self.norm = torch.zeros((), device=team.device)
         self.settled = self.marked = time.perf_counter()
         self.marked_seen, self.waited = progress.seen, 0.0
+        self.speed = 0.0  # images a second, up to the last line
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; the time until each is there counts as waited."""
@@ -141,7 +147,7 @@ class Meter:
                 f"step {progress.step}: the last {int(self.in_a_row)} gradients were not finite and nothing was "
                 "learned; lower the learning rate, or look at the latents. The last checkpoint is from before that"
             )
-        speed = (progress.seen - self.marked_seen) / seconds
+        self.speed = speed = (progress.seen - self.marked_seen) / seconds
         progress.loss = progress.loss_sum / max(progress.loss_steps, 1)
         self.log.line(
             progress.step, images=progress.seen, stage=stage + 1, loss=progress.loss, learning_rate=rate,

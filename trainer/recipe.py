@@ -95,7 +95,8 @@ class Recipe(_Part):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 is autocast over fp32 weights; auto takes it on GPUs and on CPUs with matrix units for it."""
     time_budget: float | None = Field(None, gt=0)
-    """Seconds. The speed is measured before the first step; stages that would take longer are all shortened alike."""
+    """Seconds. What is left of the stages is shortened alike where it would take longer, by the speed measured before
+    the first step and all along."""
     checkpoint_every: int = Field(1000, gt=0)
     """Steps between checkpoints."""
     checkpoint_keep: int = Field(2, gt=0)

@@ -19,6 +19,7 @@ from model.edm import EDM
 from model.network import PRESETS, MicroDiT
 from pipeline.errors import RequestError
 from trainer import checkpoint
+from trainer.budget import TimeBudget
 from trainer.data import Batch, MicroBatch, ShardCache, StageData, in_thread, shapes
 from trainer.log import Log, Meter, Progress
 from trainer.recipe import Recipe, StageRecipe, identity
@@ -117,8 +118,8 @@ class Learner:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 is the faster way here: every GPU, and CPUs with matrix units (AMX)."""
-    return device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    """Whether bf16 is the faster way here: every GPU, and CPUs that multiply it (AMX; AVX-512 BF16: twice as fast)."""
+    return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 # -- the run ---------------------------------------------------------------------------------------------------------
@@ -156,17 +157,18 @@ def train(recipe: Recipe) -> dict[str, Any]:
         if found is None:
             progress = Progress([stage.length for stage in recipe.stages])
             log.say(begin_message(recipe, samples, stages, learner))
-            if recipe.time_budget is not None:
-                fit_time_budget(
-                    progress, recipe, config, team, stages, recipe.time_budget - time.monotonic() + began, log
-                )
         else:
             refuse_other_run(found, recipe, facts)
             progress = Progress(**found.state["progress"])
             learner.load(found)
-        total = sum(length * stage.batch for length, stage in zip(progress.lengths, recipe.stages, strict=True))
+        total = progress.images(recipe.stages)
         if found is not None and progress.seen < total:
             log.say(f"going on after {progress.seen:,} of {total:,} images, from {found.folder}")
+        budget = None
+        if recipe.time_budget is not None and progress.seen < total:
+            speed = measure_speed(recipe, config, team, stages)
+            budget = TimeBudget(progress, recipe.stages, speed, recipe.time_budget - (time.monotonic() - began))
+            keep_to_budget(budget, team, log)
         log.open(progress.step)
         meter = Meter(progress, team, log)
 
@@ -186,7 +188,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
             return signals.received > 0
 
         # the loop
-        while progress.seen < total and not signals.received:
+        while (total := progress.images(recipe.stages)) > progress.seen and not signals.received:
             number = progress.stage
             stage, length = recipe.stages[number], progress.lengths[number]
             source = stages[number].batches(progress.step, progress.seen, length - progress.stage_step)
@@ -199,11 +201,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
                     progress.seen += stage.batch
                     if progress.step % recipe.log_every == 0 or progress.seen == total:
                         meter.write(number, rate, total - progress.seen)
+                        if budget is not None and progress.stage_step < length:
+                            budget.observe(meter.speed)
+                            if keep_to_budget(budget, team, log):
+                                break
                     if asked_to_stop():
                         break
                     if progress.step % recipe.checkpoint_every == 0 and progress.seen < total:
                         save()
-            if progress.stage_step == length and number + 1 < len(stages):
+            if progress.stage_step == progress.lengths[number] and number + 1 < len(stages):
                 progress.stage, progress.stage_step = number + 1, 0
 
         # end
@@ -267,41 +273,31 @@ def begin_message(recipe: Recipe, samples: RunSamples, stages: Sequence[StageDat
     return "\n".join(lines)
 
 
-def fit_time_budget(
-    progress: Progress,
-    recipe: Recipe,
-    config: dict[str, Any],
-    team: Team,
-    stages: Sequence[StageData],
-    left: float,
-    log: Log,
-) -> None:
-    """Shorten all stages alike if they would take longer than `left` seconds on this machine.
-
-    Measured with a few steps of each stage, of a network that is thrown away.
-    """
-    start = time.perf_counter()
-    needed = 0.0
-    for stage, length in zip(stages, progress.lengths, strict=True):
+def measure_speed(recipe: Recipe, config: dict[str, Any], team: Team, stages: Sequence[StageData]) -> list[float]:
+    """Seconds that a step of each stage takes: a few steps of a network that is thrown away."""
+    seconds = []
+    for stage in stages:
         learner, marks = Learner(recipe, config, team), []
         with closing(in_thread(stage.batches(0, 0, WARM_STEPS + TIMED_STEPS))) as batches:
             for batch in batches:
                 loss, _, _ = learner.step(batch, stage.stage, rate=stage.stage.learning_rate, scale=1.0)
                 loss.item()  # waits for the device
                 marks.append(time.perf_counter())
-        needed += length * team.largest((marks[-1] - marks[WARM_STEPS - 1]) / TIMED_STEPS)
-    left = 0.97 * team.largest(left - (time.perf_counter() - start))  # checkpoints take a little
-    if needed <= left:
-        return
-    progress.scale = max(left, 0.0) / needed
-    total = sum(n * s.batch for n, s in zip(progress.lengths, recipe.stages, strict=True))
-    progress.lengths = [max(1, int(length * progress.scale)) for length in progress.lengths]
-    now = sum(n * s.batch for n, s in zip(progress.lengths, recipe.stages, strict=True))
-    progress.scale = now / total  # whole steps, and never nothing
-    log.say(
-        f"time budget: at {total / needed:,.0f} images/s {total:,} images would take {needed:.0f} s and {left:.0f} s "
-        f"are left: all stages are shortened to {now / total:.0%}, {now:,} images"
-    )
+        seconds.append(team.largest((marks[-1] - marks[WARM_STEPS - 1]) / TIMED_STEPS))
+    return seconds
+
+
+def keep_to_budget(budget: TimeBudget, team: Team, log: Log) -> bool:
+    """Fit what is left of the run into the time left; whether its stages have other lengths now."""
+    progress, before = budget.progress, budget.progress.scale
+    if not budget.fit(-team.largest(-budget.share())):
+        return False
+    if abs(progress.scale - before) > 0.05:
+        log.say(
+            f"time budget: on this machine there is time for {progress.images(budget.stages):,} images, "
+            f"{progress.scale:.0%} of the recipe's"
+        )
+    return True
 
 
 def refuse_other_run(found: checkpoint.Checkpoint, recipe: Recipe, facts: list[dict[str, Any]]) -> None:
