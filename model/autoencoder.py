@@ -44,7 +44,7 @@ AUTOENCODERS = {
     "sdxl": Entry("stabilityai/stable-diffusion-xl-base-1.0", "vae", "462165984030d82259a11f4367a4eed129e94a7b"),
     "sdxl-fp16-fix": Entry("madebyollin/sdxl-vae-fp16-fix", "", "207b116dae70ace3637169f1ddd2434b91b3a8cd"),
     "ostris": Entry("ostris/vae-kl-f8-d16"),
-    "flux2": Entry("black-forest-labs/FLUX.2-klein-4B", "vae"),
+    "flux2": Entry("black-forest-labs/FLUX.2-klein-4B", "vae", "e7b7dc27f91deacad38e78976d1f2b499d76a294"),
 }
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLFlux2")
 WEIGHTS = (

@@ -66,14 +66,33 @@ TEXT_ENCODERS = {
         revision="01b771ed0d1395ca5ffdd279897d665ebe00dfd2",
         hidden_act="quick_gelu",
     ),
-    "gemma-2-2b-it": Entry("google/gemma-2-2b-it", 256, hidden_layer=-2, template=_GEMMA_CHAT),
-    "qwen3-0.6b": Entry("Qwen/Qwen3-0.6B", 256, hidden_layer=-2, template=_QWEN_CHAT),
-    "qwen3-4b": Entry("Qwen/Qwen3-4B", 256, hidden_layer=-2, template=_QWEN_CHAT),
+    "gemma-2-2b-it": Entry(
+        "google/gemma-2-2b-it",
+        256,
+        revision="299a8560bedf22ed1c72a8a11e7dce4a7f9f51f8",
+        hidden_layer=-2,
+        template=_GEMMA_CHAT,
+    ),
+    "qwen3-0.6b": Entry(
+        "Qwen/Qwen3-0.6B",
+        256,
+        revision="c1899de289a04d12100db370d81485cdf75e47ca",
+        hidden_layer=-2,
+        template=_QWEN_CHAT,
+    ),
+    "qwen3-4b": Entry(
+        "Qwen/Qwen3-4B",
+        256,
+        revision="1cfa9a7208912126459214e8b04321603b3df60c",
+        hidden_layer=-2,
+        template=_QWEN_CHAT,
+    ),
 }
 MAX_TOKENS = 128  # of an encoder without a name here
 
 T5 = ("t5", "mt5", "umt5")
 BERT = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta-v2", "mpnet", "modernbert")
+COUNT_BEHIND_PAD = ("roberta", "xlm-roberta", "mpnet")  # their positions begin behind the pad token's id
 CONFIGS = ("config.json", "open_clip_config.json")
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -136,15 +155,13 @@ class TextEncoder:
         else:
             output = self._module(input_ids=ids, attention_mask=mask, output_hidden_states=True)
             hidden = output.hidden_states[self._layer]
-        embeddings = hidden.float().masked_fill(mask[:, :, None] == 0, 0)
+        kept = mask.bool()
         if self._prefix:
-            ends = tokens["offset_mapping"][:, :, 1].to(mask.device)
-            kept = (ends > len(self._prefix)).logical_and(mask.bool())
-            # tokens in front of the caption are as many in every prompt, or one more where it melts into the caption
-            first = kept.int().argmax(1)
-            rows = [row[start:] for row, start in zip(embeddings, first.tolist(), strict=True)]
-            embeddings, mask = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), kept
-        return embeddings[:, : self.max_tokens], mask.sum(1).clamp(max=self.max_tokens)
+            kept = kept & (tokens["offset_mapping"][:, :, 1].to(kept.device) > len(self._prefix))
+        rows = [row[keep] for row, keep in zip(hidden.float(), kept, strict=True)]
+        embeddings = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        # a token in front that melts into the caption is kept, and is one more than there is place for
+        return embeddings[:, : self.max_tokens], kept.sum(1).clamp(max=self.max_tokens)
 
 
 def load_text_encoder(
@@ -237,6 +254,8 @@ def _find(
     if asked.hidden_layer is not None and not -layers - 1 <= asked.hidden_layer <= layers:
         raise ValueError(f"hidden_layer={asked.hidden_layer}: {name} has {layers} layers, of -{layers + 1} to {layers}")
     limit = options.get("max_position_embeddings") or options.get("n_positions")
+    if options.get("model_type") in COUNT_BEHIND_PAD:
+        limit -= options.get("pad_token_id", 1) + 1
     if family == "clip":
         if max_tokens not in (None, limit):
             raise ValueError(
@@ -302,12 +321,18 @@ def _load_clip(name: str, files: ModelFiles, entry: Entry, options: dict[str, An
 
 
 def _load(name: str, files: ModelFiles, kind: Any, config: Any, dtype: torch.dtype) -> Any:
+    from transformers.utils import logging
+
     what = f"text encoder {name!r}"
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # else a table of all that a T5's decoder or a CLIP's image tower has
     try:
         module, found = kind.from_pretrained(
             files.folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except (OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise ModelFilesError(f"{what}: {files.weights[0]} is damaged: {error}") from error
-    check_loaded(what, files, found["missing_keys"])
+    finally:
+        logging.set_verbosity(verbosity)
+    check_loaded(what, files, [key for key in found["missing_keys"] if not key.startswith("pooler.")])  # not asked for
     return module
