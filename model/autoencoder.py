@@ -5,7 +5,7 @@
 How latents are normalised is read from the model's own config, never written here:
 
     shift_scale  (z - shift_factor) * scaling_factor
-    mean_std     (z - latents_mean) / latents_std * scaling_factor (1 where the config has none), by channel
+    mean_std     (z - latents_mean) / latents_std * scaling_factor, by channel
     batch_norm   (p - running_mean) / sqrt(running_var + batch_norm_eps), p = z with 2 x 2 patches as channels (FLUX.2)
 """
 
@@ -27,7 +27,9 @@ from model.hub import ModelFiles, ModelFilesError, check_loaded, fetch
 
 @dataclass(frozen=True)
 class Entry:
-    """Where an autoencoder lies, and at which commit (None: what `main` is when it is first asked for).
+    """Where an autoencoder lies, and at which commit, by its hash or the beginning of it.
+
+    None: the commit that `main` is when it is asked for; the fingerprint names it.
 
     dtype is the same on every machine, so that a corpus can be made on several: bfloat16 is safe for every one of them
     (the SDXL one gives NaN in float16).
@@ -43,7 +45,8 @@ AUTOENCODERS = {
     "demo": Entry(str(Path(__file__).parent / "demo_autoencoder"), dtype=torch.float32),
     "sdxl": Entry("stabilityai/stable-diffusion-xl-base-1.0", "vae", "462165984030d82259a11f4367a4eed129e94a7b"),
     "sdxl-fp16-fix": Entry("madebyollin/sdxl-vae-fp16-fix", "", "207b116dae70ace3637169f1ddd2434b91b3a8cd"),
-    "ostris": Entry("ostris/vae-kl-f8-d16"),
+    # the commits before it have another scaling factor
+    "ostris": Entry("ostris/vae-kl-f8-d16", "", "77878ec"),
     "flux2": Entry("black-forest-labs/FLUX.2-klein-4B", "vae", "e7b7dc27f91deacad38e78976d1f2b499d76a294"),
 }
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLFlux2")
@@ -246,7 +249,7 @@ def _normaliser(config: dict[str, Any]) -> dict[str, Any]:
         return {"kind": "batch_norm", "eps": _option(config, "batch_norm_eps")}
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
-        return {"kind": "mean_std", "mean": mean, "std": std, "scale": config.get("scaling_factor", 1.0)}
+        return {"kind": "mean_std", "mean": mean, "std": std, "scale": _option(config, "scaling_factor")}
     shift, scale = config.get("shift_factor") or 0.0, _option(config, "scaling_factor")
     return {"kind": "shift_scale", "shift": shift, "scale": scale}
 
