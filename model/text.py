@@ -28,7 +28,7 @@ CAPTION = "{caption}"
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a text encoder lies, at which commit (None: what `main` is when it is first asked for), how it is used.
+    """Where a text encoder lies, at which commit (None: what `main` is when it is asked for), and how it is used.
 
     max_tokens: how many tokens of a caption it keeps; None is what the family gives. dtype is the same on every
     machine, so that a corpus can be made on several. hidden_layer: an index of transformers' `hidden_states`; None is

@@ -53,6 +53,7 @@ class ParitySet:
         return array
 
     def config(self, model: str) -> dict[str, Any]:
+        assert model in self.spec["models"], f"unknown model {model!r}, the set has {', '.join(self.spec['models'])}"
         return constructor_config(self.spec["models"][model]["constructor"], self.spec.get("arch_defaults", {}))
 
     def edm(self, case: dict[str, Any]) -> EDM:

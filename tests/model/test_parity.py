@@ -97,6 +97,10 @@ def _unknown_operation(parity: ParitySet, case: dict, output: str) -> None:
     case["op"] = "dream"
 
 
+def _unknown_model(parity: ParitySet, case: dict, output: str) -> None:
+    case["model"] = "huge"
+
+
 def _unknown_output(parity: ParitySet, case: dict, output: str) -> None:
     case["outputs"]["velocity"] = case["outputs"][output]
 
@@ -121,6 +125,7 @@ OFF = (_one_value_off, r"1 of \d+ values out of tolerance")
         ("parity_plain", "plain/forward", "sample", _without_array, r"array '.*' is missing from .*golden"),
         ("parity_plain", "plain/forward", "sample", _another_shape, r"stored \(.*\), spec says \["),
         ("parity_plain", "plain/forward", "sample", _unknown_operation, "unknown operation 'dream'"),
+        ("parity_plain", "plain/forward", "sample", _unknown_model, "unknown model 'huge'"),
         ("parity_plain", "plain/forward", "sample", _unknown_output, "unknown output 'velocity'"),
         ("parity", "small/trace", "blocks.1", _unknown_output, "unknown output 'velocity'"),
         ("parity_plain", "plain/forward", "sample", _no_output, "has no outputs"),
