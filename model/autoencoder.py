@@ -172,7 +172,8 @@ def load_autoencoder(
 ) -> Autoencoder:
     """An autoencoder of `AUTOENCODERS`, a hub repository (`owner/name`, `owner/name:subfolder`) or a folder.
 
-    Of a repository or folder without a named sub-folder, `vae/` is taken where there is one, else the root.
+    Of a repository or folder without a named sub-folder, `vae/` is taken where there is one, else the root. A
+    repository of `AUTOENCODERS` is used as its name is.
 
     Raises:
         ValueError: no such name, the model is of no known class, or it cannot run in `dtype`.
@@ -216,7 +217,7 @@ def autoencoder_fingerprint(
 
 def _find(name: str, revision: str | None, dtype: torch.dtype | None) -> tuple[Entry, ModelFiles, dict[str, Any]]:
     """The entry with every question answered, its config file and what that says."""
-    entry = AUTOENCODERS.get(name)
+    entry = AUTOENCODERS.get(name) or next((e for e in AUTOENCODERS.values() if e.where == name), None)
     if entry is None:
         where, _, subfolder = name.partition(":") if not Path(name).is_dir() else (name, "", "")
         entry = Entry(where, subfolder or None)

@@ -293,6 +293,7 @@ def test_named_ones_from_the_hub(name: str, prefix: str, depth: int, hub: Hub, t
     assert model.fingerprint == told
     assert model.revision == told["revision"] == commit
     assert told["repo"] == entry.where
+    assert autoencoder_fingerprint(entry.where) == told
     assert (model.channels, model.name) == (depth, name)
     exact = load_autoencoder(tmp_path / "module")
     assert torch.equal(model.encode(images(), posterior="mode"), exact.encode(images(), posterior="mode"))
