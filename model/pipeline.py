@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from model.autoencoder import Autoencoder, load_autoencoder
 from model.checkpoint import load_model
@@ -190,8 +191,8 @@ class MicroDiTPipeline:
         negative_prompt: what to steer away from, one for all prompts or one for each. None: zero embeddings, which is
             what the released models were trained and shown with; "" is the embedding of an empty prompt.
         height, width: pixels, default: the size of the training.
-        guidance_scale: applies above 1, to which no negative prompt matters; None: what the checkpoint says, 5 if
-            nothing. guidance_interval: (low, high), guidance only where low < sigma <= high (arXiv 2404.07724).
+        guidance_scale: up to 1 is no guidance, and no negative prompt. None: what the checkpoint says, 5 if nothing.
+            guidance_interval: (low, high), guidance only where low < sigma <= high (arXiv 2404.07724).
         seed: picture i starts from the noise of seed + i; or a seed for each picture. The noise is made on the CPU, so
             it is the same on every device. generator: torch generators instead, one for all pictures or one for each;
             neither: torch's global one.
@@ -247,8 +248,6 @@ class MicroDiTPipeline:
         sampling: dict[str, Any],
     ) -> Iterator[Tensor]:
         """The latents (C, h, w) of each pair of prompt and negative prompt, in order, batch by batch."""
-        from tqdm.auto import tqdm
-
         tokens = shape[1] * shape[2] // self.transformer.patch_size**2
         together = batch_size or max(1, (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS) // tokens)
         steps, done = sampling["num_inference_steps"], 0
