@@ -250,7 +250,7 @@ def _find(
         raise ValueError(f"text encoder {name!r} is no decoder LLM: hidden_layer and template are for those alone")
     if asked.template.count(CAPTION) != 1:
         raise ValueError(f"template {asked.template!r}: expected {CAPTION} in it, once")
-    layers = int(options.get("num_hidden_layers") or 0)
+    layers = int(options.get("num_hidden_layers") or options.get("n_layer") or 0)
     if asked.hidden_layer is not None and not -layers - 1 <= asked.hidden_layer <= layers:
         raise ValueError(f"hidden_layer={asked.hidden_layer}: {name} has {layers} layers, of -{layers + 1} to {layers}")
     limit = options.get("max_position_embeddings") or options.get("n_positions")
@@ -288,9 +288,18 @@ def _family(name: str, files: ModelFiles) -> tuple[Family, dict[str, Any]]:
         raise ValueError(f"text encoder {name!r}: there is no config.json with a model_type; named ones are {known}")
     if kind in (*T5, *BERT):
         return "encoder", config
-    if any(architecture.endswith("ForCausalLM") for architecture in config.get("architectures") or ()):
+    if _is_decoder(config):
         return "decoder", config
     raise ValueError(f"text encoder {name!r}: {kind!r} is neither a T5, a BERT, a CLIP text tower nor a decoder LLM")
+
+
+def _is_decoder(config: dict[str, Any]) -> bool:
+    """Whether it is a decoder LLM, which has a head for the next token and none for a masked one; not with images."""
+    from transformers.models.auto import modeling_auto as known
+
+    kind = config["model_type"]
+    plain = kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return plain and not config.get("is_encoder_decoder") and "text_config" not in config
 
 
 def _fingerprint(entry: Entry, files: ModelFiles, family: Family, options: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Captions to embeddings, with tiny text encoders of the classes that the registry names, from a hub or a folder."""
 
 import functools
+import json
 import shutil
 from collections.abc import Callable
 from itertools import takewhile
@@ -11,7 +12,18 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BertModel, CLIPTextModel, Gemma2Model, Qwen3Model, RobertaModel, T5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    BertModel,
+    CLIPTextModel,
+    Gemma2Model,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    Qwen3Model,
+    RobertaModel,
+    T5EncoderModel,
+)
 
 from model.clip import ClipTokenizer, read_merges
 from model.hub import ModelFilesError
@@ -214,6 +226,16 @@ def test_templates(template: str, made: Callable[..., Path]):
     assert not torch.allclose(bare, encoder.encode(["cat"])[0][:, : bare.shape[1]]) or template.startswith("{")
 
 
+def test_a_decoder_of_older_names(made: Callable[..., Path], tmp_path: Path):
+    """GPT-2 names its head, its layers and its positions in words of its own."""
+    folder = shutil.copytree(made(qwen3_files), tmp_path / "gpt2")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=360, n_embd=32, n_layer=2, n_head=4, n_positions=64)).save_pretrained(folder)
+    encoder = load_text_encoder(folder, dtype=FP32, hidden_layer=-2)
+    assert encoder.max_tokens == 64
+    check(encoder, CAPTIONS, [wanted(folder, GPT2Model, caption, layer=-2) for caption in CAPTIONS])
+
+
 def test_nothing_but_empty_captions(made: Callable[..., Path]):
     encoder = load_text_encoder(made(qwen3_files), dtype=FP32)
     embeddings, lengths = encoder.encode(["", ""])
@@ -272,9 +294,17 @@ def test_what_cannot_be_asked(made: Callable[..., Path], tmp_path: Path):
         load_text_encoder("t5-xxxl")
     with pytest.raises(ValueError, match=r"there is no config\.json with a model_type; named ones are minilm, t5-xxl"):
         load_text_encoder(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
-    with pytest.raises(ValueError, match="'vit' is neither a T5, a BERT, a CLIP text tower nor a decoder LLM"):
-        load_text_encoder(tmp_path)
+    others: list[dict[str, Any]] = [
+        {"model_type": "vit"},
+        {"model_type": "camembert"},  # there are heads for both next and masked tokens
+        {"model_type": "whisper", "is_encoder_decoder": True},
+        {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
+    ]
+    for config in others:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        kind = config["model_type"]
+        with pytest.raises(ValueError, match=f"{kind!r} is neither a T5, a BERT, a CLIP text tower nor a decoder LLM"):
+            load_text_encoder(tmp_path)
 
 
 def test_damaged_and_incomplete_weights(made: Callable[..., Path], tmp_path: Path):
