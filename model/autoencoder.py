@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.hub import ModelFiles, ModelFilesError, check_loaded, fetch
+from model.hub import ModelFiles, ModelFilesError, check_loaded, fetch, new_folder
 
 
 @dataclass(frozen=True)
@@ -66,24 +66,47 @@ class Autoencoder:
         channels: C of the latents.
         downsample: pixels of an image's side for one of the latents'.
         normaliser: `shift_scale`, `mean_std` or `batch_norm`.
+        class_name: diffusers' class of its network.
         fingerprint: what identifies its numbers: files, dtype and normaliser, as `autoencoder_fingerprint` tells them.
     """
 
-    def __init__(self, module: Any, name: str, fingerprint: dict[str, Any], device: torch.device):
+    def __init__(self, module: Any, name: str, fingerprint: dict[str, Any], device: str | torch.device):
         self.name, self.fingerprint, self.revision = name, fingerprint, fingerprint.get("revision")
-        self._module, self._device = module, device
+        self.class_name = type(module).__name__
         self.normaliser: str = fingerprint["normaliser"]["kind"]
-        mean, deviation = _statistics(module, fingerprint["normaliser"])
-        self._mean, self._deviation = mean.to(device), deviation.to(device)
-        # not before the statistics are read: in bfloat16 they would lose their digits
+        self._module = module
+        self._mean, self._deviation = _statistics(module, fingerprint["normaliser"])
         self._dtype: torch.dtype = getattr(torch, fingerprint["dtype"])
-        torch.nn.Module.to(module, device=device, dtype=self._dtype)
-        module.to(memory_format=torch.channels_last)
+        for part, network in module.named_children():
+            if part != "bn":  # the statistics of a batch norm would lose their digits in bfloat16
+                network.to(self._dtype, memory_format=torch.channels_last)
+        self.to(device)
         config = module.config
         self._patch = PATCH if self.normaliser == "batch_norm" else 1
         self.channels = int(config.latent_channels) * self._patch**2
         blocks = config.get("block_out_channels") or config.encoder_block_out_channels
         self.downsample = 2 ** (len(blocks) - 1) * self._patch
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._mean.device
+
+    def to(self, device: str | torch.device) -> Autoencoder:
+        """Move it, in place; its dtype is part of its numbers and stays."""
+        self._module.to(device=device)
+        self._mean, self._deviation = self._mean.to(device), self._deviation.to(device)
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write it into a new folder as diffusers does, in safetensors. Opened in the same dtype it is exactly equal.
+
+        Raises:
+            FileExistsError: the folder has something in it.
+        """
+        origin = self.fingerprint.get("repo") or self.fingerprint["folder"]
+        self._module.register_to_config(_name_or_path=origin)  # not the path that it has on this machine
+        self._module.save_pretrained(new_folder(folder))
 
     @torch.inference_mode()
     def encode(
@@ -138,7 +161,7 @@ class Autoencoder:
         """
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise ValueError(f"latents {tuple(latents.shape)}: {self.name} takes (B, {self.channels}, h, w)")
-        raw = latents.to(self._device, torch.float32) * self._deviation + self._mean
+        raw = latents.to(self.device, torch.float32) * self._deviation + self._mean
         raw = _unpatchify(raw, self._patch).to(self._dtype, memory_format=torch.channels_last)
         area = latents.shape[2] * latents.shape[3] * self.downsample**2
         parts = []
@@ -149,11 +172,11 @@ class Autoencoder:
 
     def _together(self, area: int, batch: int) -> int:
         """How many images of `area` pixels go through the network at once."""
-        return max(1, CPU_PIXELS // area) if self._device.type == "cpu" else batch
+        return max(1, CPU_PIXELS // area) if self.device.type == "cpu" else batch
 
     def _moments(self, images: Tensor) -> tuple[Tensor, Any]:
         """Mean and standard deviation (None if deterministic) as the network gives them, float32."""
-        pixels = images.to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = images.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         encoded = self._module.encode(pixels.to(self._dtype, memory_format=torch.channels_last))
         if not hasattr(encoded, "latent_dist"):
             return encoded.latent.float(), None
@@ -201,7 +224,7 @@ def load_autoencoder(
         raise ModelFilesError(f"autoencoder {name!r}: {files.weights[0]} is damaged: {error}") from error
     check_loaded(f"autoencoder {name!r}", files, found["missing_keys"])
     module = module.eval().requires_grad_(False)
-    return Autoencoder(module, name, _fingerprint(entry, files, config), torch.device(device))
+    return Autoencoder(module, name, _fingerprint(entry, files, config), device)
 
 
 def autoencoder_fingerprint(

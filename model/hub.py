@@ -86,6 +86,19 @@ def fetch(
     )
 
 
+def new_folder(path: str | Path) -> Path:
+    """Make a folder to save a model in, so that nothing is overwritten and no older file is taken for a part of it.
+
+    Raises:
+        FileExistsError: there is something in it.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there already: give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def check_loaded(what: str, files: ModelFiles, missing: Sequence[str]) -> None:
     """Refuses a model of which a part would be random, which its library but warns of.
 

@@ -8,7 +8,6 @@ a released checkpoint                            VSehwag24/MicroDiT/ckpts/NAME.p
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Mapping
@@ -20,9 +19,8 @@ import torch
 
 from model.autoencoder import Autoencoder
 from model.checkpoint import SUFFIXES, CheckpointError, write_state_dict
-from model.clip import ClipTokenizer
 from model.edm import EDM
-from model.hub import ModelFilesError, fetch
+from model.hub import ModelFilesError, fetch, new_folder
 from model.network import MicroDiT
 from model.text import TextEncoder
 
@@ -292,19 +290,12 @@ def write_pipeline(
     Raises:
         FileExistsError: the folder has something in it.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already: give a new folder")
-    (folder / "transformer").mkdir(parents=True)
+    (new_folder(folder) / "transformer").mkdir()
     config = {"_class_name": "MicroDiT", **transformer.config}
     (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     write_state_dict(folder / "transformer" / WEIGHTS, transformer.state_dict(), transformer.config)
-    module, tower, tokenizer = _with_statistics(vae), text_encoder._module, text_encoder._tokenizer
-    module.save_pretrained(folder / "vae")
-    _save_tower(tower, folder / "text_encoder")
-    if isinstance(tokenizer, ClipTokenizer):
-        tokenizer._bpe.save(str(folder / "text_encoder"))
-    else:
-        tokenizer.save_pretrained(folder / "text_encoder")
+    vae.save_pretrained(folder / "vae")
+    text_encoder.save_pretrained(folder / "text_encoder")
 
     def options(model: Autoencoder | TextEncoder, name: str) -> dict[str, Any]:
         told = {key: model.fingerprint[key] for key in LOADING if key in model.fingerprint}
@@ -313,8 +304,8 @@ def write_pipeline(
     index = {
         "_class_name": PIPELINE,
         "transformer": ["model.network", "MicroDiT"],
-        "vae": ["diffusers", type(module).__name__],
-        "text_encoder": ["transformers", type(tower).__name__],
+        "vae": ["diffusers", vae.class_name],
+        "text_encoder": ["transformers", text_encoder.class_name],
         "vae_options": options(vae, "autoencoder"),
         "text_encoder_options": options(text_encoder, "text_encoder"),
         "sample_size": sample_size,
@@ -323,24 +314,3 @@ def write_pipeline(
     }
     # last: without it the folder is none that can be opened
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _save_tower(tower: Any, folder: Path) -> None:
-    """A text encoder's module, with the architecture that its own config names: a decoder LLM is known by it."""
-    architectures = tower.config.architectures
-    tower.save_pretrained(folder)  # names the class of the module instead
-    tower.config.architectures = architectures
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": architectures}, indent=2) + "\n")
-
-
-def _with_statistics(vae: Autoencoder) -> Any:
-    """The diffusers module of an autoencoder, with its batch norm in all digits (it may run in bfloat16)."""
-    module = vae._module
-    if vae.normaliser != "batch_norm":
-        return module
-    module = copy.deepcopy(module)
-    module.bn.float()
-    module.bn.running_mean.copy_(vae._mean.flatten())
-    module.bn.running_var.copy_(vae._deviation.flatten().double().square() - vae.fingerprint["normaliser"]["eps"])
-    return module

@@ -158,10 +158,8 @@ class MicroDiTPipeline:
     def to(self, *args: Any, **kwargs: Any) -> MicroDiTPipeline:
         """Move all parts: `to("cuda")`, `to("cuda", torch.bfloat16)`. A dtype is the network's alone."""
         self.transformer.to(*args, **kwargs)
-        self.text_encoder._module.to(self.device)
-        vae = self.vae
-        vae._module.to(device=self.device)
-        vae._device, vae._mean, vae._deviation = self.device, vae._mean.to(self.device), vae._deviation.to(self.device)
+        self.text_encoder.to(self.device)
+        self.vae.to(self.device)
         return self
 
     def set_progress_bar_config(self, **options: Any) -> None:

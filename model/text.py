@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from model.clip import ClipTokenizer, load_open_clip, open_clip_config, read_merges
-from model.hub import ModelFiles, ModelFilesError, check_loaded, fetch
+from model.hub import ModelFiles, ModelFilesError, check_loaded, fetch, new_folder
 
 CAPTION = "{caption}"
 
@@ -114,17 +114,45 @@ class TextEncoder:
     Attributes:
         width: length of a token's embedding.
         max_tokens: longer captions are cut.
+        class_name: transformers' class of its network.
         fingerprint: what identifies its numbers: files, dtype, max_tokens and how it is asked, as
             `text_encoder_fingerprint` tells them.
     """
 
     def __init__(self, module: Any, tokenizer: Any, name: str, fingerprint: dict[str, Any]):
         self.name, self.fingerprint, self.revision = name, fingerprint, fingerprint.get("revision")
+        self.class_name = type(module).__name__
         self.max_tokens: int = fingerprint["max_tokens"]
         self._module, self._tokenizer = module, tokenizer
         self._prefix, _, self._suffix = fingerprint.get("template", CAPTION).partition(CAPTION)
         self._layer: int | None = fingerprint.get("hidden_layer")
         self.width = int(getattr(module.config, "d_model", 0) or module.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs, and where the embeddings are."""
+        device: torch.device = self._module.device
+        return device
+
+    def to(self, device: str | torch.device) -> TextEncoder:
+        """Move it, in place; its dtype is part of its numbers and stays."""
+        self._module.to(device)
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model and tokenizer into a new folder as transformers does, in safetensors.
+
+        How it is asked (dtype, max_tokens, hidden_layer, template) is not in there: `fingerprint` tells it.
+
+        Raises:
+            FileExistsError: the folder has something in it.
+        """
+        folder = new_folder(folder)
+        self._module.save_pretrained(folder)
+        if isinstance(self._tokenizer, ClipTokenizer):
+            self._tokenizer.save(folder)
+        else:
+            self._tokenizer.save_pretrained(folder)
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -134,7 +162,7 @@ class TextEncoder:
         there. A CLIP text tower gives all its positions, padding included: L and all lengths are 77.
         """
         if isinstance(self._tokenizer, ClipTokenizer):
-            ids = self._tokenizer(captions).to(self._module.device)
+            ids = self._tokenizer(captions).to(self.device)
             embeddings = self._module(input_ids=ids).last_hidden_state.float()
             return embeddings, torch.full((len(ids),), ids.shape[1], device=ids.device)
         prompts = [self._prefix + caption + self._suffix for caption in captions]
@@ -147,7 +175,7 @@ class TextEncoder:
             return_tensors="pt",
             return_offsets_mapping=bool(self._prefix),
         )
-        ids, mask = (tokens[name].to(self._module.device) for name in ("input_ids", "attention_mask"))
+        ids, mask = (tokens[name].to(self.device) for name in ("input_ids", "attention_mask"))
         if not ids.shape[1]:  # nothing but empty captions, and a tokenizer that adds no token
             return torch.zeros(*ids.shape, self.width, device=ids.device), mask.sum(1)
         if self._layer is None:

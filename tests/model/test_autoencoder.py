@@ -175,6 +175,36 @@ def test_statistics_keep_their_digits_in_bfloat16(tmp_path: Path):
     assert abs(statistics[0] - statistics[1]) < 1e-3
 
 
+@pytest.mark.parametrize("case", [shift_scale, mean_std, batch_norm, deterministic])
+def test_saved_and_opened_it_is_equal(case: Any, tmp_path: Path):
+    """In bfloat16, which would change the statistics of a batch norm; diffusers opens it too."""
+    module, _ = case()
+    model = load_autoencoder(saved(module, tmp_path / "made"))
+    model.save_pretrained(tmp_path / "saved")
+    again = load_autoencoder(tmp_path / "saved")
+    latents = model.encode(images(), posterior="mode")
+    assert torch.equal(again.encode(images(), posterior="mode"), latents)
+    assert torch.equal(again.decode(latents), model.decode(latents))
+    assert again.fingerprint["normaliser"] == model.fingerprint["normaliser"]
+    weights = load_file(tmp_path / "saved" / "diffusion_pytorch_model.safetensors")
+    for key, value in weights.items():
+        statistics = key.startswith("bn.running")
+        assert value.dtype == (torch.float32 if statistics else torch.bfloat16) or key == "bn.num_batches_tracked"
+        assert not statistics or torch.equal(value, module.state_dict()[key])
+    type(module).from_pretrained(tmp_path / "saved", low_cpu_mem_usage=False)
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["_name_or_path"] == "made"
+    assert model.class_name == again.class_name == type(module).__name__
+    with pytest.raises(FileExistsError, match="saved is there already: give a new folder"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_moved_to_another_device(tmp_path: Path):
+    model = load_autoencoder(saved(flux2(), tmp_path / "ae"))
+    assert model.device == torch.device("cpu")
+    assert model.to("meta") is model and model.device == torch.device("meta")
+    assert model.encode(images(), posterior="mode").device == torch.device("meta")  # no part was left behind
+
+
 def test_many_images_are_taken_in_parts(tmp_path: Path):
     model = load_autoencoder(saved(kl(), tmp_path / "ae"), dtype=torch.float32)
     pixels = images(5, 256, 256)  # two of them fit together

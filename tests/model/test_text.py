@@ -260,6 +260,35 @@ def test_long_captions_are_cut(made: Callable[..., Path]):
     assert load_text_encoder(made(t5_files), max_tokens=512).encode(["dog " * 900])[1].tolist() == [512]
 
 
+# -- saved and moved --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [t5_files, bert_files, clip_files, gemma_files, qwen3_files])
+def test_saved_and_opened_it_is_equal(make: Callable[..., Files], made: Callable[..., Path], tmp_path: Path):
+    """A decoder LLM is saved without its head, under the name of its base class, and still known for one."""
+    options: dict[str, Any] = {}
+    if make in (gemma_files, qwen3_files):
+        options = {"template": "a boat: {caption}", "hidden_layer": 1}
+    encoder = load_text_encoder(made(make), **options)
+    encoder.save_pretrained(tmp_path / "saved")
+    again = load_text_encoder(tmp_path / "saved", **options)
+    assert again.class_name == encoder.class_name
+    captions = [*CAPTIONS, "<end_of_text> \n &amp; a DOG's"]
+    for one, other in zip(again.encode(captions), encoder.encode(captions), strict=True):
+        assert torch.equal(one, other)
+    assert not list((tmp_path / "saved").glob("*.bin"))
+    assert str(made(make)) not in "".join(path.read_text() for path in (tmp_path / "saved").glob("*.json"))
+    with pytest.raises(FileExistsError, match="saved is there already: give a new folder"):
+        encoder.save_pretrained(tmp_path / "saved")
+
+
+def test_moved_to_another_device(made: Callable[..., Path]):
+    for make in (t5_files, clip_files):
+        encoder = load_text_encoder(made(make))
+        assert encoder.device == torch.device("cpu")
+        assert encoder.to("meta") is encoder and encoder.device == torch.device("meta")
+
+
 # -- what goes wrong --------------------------------------------------------------------------------------------------
 
 
