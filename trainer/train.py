@@ -5,6 +5,7 @@ set up -> data -> network -> resume -> (time budget) -> for each stage: for each
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import asdict
@@ -68,7 +69,13 @@ class Learner:
         objective = Objective(self.net, EDM(sigma_data=recipe.sigma_data))
         self.objective: nn.Module = objective
         if team.world > 1:
-            self.objective = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+            with (
+                warnings.catch_warnings()
+            ):  # torch 2.13 has another name for `broadcast_buffers`, which 2.11 does not know
+                warnings.simplefilter("ignore", FutureWarning)
+                self.objective = DistributedDataParallel(
+                    objective, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
         self.parameters = dict(self.net.named_parameters())
         options = recipe.optimizer
         self.optimizer = torch.optim.AdamW(
