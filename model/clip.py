@@ -34,7 +34,8 @@ def clean(caption: str) -> str:
 class ClipTokenizer:
     """Byte-level BPE of CLIP. The ids follow from the merges: 256 bytes, 256 bytes that end a word, merges, start, end.
 
-    merges: pairs in the order of their rank, as `read_merges` gives them. length: positions of the tower.
+    merges: pairs in the order of their rank, as `read_merges` gives them. length: positions of the tower. Attributes:
+    `start` and `end` are the ids that begin and end every caption, `size` is how many there are.
     """
 
     def __init__(self, merges: Sequence[tuple[str, str]], length: int = 77):

@@ -54,7 +54,8 @@ class EDM:
         """D(x; sigma) in float32, (B, C, H, W), from noisy x (B, C, H, W).
 
         sigma: one number, or (B,). With guidance_scale != 1 the network runs once on [x; x], [y; negative] and
-        F = u + guidance_scale * (c - u). negative: what to steer away from, shaped as y; None: zero embeddings.
+        F = u + guidance_scale * (c - u). text_mask: bool (B, L), as in `MicroDiT.forward`. negative: what to steer away
+        from, shaped as y; None: zero embeddings. negative_mask: its mask, where y has one; None: that of y.
         """
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)

@@ -62,7 +62,7 @@ def modulation(cond_dim: int, out_dim: int) -> nn.Sequential:
 
 
 class SelfAttention(nn.Module):
-    """Self-attention of width `hidden` (a multiple of the head size) on tokens of width `dim`."""
+    """Self-attention of width `hidden` (a multiple of the head size) on tokens (B, T, dim) -> (B, T, dim)."""
 
     def __init__(self, dim: int, hidden: int, heads: int, eps: float, bias: bool) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 class FeedForward(nn.Module):
-    """Dense SwiGLU feed-forward; its width is two thirds of `hidden`, rounded up to `multiple_of`."""
+    """Dense SwiGLU feed-forward, (B, T, dim) -> (B, T, dim). Its width is 2/3 of `hidden`, up to `multiple_of`."""
 
     def __init__(self, dim: int, hidden: int, multiple_of: int, bias: bool) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class Block(nn.Module):
 
 
 class CaptionBlock(nn.Module):
-    """One unconditioned transformer block over the caption tokens."""
+    """One unconditioned transformer block over the caption tokens, (B, L, D) -> (B, L, D)."""
 
     def __init__(self, dim: int, head_dim: int, multiple_of: int, eps: float, bias: bool) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class CaptionBlock(nn.Module):
 
 
 class NormMlp(nn.Module):
-    """Linear, GELU-tanh, LayerNorm, linear: the caption projection and the pooled caption."""
+    """Linear, GELU-tanh, LayerNorm, linear, (..., in_dim) -> (..., D): caption projection and pooled caption."""
 
     def __init__(self, in_dim: int, dim: int, eps: float) -> None:
         super().__init__()

@@ -54,6 +54,12 @@ RELEASED = {
 RELEASED_TEXT = "dfn-clip-h"
 RELEASED_CONFIG = {"input_size": 64, "pos_interp_scale": 2.0}
 
+_EXPECTED = (
+    "expected the out folder of a training run, one of its checkpoints, a pipeline's folder or hub repository "
+    f"(owner/name), or a file of weights ({', '.join(SUFFIXES)}), here or on the hub (owner/name/file); released are "
+    + ", ".join(RELEASED)
+)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -138,13 +144,6 @@ def find_checkpoint(path: str | Path) -> Path:
         if (folder / INFO).is_file():
             return folder
     raise CheckpointError(f"{path}: there is no checkpoint; {_EXPECTED}")
-
-
-_EXPECTED = (
-    "expected the out folder of a training run, one of its checkpoints, a pipeline's folder or hub repository "
-    f"(owner/name), or a file of weights ({', '.join(SUFFIXES)}), here or on the hub (owner/name/file); released are "
-    + ", ".join(RELEASED)
-)
 
 
 def _find_on_hub(name: str, revision: str | None, autoencoder: Part | None, text_encoder: Part | None) -> Parts:

@@ -37,8 +37,11 @@ Source = int | torch.Generator | None  # what noise is drawn from: a seed, a gen
 
 @dataclass
 class PipelineOutput:
-    """`images`: a list of PIL images; float32 0..1, an array (B, H, W, 3) for "np" or a tensor (B, 3, H, W) for "pt";
-    or the normalised latents, float32 (B, C, h, w), for "latent". Tensors are on the CPU."""
+    """What a call gives.
+
+    images: a list of PIL images for "pil"; float32 0..1, an array (B, H, W, 3) for "np" or a tensor (B, 3, H, W) for
+    "pt"; the normalised latents, float32 (B, C, h, w), for "latent". Tensors are on the CPU.
+    """
 
     images: Any
 
