@@ -12,7 +12,6 @@ How latents are normalised is read from the model's own config, never written he
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,16 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.hub import ModelFiles, ModelFilesError, check_loaded, fetch, new_folder
+from model.hub import ModelFiles, fetch, new_folder
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where an autoencoder lies, and at which commit, by its hash or the beginning of it.
+    """Where an autoencoder lies and how it runs.
 
-    None: the commit that `main` is when it is asked for; the fingerprint names it.
-
-    dtype is the same on every machine, so that a corpus can be made on several: bfloat16 is safe for every one of them
+    where: a hub repository or a folder. subfolder: of it; None is `vae` where there is one, else the root. revision: a
+    commit's hash or the beginning of it; None is what `main` is when it is asked for, which the fingerprint then names.
+    dtype: the same on every machine, so that a corpus can be made on several; bfloat16 is safe for every one of them
     (the SDXL one gives NaN in float16).
     """
 
@@ -63,6 +62,7 @@ class Autoencoder:
     """A loaded autoencoder. Made by `load_autoencoder`.
 
     Attributes:
+        name: what it was asked for by. revision: the commit on the hub, None for a folder.
         channels: C of the latents.
         downsample: pixels of an image's side for one of the latents'.
         normaliser: `shift_scale`, `mean_std` or `batch_norm`.
@@ -204,13 +204,13 @@ def load_autoencoder(
     """
     name = str(name_or_path)
     entry, files, config = _find(name, revision, dtype)
+    if entry.dtype == torch.float16 and config.get("force_upcast"):
+        raise ValueError(f"autoencoder {name!r} overflows in float16 (force_upcast); take bfloat16 or sdxl-fp16-fix")
     prefix = f"{entry.subfolder}/" if entry.subfolder else ""
     groups = [[prefix + file for file in group] for group in WEIGHTS]
     files = fetch(entry.where, [f"{prefix}config.json"], weights=groups, revision=files.revision)
     import diffusers
 
-    if entry.dtype == torch.float16 and config.get("force_upcast"):
-        raise ValueError(f"autoencoder {name!r} overflows in float16 (force_upcast); take bfloat16 or sdxl-fp16-fix")
     try:
         module, found = getattr(diffusers, config["_class_name"]).from_pretrained(
             files.folder / prefix,
@@ -221,8 +221,8 @@ def load_autoencoder(
             output_loading_info=True,
         )
     except (OSError, RuntimeError, ValueError) as error:
-        raise ModelFilesError(f"autoencoder {name!r}: {files.weights[0]} is damaged: {error}") from error
-    check_loaded(f"autoencoder {name!r}", files, found["missing_keys"])
+        raise files.damaged(files.weights[0], error) from error
+    files.check_loaded(found["missing_keys"])
     module = module.eval().requires_grad_(False)
     return Autoencoder(module, name, _fingerprint(entry, files, config), device)
 
@@ -246,12 +246,15 @@ def _find(name: str, revision: str | None, dtype: torch.dtype | None) -> tuple[E
         entry = Entry(where, subfolder or None)
     subfolders = ("vae", "") if entry.subfolder is None else (entry.subfolder,)
     candidates = {f"{folder}/config.json" if folder else "config.json": folder for folder in subfolders}
-    files = fetch(entry.where, list(candidates), revision=revision or entry.revision)
+    try:
+        files = fetch(entry.where, list(candidates), revision=revision or entry.revision)
+    except ValueError as error:
+        raise ValueError(f"autoencoder {error}; named ones are {', '.join(AUTOENCODERS)}") from error
     found = [path for path in candidates if (files.folder / path).is_file()]
     if not found:
         known = f"; named ones are {', '.join(AUTOENCODERS)}"
         raise ValueError(f"autoencoder {name!r}: there is no {' or '.join(candidates)} in {entry.where}{known}")
-    config = json.loads((files.folder / found[0]).read_text())
+    config = files.read_json(found[0])
     if config.get("_class_name") not in CLASSES:
         kind = config.get("_class_name")
         raise ValueError(f"autoencoder {name!r}: its class is {kind!r}, expected one of {', '.join(CLASSES)}")

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.hub import reason
 from model.network import PRESETS, MicroDiT
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -46,7 +47,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: cannot be read ({error}); is the file whole?") from error
     except Exception as error:  # torch.load raises many kinds on bytes that are no checkpoint
         raise CheckpointError(
-            f"{path}: cannot be read as a state dict of tensors ({(str(error) or repr(error)).splitlines()[0]}); "
+            f"{path}: cannot be read as a state dict of tensors ({reason(error)}); "
             "is the file whole, and does it hold nothing but tensors?"
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
@@ -197,6 +198,8 @@ def config_from_state_dict(state: Mapping[str, Tensor], **known: Any) -> dict[st
             f"this is no MicroDiT state dict: an entry has too few or too many axes ({error})"
         ) from error
     preset = next((p for p in PRESETS.values() if all(config[k] == p[k] for k in ("dim", "depth"))), {})
+    # A preset has ratios that rise with depth, where shapes tell no more than what they were rounded to. If it does not
+    # fit, what the shapes tell comes first.
     seen_only = {k: v for k, v in config.items() if not k.startswith(("qkv_", "ffn_", "patch_mixer_", "multiple_of"))}
     for arguments in (seen_only | preset | known, preset | config | known):
         if "head_dim" not in arguments:

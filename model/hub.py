@@ -8,11 +8,14 @@ corpus remembers.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BEGINNING = re.compile(r"[0-9a-f]{7,39}")  # of a commit's hash
@@ -49,6 +52,40 @@ class ModelFiles:
             with (self.folder / file).open("rb") as stream:
                 digest.update(f"{file}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
         return {"folder": self.name, "sha256": digest.hexdigest()}
+
+    def read_json(self, file: str) -> dict[str, Any]:
+        """The object in a JSON file.
+
+        Raises:
+            ModelFilesError: it holds none.
+        """
+        try:
+            found = json.loads((self.folder / file).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise self.damaged(file, error) from error
+        if not isinstance(found, dict):
+            raise self.damaged(file, ValueError("it is no JSON object"))
+        return found
+
+    def damaged(self, file: str, error: Exception) -> ModelFilesError:
+        """What to raise for a file that cannot be read."""
+        return ModelFilesError(f"{self.name}: {file} is damaged ({reason(error)}); {self._remedy()}")
+
+    def check_loaded(self, missing: Sequence[str]) -> None:
+        """Refuses a model of which a part would be random, which its library but warns of.
+
+        Raises:
+            ModelFilesError: there are missing weights.
+        """
+        if missing:
+            some = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
+            lacks = f"{self.weights[0]} lacks {len(missing)} of its model's weights: {some}"
+            raise ModelFilesError(f"{self.name}: {lacks}; {self._remedy()}")
+
+    def _remedy(self) -> str:
+        if self.revision is None:
+            return f"put a whole copy into {self.folder}"
+        return f"remove {self.folder.parent.parent}, and it is downloaded again"
 
 
 def fetch(
@@ -99,22 +136,18 @@ def new_folder(path: str | Path) -> Path:
     return folder
 
 
-def check_loaded(what: str, files: ModelFiles, missing: Sequence[str]) -> None:
-    """Refuses a model of which a part would be random, which its library but warns of.
-
-    Raises:
-        ModelFilesError: there are missing weights.
-    """
-    if missing:
-        some = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
-        raise ModelFilesError(f"{what}: {files.weights[0]} lacks {len(missing)} of its model's weights: {some}")
+def reason(error: Exception) -> str:
+    """Why a file could not be read, in one line; without torch's advice, which is to unpickle whatever it holds."""
+    if isinstance(error, UnpicklingError):
+        return "something in it is no tensor"
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _fetch(name_or_path: str | Path, patterns: Sequence[str], revision: str | None) -> ModelFiles:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"revision={revision!r} was given with the folder {folder}: a folder has no revisions")
+            raise ValueError(f"{folder} is a folder, which has no revisions: leave out revision={revision!r}")
         return ModelFiles(folder, folder.resolve().name, None)
     repo = str(name_or_path)
     if not _REPO_ID.fullmatch(repo):

@@ -9,7 +9,6 @@ positions, as open_clip does (`model.clip`); decoder LLMs a chosen layer for a p
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from model.clip import ClipTokenizer, load_open_clip, open_clip_config, read_merges
-from model.hub import ModelFiles, ModelFilesError, check_loaded, fetch, new_folder
+from model.hub import ModelFiles, fetch, new_folder
 
 CAPTION = "{caption}"
 
@@ -112,6 +111,7 @@ class TextEncoder:
     """A loaded text encoder. Made by `load_text_encoder`.
 
     Attributes:
+        name: what it was asked for by. revision: the commit on the hub, None for a folder.
         width: length of a token's embedding.
         max_tokens: longer captions are cut.
         class_name: transformers' class of its network.
@@ -222,13 +222,13 @@ def load_text_encoder(
     logging.disable_progress_bar()  # one bar for each loading of each worker helps nobody
     fingerprint = _fingerprint(*found)
     if family == "clip":
-        module = _load_clip(name, files, entry, options)
+        module = _load_clip(files, entry, options)
         merges = read_merges(files.folder, module.config.vocab_size)
         tokenizer: Any = ClipTokenizer(merges, module.config.max_position_embeddings)
     else:
         config = AutoConfig.from_pretrained(files.folder, local_files_only=True)
         kind: Any = AutoModelForTextEncoding if config.model_type in T5 else AutoModel
-        module = _load(name, files, kind, config, entry.dtype)
+        module = _load(files, kind, config, entry.dtype)
         tokenizer = AutoTokenizer.from_pretrained(files.folder, local_files_only=True)
         tokenizer.padding_side = tokenizer.truncation_side = "right"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -266,7 +266,11 @@ def _find(
 ) -> tuple[Entry, ModelFiles, Family, dict[str, Any]]:
     """The entry with every question answered, its config files, the family, and the config of the text model."""
     entry = TEXT_ENCODERS.get(name) or next((e for e in TEXT_ENCODERS.values() if e.where == name), Entry(name))
-    files = fetch(_folder(entry), CONFIGS, revision=revision or entry.revision)
+    where = _folder(entry)
+    try:
+        files = fetch(where, CONFIGS, revision=revision or entry.revision)
+    except ValueError as error:
+        raise ValueError(f"text encoder {error}; named ones are {', '.join(TEXT_ENCODERS)}") from error
     family, options = _family(name, files)
     asked = replace(
         entry,
@@ -302,7 +306,7 @@ def _folder(entry: Entry) -> str | Path:
 
 def _family(name: str, files: ModelFiles) -> tuple[Family, dict[str, Any]]:
     """What kind of model its configs describe, and the config of its text model as a plain dictionary."""
-    configs = {file: json.loads((files.folder / file).read_text()) for file in files.matching(*CONFIGS)}
+    configs = {file: files.read_json(file) for file in files.matching(*CONFIGS)}
     config = configs.get("config.json", {})
     kind = config.get("model_type")
     if kind in (None, "clip") and "open_clip_config.json" in configs:
@@ -344,7 +348,7 @@ def _fingerprint(entry: Entry, files: ModelFiles, family: Family, options: dict[
     return found
 
 
-def _load_clip(name: str, files: ModelFiles, entry: Entry, options: dict[str, Any]) -> Any:
+def _load_clip(files: ModelFiles, entry: Entry, options: dict[str, Any]) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     if entry.hidden_act:
@@ -353,14 +357,13 @@ def _load_clip(name: str, files: ModelFiles, entry: Entry, options: dict[str, An
         try:
             return load_open_clip(files.folder / files.weights[0], options)
         except (OSError, RuntimeError, KeyError, ValueError, UnpicklingError, SafetensorError) as error:
-            raise ModelFilesError(f"text encoder {name!r}: {files.weights[0]} is damaged: {error}") from error
-    return _load(name, files, CLIPTextModel, CLIPTextConfig(**options), torch.float32)
+            raise files.damaged(files.weights[0], error) from error
+    return _load(files, CLIPTextModel, CLIPTextConfig(**options), torch.float32)
 
 
-def _load(name: str, files: ModelFiles, kind: Any, config: Any, dtype: torch.dtype) -> Any:
+def _load(files: ModelFiles, kind: Any, config: Any, dtype: torch.dtype) -> Any:
     from transformers.utils import logging
 
-    what = f"text encoder {name!r}"
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else a table of all that a T5's decoder or a CLIP's image tower has
     try:
@@ -368,8 +371,8 @@ def _load(name: str, files: ModelFiles, kind: Any, config: Any, dtype: torch.dty
             files.folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except (OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
-        raise ModelFilesError(f"{what}: {files.weights[0]} is damaged: {error}") from error
+        raise files.damaged(files.weights[0], error) from error
     finally:
         logging.set_verbosity(verbosity)
-    check_loaded(what, files, [key for key in found["missing_keys"] if not key.startswith("pooler.")])  # not asked for
+    files.check_loaded([key for key in found["missing_keys"] if not key.startswith("pooler.")])  # not asked for
     return module

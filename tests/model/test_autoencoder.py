@@ -243,7 +243,8 @@ def test_what_cannot_be_asked(tmp_path: Path):
         model.decode(torch.zeros(1, 16, 8, 8))
     with pytest.raises(ValueError, match=r"overflows in float16 \(force_upcast\)"):
         load_autoencoder(folder, dtype=torch.float16)
-    with pytest.raises(ValueError, match="'sdx1' is neither an existing folder nor a hub repository id"):
+    unknown = "autoencoder 'sdx1' is neither an existing folder nor a hub repository id.*named ones are demo, sdxl"
+    with pytest.raises(ValueError, match=unknown):
         load_autoencoder("sdx1")
     torch.manual_seed(0)
     dc = load_autoencoder(saved(AutoencoderDC(**DC), tmp_path / "dc"))
@@ -387,9 +388,18 @@ def test_damaged_and_incomplete_weights(tmp_path: Path):
     weights = tmp_path / "ae" / "diffusion_pytorch_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:5000])
-    with pytest.raises(ModelFilesError, match=r"diffusion_pytorch_model\.safetensors is damaged"):
+    with pytest.raises(
+        ModelFilesError, match=r"ae: diffusion_pytorch_model\.safetensors is damaged .*put a whole copy"
+    ):
         load_autoencoder(folder)
     weights.write_bytes(whole)
+    config = tmp_path / "ae" / "config.json"
+    told = config.read_text()
+    for text in (told[:50], "[]"):
+        config.write_text(text)
+        with pytest.raises(ModelFilesError, match=r"ae: config\.json is damaged .*put a whole copy into .*ae"):
+            load_autoencoder(folder)
+    config.write_text(told)
     state = load_file(weights)
     del state["encoder.conv_in.weight"]
     save_file(state, weights)

@@ -1,6 +1,7 @@
 """Model files from a folder and from a hub, through the real client."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,10 +91,24 @@ def test_a_folder_is_known_by_its_bytes(tmp_path: Path):
     assert one["folder"] == "same"
     (tmp_path / "two" / "same" / "config.json").write_bytes(b"{}")
     assert fetch(tmp_path / "two" / "same", []).origin("config.json") != one
-    with pytest.raises(ValueError, match="a folder has no revisions"):
+    with pytest.raises(ValueError, match="is a folder, which has no revisions: leave out revision='main'"):
         fetch(tmp_path / "one" / "same", [], revision="main")
     with pytest.raises(ValueError, match="'nowhere' is neither an existing folder nor a hub repository id"):
         fetch("nowhere", [])
+
+
+def test_a_damaged_file_says_what_to_do(hub: Hub, tmp_path: Path):
+    hub.add("owner/name", {"config.json": b"{", "model.safetensors": b"1"})
+    files = fetch("owner/name", ["config.json"], weights=WEIGHTS)
+    cached = Path(constants.HF_HUB_CACHE) / "models--owner--name"
+    with pytest.raises(ModelFilesError, match=r"owner/name: config\.json is damaged \(Expecting property") as error:
+        files.read_json("config.json")
+    assert str(error.value).endswith(f"; remove {cached}, and it is downloaded again")
+    with pytest.raises(ModelFilesError, match=r"name: model\.safetensors lacks 4 .* weights: a, b, c, \.\.\.; remove"):
+        files.check_loaded(["d", "c", "b", "a"])
+    shutil.rmtree(cached)
+    hub.add("owner/name", {"config.json": CONFIG})
+    assert fetch("owner/name", ["config.json"]).read_json("config.json") == {"a": 1}
 
 
 def test_gated_without_a_token(hub: Hub, monkeypatch: pytest.MonkeyPatch):

@@ -319,7 +319,10 @@ def test_what_cannot_be_asked(made: Callable[..., Path], tmp_path: Path):
         load_text_encoder(clip, max_tokens=120)
     with pytest.raises(ValueError, match=r"max_tokens=65: .* takes 2 to 64 tokens"):
         load_text_encoder(bert, max_tokens=65)
-    with pytest.raises(ValueError, match="'t5-xxxl' is neither an existing folder nor a hub repository id"):
+    unknown = (
+        "text encoder 't5-xxxl' is neither an existing folder nor a hub repository id.*named ones are minilm, t5-xxl"
+    )
+    with pytest.raises(ValueError, match=unknown):
         load_text_encoder("t5-xxxl")
     with pytest.raises(ValueError, match=r"there is no config\.json with a model_type; named ones are minilm, t5-xxl"):
         load_text_encoder(tmp_path)
@@ -354,8 +357,11 @@ def test_damaged_and_incomplete_weights(made: Callable[..., Path], tmp_path: Pat
 
     folder = shutil.copytree(made(t5_files), tmp_path / "t5")
     torch.save({"shared.weight": Trap()}, folder / "pytorch_model.bin")
-    with pytest.raises(ModelFilesError, match=r"pytorch_model\.bin is damaged"):
+    with pytest.raises(
+        ModelFilesError, match=r"t5: pytorch_model\.bin is damaged \(.*\); put a whole copy into"
+    ) as error:
         load_text_encoder(folder)
+    assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
     write_model(tmp_path / "clip", read_tower(DATA / "openclip")[0])
     torch.save({"token_embedding.weight": Trap()}, tmp_path / "clip" / "open_clip_pytorch_model.bin")
     with pytest.raises(ModelFilesError, match=r"open_clip_pytorch_model\.bin is damaged"):
