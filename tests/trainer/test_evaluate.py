@@ -70,8 +70,9 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 def short_recipe(corpus: Corpus, out: Path, **fields) -> Recipe:
     stage = {"latents": "latents/demo-32", "batch": 32, "learning_rate": 3e-3, "ema_half_life": 200, "warmup": 100}
+    stage["p_mean"] = 0.6
     base = {"text": {"text/minilm@source": 1.0}, "hold_out": 6, "guidance_scale": 1.0, "log_every": 50}
-    base["stages"] = [stage | {"steps": 150, "schedule": "cosine"}]
+    base["stages"] = [stage | {"steps": 400, "schedule": "cosine"}]
     return build_recipe(corpus, out, **(base | fields))
 
 
