@@ -117,7 +117,14 @@ def generate(
             pipe.save_pretrained(save)
             print(f"saved as a pipeline in {save}")
         paths = draw(pipe, wanted, out, seed=seed, num_images_per_prompt=images_per_prompt, **options) if wanted else []
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, ModelFilesError) as error:
+    except (
+        ValueError,
+        FileNotFoundError,
+        FileExistsError,
+        NotADirectoryError,
+        PermissionError,
+        ModelFilesError,
+    ) as error:
         raise RequestError(str(error)) from error
     except KeyboardInterrupt as stopped:
         raise KeyboardInterrupt(f"stopped; what was drawn is in {out}") from stopped

@@ -111,6 +111,8 @@ def test_a_released_checkpoint_by_its_name(hub: Hub, tmp_path: Path, monkeypatch
         (("--prompts", "empty.txt"), "--prompts empty.txt: there is no prompt in it"),
         (("--prompts", "latin.txt"), "--prompts latin.txt: cannot be read as text in UTF-8"),
         (("--prompt", "dog", "--out", "empty.txt"), "--out empty.txt: it is a file; give a folder"),
+        (("--prompt", "dog", "--out", "empty.txt/out"), "Not a directory: 'empty.txt/out'"),
+        (("--save", "empty.txt/saved"), "Not a directory: 'empty.txt/saved'"),
         (("--prompt", "dog", "--sampler", "euler"), "sampler='euler': expected one of heun, dpmpp_2m, unipc"),
         (("--prompt", "dog", "--guidance-scale", "-2"), "guidance_scale=-2.0: expected 0 or more"),
         (("--prompt", "dog", "--guidance-interval", "3", "1"), "guidance_interval=(3.0, 1.0): expected noise levels"),
