@@ -1,6 +1,7 @@
-"""A build of the test parts in a process of its own: `python -m tests.pipeline.driven URL LOGS SECONDS UNITS`.
+"""A build of the test parts in a process of its own: `python -m tests.pipeline.driven URL LOGS SECONDS UNITS GPUS`.
 
-`LOGS` is a folder in which the stages say what they begin, `SECONDS` what a shard costs. It prints one JSON object.
+`LOGS` is a folder in which the stages say what they begin, `SECONDS` what a shard costs, `GPUS` what the cluster may
+grow to. It prints one JSON object.
 """
 
 import json
@@ -19,7 +20,8 @@ def parts(logs: Path | None, seconds: float, count: int) -> tuple[list[Pictures]
 if __name__ == "__main__":
     sources, stages = parts(Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))
     try:
-        summary = carry_out(open_corpus(sys.argv[1], sources, stages), sources, stages, ingest)
+        corpus, resources = open_corpus(sys.argv[1], sources, stages), {"gpus": float(sys.argv[5])}
+        summary = carry_out(corpus, sources, stages, ingest, resources=resources)
     except Stopped as stopped:
         print(stopped)
         sys.exit(128 + stopped.signum)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import pytest
 from ray.cluster_utils import Cluster
@@ -25,6 +24,7 @@ from tests.pipeline.driven import parts
 from tests.pipeline.made import Hashes, hashes, named_objects
 from tests.pipeline.parts import ROWS, ingest, open_corpus
 
+Process = subprocess.Popen[str]
 ROOT = Path(__file__).parent.parent.parent
 COLUMNS = ("images", "captions/source", "captions/upper", "captions/lower")
 UNITS, SHARDS = 8, 16
@@ -65,8 +65,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Hashes:
 
 
 @contextmanager
-def build(cluster: Cluster, url: str, logs: Path, seconds: float = 0.3) -> "Iterator[subprocess.Popen[str]]":
-    command = [sys.executable, "-m", "tests.pipeline.driven", url, str(logs), str(seconds), str(UNITS)]
+def build(
+    cluster: Cluster, url: str, logs: Path, seconds: float = 0.3, units: int = UNITS, gpus: int = 0
+) -> "Iterator[subprocess.Popen[str]]":
+    command = [sys.executable, "-m", "tests.pipeline.driven", url, str(logs), str(seconds), str(units), str(gpus)]
     environment = os.environ | {"RAY_ADDRESS": cluster.address}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -75,13 +77,13 @@ def build(cluster: Cluster, url: str, logs: Path, seconds: float = 0.3) -> "Iter
             process.kill()
 
 
-def answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
+def answer(process: Process) -> dict[str, Any]:
     said = process.communicate(timeout=500)[0]
     assert process.returncode == 0, said
     return json.loads(said.splitlines()[-1])
 
 
-def wait_for(process: "subprocess.Popen[str]", condition: Callable[[], bool]) -> None:
+def wait_for(process: Process, condition: Callable[[], bool]) -> None:
     until = time.monotonic() + 400
     while not condition():
         assert process.poll() is None, "the build ended before the fault"
@@ -164,10 +166,16 @@ def test_two_builds_share_the_work(cluster: Cluster, s3_url: str, logs: Path, un
     check_whole(Corpus.open(s3_url), logs, undisturbed, 2 * IN_FLIGHT)
 
 
-def test_rays_dashboard_gets_the_figures(cluster: Cluster, s3_url: str, logs: Path) -> None:
-    ports = [node["MetricsExportPort"] for node in cluster.global_state.node_table() if node["Alive"]]
-    with build(cluster, s3_url, logs, seconds=1.0) as process:
-        wait_for(
-            process,
-            lambda: any(b"microdit_shards" in urlopen(f"http://127.0.0.1:{port}/metrics").read() for port in ports),
-        )
+def test_a_model_waits_for_the_gpu_that_is_to_come(cluster: Cluster, s3_url: str, logs: Path) -> None:
+    """Its actor is the demand that an autoscaler sees, and takes its place on the node that joins."""
+    with build(cluster, s3_url, logs, seconds=0.0, units=1, gpus=1) as process:
+        wait_for(process, lambda: len(begun(logs)) == 2)  # what needs no model goes on meanwhile
+        time.sleep(1.0)
+        assert begun(logs, "upper words") == []
+        node = cluster.add_node(**NODE | {"num_gpus": 1})
+        summary = answer(process)
+    assert summary["columns"]["captions/upper"]["built"] == 2
+    assert [int(name.split("-")[2]) for name in begun(logs, "upper words")] == [
+        node.all_processes["raylet"][0].process.pid
+    ]
+    cluster.remove_node(node)
