@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import unquote, urlsplit
@@ -29,6 +29,7 @@ from pipeline.errors import RequestError
 
 UNFINISHED = re.compile(r"#\d+$")
 SCHEMES = ("s3", "gs", "az")
+SCRATCH, OLD_SCRATCH = "microdit-scratch-", 24 * 3600.0  # seconds: no attempt may be committed that is half as old
 BLOCK = 4 << 20  # bytes that one request reads of a file on a bucket
 PARTS = 3  # parts of an upload at once: each has to get through in READ_TIMEOUT, on a slow line too
 
@@ -141,7 +142,8 @@ class Store:
                 self._durable.add(final.parent)
             path = final.with_name(f"{final.name}#{random.SystemRandom().randrange(10**12)}")
         else:
-            path = Path(tempfile.mkdtemp(prefix="microdit-")) / Path(name).name
+            _sweep_scratch()
+            path = Path(tempfile.mkdtemp(prefix=SCRATCH)) / Path(name).name
         try:
             yield path
         finally:
@@ -387,6 +389,15 @@ def _make_durable_folder(folder: Path, root: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in dict.fromkeys([*parents[1 : parents.index(root) + 1], *missing]):
         _sync(path)
+
+
+@cache
+def _sweep_scratch() -> None:
+    """Once a process: remove what killed writers to buckets left in this machine's temporary folder."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+        with suppress(OSError):  # another process was faster, or it is another user's
+            if time.time() - folder.stat().st_mtime > OLD_SCRATCH:
+                shutil.rmtree(folder)
 
 
 def _sync(path: Path) -> None:
