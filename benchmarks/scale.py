@@ -30,7 +30,7 @@ from pipeline.corpus import Commit, Corpus, ShardRef, shard_name, unit_name
 from pipeline.engine import Stopped, carry_out
 from pipeline.plan import Plan
 from pipeline.progress import Snapshot
-from pipeline.records import ObjectRef, UnitCommit, canonical, commit_name
+from pipeline.records import UNITS, ObjectRef, UnitCommit, canonical, commit_name
 from pipeline.sources import Input
 from pipeline.stages import IMAGES, ColumnSpec, latest
 from tests.faulty_s3 import FaultyS3
@@ -132,7 +132,7 @@ def fill_units(corpus: Corpus, shards: Sequence[ShardRef], write: Callable[[str,
         some = shards[start : start + UNIT_SHARDS]
         names, fingerprint = [ref.shard for ref in some], corpus.source(SOURCE).fingerprint
         unit = UnitCommit(source=SOURCE, unit=some[0].unit, inputs=len(some), shards=names, fingerprint=fingerprint)
-        write(commit_name("units", SOURCE, unit.unit, 0), canonical(unit.model_dump(mode="json")))
+        write(commit_name(UNITS, SOURCE, unit.unit, 0), canonical(unit.model_dump(mode="json")))
 
 
 # -- what is measured, each in a process of its own --------------------------------------------------------------------
@@ -180,8 +180,8 @@ def no_ingest(*given: Any) -> Any:
 def asked(url: str) -> dict[str, Any]:
     """`status`, as the command line gives it, with the start of Python."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "pipeline.cli", "status", url, "--json"]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "status", url, "--json"]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     seconds = round(time.perf_counter() - began, 2)
     return {"seconds": seconds, "done": found["columns"][COLUMN][SOURCE]["done"]}
 
@@ -202,10 +202,11 @@ def apart(task: str, *given: Any) -> dict[str, Any]:
 def measure(folder: Path, shards: int, commits: int) -> dict[str, Any]:
     corpus, all_shards = new_corpus(str(folder), shards), refs(shards)
 
+    for column in (IMAGES, COLUMN, UNITS):
+        (folder / "commits" / column / SOURCE).mkdir(parents=True)
+
     def write(name: str, data: bytes) -> None:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        (folder / name).write_bytes(data)
 
     said("writing the images' commits")
     fill(corpus, IMAGES, all_shards, write)
