@@ -37,11 +37,11 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import BuildConfig
-from pipeline.corpus import Corpus, ShardRef, unit_name
+from pipeline.corpus import Commit, Corpus, ShardRef, unit_name
 from pipeline.engine import carry_out
 from pipeline.records import UnitCommit
 from pipeline.sources import Input, Source
-from pipeline.stages import IMAGES, stages_of
+from pipeline.stages import IMAGES, Task, UnitTask, stages_of
 from pipeline.stages.ingest import SCALARS, ingest_stage, ingest_unit
 from pipeline.verify import verify
 from tests.faulty_s3 import FaultyS3
@@ -113,9 +113,10 @@ class Counted:
     def load(self) -> None:
         self._stage.load()
 
-    def run(self, corpus: Corpus, ref: ShardRef, columns: Any) -> Any:
-        begun(self._log, SHARD_SAMPLES)
-        return self._stage.run(corpus, ref, columns)
+    def run(self, corpus: Corpus, task: Task) -> list[Commit]:
+        begun(self._log, SHARD_SAMPLES if task.rows is None else len(task.rows))
+        made: list[Commit] = self._stage.run(corpus, task)
+        return made
 
 
 def begun(log: Path, rows: int) -> None:
@@ -143,8 +144,8 @@ def drive(url: str, units: int, log: Path) -> int:
     """One driver's life: go on with the build; the exit status is 0 if all is there."""
     corpus, source, stages, config = made_corpus(url, units, log)
 
-    def ingest(corpus: Corpus, source: Source, unit: str, report: Callable[[dict[str, Any]], None]) -> UnitCommit:
-        return ingest_unit(corpus, source, unit, config, report)
+    def ingest(corpus: Corpus, source: Source, task: UnitTask, report: Callable[[dict[str, Any]], None]) -> UnitCommit:
+        return ingest_unit(corpus, source, task, config, report)
 
     summary = carry_out(corpus, [source], stages, ingest, retry_failed=True)
     return summary.exit_status
@@ -154,9 +155,10 @@ def undisturbed(url: Path, units: int) -> Corpus:
     """The same build by plain functions, one after the other."""
     corpus, source, stages, config = made_corpus(str(url), units, Path(os.devnull))
     for unit in source.units():
-        for shard in ingest_unit(corpus, source, unit, config).shards:
+        for shard in ingest_unit(corpus, source, UnitTask(unit), config).shards:
             for stage in stages:
-                stage.run(corpus, ShardRef(source=source.name, unit=unit, shard=shard), list(stage.columns))
+                ref = ShardRef(source=source.name, unit=unit, shard=shard)
+                stage.run(corpus, Task(ref, dict.fromkeys(stage.columns, 0)))
     return corpus
 
 

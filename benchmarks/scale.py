@@ -32,7 +32,7 @@ from pipeline.plan import Plan
 from pipeline.progress import Snapshot
 from pipeline.records import UNITS, ObjectRef, UnitCommit, canonical, commit_name
 from pipeline.sources import Input
-from pipeline.stages import IMAGES, ColumnSpec, latest
+from pipeline.stages import IMAGES, ColumnSpec, Task, latest
 from tests.faulty_s3 import FaultyS3
 from tests.s3 import BUCKET, environment, serve
 
@@ -52,9 +52,10 @@ class Nothing:
     def load(self) -> None:
         pass
 
-    def run(self, corpus: Corpus, ref: ShardRef, columns: Sequence[str]) -> list[Commit]:
-        with corpus.attempt(COLUMN, ref, [latest(corpus, IMAGES, ref)]) as attempt:
-            attempt.add(0, ref.shard, caption="nothing", tokens=1)
+    def run(self, corpus: Corpus, task: Task) -> list[Commit]:
+        inputs = [latest(corpus, IMAGES, task.ref)]
+        with corpus.attempt(COLUMN, task.ref, inputs, task.columns[COLUMN]) as attempt:
+            attempt.add(0, task.ref.shard, caption="nothing", tokens=1)
             return [attempt.commit()]
 
 

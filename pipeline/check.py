@@ -1,6 +1,5 @@
 """What is in a corpus and how far it is, and what a killed writer left in it: status, ls, gc, verify."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,13 +16,10 @@ from pipeline.corpus import Commit, Corpus
 from pipeline.errors import RequestError
 from pipeline.failures import failures, read_failure
 from pipeline.parallel import threaded
-from pipeline.records import ATTEMPT, COMMIT, RESERVED, UNITS
+from pipeline.records import COMMIT, OBJECT, PROBES, RESERVED, UNITS
 from pipeline.store import ObjectInfo
 from pipeline.tables import Table
 from pipeline.verify import verify
-
-OBJECT = re.compile(rf"([^/]+(?:/[^/]+)?)/([^/]+)/([^/]+)\.{ATTEMPT.pattern}\.(?:tar|parquet|rows\.parquet)")
-
 
 # -- status ----------------------------------------------------------------------------------------------------------
 
@@ -110,7 +106,7 @@ def ls(corpus: Corpus, column: str) -> Iterator[str]:
 
 
 def gc(corpus: Corpus, older_than_hours: float = 48, dry_run: bool = False) -> dict[str, Any]:
-    """Remove what killed writers left: attempts that no commit names, unfinished files and uploads, old sample tables.
+    """Remove what killed writers left: attempts that no commit names, unfinished files and uploads, probes, old tables.
 
     Args:
         older_than_hours: what is younger stays. Below 12 only if nothing is writing to the corpus: an attempt may be
@@ -118,7 +114,8 @@ def gc(corpus: Corpus, older_than_hours: float = 48, dry_run: bool = False) -> d
         dry_run: remove nothing, say what would go.
 
     Returns:
-        dict: `names` (sorted) of what went, `bytes`, and how many: `attempts`, `tables`, `unfinished`, `uploads`.
+        dict: `names` (sorted) of what went, `bytes`, and how many: `attempts`, `tables`, `unfinished` (probes among
+        them), `uploads`.
     """
     limit = datetime.now(UTC) - timedelta(hours=older_than_hours)
     old = {item.name: item.size for item in corpus.store.list() if item.modified <= limit}
@@ -133,18 +130,19 @@ def gc(corpus: Corpus, older_than_hours: float = 48, dry_run: bool = False) -> d
     tables = _old_tables(corpus, [name for name in old if name.startswith("tables/")])
     unfinished = {path: size for path in corpus.store.unfinished() if (size := _size_if_old(path, limit)) is not None}
     uploads = _old_uploads(corpus, limit)
+    probes = [name for name in old if name.startswith(f"{PROBES}/")]  # of builds that were killed
     if not dry_run:
-        corpus.store.delete([*attempts, *tables])
+        corpus.store.delete([*attempts, *tables, *probes])
         for path in unfinished:
             path.unlink(missing_ok=True)
         for client, upload in uploads:
             client.abort_multipart_upload(**upload)
-    names = [*attempts, *tables, *(path.relative_to(str(corpus.store.root)).as_posix() for path in unfinished)]
+    names = [*attempts, *tables, *probes, *(path.relative_to(str(corpus.store.root)).as_posix() for path in unfinished)]
     return {
         "dry_run": dry_run,
         "attempts": len(attempts),
         "tables": len(tables),
-        "unfinished": len(unfinished),
+        "unfinished": len(unfinished) + len(probes),
         "uploads": len(uploads),
         "bytes": sum(old[name] for name in [*attempts, *tables]) + sum(unfinished.values()),
         "names": sorted([*names, *(upload["Key"] for _, upload in uploads)]),

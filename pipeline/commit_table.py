@@ -20,9 +20,12 @@ import pyarrow.parquet as pq
 from obstore.exceptions import PermissionDeniedError
 
 from pipeline.corpus import Corpus
+from pipeline.errors import DamagedError
 from pipeline.parallel import threaded
-from pipeline.records import COMMIT, UNITS, UnitCommit
+from pipeline.records import COMMIT, UNITS, commit_name
 from pipeline.tables import Table, publish
+
+Where = tuple[str, str, str, int]  # column, source, shard or unit, generation
 
 FOLDER = "tables/commits"
 LAYOUT = 1
@@ -57,13 +60,17 @@ def commit_table(corpus: Corpus) -> pa.Table:
     A unit's commit has `units` for its column, the unit for its shard, and its inputs as `in`.
 
     Raises:
-        RequestError: a commit cannot be understood.
+        DamagedError: a commit cannot be understood, and none of its shard is newer.
     """
     names = pa.array(corpus.store.names("commits"), pa.string())
     known = _newest(corpus)
     known = known.filter(pc.is_in(known["name"], value_set=names))
     missing = names.filter(pc.invert(pc.is_in(names, value_set=known["name"].combine_chunks())))
-    table = pa.concat_tables([known, *_read(corpus, missing)])
+    damaged: dict[Where, DamagedError] = {}
+    table = pa.concat_tables([known, *_read(corpus, missing, damaged)])
+    for where, error in damaged.items():
+        if not _newer(table, where):
+            raise error
     if len(table) - len(known) >= max(LEAST, len(known) // 10):
         _publish(corpus, table)
     return table
@@ -89,9 +96,32 @@ def _newest(corpus: Corpus) -> pa.Table:
     return LINE.empty_table()
 
 
-def _read(corpus: Corpus, names: pa.Array) -> Iterator[pa.Table]:
+def _newer(table: pa.Table, where: Where) -> bool:
+    """Is there a newer commit of a shard?"""
+    column, source, shard, generation = where
+    found = pc.and_(pc.equal(table["shard"], shard), pc.equal(table["column"], column))
+    found = pc.and_(found, pc.and_(pc.equal(table["source"], source), pc.greater(table["generation"], generation)))
+    return bool(pc.any(found).as_py())
+
+
+def _read(corpus: Corpus, names: pa.Array, damaged: dict[Where, DamagedError]) -> Iterator[pa.Table]:
+    """What commits say, in tables of many lines; those that cannot be understood are told in `damaged`."""
+
+    def read(name: pa.StringScalar) -> dict[str, Any] | None:
+        match = COMMIT.fullmatch(name.as_py())
+        if match is None:  # that is for `verify` to tell
+            return None
+        where = match[1], match[2], match[3], int(match[4])
+        try:
+            return _line(corpus, where)
+        except FileNotFoundError:  # gone since the listing
+            return None
+        except DamagedError as error:
+            damaged[where] = error
+            return None
+
     lines: list[dict[str, Any]] = []
-    for line in threaded(lambda name: _line(corpus, name.as_py()), names):
+    for line in threaded(read, names):
         if line is not None:
             lines.append(line)
         if len(lines) == BATCH:
@@ -100,23 +130,15 @@ def _read(corpus: Corpus, names: pa.Array) -> Iterator[pa.Table]:
     yield pa.Table.from_pylist(lines, LINE)
 
 
-def _line(corpus: Corpus, name: str) -> dict[str, Any] | None:
-    """What one commit says; None if it is gone since the listing, or the name is no commit's."""
-    match = COMMIT.fullmatch(name)
-    if match is None:
-        return None
-    column, source, shard, generation = match[1], match[2], match[3], int(match[4])
-    where = {"name": name, "column": column, "source": source, "shard": shard, "generation": generation}
-    try:
-        if column == UNITS:
-            return where | {"in": UnitCommit.parse(corpus.store.get(name)).inputs}
-        commit = corpus.commit(column, source, shard, generation)
-    except FileNotFoundError:
-        return None
-    return where | {
+def _line(corpus: Corpus, where: Where) -> dict[str, Any]:
+    line = dict(zip(("column", "source", "shard", "generation"), where, strict=True)) | {"name": commit_name(*where)}
+    if where[0] == UNITS:
+        return line | {"in": corpus.unit(*where[1:]).inputs}
+    commit = corpus.commit(*where)
+    return line | {
         **commit.counts,
         "sha256": commit.sha256,
-        "bytes": sum({ref.name: ref.size for ref in (commit.object, commit.sidecar)}.values()),
+        "bytes": commit.size,
         "seconds": commit.timings.get("seconds", 0.0),
         "reasons": [{"reason": reason, "count": count} for reason, count in sorted(commit.reasons.items())],
         "inputs": [item.model_dump() for item in commit.inputs],

@@ -160,6 +160,8 @@ class Resources(Options):
     """Images per call of an autoencoder. Another value moves the last bits of the numbers, not more."""
     text_batch: int = Field(default=32, ge=1)
     """Captions per call of a text encoder; as above."""
+    stall_timeout: float = Field(default=600.0, gt=0)
+    """Seconds without a finished sample after which a worker is taken for hung: more than the slowest batch needs."""
 
 
 class BuildConfig(Options):

@@ -38,7 +38,7 @@ def test_scale() -> None:
 
 
 def test_overhead() -> None:
-    found = run("overhead", "--shards", "4", "--seconds", "0.1", "--rounds", "1")
+    found = run("overhead", "--shards", "8", "--seconds", "0.1", "--rounds", "1")
     for kind in ("task", "actor"):
         assert found[f"{kind}_bare_seconds"] >= 0.1
         ratio = found[f"{kind}_engine_seconds"] / found[f"{kind}_bare_seconds"]

@@ -11,7 +11,7 @@ from pipeline import commit_table as module
 from pipeline.check import gc, status, verify
 from pipeline.commit_table import LINE, commit_table, totals
 from pipeline.corpus import Corpus, ShardRef, shard_name, unit_name
-from pipeline.errors import RequestError
+from pipeline.errors import DamagedError
 from pipeline.samples import query
 from pipeline.store import Store
 from tests.pipeline.made import SHARD_SAMPLES, SOURCE, fill, make_corpus, write_column, write_images
@@ -141,13 +141,16 @@ def test_who_may_not_write_still_gets_it(tmp_path: Path, monkeypatch: pytest.Mon
         assert not list(corpus.store.list(TABLES))
 
 
-def test_a_damaged_commit_is_named(tmp_path: Path) -> None:
+def test_a_damaged_commit_is_named_until_there_is_a_newer_one(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path)
     fill(corpus)
     name = f"commits/scores/basic/{SOURCE}/{REF.shard}.0.json"
     (tmp_path / name).write_bytes(b"{}")
-    with pytest.raises(RequestError, match=name):
+    with pytest.raises(DamagedError, match=name):
         commit_table(corpus)
+    newer = write_column(corpus, "scores/basic", {"images": corpus.commits("images")[0]}, generation=1)
+    names = commit_table(corpus)["name"].to_pylist()
+    assert newer.name in names and name not in names
 
 
 def test_totals_count_the_newest_commits(tmp_path: Path) -> None:

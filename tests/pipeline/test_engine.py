@@ -67,7 +67,7 @@ def commits(url: Path, column: str) -> list[Path]:
 
 
 def wait_for_commits(process: "subprocess.Popen[str]", url: Path, column: str, number: int) -> None:
-    until = time.monotonic() + 150
+    until = time.monotonic() + 280
     while len(commits(url, column)) < number:
         assert process.poll() is None, f"the build ended too early: {process.stdout and process.stdout.read()}"
         assert time.monotonic() < until, "the build did not get that far"

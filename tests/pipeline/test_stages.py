@@ -26,7 +26,7 @@ from pipeline.errors import RequestError
 from pipeline.images import decode, resize
 from pipeline.shards import array_from_bytes, read_tar
 from pipeline.sources import Input
-from pipeline.stages import Stage, latest, read_rows, stages_of
+from pipeline.stages import Stage, Task, UnitTask, latest, read_rows, stages_of
 from pipeline.stages.ingest import SCALARS, ingest_unit
 from pipeline.stages.latents import seed_of, square
 from pipeline.stages.models import autoencoder_identity
@@ -114,7 +114,7 @@ def start(root: Path) -> Corpus:
     corpus = Corpus.create(root, "tried", SHARD)
     corpus.declare_column("images", {"stage": "ingest", "version": 1}, SCALARS)
     corpus.declare_source("photos", {"adapter": "photos"})
-    ingest_unit(corpus, Photos(), "photos-000000", config(root, {}))
+    ingest_unit(corpus, Photos(), UnitTask("photos-000000"), config(root, {}))
     return corpus
 
 
@@ -132,7 +132,7 @@ def make(corpus: Corpus, columns: dict, **more) -> dict[str, list[Commit]]:
         worker: Stage = pickle.loads(pickle.dumps(stage))  # as it comes to a worker
         worker.load()
         for images in corpus.commits("images"):
-            for commit in worker.run(corpus, images.ref, list(stage.columns)):
+            for commit in worker.run(corpus, Task(images.ref, dict.fromkeys(stage.columns, 0))):
                 made.setdefault(commit.column, []).append(commit)
     return made
 
@@ -251,7 +251,7 @@ def test_a_table_that_changed_after_the_declaration(tmp_path: Path, corpus: Corp
     corpus.declare_column("captions/x", stage.columns["captions/x"].stage, stage.columns["captions/x"].scalars)
     table.write_text('{"key": "k0", "caption": "after"}\n')
     with pytest.raises(RequestError, match="not the one that the column was declared with"):
-        stage.run(corpus, corpus.commits("images")[0].ref, ["captions/x"])
+        stage.run(corpus, Task(corpus.commits("images")[0].ref, {"captions/x": 0}))
     assert corpus.committed("captions/x") == {}
 
 
@@ -374,7 +374,7 @@ def test_one_column_of_a_stage_alone(corpus: Corpus, autoencoder: str):
     for column, spec in stage.columns.items():
         other.declare_column(column, spec.stage, spec.scalars)
     ref = other.commits("images")[0].ref
-    [alone] = stage.run(other, ref, ["latents/tiny-64"])
+    [alone] = stage.run(other, Task(ref, {"latents/tiny-64": 0}))
     assert alone.object.sha256 == both["latents/tiny-64"][0].object.sha256  # the same bytes, made again
     assert other.committed("latents/tiny-32") == {}
 
@@ -517,7 +517,7 @@ def test_a_shard_that_is_not_there_yet(corpus: Corpus):
     for column, spec in stage.columns.items():
         corpus.declare_column(column, spec.stage, spec.scalars)
     with pytest.raises(FileNotFoundError):
-        stage.run(corpus, corpus.commits("images")[0].ref, list(stage.columns))
+        stage.run(corpus, Task(corpus.commits("images")[0].ref, dict.fromkeys(stage.columns, 0)))
 
 
 def test_a_tar_that_is_not_its_sidecars_is_noticed(corpus: Corpus):
