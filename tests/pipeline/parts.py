@@ -83,27 +83,31 @@ class Words:
     heals: Path | None = None
     """A file; when it is there, nothing is broken any more."""
     loads: Path | None = None
-    """A folder that gets a file for every time that it is loaded."""
+    """A folder that gets a file for every time that it is loaded: `<stage>-<process>-<its parent>-<random>`,"""
+    runs: Path | None = None
+    """and one for every shard that is begun: `<shard>-<process>-<its parent>-<random>`."""
     load_error: str = ""
 
     def load(self) -> None:
         if self.load_error:
             raise OSError(self.load_error)
         if self.loads is not None:
-            (self.loads / f"{self.name}-{uuid.uuid4().hex}").touch()
+            (self.loads / f"{self.name}-{os.getpid()}-{os.getppid()}-{uuid.uuid4().hex}").touch()
 
     def run(self, corpus: Corpus, task: Task) -> list[Commit]:
+        if self.runs is not None:
+            (self.runs / f"{task.ref.shard}-{os.getpid()}-{os.getppid()}-{uuid.uuid4().hex}").touch()
         if self.heals is None or not self.heals.exists():
             if task.ref.shard in self.deadly:
                 os._exit(9)
             if task.ref.shard in self.broken:
                 raise ValueError(f"no words for {task.ref.shard}")
         time.sleep(self.seconds)
-        column = self.columns[next(iter(task.columns))].inputs[-1]
-        inputs = [latest(corpus, name, task.ref) for name in self.columns[next(iter(task.columns))].inputs]
+        names = self.columns[next(iter(task.columns))].inputs
+        inputs = [latest(corpus, name, task.ref) for name in names]
         with ExitStack() as stack:
             made = attempts(stack, corpus, task, inputs)
-            for row in samples(read_lines(corpus, inputs[-1]), made, task, column):
+            for row in samples(read_lines(corpus, inputs[-1]), made, task, names[-1]):
                 self.work_on(task, row)
                 for name, attempt in made.items():
                     words = f"{name} {row.scalars['caption']}"

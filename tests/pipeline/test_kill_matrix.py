@@ -14,6 +14,7 @@ from pipeline.corpus import Corpus
 from pipeline.samples import query
 from tests.pipeline.whole import COLUMNS, INPUTS, SHARDS, UNITS, build_whole
 
+Hashes = dict[tuple[str, str], tuple[str, str]]
 ROOT = Path(__file__).parent.parent.parent
 # the step, and how often an undisturbed build comes by
 POINTS = {
@@ -29,7 +30,7 @@ POINTS = {
 }
 
 
-def objects(corpus: Corpus) -> dict[tuple[str, str], tuple[str, str]]:
+def objects(corpus: Corpus) -> Hashes:
     """By column and shard, the hashes of the committed data object and its sidecar."""
     return {
         (column, commit.shard): (commit.object.sha256, commit.sidecar.sha256)
@@ -39,16 +40,14 @@ def objects(corpus: Corpus) -> dict[tuple[str, str], tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[str, str]]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Hashes:
     url = tmp_path_factory.mktemp("undisturbed") / "corpus"
     assert build_whole(url) == SHARDS * len(COLUMNS)
     return objects(Corpus.open(url))
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_killed_there_it_goes_on(
-    point: str, tmp_path: Path, undisturbed: dict[tuple[str, str], tuple[str, str]]
-) -> None:
+def test_killed_there_it_goes_on(point: str, tmp_path: Path, undisturbed: Hashes) -> None:
     seed = random.randrange(2**32)
     number = random.Random(seed).randint(1, POINTS[point])
     print(f"seed {seed}: {point}:{number}")
