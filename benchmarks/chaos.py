@@ -2,11 +2,12 @@
 
     python benchmarks/chaos.py [--minutes 20] [--units 8] [--seed N] [--json]
 
-Real builds (Ray, ingest, captions, scores, latents by the demo's autoencoder in an actor) against moto's S3 server
-behind `tests/faulty_s3.py`: 5% of the requests get 500 or 503, 2% a reset, 2% stall, of 2% each the upload and the
-answer are cut. Meanwhile drivers, workers and actors are killed; a killed driver is started again until its build is
-done. Then `verify` reads it, and it is compared with the same build made by plain functions in this process,
-undisturbed. Builds follow each other, each into its own prefix, until the minutes are over; the last one is finished.
+Real builds (ingest, captions, scores, latents by the demo's autoencoder in an actor) by drivers that join a Ray cluster
+of this machine, against moto's S3 server behind `tests/faulty_s3.py`: 5% of the requests get 500 or 503, 2% a reset, 2%
+stall, of 2% each the upload and the answer are cut. Meanwhile drivers, workers and actors are killed; a killed driver
+is started again until its build is done. Then `verify` reads it, and it is compared with the same build made by plain
+functions in this process, undisturbed. Builds follow each other, each into its own prefix, until the minutes are over;
+the last one is finished.
 
 `lost`: samples that the undisturbed build has and a disturbed one has not. `twice`: samples that are there more often,
 or shards that were committed again. `other_bytes`: shards whose data object differs. `redone_samples`: rows that stages
@@ -18,6 +19,7 @@ import argparse
 import hashlib
 import io
 import json
+import logging
 import os
 import random
 import signal
@@ -26,14 +28,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # of the cluster, which nobody else reaches
+
 import boto3
 import numpy as np
+import ray
 from PIL import Image
 
 from pipeline.config import BuildConfig
@@ -185,12 +191,29 @@ def descendants(pid: int) -> dict[int, str]:
     return found
 
 
+@contextmanager
+def cluster() -> Iterator[None]:
+    """A Ray cluster in this process, which drivers join and outlives them; the environment names it."""
+    slow = {"health_check_timeout_ms": 60_000, "health_check_failure_threshold": 20}  # a busy machine is no dead one
+    ray.init(
+        address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, _system_config=slow
+    )
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        del os.environ["RAY_ADDRESS"]
+        ray.shutdown()
+
+
 def victims(driver: int) -> dict[str, list[int]]:
-    """The driver and the processes of Ray's that work for it, by kind; idle ones are none."""
+    """The driver and the processes of the cluster that are at work for it, by kind; Ray's own are none."""
     found: dict[str, list[int]] = {"driver": [driver], "worker": [], "actor": []}
-    for pid, command in descendants(driver).items():
-        if command.startswith("ray::") and not command.startswith("ray::IDLE"):
-            found["actor" if "Actor" in command else "worker"].append(pid)
+    for pid, command in descendants(os.getpid()).items():
+        if command.startswith(("ray::ingest", "ray::captions", "ray::scores")):
+            found["worker"].append(pid)
+        elif command.startswith("ray::StageActor"):
+            found["actor"].append(pid)
     return found
 
 
@@ -282,12 +305,13 @@ def run(minutes: float, units: int, seed: int) -> dict[str, Any]:
     stalls, kill_every = (STALLS, KILL_EVERY / 3) if minutes < SHORT else ((*STALLS, DEAD), KILL_EVERY)
     with tempfile.TemporaryDirectory(prefix="microdit-chaos-") as folder:
         wanted = contents(undisturbed(Path(folder, "undisturbed"), units))
-        with serve() as server, FaultyS3(server, seed, stall_seconds=stalls) as proxy:
+        with serve() as server, FaultyS3(server, seed, stall_seconds=stalls) as proxy, ExitStack() as stack:
             for name in [name for name in os.environ if name.startswith("AWS_")]:
                 del os.environ[name]
             os.environ.update(environment(server))
             boto3.client("s3").create_bucket(Bucket=BUCKET)
             os.environ["AWS_ENDPOINT_URL"] = proxy.url
+            stack.enter_context(cluster())  # its workers inherit the environment
             while time.monotonic() - began < 60 * minutes or not all(kills.values()):
                 url, log = f"s3://{BUCKET}/build-{totals['builds']}", Path(folder, f"{totals['builds']}.log")
                 build = Disturbed(url, units, log, chance, kills, kill_every)
