@@ -2,8 +2,9 @@
 
     python -m benchmarks.experts [--json] [--device cuda] [--dtype bf16]
 
-Time is that of forward and backward, the best of the runs; memory is the peak above what was held before (weights,
-input). Outputs and gradients of the two forms are checked equal in fp32 first.
+Time is that of forward and backward, the best of the runs, in which the two forms take turns. On a CPU it is the
+processor's time, of all threads together, so that other programs on the machine disturb it little. Memory is the peak
+above what was held before (weights, input). Outputs and gradients of the two forms are checked equal in fp32 first.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,24 +100,30 @@ def peak_bytes(step: Callable[[], None], device: str) -> int:
     return torch.cuda.max_memory_allocated() - held
 
 
-def measure(form: Callable[[Tensor], Tensor], layer: Experts, x: Tensor, repeat: int, device: str) -> dict[str, float]:
-    def step() -> None:
+def measure(
+    forms: dict[str, Callable[[Tensor], Tensor]], layer: Experts, x: Tensor, repeat: int, device: str
+) -> dict[str, dict[str, float]]:
+    """Seconds and MiB of each form."""
+
+    def step(form: Callable[[Tensor], Tensor]) -> None:
         layer.zero_grad(set_to_none=True)
         x.grad = None
         form(x).float().square().mean().backward()
 
-    step()
-    peak = peak_bytes(step, device)
-    times = []
-    for _ in range(repeat):
-        if device == "cuda":
-            torch.cuda.synchronize()
+    def seconds(form: Callable[[Tensor], Tensor]) -> float:
+        if device == "cpu":
+            start = time.process_time()
+            step(form)
+            return time.process_time() - start
+        torch.cuda.synchronize()
         start = time.perf_counter()
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return {"seconds": min(times), "peak_mib": peak / 2**20}
+        step(form)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    peaks = {name: peak_bytes(partial(step, form), device) for name, form in forms.items()}  # and warm
+    turns = [{name: seconds(form) for name, form in forms.items()} for _ in range(repeat)]
+    return {name: {"seconds": min(turn[name] for turn in turns), "peak_mib": peaks[name] / 2**20} for name in forms}
 
 
 def compare(width: str, tokens: int, batch_tokens: int, repeat: int, device: str, dtype: str) -> dict[str, Any]:
@@ -124,15 +132,15 @@ def compare(width: str, tokens: int, batch_tokens: int, repeat: int, device: str
     if max(difference.values()) > 1e-4:
         raise SystemExit(f"{width}, {tokens} tokens: the two forms differ by {difference}")
     layer, x = build(width, tokens, batch_tokens, device, DTYPES[dtype])
-    gather = measure(layer, layer, x, repeat, device)
-    one_hot = measure(lambda x: one_hot_experts(layer, x), layer, x, repeat, device)
+    forms: dict[str, Callable[[Tensor], Tensor]] = {"gather": layer, "one_hot": partial(one_hot_experts, layer)}
+    measured = measure(forms, layer, x, repeat, device)
+    gather, one_hot = measured["gather"], measured["one_hot"]
     return {
         "width": width,
         "dim": layer.w1.shape[1],
         "tokens": tokens,
         "batch": x.shape[0],
-        "gather": gather,
-        "one_hot": one_hot,
+        **measured,
         "speedup": one_hot["seconds"] / gather["seconds"],
         "memory_ratio": one_hot["peak_mib"] / gather["peak_mib"],
         "relative_difference": difference,

@@ -5,7 +5,7 @@
 How latents are normalised is read from the model's own config, never written here:
 
     shift_scale  (z - shift_factor) * scaling_factor
-    mean_std     (z - latents_mean) / latents_std * scaling_factor (1 where the config has none), by channel
+    mean_std     (z - latents_mean) / latents_std * scaling_factor, by channel
     batch_norm   (p - running_mean) / sqrt(running_var + batch_norm_eps), p = z with 2 x 2 patches as channels (FLUX.2)
 """
 
@@ -22,12 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.hub import ModelFiles, ModelFilesError, check_loaded, fetch
+from model.hub import ModelFiles, ModelFilesError, check_loaded, fetch, new_folder
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where an autoencoder lies, and at which commit (None: what `main` is when it is first asked for).
+    """Where an autoencoder lies, and at which commit, by its hash or the beginning of it.
+
+    None: the commit that `main` is when it is asked for; the fingerprint names it.
 
     dtype is the same on every machine, so that a corpus can be made on several: bfloat16 is safe for every one of them
     (the SDXL one gives NaN in float16).
@@ -43,8 +45,9 @@ AUTOENCODERS = {
     "demo": Entry(str(Path(__file__).parent / "demo_autoencoder"), dtype=torch.float32),
     "sdxl": Entry("stabilityai/stable-diffusion-xl-base-1.0", "vae", "462165984030d82259a11f4367a4eed129e94a7b"),
     "sdxl-fp16-fix": Entry("madebyollin/sdxl-vae-fp16-fix", "", "207b116dae70ace3637169f1ddd2434b91b3a8cd"),
-    "ostris": Entry("ostris/vae-kl-f8-d16"),
-    "flux2": Entry("black-forest-labs/FLUX.2-klein-4B", "vae"),
+    # the commits before it have another scaling factor
+    "ostris": Entry("ostris/vae-kl-f8-d16", "", "77878ec"),
+    "flux2": Entry("black-forest-labs/FLUX.2-klein-4B", "vae", "e7b7dc27f91deacad38e78976d1f2b499d76a294"),
 }
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLFlux2")
 WEIGHTS = (
@@ -63,24 +66,47 @@ class Autoencoder:
         channels: C of the latents.
         downsample: pixels of an image's side for one of the latents'.
         normaliser: `shift_scale`, `mean_std` or `batch_norm`.
+        class_name: diffusers' class of its network.
         fingerprint: what identifies its numbers: files, dtype and normaliser, as `autoencoder_fingerprint` tells them.
     """
 
-    def __init__(self, module: Any, name: str, fingerprint: dict[str, Any], device: torch.device):
+    def __init__(self, module: Any, name: str, fingerprint: dict[str, Any], device: str | torch.device):
         self.name, self.fingerprint, self.revision = name, fingerprint, fingerprint.get("revision")
-        self._module, self._device = module, device
+        self.class_name = type(module).__name__
         self.normaliser: str = fingerprint["normaliser"]["kind"]
-        mean, deviation = _statistics(module, fingerprint["normaliser"])
-        self._mean, self._deviation = mean.to(device), deviation.to(device)
-        # not before the statistics are read: in bfloat16 they would lose their digits
+        self._module = module
+        self._mean, self._deviation = _statistics(module, fingerprint["normaliser"])
         self._dtype: torch.dtype = getattr(torch, fingerprint["dtype"])
-        torch.nn.Module.to(module, device=device, dtype=self._dtype)
-        module.to(memory_format=torch.channels_last)
+        for part, network in module.named_children():
+            if part != "bn":  # the statistics of a batch norm would lose their digits in bfloat16
+                network.to(self._dtype, memory_format=torch.channels_last)
+        self.to(device)
         config = module.config
         self._patch = PATCH if self.normaliser == "batch_norm" else 1
         self.channels = int(config.latent_channels) * self._patch**2
         blocks = config.get("block_out_channels") or config.encoder_block_out_channels
         self.downsample = 2 ** (len(blocks) - 1) * self._patch
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._mean.device
+
+    def to(self, device: str | torch.device) -> Autoencoder:
+        """Move it, in place; its dtype is part of its numbers and stays."""
+        self._module.to(device=device)
+        self._mean, self._deviation = self._mean.to(device), self._deviation.to(device)
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write it into a new folder as diffusers does, in safetensors. Opened in the same dtype it is exactly equal.
+
+        Raises:
+            FileExistsError: the folder has something in it.
+        """
+        origin = self.fingerprint.get("repo") or self.fingerprint["folder"]
+        self._module.register_to_config(_name_or_path=origin)  # not the path that it has on this machine
+        self._module.save_pretrained(new_folder(folder))
 
     @torch.inference_mode()
     def encode(
@@ -135,7 +161,7 @@ class Autoencoder:
         """
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise ValueError(f"latents {tuple(latents.shape)}: {self.name} takes (B, {self.channels}, h, w)")
-        raw = latents.to(self._device, torch.float32) * self._deviation + self._mean
+        raw = latents.to(self.device, torch.float32) * self._deviation + self._mean
         raw = _unpatchify(raw, self._patch).to(self._dtype, memory_format=torch.channels_last)
         area = latents.shape[2] * latents.shape[3] * self.downsample**2
         parts = []
@@ -146,11 +172,11 @@ class Autoencoder:
 
     def _together(self, area: int, batch: int) -> int:
         """How many images of `area` pixels go through the network at once."""
-        return max(1, CPU_PIXELS // area) if self._device.type == "cpu" else batch
+        return max(1, CPU_PIXELS // area) if self.device.type == "cpu" else batch
 
     def _moments(self, images: Tensor) -> tuple[Tensor, Any]:
         """Mean and standard deviation (None if deterministic) as the network gives them, float32."""
-        pixels = images.to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = images.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         encoded = self._module.encode(pixels.to(self._dtype, memory_format=torch.channels_last))
         if not hasattr(encoded, "latent_dist"):
             return encoded.latent.float(), None
@@ -169,7 +195,8 @@ def load_autoencoder(
 ) -> Autoencoder:
     """An autoencoder of `AUTOENCODERS`, a hub repository (`owner/name`, `owner/name:subfolder`) or a folder.
 
-    Of a repository or folder without a named sub-folder, `vae/` is taken where there is one, else the root.
+    Of a repository or folder without a named sub-folder, `vae/` is taken where there is one, else the root. A
+    repository of `AUTOENCODERS` is used as its name is.
 
     Raises:
         ValueError: no such name, the model is of no known class, or it cannot run in `dtype`.
@@ -197,7 +224,7 @@ def load_autoencoder(
         raise ModelFilesError(f"autoencoder {name!r}: {files.weights[0]} is damaged: {error}") from error
     check_loaded(f"autoencoder {name!r}", files, found["missing_keys"])
     module = module.eval().requires_grad_(False)
-    return Autoencoder(module, name, _fingerprint(entry, files, config), torch.device(device))
+    return Autoencoder(module, name, _fingerprint(entry, files, config), device)
 
 
 def autoencoder_fingerprint(
@@ -213,7 +240,7 @@ def autoencoder_fingerprint(
 
 def _find(name: str, revision: str | None, dtype: torch.dtype | None) -> tuple[Entry, ModelFiles, dict[str, Any]]:
     """The entry with every question answered, its config file and what that says."""
-    entry = AUTOENCODERS.get(name)
+    entry = AUTOENCODERS.get(name) or next((e for e in AUTOENCODERS.values() if e.where == name), None)
     if entry is None:
         where, _, subfolder = name.partition(":") if not Path(name).is_dir() else (name, "", "")
         entry = Entry(where, subfolder or None)
@@ -246,7 +273,7 @@ def _normaliser(config: dict[str, Any]) -> dict[str, Any]:
         return {"kind": "batch_norm", "eps": _option(config, "batch_norm_eps")}
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
-        return {"kind": "mean_std", "mean": mean, "std": std, "scale": config.get("scaling_factor", 1.0)}
+        return {"kind": "mean_std", "mean": mean, "std": std, "scale": _option(config, "scaling_factor")}
     shift, scale = config.get("shift_factor") or 0.0, _option(config, "scaling_factor")
     return {"kind": "shift_scale", "shift": shift, "scale": scale}
 

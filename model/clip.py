@@ -64,6 +64,10 @@ class ClipTokenizer:
             rows.append(ids + [0] * (self.length - len(ids)))
         return torch.tensor(rows, dtype=torch.int64).view(-1, self.length)
 
+    def save(self, folder: Path) -> None:
+        """Write `vocab.json` and `merges.txt`, as the tokenizers of transformers read them."""
+        self._bpe.save(str(folder))
+
     def _ids(self, word: str) -> list[int]:
         if word in self._special:
             return [self._special[word]]

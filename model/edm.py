@@ -7,6 +7,7 @@ c_in = 1 / sqrt(sigma^2 + sd^2)        c_noise = ln(sigma) / 4
 loss = (sigma^2 + sd^2) / (sigma sd)^2 * |D - x0|^2
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -107,8 +108,6 @@ class EDM:
 
     def sigmas(self, steps: int) -> Tensor:
         """Noise levels of a run, float64 (steps + 1,), falling from sigma_max to sigma_min, then 0 (eq. 5)."""
-        if steps < 1:
-            raise ValueError(f"num_inference_steps={steps}: expected at least 1")
         ramp = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
         high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
         return torch.cat([(high + ramp * (low - high)) ** self.rho, torch.zeros(1, dtype=torch.float64)])
@@ -135,9 +134,8 @@ class EDM:
         guidance_scale: applies above 1 only. guidance_interval: (low, high), guidance only where low < sigma <= high
         (arXiv 2404.07724). callback(step, x): after each step, x the float64 state. negative: as in `denoise`.
         """
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler={sampler!r}: expected one of {', '.join(SAMPLERS)}")
-        low, high = guidance_interval or (0.0, float("inf"))
+        check_sampling(num_inference_steps, guidance_scale, sampler, guidance_interval)
+        low, high = guidance_interval or (0.0, math.inf)
 
         def denoiser(x: Tensor, sigma: float) -> Tensor:
             scale = guidance_scale if guidance_scale > 1 and low < sigma <= high else 1.0
@@ -146,3 +144,20 @@ class EDM:
 
         sigmas = self.sigmas(num_inference_steps).tolist()
         return SAMPLERS[sampler](denoiser, latents.double() * sigmas[0], sigmas, callback).float()
+
+
+def check_sampling(
+    num_inference_steps: int,
+    guidance_scale: float,
+    sampler: str,
+    guidance_interval: tuple[float, float] | None = None,
+) -> None:
+    """Raises ValueError if `EDM.sample` cannot take these; so one can ask before a model is loaded."""
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps={num_inference_steps}: expected at least 1")
+    if not 0 <= guidance_scale < math.inf:
+        raise ValueError(f"guidance_scale={guidance_scale}: expected 0 or more (5 is usual, up to 1 is no guidance)")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler={sampler!r}: expected one of {', '.join(SAMPLERS)}")
+    if guidance_interval is not None and not 0 <= guidance_interval[0] < guidance_interval[1]:
+        raise ValueError(f"guidance_interval={guidance_interval}: expected noise levels (low, high), 0 <= low < high")

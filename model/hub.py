@@ -1,7 +1,8 @@
 """Model files: a folder on this machine, or one commit of a Hugging Face Hub repository.
 
-Both come back as a folder that holds the wanted files, with an `origin` that says which bytes they are. A branch or
-tag is resolved to its commit before anything is downloaded, so that "main" is never what a corpus remembers.
+Both come back as a folder that holds the wanted files, with an `origin` that says which bytes they are. A branch, a tag
+or the beginning of a hash is resolved to its commit before anything is downloaded, so that "main" is never what a
+corpus remembers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BEGINNING = re.compile(r"[0-9a-f]{7,39}")  # of a commit's hash
 
 
 class ModelFilesError(RuntimeError):
@@ -84,6 +86,19 @@ def fetch(
     )
 
 
+def new_folder(path: str | Path) -> Path:
+    """Make a folder to save a model in, so that nothing is overwritten and no older file is taken for a part of it.
+
+    Raises:
+        FileExistsError: there is something in it.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there already: give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def check_loaded(what: str, files: ModelFiles, missing: Sequence[str]) -> None:
     """Refuses a model of which a part would be random, which its library but warns of.
 
@@ -111,7 +126,8 @@ def _fetch_hub(repo: str, patterns: Sequence[str], revision: str | None) -> Mode
     from huggingface_hub import errors, snapshot_download
 
     try:
-        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+        commit = _commit(repo, revision) if revision and _BEGINNING.fullmatch(revision) else revision
+        snapshot = Path(snapshot_download(repo, revision=commit, allow_patterns=list(patterns)))
     except errors.GatedRepoError as error:
         raise ModelFilesError(
             f"{repo} is gated: accept its terms at https://huggingface.co/{repo}, then run `hf auth login` or set "
@@ -131,3 +147,16 @@ def _fetch_hub(repo: str, patterns: Sequence[str], revision: str | None) -> Mode
             + reason[0].removeprefix("Got: ")
         ) from error
     return ModelFiles(snapshot, repo, snapshot.name)
+
+
+def _commit(repo: str, beginning: str) -> str:
+    """The hash that begins so, of the commits in the cache, else of those on `main`; if there is none, what was given.
+
+    The hub itself takes nothing but whole hashes.
+    """
+    from huggingface_hub import HfApi, constants
+
+    snapshots = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "snapshots")
+    found = [folder.name for folder in snapshots.glob(f"{beginning}*")]
+    found = found or [c.commit_id for c in HfApi().list_repo_commits(repo) if c.commit_id.startswith(beginning)]
+    return found[0] if len(found) == 1 else beginning

@@ -128,7 +128,7 @@ class MicroDiT(nn.Module):
             )  # fmt: skip
 
         flat_std = 0.02 / math.sqrt(2 * depth)
-        self.register_buffer("pos_embed", self._positions(self.grid_size, self.grid_size, None))
+        self.register_buffer("pos_embed", torch.empty(1, self.grid_size**2, dim, dtype=torch.float32))
         self.register_buffer("mask_token", torch.zeros(1, 1, patch_size**2 * in_channels))
         self.x_embedder = PatchEmbedder(patch_size, in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
@@ -161,6 +161,7 @@ class MicroDiT(nn.Module):
         )
         self.final_layer = FinalLayer(dim, patch_size**2 * in_channels, norm_eps)
         if not self.mask_token.is_meta:
+            self.reset_positions()
             self.init_weights()
 
     @classmethod

@@ -21,14 +21,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from model.clip import ClipTokenizer, load_open_clip, open_clip_config, read_merges
-from model.hub import ModelFiles, ModelFilesError, check_loaded, fetch
+from model.hub import ModelFiles, ModelFilesError, check_loaded, fetch, new_folder
 
 CAPTION = "{caption}"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a text encoder lies, at which commit (None: what `main` is when it is first asked for), how it is used.
+    """Where a text encoder lies, at which commit (None: what `main` is when it is asked for), and how it is used.
 
     max_tokens: how many tokens of a caption it keeps; None is what the family gives. dtype is the same on every
     machine, so that a corpus can be made on several. hidden_layer: an index of transformers' `hidden_states`; None is
@@ -66,14 +66,33 @@ TEXT_ENCODERS = {
         revision="01b771ed0d1395ca5ffdd279897d665ebe00dfd2",
         hidden_act="quick_gelu",
     ),
-    "gemma-2-2b-it": Entry("google/gemma-2-2b-it", 256, hidden_layer=-2, template=_GEMMA_CHAT),
-    "qwen3-0.6b": Entry("Qwen/Qwen3-0.6B", 256, hidden_layer=-2, template=_QWEN_CHAT),
-    "qwen3-4b": Entry("Qwen/Qwen3-4B", 256, hidden_layer=-2, template=_QWEN_CHAT),
+    "gemma-2-2b-it": Entry(
+        "google/gemma-2-2b-it",
+        256,
+        revision="299a8560bedf22ed1c72a8a11e7dce4a7f9f51f8",
+        hidden_layer=-2,
+        template=_GEMMA_CHAT,
+    ),
+    "qwen3-0.6b": Entry(
+        "Qwen/Qwen3-0.6B",
+        256,
+        revision="c1899de289a04d12100db370d81485cdf75e47ca",
+        hidden_layer=-2,
+        template=_QWEN_CHAT,
+    ),
+    "qwen3-4b": Entry(
+        "Qwen/Qwen3-4B",
+        256,
+        revision="1cfa9a7208912126459214e8b04321603b3df60c",
+        hidden_layer=-2,
+        template=_QWEN_CHAT,
+    ),
 }
 MAX_TOKENS = 128  # of an encoder without a name here
 
 T5 = ("t5", "mt5", "umt5")
 BERT = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta-v2", "mpnet", "modernbert")
+COUNT_BEHIND_PAD = ("roberta", "xlm-roberta", "mpnet")  # their positions begin behind the pad token's id
 CONFIGS = ("config.json", "open_clip_config.json")
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -95,17 +114,45 @@ class TextEncoder:
     Attributes:
         width: length of a token's embedding.
         max_tokens: longer captions are cut.
+        class_name: transformers' class of its network.
         fingerprint: what identifies its numbers: files, dtype, max_tokens and how it is asked, as
             `text_encoder_fingerprint` tells them.
     """
 
     def __init__(self, module: Any, tokenizer: Any, name: str, fingerprint: dict[str, Any]):
         self.name, self.fingerprint, self.revision = name, fingerprint, fingerprint.get("revision")
+        self.class_name = type(module).__name__
         self.max_tokens: int = fingerprint["max_tokens"]
         self._module, self._tokenizer = module, tokenizer
         self._prefix, _, self._suffix = fingerprint.get("template", CAPTION).partition(CAPTION)
         self._layer: int | None = fingerprint.get("hidden_layer")
         self.width = int(getattr(module.config, "d_model", 0) or module.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs, and where the embeddings are."""
+        device: torch.device = self._module.device
+        return device
+
+    def to(self, device: str | torch.device) -> TextEncoder:
+        """Move it, in place; its dtype is part of its numbers and stays."""
+        self._module.to(device)
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model and tokenizer into a new folder as transformers does, in safetensors.
+
+        How it is asked (dtype, max_tokens, hidden_layer, template) is not in there: `fingerprint` tells it.
+
+        Raises:
+            FileExistsError: the folder has something in it.
+        """
+        folder = new_folder(folder)
+        self._module.save_pretrained(folder)
+        if isinstance(self._tokenizer, ClipTokenizer):
+            self._tokenizer.save(folder)
+        else:
+            self._tokenizer.save_pretrained(folder)
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -115,7 +162,7 @@ class TextEncoder:
         there. A CLIP text tower gives all its positions, padding included: L and all lengths are 77.
         """
         if isinstance(self._tokenizer, ClipTokenizer):
-            ids = self._tokenizer(captions).to(self._module.device)
+            ids = self._tokenizer(captions).to(self.device)
             embeddings = self._module(input_ids=ids).last_hidden_state.float()
             return embeddings, torch.full((len(ids),), ids.shape[1], device=ids.device)
         prompts = [self._prefix + caption + self._suffix for caption in captions]
@@ -128,7 +175,7 @@ class TextEncoder:
             return_tensors="pt",
             return_offsets_mapping=bool(self._prefix),
         )
-        ids, mask = (tokens[name].to(self._module.device) for name in ("input_ids", "attention_mask"))
+        ids, mask = (tokens[name].to(self.device) for name in ("input_ids", "attention_mask"))
         if not ids.shape[1]:  # nothing but empty captions, and a tokenizer that adds no token
             return torch.zeros(*ids.shape, self.width, device=ids.device), mask.sum(1)
         if self._layer is None:
@@ -136,15 +183,13 @@ class TextEncoder:
         else:
             output = self._module(input_ids=ids, attention_mask=mask, output_hidden_states=True)
             hidden = output.hidden_states[self._layer]
-        embeddings = hidden.float().masked_fill(mask[:, :, None] == 0, 0)
+        kept = mask.bool()
         if self._prefix:
-            ends = tokens["offset_mapping"][:, :, 1].to(mask.device)
-            kept = (ends > len(self._prefix)).logical_and(mask.bool())
-            # tokens in front of the caption are as many in every prompt, or one more where it melts into the caption
-            first = kept.int().argmax(1)
-            rows = [row[start:] for row, start in zip(embeddings, first.tolist(), strict=True)]
-            embeddings, mask = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), kept
-        return embeddings[:, : self.max_tokens], mask.sum(1).clamp(max=self.max_tokens)
+            kept = kept & (tokens["offset_mapping"][:, :, 1].to(kept.device) > len(self._prefix))
+        rows = [row[keep] for row, keep in zip(hidden.float(), kept, strict=True)]
+        embeddings = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        # a token in front that melts into the caption is kept, and is one more than there is place for
+        return embeddings[:, : self.max_tokens], kept.sum(1).clamp(max=self.max_tokens)
 
 
 def load_text_encoder(
@@ -233,10 +278,12 @@ def _find(
         raise ValueError(f"text encoder {name!r} is no decoder LLM: hidden_layer and template are for those alone")
     if asked.template.count(CAPTION) != 1:
         raise ValueError(f"template {asked.template!r}: expected {CAPTION} in it, once")
-    layers = int(options.get("num_hidden_layers") or 0)
+    layers = int(options.get("num_hidden_layers") or options.get("n_layer") or 0)
     if asked.hidden_layer is not None and not -layers - 1 <= asked.hidden_layer <= layers:
         raise ValueError(f"hidden_layer={asked.hidden_layer}: {name} has {layers} layers, of -{layers + 1} to {layers}")
     limit = options.get("max_position_embeddings") or options.get("n_positions")
+    if options.get("model_type") in COUNT_BEHIND_PAD:
+        limit -= options.get("pad_token_id", 1) + 1
     if family == "clip":
         if max_tokens not in (None, limit):
             raise ValueError(
@@ -269,9 +316,18 @@ def _family(name: str, files: ModelFiles) -> tuple[Family, dict[str, Any]]:
         raise ValueError(f"text encoder {name!r}: there is no config.json with a model_type; named ones are {known}")
     if kind in (*T5, *BERT):
         return "encoder", config
-    if any(architecture.endswith("ForCausalLM") for architecture in config.get("architectures") or ()):
+    if _is_decoder(config):
         return "decoder", config
     raise ValueError(f"text encoder {name!r}: {kind!r} is neither a T5, a BERT, a CLIP text tower nor a decoder LLM")
+
+
+def _is_decoder(config: dict[str, Any]) -> bool:
+    """Whether it is a decoder LLM, which has a head for the next token and none for a masked one; not with images."""
+    from transformers.models.auto import modeling_auto as known
+
+    kind = config["model_type"]
+    plain = kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return plain and not config.get("is_encoder_decoder") and "text_config" not in config
 
 
 def _fingerprint(entry: Entry, files: ModelFiles, family: Family, options: dict[str, Any]) -> dict[str, Any]:
@@ -302,12 +358,18 @@ def _load_clip(name: str, files: ModelFiles, entry: Entry, options: dict[str, An
 
 
 def _load(name: str, files: ModelFiles, kind: Any, config: Any, dtype: torch.dtype) -> Any:
+    from transformers.utils import logging
+
     what = f"text encoder {name!r}"
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # else a table of all that a T5's decoder or a CLIP's image tower has
     try:
         module, found = kind.from_pretrained(
             files.folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except (OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise ModelFilesError(f"{what}: {files.weights[0]} is damaged: {error}") from error
-    check_loaded(what, files, found["missing_keys"])
+    finally:
+        logging.set_verbosity(verbosity)
+    check_loaded(what, files, [key for key in found["missing_keys"] if not key.startswith("pooler.")])  # not asked for
     return module

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.errors import RequestError
+from pipeline.generate import generate
 
 
 class Commands(TyperGroup):
@@ -265,40 +266,7 @@ def train(
     os.execv(sys.executable, command)  # signals and the exit status are the trainer's own
 
 
-@app.command()
-def generate(
-    checkpoint: Annotated[str, typer.Option(metavar="PATH", help="A run's folder, a checkpoint, or a weights file.")],
-    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="What to draw; give it several times for several.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the PNG files go.")] = Path("pictures"),
-    seed: Annotated[int, typer.Option(min=0, help="Of the first picture; each further one takes the next.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 30,
-    guidance_scale: Annotated[float | None, typer.Option(help="Default: what the recipe says.")] = None,
-    autoencoder: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the training's.")] = None,
-    text_encoder: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the training's.")] = None,
-) -> None:
-    """Draw what the prompts say.
-
-    **Example**
-
-    - `microdit generate --checkpoint runs/demo/run --prompt "red apple" --prompt "a snail" --out pictures`
-    """
-    from model.generate import generate as draw
-    from model.hub import ModelFilesError
-
-    try:
-        draw(
-            checkpoint,
-            prompt,
-            out,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            autoencoder=autoencoder,
-            text_encoder=text_encoder,
-        )
-    except (ValueError, FileNotFoundError, ModelFilesError) as error:  # a checkpoint, a model or a number that is wrong
-        raise RequestError(str(error)) from error
-    print(f"{len(prompt)} pictures in {out}" if len(prompt) > 1 else f"1 picture in {out}")
+app.command()(generate)
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray itself will have it; silences its warning
 
 import ray
-from ray._private.state import state as ray_state
 
 from pipeline.errors import RequestError
 
@@ -46,16 +45,15 @@ def joined() -> Iterator[None]:
         ray.shutdown()
 
 
-def size() -> tuple[float, float]:
+def size(most_cpus: float | None, most_gpus: float | None) -> tuple[float, float]:
     """CPUs and GPUs to lay the work out for.
 
-    Those that are there; and of those that an autoscaler can add as many CPUs again, and all GPUs: what is asked for
+    Those that are there; and of those that an autoscaler may add as many CPUs again, and all GPUs: what is asked for
     and finds no place yet is the demand that the autoscaler sees.
     """
     there = ray.cluster_resources()
     cpus, gpus = max(there.get("CPU", 0.0), 1.0), there.get("GPU", 0.0)
-    most = ray_state.get_max_resources_from_cluster_config() or {}
-    return max(cpus, min(2 * cpus, most.get("CPU", 0.0))), max(gpus, most.get("GPU", 0.0))
+    return max(cpus, min(2 * cpus, most_cpus or 0.0)), max(gpus, most_gpus or 0.0)
 
 
 def nodes() -> list[str]:

@@ -137,7 +137,7 @@ def _train(*overrides: str) -> int:
 def _evaluate(run: Path) -> dict[str, Any]:
     """The figures of the newest checkpoint, made if they are not there yet."""
     from model.checkpoint import CheckpointError  # these import torch
-    from model.generate import find_checkpoint
+    from model.loading import find_checkpoint
     from trainer.evaluate import evaluate
 
     path = run / "evaluation.json"

@@ -6,8 +6,9 @@ it and start it again, and the listing says where to go on.
 
 import heapq
 import itertools
+import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,11 +71,12 @@ class Driver:
         ingest: workers.Ingest,
         retries: Retries,
         shared: workers.Shared,
-        resources: dict[str, float],
+        resources: Mapping[str, float],
         board: Board,
     ):
         self.corpus, self.plan, self.retries, self.board = corpus, plan, retries, board
-        self.resources, self.stall_timeout = resources, shared.stall_timeout
+        self.resources, self.stall_timeout = dict(resources), shared.stall_timeout
+        self.most = self.resources.pop("cpus", None), self.resources.pop("gpus", None)
         self.order = plan.downstream_first()
         self.upstream = [plan.upstream(stage) for stage in range(len(plan.stages))]
         self.is_model = [stage.device == "gpu" for stage in plan.stages]
@@ -99,7 +101,7 @@ class Driver:
             self._looked = now
             self.nodes = cluster.nodes()
             models = sum(bool(targets) and self.is_model[i] for i, targets in enumerate(self.plan.targets))
-            self.places = Places.on(*cluster.size(), models, **self.resources)
+            self.places = Places.on(*cluster.size(*self.most), models, **self.resources)
 
     def check_nodes(self) -> None:
         """Make sure that every node sees the corpus.
@@ -184,7 +186,7 @@ class Driver:
         elsewhere = [node for node in self.nodes if node not in self.retries.of(job).nodes]
         options: dict[str, Any] = {}
         if elsewhere and len(elsewhere) < len(self.nodes):
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(elsewhere[0], soft=True)
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(random.choice(elsewhere), soft=True)
         if isinstance(job, UnitJob):
             call = self._ingest.options(num_cpus=self.places.ingest_cpu, name=f"ingest {job.source}", **options)
             ref = call.remote(self._source_refs[job.source], self.retries.unit_task(job))
@@ -280,6 +282,8 @@ class Driver:
             raise RequestError(
                 f"stage {self.plan.stages[stage].name}: it cannot be loaded: {message['error']['message']}"
             )
+        if job is None and actor is not None and "placed" not in message:
+            self.lost_actors[actor.stage] = 0  # it loads: what died before died by chance
         if not isinstance(job, Job):
             return
         for column in [*message["made"], *message["there"]]:
@@ -342,13 +346,12 @@ class Driver:
         first = actor is None or actor.refs[0] == ref
         if actor in self.actors and actor is not None:
             self._dismiss(actor)
-        lost = isinstance(error, ray.exceptions.NodeDiedError | ray.exceptions.OutOfMemoryError) or (
-            node is not None and not cluster.is_alive(node)
-        )
+        gone = isinstance(error, ray.exceptions.NodeDiedError) or (node is not None and not cluster.is_alive(node))
+        lost = gone or isinstance(error, ray.exceptions.OutOfMemoryError)
         told = {"message": f"the process that worked on it died: {first_line(error)}", "traceback": str(error)}
         if job is None:
             assert actor is not None
-            if first and not lost:  # `place` and `load` are lost together, and count once
+            if first and not gone:  # `place` and `load` are lost together, and count once
                 self._could_not_load(actor.stage, error)
         elif isinstance(error, ray.exceptions.RayTaskError):  # raised not by a stage, but around it
             told["message"] = str(error.cause)
@@ -358,7 +361,8 @@ class Driver:
         elif lost:
             self._decided(job, self.retries.lost(job, told, node))
         else:
-            hung = flight.began is not None and time.monotonic() - flight.began >= self.stall_timeout
+            # what hung ends after the whole of it; the word that it had begun may have come late
+            hung = flight.began is not None and time.monotonic() - flight.began >= self.stall_timeout / 2
             if hung:
                 told["message"] = f"no sample was done within {self.stall_timeout:g} s, and the process was ended"
             self._decided(job, self.retries.died(job, "stall" if hung else "crash", told, node))

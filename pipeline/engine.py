@@ -82,7 +82,9 @@ def build(
         repair=repair,
         max_attempts=max_attempts,
         max_failures=config.max_failures,
-        resources=config.resources.model_dump(include={"cpus_per_task", "cpus_per_actor", "gpus_per_actor"}),
+        resources=config.resources.model_dump(
+            include={"cpus", "gpus", "cpus_per_task", "cpus_per_actor", "gpus_per_actor"}
+        ),
         stall_timeout=config.resources.stall_timeout,
         progress=progress,
     )
@@ -99,7 +101,7 @@ def carry_out(
     repair: bool = False,
     max_attempts: int = 3,
     max_failures: float = 1.0,
-    resources: dict[str, float] | None = None,
+    resources: Mapping[str, float] | None = None,
     stall_timeout: float = 600.0,
     progress: Progress | None = None,
 ) -> BuildSummary:

@@ -23,7 +23,7 @@ import pytest
 TOKEN = "hf_member"  # of an account that has accepted every licence
 LARGE = (".safetensors", ".bin", ".tar", ".parquet", ".zip", ".tgz", ".gz")  # what the hub keeps in its object store
 SIBLINGS = re.compile(
-    r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|refs)(?:/([^/]+))?(?:/(.+))?)?"
+    r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|refs|commits)(?:/([^/]+))?(?:/(.+))?)?"
 )
 RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
@@ -160,6 +160,11 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self._commit(repository, unquote(revision or "main"))
         if commit is None:
             return
+        if what == "commits":
+            hashes = list(repository.commits)
+            earlier = reversed(hashes[: hashes.index(commit) + 1])
+            about = {"authors": [], "date": "2024-07-21T00:00:00.000Z", "title": "-", "message": ""}
+            return self._json([{"id": earlier_commit, **about} for earlier_commit in earlier])
         files = repository.commits[commit]
         if what == "tree":
             prefix = f"{unquote(path)}/" if path else ""

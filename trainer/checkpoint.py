@@ -3,7 +3,7 @@
 model.safetensors      the weights, with the network's arguments in the header
 ema.safetensors        their moving average, of the same form; only if the stage keeps one
 optimizer.safetensors  AdamW's state, as `<parameter>.exp_avg` and so on
-generate.json          what `model.generate` needs beside the weights
+generate.json          what `model.loading` needs beside the weights
 state.json             where the run is, and its recipe
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from model.checkpoint import CheckpointError, read_state_dict, write_state_dict
-from model.generate import checkpoint_folders
+from model.loading import checkpoint_folders
 from model.network import MicroDiT
 
 VERSION = 1

@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from model.checkpoint import CheckpointError
-from model.generate import find_checkpoint, grid, load_generator
+from model.generate import grid
+from model.loading import find_checkpoint
 from model.network import MicroDiT
+from model.pipeline import MicroDiTPipeline
 from pipeline.config import PILLOW_MAX_PIXELS
 from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
@@ -65,7 +67,8 @@ def evaluate(
             f"{folder} was trained on other samples than corpus {recipe.corpus} gives now: evaluate it on that corpus, "
             "with the selection named by its hash"
         )
-    generator = load_generator(folder)
+    pipe = MicroDiTPipeline.from_pretrained(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    pipe.set_progress_bar_config(disable=True)
     drawn = {
         kind: some.take(some.lowest(count, recipe.seed + 1))
         for kind, some in (("trained", index), ("held_out", samples.held))
@@ -78,19 +81,16 @@ def evaluate(
     captions = {kind: read_captions(samples.corpus, column, some) for kind, some in drawn.items()}
 
     torch.manual_seed(recipe.seed)
-    untrained = MicroDiT(**generator.net.config).eval().to(generator.net.pos_embed.device)
+    untrained = MicroDiT(**pipe.transformer.config).eval().to(pipe.device)
     results: list[dict[str, Any]] = []
     pictures: dict[str, np.ndarray] = {}
-    for net in (untrained, generator.net):
-        generator.net = net
+    for net in (untrained, pipe.transformer):
+        pipe.transformer = net
         for kind in drawn:
-            pictures[kind] = generator(
-                captions[kind],
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                seed=SEED,
-                batch=64,
+            made = pipe(
+                captions[kind], num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=SEED
             )
+            pictures[kind] = np.stack([np.asarray(picture) for picture in made.images])
         results.append(compare(pictures, real, everything))
     figures = {
         "checkpoint": folder.name,
@@ -101,7 +101,7 @@ def evaluate(
         "untrained": results[0],
         "captions": column,
         "num_inference_steps": num_inference_steps,
-        "guidance_scale": generator.guidance_scale if guidance_scale is None else guidance_scale,
+        "guidance_scale": pipe.guidance_scale if guidance_scale is None else guidance_scale,
     }
     target = Path(out) if out is not None else folder.parent.parent
     target.mkdir(parents=True, exist_ok=True)

@@ -319,7 +319,7 @@ def refuse_other_run(found: checkpoint.Checkpoint, recipe: Recipe, facts: list[d
 
 
 def generate_info(recipe: Recipe, samples: RunSamples, stage: StageData) -> dict[str, Any]:
-    """What `model.generate` needs beside the weights; the columns tell text encoder and autoencoder."""
+    """What `model.loading` needs beside the weights; the columns tell text encoder and autoencoder."""
     return {
         "name": recipe.name,
         "latent_shape": stage.latent_shape,

@@ -175,6 +175,36 @@ def test_statistics_keep_their_digits_in_bfloat16(tmp_path: Path):
     assert abs(statistics[0] - statistics[1]) < 1e-3
 
 
+@pytest.mark.parametrize("case", [shift_scale, mean_std, batch_norm, deterministic])
+def test_saved_and_opened_it_is_equal(case: Any, tmp_path: Path):
+    """In bfloat16, which would change the statistics of a batch norm; diffusers opens it too."""
+    module, _ = case()
+    model = load_autoencoder(saved(module, tmp_path / "made"))
+    model.save_pretrained(tmp_path / "saved")
+    again = load_autoencoder(tmp_path / "saved")
+    latents = model.encode(images(), posterior="mode")
+    assert torch.equal(again.encode(images(), posterior="mode"), latents)
+    assert torch.equal(again.decode(latents), model.decode(latents))
+    assert again.fingerprint["normaliser"] == model.fingerprint["normaliser"]
+    weights = load_file(tmp_path / "saved" / "diffusion_pytorch_model.safetensors")
+    for key, value in weights.items():
+        statistics = key.startswith("bn.running")
+        assert value.dtype == (torch.float32 if statistics else torch.bfloat16) or key == "bn.num_batches_tracked"
+        assert not statistics or torch.equal(value, module.state_dict()[key])
+    type(module).from_pretrained(tmp_path / "saved", low_cpu_mem_usage=False)
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["_name_or_path"] == "made"
+    assert model.class_name == again.class_name == type(module).__name__
+    with pytest.raises(FileExistsError, match="saved is there already: give a new folder"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_moved_to_another_device(tmp_path: Path):
+    model = load_autoencoder(saved(flux2(), tmp_path / "ae"))
+    assert model.device == torch.device("cpu")
+    assert model.to("meta") is model and model.device == torch.device("meta")
+    assert model.encode(images(), posterior="mode").device == torch.device("meta")  # no part was left behind
+
+
 def test_many_images_are_taken_in_parts(tmp_path: Path):
     model = load_autoencoder(saved(kl(), tmp_path / "ae"), dtype=torch.float32)
     pixels = images(5, 256, 256)  # two of them fit together
@@ -189,9 +219,12 @@ def test_an_old_config_means_the_default_of_its_class(tmp_path: Path):
     config = json.loads((tmp_path / "ae" / "config.json").read_text())
     for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
         del config[name]
-    (tmp_path / "ae" / "config.json").write_text(json.dumps(config))
-    wanted = {"kind": "shift_scale", "shift": 0.0, "scale": 0.18215}
-    assert load_autoencoder(folder).fingerprint["normaliser"] == wanted
+    for statistics, wanted in (
+        ({}, {"kind": "shift_scale", "shift": 0.0, "scale": 0.18215}),
+        ({"latents_mean": MEAN, "latents_std": STD}, {"kind": "mean_std", "mean": MEAN, "std": STD, "scale": 0.18215}),
+    ):
+        (tmp_path / "ae" / "config.json").write_text(json.dumps(config | statistics))
+        assert load_autoencoder(folder).fingerprint["normaliser"] == wanted
 
 
 def test_what_cannot_be_asked(tmp_path: Path):
@@ -279,9 +312,10 @@ def test_named_ones_from_the_hub(name: str, prefix: str, depth: int, hub: Hub, t
         "unet/config.json": b'{"_class_name": "UNet2DConditionModel"}',
         "model_index.json": b"{}",
     }
-    commit = hub.add(entry.where, {**decoys, **files}, commit=entry.revision)
-    if entry.revision is not None:  # what main becomes afterwards does not matter
-        hub.add(entry.where, {**decoys, **files_of(kl(seed=9), tmp_path / "later", prefix)})
+    assert entry.revision
+    commit = hub.add(entry.where, {**decoys, **files}, commit=entry.revision.ljust(40, "0"))
+    # what main becomes afterwards does not matter
+    hub.add(entry.where, {**decoys, **files_of(kl(seed=9), tmp_path / "later", prefix)})
     told = autoencoder_fingerprint(name)
     assert hub.downloads() == [f"{prefix}config.json"]
     model = load_autoencoder(name)
@@ -289,18 +323,19 @@ def test_named_ones_from_the_hub(name: str, prefix: str, depth: int, hub: Hub, t
     assert model.fingerprint == told
     assert model.revision == told["revision"] == commit
     assert told["repo"] == entry.where
+    assert autoencoder_fingerprint(entry.where) == told
     assert (model.channels, model.name) == (depth, name)
     exact = load_autoencoder(tmp_path / "module")
     assert torch.equal(model.encode(images(), posterior="mode"), exact.encode(images(), posterior="mode"))
 
 
 def test_a_branch_is_remembered_as_its_commit(hub: Hub, tmp_path: Path):
-    first = hub.add("ostris/vae-kl-f8-d16", files_of(kl(seed=1), tmp_path / "one"))
-    old = load_autoencoder("ostris")
-    second = hub.add("ostris/vae-kl-f8-d16", files_of(kl(seed=2), tmp_path / "two"))
-    new = load_autoencoder("ostris")
+    first = hub.add("owner/name", files_of(kl(seed=1), tmp_path / "one"))
+    old = load_autoencoder("owner/name")
+    second = hub.add("owner/name", files_of(kl(seed=2), tmp_path / "two"))
+    new = load_autoencoder("owner/name")
     assert (old.revision, new.revision) == (first, second)
-    again = load_autoencoder("ostris", revision=first)
+    again = load_autoencoder("owner/name", revision=first)
     assert torch.equal(again.encode(images(), posterior="mode"), old.encode(images(), posterior="mode"))
     assert not torch.equal(new.encode(images(), posterior="mode"), old.encode(images(), posterior="mode"))
 
@@ -318,11 +353,13 @@ def test_any_repository(hub: Hub, tmp_path: Path):
 
 
 def test_a_gated_repository(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    hub.add("black-forest-labs/FLUX.2-klein-4B", files_of(flux2(), tmp_path / "flux2", "vae/"), gated=True)
-    with pytest.raises(ModelFilesError, match=r"black-forest-labs/FLUX\.2-klein-4B is gated: accept its terms at"):
-        load_autoencoder("flux2")
+    hub.add("owner/gated", files_of(flux2(), tmp_path / "flux2", "vae/"), gated=True)
+    for ask in (load_autoencoder, autoencoder_fingerprint):
+        with pytest.raises(ModelFilesError, match="owner/gated is gated: accept its terms at") as error:
+            ask("owner/gated")
+        assert "\n" not in str(error.value)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert load_autoencoder("flux2").channels == 16
+    assert load_autoencoder("owner/gated").channels == 16
 
 
 def test_weights_of_torch_are_read_without_unpickling_code(hub: Hub, tmp_path: Path):

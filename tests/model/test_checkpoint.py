@@ -57,14 +57,26 @@ def test_conversion_both_ways_keeps_every_bit(small: MicroDiT, tmp_path: Path, d
     state = small.to(dtype).state_dict()
     write_state_dict(tmp_path / "a.pt", state)
     convert(tmp_path / "a.pt", tmp_path / "b.safetensors")
-    subprocess.run(
-        [sys.executable, "-m", "model.checkpoint", tmp_path / "b.safetensors", tmp_path / "c.pt"],
-        check=True,
-        cwd=Path(__file__).parents[2],
-    )
+    convert(tmp_path / "b.safetensors", tmp_path / "c.pt")
     assert _equal(read_state_dict(tmp_path / "b.safetensors"), state)
     assert _equal(read_state_dict(tmp_path / "c.pt"), state)
     assert load_model(tmp_path / "c.pt", head_dim=8).pos_embed.dtype == torch.float32
+
+
+def test_conversion_from_the_command_line(small: MicroDiT, tmp_path: Path) -> None:
+    write_state_dict(tmp_path / "a.safetensors", small.state_dict(), small.config)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "model.checkpoint", *(str(tmp_path / name) for name in arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stderr
+
+    assert run("a.safetensors", "b.pt") == (0, "")
+    assert _equal(read_state_dict(tmp_path / "b.pt"), small.state_dict())
+    code, message = run("none.pt", "b.safetensors")
+    assert code == 2 and "none.pt: no such file" in message
+    assert not (tmp_path / "b.safetensors").exists()
 
 
 def test_views_and_tied_tensors_are_written_alone(tmp_path: Path) -> None:
@@ -198,7 +210,7 @@ def test_config_without_head_dim_is_asked_for(small: MicroDiT) -> None:
         config_from_state_dict({"a": torch.zeros(1)})
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     heads=st.integers(1, 4), depth=st.integers(1, 4), multiple_of=st.sampled_from([1, 3, 8, 16]),
     mixer=st.sampled_from([None, 8, 16, 24]), use_bias=st.booleans(), every=st.sampled_from([0, 2, 3]),

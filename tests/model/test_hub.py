@@ -27,6 +27,24 @@ def test_a_branch_becomes_a_commit(hub: Hub):
     assert (old.folder / "model.safetensors").read_bytes() == b"1" * 100
 
 
+def test_the_beginning_of_a_hash_is_a_commit(hub: Hub):
+    first = hub.add("owner/name", {"config.json": CONFIG})
+    hub.add("owner/name", {"config.json": b"{}"})
+    assert fetch("owner/name", ["config.json"], revision=first[:7]).revision == first
+    hub.close()  # a commit that was fetched is found in the cache
+    assert (fetch("owner/name", ["config.json"], revision=first[:12]).folder / "config.json").read_bytes() == CONFIG
+
+
+def test_the_beginning_of_no_hash_or_of_two(hub: Hub):
+    hub.add("owner/name", {"config.json": CONFIG}, commit="abcdef01" + "2" * 32)
+    hub.add("owner/name", {"config.json": CONFIG}, commit="abcdef01" + "3" * 32)
+    for beginning in ("abcdef01", "0000000"):
+        with pytest.raises(ModelFilesError, match=f"owner/name has no revision '{beginning}': give a branch, a tag or"):
+            fetch("owner/name", ["config.json"], revision=beginning)
+    hub.add("owner/name", {"config.json": b"{}"}, branch="20240721")  # a name that looks like one
+    assert (fetch("owner/name", ["config.json"], revision="20240721").folder / "config.json").read_bytes() == b"{}"
+
+
 def test_one_copy_of_the_weights_is_taken(hub: Hub):
     single = {"config.json": CONFIG, "model.safetensors": b"s", "model.bin": b"b", "model.fp16.safetensors": b"h"}
     hub.add("owner/single", {**single, "sub/model.safetensors": b"u"})

@@ -114,8 +114,11 @@ def test_masked_keys_have_no_influence() -> None:
 
 
 def test_benchmark_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
-    experts.main(["--json", "--widths", "tiny", "--tokens", "64", "256", "--batch-tokens", "256", "--repeat", "1"])
-    rows = json.loads(capsys.readouterr().out)["rows"]
+    sizes = ["--widths", "tiny", "--tokens", "64", "256", "--batch-tokens", "256", "--repeat", "1"]
+    assert experts.main(["--json", *sizes]) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads(printed)["rows"]
+    assert printed.count("\n") == 1
     assert [(row["tokens"], row["batch"]) for row in rows] == [(64, 4), (256, 1)]
     assert all(row["gather"]["peak_mib"] > 0 and row["gather"]["seconds"] > 0 for row in rows)
     assert rows[1]["memory_ratio"] > 1  # one-hot matrices cost memory

@@ -168,7 +168,7 @@ def test_training_step_in_every_precision(precision: str, masked: bool) -> None:
 @pytest.mark.parametrize(("mask_ratio", "with_text_mask"), [(0.0, False), (0.75, True)])
 def test_compiles_without_graph_breaks(mask_ratio: float, with_text_mask: bool) -> None:
     torch._dynamo.reset()
-    net = build(depth=2).double()
+    net = build(depth=1).double()  # and two blocks of the mixer, of which the second has experts
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     x, t, y = batch()
     mask = torch.arange(6)[None] < torch.tensor([[2], [6], [4]]) if with_text_mask else None
@@ -183,12 +183,13 @@ def test_compiles_without_graph_breaks(mask_ratio: float, with_text_mask: bool) 
         torch.testing.assert_close(fast, plain)
 
 
-def test_compiles_on_another_grid() -> None:
+def test_compiles_on_another_grid_in_half_precision() -> None:
     torch._dynamo.reset()
-    net = build(depth=2)
+    net = build(depth=1)
     x, t, y = batch(height=4, width=12)
-    out = torch.compile(net, fullgraph=True, backend="eager")(x, t, y, mask_ratio=0.5)
-    assert out["sample"].shape == x.shape
+    with torch.autocast("cpu", torch.bfloat16):
+        out = torch.compile(net, fullgraph=True, backend="eager")(x, t, y, mask_ratio=0.5)
+    assert out["sample"].shape == x.shape and out["sample"].dtype == torch.bfloat16
 
 
 def test_fresh_network_predicts_zero_and_starts_depth_scaled() -> None:
@@ -268,9 +269,9 @@ def test_model_imports_neither_pipeline_nor_trainer() -> None:
                 assert name.split(".")[0] not in ("pipeline", "trainer", "ray", "obstore"), f"{path} imports {name}"
 
 
-def test_runs_without_ray_and_obstore() -> None:
+def test_runs_without_ray_and_obstore_and_builds_xl_at_once() -> None:
     code = """
-import sys
+import sys, time
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("ray", "obstore", "pipeline", "trainer"):
@@ -282,7 +283,12 @@ from model.edm import EDM
 from model.network import MicroDiT
 net = MicroDiT(input_size=4, dim=16, depth=2, head_dim=8, caption_channels=4, patch_mixer_dim=8, multiple_of=8)
 load_weights(net, net.state_dict())
-print(EDM().sample(net, torch.randn(1, 4, 4, 4), torch.randn(1, 3, 4), num_inference_steps=2).isfinite().all().item())
+assert EDM().sample(net, torch.randn(1, 4, 4, 4), torch.randn(1, 3, 4), num_inference_steps=2).isfinite().all()
+start = time.process_time()
+with torch.device("meta"):
+    MicroDiT.xl_2(input_size=64, pos_interp_scale=2.0)
+print(time.process_time() - start)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 2  # 0.1 s of the processor; 1.6 s with an operation that wakes torch's symbolic shapes

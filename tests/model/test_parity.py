@@ -4,6 +4,8 @@
 """
 
 import gc
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +69,78 @@ def test_case(parity: ParitySet, case: dict) -> None:
         assert name in got, f"case {case['name']!r}: unknown output {name!r}, known are {', '.join(got)}"
         expected = parity.array(entry["array"], entry)
         assert_close(f"{case['name']} {name}", got[name], expected, entry.get("tolerance", {}))
+
+
+def _without_array(parity: ParitySet, case: dict, output: str) -> None:
+    path = parity.folder / case["outputs"][output]["file"]
+    with np.load(path) as stored:
+        np.savez(path, **{name: a for name, a in stored.items() if name != case["outputs"][output]["array"]})
+
+
+def _one_value_off(parity: ParitySet, case: dict, output: str) -> None:
+    entry = case["outputs"][output]
+    path = parity.folder / entry["file"]
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    tolerance = entry["tolerance"]
+    value = arrays[entry["array"]].flat[-1]
+    off = tolerance.get("atol", 0.0) + tolerance.get("rtol", 0.0) * abs(value)
+    arrays[entry["array"]].flat[-1] = value + 2 * off + 1e-5
+    np.savez(path, **arrays)
+
+
+def _another_shape(parity: ParitySet, case: dict, output: str) -> None:
+    case["outputs"][output]["shape"] = [*case["outputs"][output]["shape"], 1]
+
+
+def _unknown_operation(parity: ParitySet, case: dict, output: str) -> None:
+    case["op"] = "dream"
+
+
+def _unknown_model(parity: ParitySet, case: dict, output: str) -> None:
+    case["model"] = "huge"
+
+
+def _unknown_output(parity: ParitySet, case: dict, output: str) -> None:
+    case["outputs"]["velocity"] = case["outputs"][output]
+
+
+def _no_output(parity: ParitySet, case: dict, output: str) -> None:
+    case["outputs"] = {}
+
+
+OFF = (_one_value_off, r"1 of \d+ values out of tolerance")
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "output", "change", "message"),
+    [
+        ("parity", "small/forward_cfg5", "sample", *OFF),
+        ("parity", "small/denoise", "denoised", *OFF),
+        ("parity", "small/trace", "blocks.1", *OFF),
+        ("parity", "small/loss", "grad_l2", *OFF),
+        ("parity_plain", "plain/forward_masked", "mask", *OFF),
+        ("parity_plain", "plain/loss_masked", "loss", *OFF),
+        ("parity_plain", "bias/sampler_cfg", "sample", *OFF),
+        ("parity_plain", "plain/forward", "sample", _without_array, r"array '.*' is missing from .*golden"),
+        ("parity_plain", "plain/forward", "sample", _another_shape, r"stored \(.*\), spec says \["),
+        ("parity_plain", "plain/forward", "sample", _unknown_operation, "unknown operation 'dream'"),
+        ("parity_plain", "plain/forward", "sample", _unknown_model, "unknown model 'huge'"),
+        ("parity_plain", "plain/forward", "sample", _unknown_output, "unknown output 'velocity'"),
+        ("parity", "small/trace", "blocks.1", _unknown_output, "unknown output 'velocity'"),
+        ("parity_plain", "plain/forward", "sample", _no_output, "has no outputs"),
+    ],
+)
+def test_what_does_not_agree_fails(
+    folder: str, name: str, output: str, change: Callable[[ParitySet, dict, str], None], message: str, tmp_path: Path
+) -> None:
+    """Each operation of the format, met as it is stored, and failing as soon as something of it is not met."""
+    parity = ParitySet(shutil.copytree(DATA / folder, tmp_path / "set"))
+    case = next(c for c in parity.spec["cases"] if c["name"] == name)
+    test_case(parity, case)
+    change(parity, case, output)
+    with pytest.raises(AssertionError, match=message):
+        test_case(ParitySet(parity.folder), case)
 
 
 def test_set_is_made_by_rule(parity: ParitySet) -> None:

@@ -1,5 +1,6 @@
 """The engine on a real Ray cluster of one CPU, where a wrong layout would hang."""
 
+import errno
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline import engine
+from pipeline import driver, engine
 from pipeline.check import status, verify
 from pipeline.corpus import Corpus
 from pipeline.driver import Driver
@@ -272,6 +273,19 @@ def test_a_model_that_cannot_load_ends_the_build_with_one_message(cluster: None,
     with pytest.raises(RequestError, match=r"stage upper words.*weights\.safetensors is not there"):
         carry_out(corpus, sources, stages, ingest)
     assert not (tmp_path / "corpus/failures").exists()
+
+
+def test_a_disk_too_full_to_say_what_failed_ends_the_build(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(driver, "write_failure", full)
+    sources, stages = [Pictures(count=1)], [source_words(broken=("pictures-000000-01",))]
+    corpus = open_corpus(tmp_path / "corpus", sources, stages)
+    with pytest.raises(RequestError, match=r"No space left on device.*no words for pictures-000000-01.*Make room"):
+        carry_out(corpus, sources, stages, ingest, max_attempts=1)
 
 
 def test_too_many_failed_samples_are_exit_status_1(cluster: None, tmp_path: Path) -> None:

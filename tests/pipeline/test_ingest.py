@@ -223,6 +223,31 @@ def test_two_workers_at_once_make_one_unit(tmp_path: Path, corpus: Corpus):
     assert {item.name for item in corpus.store.list("images")} == named
 
 
+def test_a_repair_writes_the_next_generation_of_the_shards_that_are_named(tmp_path: Path, corpus: Corpus):
+    record = ingest_unit(corpus, given(10), UnitTask("given-000000"), config(tmp_path))
+    before = corpus.commits("images")
+    again = given(10)
+    task = UnitTask("given-000000", redo={record.shards[1]: 1}, generation=1)
+    repaired = ingest_unit(corpus, again, task, config(tmp_path))
+    assert again.asked == [4, 5, 6, 7]
+    assert (repaired.shards, repaired.inputs, repaired.generation) == (record.shards, 10, 1)
+    after = corpus.commits("images")
+    assert [commit.generation for commit in after] == [0, 1, 0]
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert after[1].object.sha256 == before[1].object.sha256
+
+
+def test_with_care_the_same_shards_come_out(tmp_path: Path, corpus: Corpus):
+    other = Corpus.create(tmp_path / "other", "tried", 4)
+    other.declare_column("images", {"stage": "ingest", "version": 1}, SCALARS)
+    other.declare_source("given", {"adapter": "given", "images": ingest_stage(ImageOptions(min_side=32))})
+    source = given(6, row0=None, row2=b"<html>", row4=jpeg(4, (900, 700)))
+    ingest_unit(corpus, source, UnitTask("given-000000"), config(tmp_path))
+    ingest_unit(other, source, UnitTask("given-000000", careful=True), config(tmp_path))
+    assert lines(corpus) == lines(other)
+    assert [c.object.sha256 for c in corpus.commits("images")] == [c.object.sha256 for c in other.commits("images")]
+
+
 def test_long_sides_are_reduced_and_formats_unified(tmp_path: Path, corpus: Corpus):
     buffer = io.BytesIO()
     Image.new("RGB", (300, 200), (200, 10, 10)).save(buffer, "PNG")

@@ -12,9 +12,9 @@ import pytest
 from pipeline.check import gc, verify
 from pipeline.corpus import Corpus
 from pipeline.samples import query
+from tests.pipeline.made import Hashes, hashes, named_objects
 from tests.pipeline.whole import COLUMNS, INPUTS, SHARDS, UNITS, build_whole
 
-Hashes = dict[tuple[str, str], tuple[str, str]]
 ROOT = Path(__file__).parent.parent.parent
 # the step, and how often an undisturbed build comes by
 POINTS = {
@@ -30,20 +30,11 @@ POINTS = {
 }
 
 
-def objects(corpus: Corpus) -> Hashes:
-    """By column and shard, the hashes of the committed data object and its sidecar."""
-    return {
-        (column, commit.shard): (commit.object.sha256, commit.sidecar.sha256)
-        for column in COLUMNS
-        for commit in corpus.commits(column)
-    }
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Hashes:
     url = tmp_path_factory.mktemp("undisturbed") / "corpus"
     assert build_whole(url) == SHARDS * len(COLUMNS)
-    return objects(Corpus.open(url))
+    return hashes(Corpus.open(url), COLUMNS)
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -65,14 +56,14 @@ def test_killed_there_it_goes_on(point: str, tmp_path: Path, undisturbed: Hashes
     corpus = Corpus.open(url)
     assert verify(corpus)["problems"] == []  # in this state, too
     before = {str(path): path.read_bytes() for path in (url / "commits").rglob("*.json")}
-    there = objects(corpus)
-    named = {ref.name for c in COLUMNS for commit in corpus.commits(c) for ref in (commit.object, commit.sidecar)}
+    there = hashes(corpus, COLUMNS)
+    named = named_objects(corpus, COLUMNS)
     orphans = {item.name for c in COLUMNS for item in corpus.store.list(c)} - named
     assert len(orphans) <= 2  # the objects of the one attempt that was in flight
     made = build_whole(url)
 
     assert made == SHARDS * len(COLUMNS) - len(there)  # no more than was missing
-    assert objects(corpus) == undisturbed
+    assert hashes(corpus, COLUMNS) == undisturbed
     after = {str(path): path.read_bytes() for path in (url / "commits").rglob("*.json")}
     assert before.items() <= after.items()
     assert len(after) == SHARDS * len(COLUMNS) + UNITS

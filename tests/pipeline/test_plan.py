@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import cluster
 from pipeline.errors import RequestError
 from pipeline.failures import failures, read_failure, write_failure
 from pipeline.places import Places
@@ -130,3 +131,45 @@ def test_every_kind_of_work_has_a_place(cpus: float, gpus: float, models: int) -
     assert places.actors >= (models if not gpus else 1)
     assert places.actors * places.actor_gpu <= gpus
     assert min(places.ingest_cpu, places.task_cpu, places.actor_cpu) > 0
+
+
+def test_a_cluster_that_may_grow_is_asked_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 4.0})
+    assert cluster.size(None, None) == (4, 0)
+    assert cluster.size(100, 8) == (8, 8)  # twice the CPUs at a time, all GPUs
+    assert cluster.size(6, 0) == (6, 0)
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {})
+    assert cluster.size(None, None) == (1, 0)  # a head without CPUs: what finds no place is the demand
+
+
+def test_what_is_made_again_takes_with_it_what_comes_from_it(tmp_path: Path) -> None:
+    corpus = corpus_with(tmp_path, 2)
+    for shard in SHARDS:
+        STAGES[0].write(corpus, Job(0, "pictures", shard, {}).ref, "captions/source")
+        STAGES[1].write(corpus, Job(1, "pictures", shard, {}).ref, "captions/upper")
+    whole = Plan(corpus, UNITS, STAGES, ["images", "captions/source", "captions/upper"])
+    assert whole.empty()
+    redo = {
+        "images": {("pictures", SHARDS[1])},
+        "captions/source": {("pictures", SHARDS[2])},
+        "captions/none": {("pictures", SHARDS[3])},
+        "units": {("elsewhere", "elsewhere-000000")},
+    }
+    what = {"stage": "source words", "attempts": 3, "message": "long ago", "traceback": ""}
+    write_failure(corpus, "captions/source", "pictures", SHARDS[2], **what)
+    plan = Plan(corpus, UNITS, STAGES, redo=redo)
+    (unit,) = plan.units
+    assert (unit.unit, unit.redo, unit.generation) == ("pictures-000000", {SHARDS[1]: 1}, 0)
+    assert (plan.units_done, plan.done["images"], plan.shards) == (1, 3, 4)
+    (job,) = drain(plan, 0)
+    assert (job.shard, job.columns) == (SHARDS[2], {"captions/source": 1})
+    assert {(job.shard, tuple(job.columns.items())) for job in drain(plan, 1)} == {
+        (SHARDS[0], (("captions/lower", 0),)),
+        (SHARDS[3], (("captions/lower", 0),)),
+    }
+    plan.committed("pictures", SHARDS[1], "images")
+    (job,) = drain(plan, 0)
+    assert (job.shard, job.columns) == (SHARDS[1], {"captions/source": 1})
+    plan.committed("pictures", SHARDS[1], "captions/source")
+    (job,) = drain(plan, 1)
+    assert (job.shard, job.columns) == (SHARDS[1], {"captions/upper": 1, "captions/lower": 0})

@@ -29,7 +29,7 @@ from pipeline.sources import Input
 from pipeline.stages import Stage, Task, UnitTask, latest, read_rows, stages_of
 from pipeline.stages.ingest import SCALARS, ingest_unit
 from pipeline.stages.latents import seed_of, square
-from pipeline.stages.models import autoencoder_identity
+from pipeline.stages.models import Batches, autoencoder_identity
 from pipeline.stages.scores import basic_scores, perceptual_hash
 
 SHARD = 8
@@ -488,6 +488,76 @@ def test_text_is_the_same_when_made_again(tmp_path: Path):
         corpus = start(tmp_path / name)
         hashes.append([c.object.sha256 for c in make(corpus, columns)["text/minilm@source"]])
     assert hashes[0] == hashes[1]
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_the_gpu_has_no_room_for_is_halved_for_good():
+    sizes = []
+
+    def encode(samples, size):
+        sizes.append(size)
+        if size > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [10 * sample for sample in samples]
+
+    batches = Batches(16)
+    assert batches.run(encode, list(range(7))) == [0, 10, 20, 30, 40, 50, 60]
+    assert sizes == [16, 8, 4, 2, 2, 2, 2]
+    assert batches.run(encode, [1]) == [10]
+    assert batches.size == 2
+
+    def never(samples, size):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        batches.run(never, [1, 2, 3])
+    assert batches.size == 1
+
+
+def test_an_error_in_a_batch_is_the_samples_that_causes_it():
+    def encode(samples, size):
+        if 5 in samples:
+            raise ValueError("five")
+        return [-sample for sample in samples]
+
+    found = Batches(4).run(encode, [3, 4, 5, 6, 7])
+    assert found[:2] + found[3:] == [-3, -4, -6, -7]
+    assert isinstance(found[2], ValueError)
+
+    def broken(samples, size):
+        raise ValueError("it is not the samples")
+
+    with pytest.raises(ValueError, match="not the samples"):
+        Batches(4).run(broken, [1, 2])
+
+
+def test_a_trial_of_some_rows_commits_nothing_and_rows_set_aside_fail(corpus: Corpus, autoencoder: str):
+    columns = {
+        "captions/source": {},
+        "scores/basic": {},
+        "latents/x": {"autoencoder": autoencoder, "resolution": 32},
+        "text/minilm@source": {"encoder": "minilm"},
+    }
+    made = {}
+    ref = corpus.commits("images")[0].ref
+    for stage in stages_of(config(Path(corpus.url), columns)):
+        for column, spec in stage.columns.items():
+            corpus.declare_column(column, spec.stage, spec.scalars)
+        wanted = dict.fromkeys(stage.columns, 0)
+        assert stage.run(corpus, Task(ref, wanted, rows=range(2, 5))) == []
+        assert stage.run(corpus, Task(ref, wanted, rows=range(0))) == []
+        for commit in stage.run(corpus, Task(ref, wanted, aside={0: "crash", 3: "stall"})):
+            made[commit.column] = commit
+    assert made.keys() == columns.keys()
+    assert not list(corpus.store.unfinished())
+    for column, commit in made.items():
+        assert len(list(corpus.store.list(f"{column}/photos"))) == (1 if commit.object == commit.sidecar else 2)
+        reasons = [line["reason"] for line in lines(corpus, [commit])]
+        inherited = column == "text/minilm@source"
+        assert (reasons[0], reasons[3]) == (("upstream", "upstream") if inherited else ("crash", "stall"))
+        assert commit.counts["in"] == SHARD
 
 
 # -- all -------------------------------------------------------------------------------------------------------------
