@@ -27,11 +27,13 @@ def joined() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    local: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
+    # without "local" Ray would join a cluster that anybody started on this machine with `ray start`
+    local = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE}
+    where: dict[str, Any] = {} if address else local
     # one thread a process: the engine, not OpenMP, spreads the work
     environment = {"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}}
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **local)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **where)
     except ConnectionError as error:
         raise RequestError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); "

@@ -199,8 +199,8 @@ class Corpus:
 
     def listed(self, column: str, source: str | None = None) -> Iterator[tuple[tuple[str, str], int]]:
         """Every commit of a column, all generations, from one listing: ((source, shard), generation), in no order."""
-        for item in self.store.list(f"commits/{column}/{source}" if source else f"commits/{column}"):
-            match = COMMIT.fullmatch(item.name)  # what is no commit is for `verify` to tell
+        for name in self.store.names(f"commits/{column}/{source}" if source else f"commits/{column}"):
+            match = COMMIT.fullmatch(name)  # what is no commit is for `verify` to tell
             if match and match[1] == column:  # "captions" lists "captions/long" too
                 yield (intern(match[2]), match[3]), int(match[4])
 

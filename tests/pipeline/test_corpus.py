@@ -171,6 +171,7 @@ def test_a_corpus_out_of_reach_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setattr("pipeline.store.FIRST_PATIENCE", 0.5)
     with pytest.raises(RequestError, match=r"s3://bucket/x: it cannot be reached"):
         Corpus.open("s3://bucket/x")
 
