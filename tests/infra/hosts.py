@@ -56,9 +56,9 @@ class Host:
         self.started.append(process)
         return process
 
-    def processes(self) -> list[str]:
+    def processes(self) -> str:
         """The command lines of all that runs on it."""
-        return self.run("ps -e -o args=").splitlines()
+        return self.run("ps -e -o args=")
 
     def lose_power(self) -> None:
         """Link down, so that no other host hears of it, then SIGKILL of every process at once."""
