@@ -1,4 +1,4 @@
-"""A real S3 server (moto's) in a process of its own on loopback, and the fixtures that give tests a corpus on it."""
+"""A real S3 server (moto's) in a process of its own, and the fixtures that give tests a corpus on it, on loopback."""
 
 import os
 import subprocess
@@ -13,6 +13,7 @@ import pytest
 
 BUCKET = "microdit-test"
 SERVER = """
+import sys
 import io
 import threading
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -33,21 +34,21 @@ def app(environ, start_response):
     with lock:
         return moto(environ, start_response)
 
-server = make_server("127.0.0.1", 0, app, threaded=True)
+server = make_server(sys.argv[1], 0, app, threaded=True)
 print(server.port, flush=True)
 server.serve_forever()
 """
 
 
 @contextmanager
-def serve() -> Iterator[str]:
-    """URL of a server that runs until the block ends."""
+def serve(host: str = "127.0.0.1") -> Iterator[str]:
+    """URL of a server that runs until the block ends, on an address of this machine."""
     with subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", SERVER, host], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as server:
         try:
             assert server.stdout is not None
-            yield f"http://127.0.0.1:{int(server.stdout.readline())}"
+            yield f"http://{host}:{int(server.stdout.readline())}"
         finally:
             server.kill()
 
@@ -64,16 +65,32 @@ def environment(url: str) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    """URL of the server; the environment names it, the bucket is made."""
-    with serve() as url, pytest.MonkeyPatch.context() as patch:
+@contextmanager
+def environ(environment: dict[str, str]) -> Iterator[None]:
+    """This process uses the server of `environment`, whatever it used before, and so do its children."""
+    with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
-        for name, value in environment(url).items():
+        for name, value in environment.items():
             patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket=BUCKET)
-        yield url
+        yield
+
+
+@contextmanager
+def s3_at(host: str) -> Iterator[dict[str, str]]:
+    """A server with the bucket; gives the environment of those who use it."""
+    with serve(host) as url:
+        found = environment(url)
+        with environ(found):
+            boto3.client("s3").create_bucket(Bucket=BUCKET)
+        yield found
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """URL of the server; the environment points boto3, obstore and all child processes at it, the bucket is made."""
+    with s3_at("127.0.0.1") as found, environ(found):
+        yield found["AWS_ENDPOINT_URL"]
 
 
 @pytest.fixture
