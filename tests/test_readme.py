@@ -11,7 +11,10 @@ import boto3
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BUILD = ["shard_samples=16", "sources.openmoji.unit_inputs=32", "sources.openmoji.limit=32"]
+BUILD = [
+    "shard_samples=16", "max_failures=0.5", "sources.openmoji.unit_inputs=32", "sources.openmoji.limit=32",
+    "sources.openmoji.fetch.timeout=4", "sources.openmoji.fetch.idle_timeout=2",
+]  # fmt: skip
 TRAIN = [
     "stages.0.images=64",
     "stages.1.images=128",
