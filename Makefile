@@ -15,7 +15,7 @@ demo: .venv/installed
 
 setup: .venv/installed
 
-test: .venv/installed-dev .venv/chromium lint
+test: .venv/installed-dev .venv/chromium .venv/slurm lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed-dev
@@ -42,6 +42,16 @@ $(BIN)/python:
 .venv/chromium: .venv/installed-dev
 	@command -v chromium >/dev/null || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium; } \
 		|| $(BIN)/playwright install --with-deps chromium
+	@touch $@
+
+# for tests/infra: virtual networks and a small real Slurm, which root alone can start
+.venv/slurm: | $(BIN)/python
+	@for command in ip sbatch slurmctld slurmd; do \
+		if test "$$(id -u)" = 0 && ! command -v $$command >/dev/null; then \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+				apt-get install -y -qq --no-install-recommends iproute2 slurm-client slurmctld slurmd || exit 1; \
+		fi; \
+	done
 	@touch $@
 
 clean:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.records import KEY, Commit, Declaration, InputRef, ObjectRef, ShardRef
 from pipeline.shards import TarWriter, sha256_file, sidecar_table, write_table
+from pipeline.watch import alive, fail_point
 
 if TYPE_CHECKING:
     from pipeline.corpus import Corpus
@@ -55,6 +56,8 @@ class Attempt:
             ValueError: the key is not 1 to 80 of `[A-Za-z0-9_-]`, a scalar is a string that UTF-8 cannot write, or the
                 members are none or other ones than the samples' before. Nothing was added then.
         """
+        alive()
+        fail_point("writing")
         _check_key(key)
         for name, value in scalars.items():
             if isinstance(value, str) and value != _writable(value):
@@ -70,6 +73,7 @@ class Attempt:
         Raises:
             ValueError: the key is not 1 to 80 of `[A-Za-z0-9_-]`.
         """
+        alive()
         _check_key(key)
         line = {"reason": reason, "detail": " ".join(detail.split())[:500], **scalars}
         line = {name: _writable(value) if isinstance(value, str) else value for name, value in line.items()}
@@ -101,6 +105,7 @@ class Attempt:
             )
             store.publish(self._object_name, self._object_path)
         store.publish(self._sidecar_name, self._sidecar_path)
+        fail_point("written")
         # a machine that slept has a monotonic clock that stood still
         age = max(time.monotonic() - self._began[0], time.time() - self._began[1])
         if age > MAX_ATTEMPT_HOURS * 3600:
@@ -126,12 +131,15 @@ class Attempt:
         )
         record = Commit.parse(wanted.to_bytes())
         try:
+            fail_point("committing")
             store.create(record.name, wanted.to_bytes())
         except FileExistsError:
             winner = self.corpus.commit(record.column, record.source, record.shard, record.generation)
             if winner.attempt != self.id:  # ours, if the answer to our first request was lost and it was sent again
                 store.delete(sorted({data.name, sidecar.name}))
+                winner._ours = False
             return winner
+        fail_point("committed")
         return record
 
 

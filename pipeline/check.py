@@ -1,23 +1,25 @@
 """What is in a corpus and how far it is, and what a killed writer left in it: status, ls, gc, verify."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.corpus import Commit, Corpus, InputRef
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.commit_table import Totals, commit_table, totals
+from pipeline.corpus import Commit, Corpus
 from pipeline.errors import RequestError
 from pipeline.failures import failures, read_failure
 from pipeline.parallel import threaded
-from pipeline.records import ATTEMPT, COMMIT, RESERVED, UNITS
-from pipeline.tables import SampleTable
+from pipeline.records import COMMIT, OBJECT, PROBES, RESERVED, UNITS
+from pipeline.store import ObjectInfo
+from pipeline.tables import Table
 from pipeline.verify import verify
-
-OBJECT = re.compile(rf"([^/]+(?:/[^/]+)?)/([^/]+)/([^/]+)\.{ATTEMPT.pattern}\.(?:tar|parquet|rows\.parquet)")
-
 
 # -- status ----------------------------------------------------------------------------------------------------------
 
@@ -31,33 +33,38 @@ def status(corpus: Corpus) -> dict[str, Any]:
     `bytes`, `seconds` (of work), `rate` (samples a second of one worker). `set_aside`: what was given up, and why.
     """
     declared = sorted(corpus.columns())
-    sources = {name: _source_status(corpus, name) for name in sorted(corpus.sources())}
-    columns: dict[str, dict[str, Any]] = {column: {source: _nothing() for source in sources} for column in declared}
-    newest: dict[tuple[str, str, str], tuple[int, str]] = {}
-    inputs: dict[tuple[str, str, str], list[InputRef]] = {}
-    for column in declared:
-        for commit in corpus.commits(column):
-            where = (column, commit.source, commit.shard)
-            newest[where], inputs[where] = (commit.generation, commit.sha256), commit.inputs
-            _count(columns[column].setdefault(commit.source, _nothing()), commit)
-    for (column, source, shard), read in inputs.items():
-        there = ((item, newest.get((item.column, source, shard), (-1, ""))) for item in read)
-        columns[column][source]["stale"] += any(
-            found[0] > item.generation or (found[0] == item.generation and found[1] != item.sha256)
-            for item, found in there
-        )
-    aside = [record for column in [*declared, UNITS] for record in _set_aside(corpus, column, newest)]
-    for record in aside:
-        if record["column"] in columns:
-            columns[record["column"]].setdefault(record["source"], _nothing())["set_aside"] += 1
-    for column, by_source in columns.items():
-        for source, entry in by_source.items():
-            images = columns.get("images", {}).get(source, _nothing())["done"]
-            complete = source in sources and sources[source]["units"] == sources[source]["units_done"]
-            entry["left"] = images - entry["done"] if column != "images" else 0 if complete else None
-            entry["seconds"] = round(entry["seconds"], 3)
-            entry["rate"] = round(entry["in"] / entry["seconds"], 3) if entry["seconds"] else None
-            entry["reasons"] = dict(sorted(entry["reasons"].items()))
+    table = commit_table(corpus)
+    found = totals(table)
+    sources = {}
+    for name in sorted(corpus.sources()):
+        units, expected = found.get((UNITS, name), Totals()), corpus.source(name).stage.get("units")
+        sources[name] = {
+            "units": expected if isinstance(expected, int) else None,
+            "units_done": units.done,
+            "inputs": units.inputs,
+        }
+    aside = [record for column in [*declared, UNITS] for record in _set_aside(corpus, column, table)]
+    given_up = Counter((record["column"], record["source"]) for record in aside)
+    columns: dict[str, dict[str, Any]] = {column: {} for column in declared}
+    for column, source in dict.fromkeys([*((c, s) for c in declared for s in sources), *found, *given_up]):
+        if column not in columns:
+            continue
+        there = found.get((column, source), Totals())
+        images = found.get(("images", source), Totals()).done
+        complete = source in sources and sources[source]["units"] == sources[source]["units_done"]
+        columns[column][source] = {
+            "done": there.done,
+            "left": images - there.done if column != "images" else 0 if complete else None,
+            "set_aside": given_up[column, source],
+            "stale": there.stale,
+            "in": there.inputs,
+            "out": there.out,
+            "failed": there.failed,
+            "bytes": there.bytes,
+            "seconds": round(there.seconds, 3),
+            "rate": round(there.inputs / there.seconds, 3) if there.seconds else None,
+            "reasons": dict(sorted(there.reasons.items())),
+        }
     return {
         "corpus": corpus.url,
         "name": corpus.name,
@@ -68,35 +75,12 @@ def status(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def _source_status(corpus: Corpus, source: str) -> dict[str, Any]:
-    units, expected = corpus.units(source), corpus.source(source).stage.get("units")
-    return {
-        "units": expected if isinstance(expected, int) else None,
-        "units_done": len(units),
-        "inputs": sum(unit.inputs for unit in units.values()),
-    }
-
-
-def _nothing() -> dict[str, Any]:
-    return dict.fromkeys(("done", "left", "set_aside", "stale", "in", "out", "failed", "bytes"), 0) | {
-        "seconds": 0.0,
-        "rate": None,
-        "reasons": Counter(),
-    }
-
-
-def _count(entry: dict[str, Any], commit: Commit) -> None:
-    entry["done"] += 1
-    for name in ("in", "out", "failed"):
-        entry[name] += commit.counts[name]
-    entry["reasons"].update(commit.reasons)
-    entry["bytes"] += sum({ref.name: ref.size for ref in (commit.object, commit.sidecar)}.values())
-    entry["seconds"] += commit.timings.get("seconds", 0.0)
-
-
-def _set_aside(corpus: Corpus, column: str, newest: dict[tuple[str, str, str], Any]) -> Iterator[dict[str, Any]]:
-    done = corpus.committed(UNITS) if column == UNITS else {where[1:] for where in newest if where[0] == column}
-    for (source, shard), number in sorted(failures(corpus, column).items()):
+def _set_aside(corpus: Corpus, column: str, table: pa.Table) -> Iterator[dict[str, Any]]:
+    if not (recorded := failures(corpus, column)):
+        return
+    there = table.filter(pc.equal(table["column"], column))
+    done = set(zip(there["source"].to_pylist(), there["shard"].to_pylist(), strict=True))
+    for (source, shard), number in sorted(recorded.items()):
         if (source, shard) not in done:
             yield read_failure(corpus, column, source, shard, number).model_dump(exclude={"traceback", "version"})
 
@@ -122,7 +106,7 @@ def ls(corpus: Corpus, column: str) -> Iterator[str]:
 
 
 def gc(corpus: Corpus, older_than_hours: float = 48, dry_run: bool = False) -> dict[str, Any]:
-    """Remove what killed writers left: attempts that no commit names, unfinished files and uploads, old sample tables.
+    """Remove what killed writers left: attempts that no commit names, unfinished files and uploads, probes, old tables.
 
     Args:
         older_than_hours: what is younger stays. Below 12 only if nothing is writing to the corpus: an attempt may be
@@ -130,7 +114,8 @@ def gc(corpus: Corpus, older_than_hours: float = 48, dry_run: bool = False) -> d
         dry_run: remove nothing, say what would go.
 
     Returns:
-        dict: `names` (sorted) of what went, `bytes`, and how many: `attempts`, `tables`, `unfinished`, `uploads`.
+        dict: `names` (sorted) of what went, `bytes`, and how many: `attempts`, `tables`, `unfinished` (probes among
+        them), `uploads`.
     """
     limit = datetime.now(UTC) - timedelta(hours=older_than_hours)
     old = {item.name: item.size for item in corpus.store.list() if item.modified <= limit}
@@ -145,18 +130,19 @@ def gc(corpus: Corpus, older_than_hours: float = 48, dry_run: bool = False) -> d
     tables = _old_tables(corpus, [name for name in old if name.startswith("tables/")])
     unfinished = {path: size for path in corpus.store.unfinished() if (size := _size_if_old(path, limit)) is not None}
     uploads = _old_uploads(corpus, limit)
+    probes = [name for name in old if name.startswith(f"{PROBES}/")]  # of builds that were killed
     if not dry_run:
-        corpus.store.delete([*attempts, *tables])
+        corpus.store.delete([*attempts, *tables, *probes])
         for path in unfinished:
             path.unlink(missing_ok=True)
         for client, upload in uploads:
             client.abort_multipart_upload(**upload)
-    names = [*attempts, *tables, *(path.relative_to(str(corpus.store.root)).as_posix() for path in unfinished)]
+    names = [*attempts, *tables, *probes, *(path.relative_to(str(corpus.store.root)).as_posix() for path in unfinished)]
     return {
         "dry_run": dry_run,
         "attempts": len(attempts),
         "tables": len(tables),
-        "unfinished": len(unfinished),
+        "unfinished": len(unfinished) + len(probes),
         "uploads": len(uploads),
         "bytes": sum(old[name] for name in [*attempts, *tables]) + sum(unfinished.values()),
         "names": sorted([*names, *(upload["Key"] for _, upload in uploads)]),
@@ -184,16 +170,16 @@ def _named(corpus: Corpus) -> tuple[set[str], set[tuple[str, ...]]]:
 
 
 def _old_tables(corpus: Corpus, names: list[str]) -> list[str]:
-    """All but the table of the newest manifest."""
-    manifests = sorted(
-        (item for item in corpus.store.list("tables") if item.name.endswith(".json")), key=lambda item: item.modified
-    )
+    """All but the sample table and the commit table of the newest manifests."""
+    newest: dict[str, ObjectInfo] = {}
+    for item in corpus.store.list("tables"):
+        folder = item.name.rpartition("/")[0]
+        if item.name.endswith(".json") and (folder not in newest or newest[folder].modified < item.modified):
+            newest[folder] = item
     keep: set[str] = set()
-    if manifests:
-        try:
-            keep = {manifests[-1].name, SampleTable.parse(corpus.store.get(manifests[-1].name)).object.name}
-        except (ValueError, FileNotFoundError):
-            keep = set()  # it is a cache
+    for item in newest.values():
+        with suppress(ValueError, FileNotFoundError):  # it is a cache
+            keep |= {Table.parse(corpus.store.get(item.name)).object.name, item.name}
     return [name for name in names if name not in keep]
 
 

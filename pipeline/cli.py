@@ -89,10 +89,19 @@ def build(
     columns: Annotated[
         str | None, typer.Option(metavar="A,B", help="Make these columns alone; `images` reads the sources.")
     ] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Take again what was set aside.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Take again the shards and units that were set aside.")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Read all that is there; make again what is damaged, lost or stale.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Build a corpus, or go on with it: everything the config asks for that is not there.
+
+    It may be stopped or killed at any moment, and run twice at the same time: nothing is written twice. A shard that
+    fails is tried again, then set aside with the reason (`microdit status` shows it), and the build goes on. On a
+    cluster set `RAY_ADDRESS`. Elsewhere than on a terminal the progress is one line of JSON a minute.
 
     **Examples**
 
@@ -101,6 +110,8 @@ def build(
     - `microdit build configs/demo.yaml --columns images,captions/source`
 
     - `microdit build configs/demo.yaml --retry-failed resources.cpus_per_task=0.5`
+
+    - `microdit build configs/demo.yaml --repair` after `microdit verify` found damage, or `status` stale shards
     """
     from pipeline.config import load_config
     from pipeline.engine import build as build_corpus
@@ -109,7 +120,7 @@ def build(
     wanted = [name.strip() for name in columns.split(",") if name.strip()] if columns is not None else None
     with _answer(as_json) as answer, shown() as progress:
         loaded = load_config(config, overrides or (), corpus)
-        summary = build_corpus(loaded, wanted, retry_failed=retry_failed, progress=progress)
+        summary = build_corpus(loaded, wanted, retry_failed=retry_failed, repair=repair, progress=progress)
         answer.update(summary.to_dict())
     if not as_json:
         print(summary.text())
@@ -118,7 +129,12 @@ def build(
 
 @app.command()
 def status(corpus: CorpusUrl, as_json: Json = False) -> None:
-    """How far a corpus is: by source and column what is done, failed and left, bytes, and rates."""
+    """How far a corpus is: by source and column what is done, failed and left, bytes, and rates.
+
+    `aside` are shards that failed as a whole, with the message below: `microdit build CONFIG --retry-failed` takes them
+    again. `stale` are shards of which an input was made again since: `microdit build CONFIG --repair` mends them.
+    `failed` are single samples; `microdit query` tells the reasons.
+    """
     from pipeline.check import status as status_of
 
     with _answer(as_json) as answer:
@@ -182,7 +198,11 @@ def select(
 
 @app.command()
 def verify(corpus: CorpusUrl, as_json: Json = False) -> None:
-    """Check every object: checksums, counts, keys, lineage, in = out + failed. Exit status 1 if something is wrong."""
+    """Check every object: checksums, counts, keys, lineage, in = out + failed. Exit status 1 if something is wrong.
+
+    Every byte is read, and every fault named. `microdit build CONFIG --repair` makes again what is damaged, lost or
+    stale.
+    """
     from pipeline.check import verify as verify_all
 
     with _answer(as_json) as answer:

@@ -149,6 +149,10 @@ COLUMN_KINDS: dict[str, type[CaptionsColumn | ScoresColumn | LatentsColumn | Tex
 class Resources(Options):
     """How the work is laid out on the machines. No part of any fingerprint."""
 
+    cpus: float | None = Field(default=None, gt=0)
+    """CPUs that the cluster may grow to, where an autoscaler adds nodes; by default those that it has."""
+    gpus: float | None = Field(default=None, ge=0)
+    """The same for GPUs. Without it a cluster that has none yet does the models' work on CPUs."""
     cpus_per_task: float = Field(default=1.0, gt=0)
     """CPUs that ingest and the cheap stages ask for."""
     cpus_per_actor: float = Field(default=1.0, ge=0)
@@ -160,6 +164,8 @@ class Resources(Options):
     """Images per call of an autoencoder. Another value moves the last bits of the numbers, not more."""
     text_batch: int = Field(default=32, ge=1)
     """Captions per call of a text encoder; as above."""
+    stall_timeout: float = Field(default=600.0, gt=0)
+    """Seconds without a finished sample after which a worker is taken for hung: more than the slowest batch needs."""
 
 
 class BuildConfig(Options):

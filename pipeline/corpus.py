@@ -5,13 +5,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from sys import intern
 from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 from obstore.exceptions import BaseError
 
 from pipeline.attempts import Attempt
-from pipeline.errors import RequestError
+from pipeline.errors import DamagedError, RequestError
 from pipeline.records import (
     COLUMN,
     COMMIT,
@@ -191,30 +192,41 @@ class Corpus:
 
     def committed(self, column: str, source: str | None = None) -> dict[tuple[str, str], int]:
         """What is committed of a column, from one listing: {(source, shard): highest generation}."""
-        prefix = f"commits/{column}/{source}" if source else f"commits/{column}"
         highest: dict[tuple[str, str], int] = {}
-        for item in self.store.list(prefix):
-            match = COMMIT.fullmatch(item.name)  # what is no commit is for `verify` to tell
-            if match and match[1] == column:  # "captions" lists "captions/long" too
-                where = (match[2], match[3])
-                highest[where] = max(highest.get(where, 0), int(match[4]))
+        for where, generation in self.listed(column, source):
+            highest[where] = max(highest.get(where, 0), generation)
         return highest
+
+    def listed(self, column: str, source: str | None = None) -> Iterator[tuple[tuple[str, str], int]]:
+        """Every commit of a column, all generations, from one listing: ((source, shard), generation), in no order."""
+        for name in self.store.names(f"commits/{column}/{source}" if source else f"commits/{column}"):
+            match = COMMIT.fullmatch(name)  # what is no commit is for `verify` to tell
+            if match and match[1] == column:  # "captions" lists "captions/long" too
+                yield (intern(match[2]), match[3]), int(match[4])
 
     def commit(self, column: str, source: str, shard: str, generation: int) -> Commit:
         """One commit, read.
 
         Raises:
             FileNotFoundError: there is none.
-            RequestError: it is damaged.
+            DamagedError: it cannot be understood.
         """
         return self._read(commit_name(column, source, shard, generation), Commit)
 
     def commits(self, column: str, source: str | None = None) -> list[Commit]:
-        """The commits of the highest generation of every shard of a column, ordered by source and shard."""
+        """The commits of the highest generation of every shard of a column, ordered by source and shard.
+
+        Raises:
+            DamagedError: one of them cannot be understood.
+        """
         found = sorted(self.committed(column, source).items())
         names = [commit_name(column, source, shard, generation) for (source, shard), generation in found]
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(lambda name: self._read(name, Commit), names))
+
+    def unit(self, source: str, unit: str, generation: int = 0) -> UnitCommit:
+        """One unit's commit; errors as `commit`."""
+        return self._read(commit_name(UNITS, source, unit, generation), UnitCommit)
 
     def units(self, source: str) -> dict[str, UnitCommit]:
         """The committed units of a source."""
@@ -224,20 +236,27 @@ class Corpus:
             records = list(pool.map(lambda name: self._read(name, UnitCommit), names))
         return {record.unit: record for record in records}
 
-    def commit_unit(self, source: str, unit: str, inputs: int, shards: Sequence[str]) -> UnitCommit:
+    def commit_unit(
+        self, source: str, unit: str, inputs: int, shards: Sequence[str], generation: int = 0
+    ) -> UnitCommit:
         """Record that a unit is complete; a second worker that did the same finds the first one's record.
 
         Raises:
             ValueError: the first one counted other inputs or shards.
         """
         record = UnitCommit(
-            source=source, unit=unit, inputs=inputs, shards=list(shards), fingerprint=self.source(source).fingerprint
+            source=source,
+            unit=unit,
+            generation=generation,
+            inputs=inputs,
+            shards=list(shards),
+            fingerprint=self.source(source).fingerprint,
         )
-        name = commit_name(UNITS, source, unit, 0)
+        name = commit_name(UNITS, source, unit, generation)
         try:
             self.store.create(name, record.to_bytes())
         except FileExistsError:
-            found = self._read(name, UnitCommit)
+            found = self.unit(source, unit, generation)
             if (found.inputs, found.shards) != (record.inputs, record.shards):
                 raise ValueError(
                     f"unit {unit}: {name} has {found.inputs} inputs in {len(found.shards)} shards, "
@@ -251,9 +270,10 @@ class Corpus:
         try:
             return kind.parse(data)
         except ValueError as error:
-            raise RequestError(
+            raise DamagedError(
                 f"corpus {self.url}: {name} is damaged ({first_line(error)}); "
-                f"`microdit verify` lists all damage; restore this object from a copy"
+                f"`microdit verify` lists all damage, `microdit build --repair` mends commits; "
+                f"a declaration must be restored from a copy"
             ) from None
 
     # -- reading a shard -----------------------------------------------------------------------------------------

@@ -6,31 +6,34 @@ it and start it again, and the listing says where to go on.
 
 import heapq
 import itertools
+import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from obstore.exceptions import BaseError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import workers
+from pipeline import cluster, workers
+from pipeline.board import Board
 from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
 from pipeline.failures import write_failure
 from pipeline.places import Places
 from pipeline.plan import Job, Plan, UnitJob
-from pipeline.progress import Line, Progress, Snapshot, Tally
-from pipeline.records import UNITS
+from pipeline.retries import Retries
 from pipeline.sources import Source
 from pipeline.stages import IMAGES
-from pipeline.summary import Work
+from pipeline.store import first_line
 
 IDLE_SECONDS = 30.0  # a stage that waits for work longer than this gives its model's place back
 CROWDED_SECONDS = 10.0  # the same while another stage has waited as long for a place
 PER_ACTOR = 2  # shards with an actor: one running, one waiting
 GRACE_SECONDS = 15.0  # for the shards in flight when a signal comes
-BACKOFF_SECONDS = 1.0  # before the second attempt; twice as long before each further one
 RESOURCES_EVERY = 5.0  # seconds between two looks at the cluster's size
+LOOK_SECONDS = 60.0  # for every node to say that it sees the corpus
 
 
 @dataclass
@@ -40,7 +43,8 @@ class Actor:
     handle: Any
     stage: int
     began: float
-    placed: bool = False
+    node: str | None = None
+    """Where it has its place."""
     ready: bool = False
     refs: list[Any] = field(default_factory=list)
     idle_since: float = 0.0
@@ -48,10 +52,12 @@ class Actor:
 
 @dataclass
 class Flight:
-    """One call that was submitted: a job (none: the actor's `load`), and the actor if it has one."""
+    """One call that was submitted: a job (none: the actor's `place` and `load`), and the actor if it has one."""
 
     job: Job | UnitJob | None
     actor: Actor | None = None
+    began: float | None = None
+    node: str | None = None
 
 
 class Driver:
@@ -63,44 +69,58 @@ class Driver:
         plan: Plan,
         sources: Sequence[Source],
         ingest: workers.Ingest,
-        max_attempts: int,
-        resources: dict[str, float],
-        progress: Progress | None,
+        retries: Retries,
+        shared: workers.Shared,
+        resources: Mapping[str, float],
+        board: Board,
     ):
-        self.corpus, self.plan, self.progress = corpus, plan, progress
-        self.max_attempts, self.resources = max_attempts, resources
+        self.corpus, self.plan, self.retries, self.board = corpus, plan, retries, board
+        self.resources, self.stall_timeout = dict(resources), shared.stall_timeout
+        self.most = self.resources.pop("cpus", None), self.resources.pop("gpus", None)
         self.order = plan.downstream_first()
         self.upstream = [plan.upstream(stage) for stage in range(len(plan.stages))]
         self.is_model = [stage.device == "gpu" for stage in plan.stages]
         self.flights: dict[Any, Flight] = {}
         self.actors: list[Actor] = []
         self.delayed: list[tuple[float, int, Job | UnitJob]] = []
-        self.failed_attempts: dict[Job | UnitJob, int] = {}
         self.lost_actors = [0] * len(plan.stages)
-        self.tallies = [Tally() for _ in plan.stages]
-        self.ingest_tally = Tally()
-        self.work: dict[str, Work] = {}
-        self.notes: list[str] = []
         self.stop: int | None = None
-        self.began = time.monotonic()
         self._count = itertools.count()
-        self._reported = self._looked = 0.0
+        self._looked = 0.0
         self._ingest: Any = ray.remote(max_retries=0, num_returns="streaming")(workers.ingest)
-        self._task: Any = ray.remote(max_retries=0)(workers.stage_task)
+        self._task: Any = ray.remote(max_retries=0, num_returns="streaming")(workers.stage_task)
         self._actor: Any = ray.remote(max_restarts=0, max_task_retries=0)(workers.StageActor)
-        corpus_ref = ray.put(corpus)
-        self._ingest_ref = ray.put((corpus, ingest))
-        self._source_refs = {source.name: ray.put(source) for source in sources}
-        self._stage_refs = [[corpus_ref, ray.put(stage)] for stage in plan.stages]
+        self._shared, ingest_ref = ray.put(shared), ray.put(ingest)
+        self._source_refs = {source.name: [self._shared, ingest_ref, ray.put(source)] for source in sources}
+        self._stage_refs = [[self._shared, ray.put(stage)] for stage in plan.stages]
         self._look()
 
     def _look(self) -> None:
         """How large the cluster is now: nodes come and go."""
         if (now := time.monotonic()) - self._looked >= RESOURCES_EVERY:
             self._looked = now
-            found = ray.cluster_resources()
+            self.nodes = cluster.nodes()
             models = sum(bool(targets) and self.is_model[i] for i, targets in enumerate(self.plan.targets))
-            self.places = Places.on(max(found.get("CPU", 0.0), 1.0), found.get("GPU", 0.0), models, **self.resources)
+            self.places = Places.on(*cluster.size(*self.most), models, **self.resources)
+
+    def check_nodes(self) -> None:
+        """Make sure that every node sees the corpus.
+
+        Raises:
+            RequestError: one does not.
+        """
+        task: Any = ray.remote(num_cpus=0)(workers.look_from_here)
+        refs = [
+            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote([self._shared])
+            for node in self.nodes
+        ]
+        for ref in ray.wait(refs, num_returns=len(refs), timeout=LOOK_SECONDS)[0] if refs else ():
+            try:
+                message = ray.get(ref)
+            except ray.exceptions.RayError:
+                continue  # the node is gone; its successor looks when it works for the first time
+            if "error" in message:
+                raise RequestError(message["error"]["message"])
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -135,7 +155,7 @@ class Driver:
                 del self.flights[ref]
         until = time.monotonic() + GRACE_SECONDS
         if self.flights:
-            self.notes.append(f"stopping: {len(self.flights)} shards in flight get {GRACE_SECONDS:.0f} s to end")
+            self.board.say(f"stopping: {len(self.flights)} shards in flight get {GRACE_SECONDS:.0f} s to end")
         while self.flights and time.monotonic() < until:
             self._collect(0.2)
             self._report()
@@ -163,31 +183,36 @@ class Driver:
         return sum(isinstance(f.job, UnitJob) for f in self.flights.values())
 
     def _start(self, job: Job | UnitJob) -> None:
+        elsewhere = [node for node in self.nodes if node not in self.retries.of(job).nodes]
+        options: dict[str, Any] = {}
+        if elsewhere and len(elsewhere) < len(self.nodes):
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(random.choice(elsewhere), soft=True)
         if isinstance(job, UnitJob):
-            options = {"num_cpus": self.places.ingest_cpu, "name": f"ingest {job.source}"}
-            ref = self._ingest.options(**options).remote([self._ingest_ref, self._source_refs[job.source]], job.unit)
-            self.ingest_tally.begin()
+            call = self._ingest.options(num_cpus=self.places.ingest_cpu, name=f"ingest {job.source}", **options)
+            ref = call.remote(self._source_refs[job.source], self.retries.unit_task(job))
         else:
-            options = {"num_cpus": self.places.task_cpu, "name": self.plan.stages[job.stage].name}
-            ref = self._task.options(**options).remote(self._stage_refs[job.stage], job.ref, job.columns)
-            self.tallies[job.stage].begin()
+            name = self.plan.stages[job.stage].name
+            call = self._task.options(num_cpus=self.places.task_cpu, name=name, **options)
+            ref = call.remote(self._stage_refs[job.stage], self.retries.task(job))
         self.flights[ref] = Flight(job)
+        self.board.begin(job)
 
     def _give(self, actor: Actor, job: Job) -> None:
-        ref = actor.handle.run.remote(job.ref, job.columns)
+        ref = actor.handle.run.options(num_returns="streaming").remote(self.retries.task(job))
         actor.refs.append(ref)
         self.flights[ref] = Flight(job, actor)
-        self.tallies[job.stage].begin()
+        self.board.begin(job)
 
     def _serve_model(self, stage: int) -> None:
         """Shards for the stage's actors, and an actor more if they are behind and there is a place."""
         mine = [actor for actor in self.actors if actor.stage == stage]
-        for depth in range(1, PER_ACTOR + 1):
-            for actor in mine:
-                if actor.ready and len(actor.refs) < depth and (job := self.plan.take(stage)):
-                    self._give(actor, job)
-        backlog = len(self.plan.ready[stage])
-        if not backlog or any(not actor.ready for actor in mine):
+        while free := [actor for actor in mine if actor.ready and len(actor.refs) < PER_ACTOR]:
+            if (job := self.plan.take(stage)) is None:
+                break
+            failed = self.retries.of(job).nodes
+            self._give(min(free, key=lambda actor: (actor.node in failed, len(actor.refs))), job)
+        backlog, ready = len(self.plan.ready[stage]), sum(actor.ready for actor in mine)
+        if not backlog or len(mine) - ready >= max(1, ready):
             return
         kept = {s for s in range(len(self.plan.stages)) if self._wants_model(s)} - {a.stage for a in self.actors}
         room = len(self.actors) + len(kept - {stage}) < self.places.actors
@@ -202,7 +227,7 @@ class Driver:
 
     def _release_idle(self, now: float) -> None:
         """Give back the places of models that have nothing to do."""
-        crowded = any(not actor.placed and now - actor.began > CROWDED_SECONDS for actor in self.actors)
+        crowded = any(actor.node is None and now - actor.began > CROWDED_SECONDS for actor in self.actors)
         for actor in [actor for actor in self.actors if actor.ready and not actor.refs]:
             idle = now - actor.idle_since
             if self._finished(actor.stage) or idle > IDLE_SECONDS or (crowded and idle > CROWDED_SECONDS):
@@ -226,152 +251,133 @@ class Driver:
     # -- taking back ---------------------------------------------------------------------------------------------------
 
     def _receive(self, ref: Any, flight: Flight) -> None:
-        message: dict[str, Any]
+        message: workers.Message
         try:
-            message = ray.get(next(ref) if isinstance(flight.job, UnitJob) else ref)
+            message = ray.get(ref if flight.job is None else next(ref))
         except StopIteration:
             message = {"error": {"message": "the worker ended without an answer", "traceback": "", "request": False}}
         except ray.exceptions.RayError as error:  # the process or its node is gone
-            self._lost(ref, flight, error)
+            self._gone(ref, flight, error)
             return
         if message.get("error", {}).get("request"):
             raise RequestError(message["error"]["message"])
-        if isinstance(flight.job, UnitJob):
-            self._ingested(ref, flight.job, message)
-            return
-        del self.flights[ref]
-        if flight.actor is not None:
-            flight.actor.refs.remove(ref)
-            flight.actor.idle_since = time.monotonic()
-            flight.actor.placed = True
-            flight.actor.ready |= not message.get("placed")
-        if flight.job is None or message.get("load"):
-            if "error" in message:
-                assert flight.actor is not None or isinstance(flight.job, Job)
-                stage = flight.actor.stage if flight.actor is not None else flight.job.stage  # type: ignore[union-attr]
-                raise RequestError(
-                    f"stage {self.plan.stages[stage].name}: it cannot be loaded: {message['error']['message']}"
-                )
-            return
-        for column, counts in message["made"].items():
-            self._made(flight.job, column, counts)
-        if "error" in message:
-            self._attempt_failed(flight.job, message["error"])
+        if "began" in message:
+            flight.began, flight.node = time.monotonic(), message["began"]
+        elif isinstance(flight.job, UnitJob):
+            self._ingested(ref, flight, message)
         else:
-            counts = max(message["made"].values(), key=lambda c: c["in"])
-            self.tallies[flight.job.stage].add(1, counts["in"], counts["failed"])
-            self.failed_attempts.pop(flight.job, None)
-            self.plan.release(flight.job)
+            self._ended(ref, flight, message)
 
-    def _made(self, job: Job, column: str, counts: dict[str, Any]) -> None:
-        self.plan.committed(job.source, job.shard, column)
-        self._count_work(column, counts)
+    def _ended(self, ref: Any, flight: Flight, message: workers.Message) -> None:
+        """The answer of a stage, or of an actor that is loading."""
+        del self.flights[ref]
+        job, actor = flight.job, flight.actor
+        if actor is not None:
+            actor.refs.remove(ref)
+            actor.idle_since = time.monotonic()
+            actor.node = message.get("placed", actor.node)
+            actor.ready |= "placed" not in message
+        if "error" in message and (job is None or message.get("load")):
+            stage = actor.stage if actor is not None else job.stage  # type: ignore[union-attr]
+            raise RequestError(
+                f"stage {self.plan.stages[stage].name}: it cannot be loaded: {message['error']['message']}"
+            )
+        if job is None and actor is not None and "placed" not in message:
+            self.lost_actors[actor.stage] = 0  # it loads: what died before died by chance
+        if not isinstance(job, Job):
+            return
+        for column in [*message["made"], *message["there"]]:
+            self.plan.committed(job.source, job.shard, column)
+        self.board.made(job, message["made"])
+        if "error" in message:
+            self._decided(job, self.retries.raised(job, message["error"], flight.node))
+        elif self.retries.of(job).search is not None:
+            self._decided(job, self.retries.survived(job))
+        else:
+            self._tell_aside(job)
+            self.plan.release(job)
 
-    def _count_work(self, column: str, counts: dict[str, Any]) -> None:
-        did = self.work.setdefault(column, Work(first=time.monotonic() - counts.get("seconds", 0.0)))
-        did.shards += 1
-        did.samples += counts.get("in", 0)
-        did.seconds += counts.get("seconds", 0.0)
-        did.last = time.monotonic()
-
-    def _ingested(self, ref: Any, job: UnitJob, message: dict[str, Any]) -> None:
+    def _ingested(self, ref: Any, flight: Flight, message: workers.Message) -> None:
         """A message of a unit that is being read: a shard is committed, the whole is, or it failed."""
+        job = flight.job
+        assert isinstance(job, UnitJob)
         if "error" in message:
             del self.flights[ref]
-            self._attempt_failed(job, message["error"])
+            self._decided(job, self.retries.raised(job, message["error"], flight.node))
         elif "unit" in message:
             del self.flights[ref]
             for shard in message["shards"]:
                 self.plan.committed(job.source, shard, IMAGES)
             self.plan.unit_committed(job.source, job.unit)
-            self.failed_attempts.pop(job, None)
-            self.ingest_tally.add(1)
+            self.retries.done(job)
+            self.board.unit_read()
         elif "shard" in message and self.plan.committed(job.source, message["shard"], IMAGES):
-            self._count_work(IMAGES, message)
-            self.ingest_tally.add(0, message.get("in", 0), message.get("failed", 0))
+            self.board.ingested(message)
 
-    def _attempt_failed(self, job: Job | UnitJob, error: dict[str, Any]) -> None:
-        tries = self.failed_attempts[job] = self.failed_attempts.get(job, 0) + 1
+    def _decided(self, job: Job | UnitJob, seconds: float | None) -> None:
+        """Try a job again in so many seconds; None: set it aside."""
+        if seconds is not None:
+            heapq.heappush(self.delayed, (time.monotonic() + seconds, next(self._count), job))
+            return
+        history = self.retries.done(job)
         stage = "ingest" if isinstance(job, UnitJob) else self.plan.stages[job.stage].name
         name = job.unit if isinstance(job, UnitJob) else job.shard
-        if tries < self.max_attempts:
-            heapq.heappush(
-                self.delayed, (time.monotonic() + BACKOFF_SECONDS * 2 ** (tries - 1), next(self._count), job)
-            )
-            return
-        del self.failed_attempts[job]
+        tries, message = max(history.attempts, history.lost), history.error["message"]
         for column in self.plan.set_aside(job):
-            what = {"stage": stage, "attempts": tries, "message": error["message"], "traceback": error["traceback"]}
-            write_failure(self.corpus, column, job.source, name, **what)
-        self.notes.append(f"{stage}: {name} is set aside after {tries} attempts: {error['message'].splitlines()[0]}")
+            what = {"stage": stage, "attempts": tries, "message": message, "traceback": history.error["traceback"]}
+            try:
+                write_failure(self.corpus, column, job.source, name, **what)
+            except (OSError, BaseError) as error:
+                raise RequestError(
+                    f"corpus {self.corpus.url}: it cannot be written ({first_line(error)}); {name} failed in {stage} "
+                    f"before that: {message}. Make room, or mend the access, and run the same command again"
+                ) from error
+        self.board.say(f"{stage}: {name} is set aside after {tries} attempts: {message.splitlines()[0]}")
 
-    def _lost(self, ref: Any, flight: Flight, error: Exception) -> None:
+    def _tell_aside(self, job: Job) -> None:
+        for row, reason in self.retries.done(job).aside.items():
+            self.board.say(f"{self.plan.stages[job.stage].name}: {job.shard} row {row} is set aside: {reason}")
+
+    def _gone(self, ref: Any, flight: Flight, error: Exception) -> None:
         """A process is gone. What it was working on is blamed; what only waited there is handed out again."""
         del self.flights[ref]
-        actor = flight.actor
-        raised = isinstance(error, ray.exceptions.RayTaskError)  # not by a stage, but around it
-        message = str(error.cause) if raised else f"the process that worked on it died: {error}"  # type: ignore[attr-defined]
-        told = {"message": message, "traceback": str(error)}
-        if actor is None:
-            assert flight.job is not None
-            self._attempt_failed(flight.job, told)
-            return
-        if actor in self.actors:
+        job, actor = flight.job, flight.actor
+        node = flight.node if actor is None else actor.node
+        first = actor is None or actor.refs[0] == ref
+        if actor in self.actors and actor is not None:
             self._dismiss(actor)
-        if flight.job is None:
-            if actor.refs[0] != ref:  # `place` and `load` are lost together, and count once
-                return
-            self.lost_actors[actor.stage] += 1
-            if self.lost_actors[actor.stage] >= self.max_attempts:
-                name = self.plan.stages[actor.stage].name
-                raise RequestError(
-                    f"stage {name}: the process that loads its model died {self.max_attempts} times: {error}"
-                )
-        elif actor.refs[0] == ref:
-            self._attempt_failed(flight.job, told)
+        gone = isinstance(error, ray.exceptions.NodeDiedError) or (node is not None and not cluster.is_alive(node))
+        lost = gone or isinstance(error, ray.exceptions.OutOfMemoryError)
+        told = {"message": f"the process that worked on it died: {first_line(error)}", "traceback": str(error)}
+        if job is None:
+            assert actor is not None
+            if first and not gone:  # `place` and `load` are lost together, and count once
+                self._could_not_load(actor.stage, error)
+        elif isinstance(error, ray.exceptions.RayTaskError):  # raised not by a stage, but around it
+            told["message"] = str(error.cause)
+            self._decided(job, self.retries.raised(job, told, node))
+        elif not first:
+            self.plan.requeue(job)
+        elif lost:
+            self._decided(job, self.retries.lost(job, told, node))
         else:
-            self.plan.requeue(flight.job)
+            # what hung ends after the whole of it; the word that it had begun may have come late
+            hung = flight.began is not None and time.monotonic() - flight.began >= self.stall_timeout / 2
+            if hung:
+                told["message"] = f"no sample was done within {self.stall_timeout:g} s, and the process was ended"
+            self._decided(job, self.retries.died(job, "stall" if hung else "crash", told, node))
 
-    # -- telling -------------------------------------------------------------------------------------------------------
+    def _could_not_load(self, stage: int, error: Exception) -> None:
+        self.lost_actors[stage] += 1
+        if isinstance(error, ray.exceptions.RayTaskError) or self.lost_actors[stage] >= self.retries.max_attempts:
+            raise RequestError(
+                f"stage {self.plan.stages[stage].name}: the process that loads its model died "
+                f"{self.lost_actors[stage]} times: {error}"
+            )
 
     def _report(self, last: bool = False) -> None:
-        now = time.monotonic()
-        if self.progress is None or (not last and now - self._reported < 0.25):
-            return
-        self._reported = now
-        notes, self.notes = self.notes, []
-        self.progress(Snapshot(now - self.began, list(self._lines()), notes))
-
-    def _lines(self) -> Iterator[Line]:
-        jobs = [(flight.job, flight.actor) for flight in self.flights.values()]
-        plan = self.plan
-        if IMAGES in plan.columns:
-            units = sum(isinstance(job, UnitJob) for job, _ in jobs)
-            line = Line(
-                "ingest", "units", plan.units_done, plan.units_total, aside=len(plan.aside[UNITS]), running=units
-            )
-            yield self._rated(line, self.ingest_tally)
-        more = bool(plan.units) or any(isinstance(job, UnitJob) for job, _ in jobs)
-        for i, stage in enumerate(plan.stages):
-            columns = [column for column, _, _ in plan.targets[i]]
-            if columns:
-                line = Line(stage.name, "shards", min(plan.done[c] for c in columns), plan.shards, more=more)
-                line.aside = max(len(plan.aside[c]) for c in columns)
-                line.running = sum(isinstance(job, Job) and job.stage == i for job, _ in jobs)
-                loading = any(job is None and actor is not None and actor.stage == i for job, actor in jobs)
-                line.state = "loading its model" if loading else ""
-                yield self._rated(line, self.tallies[i])
-
-    def _rated(self, line: Line, tally: Tally) -> Line:
-        jobs, line.rate = tally.rates()
-        line.samples, line.failed = tally.samples, tally.failed
-        open_jobs = line.total - line.done - line.aside
-        if jobs and open_jobs > 0:
-            line.left = open_jobs / jobs
-        if line.aside:
-            line.state = f"{line.aside} set aside"
-        elif not line.state:
-            line.state = (
-                f"{line.running} at work" if line.running else ("waiting" if open_jobs > 0 or line.more else "done")
-            )
-        return line
+        if self.board.due(last):
+            running = [flight.job for flight in self.flights.values()]
+            loading = {actor.stage for actor in self.actors if not actor.ready}
+            holding = [actor.stage for actor in self.actors if actor.ready]
+            self.board.show(self.plan, running, loading, holding)

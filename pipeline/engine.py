@@ -3,19 +3,19 @@
 `build` is what the command line and the demo call. It may be killed at any moment: the same call goes on.
 """
 
-import logging
-import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pipeline.corpus import Corpus
-from pipeline.errors import RequestError
 from pipeline.plan import Plan
 from pipeline.progress import Progress, Snapshot
+from pipeline.records import PROBES
+from pipeline.retries import Retries
 from pipeline.sources import Source
 from pipeline.stages import Stage
 from pipeline.summary import BuildSummary, Work, summarize
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from pipeline.config import BuildConfig
     from pipeline.driver import Driver
     from pipeline.workers import Ingest
-
-OBJECT_STORE = 100 << 20  # bytes: only names and small dictionaries travel
 
 __all__ = ["BuildSummary", "Stopped", "build", "carry_out"]
 
@@ -43,6 +41,7 @@ def build(
     columns: Collection[str] | None = None,
     *,
     retry_failed: bool = False,
+    repair: bool = False,
     max_attempts: int = 3,
     progress: Progress | None = None,
 ) -> BuildSummary:
@@ -54,6 +53,8 @@ def build(
     Args:
         columns: make these alone (`images` stands for ingest); None makes all.
         retry_failed: take again what earlier builds set aside.
+        repair: read everything that is committed first (`verify`), and make again what is damaged, lost or stale, and
+            what is computed from it.
         max_attempts: tries that a shard or a unit gets before it is set aside.
         progress: called about four times a second with how far it is.
 
@@ -62,14 +63,14 @@ def build(
         Stopped: a signal came; what is committed stays.
     """
     from pipeline.sources import sources_of
-    from pipeline.stages import declare, stages_of
+    from pipeline.stages import UnitTask, declare, stages_of
     from pipeline.stages.ingest import ingest_unit
 
     corpus = Corpus.create(config.corpus, config.name, config.shard_samples)
     declare(corpus, config)
 
-    def ingest(corpus: Corpus, source: Source, unit: str, report: Callable[[dict[str, Any]], None]) -> Any:
-        return ingest_unit(corpus, source, unit, config, report)
+    def ingest(corpus: Corpus, source: Source, task: UnitTask, report: Callable[[dict[str, Any]], None]) -> Any:
+        return ingest_unit(corpus, source, task, config, report)
 
     return carry_out(
         corpus,
@@ -78,9 +79,13 @@ def build(
         ingest,
         columns,
         retry_failed=retry_failed,
+        repair=repair,
         max_attempts=max_attempts,
         max_failures=config.max_failures,
-        resources=config.resources.model_dump(include={"cpus_per_task", "cpus_per_actor", "gpus_per_actor"}),
+        resources=config.resources.model_dump(
+            include={"cpus", "gpus", "cpus_per_task", "cpus_per_actor", "gpus_per_actor"}
+        ),
+        stall_timeout=config.resources.stall_timeout,
         progress=progress,
     )
 
@@ -93,14 +98,15 @@ def carry_out(
     columns: Collection[str] | None = None,
     *,
     retry_failed: bool = False,
+    repair: bool = False,
     max_attempts: int = 3,
     max_failures: float = 1.0,
-    resources: dict[str, float] | None = None,
+    resources: Mapping[str, float] | None = None,
+    stall_timeout: float = 600.0,
     progress: Progress | None = None,
 ) -> BuildSummary:
     """`build` for any sources and stages whose columns are declared; arguments and errors are those of `build`."""
     began = time.monotonic()
-    plan = Plan(corpus, {source.name: source.units() for source in sources}, stages, columns, retry_failed)
     names = [source.name for source in sources]
     work: dict[str, Work] = {}
 
@@ -108,6 +114,8 @@ def carry_out(
         if progress is not None:
             progress(Snapshot(time.monotonic() - began, [], [note]))
 
+    redo = _damage(corpus, say) if repair else {}
+    plan = Plan(corpus, {source.name: source.units() for source in sources}, stages, columns, retry_failed, redo)
     if not plan.empty():
         read = {unit.source for unit in plan.units}
         with ExitStack() as stack:
@@ -117,16 +125,51 @@ def carry_out(
                     say(f"source {source.name}: getting ready")
                     stack.enter_context(source.running())
             say("starting the workers")
-            stack.enter_context(_cluster())  # ends before the sources do: no worker shall see them gone
-            from pipeline.driver import Driver
+            from pipeline.cluster import joined
 
-            signals.driver = driver = Driver(corpus, plan, sources, ingest, max_attempts, resources or {}, progress)
+            stack.enter_context(joined())  # ends before the sources do: no worker shall see them gone
+            from pipeline.board import Board
+            from pipeline.driver import Driver
+            from pipeline.workers import Shared
+
+            board = Board([stage.name for stage in stages], progress)
+            retries = Retries(max_attempts, corpus.shard_samples)
+            shared = Shared(corpus, stack.enter_context(_probe(corpus)), stall_timeout)
+            signals.driver = driver = Driver(corpus, plan, sources, ingest, retries, shared, resources or {}, board)
             signals.install()  # ray.init put its own handlers there
+            driver.check_nodes()
             driver.run()
-            work = driver.work
+            work = board.work
         if driver.stop is not None:
             raise Stopped(driver.stop)
     return summarize(corpus, plan, names, work, time.monotonic() - began, max_failures)
+
+
+def _damage(corpus: Corpus, say: Callable[[str], None]) -> Mapping[str, Collection[tuple[str, str]]]:
+    from pipeline.repair import damage
+
+    say("repair: reading everything that is committed")
+    found = damage(corpus)
+    for problem in found.beyond:
+        say(f"repair: beyond a build's power: {problem['kind']}: {problem['what']}: {problem['detail']}")
+    for column, places in found.redo.items():
+        for source, shard in sorted(places):
+            say(f"repair: {column}/{source}/{shard} is made again")
+    return found.redo
+
+
+@contextmanager
+def _probe(corpus: Corpus) -> Iterator[str | None]:
+    """An object that every node must see while the build runs: none on a bucket, which all see."""
+    if corpus.store.root is None:
+        yield None
+        return
+    name = f"{PROBES}/{uuid.uuid4().hex}"
+    corpus.store.create(name, b"")
+    try:
+        yield name
+    finally:
+        corpus.store.delete([name])
 
 
 class _Signals:
@@ -157,30 +200,3 @@ def _signals() -> Iterator[_Signals]:
         if threading.current_thread() is threading.main_thread():
             for signum, handler in before.items():
                 signal.signal(signum, handler)
-
-
-@contextmanager
-def _cluster() -> Iterator[None]:
-    """A Ray cluster: the one that we are connected to, the one that RAY_ADDRESS names, or one on this machine."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray itself will have it; silences its warning
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    local: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
-    # one thread a process: the engine, not OpenMP, spreads the work
-    environment = {"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}}
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **local)
-    except ConnectionError as error:
-        raise RequestError(
-            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); "
-            "start it, or unset RAY_ADDRESS to work on this machine"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()

@@ -1,4 +1,4 @@
-"""The one exception that is a message for the user."""
+"""The exceptions that are messages for the user."""
 
 
 class RequestError(ValueError):
@@ -6,3 +6,7 @@ class RequestError(ValueError):
 
     The command line prints it without a traceback and ends with exit status 2.
     """
+
+
+class DamagedError(RequestError):
+    """A record of a corpus cannot be understood: what depends on it fails, the rest of a build goes on."""

@@ -1,9 +1,13 @@
 """What a build has still to do: found from listings alone, and kept up to date as commits come. No ray here."""
 
-from collections import Counter, deque
-from collections.abc import Collection, Mapping, Sequence
+import random
+from collections import Counter, defaultdict, deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
+from typing import TypeVar
 
 from pipeline.corpus import Corpus, ShardRef
 from pipeline.errors import RequestError
@@ -11,39 +15,48 @@ from pipeline.failures import failures
 from pipeline.records import UNITS
 from pipeline.stages import IMAGES, Stage
 
+T = TypeVar("T")
+Where = tuple[str, str]  # source, and shard or unit
+
 
 @dataclass(frozen=True)
 class Job:
-    """One shard for one stage: write just these columns of it."""
+    """One shard for one stage: write just these columns of it, in these generations."""
 
     stage: int
     source: str
     shard: str
-    columns: tuple[str, ...] = field(compare=False)
+    columns: Mapping[str, int] = field(compare=False)
 
     @property
     def ref(self) -> ShardRef:
-        return ShardRef(source=self.source, unit=self.shard.rpartition("-")[0], shard=self.shard)
+        return ShardRef(source=self.source, unit=_unit_of(self.shard), shard=self.shard)
 
 
 @dataclass(frozen=True)
 class UnitJob:
-    """One unit to read."""
+    """One unit to read; in a repair `redo` are the shards to write again, each with its generation."""
 
     source: str
     unit: str
+    redo: Mapping[str, int] | None = field(default=None, compare=False)
+    generation: int = field(default=0, compare=False)
+    """Of the unit's own commit."""
 
 
 class Plan:
     """The units that are not read and the shards that are not made, by stage.
 
     A shard is one integer: a bit for every column that is committed, and one for every stage that has it in hand
-    (queued or running), so that a million shards of ten columns fit in a few hundred megabytes.
+    (queued or running), so that a million shards of ten columns fit in a few hundred megabytes. What is there to do at
+    the start is handed out in a random order: two builds of one corpus then seldom take the same.
 
     Args:
         sources: `{source: its units}`; commits of other sources of the corpus are left alone.
         columns: what to make; None makes all. With `images` among them, units are read.
         retry_failed: take what was set aside as new.
+        redo: what is made again though it is committed, and all that is computed from it: by column (`units` for the
+            commits of units) the (source, shard).
 
     Raises:
         RequestError: a column that neither is `images` nor made by a stage.
@@ -56,6 +69,7 @@ class Plan:
         stages: Sequence[Stage],
         columns: Collection[str] | None = None,
         retry_failed: bool = False,
+        redo: Mapping[str, Collection[Where]] | None = None,
     ):
         self.stages = list(stages)
         made = [column for stage in self.stages for column in stage.columns]
@@ -76,51 +90,103 @@ class Plan:
             ]
             for stage in self.stages
         ]
-        self.ready: list[deque[tuple[str, str]]] = [deque() for _ in self.stages]
+        self.ready: list[deque[Where]] = [deque() for _ in self.stages]
         self.units: deque[UnitJob] = deque()
         self.units_total = self.units_done = 0
-        self.aside: dict[str, set[tuple[str, str]]] = {column: set() for column in [UNITS, *self.columns]}
+        self.aside: dict[str, set[Where]] = {column: set() for column in [UNITS, *self.columns]}
         self.done: Counter[str] = Counter()
-        self._state: dict[tuple[str, str], int] = {}
-        self._list(corpus, sources, retry_failed)
+        self._state: dict[Where, int] = {}
+        self._generation: dict[tuple[str, Where], int] = {}  # of what is made again
+        self._list(corpus, sources, retry_failed, redo or {})
 
-    def _list(self, corpus: Corpus, sources: Mapping[str, Sequence[str]], retry_failed: bool) -> None:
-        listed = [column for column in self._bit if column != IMAGES]
-        with ThreadPoolExecutor(8) as pool:
-            for source, names in sources.items():
+    def _list(
+        self,
+        corpus: Corpus,
+        sources: Mapping[str, Sequence[str]],
+        retry_failed: bool,
+        redo: Mapping[str, Collection[Where]],
+    ) -> None:
+        again = {where for column, places in redo.items() if column != UNITS for where in places}
+        highest: dict[tuple[str, Where], int] = {}
+        lock = Lock()
+
+        def listed(source: str, column: str) -> None:
+            bit, images = self._bit[column], column == IMAGES
+            for where, generation in corpus.listed(column, source):
+                if images or where in self._state:
+                    with lock:
+                        self._state[where] = self._state.get(where, 0) | bit
+                if where in again:
+                    highest[column, where] = max(highest.get((column, where), 0), generation)
+
+        for source, names in sources.items():
+            listed(source, IMAGES)
+            with ThreadPoolExecutor(8) as pool:  # the waiting for pages is shared out, what is found is not kept
                 units = pool.submit(corpus.committed, UNITS, source)
                 failed = {c: pool.submit(failures, corpus, c, source) for c in self.aside}
-                found = {c: pool.submit(corpus.committed, c, source) for c in listed}
-                self._state |= dict.fromkeys(corpus.committed(IMAGES, source), self._bit[IMAGES])
-                for column, listing in found.items():
-                    for shard in listing.result().keys() & self._state.keys():
-                        self._state[shard] |= self._bit[column]
-                self.units_total += len(names)
-                self.units_done += sum((source, name) in units.result() for name in names)
-                for column, records in failed.items():
-                    for where in records.result():
-                        done = where in units.result() if column == UNITS else self._has(where, column)
-                        if not done and not retry_failed:
-                            self.aside[column].add(where)
-                if IMAGES in self.columns:
-                    left = [name for name in names if (source, name) not in units.result()]
-                    self.units.extend(UnitJob(source, unit) for unit in left if (source, unit) not in self.aside[UNITS])
-        for shard, state in sorted(self._state.items()):
+                list(pool.map(partial(listed, source), [c for c in self._bit if c != IMAGES]))
+            self._again({where for where in again if where[0] == source}, redo, highest)
+            self._list_units(source, names, units.result(), redo)
+            for column, records in failed.items():
+                for where in records.result():
+                    done = where in units.result() if column == UNITS else self._has(where, column)
+                    if not done and not retry_failed and (column, where) not in self._generation:
+                        self.aside[column].add(where)
+        for shard, state in self._state.items():
             self.done.update(column for column in self.columns if state & self._bit[column])
             self._consider(shard)
+        self.units = deque(_shuffled(unit for unit in self.units if (unit.source, unit.unit) not in self.aside[UNITS]))
+        self.ready = [deque(_shuffled(queue)) for queue in self.ready]
 
-    def _has(self, shard: tuple[str, str], column: str) -> bool:
+    def _again(
+        self,
+        shards: Collection[Where],
+        redo: Mapping[str, Collection[Where]],
+        highest: Mapping[tuple[str, Where], int],
+    ) -> None:
+        """Take the columns that are made again, and those that come from them, for not committed."""
+        specs = {column: spec for stage in self.stages for column, spec in stage.columns.items()}
+        order = [IMAGES]
+        while rest := [c for c in self._bit if c not in order]:
+            order += [c for c in rest if c not in specs or set(specs[c].inputs) <= {*order, IMAGES}] or rest
+        for where in shards:
+            old: set[str] = set()
+            for column in order:
+                if where in redo.get(column, ()) or (column in specs and old & {IMAGES, *specs[column].inputs}):
+                    old.add(column)
+                    if (column, where) in highest:
+                        self._generation[column, where] = highest[column, where] + 1
+                    if where in self._state:
+                        self._state[where] &= ~self._bit[column]
+
+    def _list_units(
+        self, source: str, names: Sequence[str], units: Mapping[Where, int], redo: Mapping[str, Collection[Where]]
+    ) -> None:
+        shards: dict[str, dict[str, int]] = defaultdict(dict)
+        for (column, (of, shard)), generation in self._generation.items():
+            if column == IMAGES and of == source:
+                shards[_unit_of(shard)][shard] = generation
+        damaged = {unit for of, unit in redo.get(UNITS, ()) if of == source}
+        self.units_total += len(names)
+        for name in names:
+            committed, again = (source, name) in units, name in shards or name in damaged
+            self.units_done += committed and not again
+            if IMAGES in self.columns and (again or not committed):
+                generation = units[source, name] + 1 if name in damaged and committed else units.get((source, name), 0)
+                self.units.append(UnitJob(source, name, shards.get(name, {}) if again else None, generation))
+
+    def _has(self, shard: Where, column: str) -> bool:
         return bool(self._state.get(shard, 0) & self._bit[column])
 
-    def _todo(self, stage: int, shard: tuple[str, str]) -> tuple[str, ...]:
+    def _todo(self, stage: int, shard: Where) -> dict[str, int]:
         state = self._state[shard]
-        return tuple(
-            column
+        return {
+            column: self._generation.get((column, shard), 0)
             for column, bit, needs in self.targets[stage]
             if not state & bit and state & needs == needs and shard not in self.aside[column]
-        )
+        }
 
-    def _consider(self, shard: tuple[str, str]) -> None:
+    def _consider(self, shard: Where) -> None:
         for stage, busy in enumerate(self._busy):
             if not self._state[shard] & busy and self._todo(stage, shard):
                 self._state[shard] |= busy
@@ -147,11 +213,11 @@ class Plan:
         return None
 
     def requeue(self, job: Job | UnitJob) -> None:
-        """A job was not done: it is handed out again."""
+        """A job was not done: it is handed out again, as the next one."""
         if isinstance(job, UnitJob):
-            self.units.append(job)
+            self.units.appendleft(job)
         else:
-            self.ready[job.stage].append((job.source, job.shard))
+            self.ready[job.stage].appendleft((job.source, job.shard))
 
     def committed(self, source: str, shard: str, column: str) -> bool:
         """A commit was made: what waited for it is ready now. False if it was known."""
@@ -204,3 +270,13 @@ class Plan:
     def downstream_first(self) -> list[int]:
         """The stages in the order in which they are served: what is furthest from the source first."""
         return sorted(range(len(self.stages)), key=lambda stage: (-len(self.upstream(stage)), stage))
+
+
+def _unit_of(shard: str) -> str:
+    return shard.rpartition("-")[0]
+
+
+def _shuffled(items: Iterable[T]) -> list[T]:
+    found = list(items)
+    random.shuffle(found)
+    return found

@@ -11,11 +11,13 @@ VERSION: Literal[1] = 1
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 COLUMN = re.compile(r"[A-Za-z0-9_@-][A-Za-z0-9_.@-]*(/[A-Za-z0-9_@-][A-Za-z0-9_.@-]*)?")
 SOURCE = re.compile(r"[a-z0-9][a-z0-9_-]*")
-RESERVED = {"units", "commits", "columns", "sources", "tables", "selections", "failures"}
+RESERVED = {"units", "commits", "columns", "sources", "tables", "selections", "failures", "probes"}
 UNITS = "units"
+PROBES = "probes"
 COMMIT = re.compile(r"commits/([^/]+(?:/[^/]+)?)/([^/]+)/([^/]+)\.(0|[1-9][0-9]*)\.json")
 SHARD = re.compile(r"[a-z0-9][a-z0-9_-]*")
 ATTEMPT = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{8}")
+OBJECT = re.compile(rf"([^/]+(?:/[^/]+)?)/([^/]+)/([^/]+)\.{ATTEMPT.pattern}\.(?:tar|parquet|rows\.parquet)")
 
 
 class Record(BaseModel):
@@ -87,6 +89,7 @@ class Commit(Record):
     timings: dict[str, float]
     host: str
     _stored: str | None = PrivateAttr(None)
+    _ours: bool = PrivateAttr(True)
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
@@ -114,6 +117,16 @@ class Commit(Record):
     @property
     def ref(self) -> ShardRef:
         return ShardRef(source=self.source, unit=self.unit, shard=self.shard)
+
+    @property
+    def ours(self) -> bool:
+        """False of what `Attempt.commit` gives back if another attempt was faster."""
+        return self._ours
+
+    @property
+    def size(self) -> int:
+        """Size of its objects."""
+        return sum({ref.name: ref.size for ref in (self.object, self.sidecar)}.values())
 
     @property
     def sha256(self) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipeline.commit_table import commit_table, totals
 from pipeline.corpus import Corpus
 from pipeline.failures import failures, read_failure
 from pipeline.plan import Plan
@@ -116,17 +117,12 @@ class Work:
 def summarize(
     corpus: Corpus, plan: Plan, sources: list[str], work: Mapping[str, Work], seconds: float, max_failures: float
 ) -> BuildSummary:
-    """Read the commits of the plan's columns and add them up."""
-    columns = {}
+    """Add up the commits of the plan's columns."""
+    columns, found = {}, totals(commit_table(corpus))
     for column in plan.columns:
-        counts: Counter[str] = Counter()
-        reasons: Counter[str] = Counter()
-        committed = 0
-        for source in sources:
-            for commit in corpus.commits(column, source):
-                committed += 1
-                counts.update(commit.counts)
-                reasons.update(commit.reasons)
+        there = [found[column, source] for source in sources if (column, source) in found]
+        committed = sum(one.done for one in there)
+        reasons = sum((one.reasons for one in there), Counter[str]())
         did = work.get(column, Work())
         span = did.last - did.first
         aside = len(plan.aside[column])
@@ -136,9 +132,9 @@ def summarize(
             built=did.shards,
             set_aside=aside,
             waiting=max(plan.shards - committed - aside, 0) if column != IMAGES else 0,
-            inputs=counts["in"],
-            out=counts["out"],
-            failed=counts["failed"],
+            inputs=sum(one.inputs for one in there),
+            out=sum(one.out for one in there),
+            failed=sum(one.failed for one in there),
             reasons=dict(reasons.most_common()),
             seconds=round(did.seconds, 3),
             rate=round(did.samples / span, 1) if span > 0 else None,

@@ -3,9 +3,10 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -43,13 +44,21 @@ class Field(NamedTuple):
     type: pa.DataType
 
 
-class SampleTable(Record):
-    """The cached table: the object that holds it, its number of rows, the commits in it, and the hash of their list."""
+class Table(Record):
+    """A published table: the object that holds it, and its number of rows."""
 
     object: ObjectRef
     rows: int
+
+
+class SampleTable(Table):
+    """The cached sample table: beside the table the commits in it, and the hash of their list."""
+
     commits: str
     names: list[str]
+
+
+T = TypeVar("T", bound=Table)
 
 
 def sample_table(corpus: Corpus) -> SampleTable:
@@ -72,22 +81,39 @@ def sample_table(corpus: Corpus) -> SampleTable:
     commits = hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
     about = canonical({"layout": LAYOUT, "columns": sorted(declared), "commits": commits})
     base = f"tables/{hashlib.sha256(about).hexdigest()}"
-    if table := _cached(corpus, base):
+    if table := _cached(corpus, base, SampleTable):
         return table
-    made = f"{base}.{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.urandom(4).hex()}.parquet"
-    with corpus.store.scratch(made) as path:
+
+    def write(path: Path) -> int:
         rows = 0
         with pq.ParquetWriter(path, table_schema(declared), compression="zstd") as writer:
             for part in _parts(corpus, declared, newest):
                 writer.write_table(part)
                 rows += len(part)
+        return rows
+
+    return publish(
+        corpus, base, write, lambda object, rows: SampleTable(object=object, rows=rows, commits=commits, names=names)
+    )
+
+
+def publish(corpus: Corpus, base: str, write: Callable[[Path], int], record: Callable[[ObjectRef, int], T]) -> T:
+    """Publish the table `base`, unless somebody was faster: its object first, then `<base>.json`, which names it.
+
+    Args:
+        write: writes the object at a path; gives its number of rows.
+        record: what `<base>.json` says.
+    """
+    made = f"{base}.{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.urandom(4).hex()}.parquet"
+    with corpus.store.scratch(made) as path:
+        rows = write(path)
         data = ObjectRef(name=made, size=path.stat().st_size, sha256=sha256_file(path))
         corpus.store.publish(made, path)
-    table = SampleTable(object=data, rows=rows, commits=commits, names=names)
+    table = record(data, rows)
     try:
         corpus.store.create(f"{base}.json", table.to_bytes())
     except FileExistsError:  # somebody was faster, or what is there is damaged
-        if faster := _cached(corpus, base):
+        if faster := _cached(corpus, base, type(table)):
             corpus.store.delete([made])
             return faster
         corpus.store.delete([f"{base}.json"])
@@ -95,9 +121,9 @@ def sample_table(corpus: Corpus) -> SampleTable:
     return table
 
 
-def _cached(corpus: Corpus, base: str) -> SampleTable | None:
+def _cached(corpus: Corpus, base: str, kind: type[T]) -> T | None:
     try:
-        table = SampleTable.parse(corpus.store.get(f"{base}.json"))
+        table = kind.parse(corpus.store.get(f"{base}.json"))
     except (FileNotFoundError, ValueError):
         return None
     return table if table.object.name.startswith(f"{base}.") and corpus.store.exists(table.object.name) else None

@@ -14,7 +14,7 @@ from pipeline.parallel import threaded
 from pipeline.records import COMMIT, UNITS
 from pipeline.samples import load_selection
 from pipeline.store import first_line
-from pipeline.tables import SampleTable
+from pipeline.tables import Table
 from pipeline.verify_shard import Findings, Hashing, ShardCheck, Where
 
 
@@ -148,12 +148,12 @@ def _check_keys(found: Mapping[Where, Findings], whole: Findings) -> None:
 
 
 def _check_tables(corpus: Corpus, whole: Findings) -> None:
-    """The cached sample tables and the selections."""
+    """The cached tables and the selections."""
     for item in corpus.store.list("tables"):
         if not item.name.endswith(".json"):
             continue
         try:
-            table = SampleTable.parse(corpus.store.get(item.name))
+            table = Table.parse(corpus.store.get(item.name))
             if not table.object.name.startswith(item.name.removesuffix("json")):
                 raise ValueError(f"it names {table.object.name!r}")
             with corpus.store.open(table.object.name) as file:

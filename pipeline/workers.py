@@ -1,68 +1,95 @@
 """What runs on the workers: the plain functions of sources and stages, given a place by Ray.
 
-Only names and small dictionaries travel. What goes wrong comes back as a dictionary too, so that no exception of a
-model's library has to survive pickling.
+Only names and small dictionaries travel. Every call is a stream of messages: first that it has begun and where, at the
+end what came of it. What goes wrong comes back as a message too, so that no exception of a model's library has to
+survive pickling.
 """
 
-import os
 import queue
+import socket
 import threading
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 
-from pipeline.corpus import Commit, Corpus, ShardRef, UnitCommit
-from pipeline.errors import RequestError
+from pipeline.corpus import Commit, Corpus, UnitCommit
+from pipeline.errors import DamagedError, RequestError
 from pipeline.records import commit_name
 from pipeline.sources import Source
-from pipeline.stages import Stage
+from pipeline.stages import Stage, Task, UnitTask
+from pipeline.watch import end_with_parent, watched
 
-Ingest = Callable[[Corpus, Source, str, Callable[[dict[str, Any]], None]], UnitCommit]
+Message = dict[str, Any]
+Ingest = Callable[[Corpus, Source, UnitTask, Callable[[Message], None]], UnitCommit]
 
 _stages: dict[str, Stage] = {}
-_watched = threading.Lock()
+_seen: set[str] = set()
 
 
-def end_with_parent() -> None:
-    """Make this process end within a tenth of a second when the one that started it is gone.
+@dataclass(frozen=True)
+class Shared:
+    """What all calls of a build need. `probe` is an object of the corpus that every node must see, if there is one."""
 
-    After a SIGKILL of the driver Ray's workers live on for two seconds. What was served by the driver (the demo's
-    images) is gone by then, and nobody should record that as the images' fault.
-    """
-    if not _watched.acquire(blocking=False):
-        return
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
+    corpus: Corpus
+    probe: str | None
+    stall_timeout: float
 
 
-def error_of(error: BaseException) -> dict[str, Any]:
+def error_of(error: BaseException) -> Message:
     """An exception as a dictionary: what it says, the traceback, and whether it is the request that is wrong."""
     text = str(error).strip()
     return {
         "message": text if isinstance(error, RequestError) else f"{type(error).__name__}: {text}".rstrip(": "),
         "traceback": "".join(traceback.format_exception(error)),
-        "request": isinstance(error, RequestError),
+        "request": isinstance(error, RequestError) and not isinstance(error, DamagedError),
     }
 
 
-def ingest(refs: list[Any], unit: str) -> Iterator[dict[str, Any]]:
+def look(shared: Shared) -> None:
+    """Make sure that this node sees the folder in which the corpus is.
+
+    Raises:
+        RequestError: it does not.
+    """
+    if shared.probe is None or shared.probe in _seen:
+        return
+    if not shared.corpus.store.exists(shared.probe):
+        raise RequestError(
+            f"corpus {shared.corpus.url}: node {socket.gethostname()} does not see this folder as the others do. "
+            "A folder serves one machine, or a mount that all nodes share: "
+            "mount it on every node, or put the corpus into a bucket with --corpus s3://bucket/prefix"
+        )
+    _seen.add(shared.probe)
+
+
+def look_from_here(refs: list[Any]) -> Message:
+    """`look` as a task."""
+    try:
+        look(ray.get(refs[0]))
+    except RequestError as error:
+        return {"error": error_of(error)}
+    return {}
+
+
+def node() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def ingest(refs: list[Any], task: UnitTask) -> Iterator[Message]:
     """Read a unit; yields what `ingest_unit` reports as it goes, and as the last one the unit or the error."""
     end_with_parent()
-    (corpus, function), source = ray.get(refs)
-    messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    yield {"began": node()}
+    shared, function, source = (ray.get(ref) for ref in refs)
+    messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
 
     def read() -> None:
         try:
-            record = function(corpus, source, unit, messages.put)
+            look(shared)
+            with watched(shared.stall_timeout):
+                record = function(shared.corpus, source, task, messages.put)
             messages.put({"unit": record.unit, "shards": record.shards})
         except Exception as error:
             messages.put({"error": error_of(error)})
@@ -75,36 +102,54 @@ def ingest(refs: list[Any], unit: str) -> Iterator[dict[str, Any]]:
             return
 
 
-def run_stage(stage: Stage, corpus: Corpus, ref: ShardRef, columns: Sequence[str]) -> dict[str, Any]:
-    """One shard of a stage: `{"made": {column: {in, out, failed, seconds}}}`, and `error` if it did not end well."""
+def run_stage(stage: Stage, corpus: Corpus, task: Task) -> Message:
+    """One shard of a stage. `made`: what was written, by column; `there`: the columns that others had written.
+
+    If it did not end well there is an `error` too.
+    """
+    left = dict(task.columns)
+    made: dict[str, Message] = {}
     try:
-        commits = stage.run(corpus, ref, columns)
-        missing = set(columns) - {commit.column for commit in commits}
-        if missing:
-            raise RuntimeError(f"stage {stage.name} made no commit of {', '.join(sorted(missing))} for {ref.shard}")
+        if task.rows is None:  # another build may have made it meanwhile
+            left = {column: generation for column, generation in left.items() if not _there(corpus, task, column)}
+        for commit in stage.run(corpus, replace(task, columns=left)) if left else ():
+            del left[commit.column]
+            if commit.ours:
+                made[commit.column] = summary_of(commit)
+        if left and task.rows is None:
+            raise RuntimeError(f"stage {stage.name} made no commit of {', '.join(sorted(left))} for {task.ref.shard}")
     except Exception as error:
-        there = [c for c in columns if corpus.store.exists(commit_name(c, ref.source, ref.shard, 0))]
-        return {"made": {column: {} for column in there}, "error": error_of(error)}
-    return {"made": {commit.column: summary_of(commit) for commit in commits}}
+        there = [column for column in task.columns if _there(corpus, task, column)]
+        return {"made": made, "there": there, "error": error_of(error)}
+    return {"made": made, "there": [c for c in task.columns if c not in made] if task.rows is None else []}
 
 
-def summary_of(commit: Commit) -> dict[str, Any]:
-    return {**commit.counts, "seconds": commit.timings["seconds"]}
+def _there(corpus: Corpus, task: Task, column: str) -> bool:
+    return corpus.store.exists(commit_name(column, task.ref.source, task.ref.shard, task.columns[column]))
 
 
-def stage_task(refs: list[Any], ref: ShardRef, columns: Sequence[str]) -> dict[str, Any]:
+def summary_of(commit: Commit) -> Message:
+    return {**commit.counts, **commit.timings, "bytes": commit.size}
+
+
+def stage_task(refs: list[Any], task: Task) -> Iterator[Message]:
     """`run_stage` as a task: a process keeps the stages that it has loaded."""
     end_with_parent()
+    yield {"began": node()}
     key = refs[1].hex()
-    corpus = ray.get(refs[0])
+    shared = ray.get(refs[0])
     if key not in _stages:
         stage: Stage = ray.get(refs[1])
         try:
+            look(shared)
             stage.load()
         except Exception as error:
-            return {"made": {}, "error": error_of(error), "load": True}
+            yield {"made": {}, "there": [], "error": error_of(error), "load": True}
+            return
         _stages[key] = stage
-    return run_stage(_stages[key], corpus, ref, columns)
+    with watched(shared.stall_timeout):
+        message = run_stage(_stages[key], shared.corpus, task)
+    yield message
 
 
 class StageActor:
@@ -112,19 +157,23 @@ class StageActor:
 
     def __init__(self, refs: list[Any]):
         end_with_parent()
-        self._corpus, self._stage = ray.get(refs)
+        self._shared, self._stage = (ray.get(ref) for ref in refs)
 
-    def place(self) -> dict[str, Any]:
-        """Answered as soon as the actor has its place."""
-        return {"placed": True}
+    def place(self) -> Message:
+        """Answered as soon as the actor has its place: which node."""
+        return {"placed": node()}
 
-    def load(self) -> dict[str, Any]:
+    def load(self) -> Message:
         """Load the models; `{"error": ...}` if that fails."""
         try:
+            look(self._shared)
             self._stage.load()
         except Exception as error:
             return {"error": error_of(error)}
         return {}
 
-    def run(self, ref: ShardRef, columns: Sequence[str]) -> dict[str, Any]:
-        return run_stage(self._stage, self._corpus, ref, columns)
+    def run(self, task: Task) -> Iterator[Message]:
+        yield {"began": node()}
+        with watched(self._shared.stall_timeout):
+            message = run_stage(self._stage, self._shared.corpus, task)
+        yield message

@@ -1,6 +1,10 @@
-"""Options shared by all tests."""
+"""Options and fixtures shared by all tests."""
 
 import pytest
+
+from tests.s3 import corpus_url, s3_server, s3_url
+
+__all__ = ["corpus_url", "s3_server", "s3_url"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

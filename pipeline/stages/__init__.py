@@ -1,11 +1,11 @@
 """Stages: shard in, shard out. They import and run without Ray; those that hold a model import torch when they load."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.corpus import Attempt, Commit, Corpus, ShardRef
+from pipeline.corpus import Attempt, Commit, Corpus, ShardRef, commit_name
 from pipeline.shards import read_tar
 from pipeline.sources import sources_of
 
@@ -27,6 +27,32 @@ class ColumnSpec:
     """The columns that it is computed from."""
 
 
+@dataclass(frozen=True)
+class Task:
+    """One shard for a stage."""
+
+    ref: ShardRef
+    columns: Mapping[str, int]
+    """The columns to write, and the generation of each: 0, and in a repair what follows the highest one."""
+    aside: Mapping[int, str] = field(default_factory=dict)
+    """Rows that killed the processes that worked on them, and the reason: they fail with it, untouched."""
+    rows: range | None = None
+    """Work on these rows alone and commit nothing: so the row that kills is found."""
+
+
+@dataclass(frozen=True)
+class UnitTask:
+    """One unit for ingest."""
+
+    unit: str
+    redo: Mapping[str, int] | None = None
+    """In a repair the shards that are written again, and the generation of each; otherwise None."""
+    generation: int = 0
+    """Of the unit's own commit."""
+    careful: bool = False
+    """Decode in a process of its own: this unit killed the process that read it."""
+
+
 class Stage(Protocol):
     """Makes one or several columns of a shard. Picklable, and cheap to make: models come with `load`."""
 
@@ -38,8 +64,8 @@ class Stage(Protocol):
     def load(self) -> None:
         """Load the models, once per process."""
 
-    def run(self, corpus: Corpus, ref: ShardRef, columns: Sequence[str]) -> list[Commit]:
-        """Write just these columns of a shard from the latest commits of their inputs; one commit each.
+    def run(self, corpus: Corpus, task: Task) -> list[Commit]:
+        """Write just the columns that are asked for from the latest commits of their inputs; one commit each.
 
         Raises:
             FileNotFoundError: an input of the shard is not committed.
@@ -62,13 +88,19 @@ def latest(corpus: Corpus, column: str, ref: ShardRef) -> Commit:
 
     Raises:
         FileNotFoundError: the shard is not committed.
+        DamagedError: that commit cannot be understood.
     """
-    commit = corpus.commit(column, ref.source, ref.shard, 0)
-    while True:  # a generation is always the one before plus one
-        try:
-            commit = corpus.commit(column, ref.source, ref.shard, commit.generation + 1)
-        except FileNotFoundError:
-            return commit
+    generation = 0
+    # a generation is always the one before plus one; what the lower ones say does not matter
+    while corpus.store.exists(commit_name(column, ref.source, ref.shard, generation + 1)):
+        generation += 1
+    return corpus.commit(column, ref.source, ref.shard, generation)
+
+
+def read_lines(corpus: Corpus, commit: Commit) -> Iterator[Row]:
+    """All rows of a committed shard, in row order, without their members: the sidecar alone is read."""
+    for line in corpus.sidecar(commit).to_pylist():
+        yield Row(line["row"], line["key"], line["status"] == "ok", line, {})
 
 
 def read_rows(corpus: Corpus, commit: Commit) -> Iterator[Row]:
@@ -77,33 +109,50 @@ def read_rows(corpus: Corpus, commit: Commit) -> Iterator[Row]:
     Raises:
         ValueError: the tar and the sidecar disagree.
     """
-    lines = corpus.sidecar(commit).to_pylist()
     if commit.object == commit.sidecar:
-        for line in lines:
-            yield Row(line["row"], line["key"], line["status"] == "ok", line, {})
+        yield from read_lines(corpus, commit)
         return
     with corpus.open_object(commit) as file:
-        samples = read_tar(file)
-        for line in lines:
-            members: dict[str, bytes] = {}
-            if line["status"] == "ok":
-                key, members = next(samples, ("", {}))
-                if key != line["key"]:
-                    raise ValueError(f"{commit.object.name}: row {line['row']} is {line['key']!r}, the tar has {key!r}")
-            yield Row(line["row"], line["key"], line["status"] == "ok", line, members)
+        found = read_tar(file)
+        for row in read_lines(corpus, commit):
+            if not row.ok:
+                yield row
+                continue
+            key, members = next(found, ("", {}))
+            if key != row.key:
+                raise ValueError(f"{commit.object.name}: row {row.row} is {row.key!r}, the tar has {key!r}")
+            yield replace(row, members=members)
 
 
-def attempts(
-    stack: ExitStack, corpus: Corpus, ref: ShardRef, columns: Sequence[str], inputs: Sequence[Commit]
-) -> dict[str, Attempt]:
-    """An attempt for each of a stage's columns; what is not committed when the stack ends is dropped."""
-    return {column: stack.enter_context(corpus.attempt(column, ref, inputs)) for column in columns}
+def attempts(stack: ExitStack, corpus: Corpus, task: Task, inputs: Iterable[Commit]) -> dict[str, Attempt]:
+    """An attempt for each of a task's columns; what is not committed when the stack ends is dropped."""
+    inputs = list(inputs)
+    return {
+        column: stack.enter_context(corpus.attempt(column, task.ref, inputs, generation))
+        for column, generation in task.columns.items()
+    }
 
 
-def fail_upstream(attempts: dict[str, Attempt], line: dict[str, Any], column: str) -> None:
-    """Fail a row, given as its line in the sidecar of the input `column`, because it failed there."""
-    for attempt in attempts.values():
-        attempt.fail(line["row"], line["key"], "upstream", f"{column}: {line['reason']}: {line['detail'] or ''}")
+def samples(rows: Iterable[Row], made: Mapping[str, Attempt], task: Task, column: str) -> Iterator[Row]:
+    """The rows of the input `column` to work on; those that failed there, or are set aside, are failed in `made`."""
+    for row in rows:
+        if task.rows is not None and row.row not in task.rows:
+            continue
+        reason, detail = "", ""
+        if not row.ok:
+            reason, detail = "upstream", f"{column}: {row.scalars['reason']}: {row.scalars['detail'] or ''}"
+        elif row.row in task.aside:
+            reason = task.aside[row.row]
+            detail = "the process that worked on this sample alone " + ("died" if reason == "crash" else "did not end")
+        if not reason:
+            yield row
+        for attempt in made.values() if reason else ():
+            attempt.fail(row.row, row.key, reason, detail)
+
+
+def commit_all(made: Mapping[str, Attempt], task: Task, **timings: float) -> list[Commit]:
+    """Commit what a task has made; nothing if it was only a trial of some rows."""
+    return [attempt.commit(**timings) for attempt in made.values()] if task.rows is None else []
 
 
 def image_bytes(members: dict[str, bytes]) -> bytes:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
@@ -12,17 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import BuildConfig, CaptionsColumn, OpenmojiSource
-from pipeline.corpus import Commit, Corpus, ShardRef
+from pipeline.corpus import Commit, Corpus
 from pipeline.errors import RequestError
-from pipeline.stages import IMAGES, ColumnSpec, attempts, fail_upstream, latest
+from pipeline.stages import IMAGES, ColumnSpec, Task, attempts, commit_all, latest, read_lines, samples
 
 SCALARS = {"caption": "string", "tokens": "int32"}
+SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Captions:
     """`captions/<name>`: captions and their number of words. A sample without one fails with `no_caption`.
 
-    A join table is held in memory as a whole, once per process.
+    One with lone surrogates (JSON can write them, UTF-8 cannot) fails with `not_text`. A join table is held in memory
+    as a whole, once per process.
     """
 
     device = "cpu"
@@ -40,25 +43,22 @@ class Captions:
     def load(self) -> None:
         pass
 
-    def run(self, corpus: Corpus, ref: ShardRef, columns: Sequence[str]) -> list[Commit]:
-        images = latest(corpus, IMAGES, ref)
+    def run(self, corpus: Corpus, task: Task) -> list[Commit]:
+        images = latest(corpus, IMAGES, task.ref)
         table = None if self._table is None else read_captions(self._table, self.by, self._sha256)
+        where = "no caption came with it" if table is None else f"the table has none for its {self.by}"
         with ExitStack() as stack:
-            made = attempts(stack, corpus, ref, columns, [images])
-            lines = corpus.sidecar(images).select(["row", "key", "status", "reason", "detail", "origin", "caption"])
-            for line in lines.to_pylist():
-                row, key = line["row"], line["key"]
-                if line["status"] != "ok":
-                    fail_upstream(made, line, IMAGES)
-                    continue
-                caption = line["caption"] if table is None else table.get(line[self.by])
+            made = attempts(stack, corpus, task, [images])
+            for row in samples(read_lines(corpus, images), made, task, IMAGES):
+                caption = row.scalars["caption"] if table is None else table.get(row.scalars[self.by])
                 for attempt in made.values():
-                    if caption and caption.split():
-                        attempt.add(row, key, caption=caption, tokens=len(caption.split()))
+                    if not caption or not caption.split():
+                        attempt.fail(row.row, row.key, "no_caption", where)
+                    elif SURROGATES.search(caption):
+                        attempt.fail(row.row, row.key, "not_text", "it has lone surrogates, which UTF-8 cannot write")
                     else:
-                        where = "no caption came with it" if table is None else f"the table has none for its {self.by}"
-                        attempt.fail(row, key, "no_caption", where)
-            return [attempt.commit() for attempt in made.values()]
+                        attempt.add(row.row, row.key, caption=caption, tokens=len(caption.split()))
+            return commit_all(made, task)
 
 
 @lru_cache(maxsize=4)

@@ -4,16 +4,20 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
+from functools import cache, partial
 from itertools import groupby
 from typing import Any
 
 from pipeline.config import BuildConfig, ImageOptions
-from pipeline.corpus import Attempt, Corpus, ShardRef, UnitCommit, shard_name
+from pipeline.corpus import Attempt, Corpus, ShardRef, UnitCommit, commit_name, shard_name
 from pipeline.images import BadImage, Prepared, prepare
 from pipeline.parallel import threaded
+from pipeline.records import UNITS
 from pipeline.sources import Input, Source
-from pipeline.stages import IMAGES
+from pipeline.stages import IMAGES, UnitTask
+from pipeline.stages.careful import Careful
+from pipeline.watch import alive, fail_point
 
 SCALARS = {
     "caption": "string",
@@ -39,50 +43,71 @@ def ingest_stage(options: ImageOptions) -> dict[str, Any]:
 def ingest_unit(
     corpus: Corpus,
     source: Source,
-    unit: str,
+    task: UnitTask,
     config: BuildConfig,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> UnitCommit:
     """Read a unit, write those of its images shards that are not committed yet, then the unit's commit.
 
+    A unit that is complete is not read, but in a repair.
+
     Args:
         progress: called after each shard that this call wrote, with `shard`, the commit's counts (`in`, `out`,
-            `failed`) and `seconds`.
+            `failed`), `seconds` and `bytes`.
 
     Raises:
         RequestError: the source cannot be read at all. A single bad input is a failed row, never an exception.
     """
-    there = {shard for _, shard in corpus.committed(IMAGES, source.name)}
+    unit, redo = task.unit, task.redo
+    if redo is None and corpus.store.exists(commit_name(UNITS, source.name, unit, task.generation)):
+        return corpus.unit(source.name, unit, task.generation)
+
+    @cache
+    def there(shard: str) -> bool:  # asked when its turn comes: another build may have made it meanwhile
+        return corpus.store.exists(commit_name(IMAGES, source.name, shard, (redo or {}).get(shard, 0)))
 
     def shard_of(ordinal: int) -> str:
         return shard_name(unit, ordinal // corpus.shard_samples)
 
     shards: list[str] = []
     inputs = 0
-    found = source.read(unit, lambda ordinal: shard_of(ordinal) not in there)
-    decoded = threaded(lambda item: (item, _prepare(item.data, config.images)), found, config.resources.decode_threads)
-    with closing(found):
+    with ExitStack() as stack:
+        decode: Callable[[bytes], Prepared] = partial(prepare, options=config.images)
+        threads = config.resources.decode_threads
+        if task.careful:
+            decode = stack.enter_context(Careful(decode, config.resources.stall_timeout))
+            threads = 1
+        found = stack.enter_context(closing(source.read(unit, lambda ordinal: not there(shard_of(ordinal)))))
+        decoded = threaded(lambda item: (item, _prepare(item.data, decode)), found, threads)
         for shard, samples in groupby(decoded, key=lambda pair: shard_of(pair[0].ordinal)):
             shards.append(shard)
-            if shard in there:
-                inputs += sum(1 for _ in samples)
+            if there(shard):
+                for _ in samples:
+                    inputs += 1
+                    alive()
                 continue
             began = time.monotonic()
-            with corpus.attempt(IMAGES, ShardRef(source=source.name, unit=unit, shard=shard)) as attempt:
+            ref = ShardRef(source=source.name, unit=unit, shard=shard)
+            with corpus.attempt(IMAGES, ref, generation=(redo or {}).get(shard, 0)) as attempt:
+                fail_point("fetching")
                 for sample, image in samples:
                     _write(attempt, source.name, sample, image, corpus.shard_samples, config.images.format)
                 commit = attempt.commit()
             inputs += commit.counts["in"]
-            if progress is not None:
-                progress({"shard": shard, **commit.counts, "seconds": time.monotonic() - began})
-    return corpus.commit_unit(source.name, unit, inputs, shards)
+            if progress is not None and commit.ours:
+                seconds = time.monotonic() - began
+                progress({"shard": shard, **commit.counts, "seconds": seconds, "bytes": commit.size})
+    fail_point("committing-unit")
+    record = corpus.commit_unit(source.name, unit, inputs, shards, task.generation)
+    fail_point("committed-unit")
+    return record
 
 
-def _prepare(data: bytes | None, options: ImageOptions) -> Result:
+def _prepare(data: bytes | None, decode: Callable[[bytes], Prepared]) -> Result:
     if data is None:
         return None
     try:
-        return prepare(data, options)
+        return decode(data)
     except BadImage as error:
         return error
     except Exception as error:  # this sample fails with it, and no other

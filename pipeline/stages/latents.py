@@ -1,22 +1,33 @@
 """`latents/*`: images through an autoencoder, all resolutions of it from one decode."""
 
 import hashlib
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
 
 from pipeline.config import LatentsColumn, Resources
-from pipeline.corpus import Commit, Corpus, ShardRef
+from pipeline.corpus import Attempt, Commit, Corpus
 from pipeline.errors import RequestError
 from pipeline.images import BadImage, decode, resize, short_side_size
 from pipeline.parallel import threaded
 from pipeline.shards import array_bytes
-from pipeline.stages import IMAGES, ColumnSpec, Row, attempts, fail_upstream, image_bytes, latest, read_rows
-from pipeline.stages.models import absolute, autoencoder_identity, best_device
+from pipeline.stages import (
+    IMAGES,
+    ColumnSpec,
+    Row,
+    Task,
+    attempts,
+    commit_all,
+    image_bytes,
+    latest,
+    read_rows,
+    samples,
+)
+from pipeline.stages.models import Batches, absolute, autoencoder_identity, best_device
 
 T = TypeVar("T")
 
@@ -36,7 +47,7 @@ class Latents:
         # a branch may move on between the declaration and a worker's start
         self._autoencoder, self._revision = absolute(first.autoencoder), model.get("revision")
         self._options, self._max_pixels = dict(columns), max_pixels
-        self._batch, self._threads = resources.latents_batch, resources.decode_threads
+        self._batches, self._threads = Batches(resources.latents_batch), resources.decode_threads
         self.name = f"latents:{first.autoencoder}"
         self.columns = {
             name: ColumnSpec(
@@ -65,59 +76,61 @@ class Latents:
                 )
         self._model = model
 
-    def run(self, corpus: Corpus, ref: ShardRef, columns: Sequence[str]) -> list[Commit]:
+    def run(self, corpus: Corpus, task: Task) -> list[Commit]:
         self.load()
-        images = latest(corpus, IMAGES, ref)
-        resolutions = {self._options[column].resolution for column in columns}
-        seconds = dict.fromkeys(columns, 0.0)
+        images = latest(corpus, IMAGES, task.ref)
+        resolutions = {self._options[column].resolution for column in task.columns}
+        before = self._batches.seconds
         with ExitStack() as stack:
-            made = attempts(stack, corpus, ref, columns, [images])
-            rows = threaded(lambda row: (row, self._crops(row, resolutions)), read_rows(corpus, images), self._threads)
-            for batch in chunks(rows, self._batch):
+            made = attempts(stack, corpus, task, [images])
+            rows = samples(read_rows(corpus, images), made, task, IMAGES)
+            decoded = threaded(lambda row: (row, self._crops(row, resolutions)), rows, self._threads)
+            for batch in chunks(decoded, self._batches.size):
                 good: list[tuple[Row, dict[int, np.ndarray]]] = []
                 for row, crops in batch:
-                    if crops is None:
-                        fail_upstream(made, row.scalars, IMAGES)
-                    elif isinstance(crops, BadImage):
+                    if isinstance(crops, BadImage):
                         for attempt in made.values():
                             attempt.fail(row.row, row.key, crops.reason, str(crops))
                     else:
                         good.append((row, crops))
                 for column, attempt in made.items():
-                    began = time.monotonic()
-                    latents = self._encode(column, ref.source, good)
-                    seconds[column] += time.monotonic() - began
+                    encode = partial(self._encode, column, task.ref.source)
+                    latents = self._batches.run(encode, good)
                     for (row, _), latent in zip(good, latents, strict=True):
-                        absmax = float(np.abs(latent).max())
-                        if np.isfinite(absmax):
-                            attempt.add(row.row, row.key, {"npy": array_bytes(latent)}, absmax=absmax)
-                        else:
-                            detail = "the autoencoder gives NaN, or more than float16 holds"
-                            attempt.fail(row.row, row.key, "not_finite", detail)
-            return [a.commit(encode_seconds=seconds[column], batch=self._batch) for column, a in made.items()]
+                        _write(attempt, row, latent)
+            return commit_all(made, task, encode_seconds=self._batches.seconds - before, batch=self._batches.size)
 
-    def _crops(self, row: Row, resolutions: Iterable[int]) -> dict[int, np.ndarray] | BadImage | None:
-        if not row.ok:
-            return None
+    def _crops(self, row: Row, resolutions: Iterable[int]) -> dict[int, np.ndarray] | BadImage:
         try:
             pixels = decode(image_bytes(row.members), self._max_pixels).pixels
+            return {side: square(pixels, side) for side in resolutions}
         except BadImage as error:
             return error
-        return {side: square(pixels, side) for side in resolutions}
+        except Exception as error:  # this sample fails with it, and no other
+            return BadImage("damaged", f"{type(error).__name__}: {error}")
 
-    def _encode(self, column: str, source: str, good: Sequence[tuple[Row, dict[int, np.ndarray]]]) -> list[np.ndarray]:
-        """Latents (C, h, w) float16 of a batch that is filled up with black images."""
-        if not good:
-            return []
+    def _encode(
+        self, column: str, source: str, good: Sequence[tuple[Row, dict[int, np.ndarray]]], size: int
+    ) -> list[np.ndarray]:
+        """Latents (C, h, w) float16 of a batch that is filled up with black images to `size`."""
         options = self._options[column]
-        pixels = np.zeros((self._batch, options.resolution, options.resolution, 3), np.uint8)
-        seeds = [0] * self._batch
+        pixels = np.zeros((size, options.resolution, options.resolution, 3), np.uint8)
+        seeds = [0] * size
         for i, (row, crops) in enumerate(good):
             pixels[i] = crops[options.resolution]
             seeds[i] = seed_of(column, source, row.key)
         latents = self._model.encode(pixels, posterior=options.posterior, seeds=seeds)
         with np.errstate(over="ignore"):
             return list(np.asarray(latents[: len(good)].cpu().numpy(), np.float16))
+
+
+def _write(attempt: Attempt, row: Row, latent: np.ndarray | Exception) -> None:
+    if isinstance(latent, Exception):
+        attempt.fail(row.row, row.key, "error", f"{type(latent).__name__}: {latent}")
+    elif np.isfinite(absmax := float(np.abs(latent).max())):
+        attempt.add(row.row, row.key, {"npy": array_bytes(latent)}, absmax=absmax)
+    else:
+        attempt.fail(row.row, row.key, "not_finite", "the autoencoder gives NaN, or more than float16 holds")
 
 
 def seed_of(column: str, source: str, key: str) -> int:

@@ -1,11 +1,18 @@
-"""What identifies a model's numbers, told from its files: no weights are loaded, the hub is asked for a config only."""
+"""What stages with a model share: what identifies its numbers, and how batches go through it."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.errors import RequestError
+from pipeline.watch import alive
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# -- identity: told from a model's files; no weights are loaded, the hub is asked for a config only --------------------
 
 
 @lru_cache(maxsize=16)
@@ -47,3 +54,57 @@ def best_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+class Batches:
+    """Sends samples through a model in batches of `size`, which is halved for good when the GPU's memory runs out."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.seconds = 0.0
+        """Time of the model since it was loaded."""
+
+    def run(self, encode: Callable[[Sequence[T], int], Sequence[R]], samples: Sequence[T]) -> list[R | Exception]:
+        """What `encode(some samples, batch size)` gives for each sample, or the error that a sample alone causes.
+
+        Raises:
+            Exception: one sample alone needs too much memory, the GPU is broken, or a batch has no sample that works.
+        """
+        import torch
+
+        found: list[R | Exception] = []
+        while len(found) < len(samples):
+            batch = samples[len(found) : len(found) + self.size]
+            alive()
+            began = time.monotonic()
+            try:
+                found += encode(batch, self.size)
+            except torch.OutOfMemoryError:
+                if self.size == 1:
+                    raise
+                self.size = (self.size + 1) // 2
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            except torch.AcceleratorError:  # nothing works in this process any more
+                raise
+            except Exception as error:
+                alone = [self._alone(encode, sample) for sample in batch]
+                if len(batch) > 1 and all(isinstance(result, Exception) for result in alone):
+                    raise error  # it is not the samples
+                found += alone
+            finally:
+                self.seconds += time.monotonic() - began
+        return found
+
+    def _alone(self, encode: Callable[[Sequence[T], int], Sequence[R]], sample: T) -> R | Exception:
+        import torch
+
+        try:
+            return encode([sample], self.size)[0]
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            return error

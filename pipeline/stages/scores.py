@@ -1,7 +1,6 @@
 """`scores/basic`: what can be said of an image without a model."""
 
 import hashlib
-from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any
@@ -9,9 +8,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.corpus import Commit, Corpus, ShardRef
+from pipeline.corpus import Commit, Corpus
 from pipeline.images import BadImage, decode
-from pipeline.stages import IMAGES, ColumnSpec, attempts, fail_upstream, image_bytes, latest, read_rows
+from pipeline.stages import (
+    IMAGES,
+    ColumnSpec,
+    Row,
+    Task,
+    attempts,
+    commit_all,
+    image_bytes,
+    latest,
+    read_rows,
+    samples,
+)
 
 SCALARS = {
     "width": "int32",
@@ -42,22 +52,26 @@ class BasicScores:
     def load(self) -> None:
         pass
 
-    def run(self, corpus: Corpus, ref: ShardRef, columns: Sequence[str]) -> list[Commit]:
-        images = latest(corpus, IMAGES, ref)
+    def run(self, corpus: Corpus, task: Task) -> list[Commit]:
+        images = latest(corpus, IMAGES, task.ref)
         with ExitStack() as stack:
-            made = attempts(stack, corpus, ref, columns, [images])
-            for row in read_rows(corpus, images):
-                if not row.ok:
-                    fail_upstream(made, row.scalars, IMAGES)
-                    continue
+            made = attempts(stack, corpus, task, [images])
+            for row in samples(read_rows(corpus, images), made, task, IMAGES):
+                scores = self._scores(row)
                 for attempt in made.values():
-                    try:
-                        scores = basic_scores(decode(image_bytes(row.members), self._max_pixels).pixels)
-                    except BadImage as error:
-                        attempt.fail(row.row, row.key, error.reason, str(error))
+                    if isinstance(scores, BadImage):
+                        attempt.fail(row.row, row.key, scores.reason, str(scores))
                     else:
                         attempt.add(row.row, row.key, **scores)
-            return [attempt.commit() for attempt in made.values()]
+            return commit_all(made, task)
+
+    def _scores(self, row: Row) -> dict[str, Any] | BadImage:
+        try:
+            return basic_scores(decode(image_bytes(row.members), self._max_pixels).pixels)
+        except BadImage as error:
+            return error
+        except Exception as error:  # this sample fails with it, and no other
+            return BadImage("damaged", f"{type(error).__name__}: {error}")
 
 
 def basic_scores(pixels: np.ndarray) -> dict[str, Any]:

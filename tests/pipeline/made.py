@@ -27,6 +27,7 @@ IMAGE_SCALARS = {
 COLUMNS = ("captions/source", "scores/basic", "latents/demo-64", "text/minilm@source")
 SOURCE = "demo"
 SHARD_SAMPLES = 6
+Hashes = dict[tuple[str, str], tuple[str, str]]
 FAILED = (2,)  # rows of every shard whose image cannot be had
 
 
@@ -112,3 +113,18 @@ def write_column(corpus: Corpus, column: str, newest: dict[str, Commit], generat
                 tokens = len(line["caption"].split())
                 attempt.add(row, key, {"npy": array_bytes(np.full((tokens, 8), row, np.float16))}, tokens=tokens)
         return attempt.commit()
+
+
+def hashes(corpus: Corpus, columns: Iterable[str]) -> Hashes:
+    """By column and shard, the hashes of the committed data object and its sidecar."""
+    return {
+        (column, commit.shard): (commit.object.sha256, commit.sidecar.sha256)
+        for column in columns
+        for commit in corpus.commits(column)
+    }
+
+
+def named_objects(corpus: Corpus, columns: Iterable[str]) -> set[str]:
+    """The objects that the newest commits name."""
+    commits = [commit for column in columns for commit in corpus.commits(column)]
+    return {ref.name for commit in commits for ref in (commit.object, commit.sidecar)}

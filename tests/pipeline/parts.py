@@ -1,17 +1,18 @@
 """Plain sources and stages to try the engine with: no image, no model, but real commits."""
 
 import os
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.corpus import Commit, Corpus, ShardRef, UnitCommit, shard_name, unit_name
+from pipeline.corpus import Commit, Corpus, ShardRef, UnitCommit, commit_name, shard_name, unit_name
 from pipeline.sources import Input
-from pipeline.stages import ColumnSpec
+from pipeline.stages import ColumnSpec, Row, Task, UnitTask, attempts, commit_all, latest, read_lines, samples
 from tests.pipeline.made import IMAGE_SCALARS, write_images
 
 ROWS = 3  # inputs of a shard; row 2 fails at ingest
@@ -45,18 +46,22 @@ class Pictures:
             (self.entered / "running").unlink()
 
 
-def ingest(corpus: Corpus, source: Pictures, unit: str, report: Callable[[dict[str, Any]], None]) -> UnitCommit:
+def ingest(corpus: Corpus, source: Pictures, task: UnitTask, report: Callable[[dict[str, Any]], None]) -> UnitCommit:
     """Write a unit's shards that are not there; the unit `...-000001` of a source named `broken` cannot be read."""
+    unit, redo = task.unit, task.redo or {}
     if source.name == "broken" and unit.endswith("1"):
         raise OSError(f"{unit}: the disk is on fire")
     if source.entered is not None:
         assert (source.entered / "running").exists()
     names = [shard_name(unit, number) for number in range(source.shards)]
     for name in names:
-        if (source.name, name) not in corpus.committed("images", source.name):
-            commit = write_images(corpus, ShardRef(source=source.name, unit=unit, shard=name), rows=ROWS)
-            report({"shard": name, **commit.counts})
-    return corpus.commit_unit(source.name, unit, ROWS * source.shards, names)
+        generation = redo.get(name, 0)
+        if not corpus.store.exists(commit_name("images", source.name, name, generation)):
+            ref = ShardRef(source=source.name, unit=unit, shard=name)
+            commit = write_images(corpus, ref, rows=ROWS, generation=generation)
+            if commit.ours:
+                report({"shard": name, **commit.counts, "seconds": 0.0, "bytes": commit.size})
+    return corpus.commit_unit(source.name, unit, ROWS * source.shards, names, task.generation)
 
 
 @dataclass
@@ -71,37 +76,54 @@ class Words:
     """Shards on which it raises."""
     deadly: tuple[str, ...] = ()
     """Shards on which the process dies."""
+    crashes: tuple[tuple[str, int], ...] = ()
+    """Shards and rows on which the process dies of a signal,"""
+    hangs: tuple[tuple[str, int], ...] = ()
+    """and on which it sleeps for an hour."""
     heals: Path | None = None
     """A file; when it is there, nothing is broken any more."""
     loads: Path | None = None
-    """A folder that gets a file for every time that it is loaded."""
+    """A folder that gets a file for every time that it is loaded: `<stage>-<process>-<its parent>-<random>`,"""
+    runs: Path | None = None
+    """and one for every shard that is begun: `<shard>-<process>-<its parent>-<random>`."""
     load_error: str = ""
 
     def load(self) -> None:
         if self.load_error:
             raise OSError(self.load_error)
         if self.loads is not None:
-            (self.loads / f"{self.name}-{uuid.uuid4().hex}").touch()
+            (self.loads / f"{self.name}-{os.getpid()}-{os.getppid()}-{uuid.uuid4().hex}").touch()
 
-    def run(self, corpus: Corpus, ref: ShardRef, columns: Sequence[str]) -> list[Commit]:
+    def run(self, corpus: Corpus, task: Task) -> list[Commit]:
+        if self.runs is not None:
+            (self.runs / f"{task.ref.shard}-{os.getpid()}-{os.getppid()}-{uuid.uuid4().hex}").touch()
         if self.heals is None or not self.heals.exists():
-            if ref.shard in self.deadly:
+            if task.ref.shard in self.deadly:
                 os._exit(9)
-            if ref.shard in self.broken:
-                raise ValueError(f"no words for {ref.shard}")
+            if task.ref.shard in self.broken:
+                raise ValueError(f"no words for {task.ref.shard}")
         time.sleep(self.seconds)
-        return [self.write(corpus, ref, column) for column in columns]
+        names = self.columns[next(iter(task.columns))].inputs
+        inputs = [latest(corpus, name, task.ref) for name in names]
+        with ExitStack() as stack:
+            made = attempts(stack, corpus, task, inputs)
+            for row in samples(read_lines(corpus, inputs[-1]), made, task, names[-1]):
+                self.work_on(task, row)
+                for name, attempt in made.items():
+                    words = f"{name} {row.scalars['caption']}"
+                    attempt.add(row.row, row.key, caption=words, tokens=len(words.split()))
+            return commit_all(made, task)
 
-    def write(self, corpus: Corpus, ref: ShardRef, column: str) -> Commit:
-        inputs = [corpus.commit(name, ref.source, ref.shard, 0) for name in self.columns[column].inputs]
-        with corpus.attempt(column, ref, inputs) as attempt:
-            for line in corpus.sidecar(inputs[-1]).to_pylist():
-                if line["status"] == "failed":
-                    attempt.fail(line["row"], line["key"], "upstream")
-                else:
-                    words = f"{column} {line['caption']}"
-                    attempt.add(line["row"], line["key"], caption=words, tokens=len(words.split()))
-            return attempt.commit()
+    def work_on(self, task: Task, row: Row) -> None:
+        """Do to the process what the row is said to do."""
+        if (task.ref.shard, row.row) in self.crashes:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if (task.ref.shard, row.row) in self.hangs:
+            time.sleep(3600)
+
+    def write(self, corpus: Corpus, ref: ShardRef, *columns: str) -> list[Commit]:
+        """Make these columns of a shard, without an engine."""
+        return self.run(corpus, Task(ref, dict.fromkeys(columns, 0)))
 
 
 def spec(*inputs: str) -> ColumnSpec:

@@ -575,12 +575,14 @@ def test_gc_goes_by_age(tmp_path: Path) -> None:
     orphans = _orphans(corpus)
     unfinished = tmp_path / f"{orphans[0]}#123"
     unfinished.write_bytes(b"half")
-    for name in (orphans[0], f"{orphans[0]}#123"):
+    for number in "12":
+        corpus.store.create(f"probes/{number}", b"")
+    for name in (orphans[0], f"{orphans[0]}#123", "probes/1"):
         old = time.time() - 49 * 3600
         os.utime(tmp_path / name, (old, old))
     done = gc(corpus)
-    assert done["names"] == sorted([orphans[0], f"{orphans[0]}#123"])
-    assert (done["attempts"], done["unfinished"], done["bytes"]) == (1, 1, len("orphan") + len("half"))
+    assert done["names"] == sorted([orphans[0], f"{orphans[0]}#123", "probes/1"])
+    assert (done["attempts"], done["unfinished"], done["bytes"]) == (1, 2, len("orphan") + len("half"))
     assert corpus.store.exists(orphans[1]) and not unfinished.exists()
 
 

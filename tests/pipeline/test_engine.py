@@ -1,21 +1,28 @@
 """The engine on a real Ray cluster of one CPU, where a wrong layout would hang."""
 
+import errno
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import ray
 
+from pipeline import driver, engine
+from pipeline.check import status, verify
 from pipeline.corpus import Corpus
+from pipeline.driver import Driver
 from pipeline.engine import BuildSummary, carry_out
 from pipeline.errors import RequestError
 from pipeline.failures import read_failure
 from pipeline.progress import Snapshot
+from tests.pipeline.made import write_images
 from tests.pipeline.parts import ROWS, Pictures, Words, ingest, open_corpus, source_words, spec, upper_words
 
 ROOT = Path(__file__).parent.parent.parent
@@ -26,6 +33,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from pipeline.engine import Stopped, carry_out
+from tests.pipeline.made import write_images
 from tests.pipeline.parts import Pictures, ingest, open_corpus, source_words, upper_words
 url, seconds, count = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 sources, stages = [Pictures(count=count)], [source_words(seconds=seconds), upper_words(seconds=seconds)]
@@ -67,7 +75,7 @@ def commits(url: Path, column: str) -> list[Path]:
 
 
 def wait_for_commits(process: "subprocess.Popen[str]", url: Path, column: str, number: int) -> None:
-    until = time.monotonic() + 150
+    until = time.monotonic() + 280
     while len(commits(url, column)) < number:
         assert process.poll() is None, f"the build ended too early: {process.stdout and process.stdout.read()}"
         assert time.monotonic() < until, "the build did not get that far"
@@ -109,7 +117,7 @@ def test_a_whole_build_streams_and_loads_each_model_once(cluster: None, tmp_path
     assert summary.columns["captions/third"].out == 6 * (ROWS - 1)
     assert summary.columns["captions/third"].reasons == {"upstream": 6}
     assert summary.columns["captions/third"].own_failures == 0
-    assert sorted(path.name.rpartition("-")[0] for path in loads.iterdir()) == ["third", "upper words"]
+    assert sorted(path.name.split("-")[0] for path in loads.iterdir()) == ["third", "upper words"]
     assert not (tmp_path / "running").exists()  # the source was left when all was done
 
     assert any(line.name == "ingest" and line.state.endswith("at work") for shot in seen for line in shot.lines)
@@ -165,12 +173,119 @@ def test_what_fails_is_set_aside_and_taken_again_when_asked(cluster: None, tmp_p
     assert (tmp_path / "corpus/failures/units/broken/broken-000001.1.json").is_file()
 
 
+def test_a_sample_that_crashes_or_hangs_its_process_is_set_aside_alone(cluster: None, tmp_path: Path) -> None:
+    """One in a task, one in an actor, of shards of which the rest is committed."""
+    sources = [Pictures(count=2)]
+    crash, hang = ("pictures-000000-01", 1), ("pictures-000001-00", 0)
+    stages = [source_words(crashes=(crash,)), upper_words(hangs=(hang,))]
+    corpus = open_corpus(tmp_path / "corpus", sources, stages)
+    notes: list[str] = []
+    summary = carry_out(
+        corpus, sources, stages, ingest, stall_timeout=6.0, progress=lambda shot: notes.extend(shot.notes)
+    )
+    check_adds_up(summary)
+    assert summary.exit_status == 0  # no shard is set aside, and samples may fail
+    assert (summary.columns["captions/source"].committed, summary.columns["captions/lower"].committed) == (4, 4)
+    assert summary.columns["captions/source"].reasons == {"upstream": 4, "crash": 1}
+    assert summary.columns["captions/upper"].reasons == {"upstream": 5, "stall": 1}
+    for column, (shard, row), reason in (("captions/source", crash, "crash"), ("captions/upper", hang, "stall")):
+        lines = corpus.sidecar(corpus.commit(column, "pictures", shard, 0)).to_pylist()
+        assert [line["reason"] for line in lines if line["reason"] != "upstream"].count(reason) == 1
+        assert (lines[row]["status"], lines[row]["reason"]) == ("failed", reason)
+    assert f"source words: {crash[0]} row {crash[1]} is set aside: crash" in notes
+    assert f"upper words: {hang[0]} row {hang[1]} is set aside: stall" in notes
+    assert verify(corpus)["problems"] == []
+
+
+def test_what_is_damaged_lost_or_stale_is_made_again_by_repair(cluster: None, tmp_path: Path) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    sources, stages = [Pictures(count=2)], [source_words(), upper_words()]
+    corpus = open_corpus(tmp_path / "corpus", sources, stages)
+    carry_out(corpus, sources, stages, ingest)
+    shards = [commit.shard for commit in corpus.commits("images")]
+
+    flipped = corpus.commit("captions/source", "pictures", shards[0], 0).object.name
+    data = bytearray((tmp_path / "corpus" / flipped).read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    (tmp_path / "corpus" / flipped).write_bytes(data)
+    lost = corpus.commit("images", "pictures", shards[1], 0).object.name
+    (tmp_path / "corpus" / lost).unlink()
+    torn = f"commits/captions/upper/pictures/{shards[2]}.0.json"
+    (tmp_path / "corpus" / torn).write_bytes(b'{"version":1')
+    unit = "commits/units/pictures/pictures-000001.0.json"
+    (tmp_path / "corpus" / unit).write_bytes(b"")
+    gone = f"commits/images/pictures/{shards[3]}.0.json"
+    (tmp_path / "corpus" / gone).unlink()
+    named = {problem["what"] for problem in verify(corpus)["problems"]}
+    assert {flipped, lost, torn, unit} <= named
+    assert any(shards[3] in what for what in named)
+
+    assert not carry_out(corpus, sources, stages, ingest, ["captions/source"]).worked  # it trusts the commits
+    notes: list[str] = []
+    repaired = carry_out(corpus, sources, stages, ingest, repair=True, progress=lambda shot: notes.extend(shot.notes))
+    assert repaired.exit_status == 0
+    assert verify(corpus)["problems"] == []
+    assert f"repair: captions/source/pictures/{shards[0]} is made again" in notes
+    generations = {column: corpus.committed(column) for column in ("images", *MADE)}
+    assert [generations["images"]["pictures", shard] for shard in shards] == [0, 1, 0, 0]
+    assert [generations["captions/source"]["pictures", shard] for shard in shards] == [1, 1, 0, 1]
+    assert [generations["captions/upper"]["pictures", shard] for shard in shards] == [1, 1, 1, 1]
+    assert [generations["captions/lower"]["pictures", shard] for shard in shards] == [1, 1, 0, 1]
+    assert not carry_out(corpus, sources, stages, ingest, repair=True).worked
+
+
+def test_a_rebuilt_input_makes_stale_what_comes_from_it(cluster: None, tmp_path: Path) -> None:
+    sources, stages = [Pictures(count=1)], [source_words(), upper_words()]
+    corpus = open_corpus(tmp_path / "corpus", sources, stages)
+    carry_out(corpus, sources, stages, ingest)
+    ref = corpus.commits("images")[0].ref
+    write_images(corpus, ref, rows=ROWS, generation=1, quality=50)
+    found = status(corpus)["columns"]
+    assert [found[column]["pictures"]["stale"] for column in ("images", *MADE)] == [0, 1, 0, 0]
+    carry_out(corpus, sources, stages, ingest, repair=True)
+    found = status(corpus)["columns"]
+    assert [found[column]["pictures"]["stale"] for column in ("images", *MADE)] == [0, 0, 0, 0]
+    assert verify(corpus)["problems"] == []
+    assert corpus.committed("captions/lower")["pictures", ref.shard] == 1
+
+
+def test_a_node_that_does_not_see_the_folder_ends_the_build(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources, stages = [Pictures(count=1)], [source_words()]
+    corpus = open_corpus(tmp_path / "corpus", sources, stages)
+    monkeypatch.setattr(engine, "_probe", lambda corpus: nullcontext("probes/on-another-disk"))
+    with pytest.raises(RequestError, match=r"does not see this folder.*s3://bucket/prefix"):
+        carry_out(corpus, sources, stages, ingest)
+    assert corpus.committed("images") == {}
+    monkeypatch.setattr(Driver, "check_nodes", lambda driver: None)  # and one that joins later
+    with pytest.raises(RequestError, match="does not see this folder"):
+        carry_out(corpus, sources, stages, ingest)
+    assert corpus.committed("images") == {}
+    assert not list((tmp_path / "corpus").glob("failures/*"))
+
+
 def test_a_model_that_cannot_load_ends_the_build_with_one_message(cluster: None, tmp_path: Path) -> None:
     sources, stages = [Pictures()], [source_words(), upper_words(load_error="weights.safetensors is not there")]
     corpus = open_corpus(tmp_path / "corpus", sources, stages)
     with pytest.raises(RequestError, match=r"stage upper words.*weights\.safetensors is not there"):
         carry_out(corpus, sources, stages, ingest)
     assert not (tmp_path / "corpus/failures").exists()
+
+
+def test_a_disk_too_full_to_say_what_failed_ends_the_build(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(driver, "write_failure", full)
+    sources, stages = [Pictures(count=1)], [source_words(broken=("pictures-000000-01",))]
+    corpus = open_corpus(tmp_path / "corpus", sources, stages)
+    with pytest.raises(RequestError, match=r"No space left on device.*no words for pictures-000000-01.*Make room"):
+        carry_out(corpus, sources, stages, ingest, max_attempts=1)
 
 
 def test_too_many_failed_samples_are_exit_status_1(cluster: None, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pipeline.corpus import Corpus, ShardRef
 from pipeline.shards import read_tar
 from pipeline.sources import Input
 from pipeline.sources.openmoji import Openmoji, cache_folder
-from pipeline.stages import declare
+from pipeline.stages import UnitTask, declare
 from pipeline.stages.ingest import SCALARS, ingest_stage, ingest_unit
 
 
@@ -95,7 +95,7 @@ def lines(corpus: Corpus) -> list[dict]:
 
 def test_a_unit_becomes_shards(tmp_path: Path, corpus: Corpus):
     messages: list[dict] = []
-    record = ingest_unit(corpus, given(10), "given-000000", config(tmp_path), messages.append)
+    record = ingest_unit(corpus, given(10), UnitTask("given-000000"), config(tmp_path), messages.append)
     assert record.inputs == 10
     assert record.shards == ["given-000000-00", "given-000000-01", "given-000000-02"]
     assert corpus.units("given") == {"given-000000": record}
@@ -133,7 +133,7 @@ def test_a_unit_becomes_shards(tmp_path: Path, corpus: Corpus):
 
 
 def test_stock_webdataset_opens_what_was_made(tmp_path: Path, corpus: Corpus):
-    ingest_unit(corpus, given(4, row2=b"nothing"), "given-000000", config(tmp_path))
+    ingest_unit(corpus, given(4, row2=b"nothing"), UnitTask("given-000000"), config(tmp_path))
     url = str(tmp_path / "corpus" / corpus.commits("images")[0].object.name)
     found = list(webdataset.WebDataset(url, shardshuffle=False).decode("pil"))
     assert [sample["__key__"] for sample in found] == ["000000000", "000000001", "000000003"]
@@ -152,7 +152,7 @@ def test_every_fault_stands_in_its_row(tmp_path: Path, corpus: Corpus):
         row6=b"",
         row7=b"\xff\xd8\xff",
     )
-    record = ingest_unit(corpus, source, "given-000000", config(tmp_path))
+    record = ingest_unit(corpus, source, UnitTask("given-000000"), config(tmp_path))
     found = lines(corpus)
     assert [line["reason"] for line in found] == [
         "http_404", "truncated", None, "not_an_image", "too_small", None, "not_an_image", "truncated",
@@ -168,7 +168,7 @@ def test_every_fault_stands_in_its_row(tmp_path: Path, corpus: Corpus):
 
 
 def test_a_shard_without_any_image_is_committed_too(tmp_path: Path, corpus: Corpus):
-    ingest_unit(corpus, given(4, row0=b"", row1=b"", row2=None, row3=b""), "given-000000", config(tmp_path))
+    ingest_unit(corpus, given(4, row0=b"", row1=b"", row2=None, row3=b""), UnitTask("given-000000"), config(tmp_path))
     [commit] = corpus.commits("images")
     assert commit.counts == {"in": 4, "out": 0, "failed": 4}
     with corpus.open_object(commit) as file, tarfile.open(fileobj=file) as tar:
@@ -179,13 +179,13 @@ def test_what_is_committed_is_not_read_again(tmp_path: Path, corpus: Corpus):
     broken = given(12)
     broken.stop_at = 10
     with pytest.raises(ConnectionError):
-        ingest_unit(corpus, broken, "given-000000", config(tmp_path))
+        ingest_unit(corpus, broken, UnitTask("given-000000"), config(tmp_path))
     [first] = corpus.commits("images")
     assert first.shard == "given-000000-00"
     assert corpus.units("given") == {}
     again = given(12)
     messages: list[dict] = []
-    record = ingest_unit(corpus, again, "given-000000", config(tmp_path), messages.append)
+    record = ingest_unit(corpus, again, UnitTask("given-000000"), config(tmp_path), messages.append)
     assert again.asked == list(range(4, 12))
     assert [m["shard"] for m in messages] == record.shards[1:]
     assert record.inputs == 12
@@ -194,17 +194,17 @@ def test_what_is_committed_is_not_read_again(tmp_path: Path, corpus: Corpus):
 
 
 def test_a_unit_that_is_done_is_left_as_it_is(tmp_path: Path, corpus: Corpus):
-    record = ingest_unit(corpus, given(5), "given-000000", config(tmp_path))
+    record = ingest_unit(corpus, given(5), UnitTask("given-000000"), config(tmp_path))
     commits = corpus.commits("images")
     again = given(5)
-    assert ingest_unit(corpus, again, "given-000000", config(tmp_path)) == record
+    assert ingest_unit(corpus, again, UnitTask("given-000000"), config(tmp_path)) == record
     assert again.asked == []
     assert corpus.commits("images") == commits
 
 
 def test_shards_of_two_units_do_not_mix(tmp_path: Path, corpus: Corpus):
     for unit in ("given-000000", "given-000001"):
-        ingest_unit(corpus, given(5), unit, config(tmp_path))
+        ingest_unit(corpus, given(5), UnitTask(unit), config(tmp_path))
     assert [c.shard[-9:] for c in corpus.commits("images")] == ["000000-00", "000000-01", "000001-00", "000001-01"]
     assert all(record.inputs == 5 for record in corpus.units("given").values())
 
@@ -212,21 +212,46 @@ def test_shards_of_two_units_do_not_mix(tmp_path: Path, corpus: Corpus):
 def test_two_workers_at_once_make_one_unit(tmp_path: Path, corpus: Corpus):
     def in_between(message: dict) -> None:
         if message["shard"].endswith("-00"):
-            ingest_unit(corpus, given(10), "given-000000", config(tmp_path))
+            ingest_unit(corpus, given(10), UnitTask("given-000000"), config(tmp_path))
 
     messages: list[dict] = []
     record = ingest_unit(
-        corpus, given(10), "given-000000", config(tmp_path), lambda m: (messages.append(m), in_between(m))
+        corpus, given(10), UnitTask("given-000000"), config(tmp_path), lambda m: (messages.append(m), in_between(m))
     )
     assert [c.shard for c in corpus.commits("images")] == record.shards
     named = {c.object.name for c in corpus.commits("images")} | {c.sidecar.name for c in corpus.commits("images")}
     assert {item.name for item in corpus.store.list("images")} == named
 
 
+def test_a_repair_writes_the_next_generation_of_the_shards_that_are_named(tmp_path: Path, corpus: Corpus):
+    record = ingest_unit(corpus, given(10), UnitTask("given-000000"), config(tmp_path))
+    before = corpus.commits("images")
+    again = given(10)
+    task = UnitTask("given-000000", redo={record.shards[1]: 1}, generation=1)
+    repaired = ingest_unit(corpus, again, task, config(tmp_path))
+    assert again.asked == [4, 5, 6, 7]
+    assert (repaired.shards, repaired.inputs, repaired.generation) == (record.shards, 10, 1)
+    after = corpus.commits("images")
+    assert [commit.generation for commit in after] == [0, 1, 0]
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert after[1].object.sha256 == before[1].object.sha256
+
+
+def test_with_care_the_same_shards_come_out(tmp_path: Path, corpus: Corpus):
+    other = Corpus.create(tmp_path / "other", "tried", 4)
+    other.declare_column("images", {"stage": "ingest", "version": 1}, SCALARS)
+    other.declare_source("given", {"adapter": "given", "images": ingest_stage(ImageOptions(min_side=32))})
+    source = given(6, row0=None, row2=b"<html>", row4=jpeg(4, (900, 700)))
+    ingest_unit(corpus, source, UnitTask("given-000000"), config(tmp_path))
+    ingest_unit(other, source, UnitTask("given-000000", careful=True), config(tmp_path))
+    assert lines(corpus) == lines(other)
+    assert [c.object.sha256 for c in corpus.commits("images")] == [c.object.sha256 for c in other.commits("images")]
+
+
 def test_long_sides_are_reduced_and_formats_unified(tmp_path: Path, corpus: Corpus):
     buffer = io.BytesIO()
     Image.new("RGB", (300, 200), (200, 10, 10)).save(buffer, "PNG")
-    ingest_unit(corpus, given(2, row0=buffer.getvalue()), "given-000000", config(tmp_path, max_side=100))
+    ingest_unit(corpus, given(2, row0=buffer.getvalue()), UnitTask("given-000000"), config(tmp_path, max_side=100))
     first, second = lines(corpus)
     assert (first["width"], first["height"], first["original_width"], first["original_height"]) == (150, 100, 300, 200)
     assert (first["format"], second["format"]) == ("png", "jpeg")
@@ -238,7 +263,7 @@ def test_long_sides_are_reduced_and_formats_unified(tmp_path: Path, corpus: Corp
 
 def test_captions_that_utf8_cannot_write_do_no_harm(tmp_path: Path, corpus: Corpus):
     source = Given([Input(0, "a", jpeg(), "http://x/\udc80", "lone \ud800 surrogate"), Input(1, "b", None, "\udfff")])
-    ingest_unit(corpus, source, "given-000000", config(tmp_path))
+    ingest_unit(corpus, source, UnitTask("given-000000"), config(tmp_path))
     assert [line["caption"] for line in lines(corpus)] == ["lone ? surrogate", ""]
     assert [line["reason"] for line in lines(corpus)] == [None, "missing"]
 
@@ -249,7 +274,7 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path):
         corpus = Corpus.create(tmp_path / name, "tried", 4)
         corpus.declare_column("images", {"stage": "ingest", "version": 1}, SCALARS)
         corpus.declare_source("given", {"adapter": "given"})
-        ingest_unit(corpus, given(4, row1=jpeg(1, (900, 700))), "given-000000", config(tmp_path))
+        ingest_unit(corpus, given(4, row1=jpeg(1, (900, 700))), UnitTask("given-000000"), config(tmp_path))
         hashes.append(corpus.commits("images")[0].object.sha256)
     assert hashes[0] == hashes[1]
 
@@ -287,7 +312,7 @@ def test_the_demo_source_from_end_to_end(tmp_path: Path):
     declare(corpus, asked)
     with source.running():
         for unit in source.units():
-            ingest_unit(corpus, source, unit, asked)
+            ingest_unit(corpus, source, UnitTask(unit), asked)
     found = {line["origin"]: line for line in lines(corpus)}
     assert len(found) == source.prepared.inputs == len(lines(corpus))
     wanted = {

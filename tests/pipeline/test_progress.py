@@ -1,16 +1,28 @@
 """What people see of a build: on a terminal, and elsewhere."""
 
 import io
+import json
 
 import pytest
 from rich.console import Console
 
 from pipeline import progress
-from pipeline.progress import Line, Snapshot, Tally, as_text, duration, number, shown
+from pipeline.progress import Line, Rates, Snapshot, Tally, duration, number, shown
 
 LINES = [
-    Line("ingest", "units", done=2, total=4, samples=1024, failed=30, rate=123.4, left=61.0, state="2 at work"),
-    Line("latents:demo", "shards", done=3, total=8, more=True, aside=1, state="1 set aside"),
+    Line(
+        "ingest",
+        "units",
+        done=2,
+        total=4,
+        samples=1024,
+        failed=30,
+        rate=123.4,
+        bytes_rate=2.5e6,
+        left=61.0,
+        state="2 at work",
+    ),
+    Line("latents:demo", "shards", done=3, total=8, more=True, aside=1, busy=0.634, state="1 set aside"),
     Line("captions/source", "shards", done=8, total=8, state="done"),
 ]
 
@@ -35,21 +47,21 @@ def test_numbers_are_read_at_a_glance(value: float | None, text: str) -> None:
     assert number(value) == text
 
 
-def test_a_line_of_text_says_what_is_not_done() -> None:
-    text = as_text(Snapshot(75, LINES))
-    assert text == "[1:15] ingest 2/4 units 123 images/s 1:01 left; latents:demo 3/8+ shards 1 set aside"
-    assert as_text(Snapshot(75, LINES[2:])) == "[1:15] all done"
-
-
-def test_elsewhere_than_on_a_terminal_there_is_a_line_every_ten_seconds() -> None:
+def test_elsewhere_than_on_a_terminal_there_is_a_line_of_json_a_minute() -> None:
     where, out = console(terminal=False)
     with shown(where) as tell:
         tell(Snapshot(0.0, [], ["starting the workers"]))
-        for seconds in (0.5, 1.0, 9.0, 10.4, 10.6, 12.0):
+        for seconds in (0.5, 1.0, 9.0, 59.9, 60.6, 112.0, 113.04):
             tell(Snapshot(seconds, LINES, ["a [note] as it is"] if seconds == 9.0 else []))
-    lines = out.getvalue().splitlines()
-    assert [line[:6] for line in lines] == ["starti", "[0:00]", "a [not", "[0:10]"]
-    assert lines[2] == "a [note] as it is"
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [line["note"] for line in lines if "note" in line] == ["starting the workers", "a [note] as it is"]
+    told = [line for line in lines if "stages" in line]
+    assert [line["seconds"] for line in told] == [0.5, 60.6, 113.0]  # and the last one, how it ended
+    assert [stage["name"] for stage in told[0]["stages"]] == ["ingest", "latents:demo", "captions/source"]
+    ingest = told[0]["stages"][0]
+    assert {name: ingest[name] for name in ("done", "total", "failed", "rate", "bytes_rate", "busy", "left")} == {
+        "done": 2, "total": 4, "failed": 30, "rate": 123.4, "bytes_rate": 2.5e6, "busy": None, "left": 61.0,
+    }  # fmt: skip
 
 
 def test_on_a_terminal_there_is_a_table_that_stays() -> None:
@@ -60,8 +72,8 @@ def test_on_a_terminal_there_is_a_table_that_stays() -> None:
     assert "latents:demo: x-00 is set aside" in text
     last = text[text.rindex("stage") :]
     assert [" ".join(line.split()) for line in last.splitlines()[1:4]] == [
-        "ingest 2/4 units 1,024 30 123 1:01 2 at work",
-        "latents:demo 3/8+ shards 0 1 set aside",
+        "ingest 2/4 units 1,024 30 123 2.5 1:01 2 at work",
+        "latents:demo 3/8+ shards 0 63% 1 set aside",
         "captions/source 8/8 shards 0 done",
     ]
 
@@ -70,14 +82,14 @@ def test_rates_are_those_of_the_last_half_minute(monkeypatch: pytest.MonkeyPatch
     now = 100.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     tally = Tally()
-    assert tally.rates() == (None, None)
+    assert tally.rates() == Rates()
     tally.begin()
     now = 110.0
-    tally.add(jobs=2, samples=100, failed=1)
-    assert tally.rates() == (0.2, 10.0)
+    tally.add(jobs=2, samples=100, failed=1, size=4000, busy=5.0)
+    assert tally.rates() == Rates(0.2, 10.0, 400.0, 0.5)
     now = 135.0
     tally.add(jobs=1, samples=50)
-    assert tally.rates() == (3 / 30, 150 / 30)
+    assert tally.rates() == Rates(3 / 30, 150 / 30, 4000 / 30, 5 / 30)
     now = 141.0  # what was done at 110 is too old now
-    assert tally.rates() == (1 / 30, 50 / 30)
+    assert tally.rates() == Rates(1 / 30, 50 / 30, 0.0, 0.0)
     assert (tally.jobs, tally.samples, tally.failed) == (3, 150, 1)

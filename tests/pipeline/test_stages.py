@@ -26,10 +26,10 @@ from pipeline.errors import RequestError
 from pipeline.images import decode, resize
 from pipeline.shards import array_from_bytes, read_tar
 from pipeline.sources import Input
-from pipeline.stages import Stage, latest, read_rows, stages_of
+from pipeline.stages import Stage, Task, UnitTask, latest, read_rows, stages_of
 from pipeline.stages.ingest import SCALARS, ingest_unit
 from pipeline.stages.latents import seed_of, square
-from pipeline.stages.models import autoencoder_identity
+from pipeline.stages.models import Batches, autoencoder_identity
 from pipeline.stages.scores import basic_scores, perceptual_hash
 
 SHARD = 8
@@ -114,7 +114,7 @@ def start(root: Path) -> Corpus:
     corpus = Corpus.create(root, "tried", SHARD)
     corpus.declare_column("images", {"stage": "ingest", "version": 1}, SCALARS)
     corpus.declare_source("photos", {"adapter": "photos"})
-    ingest_unit(corpus, Photos(), "photos-000000", config(root, {}))
+    ingest_unit(corpus, Photos(), UnitTask("photos-000000"), config(root, {}))
     return corpus
 
 
@@ -132,7 +132,7 @@ def make(corpus: Corpus, columns: dict, **more) -> dict[str, list[Commit]]:
         worker: Stage = pickle.loads(pickle.dumps(stage))  # as it comes to a worker
         worker.load()
         for images in corpus.commits("images"):
-            for commit in worker.run(corpus, images.ref, list(stage.columns)):
+            for commit in worker.run(corpus, Task(images.ref, dict.fromkeys(stage.columns, 0))):
                 made.setdefault(commit.column, []).append(commit)
     return made
 
@@ -251,7 +251,7 @@ def test_a_table_that_changed_after_the_declaration(tmp_path: Path, corpus: Corp
     corpus.declare_column("captions/x", stage.columns["captions/x"].stage, stage.columns["captions/x"].scalars)
     table.write_text('{"key": "k0", "caption": "after"}\n')
     with pytest.raises(RequestError, match="not the one that the column was declared with"):
-        stage.run(corpus, corpus.commits("images")[0].ref, ["captions/x"])
+        stage.run(corpus, Task(corpus.commits("images")[0].ref, {"captions/x": 0}))
     assert corpus.committed("captions/x") == {}
 
 
@@ -374,7 +374,7 @@ def test_one_column_of_a_stage_alone(corpus: Corpus, autoencoder: str):
     for column, spec in stage.columns.items():
         other.declare_column(column, spec.stage, spec.scalars)
     ref = other.commits("images")[0].ref
-    [alone] = stage.run(other, ref, ["latents/tiny-64"])
+    [alone] = stage.run(other, Task(ref, {"latents/tiny-64": 0}))
     assert alone.object.sha256 == both["latents/tiny-64"][0].object.sha256  # the same bytes, made again
     assert other.committed("latents/tiny-32") == {}
 
@@ -490,6 +490,76 @@ def test_text_is_the_same_when_made_again(tmp_path: Path):
     assert hashes[0] == hashes[1]
 
 
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_the_gpu_has_no_room_for_is_halved_for_good():
+    sizes = []
+
+    def encode(samples, size):
+        sizes.append(size)
+        if size > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [10 * sample for sample in samples]
+
+    batches = Batches(16)
+    assert batches.run(encode, list(range(7))) == [0, 10, 20, 30, 40, 50, 60]
+    assert sizes == [16, 8, 4, 2, 2, 2, 2]
+    assert batches.run(encode, [1]) == [10]
+    assert batches.size == 2
+
+    def never(samples, size):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        batches.run(never, [1, 2, 3])
+    assert batches.size == 1
+
+
+def test_an_error_in_a_batch_is_the_samples_that_causes_it():
+    def encode(samples, size):
+        if 5 in samples:
+            raise ValueError("five")
+        return [-sample for sample in samples]
+
+    found = Batches(4).run(encode, [3, 4, 5, 6, 7])
+    assert found[:2] + found[3:] == [-3, -4, -6, -7]
+    assert isinstance(found[2], ValueError)
+
+    def broken(samples, size):
+        raise ValueError("it is not the samples")
+
+    with pytest.raises(ValueError, match="not the samples"):
+        Batches(4).run(broken, [1, 2])
+
+
+def test_a_trial_of_some_rows_commits_nothing_and_rows_set_aside_fail(corpus: Corpus, autoencoder: str):
+    columns = {
+        "captions/source": {},
+        "scores/basic": {},
+        "latents/x": {"autoencoder": autoencoder, "resolution": 32},
+        "text/minilm@source": {"encoder": "minilm"},
+    }
+    made = {}
+    ref = corpus.commits("images")[0].ref
+    for stage in stages_of(config(Path(corpus.url), columns)):
+        for column, spec in stage.columns.items():
+            corpus.declare_column(column, spec.stage, spec.scalars)
+        wanted = dict.fromkeys(stage.columns, 0)
+        assert stage.run(corpus, Task(ref, wanted, rows=range(2, 5))) == []
+        assert stage.run(corpus, Task(ref, wanted, rows=range(0))) == []
+        for commit in stage.run(corpus, Task(ref, wanted, aside={0: "crash", 3: "stall"})):
+            made[commit.column] = commit
+    assert made.keys() == columns.keys()
+    assert not list(corpus.store.unfinished())
+    for column, commit in made.items():
+        assert len(list(corpus.store.list(f"{column}/photos"))) == (1 if commit.object == commit.sidecar else 2)
+        reasons = [line["reason"] for line in lines(corpus, [commit])]
+        inherited = column == "text/minilm@source"
+        assert (reasons[0], reasons[3]) == (("upstream", "upstream") if inherited else ("crash", "stall"))
+        assert commit.counts["in"] == SHARD
+
+
 # -- all -------------------------------------------------------------------------------------------------------------
 
 
@@ -517,7 +587,7 @@ def test_a_shard_that_is_not_there_yet(corpus: Corpus):
     for column, spec in stage.columns.items():
         corpus.declare_column(column, spec.stage, spec.scalars)
     with pytest.raises(FileNotFoundError):
-        stage.run(corpus, corpus.commits("images")[0].ref, list(stage.columns))
+        stage.run(corpus, Task(corpus.commits("images")[0].ref, dict.fromkeys(stage.columns, 0)))
 
 
 def test_a_tar_that_is_not_its_sidecars_is_noticed(corpus: Corpus):

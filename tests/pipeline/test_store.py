@@ -4,12 +4,13 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import RequestError
-from pipeline.store import UNFINISHED, Store
+from pipeline.store import UNFINISHED, Store, _sweep_scratch
 from tests.pipeline.racers import create_all, write_for_ever
 
 RACERS, NAMES = 4, 25
@@ -132,6 +133,22 @@ def test_a_killed_writer_leaves_no_object(tmp_path: Path) -> None:
     assert not list(store.list())
     assert [path.name.split("#")[0] for path in store.unfinished()] == ["object"]
     store.create("folder/object", b"whole")
+
+
+def test_what_killed_writers_to_a_bucket_left_on_this_machine_is_swept(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    old, young, other = (tmp_path / name for name in ("microdit-scratch-old", "microdit-scratch-young", "other"))
+    for folder in (old, young, other):
+        folder.mkdir()
+        (folder / "half.tar").write_bytes(b"half")
+    for folder in (old, other):
+        os.utime(folder, (0, 0))
+    _sweep_scratch.cache_clear()
+    with Store(s3_url).scratch("name") as path:
+        assert path.parent.parent == tmp_path
+    assert sorted(tmp_path.iterdir()) == [young, other]
 
 
 def test_a_disk_file_is_synced_before_it_has_its_name_and_the_folder_after(

@@ -1,0 +1,102 @@
+"""What the engine adds to a shard that takes a second: its time with Ray against that of the bare stage function.
+
+    python benchmarks/overhead.py [--shards 30] [--seconds 1.0] [--rounds 2] [--json]
+
+On a warm cluster of one CPU on this machine, for a stage that runs as tasks (several at once there) and one that runs
+in an actor. A shard's time with the engine: from the first wave of commits to the last commit, times the shards that
+are worked on at once, over the number of commits between; so no start of a process is in it. The stage sleeps, so that
+what else the machine does counts less. Bare and with the engine in turns; medians. Goal: at most 1.05.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+
+from pipeline.corpus import Corpus, ShardRef
+from pipeline.engine import carry_out
+from pipeline.places import Places
+from pipeline.stages import Task, UnitTask
+from tests.pipeline.parts import Pictures, Words, ingest, open_corpus, spec
+
+COLUMN = "captions/slept"
+CPUS = 1
+
+
+def stage(device: str, seconds: float) -> Words:
+    return Words("slept", {COLUMN: spec("images")}, device=device, seconds=seconds)
+
+
+def corpus_of(folder: Path, shards: int, made: Words) -> tuple[Corpus, Any]:
+    """A corpus whose images are there."""
+    source = Pictures(count=shards, shards=1)
+    corpus = open_corpus(folder, [source], [made])
+    for unit in source.units():
+        ingest(corpus, source, UnitTask(unit), lambda message: None)
+    return corpus, source
+
+
+def bare(folder: Path, shards: int, made: Words) -> float:
+    """Seconds a shard by the plain function."""
+    corpus, source = corpus_of(folder, shards, made)
+    began = time.perf_counter()
+    for unit in source.units():
+        made.run(corpus, Task(ShardRef(source=source.name, unit=unit, shard=f"{unit}-00"), {COLUMN: 0}))
+    return (time.perf_counter() - began) / shards
+
+
+def engine(folder: Path, shards: int, made: Words) -> float:
+    """Seconds a shard by the engine, as if there were one worker."""
+    corpus, source = corpus_of(folder, shards, made)
+    carry_out(corpus, [source], [made], cast(Any, ingest))
+    places = Places.on(CPUS, 0, models=made.device == "gpu")
+    at_once = places.actors if made.device == "gpu" else int(CPUS / places.task_cpu)
+    times = sorted(item.modified.timestamp() for item in corpus.store.list(f"commits/{COLUMN}"))
+    assert len(times) == shards > at_once
+    return (times[-1] - times[at_once - 1]) * at_once / (shards - at_once)
+
+
+def measure(shards: int, seconds: float, rounds: int) -> dict[str, Any]:
+    ray.init(num_cpus=CPUS, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    found: dict[str, Any] = {"shards": shards, "seconds": seconds}
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, device in (("task", "cpu"), ("actor", "gpu")):
+            engine(Path(folder, f"{kind}-warm"), 8, stage(device, 0.1))
+            times: dict[Callable[[Path, int, Words], float], list[float]] = {bare: [], engine: []}
+            for number in range(rounds):
+                for run, took in times.items():
+                    took.append(run(Path(folder, f"{kind}-{run.__name__}-{number}"), shards, stage(device, seconds)))
+            plain, built = (statistics.median(took) for took in times.values())
+            found |= {
+                f"{kind}_bare_seconds": round(plain, 4),
+                f"{kind}_engine_seconds": round(built, 4),
+                f"{kind}_ratio": round(built / plain, 4),
+            }
+    ray.shutdown()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=int, default=30, help="in each round")
+    parser.add_argument("--seconds", type=float, default=1.0, help="that the stage takes for a shard")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    options = parser.parse_args()
+    found = measure(options.shards, options.seconds, options.rounds)
+    if options.json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:22} {value}")
+
+
+if __name__ == "__main__":
+    main()

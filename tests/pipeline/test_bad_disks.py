@@ -1,0 +1,69 @@
+"""A disk that fills up in the middle of a shard: nothing half is left, and with room again it goes on."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.check import verify
+from pipeline.corpus import Corpus
+from tests.pipeline.made import hashes, named_objects
+from tests.pipeline.whole import COLUMNS, SHARDS, build_whole
+
+ROOT = Path(__file__).parent.parent.parent
+LIMITED = "import sys; from tests.pipeline.whole import build_whole; build_whole(sys.argv[1])"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 128 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("only root may mount a small disk; test_a_file_that_may_not_grow does the same without")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def check_then_go_on(url: Path, tmp_path: Path) -> None:
+    corpus = Corpus.open(url)
+    assert verify(corpus)["problems"] == []
+    made = sum(len(corpus.committed(column)) for column in COLUMNS)
+    assert made < SHARDS * len(COLUMNS)
+    assert not list(corpus.store.unfinished())
+    if url.parent.name == "disk":
+        subprocess.run(["mount", "-o", "remount,size=8m", str(url.parent)], check=True)
+    assert build_whole(url) == SHARDS * len(COLUMNS) - made
+    build_whole(tmp_path / "undisturbed")
+    assert hashes(corpus, COLUMNS) == hashes(Corpus.open(tmp_path / "undisturbed"), COLUMNS)
+    assert verify(corpus)["problems"] == []
+    # the objects of an attempt that could not be committed for want of room are orphans, which gc removes
+    assert named_objects(corpus, COLUMNS) <= {item.name for item in corpus.store.list()}
+
+
+def test_a_disk_that_is_full(small_disk: Path, tmp_path: Path) -> None:
+    with pytest.raises(OSError) as error:
+        build_whole(small_disk / "corpus")
+    assert error.value.errno == errno.ENOSPC
+    check_then_go_on(small_disk / "corpus", tmp_path)
+
+
+def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path / "corpus")],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=250,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000)),
+    )
+    assert "File too large" in found.stderr, "the fault did not fire"
+    check_then_go_on(tmp_path / "corpus", tmp_path)

@@ -1,0 +1,45 @@
+"""The benchmarks of the engine run, small, and say what they promise."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(name: str, *options: str) -> dict[str, Any]:
+    """What `benchmarks/<name>.py --json` prints."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "RAY_"))}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, f"benchmarks/{name}.py", *options, "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_chaos() -> None:
+    found = run("chaos", "--minutes", "0", "--units", "3")
+    assert min(found["kills"].values()) > 0 and sum(found["faults"].values()) > 0 and found["retries"] > 0
+    assert found["samples"] == found["builds"] * 3 * 48 * 4
+    assert (found["lost"], found["twice"], found["other_bytes"], found["problems"]) == (0, 0, 0, 0)
+
+
+def test_scale() -> None:
+    found = run("scale", "--shards", "1500", "--commits", "200")
+    assert found["shards"] == 1500 and found["requests_per_1000_commits"] == 1.0
+    assert found["commits_per_second"] > 0 and found["driver_memory_mb"] > 0
+
+
+def test_overhead() -> None:
+    found = run("overhead", "--shards", "8", "--seconds", "0.1", "--rounds", "1")
+    for kind in ("task", "actor"):
+        assert found[f"{kind}_bare_seconds"] >= 0.1
+        ratio = found[f"{kind}_engine_seconds"] / found[f"{kind}_bare_seconds"]
+        assert found[f"{kind}_ratio"] == pytest.approx(ratio, rel=0.01)
