@@ -54,7 +54,6 @@ WEIGHTS = (
     ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model-?????-of-?????.safetensors"),
     ("diffusion_pytorch_model.bin",),
 )
-PATCH = 2  # FLUX.2 normalises patches of 2 x 2 latents as channels
 CPU_PIXELS = 8 * 128 * 128  # images that go through a CPU together: with more, activations leave its caches
 
 
@@ -82,7 +81,7 @@ class Autoencoder:
                 network.to(self._dtype, memory_format=torch.channels_last)
         self.to(device)
         config = module.config
-        self._patch = PATCH if self.normaliser == "batch_norm" else 1
+        self._patch = config.patch_size[0] if self.normaliser == "batch_norm" else 1  # FLUX.2 has square ones
         self.channels = int(config.latent_channels) * self._patch**2
         blocks = config.get("block_out_channels") or config.encoder_block_out_channels
         self.downsample = 2 ** (len(blocks) - 1) * self._patch
