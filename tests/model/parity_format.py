@@ -139,10 +139,12 @@ def make_input(entry: dict[str, Any]) -> Tensor:
 
 
 def run(parity: ParitySet, case: dict[str, Any], net: nn.Module) -> dict[str, Tensor]:
-    """Every output of a case, by the name the case gives it."""
+    """Every output of a case, by the name the case gives it, made where the network is and given on the CPU."""
     operations = {"forward": _forward, "trace": _trace, "denoise": _denoise, "loss": _loss, "sampler": _sampler}
     assert case["op"] in operations, f"case {case['name']!r}: unknown operation {case['op']!r}"
-    return operations[case["op"]](parity, case, net, parity.inputs(case))
+    device = next(net.parameters()).device
+    inputs = {name: value.to(device) for name, value in parity.inputs(case).items()}
+    return {name: value.cpu() for name, value in operations[case["op"]](parity, case, net, inputs).items()}
 
 
 def _masking(case: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Any]:
@@ -190,7 +192,7 @@ def _trace(parity: ParitySet, case: dict, net: nn.Module, inputs: dict[str, Tens
 @torch.no_grad()
 def _denoise(parity: ParitySet, case: dict, net: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     edm, params = parity.edm(case), case["params"]
-    states = [inputs["x0"] + torch.tensor(s, dtype=torch.float32) * inputs["noise"] for s in params["sigmas"]]
+    states = [inputs["x0"] + np.float32(s).item() * inputs["noise"] for s in params["sigmas"]]
     cfg = params.get("cfg", 1.0)
     denoised = [
         edm.denoise(net, x, s, inputs["y"], guidance_scale=cfg) for x, s in zip(states, params["sigmas"], strict=True)
@@ -206,7 +208,7 @@ def _loss(parity: ParitySet, case: dict, net: nn.Module, inputs: dict[str, Tenso
     batch = len(sigma)
     size = 1 if sum(p.numel() for p in net.parameters()) > 5e8 else batch
     with_gradients = any(name.startswith("grad") for name in case["outputs"])
-    loss = torch.zeros(())
+    loss = torch.zeros((), device=sigma.device)
     net.train()
     try:
         for start in range(0, batch, size):

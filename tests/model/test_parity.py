@@ -71,6 +71,26 @@ def test_case(parity: ParitySet, case: dict) -> None:
         assert_close(f"{case['name']} {name}", got[name], expected, entry.get("tolerance", {}))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_case_on_a_gpu(parity: ParitySet, case: dict) -> None:
+    """In fp32 within ten times the tolerances of the CPU (other sums in another order); says how far bf16 is."""
+    net = _net(parity, case)
+    net.to("cuda")
+    try:
+        exact = run(parity, case, net)
+        with torch.autocast("cuda", torch.bfloat16):
+            half = run(parity, case, net)
+    finally:
+        net.to("cpu")
+    for name, entry in case["outputs"].items():
+        expected = parity.array(entry["array"], entry)
+        tolerance = {kind: 10 * value for kind, value in entry["tolerance"].items()}
+        assert_close(f"{case['name']} {name}", exact[name], expected, tolerance)
+        distance = (half[name].double() - torch.from_numpy(expected).double()).norm() / np.linalg.norm(expected)
+        print(f"{case['name']} {name}: bf16 differs by {distance:.2e} of the norm")
+
+
 def _without_array(parity: ParitySet, case: dict, output: str) -> None:
     path = parity.folder / case["outputs"][output]["file"]
     with np.load(path) as stored:
