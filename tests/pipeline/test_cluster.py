@@ -157,7 +157,7 @@ def test_a_node_is_killed_and_another_one_joins(cluster: Cluster, s3_url: str, l
 
 
 def test_two_builds_share_the_work(cluster: Cluster, s3_url: str, logs: Path, undisturbed: Hashes) -> None:
-    with build(cluster, s3_url, logs) as one, build(cluster, s3_url, logs) as two:
+    with build(cluster, s3_url, logs, 0.1) as one, build(cluster, s3_url, logs, 0.1) as two:
         found = [answer(process) for process in (one, two)]
     built = {column: [summary["columns"][column]["built"] for summary in found] for column in COLUMNS}
     print(built)
