@@ -104,3 +104,4 @@ def test_a_build_goes_on_when_a_host_loses_its_power(cluster: Cluster) -> None:
     for column in ("images", "captions/source", "scores/basic", "latents/demo-64"):
         assert Counter(corpus.committed(column).values()) == {0: SHARDS}  # every shard once
     assert status(corpus)["set_aside"] == []
+    assert len(head.run(f"microdit ls {corpus_url} latents/demo-64").split()) == SHARDS
