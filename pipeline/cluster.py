@@ -8,6 +8,10 @@ from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray itself will have it; silences its warning
+# a host that vanishes without a word is given up after two minutes, not seven; shorter, and long tasks are cut off:
+# Ray's servers take pings that come more often than every 60 s for an attack
+os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "90000")
+os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", "30000")
 
 import ray
 
