@@ -614,7 +614,8 @@ def test_gc_aborts_old_uploads(s3_url: str) -> None:
     assert gc(corpus, older_than_hours=hours + 1)["uploads"] == 0
     done = gc(corpus, older_than_hours=0)
     assert done["uploads"] == 1 and done["names"] == [names[0]]
-    assert [item["Key"] for item in client.list_multipart_uploads(Bucket=bucket, Prefix=prefix)["Uploads"]] == [names[1]]
+    left = client.list_multipart_uploads(Bucket=bucket, Prefix=prefix)["Uploads"]
+    assert [item["Key"] for item in left] == [names[1]]
 
 
 WRITE = """
