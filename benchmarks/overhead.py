@@ -27,7 +27,7 @@ from pipeline.stages import Task, UnitTask
 from tests.pipeline.parts import Pictures, Words, ingest, open_corpus, spec
 
 COLUMN = "captions/slept"
-CPUS = 1
+CPUS, WARM = 1, 24  # shards before the first round: all workers have started then
 
 
 def stage(device: str, seconds: float) -> Words:
@@ -64,11 +64,12 @@ def engine(folder: Path, shards: int, made: Words) -> float:
 
 
 def measure(shards: int, seconds: float, rounds: int) -> dict[str, Any]:
-    ray.init(num_cpus=CPUS, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    ray.init(address="local", num_cpus=CPUS, num_gpus=0, **quiet)
     found: dict[str, Any] = {"shards": shards, "seconds": seconds}
     with tempfile.TemporaryDirectory() as folder:
         for kind, device in (("task", "cpu"), ("actor", "gpu")):
-            engine(Path(folder, f"{kind}-warm"), 8, stage(device, 0.1))
+            engine(Path(folder, f"{kind}-warm"), WARM, stage(device, seconds))
             times: dict[Callable[[Path, int, Words], float], list[float]] = {bare: [], engine: []}
             for number in range(rounds):
                 for run, took in times.items():

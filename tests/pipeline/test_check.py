@@ -609,12 +609,13 @@ def test_gc_aborts_old_uploads(s3_url: str) -> None:
     for name in names:
         upload = client.create_multipart_upload(Bucket=bucket, Key=name)["UploadId"]
         client.upload_part(Bucket=bucket, Key=name, UploadId=upload, PartNumber=1, Body=b"part")
-    began = [item["Initiated"] for item in client.list_multipart_uploads(Bucket=bucket)["Uploads"]]
+    began = [item["Initiated"] for item in client.list_multipart_uploads(Bucket=bucket, Prefix=prefix)["Uploads"]]
     hours = (datetime.now(began[0].tzinfo) - min(began)) / timedelta(hours=1)
     assert gc(corpus, older_than_hours=hours + 1)["uploads"] == 0
     done = gc(corpus, older_than_hours=0)
     assert done["uploads"] == 1 and done["names"] == [names[0]]
-    assert [item["Key"] for item in client.list_multipart_uploads(Bucket=bucket)["Uploads"]] == [names[1]]
+    left = client.list_multipart_uploads(Bucket=bucket, Prefix=prefix)["Uploads"]
+    assert [item["Key"] for item in left] == [names[1]]
 
 
 WRITE = """
