@@ -64,7 +64,7 @@ def engine(folder: Path, shards: int, made: Words) -> float:
 
 
 def measure(shards: int, seconds: float, rounds: int) -> dict[str, Any]:
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     ray.init(address="local", num_cpus=CPUS, num_gpus=0, **quiet)
     found: dict[str, Any] = {"shards": shards, "seconds": seconds}
     with tempfile.TemporaryDirectory() as folder:

@@ -54,10 +54,13 @@ LINE = pa.schema(
 )
 
 
-def commit_table(corpus: Corpus) -> pa.Table:
+def commit_table(corpus: Corpus, damage: list[str] | None = None) -> pa.Table:
     """One line (`LINE`) for every commit that is listed, of every generation, in no order.
 
     A unit's commit has `units` for its column, the unit for its shard, and its inputs as `in`.
+
+    Args:
+        damage: given, a commit that cannot be understood is told there, and left out.
 
     Raises:
         DamagedError: a commit cannot be understood, and none of its shard is newer.
@@ -70,7 +73,9 @@ def commit_table(corpus: Corpus) -> pa.Table:
     table = pa.concat_tables([known, *_read(corpus, missing, damaged)])
     for where, error in damaged.items():
         if not _newer(table, where):
-            raise error
+            if damage is None:
+                raise error
+            damage.append(str(error))
     if len(table) - len(known) >= max(LEAST, len(known) // 10):
         _publish(corpus, table)
     return table

@@ -18,6 +18,7 @@ from pipeline.config import ImageOptions
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP")
 MEMBER_FORMATS = {"jpg": "jpeg", "png": "png", "webp": "webp"}
+LONGEST = {"jpg": 65_500, "png": 2**31 - 1, "webp": 16_383}  # pixels of a side that each can write
 ORIENTATION = 0x0112
 MAX_SCANS = 200  # of a progressive JPEG, which has about ten; each one costs a pass over the whole picture
 SHRINK_MARGIN = 1.25  # how much larger than what it is resized to a JPEG is decoded at least
@@ -64,7 +65,7 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
     """Decode an image whole, and make of it what is stored: the bytes as they came where nothing must be changed.
 
     Raises:
-        BadImage: as `decode` does, and with `too_small`.
+        BadImage: as `decode` does, and with `too_small` or `too_long`.
     """
     image = decode(data, options.max_pixels, options.max_side)
     short = min(image.width, image.height)
@@ -80,6 +81,8 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
     else:
         pixels = image.pixels
     height, width = pixels.shape[:2]
+    if max(width, height) > (longest := LONGEST[options.format]):
+        raise BadImage("too_long", f"{width}x{height}; a side of a {options.format} has {longest} pixels at most")
     return Prepared(encode(pixels, options), width, height, image.width, image.height, image.format)
 
 

@@ -54,6 +54,8 @@ class BuildSummary:
     columns: dict[str, ColumnSummary]
     set_aside: list[dict[str, Any]] = field(default_factory=list)
     """`column`, `source`, `shard` and the last `message` of what was set aside: the first hundred."""
+    damage: list[str] = field(default_factory=list)
+    """Commits that cannot be understood; the columns do not count them."""
     max_failures: float = 1.0
 
     @property
@@ -63,9 +65,9 @@ class BuildSummary:
 
     @property
     def exit_status(self) -> int:
-        """0, or 1 if something is set aside or more samples failed than the config allows."""
+        """0, or 1 if something is set aside or damaged, or more samples failed than the config allows."""
         aside = bool(self.units["set_aside"]) or any(column.set_aside for column in self.columns.values())
-        return 1 if aside or self.too_many_failures else 0
+        return 1 if aside or self.damage or self.too_many_failures else 0
 
     def text(self) -> str:
         """The summary for people: a table that adds up, and what is to be said beside it."""
@@ -92,6 +94,7 @@ class BuildSummary:
             lines.append(f"set aside: {where}: {message}")
         if self.set_aside:
             lines.append("what was set aside is taken again with --retry-failed")
+        lines += self.damage
         for name in self.too_many_failures:
             share = self.columns[name].own_failures
             lines.append(
@@ -118,7 +121,8 @@ def summarize(
     corpus: Corpus, plan: Plan, sources: list[str], work: Mapping[str, Work], seconds: float, max_failures: float
 ) -> BuildSummary:
     """Add up the commits of the plan's columns."""
-    columns, found = {}, totals(commit_table(corpus))
+    damage: list[str] = []
+    columns, found = {}, totals(commit_table(corpus, damage))
     for column in plan.columns:
         there = [found[column, source] for source in sources if (column, source) in found]
         committed = sum(one.done for one in there)
@@ -146,6 +150,7 @@ def summarize(
         units={"total": plan.units_total, "read": plan.units_done, "set_aside": len(plan.aside[UNITS])},
         columns=columns,
         set_aside=_messages(corpus, plan),
+        damage=damage,
         max_failures=max_failures,
     )
 

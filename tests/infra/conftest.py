@@ -30,7 +30,7 @@ CONFIG = {
             "adapter": "urls",
             "list": "list.tsv",
             "unit_inputs": SHARD,
-            "fetch": {"timeout": 240, "idle_timeout": 240},
+            "fetch": {"timeout": 600, "idle_timeout": 600},
         }
     },
     "images": {"min_side": 32},

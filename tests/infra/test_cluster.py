@@ -68,6 +68,11 @@ def cluster(tmp_path: Path, environment: dict[str, str]) -> Iterator[Cluster]:
 @pytest.mark.timeout(1800)
 def test_a_build_goes_on_when_a_host_loses_its_power(cluster: Cluster) -> None:
     head, corpus_url = cluster.head, cluster.corpus
+
+    def jobs() -> str:
+        return head.run(f"ray job list --address {DASHBOARD}", check=False)
+
+    wait_for(lambda: "Traceback" not in jobs(), jobs)  # the dashboard may begin to answer after the rest
     refused = head.run(f"ray job list --address {DASHBOARD}", {"RAY_AUTH_TOKEN_PATH": "/dev/null"}, check=False)
     assert "uthentication" in refused
 

@@ -148,6 +148,9 @@ def test_a_damaged_commit_is_named_until_there_is_a_newer_one(tmp_path: Path) ->
     (tmp_path / name).write_bytes(b"{}")
     with pytest.raises(DamagedError, match=name):
         commit_table(corpus)
+    damage: list[str] = []
+    assert len(commit_table(corpus, damage)) > 0
+    assert len(damage) == 1 and name in damage[0]
     newer = write_column(corpus, "scores/basic", {"images": corpus.commits("images")[0]}, generation=1)
     names = commit_table(corpus)["name"].to_pylist()
     assert newer.name in names and name not in names

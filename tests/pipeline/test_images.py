@@ -16,7 +16,7 @@ from pipeline.images import BadImage, decode, encode, prepare, resize, short_sid
 
 OPTIONS = ImageOptions(min_side=8, max_side=64)
 PIXELS = 1_000_000
-REASONS = {"not_an_image", "truncated", "damaged", "bomb", "too_small", "animated"}
+REASONS = {"not_an_image", "truncated", "damaged", "bomb", "too_small", "too_long", "animated"}
 
 
 def picture(width: int = 40, height: int = 24) -> Image.Image:
@@ -282,6 +282,16 @@ def test_a_damaged_jpeg_is_refused_even_where_it_could_be_guessed():
     with pytest.raises(BadImage) as error:
         decode(bytes(data), PIXELS)
     assert error.value.reason == "damaged"
+
+
+def test_a_side_that_its_format_cannot_write_is_refused():
+    strip = saved(Image.new("RGB", (66_000, OPTIONS.min_side)), "PNG")
+    with pytest.raises(BadImage, match="65500") as error:
+        prepare(strip, OPTIONS)
+    assert error.value.reason == "too_long"
+    strip = saved(Image.new("RGB", (17_000, OPTIONS.min_side)), "PNG")
+    with pytest.raises(BadImage, match="16383"):
+        prepare(strip, OPTIONS.model_copy(update={"format": "webp"}))
 
 
 @settings(max_examples=400, deadline=None)
