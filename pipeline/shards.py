@@ -4,14 +4,19 @@ import hashlib
 import io
 import math
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+MOST_HEADER = 10_012  # bytes: numpy itself reads no `.npy` header longer than 10,000
+_parser = threading.Lock()  # Python 3.11's parser counts its depth wrongly when threads take turns in it
 
 # what every sidecar begins with; the column's own scalars follow
 SIDECAR = pa.schema(
@@ -136,18 +141,27 @@ def array_from_bytes(data: bytes) -> np.ndarray:
     Raises:
         ValueError: this is no `.npy` file, or its header and its length disagree.
     """
-    buffer = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(buffer)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran_order, dtype = read(buffer)
-    except Exception as error:  # numpy lets through whatever Python's parser and tokenizer raise
-        raise ValueError(f"npy: its header cannot be read: {error}") from error
-    length = len(data) - buffer.tell()
+    start = 12 if data[6:8] == b"\x02\x00" else 10
+    start += int.from_bytes(data[8:start], "little")
+    shape, fortran_order, dtype = _array_header(data[: min(start, MOST_HEADER)])
+    length = len(data) - start
     if dtype.hasobject or math.prod(shape) * dtype.itemsize != length:
         raise ValueError(f"npy: {length} bytes behind a header that says {dtype} {shape}")
-    array = np.frombuffer(data, dtype, offset=buffer.tell()) if length else np.empty(0, dtype)
+    array = np.frombuffer(data, dtype, offset=start) if length else np.empty(0, dtype)
     return array.reshape(shape, order="F" if fortran_order else "C").copy()
+
+
+@lru_cache(maxsize=256)  # a shard has a few different ones
+def _array_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and dtype that the beginning of a `.npy` file tells."""
+    buffer = io.BytesIO(header)
+    try:
+        with _parser:
+            version = np.lib.format.read_magic(buffer)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+            return read(buffer)
+    except Exception as error:  # numpy lets through whatever Python's parser and tokenizer raise
+        raise ValueError(f"npy: its header cannot be read: {error}") from error
 
 
 def sha256_file(path: Path) -> str:

@@ -24,6 +24,7 @@ def run(name: str, *options: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_chaos() -> None:
     found = run("chaos", "--minutes", "0", "--units", "3")
     assert min(found["kills"].values()) > 0 and sum(found["faults"].values()) > 0 and found["retries"] > 0

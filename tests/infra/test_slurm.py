@@ -175,6 +175,7 @@ def slurm(tmp_path: Path, environment: dict[str, str]) -> Iterator[Slurm]:
         yield Slurm(hosts, address, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_build_stops_before_its_time_is_up_and_goes_on_from_the_queue(slurm: Slurm) -> None:
     shards, free, url = 8, 3, f"s3://{BUCKET}/{slurm.folder.name}"
@@ -210,6 +211,7 @@ def test_a_build_stops_before_its_time_is_up_and_goes_on_from_the_queue(slurm: S
             assert len(commits) == shards
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_training_writes_a_checkpoint_before_its_time_is_up_and_goes_on_from_it(slurm: Slurm) -> None:
     (slurm.folder / "work").mkdir()
