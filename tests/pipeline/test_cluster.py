@@ -66,9 +66,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Hashes:
 
 @contextmanager
 def build(
-    cluster: Cluster, url: str, logs: Path, seconds: float = 0.3, units: int = UNITS, gpus: int = 0
-) -> "Iterator[subprocess.Popen[str]]":
+    cluster: Cluster, url: str, logs: Path, seconds: float = 0.3, units: int = UNITS, gpus: int = 0, gate: str = ""
+) -> Iterator[Process]:
     command = [sys.executable, "-m", "tests.pipeline.driven", url, str(logs), str(seconds), str(units), str(gpus)]
+    command += [gate] if gate else []
     environment = os.environ | {"RAY_ADDRESS": cluster.address}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -157,7 +158,10 @@ def test_a_node_is_killed_and_another_one_joins(cluster: Cluster, s3_url: str, l
 
 
 def test_two_builds_share_the_work(cluster: Cluster, s3_url: str, logs: Path, undisturbed: Hashes) -> None:
-    with build(cluster, s3_url, logs) as one, build(cluster, s3_url, logs) as two:
+    gate = str(logs.parent / "gate")
+    with build(cluster, s3_url, logs, gate=gate) as one, build(cluster, s3_url, logs, gate=gate) as two:
+        wait_for(one, lambda: len(begun(logs, "ready")) == 2)
+        Path(gate).touch()
         found = [answer(process) for process in (one, two)]
     built = {column: [summary["columns"][column]["built"] for summary in found] for column in COLUMNS}
     print(built)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline import driver, engine
+from pipeline import driver, engine, retries
 from pipeline.check import status, verify
 from pipeline.corpus import Corpus
 from pipeline.driver import Driver
@@ -60,6 +60,11 @@ def cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "BACKOFF_SECONDS", 0.2)
 
 
 def start(url: Path, seconds: float, count: int) -> "subprocess.Popen[str]":
