@@ -30,7 +30,7 @@ Where = tuple[str, str, str, int]  # column, source, shard or unit, generation
 FOLDER = "tables/commits"
 LAYOUT = 1
 LEAST = 1000  # commits that were read one by one before a table is worth its writing; later a tenth of all
-BATCH = 50_000
+AT_ONCE, BATCH = 32, 50_000  # commits that a thread reads in one go, and lines of a part of the table
 FORBIDDEN = (PermissionDeniedError, PermissionError)
 LINE = pa.schema(
     [
@@ -125,11 +125,13 @@ def _read(corpus: Corpus, names: pa.Array, damaged: dict[Where, DamagedError]) -
             damaged[where] = error
             return None
 
+    def read_some(start: int) -> list[dict[str, Any]]:
+        return [line for name in names[start : start + AT_ONCE] if (line := read(name)) is not None]
+
     lines: list[dict[str, Any]] = []
-    for line in threaded(read, names):
-        if line is not None:
-            lines.append(line)
-        if len(lines) == BATCH:
+    for some in threaded(read_some, range(0, len(names), AT_ONCE)):
+        lines += some
+        if len(lines) >= BATCH:
             yield pa.Table.from_pylist(lines, LINE)
             lines = []
     yield pa.Table.from_pylist(lines, LINE)
