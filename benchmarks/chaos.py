@@ -81,6 +81,7 @@ class Made:
     count: int
     log: Path
     name: str = "made"
+    terms: str = "made for a benchmark"
 
     def stage(self) -> dict[str, Any]:
         return {"adapter": "made", "units": self.count}
@@ -88,7 +89,7 @@ class Made:
     def units(self) -> list[str]:
         return [unit_name(self.name, number) for number in range(self.count)]
 
-    def running(self) -> AbstractContextManager[None]:
+    def running(self, corpus: Corpus, say: Callable[[str], None]) -> AbstractContextManager[None]:
         return nullcontext()
 
     def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:

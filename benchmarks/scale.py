@@ -63,6 +63,7 @@ class Made:
     """A source whose units are all read."""
 
     name = SOURCE
+    terms = "made for a benchmark"
 
     def __init__(self, shards: int):
         self._count = math.ceil(shards / UNIT_SHARDS)
@@ -73,7 +74,7 @@ class Made:
     def units(self) -> list[str]:
         return [unit_name(SOURCE, number) for number in range(self._count)]
 
-    def running(self) -> AbstractContextManager[None]:
+    def running(self, corpus: Corpus, say: Callable[[str], None]) -> AbstractContextManager[None]:
         return nullcontext()
 
     def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:

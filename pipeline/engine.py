@@ -121,9 +121,11 @@ def carry_out(
         with ExitStack() as stack:
             signals = stack.enter_context(_signals())
             for source in sources:
+                say(f"source {source.name}: {source.terms}")
+            for source in sources:
                 if source.name in read:
                     say(f"source {source.name}: getting ready")
-                    stack.enter_context(source.running())
+                    stack.enter_context(source.running(corpus, say))
             say("starting the workers")
             from pipeline.cluster import joined
 

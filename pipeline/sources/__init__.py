@@ -1,12 +1,15 @@
 """Where images come from. A source is cut into units; reading a unit gives every input of it, in order."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from pipeline.config import BuildConfig
+    from pipeline.corpus import Corpus
+
+Fields = Mapping[str, str | int | float | bool | None]
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Input:
     origin: str = ""
     caption: str = ""
     license: str = ""
+    fields: Fields = field(default_factory=dict)
+    """The source's own things about the sample: further captions, scores, ids."""
     reason: str | None = None
     detail: str = ""
 
@@ -28,6 +33,8 @@ class Source(Protocol):
     """A dataset adapter. Picklable: workers get copies."""
 
     name: str
+    terms: str
+    """The licence in one line: what it is, whom it serves, where it is accepted. The first thing that a user sees."""
 
     def stage(self) -> dict[str, Any]:
         """What the inputs are made by, for the declaration; includes a hash of the list."""
@@ -38,8 +45,8 @@ class Source(Protocol):
     def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:
         """Exactly one Input per input of the unit, in order; those that are not wanted are not fetched."""
 
-    def running(self) -> AbstractContextManager[None]:
-        """Entered once, by the driver, around everything that reads."""
+    def running(self, corpus: "Corpus", say: Callable[[str], None]) -> AbstractContextManager[None]:
+        """Entered once, by the driver, around everything that reads; `say` tells how far a long preparation is."""
 
 
 def sources_of(config: "BuildConfig") -> list[Source]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline import demo_server
 from pipeline.config import OpenmojiSource
+from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
 from pipeline.openmoji import ATTRIBUTION, LICENSE
 from pipeline.sources import Input
@@ -20,6 +21,7 @@ class Openmoji:
 
     def __init__(self, name: str, options: OpenmojiSource):
         self.name, self._options = name, options
+        self.terms = f"{LICENSE}: {ATTRIBUTION}"
         self._base: str | None = None
 
     @cached_property
@@ -49,7 +51,7 @@ class Openmoji:
         return self._urls().units()
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, corpus: Corpus, say: Callable[[str], None]) -> Iterator[None]:
         with demo_server.serve(self.prepared.folder) as self._base:
             try:
                 yield

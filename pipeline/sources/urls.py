@@ -12,6 +12,7 @@ from urllib.parse import urljoin, urlsplit
 import numpy as np
 
 from pipeline.config import FetchOptions
+from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
 from pipeline.records import unit_name
 from pipeline.sources import Input
@@ -113,7 +114,11 @@ class Urls:
     def units(self) -> list[str]:
         return [unit_name(self.name, number) for number in range(len(self._index.offsets) - 1)]
 
-    def running(self) -> AbstractContextManager[None]:
+    @property
+    def terms(self) -> str:
+        return self._license or "each image under its own owner's terms"
+
+    def running(self, corpus: Corpus, say: Callable[[str], None]) -> AbstractContextManager[None]:
         return nullcontext()
 
     def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:

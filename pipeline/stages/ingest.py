@@ -23,6 +23,7 @@ SCALARS = {
     "caption": "string",
     "origin": "string",
     "license": "string",
+    "fields": "string",
     "width": "int32",
     "height": "int32",
     "original_width": "int32",
@@ -116,7 +117,8 @@ def _prepare(data: bytes | None, decode: Callable[[bytes], Prepared]) -> Result:
 
 def _write(attempt: Attempt, source: str, item: Input, image: Result, shard_samples: int, extension: str) -> None:
     row = item.ordinal % shard_samples
-    about = {"caption": item.caption, "origin": item.origin, "license": item.license}
+    fields = json.dumps(dict(item.fields), ensure_ascii=False, sort_keys=True) if item.fields else ""
+    about = {"caption": item.caption, "origin": item.origin, "license": item.license, "fields": fields}
     about = {name: value.encode("utf-8", "replace").decode() for name, value in about.items()}
     if item.data is None:
         attempt.fail(row, item.key, item.reason or "missing", item.detail, **about)

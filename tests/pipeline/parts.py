@@ -23,6 +23,7 @@ class Pictures:
     """A source of `count` units, each of `shards` shards."""
 
     name: str = "pictures"
+    terms: str = "made for a test"
     count: int = 3
     shards: int = 2
     entered: Path | None = None
@@ -38,7 +39,7 @@ class Pictures:
         raise NotImplementedError  # `ingest` below makes the images itself
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, corpus: Corpus, say: Callable[[str], None]) -> Iterator[None]:
         if self.entered is not None:
             (self.entered / "running").touch()
         yield

@@ -28,6 +28,7 @@ class Given:
 
     inputs: list[Input]
     name: str = "given"
+    terms: str = "made for a test"
     stop_at: int | None = None
     asked: list[int] = field(default_factory=list)
 
@@ -37,7 +38,7 @@ class Given:
     def units(self) -> list[str]:
         return [f"{self.name}-000000"]
 
-    def running(self):
+    def running(self, corpus, say):
         return nullcontext()
 
     def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:
@@ -107,7 +108,9 @@ def test_a_unit_becomes_shards(tmp_path: Path, corpus: Corpus):
     assert {c.fingerprint for c in commits} == {corpus.source("given").fingerprint}
     assert [line["row"] for line in lines(corpus)] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     first = lines(corpus)[0]
-    assert {k: first[k] for k in ("key", "status", "caption", "origin", "license", "width", "height", "format")} == {
+    assert {
+        k: first[k] for k in ("key", "status", "caption", "origin", "license", "fields", "width", "height", "format")
+    } == {
         "key": "000000000",
         "status": "ok",
         "caption": "number 0",
@@ -310,7 +313,7 @@ def test_the_demo_source_from_end_to_end(tmp_path: Path):
         source.read("openmoji-000000", lambda ordinal: True)
     corpus = Corpus.create(asked.corpus, asked.name, asked.shard_samples)
     declare(corpus, asked)
-    with source.running():
+    with source.running(corpus, print):
         for unit in source.units():
             ingest_unit(corpus, source, UnitTask(unit), asked)
     found = {line["origin"]: line for line in lines(corpus)}

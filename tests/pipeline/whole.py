@@ -32,6 +32,7 @@ class Pictures:
     """Units of ten inputs, of which one is missing and one is broken."""
 
     name = "pictures"
+    terms = "made for a test"
 
     def stage(self) -> dict[str, Any]:
         return {"adapter": "pictures"}
@@ -39,7 +40,7 @@ class Pictures:
     def units(self) -> list[str]:
         return [unit_name(self.name, number) for number in range(UNITS)]
 
-    def running(self) -> AbstractContextManager[None]:
+    def running(self, corpus: Corpus, say: Callable[[str], None]) -> AbstractContextManager[None]:
         return nullcontext()
 
     def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:
