@@ -87,6 +87,7 @@ class Urls:
         base: str | None = None,
     ):
         self.name, self.base = name, base
+        self.terms = license or "each image under its own owner's terms"
         self._path = Path(path).expanduser().absolute()
         self._unit_inputs, self._license, self._fetch = unit_inputs, license, fetch
         try:
@@ -113,10 +114,6 @@ class Urls:
 
     def units(self) -> list[str]:
         return [unit_name(self.name, number) for number in range(len(self._index.offsets) - 1)]
-
-    @property
-    def terms(self) -> str:
-        return self._license or "each image under its own owner's terms"
 
     def running(self, corpus: Corpus, say: Callable[[str], None]) -> AbstractContextManager[None]:
         return nullcontext()

@@ -108,9 +108,7 @@ def test_a_unit_becomes_shards(tmp_path: Path, corpus: Corpus):
     assert {c.fingerprint for c in commits} == {corpus.source("given").fingerprint}
     assert [line["row"] for line in lines(corpus)] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     first = lines(corpus)[0]
-    assert {
-        k: first[k] for k in ("key", "status", "caption", "origin", "license", "fields", "width", "height", "format")
-    } == {
+    assert {k: first[k] for k in ("key", "status", "caption", "origin", "license", "width", "height", "format")} == {
         "key": "000000000",
         "status": "ok",
         "caption": "number 0",
@@ -128,8 +126,8 @@ def test_a_unit_becomes_shards(tmp_path: Path, corpus: Corpus):
     assert first["bytes"] == first["size"] == len(jpeg(0))
     note = json.loads(members["json"])
     assert list(note) == [
-        "key", "source", "caption", "origin", "license", "width", "height", "original_width", "original_height",
-        "sha256",
+        "key", "source", "caption", "origin", "license", "fields", "width", "height", "original_width",
+        "original_height", "sha256",
     ]  # fmt: skip
     assert note["sha256"] == first["sha256"]
     assert all(list(json.loads(m["json"])) == list(note) for _, m in samples)

@@ -60,6 +60,7 @@ class Photos:
     """Twelve photos, the third one of them missing and the fifth one broken."""
 
     name = "photos"
+    terms = "made for a test"
 
     def read(self, unit: str, wanted) -> Generator[Input]:
         for i in range(12):
