@@ -55,7 +55,7 @@ def sources_of(config: "BuildConfig") -> list[Source]:
     Raises:
         RequestError: a list that is not there, or cannot be read.
     """
-    from pipeline.config import UrlsSource
+    from pipeline.source_options import OpenmojiSource, UrlsSource
     from pipeline.sources.openmoji import Openmoji
     from pipeline.sources.urls import Urls
 
@@ -63,6 +63,8 @@ def sources_of(config: "BuildConfig") -> list[Source]:
     for name, options in config.sources.items():
         if isinstance(options, UrlsSource):
             sources.append(Urls(name, options.list, options.unit_inputs, options.fetch, options.limit, options.license))
-        else:
+        elif isinstance(options, OpenmojiSource):
             sources.append(Openmoji(name, options))
+        else:
+            raise NotImplementedError(options.adapter)
     return sources
