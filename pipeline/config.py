@@ -166,6 +166,8 @@ class Resources(Options):
     """Captions per call of a text encoder; as above."""
     stall_timeout: float = Field(default=600.0, gt=0)
     """Seconds without a finished sample after which a worker is taken for hung: more than the slowest batch needs."""
+    scratch: str | None = None
+    """Folder of each machine for downloads under way (default: `microdit-<uid>` in the system's temporary folder)."""
 
 
 class BuildConfig(Options):
