@@ -22,8 +22,8 @@ import pytest
 class Served:
     """A file, and what its server does with it. `faults` are those of the next requests, in order, one for each:
 
-    ("cut", bytes after which the connection breaks), ("status", answered instead), ("slow", bytes in each twentieth of a
-    second), ("silent", bytes after which nothing comes for a second), ("lie", bytes that are announced and do not
+    ("cut", bytes after which the connection breaks), ("status", answered instead), ("slow", bytes in each twentieth of
+    a second), ("silent", bytes after which nothing comes for a second), ("lie", bytes that are announced and do not
     come), ("become", bytes: it is another file from now on), ("", None) for none.
     """
 
