@@ -14,7 +14,6 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ class Coco(FileSource):
     def __init__(self, name: str, options: CocoSource, scratch: Path):
         super().__init__(name, options, scratch)
         self._options = options
+        self._captions = Listing(())
         self.license = options.license or LICENSE
         self.terms = (
             "COCO: captions CC-BY-4.0, images under Flickr's terms; to judge by, not to train on "
@@ -46,16 +46,12 @@ class Coco(FileSource):
         )
 
     def listing(self) -> Listing:
-        self._captions  # noqa: B018: looked up once, here; workers get what was found
+        self._captions = list_files(self._options.captions, f"sources.{self.name}.captions")
         return list_files(self._options.images, f"sources.{self.name}.images")
 
     def details(self) -> dict[str, Any]:
         options = self._options
         return {"choose": options.choose, "seed": options.seed, "captions": self._captions.identity}
-
-    @cached_property
-    def _captions(self) -> Listing:
-        return list_files(self._options.captions, f"sources.{self.name}.captions")
 
     def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[Sample]:
         what = f"sources.{self.name}.captions"
@@ -109,7 +105,9 @@ def read_captions(path: Path, what: str) -> dict[int, list[str]]:
             if text := one_line(entry["caption"]):
                 found.setdefault(int(entry["image_id"]), []).append(text)
     except (ValueError, RecursionError, LookupError, TypeError) as error:
-        raise RequestError(f"{what}: {CAPTIONS} of {path.name} cannot be read: {type(error).__name__}: {error}") from None
+        raise RequestError(
+            f"{what}: {CAPTIONS} of {path.name} cannot be read: {type(error).__name__}: {error}"
+        ) from None
     if not found:
         raise RequestError(f"{what}: {path.name} has no {CAPTIONS}; expected it, or annotations_trainval2014.zip")
     return found

@@ -36,7 +36,7 @@ class Diffusiondb(FileSource):
         self._options, self._min_side = options, min_side
         self.license = options.license or LICENSE
         self.terms = (
-            f"DiffusionDB: {LICENSE}, free for any purpose; prompts and images are of Stable Diffusion's users, some unsafe "
+            f"DiffusionDB: {LICENSE}, free for any purpose; prompts and images are of Stable Diffusion's users "
             "(https://huggingface.co/datasets/poloclub/diffusiondb)"
         )
 

@@ -19,7 +19,9 @@ LICENSE = "JourneyDB Terms of Usage"
 FIELDS = {"prompt": "prompt", "task2": "Task2.Caption"}
 FEW_WORDS = 3
 _ALONE = "tile|hd|testp?|creative|upbeta|uplight|upanime|video|turbo|fast|relax"  # flags without a value
-_DASHED = "ar|aspect|v|version|q|quality|s|stylize|niji|no|seed|c|chaos|iw|stop|style|w|h"  # what phones write with a dash
+_DASHED = (
+    "ar|aspect|v|version|q|quality|s|stylize|niji|no|seed|c|chaos|iw|stop|style|w|h"  # what phones write with a dash
+)
 FLAG = re.compile(
     rf"\s*(?:--|—(?=(?:{_DASHED})\b))"
     rf"(?:(?:{_ALONE})\b|no\b(?:(?!--|—).)*|[a-z]\w*(?:\s+(?!--|—)[^\s,]+)?)",
@@ -80,7 +82,7 @@ class Journeydb(FileSource):
 
     def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[Sample]:
         split = file.name.partition("/")[0]
-        table = self.table(self._options.splits.index(split))
+        table = self.table(list[str](self._options.splits).index(split))
         for member in members(path, is_image, MAX_BYTES):
             base = stem(member.name)[0]
             if member.data is None:

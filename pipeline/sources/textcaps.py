@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +24,21 @@ class Textcaps(FileSource):
     def __init__(self, name: str, options: TextcapsSource, scratch: Path):
         super().__init__(name, options, scratch)
         self._options = options
+        self._captions: list[Listing] = []
         self.license = options.license or LICENSE
         self.terms = f"TextCaps: {LICENSE}, name its authors; the photos are OpenImages' (https://textvqa.org/textcaps)"
 
     def listing(self) -> Listing:
-        self._captions  # noqa: B018: looked up once, here; workers get what was found
+        pattern, what = self._options.captions, f"sources.{self.name}.captions"
+        self._captions = [list_files(pattern.replace("{split}", split), what) for split in self._options.splits]
         return list_files(self._options.images, f"sources.{self.name}.images")
 
     def details(self) -> dict[str, Any]:
         return {"splits": self._options.splits, "captions": [found.identity for found in self._captions]}
 
-    @cached_property
-    def _captions(self) -> list[Listing]:
-        pattern, what = self._options.captions, f"sources.{self.name}.captions"
-        return [list_files(pattern.replace("{split}", split), what) for split in self._options.splits]
-
     def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[Sample]:
         captions: dict[str, tuple[str, list[str]]] = {}
+        split: str
         for split, found in zip(self._options.splits, self._captions, strict=True):
             for each in found.files:
                 with local_copy(each, self._scratch) as copy:
