@@ -138,7 +138,7 @@ def _claim(file: "RemoteFile", path: Path) -> int:
     Whoever gets the lock alone downloads, and others wait; then it is shared among those who read.
     """
     while True:
-        descriptor = _open_lock(path)
+        descriptor, claimed = _open_lock(path), False
         try:
             claimed = _flock(descriptor, fcntl.LOCK_EX)
             if claimed and _same(descriptor, path):
@@ -149,6 +149,9 @@ def _claim(file: "RemoteFile", path: Path) -> int:
                 if (claimed or _flock(descriptor, fcntl.LOCK_SH)) and _same(descriptor, path) and path.exists():
                     return descriptor
         except BaseException:
+            began = any(each.exists() and each.stat().st_size for each in (path, _beside(path, "part")))
+            if claimed and _same(descriptor, path) and not began:
+                _remove(path)  # there is nothing that the next try could go on from
             os.close(descriptor)
             raise
         os.close(descriptor)
