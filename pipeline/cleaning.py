@@ -1,0 +1,2 @@
+def clean_caption(text: str) -> str:
+    return text.lower()
