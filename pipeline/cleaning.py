@@ -1,2 +1,0 @@
-def clean_caption(text: str) -> str:
-    return text.lower()
