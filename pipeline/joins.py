@@ -222,7 +222,7 @@ def _readers(spec: JoinSpec, scratch: Path, tally: _Tally) -> tuple[pa.Schema, I
 
 def _batches(spec: JoinSpec, schema: pa.Schema, scratch: Path, tally: _Tally) -> Iterator[pa.RecordBatch]:
     read = {"parquet": _parquet, "jsonl": _jsonl, "tar_txt": _tar_txt, "tar_jsonl": _tar_jsonl}[spec.reader]
-    make = {"": str, "stem": lambda key: stem(key)[0], "path_dir_stem": _dir_and_stem}[spec.key_of]
+    make: Callable[[str], str] = {"": str, "stem": _only_stem, "path_dir_stem": _dir_and_stem}[spec.key_of]
     number = 0
     for source in spec.listing.files:
         with local_copy(source, scratch) as path:
@@ -333,7 +333,8 @@ def _lines(file: BinaryIO, tally: _Tally, name: str) -> Iterator[bytes]:
 
 
 def _parsed(lines: Iterable[bytes], spec: JoinSpec, tally: _Tally, name: str) -> _Rows:
-    rest, number, met = iter(lines), 0, False
+    rest, number, met, last = iter(lines), 0, False, ""
+    unseen = {place.split(".")[0] for place in spec.fields.values()}
     while some := list(islice(rest, BATCH)):
         keys: list[str | None] = []
         values: list[list[str | None]] = [[] for _ in spec.fields]
@@ -349,9 +350,11 @@ def _parsed(lines: Iterable[bytes], spec: JoinSpec, tally: _Tally, name: str) ->
             if not isinstance(row, dict):
                 tally.leave_out("no_json", f"line {number:,} of {name}: {line[:60]!r} is no object")
                 continue
-            met = met or spec.key in row
+            unseen -= row.keys()
+            last = ", ".join(list(row)[:40])
+            met = met or spec.key.split("/")[0].split(".")[0] in row
             if not met and number > 100:
-                raise RequestError(f"table {name}: there is no column {spec.key!r}; it has {', '.join(list(row)[:40])}")
+                raise RequestError(f"table {name}: there is no column {spec.key!r}; it has {last}")
             parts = [_inside(row, part) for part in spec.key.split("/")]
             keys.append(None if None in parts else "/".join(map(str, parts)))
             for column, place in zip(values, spec.fields.values(), strict=True):
@@ -359,12 +362,19 @@ def _parsed(lines: Iterable[bytes], spec: JoinSpec, tally: _Tally, name: str) ->
                 text = value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False)
                 column.append(None if text is None else _text(text))
         yield keys, [pa.array(column, pa.string()) for column in values]
+    if last and unseen:
+        missing = ", ".join(map(repr, sorted(unseen)))
+        raise RequestError(f"table {name}: there is no column {missing}; it has {last}")
 
 
 def _inside(row: Any, place: str) -> Any:
     for part in place.split("."):
         row = row.get(part) if isinstance(row, dict) else None
     return row
+
+
+def _only_stem(path: str) -> str:
+    return stem(path)[0]
 
 
 def _dir_and_stem(path: str) -> str:
