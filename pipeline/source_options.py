@@ -72,8 +72,6 @@ class FileOptions(Options):
     """A seed: the order in which files are read, and which ones `units: 10` are."""
     license: str = ""
     """Goes into every sample; by default what the dataset is published under."""
-    max_bytes: int = Field(default=64 << 20, ge=1)
-    """A longer image is refused (`too_large`)."""
 
     @model_validator(mode="after")
     def _some_units(self) -> "FileOptions":

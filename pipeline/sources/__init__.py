@@ -55,16 +55,38 @@ def sources_of(config: "BuildConfig") -> list[Source]:
     Raises:
         RequestError: a list that is not there, or cannot be read.
     """
-    from pipeline.source_options import OpenmojiSource, UrlsSource
+    from pipeline import source_options as given
+    from pipeline.sources.cc12m import Cc12m
+    from pipeline.sources.coco import Coco
+    from pipeline.sources.diffusiondb import Diffusiondb
+    from pipeline.sources.journeydb import Journeydb
     from pipeline.sources.openmoji import Openmoji
+    from pipeline.sources.remote import scratch_folder
+    from pipeline.sources.sa1b import Sa1b
+    from pipeline.sources.textcaps import Textcaps
     from pipeline.sources.urls import Urls
 
+    scratch = scratch_folder(config.resources.scratch)
     sources: list[Source] = []
     for name, options in config.sources.items():
-        if isinstance(options, UrlsSource):
-            sources.append(Urls(name, options.list, options.unit_inputs, options.fetch, options.limit, options.license))
-        elif isinstance(options, OpenmojiSource):
-            sources.append(Openmoji(name, options))
-        else:
-            raise NotImplementedError(options.adapter)
+        match options:
+            case given.UrlsSource():
+                whole = (options.list, options.unit_inputs, options.fetch, options.limit, options.license)
+                sources.append(Urls(name, *whole))
+            case given.OpenmojiSource():
+                sources.append(Openmoji(name, options))
+            case given.Sa1bSource():
+                sources.append(Sa1b(name, options, scratch))
+            case given.Cc12mSource():
+                sources.append(Cc12m(name, options, scratch))
+            case given.JourneydbSource():
+                sources.append(Journeydb(name, options, scratch))
+            case given.DiffusiondbSource():
+                sources.append(Diffusiondb(name, options, scratch, config.images.min_side))
+            case given.TextcapsSource():
+                sources.append(Textcaps(name, options, scratch))
+            case given.CocoSource():
+                sources.append(Coco(name, options, scratch))
+            case _:
+                raise NotImplementedError(options.adapter)
     return sources
