@@ -138,8 +138,8 @@ def _sa1b_mirrors() -> dict[str, Repository]:
 # -- CC12M -------------------------------------------------------------------------------------------------------------
 
 
-def cc12m(caption: str = "cleaned") -> Miniature:
-    """`caption`: caption (the alt-text as it came), cleaned, long or short."""
+def cc12m(caption: str = "cleaned", joined: bool = False) -> Miniature:
+    """`caption`: caption (the alt-text as it came), cleaned, long or short; `joined`: the others are fields."""
     about = layout("cc12m")
     repository, mini = about["repositories"][CC12M], about["miniature"]
     tars: dict[str, list[tuple[str, bytes]]] = {}
@@ -156,7 +156,9 @@ def cc12m(caption: str = "cleaned") -> Miniature:
         words = sample.get(caption) or ""
         reason = "" if sample.get("fails") == "no_caption" and words else sample.get("fails", "")
         reason = reason or ("" if words else "no_caption")
-        fields = {"alt": sample["caption"], "llavanext_long": sample["long"], "llavanext_short": sample["short"]}
+        fields = {"alt": sample["caption"]}
+        if joined:
+            fields |= {"llavanext_long": sample["long"], "llavanext_short": sample["short"]}
         expected.append(Expected(sample["unit"], names[0], words, fields, image, reason))
         if sample["long"] is not None:
             rows.append(_llavanext_row(sample))
@@ -215,6 +217,7 @@ def textcaps() -> Miniature:
         members.append((member, image.data))
         if "references" in sample:
             expected.append(Expected(unit, member, sample["references"][0], picture=image))
+    expected += [Expected(unit, "", reason="missing") for _ in mini["without_image"]]
     files = {urls["images"]: zipped(members), urls["test_images"]: zipped([("test_images/", b"")])}
     for split in urls["splits"]:
         entries = [
