@@ -50,12 +50,22 @@ class ImageOptions(Options):
 
 
 class CaptionsColumn(Options):
-    """`captions/<name>`: the caption that came with the image, or with `join` one from a table."""
+    """`captions/<name>`: the caption that came with the image, or `field`, or with `join` one from a table."""
 
+    field: str | None = None
+    """A field of the samples (their sources say which they have) in the caption's place."""
+    fallback: bool = False
+    """A sample without that field takes its caption; else it fails with `no_caption`."""
     join: str | None = None
     """A .jsonl or .parquet file with the columns `url` (or `origin`) or `key`, and `caption`; or `openmoji`."""
     by: Literal["origin", "key"] = "origin"
     """What the table is joined by: the image's URL, or its key."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "CaptionsColumn":
+        if self.field is not None and self.join is not None:
+            raise At(("field",), "give either field or join", self.field)
+        return self
 
 
 class ScoresColumn(Options):

@@ -27,7 +27,7 @@ class Cc12m(FileSource):
         self._options = options
         self.license = options.license or LICENSE
         self.terms = (
-            "Conceptual 12M: links and alt-texts free for any purpose, name Google LLC as their source; each image is its "
+            "Conceptual 12M: links and alt-texts free for any purpose, acknowledge Google LLC; each image is its "
             "owner's (https://github.com/google-research-datasets/conceptual-12m)"
         )
 

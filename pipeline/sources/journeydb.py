@@ -115,4 +115,4 @@ class Journeydb(FileSource):
 
 def strip_flags(prompt: str) -> str:
     """A prompt without Midjourney's flags (`--ar 16:9`, `--no text`, `--tile`)."""
-    return " ".join(FLAG.sub(" ", prompt).split()).rstrip(" ,;")
+    return " ".join(FLAG.sub("", prompt).split()).rstrip(" ,;")
