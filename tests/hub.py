@@ -130,6 +130,10 @@ class _Handler(BaseHTTPRequestHandler):
         super().setup()
         self.hub.connections.append(self.connection)
 
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # a client broke off
+            super().handle()
+
     def do_HEAD(self) -> None:
         self._answer()
 

@@ -70,7 +70,7 @@ def local_copy(file: "RemoteFile", scratch: Path) -> Iterator[Path]:
     descriptor = _claim(file, path)
     try:
         yield path
-        if _flock(descriptor, fcntl.LOCK_EX):  # nobody else reads it
+        if _flock(descriptor, fcntl.LOCK_EX) and _same(descriptor, path):  # nobody else reads it
             _remove(path)
     finally:
         os.close(descriptor)
@@ -85,6 +85,7 @@ def _scratch_name(file: "RemoteFile") -> str:
     place = file.url if parts.scheme not in ("http", "https") else parts.path
     digest = hashlib.sha256("\0".join([file.name, place, file.etag, str(file.size)]).encode("utf-8", "replace"))
     end = re.sub(r"[^A-Za-z0-9_.-]", "_", unquote(file.name).rpartition("/")[2])[-80:]
+    end = re.sub(r"\.(part|about|lock)$", r"_\1", end)  # these are ours
     return f"{PREFIX}{digest.hexdigest()[:24]}-{end}"
 
 
@@ -106,9 +107,11 @@ def _sweep(scratch: Path) -> None:
         with suppress(OSError):  # another process was faster
             if time.time() - max(each.stat().st_mtime for each in _all(path) if each.exists()) > OLD:
                 descriptor = _open_lock(path)
-                if _flock(descriptor, fcntl.LOCK_EX):
-                    _remove(path)
-                os.close(descriptor)
+                try:
+                    if _flock(descriptor, fcntl.LOCK_EX):
+                        _remove(path)
+                finally:
+                    os.close(descriptor)
 
 
 def _whole(path: Path) -> Path:
@@ -138,7 +141,7 @@ def _claim(file: "RemoteFile", path: Path) -> int:
     Whoever gets the lock alone downloads, and others wait; then it is shared among those who read.
     """
     while True:
-        descriptor = _open_lock(path)
+        descriptor, claimed = _open_lock(path), False
         try:
             claimed = _flock(descriptor, fcntl.LOCK_EX)
             if claimed and _same(descriptor, path):
@@ -149,6 +152,9 @@ def _claim(file: "RemoteFile", path: Path) -> int:
                 if (claimed or _flock(descriptor, fcntl.LOCK_SH)) and _same(descriptor, path) and path.exists():
                     return descriptor
         except BaseException:
+            began = any(each.exists() and each.stat().st_size for each in (path, _beside(path, "part")))
+            if claimed and _same(descriptor, path) and not began:
+                _remove(path)  # there is nothing that the next try could go on from
             os.close(descriptor)
             raise
         os.close(descriptor)

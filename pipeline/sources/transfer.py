@@ -183,7 +183,8 @@ def _check_status(file: "RemoteFile", response: requests.Response, token: bool) 
     if status in PASSING or (from_hub and redirected and status in REFUSED):  # its links to the CDN are made anew
         raise PassingError(f"answered {said}", _retry_after(response))
     if status == 416:
-        raise ChangedError("it is shorter than the part that is there")
+        size = response.headers.get("Content-Range", "").rpartition("/")[2]
+        raise ChangedError(f"the file has {size if size.isdecimal() else 'fewer'} bytes only")
     if status in REFUSED and from_hub:
         from pipeline.sources.hub_files import PLACE, gated
 

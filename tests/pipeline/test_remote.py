@@ -13,8 +13,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import boto3
+import obstore
 import pytest
 from huggingface_hub import constants
 
@@ -22,7 +24,7 @@ from pipeline import watch
 from pipeline.errors import RequestError
 from pipeline.sources import download, hub_files, transfer
 from pipeline.sources.patterns import expand_braces, matcher
-from pipeline.sources.remote import Listing, RemoteFile, list_files, local_copy, scratch_folder
+from pipeline.sources.remote import RemoteFile, list_files, local_copy, scratch_folder
 from tests.files_server import FilesServer, files_server
 from tests.hub import TOKEN, Hub, hub
 from tests.s3 import BUCKET
@@ -327,8 +329,6 @@ def test_a_signed_link(files_server: FilesServer, scratch: Path) -> None:
 def test_a_file_that_changes_on_the_way(files_server: FilesServer, scratch: Path, about: dict) -> None:
     """Never the beginning of one and the end of the other."""
     url = files_server.add("x.tar", DATA, faults=[("cut", 400_000), ("become", OTHER)], **about)
-    if about.get("etag", "").__class__ is str and about.get("etag") and about.get("modified", 1) is None:
-        pytest.skip("nothing tells the two apart")
     assert fetched(RemoteFile("x.tar", url), scratch) == OTHER
 
 
@@ -395,7 +395,7 @@ def test_as_long_as_there_is_headway(files_server: FilesServer, scratch: Path) -
     # without ranges each try begins again and gets no further: that is no headway
     files_server.files["x.tar"].ranges, files_server.files["x.tar"].faults = False, [("cut", 70_000)] * 30
     with (
-        pytest.raises(OSError, match="given up after 8 tries without headway.* 1000003 bytes"),
+        pytest.raises(OSError, match=r"given up after 8 tries without headway.* 1000003 bytes"),
         local_copy(RemoteFile("x.tar", url), scratch),
     ):
         raise AssertionError
@@ -410,7 +410,7 @@ def test_sizes_that_do_not_agree(files_server: FilesServer, scratch: Path) -> No
         raise AssertionError
     files_server.files["x.tar"].length = False
     with (
-        pytest.raises(OSError, match=r"broke off after 1000003 of 2000000 bytes"),
+        pytest.raises(OSError, match=r"of 2000000 bytes; the last one: the file has 1000003 bytes only"),
         local_copy(RemoteFile("x.tar", url, 2_000_000), scratch),
     ):
         raise AssertionError
@@ -436,7 +436,7 @@ def test_what_a_web_server_does_not_have(files_server: FilesServer, scratch: Pat
 
 
 def test_headway_is_told(files_server: FilesServer, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The watch that ends hung workers hears of bytes and of waiting for the server's sake, and not of silence."""
+    """The watch that ends hung workers hears of bytes that come."""
     told: list[float] = []
     monkeypatch.setattr(watch, "_timeout", 1e9)
     monkeypatch.setattr(watch, "_wound", -1e9)
@@ -449,7 +449,7 @@ def test_headway_is_told(files_server: FilesServer, scratch: Path, monkeypatch: 
 # -- processes -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["hub", "web", "s3"])
+@pytest.mark.parametrize("where", ["hub", "web"])
 def test_a_killed_download_goes_on(where: str, request: pytest.FixtureRequest, scratch: Path) -> None:
     """SIGKILL in the middle: the next process asks for the rest only."""
     if where == "hub":
@@ -457,20 +457,9 @@ def test_a_killed_download_goes_on(where: str, request: pytest.FixtureRequest, s
         hub.add(REPO, {"x.tar": DATA}, kind="datasets")
         hub.faults["x.tar"] = [("slow", 10_000)]
         file = list_files(f"hf://datasets/{REPO}/x.tar", "x").files[0]
-    elif where == "web":
+    else:
         server: FilesServer = request.getfixturevalue("files_server")
         file = RemoteFile("x.tar", server.add("x.tar", DATA, faults=[("slow", 10_000)]))
-    else:
-        url = request.getfixturevalue("s3_url")
-        boto3.client("s3").put_object(Bucket=BUCKET, Key=f"{url.split('/')[-1]}/x.tar", Body=DATA)
-        file = list_files(f"{url}/x.tar", "x").files[0]
-    if where == "s3":  # a block is too quick to be caught: the part of it is put there
-        with pytest.raises(ZeroDivisionError), local_copy(file, scratch) as path:
-            raise ZeroDivisionError
-        path.rename(path.with_name(f"{path.name}.part"))
-        os.truncate(path.with_name(f"{path.name}.part"), 600_000)
-        assert fetched(file, scratch) == DATA
-        return
     process = start_copy(file, scratch)
     part = wait_for_part(scratch, 200_000)
     process.send_signal(signal.SIGKILL)
@@ -480,6 +469,28 @@ def test_a_killed_download_goes_on(where: str, request: pytest.FixtureRequest, s
     assert fetched(file, scratch) == DATA
     ranges = hub.ranges("x.tar") if where == "hub" else server.ranges("x.tar")
     assert sorted(ranges, key=str) == sorted([None, f"bytes={had}-"], key=str)
+
+
+def test_a_bucket_download_goes_on(s3_url: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It breaks in its third block: what came before is not asked for again."""
+    boto3.client("s3").put_object(Bucket=BUCKET, Key=f"{s3_url.split('/')[-1]}/x.tar", Body=DATA)
+    file = list_files(f"{s3_url}/x.tar", "x").files[0]
+    asked: list[int] = []
+
+    def get(bucket: object, key: str, *, options: dict) -> object:
+        asked.append(options["range"][0])
+        if asked == [0, 300_000, 600_000]:
+            raise KeyboardInterrupt
+        if asked[3:] == [600_000]:
+            raise transfer.exceptions.GenericError("in passing")
+        return obstore.get(bucket, key, options=options)
+
+    monkeypatch.setattr(transfer, "BLOCK", 300_000)
+    monkeypatch.setattr(transfer, "obstore", SimpleNamespace(get=get))
+    with pytest.raises(KeyboardInterrupt), local_copy(file, scratch):
+        raise AssertionError
+    assert fetched(file, scratch) == DATA
+    assert asked == [0, 300_000, *[600_000] * 3, 900_000]
 
 
 def test_two_processes_want_the_same_file(files_server: FilesServer, scratch: Path) -> None:
@@ -552,11 +563,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_is_full(small_disk: Path, files_server: FilesServer, length: bool) -> None:
     """Told before the first byte where the size is known; with room again it goes on."""
     file = RemoteFile("x.tar", files_server.add("x.tar", DATA, length=length))
-    with pytest.raises(
-        OSError, match=r"no room in the scratch folder .*/disk for x\.tar.*set resources\.scratch"
-    ) as error:
-        with local_copy(file, small_disk):
-            raise AssertionError
+    with (
+        pytest.raises(
+            OSError, match=r"no room in the scratch folder .*/disk for x\.tar.*set resources\.scratch"
+        ) as error,
+        local_copy(file, small_disk),
+    ):
+        raise AssertionError
     assert error.value.errno == errno.ENOSPC
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
     assert fetched(file, small_disk) == DATA
@@ -581,12 +594,14 @@ def test_a_file_that_may_not_grow(files_server: FilesServer, scratch: Path) -> N
 
 def test_a_scratch_folder_that_cannot_be(files_server: FilesServer, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(RequestError, match=r"scratch folder .*/file/x: it cannot be made .*set resources\.scratch"):
-        with local_copy(RemoteFile("x.tar", files_server.add("x.tar", DATA)), tmp_path / "file" / "x"):
-            raise AssertionError
+    file = RemoteFile("x.tar", files_server.add("x.tar", DATA))
+    with (
+        pytest.raises(RequestError, match=r"scratch folder .*/file/x: it cannot be made .*set resources\.scratch"),
+        local_copy(file, tmp_path / "file" / "x"),
+    ):
+        raise AssertionError
 
 
 def test_the_default_scratch_folder() -> None:
     assert scratch_folder(None).name == f"microdit-{os.getuid()}"
     assert scratch_folder("/data/scratch") == Path("/data/scratch")
-    assert Listing(()).identity == {}
