@@ -48,7 +48,7 @@ class Journeydb(FileSource):
         identity: dict[str, Any] = {}
         for split in self._options.splits:
             found = list_files(f"{self._root}/data/{split}/imgs/*.tgz", f"sources.{self.name}.root")
-            files += [replace(file, name=f"{split}/{file.name}") for file in found.files]
+            files += [replace(file, name=f"{split}/{file.name.rpartition('/')[2]}") for file in found.files]
             identity[split] = found.identity
             if "repo" in found.identity:
                 identity["repo"] = found.identity["repo"]
