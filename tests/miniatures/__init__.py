@@ -22,7 +22,10 @@ BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 @dataclass(frozen=True)
 class Expected:
-    """What must become of a sample: a caption, fields and a picture, or the reason why there is none."""
+    """What must become of a sample: a caption, fields and a picture, or the reason why there is none.
+
+    Texts are as the data set has them; in a corpus a text is one line, with single spaces between its words.
+    """
 
     unit: str
     """The file that it is in, as a listing names it."""

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 SIDE = 512  # what a longer short side is reduced to, and the least that is taken: facts 0.3
 LEAST = 256
+GRAY = "/gray"  # behind the names of those without colours
 TURNED = 6  # EXIF: to be turned by 90 degrees clockwise
 
 
@@ -33,13 +34,7 @@ class Picture:
         """Mean difference per channel, of 255, between what was stored and what was drawn; infinite for other sizes."""
         with Image.open(io.BytesIO(stored)) as image:
             found = np.asarray(image.convert("RGB"), np.float32)
-        wanted = np.asarray(
-            draw(self.name, self.size).resize(self.stored_size(), Image.Resampling.BICUBIC), dtype=np.float32
-        )
-        if self.name.endswith("/gray"):
-            wanted = np.repeat(
-                np.asarray(Image.fromarray(wanted.astype(np.uint8)).convert("L"), np.float32)[..., None], 3, 2
-            )
+        wanted = reduced(self.name, self.size, self.stored_size())
         return float(np.abs(found - wanted).mean()) if found.shape == wanted.shape else float("inf")
 
 
@@ -59,6 +54,15 @@ def draw(name: str, size: tuple[int, int]) -> Image.Image:
     return image
 
 
+@cache
+def reduced(name: str, size: tuple[int, int], to: tuple[int, int]) -> np.ndarray:
+    """The picture of a name, reduced: (H, W, 3) float32."""
+    image = draw(name, size).resize(to, Image.Resampling.BICUBIC)
+    if name.endswith(GRAY):
+        image = image.convert("L").convert("RGB")
+    return np.asarray(image, np.float32)
+
+
 def picture(name: str, size: tuple[int, int], kind: str = "jpg") -> Picture:
     """A picture as a file of a kind.
 
@@ -67,7 +71,7 @@ def picture(name: str, size: tuple[int, int], kind: str = "jpg") -> Picture:
             webp (lossless), or html (a page where an image should be).
     """
     if kind == "jpg-gray":
-        name += "/gray"
+        name += GRAY
     image, buffer = draw(name, size), io.BytesIO()
     plain = kind in ("jpg", "jpg-gray")
     match kind:

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,6 +37,7 @@ def _link(name: str, expiry: int) -> str:
     return link.format(opaque=f"An8{opaque[:40]}", extension=extension, hash=f"AY{opaque[40:50]}", expiry=expiry)
 
 
+@cache
 def sa1b() -> Miniature:
     """Meta's tars behind the links, and the captions; fields and captions are those of LLaVA."""
     about = layout("sa1b")
@@ -99,6 +101,7 @@ def _sa1b_captions() -> dict[str, Repository]:
     return {CAPTIONS: Repository(files, branches=branches)}
 
 
+@cache
 def sa1b_mirror(repo: str = MIRROR) -> Miniature:
     """A mirror in webdataset form: small images with captions beside them."""
     about = layout("sa1b")
@@ -138,6 +141,7 @@ def _sa1b_mirrors() -> dict[str, Repository]:
 # -- CC12M -------------------------------------------------------------------------------------------------------------
 
 
+@cache
 def cc12m(caption: str = "cleaned", joined: bool = False) -> Miniature:
     """`caption`: caption (the alt-text as it came), cleaned, long or short; `joined`: the others are fields."""
     about = layout("cc12m")
@@ -206,6 +210,7 @@ def _llavanext_row(sample: dict[str, Any]) -> dict[str, str]:
 # -- TextCaps and COCO -------------------------------------------------------------------------------------------------
 
 
+@cache
 def textcaps() -> Miniature:
     about = layout("textcaps")
     mini, urls = about["miniature"], about["urls"]
@@ -254,6 +259,7 @@ def _textcaps_entry(split: str, sample: dict[str, Any], number: int) -> dict[str
     return {name: entry[name] for name in about["json"]}
 
 
+@cache
 def coco() -> Miniature:
     about = layout("coco")
     urls, mini = about["urls"], about["miniature"]

@@ -1,6 +1,7 @@
 """The synthetic sets: JourneyDB, DiffusionDB, FLUX-Reason-6M."""
 
 import datetime
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ from tests.miniatures.pictures import picture
 JOURNEYDB, DIFFUSIONDB, FLUXREASON = "JourneyDB/JourneyDB", "poloclub/diffusiondb", "LucasFang/FLUX-Reason-6M"
 
 
+@cache
 def journeydb(caption: str = "prompt") -> Miniature:
     """`caption`: prompt (as it came), plain (without flags) or task2."""
     about = layout("journeydb")
@@ -58,6 +60,7 @@ def _journeydb_row(sample: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+@cache
 def diffusiondb(subset: str = "large") -> Miniature:
     """`subset`: 2m or large; the other one's files are there too."""
     about = layout("diffusiondb")
@@ -119,6 +122,7 @@ def _metadata(samples: list[dict[str, Any]], extension: str) -> bytes:
     return parquet({n: (kinds.get(kind) or pa.type_for_alias(kind), values[n]) for n, kind in columns.items()})
 
 
+@cache
 def fluxreason() -> Miniature:
     about = layout("fluxreason")
     repository, mini = about["repositories"][FLUXREASON], about["miniature"]
