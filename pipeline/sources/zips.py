@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.sources.archives import FREE_BYTES, MAX_RATIO, Broken, Member
+from pipeline.sources.tars import FREE_BYTES, MAX_RATIO, Broken, Member
 from pipeline.watch import alive
 
 END = struct.Struct("<4s4H2LH")
@@ -106,7 +106,8 @@ class _Zip:
             return Member(entry.name, None, "encrypted", "it needs a password")
         if entry.method not in (STORED, DEFLATED):
             return Member(entry.name, None, "unsupported", f"packed by method {entry.method}; expected 0 or 8")
-        if (most := max(entry.size, entry.packed)) > self._max_bytes:
+        longer = entry.size // 1000 + 1024  # what cannot be packed becomes that much longer
+        if (most := max(entry.size, entry.packed - longer)) > self._max_bytes:
             return Member(entry.name, None, "too_large", f"{most} bytes, at most {self._max_bytes} are read")
         if entry.size > FREE_MEMBER + MAX_RATIO * entry.packed:
             return Member(entry.name, None, "bomb", f"{entry.size} bytes packed in {entry.packed}")
