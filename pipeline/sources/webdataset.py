@@ -67,7 +67,7 @@ def join_specs(joins: Sequence[JoinOptions], source: str) -> list[JoinSpec]:
     for number, join in enumerate(joins):
         listing = list_files(join.file, f"sources.{source}.joins.{number}.file")
         reader = "parquet" if listing.files[0].name.endswith(".parquet") else "jsonl"
-        specs.append(JoinSpec(listing, reader, join.key, join.fields))
+        specs.append(JoinSpec(listing, reader, join.key, join.fields, what=f"sources.{source}.joins.{number}"))
     return specs
 
 

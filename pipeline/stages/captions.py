@@ -96,7 +96,7 @@ def _table(column: str, options: CaptionsColumn, config: BuildConfig) -> JoinSpe
         known = ", ".join(READERS)
         raise RequestError(f"{where} = {pattern!r}: {listing.files[0].name} is no table; expected one of {known}")
     key = options.key or {"key": "key", "origin": "url"}[options.by]
-    return JoinSpec(by_content(listing), reader, key, {"caption": options.column})
+    return JoinSpec(by_content(listing), reader, key, {"caption": options.column}, what=where)
 
 
 def by_content(listing: Listing) -> Listing:

@@ -150,9 +150,9 @@ def test_a_gzip_that_is_cut_is_said(corpus: Corpus, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("reader", "key", "fields", "message"),
     [
-        ("parquet", "id", {"c": "text"}, "table t.parquet: there is no column 'id'; it has key, text"),
+        ("parquet", "id", {"c": "text"}, "table: table t.parquet: there is no column 'id'; it has key, text"),
         ("parquet", "key", {"c": "text.inner"}, "there is no column 'text.inner'; it has key, text"),
-        ("jsonl", "id", {"c": "text"}, "table t.jsonl: there is no column 'id'; it has key, text"),
+        ("jsonl", "id", {"c": "text"}, "table: table t.jsonl: there is no column 'id'; it has key, text"),
     ],
 )
 def test_a_wrong_column_is_named(
@@ -171,7 +171,7 @@ def test_a_wrong_column_is_named(
 
 def test_a_table_of_nothing_ends_the_build(corpus: Corpus, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "t.jsonl", ["no json\n"] * 3)
-    with pytest.raises(RequestError, match=r"t\.jsonl: nothing in it can be read; no_json: line 1"):
+    with pytest.raises(RequestError, match=r"table: nothing in t\.jsonl can be read; no_json: line 1"):
         built(corpus, spec_of(path, "jsonl", "key", {"c": "text"}), tmp_path)
 
 

@@ -238,9 +238,9 @@ def test_another_table_is_another_column(tmp_path: Path, corpus: Corpus):
     ("name", "content", "words"),
     [
         ("t.jsonl", b'{"key": "k0", "text": "x"}\n', "there is no column 'caption'; it has key, text"),
-        ("t.jsonl", b"no json\n", "nothing in it can be read; no_json: line 1"),
-        ("t.jsonl", b"\xff\xfe\n", "nothing in it can be read; no_json: line 1"),
-        ("t.jsonl", b"[" * 100_000, "nothing in it can be read; no_json: line 1"),
+        ("t.jsonl", b"no json\n", r"columns\.captions/x\.join: nothing in t\.jsonl can be read; no_json: line 1"),
+        ("t.jsonl", b"\xff\xfe\n", r"columns\.captions/x\.join: nothing in t\.jsonl can be read; no_json: line 1"),
+        ("t.jsonl", b"[" * 100_000, r"columns\.captions/x\.join: nothing in t\.jsonl can be read; no_json: line 1"),
         ("t.parquet", b"no parquet", "cannot be read as Parquet"),
         ("t.csv", b"key,caption", r"t\.csv is no table; expected one of \.parquet, \.jsonl"),
     ],
