@@ -236,8 +236,8 @@ def of_coco() -> Made:
 
 
 SOURCES = [
-    of_sa1b, of_sa1b_mirror, of_webdataset, of_parquet, of_cc12m, of_cc12m_llavanext, of_journeydb, of_journeydb_task2, of_diffusiondb,
-    of_diffusiondb_2m, of_textcaps, of_coco,
+    of_sa1b, of_sa1b_mirror, of_webdataset, of_parquet, of_cc12m, of_cc12m_llavanext, of_journeydb, of_journeydb_task2,
+    of_diffusiondb, of_diffusiondb_2m, of_textcaps, of_coco,
 ]  # fmt: skip
 
 
