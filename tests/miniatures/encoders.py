@@ -23,9 +23,10 @@ def publish_models(hub: Hub, folder: Path) -> None:
         module = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * FOUR,
             up_block_types=("UpDecoderBlock2D",) * FOUR,
-            block_out_channels=(4,) * FOUR,
+            block_out_channels=(2,) * FOUR,
             layers_per_block=1,
-            norm_num_groups=2,
+            norm_num_groups=1,
+            mid_block_add_attention=False,
             latent_channels=channels,
             scaling_factor=0.13025,
         )
