@@ -53,7 +53,7 @@ class Parquet(FileSource):
                 for batch in table.iter_batches(BATCH, columns=columns, use_threads=False):
                     alive()
                     for values in batch.to_pylist():
-                        yield self._sample(values, image, f"row-{row}")
+                        yield self._sample(values, image, row)
                         row += 1
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
@@ -61,10 +61,11 @@ class Parquet(FileSource):
             detail = f"{error} (behind row {row - 1})" if row else str(error)
             yield Sample("", None, reason="damaged_archive", detail=" ".join(detail.split())[:300])
 
-    def _sample(self, values: dict[str, Any], image: str, origin: str) -> Sample:
+    def _sample(self, values: dict[str, Any], image: str, row: int) -> Sample:
         options = self._options
         fields = {name: plain(inside(values, column)) for name, column in options.fields.items()}
         key = "" if options.key is None else str(inside(values, options.key) or "")
+        origin = key or f"row-{row}"
         for i, join in enumerate(options.joins):
             fields |= self.table(i).get(key if join.by == "key" else origin) or {}
         fields = {name: value for name, value in fields.items() if value is not None}

@@ -43,7 +43,7 @@ def test_rows_are_samples(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "d": (None, "four", "too_large"),
     }
     assert found["a"].fields == {"clear": 9.0, "tags": '["x"]'}
-    assert found["a"].origin == "mine/t.parquet/row-0"
+    assert found["a"].origin == "mine/t.parquet/a"
     assert files.MAX_BYTES > 1 << 20
 
 
