@@ -44,3 +44,10 @@ def test_overhead() -> None:
         assert found[f"{kind}_bare_seconds"] >= 0.1
         ratio = found[f"{kind}_engine_seconds"] / found[f"{kind}_bare_seconds"]
         assert found[f"{kind}_ratio"] == pytest.approx(ratio, rel=0.01)
+
+
+def test_joins() -> None:
+    found = run("joins", "--rows", "4000", "--entries", "3000")
+    for kind, sizes in (("diffusiondb", (2000, 4000)), ("sa1b", (1000, 3000))):
+        for size in sizes:
+            assert found[f"{kind}_{size}_build_per_second"] > 0 and found[f"{kind}_{size}_look_up_memory_mb"] > 0
