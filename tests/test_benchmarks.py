@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,15 @@ def test_overhead() -> None:
         assert found[f"{kind}_bare_seconds"] >= 0.1
         ratio = found[f"{kind}_engine_seconds"] / found[f"{kind}_bare_seconds"]
         assert found[f"{kind}_ratio"] == pytest.approx(ratio, rel=0.01)
+
+
+@pytest.mark.parametrize("seed", [1, random.SystemRandom().randrange(1 << 32)])
+def test_damage(seed: int) -> None:
+    print(f"seed {seed}")  # shown if it fails
+    found = run("damage", "--count", "150", "--seed", str(seed))
+    assert (found["seed"], found["images"], found["archives"]) == (seed, 150, 3)
+    assert (found["crashes"], found["hangs"], found["escaped"], found["bad_items"]) == (0, 0, 0, [])
+    assert found["adds_up"] and sum(found["image_outcomes"].values()) == 150
+    assert sum(found["archive_outcomes"].values()) == 3
+    assert found["image_outcomes"]["ok"] > 0 and len(found["image_outcomes"]) > 3
+    assert found["slowest_image"]["seconds"] > 0
