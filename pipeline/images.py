@@ -7,6 +7,7 @@ one is what its caption speaks of. ICC profiles are not applied.
 
 import io
 import struct
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +105,10 @@ def decode(data: bytes, max_pixels: int, shrink_to: int | None = None) -> Decode
             _bound(image.width, image.height, max_pixels)
             if getattr(image, "is_animated", False):
                 raise BadImage("animated", f"{image.format} with several frames; expected one picture")
-            return _decode_pillow(image, str(image.format).lower())
+            found = _decode_pillow(image, str(image.format).lower())
+            if image.format == "PNG" and _may_lack_rows(image):
+                _check_png_rows(data)
+            return found
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
@@ -203,6 +207,34 @@ def _decode_pillow(image: Image.Image, format_name: str) -> Decoded:
     else:
         rgb = np.asarray(turned.convert("RGB"))
     return Decoded(rgb, turned.width, turned.height, format_name, plain)
+
+
+def _may_lack_rows(image: Image.Image) -> bool:
+    """Whether a PNG's last pixel is as if it had never been written; an interlaced one has its last ones elsewhere."""
+    last: Any = image.getpixel((image.width - 1, image.height - 1))
+    return bool(image.info.get("interlace")) or not any(last if isinstance(last, tuple) else (last,))
+
+
+def _check_png_rows(data: bytes) -> None:
+    """Refuse a PNG whose header tells of more rows than are packed in it: Pillow leaves those black, and is content."""
+    width, height, depth, colours, _, _, interlaced = struct.unpack_from(">2I5B", data, 16)
+    bits = depth * {2: 3, 4: 2, 6: 4}.get(colours, 1)
+    if interlaced:  # x and y of the first pixel of each pass, and the steps from there
+        passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+        sizes = [(-(-(width - x) // across), -(-(height - y) // down)) for x, y, across, down in passes]
+    else:
+        sizes = [(width, height)]
+    missing = sum(down * (1 + -(-across * bits // 8)) for across, down in sizes if across > 0 and down > 0)
+    inner, at = zlib.decompressobj(), 8
+    while missing > 0 and not inner.eof and at + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, at)
+        packed = data[at + 8 : at + 8 + length] if name == b"IDAT" else b""
+        while packed and missing > 0:
+            missing -= len(inner.decompress(packed, 1 << 20))
+            packed = inner.unconsumed_tail
+        at += 12 + length
+    if missing > 0:
+        raise BadImage("truncated", f"{width}x{height}, but {missing} bytes of that are missing")
 
 
 def _bound(width: int, height: int, max_pixels: int) -> None:

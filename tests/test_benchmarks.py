@@ -65,3 +65,9 @@ def test_damage(given: int | None) -> None:
     assert sum(found["archive_outcomes"].values()) == 3
     assert found["image_outcomes"]["ok"] > 0 and len(found["image_outcomes"]) > 3
     assert found["slowest_image"]["seconds"] > 0
+
+
+def test_ingest() -> None:
+    found = run("ingest", "--tars", "2", "--samples", "4", "--rounds", "1")
+    assert (found["images"], found["rounds"]) == (8, 1)  # the same JPEGs, which it checks itself
+    assert found["ratio_bare"] == pytest.approx(found["bare_seconds"] / found["ingest_seconds"], rel=0.05)

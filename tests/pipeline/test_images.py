@@ -216,12 +216,15 @@ def test_what_is_cut_off_is_truncated(name: str, share: float):
     assert error.value.reason == "truncated"
 
 
-def png_header(width: int, height: int) -> bytes:
+INTERLACED = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+
+
+def png_header(width: int, height: int, interlaced: int = 0, body: bytes = b"\0" * 1000) -> bytes:
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, interlaced))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
 
 
 def jpeg_header(width: int, height: int) -> bytes:
@@ -248,6 +251,35 @@ def test_too_many_pixels_are_not_decoded(data: bytes):
     with pytest.raises(BadImage) as error:
         decode(data, PIXELS)
     assert error.value.reason == "bomb"
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "I;16"])
+def test_a_png_with_fewer_rows_than_its_header_tells_of_is_truncated(mode: str):
+    image = Image.new("I;16", (37, 24)) if mode == "I;16" else Image.new(mode, (37, 24))  # black rows are no fault
+    data = bytearray(saved(image, "PNG"))
+    assert decode(bytes(data), PIXELS).height == 24
+    struct.pack_into(">I", data, 20, 25)
+    struct.pack_into(">I", data, 29, zlib.crc32(data[12:29]))
+    with pytest.raises(BadImage, match="37x25") as error:
+        decode(bytes(data), PIXELS)
+    assert error.value.reason == "truncated"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (5, 9), (16, 8), (37, 24)])
+def test_an_interlaced_png_is_whole_if_its_passes_are(size: tuple[int, int]):
+    width, height = size
+    rows = b""
+    for x, y, across, down in INTERLACED:
+        if (columns := len(range(x, width, across))) > 0:
+            rows += (b"\0" + b"\x50" * 3 * columns) * len(range(y, height, down))
+    for body, whole in ((rows, True), (rows[:-1], False)):
+        data = png_header(width, height, interlaced=1, body=body)
+        if whole:
+            assert (decode(data, PIXELS).pixels == 0x50).all()
+        else:
+            with pytest.raises(BadImage) as error:
+                decode(data, PIXELS)
+            assert error.value.reason == "truncated"
 
 
 def test_a_jpeg_of_a_thousand_scans_is_not_decoded():
