@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import pytest
@@ -183,11 +183,13 @@ class _Handler(BaseHTTPRequestHandler):
             prefix = f"{unquote(path)}/" if path else ""
             recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
             found = {name: data for name, data in sorted(files.items()) if name.startswith(prefix)}
-            names = [name for name in found if recursive or "/" not in name.removeprefix(prefix)]
+            folders = {parent.as_posix() for name in found for parent in PurePosixPath(name).parents} - {"."}
+            everything = sorted([*found, *(folder for folder in folders if folder.startswith(prefix))])
+            names = [name for name in everything if recursive or "/" not in name.removeprefix(prefix)]
             if prefix and not found:
                 return self._error(404, "EntryNotFound", f"{path} does not exist on {commit}", commit)
             start = int(query.get("cursor", ["0"])[0])
-            page = [_entry(name, found[name]) for name in names[start : start + self.hub.page]]
+            page = [_entry(name, found.get(name)) for name in names[start : start + self.hub.page]]
             headers = {}
             if start + len(page) < len(names):
                 rest = f"{self.hub.url}{self._path}?recursive={recursive}&cursor={start + len(page)}"
@@ -295,8 +297,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-def _entry(path: str, data: bytes) -> dict[str, object]:
-    """A file in a listing, with git's hash of its blob."""
+def _entry(path: str, data: bytes | None) -> dict[str, object]:
+    """A file in a listing, with git's hash of its blob; a folder if there is no data."""
+    if data is None:
+        return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
     entry: dict[str, object] = {"type": "file", "path": path, "size": len(data)}
     if path.endswith(LARGE):
         entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
