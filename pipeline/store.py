@@ -81,7 +81,7 @@ class Store:
         self._durable: set[Path] = set()
         if scheme in SCHEMES:
             self.url = text.rstrip("/")
-            options = _options(scheme)
+            options = bucket_options(scheme)
             try:
                 self._bucket = from_url(self.url, **options)
                 self._once = from_url(self.url, **options | {"retry_config": {"max_retries": 0}})
@@ -349,7 +349,8 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
-def _options(scheme: str) -> dict[str, Any]:
+def bucket_options(scheme: str) -> dict[str, Any]:
+    """What every bucket is opened with by obstore: time limits, its own tries, address and credentials."""
     options: dict[str, Any] = {
         "client_options": {
             "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT),

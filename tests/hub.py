@@ -1,7 +1,8 @@
 """A server on loopback that behaves like the Hugging Face hub to the real `huggingface_hub` client.
 
 Models and data sets with commits and branches; listing with pages; files with ETag, commit and ranges, large ones by a
-redirect to another address, as the hub's CDN; gated and private repositories; connections that break.
+redirect to another address, as the hub's CDN; gated and private repositories; connections that break or are slow;
+answers that ask to come back later.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,20 +42,23 @@ class Repository:
 
 @dataclass(frozen=True)
 class Request:
-    """`file`: the path in its repository, if it is one's bytes that were asked for."""
+    """`file`: the path in its repository, if it is one's bytes that were asked for. `token`: what was sent along."""
 
     method: str
     path: str
     range: str | None
     status: int
     file: str = ""
+    token: str = ""
 
 
 class Hub:
     """The server. `url` is its endpoint, `requests` what it was asked for, `page` how many files a listing's page has.
 
-    `faults`: for the end of a file's path, what happens to its next downloads, in order: a number of bytes after which
-    the connection breaks, or a status to answer.
+    `faults`: for the end of a file's path, what happens to its next downloads, in order: ("cut", a number of bytes
+    after which the connection breaks), ("status", what to answer), ("slow", bytes in each twentieth of a second), or
+    ("other", the last bytes differ: they are that number). `busy`: the statuses that the next listings are answered
+    with. Both ask to come back after `retry_after` seconds where the status is 429 or 503.
     """
 
     def __init__(self, page: int = 1000) -> None:
@@ -61,6 +66,8 @@ class Hub:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.requests: list[Request] = []
         self.faults: dict[str, list[tuple[str, int]]] = {}
+        self.busy: list[int] = []
+        self.retry_after = 1
         self.connections: list[socket.socket] = []
         self._blobs: dict[str, bytes] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -123,6 +130,10 @@ class _Handler(BaseHTTPRequestHandler):
         super().setup()
         self.hub.connections.append(self.connection)
 
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # a client broke off
+            super().handle()
+
     def do_HEAD(self) -> None:
         self._answer()
 
@@ -151,6 +162,8 @@ class _Handler(BaseHTTPRequestHandler):
     # -- listings ----------------------------------------------------------------------------------------------------
 
     def _api(self, kind: str, repo: str, what: str, revision: str, path: str, query: dict[str, list[str]]) -> None:
+        if self.hub.busy:
+            return self._error(self.hub.busy.pop(0), "", "too many requests")
         repository = self._repository(kind, repo)
         if repository is None:
             return
@@ -171,6 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
             recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
             found = {name: data for name, data in sorted(files.items()) if name.startswith(prefix)}
             entries = [_entry(n, d) for n, d in found.items() if recursive or "/" not in n.removeprefix(prefix)]
+            if prefix and not found:
+                return self._error(404, "EntryNotFound", f"{path} does not exist on {commit}", commit)
             start = int(query.get("cursor", ["0"])[0])
             page = entries[start : start + self.hub.page]
             headers = {}
@@ -214,16 +229,19 @@ class _Handler(BaseHTTPRequestHandler):
         fault = faults.pop(0) if faults and self.command == "GET" else None
         if fault is not None and fault[0] == "status":
             return self._error(fault[1], "", "out of order")
+        if fault is not None and fault[0] == "other":
+            data = data[:-1] + bytes([fault[1]])
         asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
         status, part, headers = 200, data, {**headers, "Accept-Ranges": "bytes"}
-        if asked and (asked[1] or asked[2]):
+        if asked and (asked[1] or asked[2]) and self.headers.get("If-Range", headers["ETag"]) == headers["ETag"]:
             start = int(asked[1]) if asked[1] else max(0, len(data) - int(asked[2]))
             stop = min(len(data), int(asked[2]) + 1) if asked[1] and asked[2] else len(data)
             if start >= stop:
                 return self._send(416, {"Content-Range": f"bytes */{len(data)}"}, b"")
             status, part = 206, data[start:stop]
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
-        self._send(status, headers, part, cut=fault[1] if fault else None)
+        cut = fault[1] if fault and fault[0] == "cut" else None
+        self._send(status, headers, part, cut, slow=fault[1] if fault and fault[0] == "slow" else None)
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
@@ -250,18 +268,28 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _error(self, status: int, code: str, message: str, commit: str = "") -> None:
         headers = {"X-Error-Code": code, "X-Error-Message": message, "X-Repo-Commit": commit}
+        if status in (429, 503):
+            headers["Retry-After"] = str(self.hub.retry_after)
         body = json.dumps({"error": message}).encode()
         self._send(status, {name: value for name, value in headers.items() if value}, body)
 
-    def _send(self, status: int, headers: Mapping[str, str], body: bytes, cut: int | None = None) -> None:
-        self.hub.requests.append(Request(self.command, self._path, self.headers.get("Range"), status, self._file))
+    def _send(
+        self, status: int, headers: Mapping[str, str], body: bytes, cut: int | None = None, slow: int | None = None
+    ) -> None:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        asked = self.headers.get("Range")
+        self.hub.requests.append(Request(self.command, self._path, asked, status, self._file, token))
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[:cut])
+            step = slow or max(1, len(body))
+            for start in range(0, len(body[:cut]), step):
+                self.wfile.write(body[:cut][start : start + step])
+                if slow is not None:
+                    time.sleep(0.05)
         if cut is not None and cut < len(body):
             self.wfile.flush()
             self.close_connection = True

@@ -1,18 +1,29 @@
-"""Files to read, wherever they are: on this machine, in a hub repository, in a bucket, on a web server."""
+"""Files to read, wherever they are: on this machine, in a hub repository, in a bucket, on a web server.
+
+`list_files` says which files a pattern of a config stands for, `local_copy` brings one of them to this machine's disk.
+"""
 
 import glob
 import hashlib
-import itertools
 import json
-import re
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore import exceptions
 
 from pipeline.errors import RequestError
+from pipeline.sources.download import local_copy, scratch_folder
+from pipeline.sources.patterns import choose, expand_braces, natural, split_root
+from pipeline.sources.transfer import open_bucket
+from pipeline.store import SCHEMES, first_line
 
-MOST_FILES = 1_000_000  # that braces may stand for
+__all__ = ["Listing", "RemoteFile", "list_files", "local_copy", "scratch_folder"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,8 @@ class RemoteFile:
     size: int | None = None
     """Bytes; None if it is not known before the file is asked for."""
     etag: str = ""
-    """The sha256 of a large hub file, git's hash of a small one, a bucket's ETag, size and time of a local file."""
+    """Says which bytes they are: the sha256 of a large hub file, git's hash of a small one, a bucket's ETag, size and
+    time of a local file."""
 
 
 @dataclass(frozen=True)
@@ -35,91 +47,122 @@ class Listing:
 
     files: tuple[RemoteFile, ...]
     identity: dict[str, Any] = field(default_factory=dict)
-    """What the listing is, for the declaration of what is made from it: equal for equal files."""
+    """What the files are, for the declaration of what is made from them. Of local files names and sizes, so that a
+    copy on another disk is the same; of a web server's the names, as it is not asked for more."""
 
 
 def list_files(pattern: str, what: str) -> Listing:
-    """The files that a pattern stands for.
+    """The files that a pattern stands for. What the hub and buckets list is kept for the life of the process.
 
     Args:
-        pattern: a local path, or the URL of a file. `*`, `?` and `[...]` stand for names within one folder, `**` for
-            folders; `{0000..0099}` and `{a,b}` for all that is in the braces, each of which has to be there.
+        pattern: a local path, `hf://datasets/OWNER/NAME[@REVISION]/PATH`, `s3://bucket/key` or `https://...`. In it
+            `*`, `?` and `[...]` stand for names within one folder and `**` for folders (but not on web servers, which
+            cannot be listed), `{0000..0099}` and `{a,b}` for everything in the braces, each of which has to be there.
         what: the field of the config, for messages.
 
     Raises:
-        RequestError: nothing matches, or it cannot be listed.
+        RequestError: nothing matches; a repository or revision is unknown; a gated one without access; no connection.
     """
-    scheme, separator, _ = pattern.partition("://")
-    if separator and scheme != "file":
-        raise RequestError(f"{what} = {pattern!r}: scheme {scheme!r} is not known")
-    return _list_local(pattern.removeprefix("file://"), what)
+    scheme, separator, rest = pattern.partition("://")
+    if not separator:
+        return _list_local(pattern, what)
+    if scheme == "file":
+        return _list_local(unquote(rest), what)
+    if scheme == "hf":
+        from huggingface_hub import constants, get_token
+
+        from pipeline.sources.hub_files import list_hub
+
+        return list_hub(pattern, what, constants.ENDPOINT, get_token() or "")
+    if scheme in SCHEMES:
+        return _list_bucket(pattern, what, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
+    if scheme in ("http", "https"):
+        return _list_web(pattern, what)
+    known = ", ".join(f"{each}://" for each in ("https", "hf", *SCHEMES))
+    raise RequestError(f"{what} = {pattern!r}: scheme {scheme!r} is not known; give a local path, or one of {known}")
 
 
-def expand_braces(pattern: str, what: str) -> list[str]:
-    """Everything that a pattern with `{0000..0099}` and `{a,b}` stands for, in order; numbers keep their zeros."""
-    pieces: list[Sequence[str]] = []
-    for text in re.split(r"(\{[^{}]*\})", pattern):
-        numbers = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", text)
-        if numbers:
-            low, high = int(numbers[1]), int(numbers[2])
-            if not 0 <= high - low < MOST_FILES:
-                raise RequestError(
-                    f"{what} = {pattern!r}: {text} is no range; expected {{first..last}} of at most {MOST_FILES}"
-                )
-            width = len(numbers[1]) if numbers[1].startswith("0") else 0
-            pieces.append([f"{number:0{width}d}" for number in range(low, high + 1)])
-        elif text.startswith("{") and "," in text:
-            pieces.append(text[1:-1].split(","))
-        else:
-            pieces.append([text])
-    count = 1
-    for piece in pieces:
-        count *= len(piece)
-    if count > MOST_FILES:
-        raise RequestError(f"{what} = {pattern!r}: it stands for {count} files; at most {MOST_FILES} are taken")
-    return ["".join(parts) for parts in itertools.product(*pieces)]
+def listing(files: Iterable[RemoteFile], identity: dict[str, Any]) -> Listing:
+    """The files in order, with that identity."""
+    return Listing(tuple(sorted(files, key=lambda file: natural(file.name))), identity)
+
+
+def digest(rows: Iterable[tuple[Any, ...]]) -> str:
+    """One hash over what is known of some files."""
+    text = json.dumps(sorted(rows, key=lambda row: natural(row[0])), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _list_local(pattern: str, what: str) -> Listing:
-    """Local files; their identity are names and sizes, so that a copy on another disk is the same data set."""
     path = Path(pattern).expanduser().absolute()
-    patterns = [str(path)] if path.exists() else expand_braces(str(path), what)
+    literal = path.exists()
+    root = path.parent if literal else Path(split_root(str(path))[0] or "/")
     found: dict[str, RemoteFile] = {}
-    for each in patterns:
-        root, _ = _fixed(str(path))
-        paths = [Path(each)] if Path(each).exists() else [Path(p) for p in glob.iglob(each, recursive=True)]
-        files = [p for p in paths if p.is_file()]
-        if not files:
-            if paths:
-                raise RequestError(
-                    f"{what} = {pattern!r}: {paths[0]} is a folder; expected files: {paths[0]}/*.tar, for example"
-                )
+    for each in [str(path)] if literal else expand_braces(str(path), what):
+        # the pattern is a whole one, not one below a folder
+        paths = [Path(each)] if Path(each).exists() else map(Path, sorted(glob.glob(each, recursive=True)))  # noqa: PTH207
+        folder = None
+        before = len(found)
+        for one in paths:
+            if one.is_dir():
+                folder = one
+                continue
+            try:
+                about = one.stat()
+            except OSError as error:
+                raise RequestError(f"{what} = {pattern!r}: {one}: {error.strerror}") from error
+            name = one.relative_to(root).as_posix()
+            found.setdefault(name, RemoteFile(name, str(one), about.st_size, f"{about.st_size}-{about.st_mtime_ns}"))
+        if len(found) == before and folder is not None:
+            raise RequestError(
+                f"{what} = {pattern!r}: {folder} is a folder; expected files, for example {folder}/*.tar"
+            )
+        if len(found) == before:
             raise RequestError(f"{what} = {pattern!r}: no file matches {each}; check the path")
-        for file in files:
-            about = file.stat()
-            name = file.relative_to(root).as_posix()
-            found[name] = RemoteFile(name, str(file), about.st_size, f"{about.st_size}-{about.st_mtime_ns}")
-    files_ = in_order(found.values())
-    return Listing(files_, {"files": _digest((file.name, file.size) for file in files_)})
+    return listing(found.values(), {"files": digest((file.name, file.size) for file in found.values())})
 
 
-def in_order(files: Any) -> tuple[RemoteFile, ...]:
-    """Sorted by name with numbers as numbers."""
-    return tuple(sorted(files, key=lambda file: _natural(file.name)))
+def _list_web(pattern: str, what: str) -> Listing:
+    urls = list(dict.fromkeys(expand_braces(pattern, what)))
+    for url in urls[:1]:
+        parts = urlsplit(url)
+        if not parts.hostname:
+            raise RequestError(f"{what} = {pattern!r}: it names no server; expected https://server/path")
+        if "*" in parts.path or "[" in parts.path:
+            raise RequestError(
+                f"{what} = {pattern!r}: a web server cannot be listed; write the names as in part-{{000..099}}.tar"
+            )
+    root, _ = split_root(pattern.partition("?")[0])
+    names = [unquote(urlsplit(url).path) for url in urls]
+    folder = unquote(urlsplit(root).path).rstrip("/") + "/"
+    names = [name.removeprefix(folder).strip("/") for name in names]
+    if len(set(names)) < len(names) or not all(names):  # they differ in host or query
+        names = [url.partition("://")[2] for url in urls]
+    files = [RemoteFile(name, url) for name, url in zip(names, urls, strict=True)]
+    return listing(files, {"files": digest((file.name,) for file in files)})
 
 
-def _natural(name: str) -> tuple[list[Any], str]:
-    parts = re.split(r"(\d+)", name)
-    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
-
-
-def _fixed(path: str) -> tuple[str, str]:
-    """The folder that no wildcard is in, and what is below it."""
-    parts = path.split("/")
-    wild = next((index for index, part in enumerate(parts) if re.search(r"[*?\[{]", part)), len(parts) - 1)
-    wild = min(wild, len(parts) - 1)
-    return "/".join(parts[:wild]) or ("/" if path.startswith("/") else ""), "/".join(parts[wild:])
-
-
-def _digest(rows: Any) -> str:
-    return hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest()
+@lru_cache(maxsize=64)
+def _list_bucket(pattern: str, what: str, endpoint: str | None) -> Listing:
+    scheme, _, rest = pattern.partition("://")
+    bucket, _, path = rest.partition("/")
+    if not bucket or not path or path.endswith("/"):
+        raise RequestError(f"{what} = {pattern!r}: expected {scheme}://bucket/path with the name of files, as *.tar")
+    root, _ = split_root(path)
+    try:
+        pages = obstore.list(open_bucket(f"{scheme}://{bucket}", endpoint), root or None, chunk_size=1000)
+        objects = {item["path"]: item for page in pages for item in page}
+    except exceptions.BaseError as error:
+        raise RequestError(
+            f"{what} = {pattern!r}: the bucket cannot be listed: {first_line(error)}; check its name, the credentials "
+            "(as for boto3) and the connection"
+        ) from error
+    names, without = choose(expand_braces(path, what), list(objects))
+    if without is not None:
+        raise RequestError(f"{what} = {pattern!r}: no object matches {scheme}://{bucket}/{without}; check the path")
+    files = []
+    for key in names:
+        item = objects[key]
+        name = key.removeprefix(f"{root}/") if root else key
+        files.append(RemoteFile(name, f"{scheme}://{bucket}/{key}", item["size"], item["e_tag"] or ""))
+    return listing(files, {"files": digest((file.name, file.size, file.etag) for file in files)})
