@@ -2,83 +2,27 @@
 
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 import pipeline
 from pipeline.corpus import COLUMN, RESERVED, SOURCE
 from pipeline.errors import RequestError
+from pipeline.options import At, Options
+from pipeline.source_options import ADAPTERS, SourceOptions
+from pipeline.source_options import FetchOptions as FetchOptions
+from pipeline.source_options import OpenmojiSource as OpenmojiSource
+from pipeline.source_options import UrlsSource as UrlsSource
 
 HOME = Path(pipeline.__file__).parent.parent  # where `configs/` lies, in a checkout and in an installed wheel
 MISSING = object()
 PILLOW_MAX_PIXELS = 178_956_970  # above this Pillow itself refuses
 
 
-class Options(BaseModel):
-    """A block of a config: unknown keys are refused, and `yes` is no number."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_bool_as_number(cls, given: Any) -> Any:
-        for name, value in given.items() if isinstance(given, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and field.annotation in (int, float, int | None):
-                raise _At((name,), "expected a number", value)
-        return given
-
-
-# -- sources ---------------------------------------------------------------------------------------------------------
-
-
-class FetchOptions(Options):
-    """How URLs are fetched; of all this only `max_bytes` is part of what a corpus is made by."""
-
-    concurrency: int = Field(default=64, ge=1, le=4096)
-    """Requests in flight per worker."""
-    timeout: float = Field(default=20.0, gt=0, le=600)
-    """Seconds that one URL may cost at most, its retry included."""
-    idle_timeout: float = Field(default=8.0, gt=0, le=600)
-    """Seconds to wait for a connection, or for the next byte."""
-    max_bytes: int = Field(default=32 << 20, ge=1)
-    """A longer answer is refused (`too_large`)."""
-    max_redirects: int = Field(default=5, ge=0, le=20)
-    retry_after: float = Field(default=10.0, ge=0, le=600)
-    """The longest wait that a server may ask for (`Retry-After`) and get; if it asks for more, there is no retry."""
-    user_agent: str = "Mozilla/5.0 (compatible; microdit/0.1)"
-
-
-class UrlsSource(Options):
-    """A list of `url<TAB>caption` lines without a header, as CC12M and CC3M are published."""
-
-    adapter: Literal["urls"]
-    list: str
-    """The file with the list."""
-    license: str = ""
-    unit_inputs: int = Field(default=4096, ge=1, le=1_000_000)
-    """Lines of a unit: what one worker fetches in one go."""
-    limit: int | None = Field(default=None, ge=1)
-    """Take the first lines only, to try things."""
-    fetch: FetchOptions = FetchOptions()
-
-
-class OpenmojiSource(Options):
-    """The demo's input: OpenMoji drawings, served over HTTP on this machine, some of them broken on purpose."""
-
-    adapter: Literal["openmoji"]
-    cache: str | None = None
-    """Where the prepared images are kept (default: `microdit` in `$XDG_CACHE_HOME` or `~/.cache`)."""
-    unit_inputs: int = Field(default=512, ge=1, le=1_000_000)
-    limit: int | None = Field(default=None, ge=1)
-    """Take that many drawings only."""
-    fetch: FetchOptions = FetchOptions(timeout=12.0, idle_timeout=6.0, max_bytes=4 << 20)
-
-
-SourceOptions = Annotated[UrlsSource | OpenmojiSource, Field(discriminator="adapter")]
+# -- images ----------------------------------------------------------------------------------------------------------
 
 
 class ImageOptions(Options):
@@ -106,12 +50,22 @@ class ImageOptions(Options):
 
 
 class CaptionsColumn(Options):
-    """`captions/<name>`: the caption that came with the image, or with `join` one from a table."""
+    """`captions/<name>`: the caption that came with the image, or `field`, or with `join` one from a table."""
 
+    field: str | None = None
+    """A field of the samples (their sources say which they have) in the caption's place."""
+    fallback: bool = False
+    """A sample without that field takes its caption; else it fails with `no_caption`."""
     join: str | None = None
     """A .jsonl or .parquet file with the columns `url` (or `origin`) or `key`, and `caption`; or `openmoji`."""
     by: Literal["origin", "key"] = "origin"
     """What the table is joined by: the image's URL, or its key."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "CaptionsColumn":
+        if self.field is not None and self.join is not None:
+            raise At(("field",), "give either field or join", self.field)
+        return self
 
 
 class ScoresColumn(Options):
@@ -167,7 +121,8 @@ class Resources(Options):
     stall_timeout: float = Field(default=600.0, gt=0)
     """Seconds without a finished sample after which a worker is taken for hung: more than the slowest batch needs."""
     scratch: str | None = None
-    """Folder of each machine for downloads under way (default: `microdit-<uid>` in the system's temporary folder)."""
+    """A folder of each machine for the file that a worker reads from: room for the largest file of the sources, times
+    the workers. By default `microdit-<user id>` in the system's folder for temporary files."""
 
 
 class BuildConfig(Options):
@@ -181,7 +136,7 @@ class BuildConfig(Options):
     """The share of a column's inputs that may fail before the build ends with exit status 1."""
     sources: dict[str, SourceOptions] = Field(min_length=1)
     images: ImageOptions = ImageOptions()
-    columns: dict[str, ColumnOptions] = {}
+    columns: dict[str, ColumnOptions] = Field(default={})
     resources: Resources = Resources()
 
     @field_validator("sources")
@@ -189,7 +144,7 @@ class BuildConfig(Options):
     def _source_names(cls, sources: dict[str, Any]) -> dict[str, Any]:
         for name in sources:
             if not SOURCE.fullmatch(name):
-                raise _At((name,), "a source's name is lower-case letters, digits, - and _", name)
+                raise At((name,), "a source's name is lower-case letters, digits, - and _", name)
         return sources
 
     @field_validator("columns", mode="before")
@@ -203,12 +158,12 @@ class BuildConfig(Options):
             kind, _, rest = str(name).partition("/")
             if kind not in COLUMN_KINDS or not rest or not COLUMN.fullmatch(str(name)) or kind in RESERVED:
                 known = ", ".join(f"{k}/..." for k in COLUMN_KINDS)
-                raise _At((str(name),), f"no such kind of column; expected one of {known}", name)
+                raise At((str(name),), f"no such kind of column; expected one of {known}", name)
             try:
                 found[name] = COLUMN_KINDS[kind].model_validate({} if value is None else value)
             except ValidationError as error:
                 where, expected, value = _fault(error.errors()[0])
-                raise _At((str(name), *where), expected, value) from None
+                raise At((str(name), *where), expected, value) from None
         return found
 
     @model_validator(mode="after")
@@ -218,27 +173,19 @@ class BuildConfig(Options):
                 _, at, captions = name.partition("@")
                 if not at or f"captions/{captions}" not in self.columns:
                     known = ", ".join(c.removeprefix("captions/") for c in self.columns if c.startswith("captions/"))
-                    raise _At(
+                    raise At(
                         ("columns", name),
                         f"the name must end in @ and one of the captions columns of this config ({known or 'none'})",
                         name,
                     )
             if isinstance(options, ScoresColumn) and name != "scores/basic":
-                raise _At(("columns", name), "no such scorer; expected scores/basic", name)
+                raise At(("columns", name), "no such scorer; expected scores/basic", name)
         return self
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 Model = TypeVar("Model", bound=BaseModel)
-
-
-class _At(ValueError):
-    """A fault at a place deeper than the validator that found it."""
-
-    def __init__(self, where: Sequence[str | int], message: str, value: Any):
-        super().__init__(message)
-        self.where, self.value = tuple(where), value
 
 
 class _Loader(yaml.SafeLoader):
@@ -342,14 +289,14 @@ def _fault(error: ErrorDetails) -> tuple[list[str | int], str, Any]:
     expected = error["msg"].removeprefix("Value error, ")
     if len(where) > 2 and where[0] == "sources":
         del where[2]  # the adapter, by which pydantic chose the model
-    if isinstance(cause, _At):
+    if isinstance(cause, At):
         where, value = [*where, *cause.where], cause.value
     elif error["type"] == "extra_forbidden":
         expected = "there is no such field; check the spelling"
     elif error["type"] in ("union_tag_invalid", "union_tag_not_found"):
         where.append(error["ctx"]["discriminator"].strip("'"))
         value = value.get(where[-1], MISSING)
-        expected = f"expected one of {error['ctx'].get('expected_tags', 'the adapters: urls, openmoji')}"
+        expected = f"expected one of {error['ctx'].get('expected_tags', ', '.join(ADAPTERS))}"
     elif error["type"] == "missing":
         expected, value = "this field is required", MISSING
     return where, expected[:1].lower() + expected[1:], value

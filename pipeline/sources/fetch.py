@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from pipeline.config import FetchOptions
+from pipeline.source_options import FetchOptions
 
 WINDOW = 2048  # questions that may be under way or answered ahead of the one that is waited for
 MAX_HELD = 256 << 20  # bytes of answers that may wait for their turn; what is under way then may still come

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import demo_server
-from pipeline.config import OpenmojiSource
 from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
 from pipeline.openmoji import ATTRIBUTION, LICENSE
+from pipeline.source_options import OpenmojiSource
 from pipeline.sources import Input
 from pipeline.sources.urls import Urls
 

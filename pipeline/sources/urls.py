@@ -11,10 +11,10 @@ from urllib.parse import urljoin, urlsplit
 
 import numpy as np
 
-from pipeline.config import FetchOptions
 from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
 from pipeline.records import unit_name
+from pipeline.source_options import FetchOptions
 from pipeline.sources import Input
 from pipeline.sources.fetch import fetch_all
 

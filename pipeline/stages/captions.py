@@ -32,8 +32,11 @@ class Captions:
 
     def __init__(self, name: str, options: CaptionsColumn, config: BuildConfig):
         self.name, self.by = name, options.by
+        self._field, self._fallback = options.field, options.fallback
         stage: dict[str, Any] = {"stage": "captions", "version": 1, "from": "source"}
         self._table: Path | None = None
+        if options.field is not None:
+            stage |= {"from": "field", "field": options.field, "fallback": options.fallback}
         if options.join is not None:
             self._table = _table_path(name, options.join, config)
             self._sha256 = _sha256(self._table, name)
@@ -47,10 +50,14 @@ class Captions:
         images = latest(corpus, IMAGES, task.ref)
         table = None if self._table is None else read_captions(self._table, self.by, self._sha256)
         where = "no caption came with it" if table is None else f"the table has none for its {self.by}"
+        if self._field is not None:
+            where = f"no text came with it as {self._field!r}"
         with ExitStack() as stack:
             made = attempts(stack, corpus, task, [images])
             for row in samples(read_lines(corpus, images), made, task, IMAGES):
                 caption = row.scalars["caption"] if table is None else table.get(row.scalars[self.by])
+                if self._field is not None:
+                    caption = field_text(row.scalars.get("fields"), self._field) or (caption if self._fallback else "")
                 for attempt in made.values():
                     if not caption or not caption.split():
                         attempt.fail(row.row, row.key, "no_caption", where)
@@ -59,6 +66,12 @@ class Captions:
                     else:
                         attempt.add(row.row, row.key, caption=caption, tokens=len(caption.split()))
             return commit_all(made, task)
+
+
+def field_text(fields: str | None, name: str) -> str:
+    """A field of a sample's `fields` (a JSON object, or empty) if it is a text, else nothing."""
+    found = json.loads(fields).get(name) if fields else None
+    return found if isinstance(found, str) else ""
 
 
 @lru_cache(maxsize=4)

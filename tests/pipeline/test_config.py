@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import (
+    HOME,
     BuildConfig,
     CaptionsColumn,
     LatentsColumn,
@@ -48,6 +49,36 @@ def test_the_demo_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.M
     assert kinds["captions/long"] is CaptionsColumn
     assert kinds["latents/demo-128"] is LatentsColumn
     assert kinds["text/minilm@long"] is TextColumn
+
+
+@pytest.mark.parametrize("path", sorted((HOME / "configs").glob("microdit-*.yaml")), ids=lambda path: path.stem)
+def test_the_configs_of_the_papers_data(path: Path):
+    config = load_config(path)
+    assert config.name == path.stem
+    assert all(options.adapter == name for name, options in config.sources.items())
+    assert {"captions/source", "text/t5-xxl@source", "text/dfn-clip-h@source"} <= config.columns.keys()
+    assert len([name for name in config.columns if name.startswith("latents/")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{adapter: sa1b}", ["sources.web.links", "either links"]),
+        ("{adapter: sa1b, links: a, files: b}", ["sources.web.links", "either links"]),
+        ("{adapter: sa1b, links: a, captions: null}", ["sources.web.caption", "caption: txt"]),
+        ("{adapter: cc12m, caption: llavanext_long}", ["sources.web.caption", "give llavanext"]),
+        ("{adapter: cc12m, caption: long}", ["sources.web.caption", "'long'", "llavanext_short"]),
+        ("{adapter: cc12m, units: 0}", ["sources.web.units", "number of files"]),
+        ("{adapter: cc12m, units: yes}", ["sources.web.units", "expected a number"]),
+        ("{adapter: journeydb, splits: [train, train]}", ["sources.web.splits", "once"]),
+        ("{adapter: journeydb, splits: [test]}", ["sources.web.splits.0", "'test'"]),
+        ("{adapter: diffusiondb, image_nsfw: yes}", ["sources.web.image_nsfw", "expected a number"]),
+    ],
+)
+def test_options_of_datasets_that_do_not_fit(path: Path, source: str, words: list[str]):
+    with pytest.raises(RequestError) as error:
+        load_config(path, [f"sources.web={source}"])
+    assert all(word in str(error.value) for word in words), error.value
 
 
 def test_a_file_of_the_current_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -111,6 +142,7 @@ def test_the_last_override_counts(path: Path):
         ("columns.text/minilm@long={encoder: minilm}", ["columns.text/minilm@long", "source"]),
         ("columns.text/minilm={encoder: minilm}", ["columns.text/minilm", "@"]),
         ("columns.captions/a/b={}", ["columns.captions/a/b"]),
+        ("columns.captions/a={field: b, join: c}", ["columns.captions/a.field", "either field or join"]),
     ],
 )
 def test_a_fault_names_file_field_value_and_what_was_expected(path: Path, override: str, words: list[str]):

@@ -69,7 +69,8 @@ class Photos:
                 data = b"broken"
             reason = "http_404" if i == 2 else None
             caption = CAPTIONS[i % len(CAPTIONS)]
-            yield Input(i, f"k{i}", None if reason else data, f"http://x/{i}.jpg", caption, "", reason)
+            fields = {0: {}, 1: {"long": f"a long one of {i}"}, 2: {"long": i}}[i % 3]
+            yield Input(i, f"k{i}", None if reason else data, f"http://x/{i}.jpg", caption, "", fields, reason)
 
     def stage(self) -> dict:
         return {"adapter": "photos"}
@@ -176,6 +177,18 @@ def test_the_caption_that_came_with_the_image(corpus: Corpus):
     assert (found["k0"]["caption"], found["k0"]["tokens"]) == ("a red apple", 3)
     assert (found["k10"]["caption"], found["k10"]["tokens"]) == ("two  words", 2)
     assert (found["k1"]["reason"], found["k1"]["caption"]) == ("no_caption", None)
+
+
+def test_a_field_as_the_caption_and_the_caption_in_its_place(corpus: Corpus):
+    columns = {"captions/long": {"field": "long"}, "captions/any": {"field": "long", "fallback": True}}
+    made = make(corpus, columns)
+    check_rows(corpus, made["captions/long"], "images")
+    found, either = ({line["key"]: line for line in lines(corpus, made[name])} for name in columns)
+    assert found["k1"]["caption"] == either["k1"]["caption"] == "a long one of 1"
+    assert {found[key]["reason"] for key in ("k0", "k5", "k8")} == {"no_caption"}  # no field, or no text in it
+    assert either["k0"]["caption"] == "a red apple"
+    stages = stages_of(config(Path(corpus.url), {**columns, "captions/source": {}}))
+    assert len({str(stage.columns[stage.name].stage) for stage in stages}) == 3
 
 
 @pytest.mark.parametrize("by", ["key", "origin"])
