@@ -72,13 +72,17 @@ class _Unusable(ValueError):
 # -- keys ------------------------------------------------------------------------------------------------------------
 
 
-def path_stem(path: str) -> str:
+def path_dir_stem(path: str) -> str:
     """`./000/ab.jpg` is `000/ab`."""
     folder, slash, _ = path.removeprefix("./").rpartition("/")
     return f"{folder}{slash}{stem(path)[0]}"
 
 
-CUTS: Mapping[str, Callable[[str], str] | None] = {"": None, "stem": lambda name: stem(name)[0], "path_stem": path_stem}
+CUTS: Mapping[str, Callable[[str], str] | None] = {
+    "": None,
+    "stem": lambda name: stem(name)[0],
+    "path_dir_stem": path_dir_stem,
+}
 
 
 def key_text(value: Any) -> str | None:
@@ -155,7 +159,7 @@ def read_tar_jsonl(path: Path, name: str, wanted: Wanted, notes: Notes) -> Itera
 
     def members(tar: tarfile.TarFile) -> Iterator[tuple[str, BinaryIO]]:
         for member in tar:
-            tar.members = []  # it would keep all
+            tar.members = []  # type: ignore[attr-defined]  # it would keep all
             lines = tar.extractfile(member) if member.isfile() and stem(member.name)[1].endswith("jsonl") else None
             if lines is not None:
                 yield f"{name}/{member.name}", cast(BinaryIO, lines)

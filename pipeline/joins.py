@@ -6,17 +6,16 @@ one parquet file whose row groups are small, and a look-up reads the one row gro
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -39,9 +38,8 @@ KEPT = 4  # row groups that a process keeps of a table
 SCRATCH, OLD_SCRATCH = "microdit-join-", 48 * 3600.0  # seconds
 METADATA = b"microdit"
 
-Reader = Literal["parquet", "jsonl", "tar_txt", "tar_jsonl"]
 Value = Any
-"""What a table says: str, int, float, bool or None; lists and the like of JSON as Python has them, of parquet as text."""
+"""What a table says: str, int, float, bool or None; of jsonl lists and dictionaries too, of parquet these as JSON."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +48,18 @@ class JoinSpec:
 
     listing: Listing
     """Its files, read in order: where a key comes twice, the first one stays."""
-    reader: Reader
-    """`jsonl` also behind gzip; `tar_txt` is a tar (packed or not) of `<key>.txt`; `tar_jsonl` one with jsonl inside."""
+    reader: str
+    """`parquet`; `jsonl`, packed with gzip or not; `tar_txt`: `<key>.txt` files in a tar; `tar_jsonl`: .jsonl files in
+    one."""
     key: str
     """The column with the key, dotted inside of structs; several, joined by `/`, as in `part_id/image_name`: then the
     keys are `12/0b4f.webp`. Put first what a unit's samples share, as neighbours are cheap. `tar_txt` has no such
     column: its keys are the names of the files."""
     fields: Mapping[str, str]
     """Name here: column there (dotted inside of structs). The one column of `tar_txt` is `txt`."""
-    key_of: Literal["", "stem", "path_stem"] = ""
-    """What to take of a key: all (of `tar_txt` the stem), `stem` (`a/12.x.jpg` is `12`), or `path_stem` (`./a/12.jpg`
-    is `a/12`)."""
+    key_of: str = ""
+    """What to take of a key: all (of `tar_txt` the stem), `stem` (`a/12.x.jpg` is `12`), or `path_dir_stem`
+    (`./a/12.jpg` is `a/12`)."""
 
 
 class JoinTable(Table):
@@ -75,7 +74,7 @@ class JoinTable(Table):
     """Files of which only the beginning could be read."""
 
 
-def reader_of(listing: Listing, key: str | None, what: str) -> Reader:
+def reader_of(listing: Listing, key: str | None, what: str) -> str:
     """How to read files with such names; a tar has jsonl inside if a column is named for the key, and else texts.
 
     Raises:
@@ -166,7 +165,7 @@ def _told(table: JoinTable) -> Iterator[str]:
         yield f"only the beginning could be read of {'; '.join(table.damaged)}"
 
 
-def _read(spec: JoinSpec, scratch: Path, notes: Notes) -> Iterator[pa.RecordBatch]:
+def _read(spec: JoinSpec, scratch: Path, notes: Notes) -> Generator[pa.RecordBatch]:
     """All files' rows in order, numbered: `n`, `key`, `f0`, `f1`, ... in the types of the first file."""
     if spec.reader == "tar_txt" and set(spec.fields.values()) != {"txt"}:
         raise RequestError(f"{notes.label}: its one column is txt; asked for: {', '.join(spec.fields.values())}")
@@ -226,12 +225,12 @@ def _sorted(batches: Iterator[pa.RecordBatch], spill: Path, notes: Notes) -> Ite
             raised.append(error)
             raise
 
-    settings = {"memory_limit": MEMORY, "threads": str(THREADS), "temp_directory": str(spill)}
+    settings: dict[str, Any] = {"memory_limit": MEMORY, "threads": THREADS, "temp_directory": str(spill)}
     with duckdb.connect(config=settings) as database:
         database.register("rows", pa.RecordBatchReader.from_batches(first.schema, rows()))
         try:
             fields = ", ".join(first.schema.names[1:])
-            yield from database.execute(f"SELECT {fields} FROM rows ORDER BY key, n").fetch_record_batch(SORTED_ROWS)
+            yield from database.sql(f"SELECT {fields} FROM rows ORDER BY key, n").to_arrow_reader(SORTED_ROWS)
         except duckdb.Error as error:
             if raised:
                 raise raised[0] from None
@@ -322,7 +321,7 @@ class Joined:
         return dict(zip(self._names, values, strict=True))
 
     def get_many(self, keys: Iterable[str]) -> dict[str, dict[str, Value]]:
-        """Of those keys that the table has, the fields; each part of the table is read at most once. Errors as `get`."""
+        """Of those keys that the table has the fields; each part of the table is read at most once. Errors as `get`."""
         found = ((key, self.get(key)) for key in sorted(set(keys)))
         return {key: fields for key, fields in found if fields is not None}
 
