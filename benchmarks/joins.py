@@ -33,7 +33,23 @@ from pipeline.sources.remote import list_files
 PART, TAR = 1000, 11_186  # images of a zip, and of a tar
 UNITS = 20  # that are looked up
 GROUP = 100_000  # rows of the metadata's row groups
-WORDS = "a an the of in with on red blue old young woman man house tree painting detailed sky light by style".split()
+WORDS = [
+    "a",
+    "the",
+    "of",
+    "in",
+    "on",
+    "red",
+    "blue",
+    "old",
+    "woman",
+    "man",
+    "house",
+    "tree",
+    "detailed",
+    "sky",
+    "light",
+]
 
 
 # -- the tables ------------------------------------------------------------------------------------------------------

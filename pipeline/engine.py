@@ -17,7 +17,7 @@ from pipeline.progress import Progress, Snapshot
 from pipeline.records import PROBES
 from pipeline.retries import Retries
 from pipeline.sources import Source
-from pipeline.stages import Stage
+from pipeline.stages import Preparing, Stage
 from pipeline.summary import BuildSummary, Work, summarize
 
 if TYPE_CHECKING:
@@ -126,6 +126,9 @@ def carry_out(
                 if source.name in read:
                     say(f"source {source.name}: getting ready")
                     stack.enter_context(source.running(corpus, say))
+            for number, stage in enumerate(stages):
+                if isinstance(stage, Preparing) and plan.targets[number] and (plan.units or plan.ready[number]):
+                    stage.prepare(corpus, say)
             say("starting the workers")
             from pipeline.cluster import joined
 

@@ -144,6 +144,10 @@ def build(corpus: Corpus, spec: JoinSpec, scratch: Path, say: Callable[[str], No
     return table
 
 
+def is_built(corpus: Corpus, spec: JoinSpec) -> bool:
+    return cached(corpus, table_name(spec), JoinTable) is not None
+
+
 def _counts(notes: Notes) -> dict[str, Any]:
     return {
         "unreadable": notes.unreadable,
@@ -353,4 +357,4 @@ class Joined:
         return self._groups[number]
 
 
-__all__ = ["JoinSpec", "JoinTable", "Joined", "build", "reader_of", "table_name"]
+__all__ = ["JoinSpec", "JoinTable", "Joined", "build", "is_built", "reader_of", "table_name"]

@@ -1,9 +1,9 @@
 """Stages: shard in, shard out. They import and run without Ray; those that hold a model import torch when they load."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pipeline.corpus import Attempt, Commit, Corpus, ShardRef, commit_name
 from pipeline.shards import read_tar
@@ -69,6 +69,18 @@ class Stage(Protocol):
 
         Raises:
             FileNotFoundError: an input of the shard is not committed.
+        """
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """A stage that has something to do once, in the driver, before its shards are handed out."""
+
+    def prepare(self, corpus: Corpus, say: Callable[[str], None]) -> None:
+        """`say` tells how far it is.
+
+        Raises:
+            RequestError: what it needs is not to be had; the build ends.
         """
 
 
