@@ -50,27 +50,29 @@ class ImageOptions(Options):
 
 
 class CaptionsColumn(Options):
-    """`captions/<name>`: the caption that came with the image, or a `field` of it, or with `join` one from a table."""
+    """`captions/<name>`: the caption that came with the image, or `field`, or with `join` one from a table."""
 
     field: str | None = None
-    """A field of the samples (their sources say which they have) in the caption's place; with `join` the table's column
-    with the caption, by default `caption`, dotted inside of structs."""
+    """A field of the samples (their sources say which they have) in the caption's place."""
     fallback: bool = False
-    """A sample for which there is no such text takes its caption; else it fails with `no_caption`."""
+    """A sample without that field takes its caption; else it fails with `no_caption`."""
     join: str | None = None
-    """A pattern of .parquet or .jsonl(.gz) files, or of tars of `<key>.txt`, or with `key` of tars with .jsonl files
-    inside: here, on the hub, in a bucket or on a web server. Or `openmoji`."""
+    """A pattern of .jsonl(.gz) or .parquet files: a table with a caption for each image; or `openmoji`."""
     by: Literal["origin", "key"] = "origin"
-    """What the table is joined by: where the image came from (its URL), or its key."""
+    """What the table is joined by: the image's URL, or its key."""
     key: str | None = None
-    """The table's column with that, by default `url` or `key`; several, joined by `/`, as in `part_id/image_name`."""
+    """The table's column with that; by default `url` or `key`."""
+    column: str = "caption"
+    """The table's column with the caption, dotted inside of others."""
     clean: Literal["paper"] | None = None
-    """`paper`: alt-text cleaned as in the paper, all in lower case."""
+    """Clean it as the paper does alt-texts (`pipeline.cleaning`)."""
 
     @model_validator(mode="after")
-    def _of_a_table(self) -> "CaptionsColumn":
+    def _one_origin(self) -> "CaptionsColumn":
+        if self.field is not None and self.join is not None:
+            raise At(("field",), "give either field or join", self.field)
         if self.key is not None and self.join is None:
-            raise At(("key",), "it is a column of a table; name the table with join, or leave key out", self.key)
+            raise At(("key",), "it is a column of the table of join, and there is none", self.key)
         return self
 
 

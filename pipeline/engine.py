@@ -17,7 +17,7 @@ from pipeline.progress import Progress, Snapshot
 from pipeline.records import PROBES
 from pipeline.retries import Retries
 from pipeline.sources import Source
-from pipeline.stages import Preparing, Stage
+from pipeline.stages import Stage
 from pipeline.summary import BuildSummary, Work, summarize
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def build(
     from pipeline.stages.ingest import ingest_unit
 
     corpus = Corpus.create(config.corpus, config.name, config.shard_samples)
-    declare(corpus, config)
+    declare(corpus, config, lambda note: progress(Snapshot(0.0, [], [note])) if progress is not None else None)
 
     def ingest(corpus: Corpus, source: Source, task: UnitTask, report: Callable[[dict[str, Any]], None]) -> Any:
         return ingest_unit(corpus, source, task, config, report)
@@ -126,9 +126,6 @@ def carry_out(
                 if source.name in read:
                     say(f"source {source.name}: getting ready")
                     stack.enter_context(source.running(corpus, say))
-            for number, stage in enumerate(stages):
-                if isinstance(stage, Preparing) and plan.targets[number] and (plan.units or plan.ready[number]):
-                    stage.prepare(corpus, say)
             say("starting the workers")
             from pipeline.cluster import joined
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.corpus import Attempt, Commit, Corpus, ShardRef, commit_name
 from pipeline.shards import read_tar
@@ -69,18 +69,6 @@ class Stage(Protocol):
 
         Raises:
             FileNotFoundError: an input of the shard is not committed.
-        """
-
-
-@runtime_checkable
-class Preparing(Protocol):
-    """A stage that has something to do once, in the driver, before its shards are handed out."""
-
-    def prepare(self, corpus: Corpus, say: Callable[[str], None]) -> None:
-        """`say` tells how far it is.
-
-        Raises:
-            RequestError: what it needs is not to be had; the build ends.
         """
 
 
@@ -200,17 +188,22 @@ def stages_of(config: "BuildConfig") -> list[Stage]:
     return stages
 
 
-def declare(corpus: Corpus, config: "BuildConfig") -> None:
-    """Declare all sources and columns of a config.
+def declare(corpus: Corpus, config: "BuildConfig", say: Callable[[str], None] = lambda note: None) -> None:
+    """Declare all sources and columns of a config, and put the tables that captions come from into the corpus.
 
     Raises:
         RequestError: one is there and was made otherwise; a list, table or model that is not there.
     """
+    from pipeline.joins import build
+    from pipeline.sources.remote import scratch_folder
+    from pipeline.stages.captions import Captions
     from pipeline.stages.ingest import SCALARS, ingest_stage
 
     corpus.declare_column(IMAGES, {"stage": "ingest", "version": 1}, SCALARS)
     for source in sources_of(config):
         corpus.declare_source(source.name, {**source.stage(), "images": ingest_stage(config.images)})
     for stage in stages_of(config):
+        if isinstance(stage, Captions) and stage.table is not None:
+            build(corpus, stage.table, scratch_folder(config.resources.scratch), say)
         for name, spec in stage.columns.items():
             corpus.declare_column(name, spec.stage, spec.scalars)

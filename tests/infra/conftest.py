@@ -44,7 +44,7 @@ CONFIG = {
 
 @dataclass
 class Pictures:
-    """A folder with a config and its list; some pictures are served at once, the others when `gate` is set."""
+    """A folder with a config and its list; the first shards asked for are served, all others when `gate` is set."""
 
     folder: Path
     shards: int
@@ -53,14 +53,21 @@ class Pictures:
 
 @contextmanager
 def pictures(address: str, folder: Path, shards: int, free: int) -> Iterator[Pictures]:
-    """Serve the pictures of so many shards on an address of this machine."""
-    gate = threading.Event()
+    """Serve the pictures of so many shards on an address of this machine; `free` shards do not wait for the gate.
+
+    Which ones these are is for the build to say, which takes its units in any order.
+    """
+    gate, asked, lock = threading.Event(), set[int](), threading.Lock()
     data = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), dtype=np.uint8)).save(data, "jpeg")
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if int(self.path[1:]) >= free:
+            shard = int(self.path[1:]) // SHARD
+            with lock:
+                if len(asked) < free:
+                    asked.add(shard)
+            if shard not in asked:
                 gate.wait()
             self.send_response(200)
             self.send_header("Content-Length", str(len(data.getvalue())))

@@ -179,12 +179,12 @@ def slurm(tmp_path: Path, environment: dict[str, str]) -> Iterator[Slurm]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_build_stops_before_its_time_is_up_and_goes_on_from_the_queue(slurm: Slurm) -> None:
-    shards, free, url = 8, 3, f"s3://{BUCKET}/{slurm.folder.name}"
+    shards, free, url = 6, 2, f"s3://{BUCKET}/{slurm.folder.name}"
     columns = ("images", "captions/source", "scores/basic")
     with ExitStack() as stack:
         aws = stack.enter_context(s3_at(slurm.address))
         stack.enter_context(environ(aws))
-        work = stack.enter_context(pictures(slurm.address, slurm.folder / "work", shards, free * SHARD))
+        work = stack.enter_context(pictures(slurm.address, slurm.folder / "work", shards, free))
         for host in slurm.hosts:
             host.environment |= aws
 

@@ -347,16 +347,36 @@ def test_killed_in_the_middle_it_goes_on_and_a_third_run_has_nothing_to_do(clust
     assert (third.returncode, said.split()) == (0, ["False", "False"])  # nothing done, ray not even imported
 
 
-def test_sigterm_ends_cleanly(tmp_path: Path) -> None:
+STOPPED = 30  # seconds after a signal in which a build ends, whatever is in flight
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_shards_in_flight_end(number: signal.Signals, tmp_path: Path) -> None:
     url = tmp_path / "corpus"
     process = start(url, seconds=0.2, count=20)
     try:
         wait_for_commits(process, url, "captions/source", 3)
-        process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=60)[0]
+        process.send_signal(number)
+        said = process.communicate(timeout=STOPPED)[0]
     finally:
         process.kill()
-    assert process.returncode == 143
-    assert said.strip() == "stopped by SIGTERM; run the same command again and it goes on"
+    assert process.returncode == 128 + number
+    assert said.strip() == f"stopped by {number.name}; run the same command again and it goes on"
     assert len(commits(url, "captions/source")) < 40  # it came in the middle
     assert not list((url / "captions").rglob("*#*"))  # the shards in flight came to their end
+
+
+def test_a_signal_drops_the_shards_that_take_too_long(tmp_path: Path) -> None:
+    url = tmp_path / "corpus"
+    process = start(url, seconds=600, count=2)
+    try:
+        wait_for_commits(process, url, "images", 4)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=STOPPED)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 143, said
+    assert "stopped by SIGTERM" in said
+    assert not commits(url, "captions/source")
+    corpus = Corpus.open(url)
+    assert verify(corpus)["problems"] == []  # what was dropped does not exist for a reader
