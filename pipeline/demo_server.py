@@ -24,7 +24,7 @@ from aiohttp import web
 from pipeline import openmoji
 from pipeline.openmoji import Emoji
 
-FORMAT = 1  # of the prepared folder: raise it when the same packages give another list or other files
+FORMAT = 2  # of the prepared folder: raise it when the same packages give another list or other files
 SEED = 12
 SIZE = 256  # pixels of both sides
 TINY = 10
@@ -93,12 +93,12 @@ def prepare(out: Path, limit: int | None = None) -> DemoSource:
 
 
 def long_caption(drawing: Emoji) -> str:
-    """A second caption: "an OpenMoji drawing called red apple, also known as apple, from the group food and drink"."""
+    """A second caption: "red apple, also known as apple, from food and drink"."""
     aliases = " or ".join(drawing.aliases[:2])
     if len(aliases) > 40:  # so that no caption has more than 34 tokens of MiniLM
         aliases = drawing.aliases[0]
     also = f", also known as {aliases}" if aliases else ""
-    return f"an OpenMoji drawing called {drawing.name}{also}, from the group {drawing.group}"
+    return f"{drawing.name}{also}, from {drawing.group}"
 
 
 @contextmanager

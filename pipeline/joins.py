@@ -1,356 +1,419 @@
-"""Tables to look samples up in by key: built once into the corpus, sorted, and read a part at a time.
+"""Tables of what else is known about samples: captions, scores. Sorted once by key, then looked up by any worker.
 
-Nothing is held in memory as a whole: rows are streamed through DuckDB's sort, which spills to the scratch folder, into
-one parquet file whose row groups are small, and a look-up reads the one row group in which its key must be.
+Such tables come with millions of rows in any order and in four kinds of files. The driver streams one through DuckDB's
+sort, which spills to disk, into a Parquet file in the corpus (`tables/joins/`, docs/corpus.md, section 6). A worker
+reads the row group that a key must be in and keeps a few: neighbours in key order cost one read, and no table is ever
+in memory as a whole.
 """
 
+import gzip
 import hashlib
+import io
 import json
-import shutil
-import tempfile
 import time
-from bisect import bisect_left, bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
 
+import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus import Corpus, canonical
-from pipeline.errors import DamagedError, RequestError
-from pipeline.join_readers import CUTS, READERS, Notes, Wanted
+from pipeline.corpus import Corpus
+from pipeline.errors import RequestError
+from pipeline.records import ObjectRef, canonical
+from pipeline.sources.archives import stem, tar_members
 from pipeline.sources.remote import Listing, local_copy
+from pipeline.sources.tars import tar_chunks
 from pipeline.store import Store
-from pipeline.tables import Table, cached, publish
+from pipeline.tables import JOINS, Table, publish
 
-LAYOUT = 1  # of a join table; one of another layout is not taken
-FOLDER = "tables/joins"
-MEMORY = "512MB"  # of the sort; what is more goes to the scratch folder
-THREADS = 2
-SORTED_ROWS = 4096  # that come out of the sort at once
-GROUP_ROWS, GROUP_BYTES = 5 * SORTED_ROWS, 16 << 20  # of a row group: what a look-up reads
-KEPT = 4  # row groups that a process keeps of a table
-SCRATCH, OLD_SCRATCH = "microdit-join-", 48 * 3600.0  # seconds
-METADATA = b"microdit"
-
-Value = Any
-"""What a table says: str, int, float, bool or None; of jsonl lists and dictionaries too, of parquet these as JSON."""
+LAYOUT = 1
+ROW_GROUP = 20_480  # rows that a look-up reads at once: some 10 MB of captions
+KEPT = 4  # row groups in memory of a worker, for each table
+BATCH = 8192
+SORT_MEMORY = "600MB"  # of DuckDB; what does not fit goes to the scratch folder
+MAX_LINE, MAX_TEXT = 4 << 20, 256 << 10
+EXAMPLES = 3
+SAY_EVERY = 5.0  # seconds
 
 
 @dataclass(frozen=True)
 class JoinSpec:
-    """A table of things to know about samples."""
+    """A table to join by key.
+
+    reader: `parquet`; `jsonl`, packed with gzip or not; `tar_txt`: a tar of `<key>.txt`; `tar_jsonl`: a tar that holds
+        one .jsonl.
+    key: the column of the key, `a/b` for two columns joined by a slash; of no meaning in a `tar_txt`.
+    fields: name here: column there, dotted for what is inside another (`Task2.Caption`).
+    key_of: what is made of the key: "" nothing, `stem` (of the last part of a path, before its first dot),
+        `path_dir_stem` (the folder's name, a slash, the stem).
+    """
 
     listing: Listing
-    """Its files, read in order: where a key comes twice, the first one stays."""
     reader: str
-    """`parquet`; `jsonl`, packed with gzip or not; `tar_txt`: `<key>.txt` files in a tar; `tar_jsonl`: .jsonl files in
-    one."""
     key: str
-    """The column with the key, dotted inside of structs; several, joined by `/`, as in `part_id/image_name`: then the
-    keys are `12/0b4f.webp`. Put first what a unit's samples share, as neighbours are cheap. `tar_txt` has no such
-    column: its keys are the names of the files."""
     fields: Mapping[str, str]
-    """Name here: column there (dotted inside of structs). The one column of `tar_txt` is `txt`."""
     key_of: str = ""
-    """What to take of a key: all (of `tar_txt` the stem), `stem` (`a/12.x.jpg` is `12`), or `path_dir_stem`
-    (`./a/12.jpg` is `a/12`)."""
+    what: str = "table"
+    """The field of the config, for messages."""
+
+    @cached_property
+    def base(self) -> str:
+        """What its objects in the corpus begin with."""
+        made_by = [LAYOUT, self.listing.identity, self.reader, self.key, dict(self.fields), self.key_of]
+        return f"{JOINS}/{hashlib.sha256(canonical({'join': made_by})).hexdigest()[:32]}"
 
 
 class JoinTable(Table):
-    """A published join table, and what came of reading its files."""
+    """The record of a table in the corpus: beside it the last key of each row group, and what was left out and why."""
 
-    unreadable: int
-    without_key: int
-    repeated: int
-    faults: list[str]
-    """The first rows that could not be read."""
-    damaged: list[str]
-    """Files of which only the beginning could be read."""
+    last: list[str]
+    left_out: dict[str, int]
+    examples: list[str]
 
 
-def reader_of(listing: Listing, key: str | None, what: str) -> str:
-    """How to read files with such names; a tar has jsonl inside if a column is named for the key, and else texts.
+@dataclass
+class _Tally:
+    """What is met while a table is read; what is left out is counted by reason, with the first few named."""
 
-    Raises:
-        RequestError: the name of `what`'s first file says nothing that is known.
-    """
-    name = listing.files[0].name.lower()
-    for packed in (".gz", ".bz2", ".xz", ".zst"):
-        name = name.removesuffix(packed)
-    if name.endswith(".parquet"):
-        return "parquet"
-    if name.endswith((".jsonl", ".ndjson", ".json")):
-        return "jsonl"
-    if name.endswith((".tar", ".tgz")):
-        return "tar_txt" if key is None else "tar_jsonl"
-    raise RequestError(
-        f"{what}: {listing.files[0].name}: expected .parquet, .jsonl or .jsonl.gz, or .tar, .tar.gz or .tgz"
-    )
+    say: Callable[[str], None]
+    rows: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+    said: float = field(default_factory=time.monotonic)
+    error: Exception | None = None  # DuckDB makes another one of it
 
+    def leave_out(self, reason: str, example: str, count: int = 1) -> None:
+        self.left_out[reason] += count
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(f"{reason}: {example}")
 
-def table_name(spec: JoinSpec) -> str:
-    """Where a table lies in a corpus, without the ending: equal for equal files read in the same way."""
-    about = {
-        "layout": LAYOUT,
-        "identity": spec.listing.identity,
-        "files": [[file.name, file.size, file.etag] for file in spec.listing.files],
-        "reader": spec.reader,
-        "key": spec.key,
-        "fields": list(map(list, spec.fields.items())),
-        "key_of": spec.key_of,
-    }
-    return f"{FOLDER}/{hashlib.sha256(canonical(about)).hexdigest()}"
+    def read(self, rows: int, name: str) -> None:
+        self.rows += rows
+        if (now := time.monotonic()) - self.said >= SAY_EVERY:
+            self.said = now
+            self.say(f"{name}: {self.rows:,} rows read, {self.rows / (now - self.began):,.0f} a second")
 
 
-# -- building --------------------------------------------------------------------------------------------------------
+def build(corpus: Corpus, spec: JoinSpec, scratch: Path, say: Callable[[str], None]) -> None:
+    """Put a table into the corpus, sorted; at once if it is there.
 
-
-def build(corpus: Corpus, spec: JoinSpec, scratch: Path, say: Callable[[str], None]) -> JoinTable:
-    """Have the table in the corpus. If it is there, nothing is read.
-
-    Args:
-        scratch: a folder for downloads and for what the sort spills, about as much as the texts are.
-        say: told every few seconds how far it is, and at the end what could not be read.
+    Of rows with equal keys the first one in the order of the files counts. Rows without a key, lines that are no JSON
+    and what lies behind a broken place of an archive are left out; how many stands in the table's record, and is said.
 
     Raises:
-        RequestError: a file cannot be read as what it is said to be, has not the columns, or no row with a key.
+        RequestError: a column is not there, or nothing can be read of it.
     """
-    base = table_name(spec)
-    if (found := cached(corpus, base, JoinTable)) is not None:
-        return found
-    others = f" and {len(spec.listing.files) - 1} more" if len(spec.listing.files) > 1 else ""
-    notes = Notes(say, f"join table {spec.listing.files[0].name}{others}")
-    say(f"{notes.label}: reading")
-    repeated = 0
+    if corpus.store.exists(f"{spec.base}.json"):
+        return
+    tally = _Tally(say)
+    last: list[str] = []
 
     def write(path: Path) -> int:
-        nonlocal repeated
-        with _spill(scratch) as spill, closing(_read(spec, scratch, notes)) as batches:
-            rows, repeated = _write(path, _sorted(batches, spill, notes), spec, notes)
-        return rows
+        _write_sorted(spec, scratch, tally, path)
+        last.extend(_last_keys(path))
+        return tally.rows
 
-    def record(object: Any, rows: int) -> JoinTable:
-        return JoinTable(object=object, rows=rows, repeated=repeated, **_counts(notes))
+    def record(object: ObjectRef, rows: int) -> JoinTable:
+        left_out = dict(tally.left_out)
+        return JoinTable(object=object, rows=rows, last=last, left_out=left_out, examples=tally.examples)
 
-    table = publish(corpus, base, write, record)
-    for line in _told(table):
-        say(f"{notes.label}: {line}")
-    return table
-
-
-def _counts(notes: Notes) -> dict[str, Any]:
-    return {
-        "unreadable": notes.unreadable,
-        "without_key": notes.without_key,
-        "faults": notes.faults,
-        "damaged": notes.damaged,
-    }
+    publish(corpus, spec.base, write, record)
+    say(f"{spec.what}: a table of {tally.rows:,} rows, sorted by key")
+    for reason, count in tally.left_out.items():
+        say(f"{spec.listing.files[0].name}: {count:,} left out, {reason}")
+    for example in tally.examples:
+        say(f"{spec.listing.files[0].name}: {example}")
 
 
-def _told(table: JoinTable) -> Iterator[str]:
-    yield f"{table.rows:,} keys"
-    if table.unreadable:
-        yield f"{table.unreadable:,} rows could not be read, the first: {'; '.join(table.faults)}"
-    if table.without_key:
-        yield f"{table.without_key:,} rows have no key"
-    if table.repeated:
-        yield f"{table.repeated:,} rows repeat a key, of which the first row counts"
-    if table.damaged:
-        yield f"only the beginning could be read of {'; '.join(table.damaged)}"
-
-
-def _read(spec: JoinSpec, scratch: Path, notes: Notes) -> Generator[pa.RecordBatch]:
-    """All files' rows in order, numbered: `n`, `key`, `f0`, `f1`, ... in the types of the first file."""
-    if spec.reader == "tar_txt" and set(spec.fields.values()) != {"txt"}:
-        raise RequestError(f"{notes.label}: its one column is txt; asked for: {', '.join(spec.fields.values())}")
-    wanted = Wanted(tuple(spec.key.split("/")), CUTS[spec.key_of], tuple(spec.fields.values()))
-    number, schema = 0, None
-    for file in spec.listing.files:
-        with local_copy(file, scratch) as path:
-            for batch in READERS[spec.reader](path, file.name, wanted, notes):
-                if schema is None:
-                    schema = batch.schema
-                if batch.schema != schema:
-                    try:
-                        batch = batch.cast(schema)
-                    except pa.ArrowException as error:
-                        raise RequestError(f"{notes.label}: {file.name} has other types: {error}") from error
-                numbers = pa.array(range(number, number + len(batch)), pa.int64())
-                number += len(batch)
-                yield pa.record_batch([numbers, *batch.columns], ["n", *batch.schema.names])
-    if not number:
-        why = "; ".join([*notes.faults[:1], *notes.damaged[:1]]) or f"{notes.without_key} rows have no key"
-        raise RequestError(f"{notes.label}: no row can be used ({why})")
-
-
-@contextmanager
-def _spill(scratch: Path) -> Iterator[Path]:
-    """A folder for the sort; what killed builds left there long ago is removed."""
-    try:
-        scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for old in scratch.glob(f"{SCRATCH}*"):
-            with suppress(OSError):  # another process was faster
-                if time.time() - old.stat().st_mtime > OLD_SCRATCH:
-                    shutil.rmtree(old)
-        folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=scratch))
-    except OSError as error:
-        raise RequestError(
-            f"scratch folder {scratch}: it cannot be written ({error.strerror}); set resources.scratch to another one"
-        ) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sorted(batches: Iterator[pa.RecordBatch], spill: Path, notes: Notes) -> Iterator[pa.RecordBatch]:
-    """The rows by key and number. What the readers raise is raised here as it is, and not as DuckDB's."""
-    import duckdb
-
-    first = next(batches)
-    raised: list[BaseException] = []
-
-    def rows() -> Iterator[pa.RecordBatch]:
-        try:
-            yield first
-            yield from batches
-            notes.say(f"{notes.label}: {notes.rows:,} rows read; sorting")
-        except BaseException as error:
-            raised.append(error)
-            raise
-
-    settings: dict[str, Any] = {"memory_limit": MEMORY, "threads": THREADS, "temp_directory": str(spill)}
-    with duckdb.connect(config=settings) as database:
-        database.register("rows", pa.RecordBatchReader.from_batches(first.schema, rows()))
-        try:
-            fields = ", ".join(first.schema.names[1:])
-            yield from database.sql(f"SELECT {fields} FROM rows ORDER BY key, n").to_arrow_reader(SORTED_ROWS)
-        except duckdb.Error as error:
-            if raised:
-                raise raised[0] from None
-            raise OSError(f"{notes.label}: it cannot be sorted in {spill}: {error}") from error
-
-
-def _write(path: Path, batches: Iterator[pa.RecordBatch], spec: JoinSpec, notes: Notes) -> tuple[int, int]:
-    """Write sorted rows, of equal keys the first one alone; gives the numbers of rows, and of those left out."""
-    rows = repeated = 0
-    last: str | None = None
-    firsts: list[str] = []
-    waiting: list[pa.RecordBatch] = []
-    writer: pq.ParquetWriter | None = None
-
-    def flush() -> None:
-        nonlocal writer, waiting
-        if waiting:
-            table = pa.Table.from_batches(waiting).rename_columns(["key", *spec.fields])
-            if writer is None:
-                writer = pq.ParquetWriter(
-                    path, table.schema, compression="zstd", use_dictionary=False, write_statistics=False
+def _write_sorted(spec: JoinSpec, scratch: Path, tally: _Tally, path: Path) -> None:
+    scratch.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=scratch) as spill:
+        options: dict[str, Any] = {"memory_limit": SORT_MEMORY, "temp_directory": spill, "threads": 1}
+        schema, batches = _readers(spec, scratch, tally)
+        with duckdb.connect(config=options) as database:
+            database.register("rows", pa.RecordBatchReader.from_batches(schema, _kept(batches, tally)))
+            names = ", ".join(f'"{column}"' for column in ["key", *spec.fields])
+            try:
+                database.execute(
+                    f"COPY (SELECT {names} FROM rows ORDER BY key, number) TO '{_quoted(path)}' "
+                    f"(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROW_GROUP})"
                 )
-            firsts.append(table["key"][0].as_py())
-            writer.write_table(table, len(table))
-            waiting = []
-
-    try:
-        for batch in batches:
-            keys = batch.column("key")
-            new = pc.not_equal(keys, pa.concat_arrays([pa.array([last], pa.string()), keys[:-1]]))
-            kept = batch.filter(pc.fill_null(new, True))
-            last = keys[-1].as_py()
-            rows, repeated = rows + len(kept), repeated + len(batch) - len(kept)
-            waiting.append(kept)
-            if sum(map(len, waiting)) >= GROUP_ROWS or sum(each.nbytes for each in waiting) >= GROUP_BYTES:
-                flush()
-        flush()
-        assert writer is not None  # there is a row at least
-        about = {"rows": rows, "repeated": repeated, "json": spec.reader in ("jsonl", "tar_jsonl"), "first": firsts}
-        writer.add_key_value_metadata({METADATA: json.dumps(about | _counts(notes))})
-    finally:
-        if writer is not None:
-            writer.close()
-    return rows, repeated
+            except duckdb.Error as error:
+                raise (tally.error or error) from None
+    if tally.rows == 0:
+        files = ", ".join(file.name for file in spec.listing.files[:3])
+        found = "; ".join(tally.examples) or "it is empty"
+        raise RequestError(f"{spec.what}: nothing in {files} can be read; {found}")
 
 
-# -- looking up ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Open:
-    file: pq.ParquetFile
-    firsts: list[str]
-    """The first key of each row group."""
-    json: bool
+def _last_keys(path: Path) -> list[str]:
+    """The last key of each row group: statistics would do, but hold only the beginning of long ones."""
+    with pq.ParquetFile(path) as file:
+        groups = range(file.metadata.num_row_groups)
+        return [file.read_row_group(number, ["key"])["key"][-1].as_py() for number in groups]
 
 
 class Joined:
-    """A table that was built, opened by the first look-up. Picklable; not for several threads at once."""
+    """A table of `build`. Picklable: workers open it at the first look-up."""
 
     def __init__(self, store: Store, spec: JoinSpec):
-        self._store, self._base, self._names = store, table_name(spec), tuple(spec.fields)
-        self._label = spec.listing.files[0].name
-        self._open: _Open | None = None
-        self._groups: OrderedDict[int, tuple[list[str], pa.Table]] = OrderedDict()
+        self._store, self._base = store, spec.base
+        self._groups: OrderedDict[int, tuple[list[str], pa.RecordBatch]] = OrderedDict()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": None, "_groups": OrderedDict()}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _joined, (self._store, self._base)
 
-    def get(self, key: str) -> dict[str, Value] | None:
-        """The fields of a key, or None if the table does not have it. Next to the last key asked it costs little.
-
-        Raises:
-            FileNotFoundError: the table was not built, or somebody removed it.
-            DamagedError: it cannot be understood.
-        """
-        table = self._opened()
-        number = bisect_right(table.firsts, key) - 1
-        if number < 0:
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The fields of a key; None if the table has it not."""
+        number = bisect_left(self._table.last, key)
+        if number == len(self._table.last):
             return None
-        keys, rows = self._group(table, number)
-        at = bisect_left(keys, key)
-        if at == len(keys) or keys[at] != key:
-            return None
-        values = (rows.column(i + 1)[at].as_py() for i in range(len(self._names)))
-        if table.json:
-            values = (None if value is None else json.loads(value) for value in values)
-        return dict(zip(self._names, values, strict=True))
+        keys, rows = self._group(number)
+        place = bisect_left(keys, key)
+        return rows.slice(place, 1).to_pylist()[0] if place < len(keys) and keys[place] == key else None
 
-    def get_many(self, keys: Iterable[str]) -> dict[str, dict[str, Value]]:
-        """Of those keys that the table has the fields; each part of the table is read at most once. Errors as `get`."""
-        found = ((key, self.get(key)) for key in sorted(set(keys)))
-        return {key: fields for key, fields in found if fields is not None}
+    @cached_property
+    def _table(self) -> JoinTable:
+        return JoinTable.parse(self._store.get(f"{self._base}.json"))
 
-    def _opened(self) -> _Open:
-        if self._open is None:
-            about = "remove the folder tables/joins and build again"
-            try:
-                name = JoinTable.parse(self._store.get(f"{self._base}.json")).object.name
-                file = pq.ParquetFile(self._store.open(name))
-                found = json.loads(file.metadata.metadata[METADATA])
-                self._open = _Open(file, list(found["first"]), bool(found["json"]))
-            except FileNotFoundError:
-                raise FileNotFoundError(
-                    f"corpus {self._store.url}: the join table of {self._label} is not there ({self._base}.json); "
-                    "`microdit build` makes it again"
-                ) from None
-            except (ValueError, KeyError, pa.ArrowException) as error:
-                raise DamagedError(f"corpus {self._store.url}: {self._base} is damaged ({error}); {about}") from error
-        return self._open
+    @cached_property
+    def _file(self) -> pq.ParquetFile:
+        return pq.ParquetFile(self._store.open(self._table.object.name))
 
-    def _group(self, table: _Open, number: int) -> tuple[list[str], pa.Table]:
-        if number in self._groups:
-            self._groups.move_to_end(number)
-        else:
-            rows = table.file.read_row_group(number)
-            self._groups[number] = rows.column(0).to_pylist(), rows
+    def _group(self, number: int) -> tuple[list[str], pa.RecordBatch]:
+        if number not in self._groups:
+            table = self._file.read_row_group(number).combine_chunks()
+            keys = table["key"].to_pylist()
+            self._groups[number] = keys, table.drop_columns(["key"]).to_batches()[0]
             while len(self._groups) > KEPT:
                 self._groups.popitem(last=False)
+        self._groups.move_to_end(number)
         return self._groups[number]
 
 
-__all__ = ["JoinSpec", "JoinTable", "Joined", "build", "reader_of", "table_name"]
+def _joined(store: Store, base: str) -> Joined:
+    joined = Joined.__new__(Joined)
+    joined._store, joined._base, joined._groups = store, base, OrderedDict()
+    return joined
+
+
+# -- the four kinds of files -------------------------------------------------------------------------------------------
+
+
+def _readers(spec: JoinSpec, scratch: Path, tally: _Tally) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """The schema of all batches, and the batches of all files: key, number (of the row), fields."""
+    if spec.reader == "parquet":
+        with (
+            local_copy(spec.listing.files[0], scratch) as path,
+            _parquet_file(path, spec, spec.listing.files[0].name) as file,
+        ):
+            empty = _flattened(file.schema_arrow.empty_table(), spec)
+            types = [empty[column].type for column in spec.fields.values()]
+        types = [t.value_type if pa.types.is_dictionary(t) else t for t in types]
+    else:
+        types = [pa.string()] * len(spec.fields)
+    fields = [pa.field(name, kind) for name, kind in zip(spec.fields, types, strict=True)]
+    schema = pa.schema([pa.field("key", pa.string()), pa.field("number", pa.int64()), *fields])
+    return schema, _batches(spec, schema, scratch, tally)
+
+
+def _batches(spec: JoinSpec, schema: pa.Schema, scratch: Path, tally: _Tally) -> Iterator[pa.RecordBatch]:
+    read = {"parquet": _parquet, "jsonl": _jsonl, "tar_txt": _tar_txt, "tar_jsonl": _tar_jsonl}[spec.reader]
+    makers: dict[str, Callable[[str], str]] = {"": str, "stem": _only_stem, "path_dir_stem": _dir_and_stem}
+    make = makers[spec.key_of]
+    number = 0
+    for source in spec.listing.files:
+        with local_copy(source, scratch) as path:
+            for keys, values in read(path, spec, tally, source.name):
+                there = [key is not None and key != "" for key in keys]
+                if missing := there.count(False):
+                    tally.leave_out("no_key", f"{missing:,} rows near row {number:,} of {source.name}", missing)
+                made = [_text(make(str(key))) for key, ok in zip(keys, there, strict=True) if ok]
+                columns = [pa.array(made, pa.string()), pa.array(range(number, number + len(made)), pa.int64())]
+                mask = pa.array(there, pa.bool_())
+                for kind, column in zip(schema.types[2:], values, strict=True):
+                    whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+                    columns.append(pc.cast(whole.filter(mask), kind))
+                number += len(made)
+                tally.read(len(made), source.name)
+                yield pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _kept(batches: Iterator[pa.RecordBatch], tally: _Tally) -> Iterator[pa.RecordBatch]:
+    """The batches; what ends them is kept."""
+    try:
+        yield from batches
+    except Exception as error:
+        tally.error = error
+        raise
+
+
+_Rows = Iterator[tuple[Sequence[Any], Sequence[Any]]]  # keys, and a column of values for each field
+
+
+def _parquet(path: Path, spec: JoinSpec, tally: _Tally, name: str) -> _Rows:
+    wanted = [*spec.key.split("/"), *spec.fields.values()]
+    with _parquet_file(path, spec, name) as file:
+        for batch in file.iter_batches(BATCH, columns=wanted):
+            table = _flattened(pa.Table.from_batches([batch]), spec)
+            parts = [pc.cast(table[column], pa.string()) for column in spec.key.split("/")]
+            keys = parts[0] if len(parts) == 1 else pc.binary_join_element_wise(*parts, "/")
+            yield keys.to_pylist(), [table[column] for column in spec.fields.values()]
+
+
+def _parquet_file(path: Path, spec: JoinSpec, name: str) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise RequestError(f"{spec.what}: table {name} cannot be read as Parquet: {error}") from error
+    schema = file.schema_arrow
+    for column in [*spec.key.split("/"), *spec.fields.values()]:
+        kind: Any = schema
+        for part in column.split("."):
+            index = kind.get_field_index(part) if isinstance(kind, pa.Schema | pa.StructType) else -1
+            if index < 0:
+                raise RequestError(
+                    f"{spec.what}: table {name}: there is no column {column!r}; it has {', '.join(schema.names[:40])}"
+                )
+            kind = kind.field(index).type
+    return file
+
+
+def _flattened(table: pa.Table, spec: JoinSpec) -> pa.Table:
+    """With a column for each dotted name."""
+    for column in {*spec.key.split("/"), *spec.fields.values()} - set(table.column_names):
+        table = table.append_column(column, pc.struct_field(table[column.split(".")[0]], column.split(".")[1:]))
+    return table
+
+
+def _jsonl(path: Path, spec: JoinSpec, tally: _Tally, name: str) -> _Rows:
+    with path.open("rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        file: Any = gzip.GzipFile(fileobj=raw) if packed else raw
+        yield from _parsed(_lines(file, tally, name), spec, tally, name)
+
+
+def _tar_jsonl(path: Path, spec: JoinSpec, tally: _Tally, name: str) -> _Rows:
+    chunks = tar_chunks(path, lambda member: stem(member)[1].endswith(("json", "jsonl")))
+    yield from _parsed(_lines(io.BufferedReader(_Chunks(chunks)), tally, name), spec, tally, name)
+
+
+def _tar_txt(path: Path, spec: JoinSpec, tally: _Tally, name: str) -> _Rows:
+    found = tar_members(path, lambda member: stem(member)[1] == "txt", MAX_TEXT)
+    while some := list(islice(found, BATCH)):
+        keys, texts = [], []
+        for member in some:
+            if member.data is None:
+                tally.leave_out(member.reason or "missing", f"{member.name or name}: {member.detail}")
+            else:
+                keys.append(_text(member.name))
+                texts.append(member.data.decode("utf-8", "replace"))
+        yield keys, [pa.array(texts, pa.string())] * len(spec.fields)
+
+
+def _lines(file: BinaryIO, tally: _Tally, name: str) -> Iterator[bytes]:
+    """Lines, of which none is longer than MAX_LINE; ends, and says so, where the file is broken."""
+    number = 0
+    try:
+        while line := file.readline(MAX_LINE):
+            number += 1
+            if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(MAX_LINE)
+                tally.leave_out("too_long", f"line {number:,} of {name} is longer than {MAX_LINE} bytes")
+                continue
+            yield line
+    except (OSError, EOFError, ValueError) as error:  # gzip: cut, or a wrong checksum
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        tally.leave_out("damaged", f"{name} ends behind line {number:,}: {error}")
+
+
+def _parsed(lines: Iterable[bytes], spec: JoinSpec, tally: _Tally, name: str) -> _Rows:
+    rest, number, met, last = iter(lines), 0, False, ""
+    unseen = {place.split(".")[0] for place in spec.fields.values()}
+    while some := list(islice(rest, BATCH)):
+        keys: list[str | None] = []
+        values: list[list[str | None]] = [[] for _ in spec.fields]
+        for line in some:
+            number += 1
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                tally.leave_out("no_json", f"line {number:,} of {name}: {error}")
+                continue
+            if not isinstance(row, dict):
+                tally.leave_out("no_json", f"line {number:,} of {name}: {line[:60]!r} is no object")
+                continue
+            unseen -= row.keys()
+            last = ", ".join(list(row)[:40])
+            met = met or spec.key.split("/")[0].split(".")[0] in row
+            if not met and number > 100:
+                raise RequestError(f"{spec.what}: table {name}: there is no column {spec.key!r}; it has {last}")
+            parts = [_inside(row, part) for part in spec.key.split("/")]
+            keys.append(None if None in parts else "/".join(map(str, parts)))
+            for column, place in zip(values, spec.fields.values(), strict=True):
+                value = _inside(row, place)
+                text = value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False)
+                column.append(None if text is None else _text(text))
+        yield keys, [pa.array(column, pa.string()) for column in values]
+    if last and unseen:
+        missing = ", ".join(map(repr, sorted(unseen)))
+        raise RequestError(f"{spec.what}: table {name}: there is no column {missing}; it has {last}")
+
+
+def _inside(row: Any, place: str) -> Any:
+    for part in place.split("."):
+        row = row.get(part) if isinstance(row, dict) else None
+    return row
+
+
+def _only_stem(path: str) -> str:
+    return stem(path)[0]
+
+
+def _dir_and_stem(path: str) -> str:
+    folder, _, _ = path.rpartition("/")
+    return f"{folder.rpartition('/')[2]}/{stem(path)[0]}"
+
+
+def _text(text: str) -> str:
+    """Without lone surrogates, which JSON and tars can hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _quoted(path: Path) -> str:
+    return str(path).replace("'", "''")
+
+
+class _Chunks(io.RawIOBase):
+    """Chunks of bytes as a file."""
+
+    def __init__(self, chunks: Iterator[bytes]):
+        self._chunks, self._left = chunks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            if (chunk := next(self._chunks, None)) is None:
+                return 0
+            self._left = memoryview(chunk)
+        size = min(len(buffer), len(self._left))
+        buffer[:size] = self._left[:size]
+        self._left = self._left[size:]
+        return size

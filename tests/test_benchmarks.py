@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,23 @@ def test_overhead() -> None:
         assert found[f"{kind}_bare_seconds"] >= 0.1
         ratio = found[f"{kind}_engine_seconds"] / found[f"{kind}_bare_seconds"]
         assert found[f"{kind}_ratio"] == pytest.approx(ratio, rel=0.01)
+
+
+def test_joins() -> None:
+    found = run("joins", "--rows", "4000", "--entries", "3000")
+    for kind, sizes in (("diffusiondb", (2000, 4000)), ("sa1b", (1000, 3000))):
+        for size in sizes:
+            assert found[f"{kind}_{size}_build_per_second"] > 0 and found[f"{kind}_{size}_look_up_memory_mb"] > 0
+
+
+@pytest.mark.parametrize("given", [1, None])
+def test_damage(given: int | None) -> None:
+    seed = random.SystemRandom().randrange(1 << 32) if given is None else given
+    print(f"seed {seed}")  # shown if it fails
+    found = run("damage", "--count", "150", "--seed", str(seed))
+    assert (found["seed"], found["images"], found["archives"]) == (seed, 150, 3)
+    assert (found["crashes"], found["hangs"], found["escaped"], found["bad_items"]) == (0, 0, 0, [])
+    assert found["adds_up"] and sum(found["image_outcomes"].values()) == 150
+    assert sum(found["archive_outcomes"].values()) == 3
+    assert found["image_outcomes"]["ok"] > 0 and len(found["image_outcomes"]) > 3
+    assert found["slowest_image"]["seconds"] > 0

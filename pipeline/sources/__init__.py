@@ -99,5 +99,11 @@ def _source(name: str, options: "SourceOptions", scratch: Path, config: "BuildCo
             from pipeline.sources.coco import Coco
 
             return Coco(name, options, scratch)
-        case _:
-            raise NotImplementedError(f"sources.{name}.adapter = {options.adapter!r}")
+        case given.WebdatasetSource():
+            from pipeline.sources.webdataset import Webdataset
+
+            return Webdataset(name, options, scratch)
+        case given.ParquetSource():
+            from pipeline.sources.parquet import Parquet
+
+            return Parquet(name, options, scratch)

@@ -58,7 +58,11 @@ class Diffusiondb(FileSource):
             return []
         found = list_files(f"{self._root}/{METADATA[options.subset]}", f"sources.{self.name}.root")
         # by part, so that the rows of a zip lie side by side
-        return [JoinSpec(found, "parquet", "part_id/image_name", {name: name for name in KNOWN})]
+        return [
+            JoinSpec(
+                found, "parquet", "part_id/image_name", {name: name for name in KNOWN}, what=f"sources.{self.name}"
+            )
+        ]
 
     @property
     def _root(self) -> str:

@@ -72,6 +72,7 @@ class Journeydb(FileSource):
                 "img_path",
                 FIELDS,
                 "path_dir_stem",
+                f"sources.{self.name}.root",
             )
             for split in self._options.splits
         ]

@@ -3,19 +3,21 @@
 import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar, cast
 
-from pipeline.images import BadImage, Prepared
+from pipeline.images import BadImage
 from pipeline.watch import alive, end_with_parent
 
+T = TypeVar("T")
 
-class Careful:
+
+class Careful(Generic[T]):
     """`decode`, one image after the other in another process: an image that kills it, or makes it hang, fails alone.
 
     The reasons are `crash`, and `stall` after `timeout` seconds. To be used as a context, by one thread.
     """
 
-    def __init__(self, decode: Callable[[bytes], Prepared], timeout: float):
+    def __init__(self, decode: Callable[[bytes], T], timeout: float):
         self._decode, self._timeout = decode, timeout
         self._process: Any = None
         self._pipe: Any = None
@@ -26,7 +28,7 @@ class Careful:
     def __exit__(self, *error: object) -> None:
         self._end()
 
-    def __call__(self, data: bytes) -> Prepared:
+    def __call__(self, data: bytes) -> T:
         """What `decode` returns or raises.
 
         Raises:
@@ -52,7 +54,7 @@ class Careful:
             raise BadImage(*result)
         if isinstance(result, Exception):
             raise result
-        return result
+        return cast(T, result)
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -70,7 +72,7 @@ class Careful:
             self._process = None
 
 
-def _serve(decode: Callable[[bytes], Prepared], pipe: Connection) -> None:
+def _serve(decode: Callable[[bytes], object], pipe: Connection) -> None:
     end_with_parent()
     pipe.send("ready")
     while True:

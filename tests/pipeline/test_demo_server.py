@@ -70,7 +70,7 @@ def test_the_second_captions_are_joined_by_url(source):
 
 def test_a_long_caption_is_made_of_name_aliases_and_group():
     apple = next(drawing for drawing in openmoji.catalogue() if drawing.code == "1F34E")
-    expected = "an OpenMoji drawing called red apple, also known as apple, from the group food and drink"
+    expected = "red apple, also known as apple, from food and drink"
     assert long_caption(apple) == expected
 
 
