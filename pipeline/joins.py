@@ -33,7 +33,7 @@ from pipeline.sources.archives import stem, tar_members
 from pipeline.sources.remote import Listing, local_copy
 from pipeline.sources.tars import tar_chunks
 from pipeline.store import Store
-from pipeline.tables import JOINS, Table, publish
+from pipeline.tables import JOINS, Table, cached, publish
 
 LAYOUT = 1
 ROW_GROUP = 20_480  # rows that a look-up reads at once: some 10 MB of captions
@@ -113,7 +113,7 @@ def build(corpus: Corpus, spec: JoinSpec, scratch: Path, say: Callable[[str], No
     Raises:
         RequestError: a column is not there, or nothing can be read of it.
     """
-    if corpus.store.exists(f"{spec.base}.json"):
+    if cached(corpus, spec.base, JoinTable) is not None:
         return
     tally = _Tally(say)
     last: list[str] = []

@@ -82,7 +82,7 @@ def sample_table(corpus: Corpus) -> SampleTable:
     commits = hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
     about = canonical({"layout": LAYOUT, "columns": sorted(declared), "commits": commits})
     base = f"tables/{hashlib.sha256(about).hexdigest()}"
-    if table := _cached(corpus, base, SampleTable):
+    if table := cached(corpus, base, SampleTable):
         return table
 
     def write(path: Path) -> int:
@@ -114,7 +114,7 @@ def publish(corpus: Corpus, base: str, write: Callable[[Path], int], record: Cal
     try:
         corpus.store.create(f"{base}.json", table.to_bytes())
     except FileExistsError:  # somebody was faster, or what is there is damaged
-        if faster := _cached(corpus, base, type(table)):
+        if faster := cached(corpus, base, type(table)):
             corpus.store.delete([made])
             return faster
         corpus.store.delete([f"{base}.json"])
@@ -122,7 +122,8 @@ def publish(corpus: Corpus, base: str, write: Callable[[Path], int], record: Cal
     return table
 
 
-def _cached(corpus: Corpus, base: str, kind: type[T]) -> T | None:
+def cached(corpus: Corpus, base: str, kind: type[T]) -> T | None:
+    """The record of a published table; None if there is none, or its object is gone."""
     try:
         table = kind.parse(corpus.store.get(f"{base}.json"))
     except (FileNotFoundError, ValueError):

@@ -25,8 +25,10 @@ from pipeline.check import gc, ls, status, verify
 from pipeline.corpus import Commit, Corpus, ShardRef, canonical, shard_name, unit_name
 from pipeline.errors import RequestError
 from pipeline.failures import write_failure
+from pipeline.joins import Joined, JoinSpec, build
 from pipeline.samples import query, sample_table, select
 from pipeline.shards import TarWriter, array_bytes, read_table, write_table
+from pipeline.sources.remote import list_files
 from pipeline.store import Store
 from pipeline.verify_shard import tar_members
 from tests.pipeline.made import COLUMNS, SHARD_SAMPLES, SOURCE, fill, keys_of, make_corpus, write_column, write_images
@@ -598,6 +600,29 @@ def test_gc_keeps_the_newest_sample_table(corpus_url: str) -> None:
     left = {item.name for item in corpus.store.list("tables")}
     assert len(left) == 2 and newest.object.name in left
     assert query(corpus, "SELECT count(*) AS n FROM samples")["n"].to_pylist() == [SHARD_SAMPLES]
+
+
+def test_join_tables_are_kept_and_verified(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus")
+    fill(corpus, shards=1, columns=[])
+    tables = []
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text('{"key": "k", "text": "t"}\n')
+        tables.append(JoinSpec(list_files(str(tmp_path / f"{name}.jsonl"), "table"), "jsonl", "key", {name: "text"}))
+        build(corpus, tables[-1], tmp_path / "scratch", print)
+    stray = f"{tables[0].base}.20200101T000000-00000000.parquet"  # of a build that was killed
+    corpus.store.create(stray, b"")
+    assert gc(corpus, older_than_hours=0)["names"] == [stray]
+    assert [Joined(corpus.store, table).get("k") for table in tables] == [{"a": "t"}, {"b": "t"}]
+    assert _problems(corpus) == []
+    made = next(item.name for item in corpus.store.list("tables/joins") if item.name.endswith(".parquet"))
+    _replace(corpus, made, b"damaged")
+    assert [kind for kind, _ in _problems(corpus)] == ["table"]
+    for left in (".json", ".parquet"):  # deleted by half: it is made again
+        corpus.store.delete([item.name for item in corpus.store.list("tables/joins") if item.name.endswith(left)])
+        for table in tables:
+            build(corpus, table, tmp_path / "scratch", print)
+        assert [Joined(corpus.store, table).get("k") for table in tables] == [{"a": "t"}, {"b": "t"}]
 
 
 def test_gc_aborts_old_uploads(s3_url: str) -> None:
