@@ -222,7 +222,8 @@ def _readers(spec: JoinSpec, scratch: Path, tally: _Tally) -> tuple[pa.Schema, I
 
 def _batches(spec: JoinSpec, schema: pa.Schema, scratch: Path, tally: _Tally) -> Iterator[pa.RecordBatch]:
     read = {"parquet": _parquet, "jsonl": _jsonl, "tar_txt": _tar_txt, "tar_jsonl": _tar_jsonl}[spec.reader]
-    make = {"": str, "stem": lambda key: stem(key)[0], "path_dir_stem": _dir_and_stem}[spec.key_of]
+    makers: dict[str, Callable[[str], str]] = {"": str, "stem": lambda key: stem(key)[0], "path_dir_stem": _dir_and_stem}
+    make = makers[spec.key_of]
     number = 0
     for source in spec.listing.files:
         with local_copy(source, scratch) as path:
@@ -352,16 +353,17 @@ def _parsed(lines: Iterable[bytes], spec: JoinSpec, tally: _Tally, name: str) ->
             met = met or spec.key in row
             if not met and number > 100:
                 raise RequestError(f"table {name}: there is no column {spec.key!r}; it has {', '.join(list(row)[:40])}")
-            parts = [_inside(row, part) for part in spec.key.split("/")]
+            parts = [inside(row, part) for part in spec.key.split("/")]
             keys.append(None if None in parts else "/".join(map(str, parts)))
             for column, place in zip(values, spec.fields.values(), strict=True):
-                value = _inside(row, place)
+                value = inside(row, place)
                 text = value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False)
                 column.append(None if text is None else _text(text))
         yield keys, [pa.array(column, pa.string()) for column in values]
 
 
-def _inside(row: Any, place: str) -> Any:
+def inside(row: Any, place: str) -> Any:
+    """What is at a dotted place in objects within objects; None if there is no such place."""
     for part in place.split("."):
         row = row.get(part) if isinstance(row, dict) else None
     return row

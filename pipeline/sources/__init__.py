@@ -61,10 +61,12 @@ def sources_of(config: "BuildConfig") -> list[Source]:
     from pipeline.sources.diffusiondb import Diffusiondb
     from pipeline.sources.journeydb import Journeydb
     from pipeline.sources.openmoji import Openmoji
+    from pipeline.sources.parquet import Parquet
     from pipeline.sources.remote import scratch_folder
     from pipeline.sources.sa1b import Sa1b
     from pipeline.sources.textcaps import Textcaps
     from pipeline.sources.urls import Urls
+    from pipeline.sources.webdataset import Webdataset
 
     scratch = scratch_folder(config.resources.scratch)
     sources: list[Source] = []
@@ -75,6 +77,10 @@ def sources_of(config: "BuildConfig") -> list[Source]:
                 sources.append(Urls(name, *whole))
             case given.OpenmojiSource():
                 sources.append(Openmoji(name, options))
+            case given.WebdatasetSource():
+                sources.append(Webdataset(name, options, scratch))
+            case given.ParquetSource():
+                sources.append(Parquet(name, options, scratch))
             case given.Sa1bSource():
                 sources.append(Sa1b(name, options, scratch))
             case given.Cc12mSource():

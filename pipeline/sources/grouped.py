@@ -19,7 +19,7 @@ def grouped(members: Iterable[Member]) -> Iterator[tuple[str, Member, dict[str, 
 
     A member that tells that the archive ends here is an image of no name. Texts without an image are passed over.
     """
-    for (base, damaged), group in groupby(members, key=lambda m: (_whole_stem(m.name), m.reason == "damaged_archive")):
+    for (base, damaged), group in groupby(members, key=lambda m: (whole_stem(m.name), m.reason == "damaged_archive")):
         by_extension = {stem(member.name)[1]: member for member in group}
         if damaged:
             yield "", next(iter(by_extension.values())), {}
@@ -43,6 +43,7 @@ def failed(member: Member, key: str) -> Sample:
     return Sample(key, None, origin=member.name, reason=member.reason or "missing", detail=member.detail)
 
 
-def _whole_stem(name: str) -> str:
+def whole_stem(name: str) -> str:
+    """What the names of one sample's members have in common: the folder, and the name up to its first dot."""
     folder, slash, base = name.rpartition("/")
     return folder.removeprefix("./") + slash + base.partition(".")[0]
