@@ -222,7 +222,11 @@ def _readers(spec: JoinSpec, scratch: Path, tally: _Tally) -> tuple[pa.Schema, I
 
 def _batches(spec: JoinSpec, schema: pa.Schema, scratch: Path, tally: _Tally) -> Iterator[pa.RecordBatch]:
     read = {"parquet": _parquet, "jsonl": _jsonl, "tar_txt": _tar_txt, "tar_jsonl": _tar_jsonl}[spec.reader]
-    makers: dict[str, Callable[[str], str]] = {"": str, "stem": lambda key: stem(key)[0], "path_dir_stem": _dir_and_stem}
+    makers: dict[str, Callable[[str], str]] = {
+        "": str,
+        "stem": lambda key: stem(key)[0],
+        "path_dir_stem": _dir_and_stem,
+    }
     make = makers[spec.key_of]
     number = 0
     for source in spec.listing.files:

@@ -69,7 +69,9 @@ class Parquet(FileSource):
                 yield self._sample(batch, at, image, places, file, row)
                 row += 1
 
-    def _batches(self, path: Path, file: RemoteFile) -> "Iterator[tuple[pa.RecordBatch | str, Place, dict[str, Place]]]":
+    def _batches(
+        self, path: Path, file: RemoteFile
+    ) -> "Iterator[tuple[pa.RecordBatch | str, Place, dict[str, Place]]]":
         """The rows of a file, a few at a time, and where in them what is; where it is broken what is wrong with it."""
         image: Place = ()
         places: dict[str, Place] = {}
