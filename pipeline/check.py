@@ -18,7 +18,7 @@ from pipeline.failures import failures, read_failure
 from pipeline.parallel import threaded
 from pipeline.records import COMMIT, OBJECT, PROBES, RESERVED, UNITS
 from pipeline.store import ObjectInfo
-from pipeline.tables import Table
+from pipeline.tables import JOINS, Table
 from pipeline.verify import verify
 
 # -- status ----------------------------------------------------------------------------------------------------------
@@ -170,10 +170,11 @@ def _named(corpus: Corpus) -> tuple[set[str], set[tuple[str, ...]]]:
 
 
 def _old_tables(corpus: Corpus, names: list[str]) -> list[str]:
-    """All but the sample table and the commit table of the newest manifests."""
+    """All but the newest sample table and commit table, and the tables that samples are joined to."""
     newest: dict[str, ObjectInfo] = {}
     for item in corpus.store.list("tables"):
         folder = item.name.rpartition("/")[0]
+        folder = item.name if folder == JOINS else folder
         if item.name.endswith(".json") and (folder not in newest or newest[folder].modified < item.modified):
             newest[folder] = item
     keep: set[str] = set()

@@ -1,6 +1,7 @@
 """The command line: `microdit --help`. What is heavy is imported by the command that needs it."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -18,13 +19,19 @@ from pipeline.generate import generate
 
 
 class Commands(TyperGroup):
-    """Exit status 2 with one message if the request is wrong, 128 + the signal's number if one ended the command."""
+    """Exit status 2 with one message if the request is wrong or a disk full, 128 + the signal's number if one came."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except RequestError as error:
             print(f"microdit: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            place = f": {error.filename}" if error.filename else ""
+            print(f"microdit: {error.strerror}{place}; with more room the same command goes on", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as stopped:
             print(f"\nmicrodit: {stopped or 'stopped; run the same command again and it goes on'}", file=sys.stderr)

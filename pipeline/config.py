@@ -57,14 +57,22 @@ class CaptionsColumn(Options):
     fallback: bool = False
     """A sample without that field takes its caption; else it fails with `no_caption`."""
     join: str | None = None
-    """A .jsonl or .parquet file with the columns `url` (or `origin`) or `key`, and `caption`; or `openmoji`."""
+    """A pattern of .jsonl(.gz) or .parquet files: a table with a caption for each image; or `openmoji`."""
     by: Literal["origin", "key"] = "origin"
     """What the table is joined by: the image's URL, or its key."""
+    key: str | None = None
+    """The table's column with that; by default `url` or `key`."""
+    column: str = "caption"
+    """The table's column with the caption, dotted inside of others."""
+    clean: Literal["paper"] | None = None
+    """Clean it as the paper does alt-texts (`pipeline.cleaning`)."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "CaptionsColumn":
         if self.field is not None and self.join is not None:
             raise At(("field",), "give either field or join", self.field)
+        if self.key is not None and self.join is None:
+            raise At(("key",), "it is a column of the table of join, and there is none", self.key)
         return self
 
 

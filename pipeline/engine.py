@@ -67,7 +67,7 @@ def build(
     from pipeline.stages.ingest import ingest_unit
 
     corpus = Corpus.create(config.corpus, config.name, config.shard_samples)
-    declare(corpus, config)
+    declare(corpus, config, lambda note: progress(Snapshot(0.0, [], [note])) if progress is not None else None)
 
     def ingest(corpus: Corpus, source: Source, task: UnitTask, report: Callable[[dict[str, Any]], None]) -> Any:
         return ingest_unit(corpus, source, task, config, report)

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import time
-import uuid
 from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,11 +28,12 @@ import pyarrow.parquet as pq
 
 from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
-from pipeline.records import canonical
+from pipeline.records import ObjectRef, canonical
 from pipeline.sources.archives import stem, tar_members
 from pipeline.sources.remote import Listing, local_copy
 from pipeline.sources.tars import tar_chunks
 from pipeline.store import Store
+from pipeline.tables import JOINS, Table, publish
 
 LAYOUT = 1
 ROW_GROUP = 20_480  # rows that a look-up reads at once: some 10 MB of captions
@@ -62,12 +62,22 @@ class JoinSpec:
     key: str
     fields: Mapping[str, str]
     key_of: str = ""
+    what: str = "table"
+    """The field of the config, for messages."""
 
     @cached_property
     def base(self) -> str:
         """What its objects in the corpus begin with."""
         made_by = [LAYOUT, self.listing.identity, self.reader, self.key, dict(self.fields), self.key_of]
-        return f"tables/joins/{hashlib.sha256(canonical({'join': made_by})).hexdigest()[:32]}"
+        return f"{JOINS}/{hashlib.sha256(canonical({'join': made_by})).hexdigest()[:32]}"
+
+
+class JoinTable(Table):
+    """The record of a table in the corpus: beside it the last key of each row group, and what was left out and why."""
+
+    last: list[str]
+    left_out: dict[str, int]
+    examples: list[str]
 
 
 @dataclass
@@ -103,16 +113,34 @@ def build(corpus: Corpus, spec: JoinSpec, scratch: Path, say: Callable[[str], No
     Raises:
         RequestError: a column is not there, or nothing can be read of it.
     """
-    store, record = corpus.store, f"{spec.base}.json"
-    if store.exists(record):
+    if corpus.store.exists(f"{spec.base}.json"):
         return
     tally = _Tally(say)
-    name = f"{spec.base}.{uuid.uuid4().hex[:8]}.parquet"
+    last: list[str] = []
+
+    def write(path: Path) -> int:
+        _write_sorted(spec, scratch, tally, path)
+        last.extend(_last_keys(path))
+        return tally.rows
+
+    def record(object: ObjectRef, rows: int) -> JoinTable:
+        left_out = dict(tally.left_out)
+        return JoinTable(object=object, rows=rows, last=last, left_out=left_out, examples=tally.examples)
+
+    publish(corpus, spec.base, write, record)
+    say(f"{spec.what}: a table of {tally.rows:,} rows, sorted by key")
+    for reason, count in tally.left_out.items():
+        say(f"{spec.listing.files[0].name}: {count:,} left out, {reason}")
+    for example in tally.examples:
+        say(f"{spec.listing.files[0].name}: {example}")
+
+
+def _write_sorted(spec: JoinSpec, scratch: Path, tally: _Tally, path: Path) -> None:
     scratch.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=scratch) as spill, store.scratch(name) as path:
+    with TemporaryDirectory(dir=scratch) as spill:
         options: dict[str, Any] = {"memory_limit": SORT_MEMORY, "temp_directory": spill, "threads": 1}
+        schema, batches = _readers(spec, scratch, tally)
         with duckdb.connect(config=options) as database:
-            schema, batches = _readers(spec, scratch, tally)
             database.register("rows", pa.RecordBatchReader.from_batches(schema, _kept(batches, tally)))
             names = ", ".join(f'"{column}"' for column in ["key", *spec.fields])
             try:
@@ -122,28 +150,10 @@ def build(corpus: Corpus, spec: JoinSpec, scratch: Path, say: Callable[[str], No
                 )
             except duckdb.Error as error:
                 raise (tally.error or error) from None
-        if tally.rows == 0:
-            files = ", ".join(file.name for file in spec.listing.files[:3])
-            raise RequestError(
-                f"table {files}: nothing in it can be read; {'; '.join(tally.examples) or 'it is empty'}"
-            )
-        last = _last_keys(path)
-        store.publish(name, path)
-    about = {
-        "object": name,
-        "last": last,
-        "rows": tally.rows,
-        "left_out": dict(tally.left_out),
-        "examples": tally.examples,
-    }
-    try:
-        store.create(record, canonical(about))
-    except FileExistsError:  # another build was faster; its table is as good
-        store.delete([name])
-    for reason, count in tally.left_out.items():
-        say(f"{spec.listing.files[0].name}: {count:,} left out, {reason}")
-    for example in tally.examples:
-        say(f"{spec.listing.files[0].name}: {example}")
+    if tally.rows == 0:
+        files = ", ".join(file.name for file in spec.listing.files[:3])
+        found = "; ".join(tally.examples) or "it is empty"
+        raise RequestError(f"{spec.what}: nothing in {files} can be read; {found}")
 
 
 def _last_keys(path: Path) -> list[str]:
@@ -165,26 +175,20 @@ class Joined:
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The fields of a key; None if the table has it not."""
-        number = bisect_left(self._last, key)
-        if number == len(self._last):
+        number = bisect_left(self._table.last, key)
+        if number == len(self._table.last):
             return None
         keys, rows = self._group(number)
         place = bisect_left(keys, key)
         return rows.slice(place, 1).to_pylist()[0] if place < len(keys) and keys[place] == key else None
 
     @cached_property
-    def _about(self) -> dict[str, Any]:
-        about: dict[str, Any] = json.loads(self._store.get(f"{self._base}.json"))
-        return about
-
-    @cached_property
-    def _last(self) -> list[str]:
-        """The last key of each row group."""
-        return list(self._about["last"])
+    def _table(self) -> JoinTable:
+        return JoinTable.parse(self._store.get(f"{self._base}.json"))
 
     @cached_property
     def _file(self) -> pq.ParquetFile:
-        return pq.ParquetFile(self._store.open(self._about["object"]))
+        return pq.ParquetFile(self._store.open(self._table.object.name))
 
     def _group(self, number: int) -> tuple[list[str], pa.RecordBatch]:
         if number not in self._groups:
@@ -209,7 +213,10 @@ def _joined(store: Store, base: str) -> Joined:
 def _readers(spec: JoinSpec, scratch: Path, tally: _Tally) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     """The schema of all batches, and the batches of all files: key, number (of the row), fields."""
     if spec.reader == "parquet":
-        with local_copy(spec.listing.files[0], scratch) as path, _parquet_file(path, spec, path.name) as file:
+        with (
+            local_copy(spec.listing.files[0], scratch) as path,
+            _parquet_file(path, spec, spec.listing.files[0].name) as file,
+        ):
             empty = _flattened(file.schema_arrow.empty_table(), spec)
             types = [empty[column].type for column in spec.fields.values()]
         types = [t.value_type if pa.types.is_dictionary(t) else t for t in types]
@@ -222,11 +229,7 @@ def _readers(spec: JoinSpec, scratch: Path, tally: _Tally) -> tuple[pa.Schema, I
 
 def _batches(spec: JoinSpec, schema: pa.Schema, scratch: Path, tally: _Tally) -> Iterator[pa.RecordBatch]:
     read = {"parquet": _parquet, "jsonl": _jsonl, "tar_txt": _tar_txt, "tar_jsonl": _tar_jsonl}[spec.reader]
-    makers: dict[str, Callable[[str], str]] = {
-        "": str,
-        "stem": lambda key: stem(key)[0],
-        "path_dir_stem": _dir_and_stem,
-    }
+    makers: dict[str, Callable[[str], str]] = {"": str, "stem": _only_stem, "path_dir_stem": _dir_and_stem}
     make = makers[spec.key_of]
     number = 0
     for source in spec.listing.files:
@@ -272,7 +275,7 @@ def _parquet_file(path: Path, spec: JoinSpec, name: str) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise RequestError(f"table {name}: it cannot be read as Parquet: {error}") from error
+        raise RequestError(f"{spec.what}: table {name} cannot be read as Parquet: {error}") from error
     schema = file.schema_arrow
     for column in [*spec.key.split("/"), *spec.fields.values()]:
         kind: Any = schema
@@ -280,7 +283,7 @@ def _parquet_file(path: Path, spec: JoinSpec, name: str) -> pq.ParquetFile:
             index = kind.get_field_index(part) if isinstance(kind, pa.Schema | pa.StructType) else -1
             if index < 0:
                 raise RequestError(
-                    f"table {name}: there is no column {column!r}; it has {', '.join(schema.names[:40])}"
+                    f"{spec.what}: table {name}: there is no column {column!r}; it has {', '.join(schema.names[:40])}"
                 )
             kind = kind.field(index).type
     return file
@@ -338,7 +341,8 @@ def _lines(file: BinaryIO, tally: _Tally, name: str) -> Iterator[bytes]:
 
 
 def _parsed(lines: Iterable[bytes], spec: JoinSpec, tally: _Tally, name: str) -> _Rows:
-    rest, number, met = iter(lines), 0, False
+    rest, number, met, last = iter(lines), 0, False, ""
+    unseen = {place.split(".")[0] for place in spec.fields.values()}
     while some := list(islice(rest, BATCH)):
         keys: list[str | None] = []
         values: list[list[str | None]] = [[] for _ in spec.fields]
@@ -354,23 +358,31 @@ def _parsed(lines: Iterable[bytes], spec: JoinSpec, tally: _Tally, name: str) ->
             if not isinstance(row, dict):
                 tally.leave_out("no_json", f"line {number:,} of {name}: {line[:60]!r} is no object")
                 continue
-            met = met or spec.key in row
+            unseen -= row.keys()
+            last = ", ".join(list(row)[:40])
+            met = met or spec.key.split("/")[0].split(".")[0] in row
             if not met and number > 100:
-                raise RequestError(f"table {name}: there is no column {spec.key!r}; it has {', '.join(list(row)[:40])}")
-            parts = [inside(row, part) for part in spec.key.split("/")]
+                raise RequestError(f"{spec.what}: table {name}: there is no column {spec.key!r}; it has {last}")
+            parts = [_inside(row, part) for part in spec.key.split("/")]
             keys.append(None if None in parts else "/".join(map(str, parts)))
             for column, place in zip(values, spec.fields.values(), strict=True):
-                value = inside(row, place)
+                value = _inside(row, place)
                 text = value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False)
                 column.append(None if text is None else _text(text))
         yield keys, [pa.array(column, pa.string()) for column in values]
+    if last and unseen:
+        missing = ", ".join(map(repr, sorted(unseen)))
+        raise RequestError(f"{spec.what}: table {name}: there is no column {missing}; it has {last}")
 
 
-def inside(row: Any, place: str) -> Any:
-    """What is at a dotted place in objects within objects; None if there is no such place."""
+def _inside(row: Any, place: str) -> Any:
     for part in place.split("."):
         row = row.get(part) if isinstance(row, dict) else None
     return row
+
+
+def _only_stem(path: str) -> str:
+    return stem(path)[0]
 
 
 def _dir_and_stem(path: str) -> str:

@@ -93,8 +93,8 @@ class JoinOptions(Options):
     fields: dict[str, str] = Field(min_length=1)
     """Names of the sample's new fields, and the columns that they are taken from (dotted inside of structs)."""
     by: Literal["key", "origin"] = "key"
-    """What of the sample is looked up: its key in the dataset (of a webdataset the name of its members), or its origin
-    as the corpus has it: `<dataset>/<file>/<member or row>`."""
+    """What of the sample is looked up: its key in the dataset (of a webdataset the name of its members), or its place
+    in the file: the member with the image, a row's key, or without one `row-<number>`."""
 
 
 def _names_once(fields: Mapping[str, str], joins: Sequence[JoinOptions]) -> None:

@@ -20,6 +20,7 @@ from pipeline.shards import SCALAR_TYPES, sha256_file
 
 LAYOUT = 1  # of the sample table; a table of another layout is not taken from the cache
 ROW_GROUP = 65_536
+JOINS = "tables/joins"  # the folder of `pipeline.joins`
 BASE = pa.schema(
     [
         pa.field("id", pa.string()),

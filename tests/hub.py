@@ -183,13 +183,13 @@ class _Handler(BaseHTTPRequestHandler):
             prefix = f"{unquote(path)}/" if path else ""
             recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
             found = {name: data for name, data in sorted(files.items()) if name.startswith(prefix)}
-            entries = [_entry(n, d) for n, d in found.items() if recursive or "/" not in n.removeprefix(prefix)]
+            names = [name for name in found if recursive or "/" not in name.removeprefix(prefix)]
             if prefix and not found:
                 return self._error(404, "EntryNotFound", f"{path} does not exist on {commit}", commit)
             start = int(query.get("cursor", ["0"])[0])
-            page = entries[start : start + self.hub.page]
+            page = [_entry(name, found[name]) for name in names[start : start + self.hub.page]]
             headers = {}
-            if start + len(page) < len(entries):
+            if start + len(page) < len(names):
                 rest = f"{self.hub.url}{self._path}?recursive={recursive}&cursor={start + len(page)}"
                 headers["Link"] = f'<{rest}>; rel="next"'
             return self._json(page, headers)

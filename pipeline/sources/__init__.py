@@ -3,11 +3,13 @@
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from pipeline.config import BuildConfig
     from pipeline.corpus import Corpus
+    from pipeline.source_options import SourceOptions
 
 Fields = Mapping[str, str | int | float | bool | None]
 
@@ -55,44 +57,53 @@ def sources_of(config: "BuildConfig") -> list[Source]:
     Raises:
         RequestError: a list that is not there, or cannot be read.
     """
-    from pipeline import source_options as given
-    from pipeline.sources.cc12m import Cc12m
-    from pipeline.sources.coco import Coco
-    from pipeline.sources.diffusiondb import Diffusiondb
-    from pipeline.sources.journeydb import Journeydb
-    from pipeline.sources.openmoji import Openmoji
-    from pipeline.sources.parquet import Parquet
     from pipeline.sources.remote import scratch_folder
-    from pipeline.sources.sa1b import Sa1b
-    from pipeline.sources.textcaps import Textcaps
-    from pipeline.sources.urls import Urls
-    from pipeline.sources.webdataset import Webdataset
 
     scratch = scratch_folder(config.resources.scratch)
-    sources: list[Source] = []
-    for name, options in config.sources.items():
-        match options:
-            case given.UrlsSource():
-                whole = (options.list, options.unit_inputs, options.fetch, options.limit, options.license)
-                sources.append(Urls(name, *whole))
-            case given.OpenmojiSource():
-                sources.append(Openmoji(name, options))
-            case given.WebdatasetSource():
-                sources.append(Webdataset(name, options, scratch))
-            case given.ParquetSource():
-                sources.append(Parquet(name, options, scratch))
-            case given.Sa1bSource():
-                sources.append(Sa1b(name, options, scratch))
-            case given.Cc12mSource():
-                sources.append(Cc12m(name, options, scratch))
-            case given.JourneydbSource():
-                sources.append(Journeydb(name, options, scratch))
-            case given.DiffusiondbSource():
-                sources.append(Diffusiondb(name, options, scratch, config.images.min_side))
-            case given.TextcapsSource():
-                sources.append(Textcaps(name, options, scratch))
-            case given.CocoSource():
-                sources.append(Coco(name, options, scratch))
-            case _:
-                raise NotImplementedError(options.adapter)
-    return sources
+    return [_source(name, options, scratch, config) for name, options in config.sources.items()]
+
+
+def _source(name: str, options: "SourceOptions", scratch: Path, config: "BuildConfig") -> Source:
+    from pipeline import source_options as given
+
+    match options:
+        case given.UrlsSource():
+            from pipeline.sources.urls import Urls
+
+            return Urls(name, options.list, options.unit_inputs, options.fetch, options.limit, options.license)
+        case given.OpenmojiSource():
+            from pipeline.sources.openmoji import Openmoji
+
+            return Openmoji(name, options)
+        case given.Sa1bSource():
+            from pipeline.sources.sa1b import Sa1b
+
+            return Sa1b(name, options, scratch)
+        case given.Cc12mSource():
+            from pipeline.sources.cc12m import Cc12m
+
+            return Cc12m(name, options, scratch)
+        case given.JourneydbSource():
+            from pipeline.sources.journeydb import Journeydb
+
+            return Journeydb(name, options, scratch)
+        case given.DiffusiondbSource():
+            from pipeline.sources.diffusiondb import Diffusiondb
+
+            return Diffusiondb(name, options, scratch, config.images.min_side)
+        case given.TextcapsSource():
+            from pipeline.sources.textcaps import Textcaps
+
+            return Textcaps(name, options, scratch)
+        case given.CocoSource():
+            from pipeline.sources.coco import Coco
+
+            return Coco(name, options, scratch)
+        case given.WebdatasetSource():
+            from pipeline.sources.webdataset import Webdataset
+
+            return Webdataset(name, options, scratch)
+        case given.ParquetSource():
+            from pipeline.sources.parquet import Parquet
+
+            return Parquet(name, options, scratch)

@@ -47,7 +47,7 @@ class Cc12m(FileSource):
             return []
         found = list_files(self._options.llavanext, f"sources.{self.name}.llavanext")
         reader = "parquet" if found.files[0].name.endswith(".parquet") else "jsonl"
-        return [JoinSpec(found, reader, "key", LLAVANEXT)]
+        return [JoinSpec(found, reader, "key", LLAVANEXT, what=f"sources.{self.name}.llavanext")]
 
     def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[Sample]:
         options = self._options

@@ -6,6 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.joins import JoinSpec
 from pipeline.source_options import DiffusiondbSource
 from pipeline.sources.archives import members, stem
@@ -56,7 +58,11 @@ class Diffusiondb(FileSource):
             return []
         found = list_files(f"{self._root}/{METADATA[options.subset]}", f"sources.{self.name}.root")
         # by part, so that the rows of a zip lie side by side
-        return [JoinSpec(found, "parquet", "part_id/image_name", {name: name for name in KNOWN})]
+        return [
+            JoinSpec(
+                found, "parquet", "part_id/image_name", {name: name for name in KNOWN}, what=f"sources.{self.name}"
+            )
+        ]
 
     @property
     def _root(self) -> str:
@@ -97,7 +103,8 @@ class Diffusiondb(FileSource):
             return "no_scores", "the metadata has no row of it"
         for name, most in (("image_nsfw", self._options.image_nsfw), ("prompt_nsfw", self._options.prompt_nsfw)):
             score = scores[name]
-            if most is not None and not (score is not None and score <= most):  # NaN is no leave
+            # the table's numbers have 32 bits: its 0.2 is a little more than ours. NaN is no leave
+            if most is not None and not (score is not None and score <= float(np.float32(most))):
                 note = ": blurred by Stable Diffusion's own filter" if score == BLURRED else ""
                 return "nsfw", f"{name} is {score if score is None else round(score, 4)}, at most {most} is taken{note}"
         width, height = row.get("width"), row.get("height")

@@ -94,10 +94,6 @@ class FileSource:
 
     # -- what it gets --------------------------------------------------------------------------------------------------
 
-    def origin(self, file: RemoteFile, place: str) -> str:
-        """Where a sample came from, as the corpus has it. A place that is a whole URL stays as it is."""
-        return place if "://" in place else f"{self.dataset}/{file.name}/{place}"
-
     def table(self, number: int) -> "Joined":
         """The table of `tables()[number]`.
 
@@ -145,12 +141,14 @@ class FileSource:
     def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:
         number = int(unit.rpartition("-")[2])
         file, share = self._listing.files[number], self._shares.get(number)
+        before = f"{self.dataset}/{file.name}/"
         keys = _Keys(number)
         with local_copy(file, self._scratch) as path, closing(_generator(self.samples(path, file, number))) as found:
             for ordinal, sample in enumerate(islice(found, share)):
                 alive()
                 key, again = keys.next(sample.key, ordinal)
-                about = (self.origin(file, sample.origin), sample.caption, self.license, sample.fields)
+                origin = sample.origin if "://" in sample.origin else before + sample.origin
+                about = (origin, sample.caption, self.license, sample.fields)
                 if again and sample.reason is None:
                     detail = f"{sample.key!r} is there a second time in {file.name}"
                     yield Input(ordinal, key, None, *about, reason="duplicate_key", detail=detail)

@@ -30,7 +30,7 @@ FLAG = re.compile(
 
 
 class Journeydb(FileSource):
-    """The adapter `journeydb`. Samples have Midjourney's uuids; fields: `prompt` as it came, `task2`, `split`.
+    """The adapter `journeydb`. Samples are called `<folder>/<uuid>`; fields: `prompt` as it came, `task2`, `split`.
 
     A file is called `<split>/<number>.tgz`, in `units`, too.
     """
@@ -48,7 +48,7 @@ class Journeydb(FileSource):
         identity: dict[str, Any] = {}
         for split in self._options.splits:
             found = list_files(f"{self._root}/data/{split}/imgs/*.tgz", f"sources.{self.name}.root")
-            files += [replace(file, name=f"{split}/{file.name}") for file in found.files]
+            files += [replace(file, name=f"{split}/{file.name.rpartition('/')[2]}") for file in found.files]
             identity[split] = found.identity
             if "repo" in found.identity:
                 identity["repo"] = found.identity["repo"]
@@ -72,6 +72,7 @@ class Journeydb(FileSource):
                 "img_path",
                 FIELDS,
                 "path_dir_stem",
+                f"sources.{self.name}.root",
             )
             for split in self._options.splits
         ]
@@ -84,23 +85,23 @@ class Journeydb(FileSource):
         split = file.name.partition("/")[0]
         table = self.table(list[str](self._options.splits).index(split))
         for member in members(path, is_image, MAX_BYTES):
-            base = stem(member.name)[0]
-            if member.data is None:
-                yield failed(member, base)
-                continue
             folder = member.name.rpartition("/")[0].rpartition("/")[2]
             if folder in ("", "."):  # an archive without its folder
                 folder = stem(file.name)[0]
-            row = table.get(f"{folder}/{base}") or {}
+            key = f"{folder}/{stem(member.name)[0]}"  # of the names alone nobody says that they differ
+            if member.data is None:
+                yield failed(member, key if member.name else "")
+                continue
+            row = table.get(key) or {}
             prompt, task2 = one_line(row.get("prompt")), one_line(row.get("task2"))
             caption, why = self._caption(prompt, task2)
             fields = {name: text for name, text in (("prompt", prompt), ("task2", task2), ("split", split)) if text}
             if not row:
-                why = f"the annotations have no {folder}/{base}"
+                why = f"the annotations have no {key}"
             if caption or not self._options.require_caption:
-                yield Sample(base, member.data, caption, member.name, fields)
+                yield Sample(key, member.data, caption, member.name, fields)
             else:
-                yield Sample(base, None, "", member.name, fields, "no_caption", why)
+                yield Sample(key, None, "", member.name, fields, "no_caption", why)
 
     def _caption(self, prompt: str, task2: str) -> tuple[str, str]:
         """The sample's caption, and why it has none."""

@@ -11,9 +11,8 @@ import pyarrow.parquet as pq
 from pipeline.errors import RequestError
 from pipeline.joins import JoinSpec
 from pipeline.source_options import ParquetSource
-from pipeline.sources.extras import joined, plain, some, tables_of
+from pipeline.sources.extras import as_text, joined, plain, some, tables_of
 from pipeline.sources.files import MAX_BYTES, FileSource, Sample
-from pipeline.sources.grouped import one_line
 from pipeline.sources.remote import Listing, RemoteFile, list_files
 from pipeline.watch import alive
 
@@ -43,7 +42,7 @@ class Parquet(FileSource):
     def details(self) -> dict[str, Any]:
         options = self._options
         by = [join.by for join in options.joins]
-        return {**options.model_dump(include={"image", "caption", "fields", "key"}), "joined_by": by}
+        return {**options.model_dump(include={"image", "caption", "fields", "key"}), "joins": by}
 
     def tables(self) -> Sequence[JoinSpec]:
         return self._tables
@@ -62,11 +61,11 @@ class Parquet(FileSource):
         for batch, image, places in self._batches(path, file):
             if isinstance(batch, str):
                 detail = f"nothing can be read behind row {row}: {batch}"
-                yield Sample("", None, origin=str(row), reason="damaged_archive", detail=detail)
+                yield Sample("", None, origin=f"row-{row}", reason="damaged_archive", detail=detail)
                 return
             alive()
             for at in range(batch.num_rows):
-                yield self._sample(batch, at, image, places, file, row)
+                yield self._sample(batch, at, image, places, row)
                 row += 1
 
     def _batches(
@@ -91,10 +90,8 @@ class Parquet(FileSource):
                 raise  # this machine's fault, not the file's
             yield " ".join(str(error).split())[:300], image, places
 
-    def _sample(
-        self, batch: pa.RecordBatch, at: int, image: Place, places: dict[str, Place], file: RemoteFile, row: int
-    ) -> Sample:
-        options, origin = self._options, str(row)
+    def _sample(self, batch: pa.RecordBatch, at: int, image: Place, places: dict[str, Place], row: int) -> Sample:
+        options, origin = self._options, f"row-{row}"
         values: dict[str, Any] = {}
         for name, place in places.items():
             try:
@@ -105,9 +102,10 @@ class Parquet(FileSource):
                 return Sample("", None, origin=origin, reason="bad_value", detail=detail)
         found = plain(values.get("key"))
         key = "" if found is None else str(found)
+        origin = key or origin
         fields = some((name, values[f"fields.{name}"]) for name in options.fields)
-        fields |= joined(options.joins, self.table, key, self.origin(file, origin))
-        caption = one_line(values.get("caption"))
+        fields |= joined(options.joins, self.table, key, origin)
+        caption = as_text(values.get("caption"))
         cell = _cell(batch, image, at)
         data = None if cell is None else cell.as_buffer()
         if data is None or not len(data):
@@ -148,8 +146,10 @@ class Parquet(FileSource):
             return (*place, *inner)
         found = [(column.name, *inner) for column in schema if (inner := _image_in(column.type)) is not None]
         if len(found) != 1:
-            can = f"{', '.join(place[0] for place in found)} can be it" if found else "no column of bytes"
-            raise RequestError(f"{what} = null: {name} has {_some(schema)}; {can}; give the column with the image")
+            names = ", ".join(place[0] for place in found) or f"none of {_some(schema)}"
+            raise RequestError(
+                f"{what} = null: {len(found)} columns of {name} hold bytes ({names}); name the one with the images"
+            )
         return found[0]
 
     def _find(self, schema: pa.Schema, option: str, column: str, name: str) -> tuple[Place, pa.DataType]:
@@ -170,10 +170,13 @@ class Parquet(FileSource):
 
 
 def _some(schema: pa.Schema) -> str:
-    names = [f"{field.name} ({', '.join(f.name for f in field.type)})" if pa.types.is_struct(field.type) else field.name
-             for field in schema]  # fmt: skip
+    """The columns as the options name them, or the first of them."""
+    names = []
+    for column in schema:
+        inner = [f"{column.name}.{part.name}" for part in column.type] if pa.types.is_struct(column.type) else []
+        names += [column.name] if not inner or _image_in(column.type) is not None else inner
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"the columns {', '.join(names[:NAMED])}{more}"
+    return f"{', '.join(names[:NAMED])}{more}"
 
 
 def _is_binary(kind: pa.DataType) -> bool:

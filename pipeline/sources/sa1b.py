@@ -61,9 +61,18 @@ class Sa1b(FileSource):
         found = list_files(options.captions, f"sources.{self.name}.captions")
         name = found.files[0].name
         if name.endswith((".tar.gz", ".tgz", ".tar")):
-            return [JoinSpec(found, "tar_txt", "", {"joined": "txt"}, "stem")]
+            return [JoinSpec(found, "tar_txt", "", {"joined": "txt"}, "stem", f"sources.{self.name}.captions")]
         reader = "parquet" if name.endswith(".parquet") else "jsonl"
-        return [JoinSpec(found, reader, options.captions_key, {"joined": options.captions_text}, "stem")]
+        return [
+            JoinSpec(
+                found,
+                reader,
+                options.captions_key,
+                {"joined": options.captions_text},
+                "stem",
+                f"sources.{self.name}.captions",
+            )
+        ]
 
     @contextmanager
     def running(self, corpus: Corpus, say: Callable[[str], None]) -> Iterator[None]:

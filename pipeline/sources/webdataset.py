@@ -7,12 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.joins import JoinSpec, inside
+from pipeline.joins import JoinSpec
 from pipeline.source_options import WebdatasetSource
 from pipeline.sources.archives import Member, members, stem
-from pipeline.sources.extras import joined, some, tables_of
+from pipeline.sources.extras import as_text, inside, joined, some, tables_of
 from pipeline.sources.files import MAX_BYTES, FileSource, Sample
-from pipeline.sources.grouped import IMAGES, failed, one_line, text_of, whole_stem
+from pipeline.sources.grouped import IMAGES, failed, text_of, whole_stem
 from pipeline.sources.remote import Listing, RemoteFile, list_files
 
 TEXTS = ("txt", "json")
@@ -38,7 +38,7 @@ class _Group:
 class Webdataset(FileSource):
     """The adapter `webdataset`. Fields: those of the options, and those of the joined tables.
 
-    A sample fails without an image (`missing`), with json that cannot be read (`broken_json`), and with whatever its
+    A sample fails without an image (`missing`), with json that cannot be read (`damaged_json`), and with whatever its
     members have failed with. Without a caption it does not.
     """
 
@@ -57,7 +57,7 @@ class Webdataset(FileSource):
     def details(self) -> dict[str, Any]:
         options = self._options
         by = [join.by for join in options.joins]
-        return {**options.model_dump(include={"image", "caption", "fields", "keys"}), "joined_by": by}
+        return {**options.model_dump(include={"image", "caption", "fields", "keys"}), "joins": by}
 
     def tables(self) -> Sequence[JoinSpec]:
         return self._tables
@@ -68,7 +68,7 @@ class Webdataset(FileSource):
 
     def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[Sample]:
         for group in self._groups(members(path, self._is_read, MAX_BYTES)):
-            yield self._sample(group, file)
+            yield self._sample(group)
 
     def _groups(self, found: Iterator[Member]) -> Iterator[_Group]:
         """The samples of a tar. A place where it is broken is one, too, of no name."""
@@ -90,7 +90,7 @@ class Webdataset(FileSource):
         if group.met:
             yield group
 
-    def _sample(self, group: _Group, file: RemoteFile) -> Sample:
+    def _sample(self, group: _Group) -> Sample:
         image, options = group.image, self._options
         key = group.key if options.keys == "member" else ""
         if image is None:
@@ -102,7 +102,7 @@ class Webdataset(FileSource):
                 return failed(member, key)
         about, fault = _parsed(group.texts.get("json"))
         if fault:
-            reason = "broken_json" if about is None else "too_large"
+            reason = "damaged_json" if about is None else "too_large"
             return Sample(key, None, origin=group.texts["json"].name, reason=reason, detail=fault)
         text = text_of(group.texts.get("txt"))
 
@@ -110,8 +110,8 @@ class Webdataset(FileSource):
             return text if place == "txt" else inside(about, place.removeprefix("json."))
 
         fields = some((name, at(place)) for name, place in options.fields.items())
-        fields |= joined(options.joins, self.table, group.key, self.origin(file, image.name))
-        caption = one_line(at(options.caption)) if options.caption else ""
+        fields |= joined(options.joins, self.table, group.key, image.name)
+        caption = as_text(at(options.caption)) if options.caption else ""
         return Sample(key, image.data, caption, image.name, fields)
 
     def _is_read(self, name: str) -> bool:

@@ -1,6 +1,6 @@
 """Stages: shard in, shard out. They import and run without Ray; those that hold a model import torch when they load."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -188,17 +188,22 @@ def stages_of(config: "BuildConfig") -> list[Stage]:
     return stages
 
 
-def declare(corpus: Corpus, config: "BuildConfig") -> None:
-    """Declare all sources and columns of a config.
+def declare(corpus: Corpus, config: "BuildConfig", say: Callable[[str], None] = lambda note: None) -> None:
+    """Declare all sources and columns of a config, and put the tables that captions come from into the corpus.
 
     Raises:
         RequestError: one is there and was made otherwise; a list, table or model that is not there.
     """
+    from pipeline.joins import build
+    from pipeline.sources.remote import scratch_folder
+    from pipeline.stages.captions import Captions
     from pipeline.stages.ingest import SCALARS, ingest_stage
 
     corpus.declare_column(IMAGES, {"stage": "ingest", "version": 1}, SCALARS)
     for source in sources_of(config):
         corpus.declare_source(source.name, {**source.stage(), "images": ingest_stage(config.images)})
     for stage in stages_of(config):
+        if isinstance(stage, Captions) and stage.table is not None:
+            build(corpus, stage.table, scratch_folder(config.resources.scratch), say)
         for name, spec in stage.columns.items():
             corpus.declare_column(name, spec.stage, spec.scalars)

@@ -66,7 +66,16 @@ def given(count: int, **faults: bytes | None) -> Given:
         data = faults.get(f"row{i}", jpeg(i))
         reason = "http_404" if data is None else None
         inputs.append(
-            Input(i, f"{i:09d}", data, f"http://x/{i}", f"number {i}", "CC0", reason, "404 Not Found" * (data is None))
+            Input(
+                i,
+                f"{i:09d}",
+                data,
+                f"http://x/{i}",
+                f"number {i}",
+                "CC0",
+                reason=reason,
+                detail="404 Not Found" * (data is None),
+            )
         )
     return Given(inputs)
 

@@ -86,7 +86,7 @@ def test_many_row_groups_in_any_order_cost_little_memory(
         assert table.get(f"sa_{n}") == {"c": f"caption {n}"}
         assert len(table._groups) <= joins.KEPT
     assert table.get("sa_20000") is None and table.get("") is None and table.get("zz") is None
-    assert said == []
+    assert said == ["table: a table of 20,000 rows, sorted by key"]
 
 
 def test_a_long_key_whose_statistics_are_cut_is_found(corpus: Corpus, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_parquet_keeps_types_takes_inner_columns_and_a_key_of_two(corpus: Corpus
     table, said = built(corpus, spec_of(path, "parquet", "part_id/image_name", fields), tmp_path)
     assert table.get("1/a.webp") == {"nsfw": 2.0, "caption": "A"}
     assert table.get("2/b.webp") == {"nsfw": 0.5, "caption": "B"}
-    assert said[0] == "metadata.parquet: 1 left out, no_key"
+    assert said[1] == "metadata.parquet: 1 left out, no_key"
 
 
 def test_a_tar_of_texts_up_to_its_broken_place(corpus: Corpus, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_tar_of_texts_up_to_its_broken_place(corpus: Corpus, tmp_path: Path) -
     table, said = built(corpus, spec_of(path, "tar_txt", "", {"joined": "txt"}, "stem"), tmp_path)
     assert table.get("sa_17") == {"joined": "caption 17\n" * 40}
     assert table.get("README") is None and table.get("sa_2999") is None
-    assert said[0] == "captions.tar.gz: 1 left out, damaged_archive"
+    assert said[1] == "captions.tar.gz: 1 left out, damaged_archive"
 
 
 def test_a_jsonl_in_a_tar(corpus: Corpus, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_jsonl_in_a_tar(corpus: Corpus, tmp_path: Path) -> None:
     table, said = built(corpus, spec_of(path, "tar_jsonl", "img_path", fields, "path_dir_stem"), tmp_path)
     assert table.get("002/u-299") == {"prompt": "p 299", "task2": "c 299"}
     assert table.get("001/u-298") == {"prompt": "p 298", "task2": None}
-    assert said[:2] == ["anno.jsonl.tgz: 2 left out, no_json", "anno.jsonl.tgz: 1 left out, no_key"]
+    assert said[1:3] == ["anno.jsonl.tgz: 2 left out, no_json", "anno.jsonl.tgz: 1 left out, no_key"]
 
 
 def test_a_gzip_that_is_cut_is_said(corpus: Corpus, tmp_path: Path) -> None:
@@ -144,15 +144,15 @@ def test_a_gzip_that_is_cut_is_said(corpus: Corpus, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2000])
     table, said = built(corpus, spec_of(path, "jsonl", "key", {"c": "text"}), tmp_path)
     assert table.get("3") == {"c": "23757"}
-    assert said[0] == "t.jsonl.gz: 1 left out, damaged" and "ends behind line" in said[1]
+    assert said[1] == "t.jsonl.gz: 1 left out, damaged" and "ends behind line" in said[2]
 
 
 @pytest.mark.parametrize(
     ("reader", "key", "fields", "message"),
     [
-        ("parquet", "id", {"c": "text"}, "table t.parquet: there is no column 'id'; it has key, text"),
+        ("parquet", "id", {"c": "text"}, "table: table t.parquet: there is no column 'id'; it has key, text"),
         ("parquet", "key", {"c": "text.inner"}, "there is no column 'text.inner'; it has key, text"),
-        ("jsonl", "id", {"c": "text"}, "table t.jsonl: there is no column 'id'; it has key, text"),
+        ("jsonl", "id", {"c": "text"}, "table: table t.jsonl: there is no column 'id'; it has key, text"),
     ],
 )
 def test_a_wrong_column_is_named(
@@ -171,7 +171,7 @@ def test_a_wrong_column_is_named(
 
 def test_a_table_of_nothing_ends_the_build(corpus: Corpus, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "t.jsonl", ["no json\n"] * 3)
-    with pytest.raises(RequestError, match=r"t\.jsonl: nothing in it can be read; no_json: line 1"):
+    with pytest.raises(RequestError, match=r"table: nothing in t\.jsonl can be read; no_json: line 1"):
         built(corpus, spec_of(path, "jsonl", "key", {"c": "text"}), tmp_path)
 
 

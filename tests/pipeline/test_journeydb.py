@@ -30,18 +30,18 @@ def source(root: Path, **options) -> Journeydb:
 def test_the_prompt_as_it_was_typed(tmp_path: Path):
     found = by_key(source(tmp_path), TRAIN)
     assert {key: item.caption for key, item in found.items()} == {
-        "aa": "a cat, oil --ar 16:9 --v 5",
-        "bb": "a dog",
-        "cc": "--tile",
-        "ee": "",
+        "000_aa": "a cat, oil --ar 16:9 --v 5",
+        "000_bb": "a dog",
+        "000_cc": "--tile",
+        "000_ee": "",
     }
-    assert found["aa"].fields == {
+    assert found["000_aa"].fields == {
         "prompt": "a cat, oil --ar 16:9 --v 5",
         "task2": "A cat is painted in oil.",
         "split": "train",
     }
-    assert found["aa"].origin == "jdb/train/000.tgz/000/aa.jpg"
-    assert (found["ee"].reason, found["ee"].detail) == ("no_caption", "the annotations have no 000/ee")
+    assert found["000_aa"].origin == "jdb/train/000.tgz/000/aa.jpg"
+    assert (found["000_ee"].reason, found["000_ee"].detail) == ("no_caption", "the annotations have no 000/ee")
 
 
 def test_task2_and_the_prompt_in_its_place_only_if_asked(tmp_path: Path):
@@ -69,7 +69,11 @@ def test_both_splits_each_with_its_annotations(tmp_path: Path):
     ]
     assert both.units() == ["jdb-000000", "jdb-000001"]
     last = read_all(both, TRAIN, VALID)[-1]
-    assert (last.key, last.caption, last.fields["split"]) == ("dd", "a fish", "valid")  # an archive without its folder
+    assert (last.key, last.caption, last.fields["split"]) == (
+        "000_dd",
+        "a fish",
+        "valid",
+    )  # an archive without its folder
     assert source(tmp_path, splits=["valid"], units=["valid/000.tgz"]).units() == ["jdb-000000"]
     with pytest.raises(RequestError, match=r"train/000\.tgz"):
         source(tmp_path, units=["valid/000.tgz"]).units()

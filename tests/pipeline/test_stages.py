@@ -24,9 +24,11 @@ from pipeline.config import BuildConfig
 from pipeline.corpus import Commit, Corpus
 from pipeline.errors import RequestError
 from pipeline.images import decode, resize
+from pipeline.joins import build
 from pipeline.shards import array_from_bytes, read_tar
 from pipeline.sources import Input
 from pipeline.stages import Stage, Task, UnitTask, latest, read_rows, stages_of
+from pipeline.stages.captions import Captions
 from pipeline.stages.ingest import SCALARS, ingest_unit
 from pipeline.stages.latents import seed_of, square
 from pipeline.stages.models import Batches, autoencoder_identity
@@ -131,6 +133,8 @@ def make(corpus: Corpus, columns: dict, **more) -> dict[str, list[Commit]]:
     for stage in stages_of(config(Path(corpus.url), columns, **more)):
         for column, spec in stage.columns.items():
             corpus.declare_column(column, spec.stage, spec.scalars)
+        if isinstance(stage, Captions) and stage.table is not None:
+            build(corpus, stage.table, Path(corpus.url) / "scratch", print)
         worker: Stage = pickle.loads(pickle.dumps(stage))  # as it comes to a worker
         worker.load()
         for images in corpus.commits("images"):
@@ -224,7 +228,7 @@ def test_another_table_is_another_column(tmp_path: Path, corpus: Corpus):
         for name in ("a", "b")
     ]
     assert stages[0].columns["captions/x"].stage != stages[1].columns["captions/x"].stage
-    # where the table lies is no part of what it says
+    # where the table lies, and what it is called, is no part of what it says
     (tmp_path / "c.jsonl").write_text((tmp_path / "a.jsonl").read_text())
     moved = stages_of(config(tmp_path, {"captions/x": {"join": str(tmp_path / "c.jsonl"), "by": "key"}}))[0]
     assert moved.columns == stages[0].columns
@@ -233,15 +237,12 @@ def test_another_table_is_another_column(tmp_path: Path, corpus: Corpus):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("t.jsonl", b'{"key": "k0", "caption": "x"}\n{"key": "k1"}\n', "line 2"),
-        ("t.jsonl", b'{"key": "k0", "text": "x"}\n', r"expected the columns key, and caption; found \['key', 'text'\]"),
-        ("t.jsonl", b"no json\n", "line 1: no JSON"),
-        ("t.jsonl", b'{"key": "k0", "caption": 7}\n', "line 1: key and caption must be strings"),
-        ("t.jsonl", b"\xff\xfe\n", "cannot be read"),
-        ("t.jsonl", b"[1]\n", r"line 1: expected a JSON object; found '\[1\]"),
-        ("t.jsonl", b'{"key": ["k0"], "caption": "x"}\n', "line 1: key and caption must be strings"),
-        ("t.jsonl", b"[" * 100_000, "line 1: no JSON"),
-        ("t.parquet", b"no parquet", "cannot be read"),
+        ("t.jsonl", b'{"key": "k0", "text": "x"}\n', "there is no column 'caption'; it has key, text"),
+        ("t.jsonl", b"no json\n", r"columns\.captions/x\.join: nothing in t\.jsonl can be read; no_json: line 1"),
+        ("t.jsonl", b"\xff\xfe\n", r"columns\.captions/x\.join: nothing in t\.jsonl can be read; no_json: line 1"),
+        ("t.jsonl", b"[" * 100_000, r"columns\.captions/x\.join: nothing in t\.jsonl can be read; no_json: line 1"),
+        ("t.parquet", b"no parquet", "cannot be read as Parquet"),
+        ("t.csv", b"key,caption", r"t\.csv is no table; expected one of \.parquet, \.jsonl"),
     ],
 )
 def test_a_table_that_is_none(tmp_path: Path, corpus: Corpus, name: str, content: bytes, words: str):
@@ -251,22 +252,28 @@ def test_a_table_that_is_none(tmp_path: Path, corpus: Corpus, name: str, content
 
 
 def test_a_parquet_table_without_the_columns(tmp_path: Path, corpus: Corpus):
-    pq.write_table(pa.table({"id": ["k0"], "caption": ["x"]}), tmp_path / "t.parquet")
-    with pytest.raises(
-        RequestError, match=r"expected the columns url or origin, and caption; found \['id', 'caption'\]"
-    ):
-        make(corpus, {"captions/x": {"join": str(tmp_path / "t.parquet")}})
+    pq.write_table(pa.table({"id": ["k0"], "about": [{"text": "x"}]}), tmp_path / "t.parquet")
+    join = {"join": str(tmp_path / "t.parquet")}
+    with pytest.raises(RequestError, match="there is no column 'url'; it has id, about"):
+        make(corpus, {"captions/x": join})
+    made = make(corpus, {"captions/y": {**join, "by": "key", "key": "id", "column": "about.text"}})["captions/y"]
+    assert {line["key"]: line["caption"] for line in lines(corpus, made) if line["status"] == "ok"} == {"k0": "x"}
 
 
 def test_a_table_that_changed_after_the_declaration(tmp_path: Path, corpus: Corpus):
     table = tmp_path / "t.jsonl"
-    table.write_text('{"key": "k0", "caption": "before"}\n')
-    [stage] = stages_of(config(tmp_path, {"captions/x": {"join": str(table), "by": "key"}}))
-    corpus.declare_column("captions/x", stage.columns["captions/x"].stage, stage.columns["captions/x"].scalars)
-    table.write_text('{"key": "k0", "caption": "after"}\n')
-    with pytest.raises(RequestError, match="not the one that the column was declared with"):
-        stage.run(corpus, Task(corpus.commits("images")[0].ref, {"captions/x": 0}))
-    assert corpus.committed("captions/x") == {}
+    table.write_text('{"key": "k0", "caption": "one"}\n')
+    make(corpus, columns := {"captions/x": {"join": str(table), "by": "key"}})
+    table.write_text('{"key": "k0", "caption": "two"}\n')
+    with pytest.raises(RequestError, match="captions/x"):
+        make(corpus, columns)
+
+
+def test_a_caption_is_cleaned_where_that_is_asked_for(corpus: Corpus):
+    made = make(corpus, {"captions/clean": {"clean": "paper"}})["captions/clean"]
+    found = {line["key"]: line for line in lines(corpus, made)}
+    assert found["k10"]["caption"] == "two words"
+    assert found["k1"]["reason"] == "no_caption"
 
 
 def test_a_table_that_is_not_there(tmp_path: Path):

@@ -48,7 +48,7 @@ class Pictures:
         for i in range(INPUTS):
             data = picture(number * INPUTS + i) if wanted(i) and i != 3 else None
             reason = "http_404" if i == 3 else None
-            yield Input(i, f"k{number}-{i}", b"broken" if i == 7 else data, "", f"picture {i}", "", reason)
+            yield Input(i, f"k{number}-{i}", b"broken" if i == 7 else data, "", f"picture {i}", "", reason=reason)
 
 
 def picture(seed: int) -> bytes:
