@@ -17,7 +17,7 @@ from pipeline.sources.remote import Listing, RemoteFile, list_files
 from pipeline.watch import alive
 
 ROWS = 16  # read at once: each is an image of 0.1 to 4 MB
-BUFFER = 1 << 20  # bytes; without one a row group's images are read as a whole, 1 GB and more
+BUFFER = 1 << 20  # bytes read ahead; else, or with pre_buffer, a row group is read as a whole, 1 GB and more
 NAMED = 40  # columns in a message
 
 Place = tuple[str, ...]  # a column, and the fields inside of it
@@ -75,7 +75,7 @@ class Parquet(FileSource):
         image: Place = ()
         places: dict[str, Place] = {}
         try:
-            with pq.ParquetFile(path, buffer_size=BUFFER) as table:
+            with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as table:
                 image, places = self._places(table.schema_arrow, file.name)
                 columns = sorted(".".join(place) for place in {image, *places.values()})
                 for group in range(table.num_row_groups):

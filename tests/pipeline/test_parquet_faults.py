@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.errors import RequestError
 from pipeline.source_options import ParquetSource
-from pipeline.sources.parquet import BUFFER, Parquet
+from pipeline.sources.parquet import Parquet
 from tests.pipeline.datasets import empty, ingested, picture, read_all
 
 
@@ -109,7 +109,7 @@ def test_little_of_a_row_group_is_in_memory(tmp_path: Path):
     for item in source(tmp_path).read("own-000000", lambda ordinal: True):
         assert item.data == image
         most = max(most, pa.total_allocated_bytes() - before)
-    assert most < 60 << 20 and BUFFER <= 1 << 20
+    assert most < 32 << 20
 
 
 def test_a_fault_of_a_joined_table_is_not_the_files(tmp_path: Path):
