@@ -1,5 +1,7 @@
 """The options of the sources: the blocks under `sources:` of a config."""
 
+import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -11,6 +13,7 @@ TEXTCAPS_IMAGES = "https://dl.fbaipublicfiles.com/textvqa/images/train_val_image
 TEXTCAPS_CAPTIONS = "https://dl.fbaipublicfiles.com/textvqa/data/textcaps/TextCaps_0.1_{split}.json"
 COCO_IMAGES = "http://images.cocodataset.org/zips/val2014.zip"
 COCO_CAPTIONS = "http://images.cocodataset.org/annotations/annotations_trainval2014.zip"
+BESIDE = re.compile(r"txt|json(\.[^.]+)+")  # where a text of a webdataset comes from
 
 
 class FetchOptions(Options):
@@ -90,7 +93,17 @@ class JoinOptions(Options):
     fields: dict[str, str] = Field(min_length=1)
     """Names of the sample's new fields, and the columns that they are taken from (dotted inside of structs)."""
     by: Literal["key", "origin"] = "key"
-    """What of the sample is looked up: its key in the dataset, or where it came from."""
+    """What of the sample is looked up: its key in the dataset (of a webdataset the name of its members), or its place
+    in the file: the member with the image, a row's key, or without one `row-<number>`."""
+
+
+def _names_once(fields: Mapping[str, str], joins: Sequence[JoinOptions]) -> None:
+    met = set(fields)
+    for number, join in enumerate(joins):
+        for name in join.fields:
+            if name in met:
+                raise At(("joins", number, "fields", name), "a field of this name is there already", join.fields[name])
+            met.add(name)
 
 
 class WebdatasetSource(FileOptions):
@@ -109,6 +122,19 @@ class WebdatasetSource(FileOptions):
     """A sample's key: numbers of file and sample, which differ whatever a dataset's names are; or its members' name."""
     joins: list[JoinOptions] = Field(default=[])
 
+    @model_validator(mode="after")
+    def _places(self) -> "WebdatasetSource":
+        for number, extension in enumerate(self.image):
+            if extension != extension.strip("./ \t") or not extension:
+                raise At(("image", number), "expected an extension such as jpg", extension)
+        if self.caption and not BESIDE.fullmatch(self.caption):
+            raise At(("caption",), "expected txt, json.FIELD or nothing", self.caption)
+        for name, place in self.fields.items():
+            if not BESIDE.fullmatch(place):
+                raise At(("fields", name), "expected txt or json.FIELD", place)
+        _names_once(self.fields, self.joins)
+        return self
+
 
 class ParquetSource(FileOptions):
     """Parquet files with images inside."""
@@ -125,6 +151,14 @@ class ParquetSource(FileOptions):
     key: str | None = None
     """The column with a sample's key; by default the numbers of file and row."""
     joins: list[JoinOptions] = Field(default=[])
+
+    @model_validator(mode="after")
+    def _joins_have_keys(self) -> "ParquetSource":
+        for number, join in enumerate(self.joins):
+            if join.by == "key" and self.key is None:
+                raise At(("joins", number, "by"), "there is no key to look up; give key, or by: origin", join.by)
+        _names_once(self.fields, self.joins)
+        return self
 
 
 # -- datasets by name ------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What the adapters of archives share: members of one sample side by side, and samples of members without bytes."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 from pipeline.sources.archives import Member, stem
@@ -14,18 +14,16 @@ def is_image(name: str) -> bool:
     return stem(name)[1] in IMAGES
 
 
-def grouped(
-    members: Iterable[Member], images: Sequence[str] = IMAGES
-) -> Iterator[tuple[str, Member, dict[str, Member]]]:
+def grouped(members: Iterable[Member]) -> Iterator[tuple[str, Member, dict[str, Member]]]:
     """Neighbours whose names differ in the extension only: their name without it, the image, the others by extension.
 
     A member that tells that the archive ends here is an image of no name. Texts without an image are passed over.
     """
-    for (base, damaged), group in groupby(members, key=lambda m: (_whole_stem(m.name), m.reason == "damaged_archive")):
+    for (base, damaged), group in groupby(members, key=lambda m: (whole_stem(m.name), m.reason == "damaged_archive")):
         by_extension = {stem(member.name)[1]: member for member in group}
         if damaged:
             yield "", next(iter(by_extension.values())), {}
-        elif (found := next((e for e in images if e in by_extension), None)) is not None:
+        elif (found := next((e for e in IMAGES if e in by_extension), None)) is not None:
             image = by_extension.pop(found)
             yield base.rpartition("/")[2], image, by_extension
 
@@ -45,6 +43,7 @@ def failed(member: Member, key: str) -> Sample:
     return Sample(key, None, origin=member.name, reason=member.reason or "missing", detail=member.detail)
 
 
-def _whole_stem(name: str) -> str:
+def whole_stem(name: str) -> str:
+    """What the names of one sample's members have in common: the folder, and the name up to its first dot."""
     folder, slash, base = name.rpartition("/")
     return folder.removeprefix("./") + slash + base.partition(".")[0]

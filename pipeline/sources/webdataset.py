@@ -1,104 +1,142 @@
-"""`webdataset`: tars of images with their texts beside them, whatever the names inside, from wherever they lie."""
+"""`webdataset`: tars of images with their texts beside them, whatever their members are called."""
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipeline.joins import JoinSpec
-from pipeline.source_options import JoinOptions, WebdatasetSource
+from pipeline.source_options import WebdatasetSource
 from pipeline.sources.archives import Member, members, stem
+from pipeline.sources.extras import as_text, inside, joined, some, tables_of
 from pipeline.sources.files import MAX_BYTES, FileSource, Sample
-from pipeline.sources.grouped import IMAGES, failed, grouped, text_of
+from pipeline.sources.grouped import IMAGES, failed, text_of, whole_stem
 from pipeline.sources.remote import Listing, RemoteFile, list_files
+
+TEXTS = ("txt", "json")
+MAX_JSON = 8 << 20  # bytes; parsed it takes twenty times as much
+MAX_MEMBERS = 100  # of a sample; more begin another one
+
+
+@dataclass
+class _Group:
+    """Neighbours in a tar whose names differ in the extension only: the best image of them, and the texts asked for."""
+
+    name: str
+    image: Member | None = None
+    rank: int = 0
+    texts: dict[str, Member] = field(default_factory=dict)
+    met: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        return self.name.rpartition("/")[2]
 
 
 class Webdataset(FileSource):
-    """The adapter `webdataset`. Fields are those that are asked for, and those of the tables joined."""
+    """The adapter `webdataset`. Fields: those of the options, and those of the joined tables.
+
+    A sample fails without an image (`missing`), with json that cannot be read (`damaged_json`), and with whatever its
+    members have failed with. Without a caption it does not.
+    """
 
     adapter = "webdataset"
 
     def __init__(self, name: str, options: WebdatasetSource, scratch: Path):
         super().__init__(name, options, scratch)
         self._options = options
+        self._images = [extension.lower() for extension in options.image]
+        places = [options.caption, *options.fields.values()]
+        self._texts = {text for text in TEXTS if any(place.partition(".")[0] == text for place in places)}
 
     def listing(self) -> Listing:
         return list_files(self._options.files, f"sources.{self.name}.files")
 
     def details(self) -> dict[str, Any]:
-        return self._options.model_dump(include={"image", "caption", "fields", "keys"}) | {
-            "joins": [join.by for join in self._options.joins]
-        }
+        options = self._options
+        by = [join.by for join in options.joins]
+        return {**options.model_dump(include={"image", "caption", "fields", "keys"}), "joins": by}
 
     def tables(self) -> Sequence[JoinSpec]:
         return self._tables
 
     @cached_property
     def _tables(self) -> list[JoinSpec]:
-        return join_specs(self._options.joins, self.name)
+        return tables_of(self.name, self._options.joins)
 
     def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[Sample]:
-        options = self._options
-        images = tuple(extension.lower().lstrip(".") for extension in options.image) or IMAGES
-        wanted = {*images, *(place.partition(".")[0] for place in (options.caption, *options.fields.values()) if place)}
-        found = members(path, lambda name: stem(name)[1] in wanted, MAX_BYTES)
-        for base, image, others in grouped(found, images):
-            if image.reason is not None:
-                yield failed(image, base)
-                continue
-            parsed, fault = parsed_json(others.get("json"))
-            texts = {"txt": text_of(others.get("txt")), "json": parsed}
-            fields = {name: plain(inside(texts, place)) for name, place in options.fields.items()}
-            for i, join in enumerate(options.joins):
-                fields |= self.table(i).get(base if join.by == "key" else image.name) or {}
-            fields = {name: value for name, value in fields.items() if value is not None}
-            key = base if options.keys == "member" else ""
-            if fault:
-                yield Sample(key, None, "", image.name, fields, "damaged_json", fault)
-                continue
-            caption = as_text(inside(texts, options.caption)) if options.caption else ""
-            yield Sample(key, image.data, caption, image.name, fields)
+        for group in self._groups(members(path, self._is_read, MAX_BYTES)):
+            yield self._sample(group)
+
+    def _groups(self, found: Iterator[Member]) -> Iterator[_Group]:
+        """The samples of a tar. A place where it is broken is one, too, of no name."""
+        group = _Group("")
+        for member in found:
+            name, extension = whole_stem(member.name), stem(member.name)[1]
+            broken = member.reason == "damaged_archive"
+            again = extension in group.met or len(group.met) == MAX_MEMBERS
+            if broken or again or name != group.name:
+                if group.met:
+                    yield group
+                group = _Group("" if broken else name)
+            group.met.append(extension)
+            rank = 0 if broken else self._rank(extension)
+            if rank is not None and (group.image is None or rank < group.rank):
+                group.image, group.rank = member, rank
+            elif extension in self._texts:
+                group.texts[extension] = member
+        if group.met:
+            yield group
+
+    def _sample(self, group: _Group) -> Sample:
+        image, options = group.image, self._options
+        key = group.key if options.keys == "member" else ""
+        if image is None:
+            wanted = " or ".join(self._images or IMAGES)
+            detail = f"it has no image ({wanted}), but {', '.join(group.met)}"
+            return Sample(key, None, origin=group.name, reason="missing", detail=detail)
+        for member in (image, *group.texts.values()):
+            if member.data is None:
+                return failed(member, key)
+        about, fault = _parsed(group.texts.get("json"))
+        if fault:
+            reason = "damaged_json" if about is None else "too_large"
+            return Sample(key, None, origin=group.texts["json"].name, reason=reason, detail=fault)
+        text = text_of(group.texts.get("txt"))
+
+        def at(place: str) -> object:
+            return text if place == "txt" else inside(about, place.removeprefix("json."))
+
+        fields = some((name, at(place)) for name, place in options.fields.items())
+        fields |= joined(options.joins, self.table, group.key, image.name)
+        caption = as_text(at(options.caption)) if options.caption else ""
+        return Sample(key, image.data, caption, image.name, fields)
+
+    def _is_read(self, name: str) -> bool:
+        # texts that nobody asked for, too: else a sample that has lost its image would not be seen
+        extension = stem(name)[1]
+        return extension in TEXTS or self._rank(extension) is not None
+
+    def _rank(self, extension: str) -> int | None:
+        """Which image of a sample is taken: the lowest; None if it is no image."""
+        if self._images:
+            return self._images.index(extension) if extension in self._images else None
+        if extension in IMAGES:
+            return IMAGES.index(extension)
+        last = extension.rpartition(".")[2]  # of `photo.small.jpg`
+        return len(IMAGES) + IMAGES.index(last) if last in IMAGES else None
 
 
-def join_specs(joins: Sequence[JoinOptions], source: str) -> list[JoinSpec]:
-    """The tables of a source's `joins`."""
-    specs = []
-    for number, join in enumerate(joins):
-        listing = list_files(join.file, f"sources.{source}.joins.{number}.file")
-        reader = "parquet" if listing.files[0].name.endswith(".parquet") else "jsonl"
-        specs.append(JoinSpec(listing, reader, join.key, join.fields, what=f"sources.{source}.joins.{number}"))
-    return specs
-
-
-def parsed_json(member: Member | None) -> tuple[dict[str, Any], str]:
-    """The object in a json member (empty without one), and what is wrong with it."""
+def _parsed(member: Member | None) -> tuple[dict[str, Any] | None, str]:
+    """A json member's object, and what is wrong with it; without one an empty object."""
     if member is None or member.data is None:
-        return {}, "" if member is None else f"{member.name}: {member.detail}"
+        return {}, ""
+    if len(member.data) > MAX_JSON:
+        return {}, f"its json has {len(member.data)} bytes, at most {MAX_JSON} are read"
     try:
         found = json.loads(member.data)
     except (ValueError, RecursionError) as error:
-        return {}, f"{member.name}: {error}"
-    return (found, "") if isinstance(found, dict) else ({}, f"{member.name}: expected an object")
-
-
-def inside(values: Any, place: str) -> Any:
-    """What is at a dotted place inside of dicts; None if nothing is."""
-    if isinstance(values, dict) and place in values:
-        return values[place]
-    first, dot, rest = place.partition(".")
-    return inside(values.get(first), rest) if dot and isinstance(values, dict) else None
-
-
-def plain(value: Any) -> str | int | float | bool | None:
-    """A field's value: plain ones as they are, others as JSON."""
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def as_text(value: Any) -> str:
-    """A caption on one line; of a list of captions the first."""
-    if isinstance(value, list) and value:
-        value = value[0]
-    return " ".join(value.split()) if isinstance(value, str) else ""
+        return None, f"its json cannot be read: {error}"
+    return (found, "") if isinstance(found, dict) else (None, f"its json is no object: {member.data[:60]!r}")

@@ -1,14 +1,22 @@
 """Small archives, and sources of them whose tables are dictionaries: what the tests of the named datasets share."""
 
 import io
+import pickle
 import tarfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.sources import Input
+import numpy as np
+from PIL import Image
+
+from pipeline.config import BuildConfig
+from pipeline.corpus import Corpus
+from pipeline.sources import Input, sources_of
 from pipeline.sources.files import FileSource
+from pipeline.stages import IMAGES, Task, UnitTask, declare, stages_of
+from pipeline.stages.ingest import ingest_unit
 
 
 def write_tar(path: Path, members: Mapping[str, bytes], mode: str = "w") -> Path:
@@ -46,3 +54,30 @@ def by_key(source: FileSource, *tables: Mapping[str, dict[str, Any]]) -> dict[st
     found = read_all(source, *tables)
     assert len({item.key for item in found}) == len(found)
     return {item.key: item for item in found}
+
+
+def picture(seed: int, size: tuple[int, int] = (48, 40)) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def ingested(folder: Path, source: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A small build of one source without its driver: the rows of its images, and of `captions/source`."""
+    given = {"name": "tried", "corpus": str(folder / "corpus"), "shard_samples": 4, "sources": {"own": source}}
+    given |= {"images": {"min_side": 32}, "columns": {"captions/source": {}}}
+    config = BuildConfig.model_validate({**given, "resources": {"scratch": str(folder / "scratch")}})
+    corpus = Corpus.create(str(folder / "corpus"), "tried", 4)
+    declare(corpus, config)
+    sources, stages = sources_of(config), stages_of(config)
+    images: list[dict[str, Any]] = []
+    captions: list[dict[str, Any]] = []
+    with sources[0].running(corpus, print):
+        for unit in sources[0].units():
+            ingest_unit(corpus, pickle.loads(pickle.dumps(sources[0])), UnitTask(unit), config)
+    for commit in sorted(corpus.commits(IMAGES), key=lambda commit: commit.ref.shard):
+        images += corpus.sidecar(commit).to_pylist()
+        for made in stages[0].run(corpus, Task(commit.ref, {"captions/source": 0})):
+            captions += corpus.sidecar(made).to_pylist()
+    return images, captions

@@ -32,18 +32,26 @@ def test_caption_fields_and_keys(tmp_path: Path) -> None:
         "x/c.cls": b"1", "x/c.webp": b"C", "x/d.txt": b"no image", "x/e.json": b"{", "x/e.png": b"E",
     }  # fmt: skip
     write_tar(tmp_path / "a-0.tar", members)
+    # the caption of d has lost its image
     fields = {"score": "json.deep.score", "tags": "json.deep.tags", "none": "json.none", "gone": "json.nothing"}
     found = read_all(source(tmp_path, fields=fields))
     assert [(item.key, item.data, item.caption, item.reason) for item in found] == [
         ("000000-000000", b"B", "two words", None),
         ("000000-000001", b"C", "", None),
-        ("000000-000002", None, "", "damaged_json"),
+        ("000000-000002", None, "", "missing"),
+        ("000000-000003", None, "", "damaged_json"),
     ]
     assert found[0].fields == {"score": 0.5, "tags": '["a", "b"]'}
     assert found[0].origin == "mine/a-0.tar/./x/b.jpg"
     named = by_key(source(tmp_path, keys="member", caption="json.caption"))
-    assert set(named) == {"b", "c", "e"} and named["b"].caption == "from json"
-    assert by_key(source(tmp_path, keys="member", image=["WebP"])).keys() == {"c"}
+    assert set(named) == {"b", "c", "d", "e"} and named["b"].caption == "from json"
+    webp = by_key(source(tmp_path, keys="member", image=["WebP"]))
+    assert {key: item.reason for key, item in webp.items()} == {
+        "b": "missing",
+        "c": None,
+        "d": "missing",
+        "e": "missing",
+    }
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="/.\0", codec="utf-8"), min_size=1, max_size=12), max_size=8))
