@@ -171,7 +171,7 @@ class Parquet(FileSource):
 
 def _some(schema: pa.Schema) -> str:
     """The columns as the options name them, or the first of them."""
-    names = []
+    names: list[str] = []
     for column in schema:
         inner = [f"{column.name}.{part.name}" for part in column.type] if pa.types.is_struct(column.type) else []
         names += [column.name] if not inner or _image_in(column.type) is not None else inner
