@@ -12,7 +12,7 @@ from urllib.parse import unquote_plus
 
 import ftfy
 
-MAX_LENGTH = 8192  # characters; no caption that says anything is longer
+MAX_LENGTH = 4096  # characters; no caption that says anything is longer, and hostile markup costs the square of it
 
 _URL = r"\b(?:https?://|www\.)[^\s<>\"']{1,2000}"
 _HOST = r"\b[a-z0-9-]{1,63}(?:\.[a-z0-9-]{1,63}){0,4}\.(?:com|co|ru|net|org|edu|gov|it|info)\b(?:/[^\s]{0,2000})?"
@@ -59,7 +59,7 @@ _LAST = (
     (r"(\D[,./])\b", r"\1 ", "no space behind punctuation"),
     (r"\s{1,10000}", " ", "white space"),
 )
-_QUOTED = re.compile(r"^[\"'](.{1,8192})[\"']$", re.DOTALL)
+_QUOTED = re.compile(r"^[\"'](.{1,4096})[\"']$", re.DOTALL)
 _ENDS = re.compile(r"^[\'_,\-:]{1,100}|[\'_,\-:+]{1,100}$|^\.\S{1,100}$")
 _MANY_DASHES = re.compile(r"[-_]")
 
