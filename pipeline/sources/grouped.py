@@ -1,7 +1,6 @@
 """What the adapters of archives share: members of one sample side by side, and samples of members without bytes."""
 
 from collections.abc import Iterable, Iterator
-from itertools import groupby
 
 from pipeline.sources.archives import Member, stem
 from pipeline.sources.files import Sample
@@ -17,15 +16,29 @@ def is_image(name: str) -> bool:
 def grouped(members: Iterable[Member]) -> Iterator[tuple[str, Member, dict[str, Member]]]:
     """Neighbours whose names differ in the extension only: their name without it, the image, the others by extension.
 
-    A member that tells that the archive ends here is an image of no name. Texts without an image are passed over.
+    A member that tells that the archive ends here is an image of no name. Texts without an image are passed over. A
+    name that comes twice begins another sample.
     """
-    for (base, damaged), group in groupby(members, key=lambda m: (whole_stem(m.name), m.reason == "damaged_archive")):
-        by_extension = {stem(member.name)[1]: member for member in group}
-        if damaged:
-            yield "", next(iter(by_extension.values())), {}
-        elif (found := next((e for e in IMAGES if e in by_extension), None)) is not None:
-            image = by_extension.pop(found)
-            yield base.rpartition("/")[2], image, by_extension
+    base, group = "", dict[str, Member]()
+
+    def sample() -> Iterator[tuple[str, Member, dict[str, Member]]]:
+        if (found := next((extension for extension in IMAGES if extension in group), None)) is not None:
+            others = {extension: member for extension, member in group.items() if extension != found}
+            yield base.rpartition("/")[2], group[found], others
+
+    for member in members:
+        if member.reason == "damaged_archive":
+            yield from sample()
+            yield "", member, {}
+            group = {}
+            continue
+        name, extension = whole_stem(member.name), stem(member.name)[1]
+        if group and (name != base or extension in group):
+            yield from sample()
+            group = {}
+        base = name
+        group[extension] = member
+    yield from sample()
 
 
 def text_of(member: Member | None) -> str:

@@ -130,14 +130,14 @@ def test_what_python_writes_comes_back(tmp_path: Path, files: dict[str, bytes], 
 def test_a_tar_that_is_cut_anywhere_keeps_what_came_before(tmp_path: Path, packed: str):
     tar = made_tar(FILES)
     data, names = PACKED[packed](tar), list(FILES)
-    end = tar.rindex(FILES[names[-1]][-64:])
+    ends = [512, *(tar.index(FILES[name]) + len(FILES[name]) for name in names[1:])]
+    marked = -(-ends[-1] // 512) * 512 + 512
     for cut in [*range(0, 1030, 103), *random.Random(1).sample(range(len(data)), 60)]:
         found = read(tmp_path / "x", data[:cut])
-        assert [m.name for m in found[:-1]] == names[: len(found) - 1]
-        assert good(found) == {name: FILES[name] for name in names[: len(found) - 1]}
-        assert found[-1].reason == "damaged_archive" if packed != "tar" or cut < end else True
-        if packed == "tar":
-            assert len(found) - 1 == sum(tar.index(FILES[n]) + len(FILES[n]) <= cut for n in names[1:]) + (cut >= 512)
+        whole = sum(end <= cut for end in ends) if packed == "tar" else len(good(found))
+        assert good(found) == {name: FILES[name] for name in names[:whole]}
+        damage = [] if packed == "tar" and cut >= marked else ["damaged_archive"]
+        assert [m.reason for m in found] == [None] * whole + damage
 
 
 def test_a_cut_between_two_members_is_seen(tmp_path: Path):
@@ -298,20 +298,22 @@ def bounded(path: Path, most: int = MOST) -> list[Member]:
     return found
 
 
-def test_a_gzip_bomb(tmp_path: Path):
+def test_a_gzip_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tars, "FREE_BYTES", 8 << 20)
     info = tarfile.TarInfo("zeros.jpg")
     info.size = 2 << 30
     packer = zlib.compressobj(wbits=31)
     with (tmp_path / "x").open("wb") as file:
         file.write(packer.compress(made_tar({"a": b"1"})[:1024] + info.tobuf(tarfile.GNU_FORMAT)))
-        for _ in range(600):
+        for _ in range(60):
             file.write(packer.compress(bytes(1 << 20)))
         file.write(packer.flush())
     found = bounded(tmp_path / "x")
     assert [m.reason for m in found] == [None, "damaged_archive"] and "bomb" in found[-1].detail
 
 
-def test_a_tar_of_nothing_but_zeros(tmp_path: Path):
+def test_a_tar_of_nothing_but_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tars, "MAX_PADDING", 4 << 20)
     (tmp_path / "x").write_bytes(made_tar({"a": b"1"}))
     os.truncate(tmp_path / "x", 1 << 32)
     found = bounded(tmp_path / "x")
@@ -349,7 +351,7 @@ def test_a_zip_bomb(tmp_path: Path):
 
 
 def test_a_zip_whose_members_say_less_than_they_are(tmp_path: Path):
-    data = bytearray(made_zip({"a": bytes(50 << 20)}))
+    data = bytearray(made_zip({"a": bytes(15 << 20)}))
     struct.pack_into("<L", data, data.index(b"PK\1\2") + 24, 1000)
     (tmp_path / "x").write_bytes(data)
     [member] = bounded(tmp_path / "x")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline.source_options import Cc12mSource
 from pipeline.sources.cc12m import Cc12m
-from tests.pipeline.datasets import by_key, empty, write_tar
+from tests.pipeline.datasets import by_key, empty, read_all, write_tar
 
 TABLE = {"000000000": {"llavanext_long": "A long one.", "llavanext_short": "Short."}}
 
@@ -45,3 +45,12 @@ def test_without_a_table(tmp_path: Path):
     plain = source(tmp_path, llavanext=None, require_caption=False)
     assert not plain.tables()
     assert [item.caption for item in by_key(plain).values()] == ["A <PERSON> in RED", ""]
+
+
+def test_an_image_that_is_there_twice_is_not_lost(tmp_path: Path):
+    write_tar(tmp_path / "cc12m-train-0000.tar", {"./1.jpg": b"1", "1.jpg": b"2", "1.txt": b"two", "2.jpg": b"3"})
+    options = Cc12mSource(adapter="cc12m", files=str(tmp_path / "*.tar"), require_caption=False)
+    found = read_all(Cc12m("cc12m", options, tmp_path))
+    assert [(item.data, item.caption, item.reason) for item in found] == [
+        (b"1", "", None), (None, "two", "duplicate_key"), (b"3", "", None),
+    ]  # fmt: skip
