@@ -7,7 +7,6 @@ is bounded or free of nested repeats, so that a hostile text costs no more than 
 
 import html
 import re
-from html.parser import HTMLParser
 from urllib.parse import unquote_plus
 
 import ftfy
@@ -61,6 +60,7 @@ _LAST = (
 )
 _QUOTED = re.compile(r"^[\"'](.{1,4096})[\"']$", re.DOTALL)
 _ENDS = re.compile(r"^[\'_,\-:]{1,100}|[\'_,\-:+]{1,100}$|^\.\S{1,100}$")
+_TAG = re.compile(r"""<(?:[/?]?[a-z]|![a-z[])(?:[^<>"']|"[^"]*"|'[^']*')*+>""")
 _MANY_DASHES = re.compile(r"[-_]")
 
 
@@ -88,17 +88,20 @@ def _apply(rules: tuple[tuple[str, str, str], ...], text: str) -> str:
 
 
 def _without_markup(text: str) -> str:
-    """The text of a piece of HTML."""
-    parser = _Text()
-    parser.feed(text)
-    parser.close()
-    return "".join(parser.parts)
+    """The text of a piece of HTML; what is no whole tag stays.
 
-
-class _Text(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-
-    def handle_data(self, data: str) -> None:
-        self.parts.append(data)
+    Not the standard library's parser: it raises at `<![x[`, and takes seconds for tags that are never closed.
+    """
+    parts, at = [], 0
+    while (start := text.find("<", at)) >= 0:
+        if text.startswith("<!--", start):
+            end = close + 3 if (close := text.find("-->", start)) > 0 else 0
+        else:
+            end = tag.end() if (tag := _TAG.match(text, start)) else 0
+        if end <= start + 1:  # it is not closed: a sign like any other
+            end = start + 1
+            parts.append(text[at:end])
+        else:
+            parts.append(text[at:start])
+        at = end
+    return html.unescape("".join([*parts, text[at:]]))

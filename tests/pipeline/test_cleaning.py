@@ -19,6 +19,10 @@ from pipeline.cleaning import _FIRST, _LAST, _RULES, MAX_LENGTH, clean_caption
         ("see www.example.org/a/b for a hat", "see for a hat"),
         ("a hat from hats.com today", "a hat from today"),
         ("<p>a <b>bold</b> hat</p>", "a bold hat"),
+        ('<img alt="a > b" src=x>a hat', "a hat"),
+        ("a <!-- quite -->hat", "a hat"),
+        ("<![if ie]>a hat<![endif]>", "a hat"),
+        ("2 < 3 hats, <3", "2 < 3 hats, <3"),
         ("hat by @somebody", "hat by"),
         ("a 红色 hat", "a hat"),
         ("a hat — red", "a hat - red"),
@@ -51,7 +55,7 @@ def test_what_goes_and_what_stays(text: str, wanted: str) -> None:
     assert clean_caption(text) == wanted
 
 
-@given(st.text(max_size=300) | st.text(alphabet="ab1-_.,'\"#@<>&;%/ x×:()\n", max_size=300))
+@given(st.text(max_size=300) | st.text(alphabet="ab1-_.,'\"#@<>&;%/ x×:()\n![]", max_size=300))
 @settings(max_examples=300, deadline=None)
 def test_any_text_gives_a_text(text: str) -> None:
     found = clean_caption(text)
@@ -87,3 +91,17 @@ def test_no_pattern_explodes(piece: str) -> None:
 
     seconds(500)
     assert seconds(8000) < 60 * (seconds(1000) + 0.01)
+
+
+@pytest.mark.parametrize(
+    "text", ["<![x[ a hat", "a hat <![", "<!doctype x[ a hat", "<?x a hat", "<!-- a hat", "<a b='c"]
+)
+def test_markup_that_is_not_closed_ends_nothing(text: str) -> None:
+    assert clean_caption(text)
+
+
+@pytest.mark.parametrize("piece", ["<a ", "<a '", '<a "', "<!--", "<![", "</", "<?x", "&#", "%3c", "a.", "#. "])
+def test_hostile_text_costs_no_time(piece: str) -> None:
+    text, began = (piece * MAX_LENGTH)[:MAX_LENGTH], time.process_time()
+    clean_caption(text)
+    assert time.process_time() - began < 1.0
