@@ -10,10 +10,12 @@ import gzip
 import hashlib
 import io
 import json
+import shutil
 import time
 from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -35,7 +37,7 @@ from pipeline.sources.tars import tar_chunks
 from pipeline.store import Store
 from pipeline.tables import JOINS, Table, cached, publish
 
-LAYOUT = 1
+LAYOUT = 2
 ROW_GROUP = 20_480  # rows that a look-up reads at once: some 10 MB of captions
 KEPT = 4  # row groups in memory of a worker, for each table
 BATCH = 8192
@@ -43,6 +45,7 @@ SORT_MEMORY = "600MB"  # of DuckDB; what does not fit goes to the scratch folder
 MAX_LINE, MAX_TEXT = 4 << 20, 256 << 10
 EXAMPLES = 3
 SAY_EVERY = 5.0  # seconds
+SPILL, OLD_SPILL = "microdit-join-", 48 * 3600.0  # what killed builds leave in the scratch folder, and seconds
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,23 @@ class JoinSpec:
     @cached_property
     def base(self) -> str:
         """What its objects in the corpus begin with."""
-        made_by = [LAYOUT, self.listing.identity, self.reader, self.key, dict(self.fields), self.key_of]
+        made_by = [LAYOUT, self._files(), self.reader, self.key, list(self.fields.items()), self.key_of]
         return f"{JOINS}/{hashlib.sha256(canonical({'join': made_by})).hexdigest()[:32]}"
+
+    def _files(self) -> Any:
+        """Which files these are. Their listing's identity is too little: it is equal for files of one name on two
+        servers, and for a local file that was changed and is as long as before."""
+        if "sha256" in self.listing.identity:
+            return self.listing.identity
+        places = [(file.url.partition("?")[0], file.size, file.etag) for file in self.listing.files]
+        return [self.listing.identity, places]
 
 
 class JoinTable(Table):
-    """The record of a table in the corpus: beside it the last key of each row group, and what was left out and why."""
+    """The record of a table in the corpus: beside it the fields' names, the last key of each row group, and what was
+    left out and why. In the file itself the fields are `f0`, `f1`, ..., as SQL would not tell `Long` from `long`."""
 
+    fields: list[str]
     last: list[str]
     left_out: dict[str, int]
     examples: list[str]
@@ -90,7 +103,7 @@ class _Tally:
     examples: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     said: float = field(default_factory=time.monotonic)
-    error: Exception | None = None  # DuckDB makes another one of it
+    error: BaseException | None = None  # DuckDB makes another one of it
 
     def leave_out(self, reason: str, example: str, count: int = 1) -> None:
         self.left_out[reason] += count
@@ -125,7 +138,8 @@ def build(corpus: Corpus, spec: JoinSpec, scratch: Path, say: Callable[[str], No
 
     def record(object: ObjectRef, rows: int) -> JoinTable:
         left_out = dict(tally.left_out)
-        return JoinTable(object=object, rows=rows, last=last, left_out=left_out, examples=tally.examples)
+        fields, examples = list(spec.fields), tally.examples
+        return JoinTable(object=object, rows=rows, fields=fields, last=last, left_out=left_out, examples=examples)
 
     publish(corpus, spec.base, write, record)
     say(f"{spec.what}: a table of {tally.rows:,} rows, sorted by key")
@@ -137,12 +151,16 @@ def build(corpus: Corpus, spec: JoinSpec, scratch: Path, say: Callable[[str], No
 
 def _write_sorted(spec: JoinSpec, scratch: Path, tally: _Tally, path: Path) -> None:
     scratch.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=scratch) as spill:
+    for left in scratch.glob(f"{SPILL}*"):
+        with suppress(OSError):  # another process was faster
+            if time.time() - left.stat().st_mtime > OLD_SPILL:
+                shutil.rmtree(left)
+    with TemporaryDirectory(dir=scratch, prefix=SPILL) as spill:
         options: dict[str, Any] = {"memory_limit": SORT_MEMORY, "temp_directory": spill, "threads": 1}
         schema, batches = _readers(spec, scratch, tally)
         with duckdb.connect(config=options) as database:
             database.register("rows", pa.RecordBatchReader.from_batches(schema, _kept(batches, tally)))
-            names = ", ".join(f'"{column}"' for column in ["key", *spec.fields])
+            names = ", ".join(["key", *(f"f{i}" for i in range(len(spec.fields)))])
             try:
                 database.execute(
                     f"COPY (SELECT {names} FROM rows ORDER BY key, number) TO '{_quoted(path)}' "
@@ -180,7 +198,13 @@ class Joined:
             return None
         keys, rows = self._group(number)
         place = bisect_left(keys, key)
-        return rows.slice(place, 1).to_pylist()[0] if place < len(keys) and keys[place] == key else None
+        if place == len(keys) or keys[place] != key:
+            return None
+        return dict(zip(self._table.fields, rows.slice(place, 1).to_pylist()[0].values(), strict=True))
+
+    def get_many(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The fields of those keys that the table has. Each part of it is read once at most, however they come."""
+        return {key: found for key in sorted(set(keys)) if (found := self.get(key)) is not None}
 
     @cached_property
     def _table(self) -> JoinTable:
@@ -222,7 +246,7 @@ def _readers(spec: JoinSpec, scratch: Path, tally: _Tally) -> tuple[pa.Schema, I
         types = [t.value_type if pa.types.is_dictionary(t) else t for t in types]
     else:
         types = [pa.string()] * len(spec.fields)
-    fields = [pa.field(name, kind) for name, kind in zip(spec.fields, types, strict=True)]
+    fields = [pa.field(f"f{i}", kind) for i, kind in enumerate(types)]
     schema = pa.schema([pa.field("key", pa.string()), pa.field("number", pa.int64()), *fields])
     return schema, _batches(spec, schema, scratch, tally)
 
@@ -250,10 +274,10 @@ def _batches(spec: JoinSpec, schema: pa.Schema, scratch: Path, tally: _Tally) ->
 
 
 def _kept(batches: Iterator[pa.RecordBatch], tally: _Tally) -> Iterator[pa.RecordBatch]:
-    """The batches; what ends them is kept."""
+    """The batches; what ends them is kept, a signal's exception too."""
     try:
         yield from batches
-    except Exception as error:
+    except BaseException as error:
         tally.error = error
         raise
 
@@ -266,14 +290,28 @@ def _parquet(path: Path, spec: JoinSpec, tally: _Tally, name: str) -> _Rows:
     with _parquet_file(path, spec, name) as file:
         for batch in file.iter_batches(BATCH, columns=wanted):
             table = _flattened(pa.Table.from_batches([batch]), spec)
-            parts = [pc.cast(table[column], pa.string()) for column in spec.key.split("/")]
+            parts = [_valid(pc.cast(table[column], pa.string(), safe=False)) for column in spec.key.split("/")]
             keys = parts[0] if len(parts) == 1 else pc.binary_join_element_wise(*parts, "/")
-            yield keys.to_pylist(), [table[column] for column in spec.fields.values()]
+            yield keys.to_pylist(), [_valid(table[column]) for column in spec.fields.values()]
+
+
+def _valid(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Strings with what is no UTF-8 in them replaced: Parquet files may hold it, and reading does not look."""
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return column
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        values = column.cast(pa.large_binary()).to_pylist()
+        texts = [None if value is None else value.decode("utf-8", "replace") for value in values]
+        return pa.chunked_array([pa.array(texts, column.type)])
+    return column
 
 
 def _parquet_file(path: Path, spec: JoinSpec, name: str) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(path)
+        # without both a row group's whole columns are read at once, and all rows may be in one
+        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise RequestError(f"{spec.what}: table {name} cannot be read as Parquet: {error}") from error
     schema = file.schema_arrow

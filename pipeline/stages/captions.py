@@ -52,10 +52,14 @@ class Captions:
         images = latest(corpus, IMAGES, task.ref)
         if self.table is not None and self._joined is None:
             self._joined = Joined(corpus.store, self.table)
+        rows = list(read_lines(corpus, images))
+        table: dict[str, dict[str, Any]] = {}
+        if self._joined is not None:  # all at once: the order of a shard is not that of the table
+            table = self._joined.get_many(row.scalars[self._options.by] for row in rows if row.ok)
         with ExitStack() as stack:
             made = attempts(stack, corpus, task, [images])
-            for row in samples(read_lines(corpus, images), made, task, IMAGES):
-                caption, where = self._caption(row.scalars)
+            for row in samples(rows, made, task, IMAGES):
+                caption, where = self._caption(row.scalars, table)
                 if self._options.clean is not None:
                     caption = clean_caption(caption)
                 for attempt in made.values():
@@ -67,14 +71,14 @@ class Captions:
                         attempt.add(row.row, row.key, caption=caption, tokens=len(caption.split()))
             return commit_all(made, task)
 
-    def _caption(self, line: dict[str, Any]) -> tuple[str, str]:
+    def _caption(self, line: dict[str, Any], table: dict[str, dict[str, Any]]) -> tuple[str, str]:
         """The caption of a sample, empty if there is none, and where none was found."""
         options, source = self._options, line["caption"] or ""
         if options.field is not None:
             fallback = source if options.fallback else ""
             return field_text(line.get("fields"), options.field) or fallback, f"no text came as {options.field!r}"
         if self._joined is not None:
-            found = self._joined.get(line[options.by]) or {}
+            found = table.get(line[options.by], {})
             return found.get("caption") or "", f"the table has none for its {options.by}"
         return source, "no caption came with it"
 

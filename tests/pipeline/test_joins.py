@@ -3,8 +3,10 @@
 import gzip
 import io
 import json
+import os
 import pickle
 import tarfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,8 @@ def corpus(tmp_path: Path) -> Corpus:
 def built(corpus: Corpus, spec: JoinSpec, tmp_path: Path) -> tuple[Joined, list[str]]:
     said: list[str] = []
     build(corpus, spec, tmp_path / "scratch", said.append)
-    return pickle.loads(pickle.dumps(Joined(corpus.store, spec))), said
+    told = [line for line in said if "rows read" not in line]  # how far it is: on a busy machine only
+    return pickle.loads(pickle.dumps(Joined(corpus.store, spec))), told
 
 
 def spec_of(path: Path, reader: str, key: str, fields: dict[str, str], key_of: str = "") -> JoinSpec:
@@ -185,3 +188,85 @@ def test_it_is_built_once(corpus: Corpus, tmp_path: Path) -> None:
     assert sorted(corpus.store.names("tables")) == before and len(before) == 2
     assert table.get("a") == {"c": "b"}
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_another_file_is_another_table(corpus: Corpus, tmp_path: Path) -> None:
+    """Of the same name and length, in its place or on another server."""
+    found = []
+    for text in ("one", "two"):
+        path = jsonl(tmp_path / "t.jsonl", [{"key": "a", "caption": text}])
+        os.utime(path, ns=(len(found), len(found)))
+        table, _ = built(corpus, spec_of(path, "jsonl", "key", {"caption": "caption"}), tmp_path)
+        found.append(table.get("a"))
+    assert found == [{"caption": "one"}, {"caption": "two"}]
+    there = [list_files(f"https://{place}/captions.jsonl?signed={place}", "table") for place in ("x/a", "x/b", "y/a")]
+    assert len({JoinSpec(listing, "jsonl", "key", {"caption": "caption"}).base for listing in there}) == 3
+    again = list_files("https://x/a/captions.jsonl?signed=anew", "table")  # a link that was signed again
+    assert JoinSpec(again, "jsonl", "key", {}).base == JoinSpec(there[0], "jsonl", "key", {}).base
+
+
+@pytest.mark.parametrize("names", [("key", "n"), ("number", "f0"), ("Long", "long"), ('a"b', "select")])
+def test_fields_may_be_called_anything(corpus: Corpus, tmp_path: Path, names: tuple[str, str]) -> None:
+    path = jsonl(tmp_path / "t.jsonl", [{"id": key, "x": f"x{key}", "y": f"y{key}"} for key in "ba"])
+    table, _ = built(corpus, spec_of(path, "jsonl", "id", dict(zip(names, "xy", strict=True))), tmp_path)
+    assert table.get("a") == dict(zip(names, ("xa", "ya"), strict=True))
+
+
+@pytest.mark.parametrize("bad", ["key", "caption"])
+def test_strings_of_a_parquet_file_that_are_no_text(corpus: Corpus, tmp_path: Path, bad: str) -> None:
+    raw = pa.array([b"ok", b"\xff\xfe"], pa.binary())
+    columns = {"key": pa.array(["ok", "other"]), "caption": pa.array(["x", "y"])}
+    columns[bad] = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    table, _ = built(corpus, spec_of(tmp_path / "t.parquet", "parquet", "key", {"caption": "caption"}), tmp_path)
+    assert table.get("ok") == {"caption": "ok" if bad == "caption" else "x"}
+    assert table.get("other" if bad == "caption" else "\ufffd\ufffd") == {
+        "caption": "\ufffd\ufffd" if bad == "caption" else "y"
+    }
+
+
+def test_a_signal_ends_it_as_itself(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joins, "SAY_EVERY", 0.0)
+    path = jsonl(tmp_path / "t.jsonl", [{"key": str(i), "caption": "x"} for i in range(20_000)])
+
+    class Stopped(KeyboardInterrupt):
+        pass
+
+    def say(text: str) -> None:
+        raise Stopped("stopped")
+
+    with pytest.raises(Stopped, match="stopped"):
+        build(corpus, spec_of(path, "jsonl", "key", {"caption": "caption"}), tmp_path / "scratch", say)
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_many_at_once_read_each_part_once(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joins, "ROW_GROUP", 2048)
+    count = 40_000
+    path = jsonl(tmp_path / "t.jsonl", [{"key": str(i), "caption": f"c{i}"} for i in range(count)])
+    table, _ = built(corpus, spec_of(path, "jsonl", "key", {"caption": "caption"}), tmp_path)
+    groups = table._file.metadata.num_row_groups
+    assert groups > 2 * joins.KEPT
+    read: list[int] = []
+    whole = table._file.read_row_group
+
+    class Counted:
+        def read_row_group(self, number: int) -> pa.Table:
+            read.append(number)
+            return whole(number)
+
+    table.__dict__["_file"] = Counted()
+    keys = [str(i * 7919 % count) for i in range(1000)] + ["no such key"]
+    assert table.get_many(keys) == {key: {"caption": f"c{key}"} for key in keys[:-1]}
+    assert len(read) == len(set(read)) <= groups
+
+
+def test_what_a_killed_build_left_is_swept(corpus: Corpus, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    for name, age in (("microdit-join-old", 3 * 86_400), ("microdit-join-new", 0), ("other", 3 * 86_400)):
+        (scratch / name).mkdir(parents=True)
+        (scratch / name / "spilled").write_bytes(b"x")
+        os.utime(scratch / name, (time.time() - age, time.time() - age))
+    path = jsonl(tmp_path / "t.jsonl", [{"key": "a", "caption": "x"}])
+    built(corpus, spec_of(path, "jsonl", "key", {"caption": "caption"}), tmp_path)
+    assert sorted(each.name for each in scratch.iterdir()) == ["microdit-join-new", "other"]
