@@ -40,7 +40,7 @@ PIPELINE_FILES = [
     for folder in ("transformer", "vae", "text_encoder")
     for suffix in ("json", "txt", "model", "safetensors")
 ]
-LOADING = ("dtype", "max_tokens", "hidden_layer", "template")
+LOADING = ("dtype", "max_tokens", "hidden_layer", "template", "trim")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 RELEASED_REPO = "VSehwag24/MicroDiT"

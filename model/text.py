@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.functional import pad
 
 from model.clip import ClipTokenizer, load_open_clip, open_clip_config, read_merges
 from model.hub import ModelFiles, fetch, new_folder
@@ -32,6 +33,7 @@ class Entry:
     max_tokens: how many tokens of a caption it keeps; None is what the family gives. dtype is the same on every
     machine, so that a corpus can be made on several. hidden_layer: an index of transformers' `hidden_states`; None is
     the last one, behind the final norm. template: the prompt around `{caption}`. hidden_act replaces the config's.
+    trim: of a CLIP text tower, whose padding counts as text, keep the real tokens alone.
     """
 
     where: str | Callable[[], Path]
@@ -41,6 +43,7 @@ class Entry:
     hidden_layer: int | None = None
     template: str = CAPTION
     hidden_act: str | None = None
+    trim: bool = False
 
 
 def _minilm_folder() -> Path:
@@ -88,6 +91,7 @@ TEXT_ENCODERS = {
     ),
 }
 MAX_TOKENS = 128  # of an encoder without a name here
+LENGTHS = (*range(8, 65, 8), *range(96, 1025, 32))  # tokens to which a batch is filled up: few shapes for the GPU
 
 T5 = ("t5", "mt5", "umt5")
 BERT = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta-v2", "mpnet", "modernbert")
@@ -126,6 +130,7 @@ class TextEncoder:
         self._module, self._tokenizer = module, tokenizer
         self._prefix, _, self._suffix = fingerprint.get("template", CAPTION).partition(CAPTION)
         self._layer: int | None = fingerprint.get("hidden_layer")
+        self._trim = bool(fingerprint.get("trim"))
         self.width = int(getattr(module.config, "d_model", 0) or module.config.hidden_size)
 
     @property
@@ -159,12 +164,12 @@ class TextEncoder:
         """(embeddings, lengths): float32 (B, L, width), zero behind a caption's end, and int64 (B,) real tokens.
 
         Of a template, the tokens before the caption are left out: a causal model gives the same for every caption
-        there. A CLIP text tower gives all its positions, padding included: L and all lengths are 77.
+        there. A CLIP text tower gives all its positions, padding included: L and all lengths are 77; with `trim` its
+        real tokens, which are what they are among all (its attention is causal).
+        The network sees the captions filled up to one of `LENGTHS`: rounding depends on that length.
         """
         if isinstance(self._tokenizer, ClipTokenizer):
-            ids = self._tokenizer(captions).to(self.device)
-            embeddings = self._module(input_ids=ids).last_hidden_state.float()
-            return embeddings, torch.full((len(ids),), ids.shape[1], device=ids.device)
+            return self._encode_clip(self._tokenizer(captions))
         prompts = [self._prefix + caption + self._suffix for caption in captions]
         skip = len(self._tokenizer(self._prefix)["input_ids"]) if self._prefix else 0
         tokens = self._tokenizer(
@@ -175,9 +180,12 @@ class TextEncoder:
             return_tensors="pt",
             return_offsets_mapping=bool(self._prefix),
         )
-        ids, mask = (tokens[name].to(self.device) for name in ("input_ids", "attention_mask"))
-        if not ids.shape[1]:  # nothing but empty captions, and a tokenizer that adds no token
-            return torch.zeros(*ids.shape, self.width, device=ids.device), mask.sum(1)
+        longest = tokens["input_ids"].shape[1]
+        if not longest:  # nothing but empty captions, and a tokenizer that adds no token
+            return torch.zeros(len(captions), 0, self.width, device=self.device), tokens["attention_mask"].sum(1)
+        more = filled_up(longest, skip + self.max_tokens) - longest
+        ids = pad(tokens["input_ids"], (0, more), value=self._tokenizer.pad_token_id or 0).to(self.device)
+        mask = pad(tokens["attention_mask"], (0, more)).to(self.device)
         if self._layer is None:
             hidden = self._module(input_ids=ids, attention_mask=mask).last_hidden_state
         else:
@@ -185,11 +193,30 @@ class TextEncoder:
             hidden = output.hidden_states[self._layer]
         kept = mask.bool()
         if self._prefix:
-            kept = kept & (tokens["offset_mapping"][:, :, 1].to(kept.device) > len(self._prefix))
+            ends = pad(tokens["offset_mapping"][:, :, 1], (0, more))
+            kept = kept & (ends.to(kept.device) > len(self._prefix))
         rows = [row[keep] for row, keep in zip(hidden.float(), kept, strict=True)]
         embeddings = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         # a token in front that melts into the caption is kept, and is one more than there is place for
         return embeddings[:, : self.max_tokens], kept.sum(1).clamp(max=self.max_tokens)
+
+    def _encode_clip(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """`encode` of (B, 77) token ids."""
+        lengths = torch.full((len(ids),), ids.shape[1])
+        if self._trim:
+            lengths = ids.shape[1] - ids.flip(1).argmax(1)  # the end token has the largest id
+            longest = int(lengths.max()) if len(ids) else 0
+            ids = ids[:, : filled_up(longest, ids.shape[1])]
+        embeddings = self._module(input_ids=ids.to(self.device)).last_hidden_state.float()
+        if self._trim:
+            real = torch.arange(ids.shape[1]) < lengths[:, None]
+            embeddings = (embeddings * real.to(self.device)[..., None])[:, :longest]
+        return embeddings, lengths.to(self.device)
+
+
+def filled_up(longest: int, most: int) -> int:
+    """The first of `LENGTHS` that has room for `longest` tokens, and no more than `most`."""
+    return min(next((length for length in LENGTHS if length >= longest), most), most)
 
 
 def load_text_encoder(
@@ -201,18 +228,19 @@ def load_text_encoder(
     max_tokens: int | None = None,
     hidden_layer: int | None = None,
     template: str | None = None,
+    trim: bool = False,
 ) -> TextEncoder:
     """A text encoder of `TEXT_ENCODERS`, or any T5, BERT, CLIP text tower or decoder LLM by repository or folder.
 
     None is what the entry says. hidden_layer: an index of transformers' `hidden_states`, such as -2. template: the
-    prompt, which holds `{caption}` once. Both are for decoder LLMs alone.
+    prompt, which holds `{caption}` once. Both are for decoder LLMs alone. trim: as in `Entry`, for CLIP alone.
 
     Raises:
         ValueError: there is no such name, or it cannot be asked so.
         model.hub.ModelFilesError: its files cannot be had.
     """
     name = str(name_or_path)
-    found = _find(name, revision, dtype, max_tokens, hidden_layer, template)
+    found = _find(name, revision, dtype, max_tokens, hidden_layer, template, trim)
     entry, files, family, options = found
     groups = WEIGHTS if family == "clip" else [group for group in WEIGHTS if not group[0].startswith("open_clip")]
     files = fetch(_folder(entry), [*CONFIGS, *TOKENIZER], weights=groups, revision=files.revision)
@@ -244,13 +272,14 @@ def text_encoder_fingerprint(
     max_tokens: int | None = None,
     hidden_layer: int | None = None,
     template: str | None = None,
+    trim: bool = False,
 ) -> dict[str, Any]:
     """The fingerprint of `load_text_encoder(...)`, told from its files: of a repository only the config is fetched.
 
     Raises:
         As `load_text_encoder`.
     """
-    return _fingerprint(*_find(str(name_or_path), revision, dtype, max_tokens, hidden_layer, template))
+    return _fingerprint(*_find(str(name_or_path), revision, dtype, max_tokens, hidden_layer, template, trim))
 
 
 Family = Literal["encoder", "clip", "decoder"]
@@ -263,6 +292,7 @@ def _find(
     max_tokens: int | None,
     hidden_layer: int | None,
     template: str | None,
+    trim: bool,
 ) -> tuple[Entry, ModelFiles, Family, dict[str, Any]]:
     """The entry with every question answered, its config files, the family, and the config of the text model."""
     entry = TEXT_ENCODERS.get(name) or next((e for e in TEXT_ENCODERS.values() if e.where == name), Entry(name))
@@ -277,7 +307,10 @@ def _find(
         dtype=dtype or entry.dtype,
         hidden_layer=entry.hidden_layer if hidden_layer is None else hidden_layer,
         template=template or entry.template,
+        trim=trim,
     )
+    if trim and family != "clip":
+        raise ValueError(f"trim: text encoder {name!r} is no CLIP text tower, the padding of others is never kept")
     if family != "decoder" and (asked.hidden_layer is not None or asked.template != CAPTION):
         raise ValueError(f"text encoder {name!r} is no decoder LLM: hidden_layer and template are for those alone")
     if asked.template.count(CAPTION) != 1:
@@ -343,6 +376,8 @@ def _fingerprint(entry: Entry, files: ModelFiles, family: Family, options: dict[
     }
     if family == "clip":
         found |= {"tokens": "open_clip", "hidden_act": entry.hidden_act or options["hidden_act"]}
+        if entry.trim:
+            found["trim"] = True
     if family == "decoder":
         found |= {"hidden_layer": entry.hidden_layer, "template": entry.template}
     return found

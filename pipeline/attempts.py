@@ -126,7 +126,7 @@ class Attempt:
             reasons=dict(reasons),
             fingerprint=self.fingerprint,
             inputs=self.inputs,
-            timings={"seconds": round(age, 3)} | {k: round(float(v), 3) for k, v in timings.items()},
+            timings={"seconds": round(age, 3)} | {k: round(float(v), 6) for k, v in timings.items()},
             host=socket.gethostname(),
         )
         record = Commit.parse(wanted.to_bytes())

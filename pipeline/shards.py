@@ -3,8 +3,10 @@
 import hashlib
 import io
 import math
+import struct
 import tarfile
 import threading
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -15,6 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.quantise import dequantise
+
+ZIP_MEMBER = b"PK\3\4"
 MOST_HEADER = 10_012  # bytes: numpy itself reads no `.npy` header longer than 10,000
 _parser = threading.Lock()  # Python 3.11's parser counts its depth wrongly when threads take turns in it
 
@@ -135,12 +140,42 @@ def array_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def arrays_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Arrays as the bytes of a `.npz` file, not compressed; equal arrays give equal bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), array_bytes(array))
+    return buffer.getvalue()
+
+
 def array_from_bytes(data: bytes) -> np.ndarray:
-    """The array of a `.npy` file; never unpickles, and allocates no more than the file is long.
+    """The array of any field of a sample: of a `.npy` file as it is, of a `.npz` file (quantised text) as float16.
+
+    Never unpickles, and allocates no more than a few times what the file is long.
 
     Raises:
-        ValueError: this is no `.npy` file, or its header and its length disagree.
+        ValueError: this is no such file, or its headers and its length disagree.
     """
+    return dequantise(_npz_arrays(data)) if data.startswith(ZIP_MEMBER) else _npy_array(data)
+
+
+def _npz_arrays(data: bytes) -> dict[str, np.ndarray]:
+    """What a zip of `.npy` files holds, as `arrays_bytes` writes it: stored one behind the other."""
+    found, at = {}, 0
+    while data.startswith(ZIP_MEMBER, at) and at + 30 <= len(data):
+        flags, method, size, full, name, extra = struct.unpack_from("<2H8x2I2H", data, at + 6)
+        start = at + 30 + name + extra
+        if flags & 9 or method or size != full or start + size > len(data):
+            raise ValueError(f"npz: the member at {at} is not stored plainly, or is cut")
+        found[data[at + 30 : at + 30 + name].decode("ascii", "replace").removesuffix(".npy")] = _npy_array(
+            data[start : start + size]
+        )
+        at = start + size
+    return found
+
+
+def _npy_array(data: bytes) -> np.ndarray:
     start = 12 if data[6:8] == b"\x02\x00" else 10
     start += int.from_bytes(data[8:start], "little")
     shape, fortran_order, dtype = _array_header(data[: min(start, MOST_HEADER)])

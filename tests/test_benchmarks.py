@@ -71,3 +71,11 @@ def test_ingest() -> None:
     found = run("ingest", "--tars", "2", "--samples", "4", "--rounds", "1")
     assert (found["images"], found["rounds"]) == (8, 1)  # the same JPEGs, which it checks itself
     assert found["ratio_bare"] == pytest.approx(found["bare_seconds"] / found["ingest_seconds"], rel=0.05)
+
+
+def test_quantise() -> None:
+    rows = {(row["encoder"], row["storage"]): row for row in run("quantise", "--captions", "40")["rows"]}
+    assert {encoder for encoder, _ in rows} == {"minilm", "dfn-clip-h", "t5-xxl"}
+    for row in rows.values():
+        assert row["less"] >= (row["goal"] or 1)
+        assert row["worst_sample"] < {"float16": 0.001, "int8": 0.03, "int4": 0.2}[row["storage"]]

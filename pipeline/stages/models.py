@@ -28,18 +28,20 @@ def autoencoder_identity(column: str, name: str, revision: str | None) -> dict[s
 
 
 @lru_cache(maxsize=16)
-def text_encoder_identity(column: str, name: str, revision: str | None) -> dict[str, Any]:
+def text_encoder_identity(column: str, name: str, revision: str | None, trim: bool = False) -> dict[str, Any]:
     """The same for a text encoder; and how many tokens it keeps."""
     from model.text import text_encoder_fingerprint
 
-    return _identity(f"columns.{column}.encoder = {name!r}", text_encoder_fingerprint, name, revision)
+    return _identity(f"columns.{column}.encoder = {name!r}", text_encoder_fingerprint, name, revision, trim=trim)
 
 
-def _identity(field: str, fingerprint: Callable[..., Any], name: str, revision: str | None) -> dict[str, Any]:
+def _identity(
+    field: str, fingerprint: Callable[..., Any], name: str, revision: str | None, **options: Any
+) -> dict[str, Any]:
     from model.hub import ModelFilesError
 
     try:
-        return fingerprint(name, revision=revision)
+        return fingerprint(name, revision=revision, **options)
     except (ModelFilesError, ValueError) as error:
         raise RequestError(f"{field}: {error}") from error
 

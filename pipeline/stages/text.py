@@ -2,34 +2,53 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pipeline.config import TextColumn
 from pipeline.corpus import Attempt, Commit, Corpus
-from pipeline.shards import array_bytes
+from pipeline.errors import RequestError
+from pipeline.parallel import threaded
+from pipeline.quantise import FORMS, Loss, compared, dequantise, quantise
+from pipeline.shards import array_bytes, arrays_bytes
 from pipeline.stages import ColumnSpec, Row, Task, attempts, commit_all, latest, read_lines, samples
-from pipeline.stages.latents import chunks
+from pipeline.stages.latents import chunks, seed_of
 from pipeline.stages.models import Batches, absolute, best_device, text_encoder_identity
 
 WINDOW = 16  # batches that are sorted by length together; more would hold more embeddings in memory
 
 
-class Text:
-    """One text column: float16 (tokens, width) per sample, without padding, and the number of `tokens`.
+@dataclass(frozen=True)
+class Embedding:
+    """What is stored of a caption: one array, or those of a quantised one; and `exact` if the two are compared."""
 
-    Captions of like length share a batch, inside the shard: the same shard gives the same batches.
+    arrays: dict[str, np.ndarray]
+    exact: np.ndarray | None = None
+
+
+class Text:
+    """One text column: the embedding of each caption without padding, and its number of `tokens`.
+
+    float16 (tokens, width), or quantised (`pipeline.quantise`). Captions of like length share a batch, inside the
+    shard: the same shard gives the same batches. Of a quantised column one sample in a hundred, chosen by its key, is
+    compared with what the encoder gave: the commit says what was lost.
     """
 
     device = "gpu"
 
     def __init__(self, name: str, options: TextColumn, batch: int):
         self.name = name.replace("/", ":", 1)
-        model = text_encoder_identity(name, options.encoder, options.revision)
+        model = text_encoder_identity(name, options.encoder, options.revision, options.trim)
         self._encoder, self._revision, self._batches = absolute(options.encoder), model.get("revision"), Batches(batch)
-        self._captions = f"captions/{name.partition('@')[2]}"
-        stage = {"stage": "text", "version": 1, "captions": self._captions, **options.model_dump(), "model": model}
+        self._column, self._captions, self._options = name, f"captions/{name.partition('@')[2]}", options
+        stage = {"stage": "text", "version": 2, "captions": self._captions, "model": model}
+        stage |= {"encoder": options.encoder, "revision": options.revision}
+        if options.storage != "float16":
+            form = FORMS[options.storage]
+            stage |= {"storage": options.storage, "group": form.group}
+            self._max_loss = options.max_loss or form.loss
         self.columns = {name: ColumnSpec(stage, {"tokens": "int32"}, (self._captions,))}
         self._model: Any = None
 
@@ -39,41 +58,79 @@ class Text:
     def load(self) -> None:
         from model.text import load_text_encoder
 
-        if self._model is None:
-            self._model = load_text_encoder(self._encoder, revision=self._revision, device=best_device())
+        if self._model is not None:
+            return
+        model = load_text_encoder(self._encoder, revision=self._revision, device=best_device(), trim=self._options.trim)
+        if self._options.storage == "int4" and model.width % 2:
+            raise RequestError(
+                f"columns.{self._column}.storage = 'int4': {self._encoder} is {model.width} wide; it takes even ones"
+            )
+        self._model = model
 
     def run(self, corpus: Corpus, task: Task) -> list[Commit]:
         self.load()
         captions, before = latest(corpus, self._captions, task.ref), self._batches.seconds
+        loss = Loss.none()
         with ExitStack() as stack:
             made = attempts(stack, corpus, task, [captions])
-            rows = samples(read_lines(corpus, captions), made, task, self._captions)
-            for window in chunks(rows, WINDOW * self._batches.size):
-                embeddings = self._in_batches([row.scalars["caption"] for row in window])
+            rows = list(samples(read_lines(corpus, captions), made, task, self._captions))
+            exact: set[int] = set()
+            if self._options.storage != "float16":
+                exact = {rows[i].row for i in compared([seed_of(self._column, task.ref.source, r.key) for r in rows])}
+            windows = chunks(rows, WINDOW * self._batches.size)
+            encoded = threaded(lambda window: (window, self._in_batches(window, exact)), windows, 1)
+            for window, embeddings in encoded:  # while the next ones are encoded
                 for row, embedding in zip(window, embeddings, strict=True):
+                    if isinstance(embedding, Embedding) and embedding.exact is not None:
+                        self._compare(loss, task, row, embedding)
                     for attempt in made.values():
                         _write(attempt, row, embedding)
-            return commit_all(made, task, encode_seconds=self._batches.seconds - before, batch=self._batches.size)
+            seconds = self._batches.seconds - before
+            return commit_all(made, task, encode_seconds=seconds, batch=self._batches.size, **loss.figures())
 
-    def _in_batches(self, captions: Sequence[str]) -> list[np.ndarray | Exception]:
-        """(tokens, width) float16 for each caption, in their order; encoded from the shortest to the longest."""
-        order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
-        found = dict(zip(order, self._batches.run(self._encode, [captions[i] for i in order]), strict=True))
-        return [found[i] for i in range(len(captions))]
+    def _in_batches(self, window: Sequence[Row], exact: set[int]) -> list[Embedding | Exception]:
+        """Of each row its caption's embedding, in their order; encoded from the shortest to the longest."""
+        order = sorted(range(len(window)), key=lambda i: len(window[i].scalars["caption"]))
+        captions = [(window[i].scalars["caption"], window[i].row in exact) for i in order]
+        found = dict(zip(order, self._batches.run(self._encode, captions), strict=True))
+        return [found[i] for i in range(len(window))]
 
-    def _encode(self, captions: Sequence[str], size: int) -> list[np.ndarray]:
-        embeddings, lengths = self._model.encode(list(captions))
-        with np.errstate(over="ignore"):
-            return [
-                embedding[:length].astype(np.float16)
-                for embedding, length in zip(embeddings.cpu().numpy(), lengths.tolist(), strict=True)
-            ]
+    def _encode(self, captions: Sequence[tuple[str, bool]], size: int) -> list[Embedding]:
+        embeddings, lengths = self._model.encode([caption for caption, _ in captions])
+        storage = self._options.storage
+        tensors = {"": embeddings.half()} if storage == "float16" else quantise(embeddings, storage)
+        arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+        return [
+            Embedding(
+                {name: array[i, :length].copy() for name, array in arrays.items()},
+                embeddings[i, :length].cpu().numpy() if exact else None,
+            )
+            for i, (length, (_, exact)) in enumerate(zip(lengths.tolist(), captions, strict=True))
+        ]
+
+    def _compare(self, loss: Loss, task: Task, row: Row, embedding: Embedding) -> None:
+        """Raises RequestError if this sample has lost more than it may."""
+        if embedding.exact is None or not _finite(embedding):
+            return
+        error = loss.compare(embedding.exact, dequantise(embedding.arrays))
+        if error > self._max_loss:
+            raise RequestError(
+                f"columns.{self._column}.storage = {self._options.storage!r}: sample {task.ref.source}/{row.key} loses "
+                f"{error:.3g} of its embedding's length, at most {self._max_loss:g} was expected; take more bits in a "
+                f"column of another name, or raise columns.{self._column}.max_loss"
+            )
 
 
-def _write(attempt: Attempt, row: Row, embedding: np.ndarray | Exception) -> None:
+def _finite(embedding: Embedding) -> bool:
+    return all(array.dtype != np.float16 or bool(np.isfinite(array).all()) for array in embedding.arrays.values())
+
+
+def _write(attempt: Attempt, row: Row, embedding: Embedding | Exception) -> None:
     if isinstance(embedding, Exception):
         attempt.fail(row.row, row.key, "error", f"{type(embedding).__name__}: {embedding}")
-    elif np.isfinite(embedding).all():
-        attempt.add(row.row, row.key, {"npy": array_bytes(embedding)}, tokens=len(embedding))
-    else:
+    elif not _finite(embedding):
         attempt.fail(row.row, row.key, "not_finite", "the text encoder gives NaN, or more than float16 holds")
+    else:
+        arrays = embedding.arrays
+        members = {"npy": array_bytes(arrays[""])} if "" in arrays else {"npz": arrays_bytes(arrays)}
+        attempt.add(row.row, row.key, members, tokens=len(next(iter(arrays.values()))))

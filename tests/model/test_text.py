@@ -27,7 +27,7 @@ from transformers import (
 
 from model.clip import ClipTokenizer, read_merges
 from model.hub import ModelFilesError
-from model.text import TEXT_ENCODERS, load_text_encoder, text_encoder_fingerprint
+from model.text import TEXT_ENCODERS, filled_up, load_text_encoder, text_encoder_fingerprint
 from tests.hub import TOKEN, Hub
 from tests.model.openclip_format import DATA, read_tokens, read_tower, write_model
 from tests.model.text_models import CAPTIONS, bert_files, clip_files, gemma_files, qwen3_files, t5_files
@@ -367,3 +367,24 @@ def test_damaged_and_incomplete_weights(made: Callable[..., Path], tmp_path: Pat
     with pytest.raises(ModelFilesError, match=r"open_clip_pytorch_model\.bin is damaged"):
         load_text_encoder(tmp_path / "clip")
     assert not (tmp_path / "sprung").exists()
+
+
+def test_batches_are_filled_up_to_a_few_lengths():
+    assert [filled_up(n, 120) for n in (1, 8, 9, 64, 65, 97, 120)] == [8, 8, 16, 64, 96, 120, 120]
+    assert filled_up(2000, 4096) == 4096
+    lengths = {filled_up(n, 120) for n in range(1, 121)}
+    assert len(lengths) <= 10
+
+
+def test_trimmed_clip_text_is_the_beginning_of_the_whole(made: Callable[..., Path]):
+    folder = made(clip_files)
+    whole, trimmed = load_text_encoder(folder), load_text_encoder(folder, trim=True)
+    captions = ["a cat", "", "a <end_of_text> in the middle!", "many words " * 60]
+    everything, all_lengths = whole.encode(captions)
+    embeddings, lengths = trimmed.encode(captions)
+    assert all_lengths.tolist() == [77] * 4
+    assert lengths[3] == 77 and lengths[1] == 2 and 2 < lengths[0] < lengths[2] < 77
+    for one, other, length in zip(everything, embeddings, lengths.tolist(), strict=True):
+        assert torch.allclose(one[:length], other[:length], atol=1e-2)
+        assert not other[length:].any()
+    assert trimmed.fingerprint == {**whole.fingerprint, "trim": True} == text_encoder_fingerprint(folder, trim=True)

@@ -124,7 +124,7 @@ def _run_reader(program: str, folder: Path) -> str:
 
 def test_the_reader_on_the_page_reads_a_corpus(corpus: Corpus) -> None:
     section = PAGE.read_text().split("## 7. Reading without this project")[1].split("\n## ")[0]
-    (program,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    program, _ = re.findall(r"```python\n(.*?)```", section, re.S)
     assert len(program.strip().splitlines()) <= 20 and "import pipeline" not in program
     assert corpus.store.root is not None
     lines = _run_reader(program, corpus.store.root.parent).splitlines()
@@ -137,7 +137,7 @@ def test_a_repaired_shard_is_read_from_its_newest_generation(tmp_path: Path) -> 
     corpus.store.delete([corpus.commits("latents/demo-64")[0].object.name])  # what was repaired
     write_column(corpus, "latents/demo-64", {"images": corpus.commits("images")[0]}, generation=10)
     section = PAGE.read_text().split("## 7. Reading without this project")[1].split("\n## ")[0]
-    (program,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    program, _ = re.findall(r"```python\n(.*?)```", section, re.S)
     assert len(_run_reader(program, tmp_path).splitlines()) == len(ALIVE)
 
 
