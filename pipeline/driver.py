@@ -323,6 +323,11 @@ class Driver:
         stage = "ingest" if isinstance(job, UnitJob) else self.plan.stages[job.stage].name
         name = job.unit if isinstance(job, UnitJob) else job.shard
         tries, message = max(history.attempts, history.lost), history.error["message"]
+        if history.error.get("full_disk_of"):  # all that is left would fail like this one
+            raise RequestError(
+                f"node {history.error['full_disk_of']}: {message} ({name} in {stage}, {tries} attempts). Make room "
+                "there (the corpus, if a folder; resources.scratch, where downloads lie) and run the same command again"
+            )
         for column in self.plan.set_aside(job):
             what = {"stage": stage, "attempts": tries, "message": message, "traceback": history.error["traceback"]}
             try:

@@ -5,6 +5,7 @@ end what came of it. What goes wrong comes back as a message too, so that no exc
 survive pickling.
 """
 
+import errno
 import queue
 import socket
 import threading
@@ -39,12 +40,14 @@ class Shared:
 
 
 def error_of(error: BaseException) -> Message:
-    """An exception as a dictionary: what it says, the traceback, and whether it is the request that is wrong."""
+    """An exception as a dictionary: what it says, the traceback, and whether the request is wrong or a disk full."""
     text = str(error).strip()
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return {
         "message": text if isinstance(error, RequestError) else f"{type(error).__name__}: {text}".rstrip(": "),
         "traceback": "".join(traceback.format_exception(error)),
         "request": isinstance(error, RequestError) and not isinstance(error, DamagedError),
+        "full_disk_of": socket.gethostname() if full else None,
     }
 
 

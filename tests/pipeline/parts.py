@@ -1,5 +1,6 @@
 """Plain sources and stages to try the engine with: no image, no model, but real commits."""
 
+import errno
 import os
 import signal
 import time
@@ -74,7 +75,9 @@ class Words:
     device: str = "cpu"
     seconds: float = 0.0
     broken: tuple[str, ...] = ()
-    """Shards on which it raises."""
+    """Shards on which it raises,"""
+    full: tuple[str, ...] = ()
+    """and on which there is no room on the disk."""
     deadly: tuple[str, ...] = ()
     """Shards on which the process dies."""
     crashes: tuple[tuple[str, int], ...] = ()
@@ -103,6 +106,8 @@ class Words:
                 os._exit(9)
             if task.ref.shard in self.broken:
                 raise ValueError(f"no words for {task.ref.shard}")
+            if task.ref.shard in self.full:
+                raise OSError(errno.ENOSPC, "No space left on device", task.ref.shard)
         time.sleep(self.seconds)
         names = self.columns[next(iter(task.columns))].inputs
         inputs = [latest(corpus, name, task.ref) for name in names]

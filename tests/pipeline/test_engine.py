@@ -295,6 +295,18 @@ def test_a_disk_too_full_to_say_what_failed_ends_the_build(
         carry_out(corpus, sources, stages, ingest, max_attempts=1)
 
 
+def test_a_disk_of_a_worker_that_stays_full_ends_the_build(cluster: None, tmp_path: Path) -> None:
+    sources, stages = [Pictures(count=2)], [source_words(full=("pictures-000000-01",))]
+    corpus = open_corpus(tmp_path / "corpus", sources, stages)
+    with pytest.raises(
+        RequestError, match=r"node \S+: OSError.*No space left.*pictures-000000-01.*2 attempts.*Make room"
+    ):
+        carry_out(corpus, sources, stages, ingest, max_attempts=2)
+    assert not (tmp_path / "corpus/failures").exists()  # nothing is set aside for it
+    going_on = carry_out(corpus, sources, [source_words()], ingest)
+    assert going_on.columns["captions/source"].committed == 4
+
+
 def test_too_many_failed_samples_are_exit_status_1(cluster: None, tmp_path: Path) -> None:
     sources, stages = [Pictures(count=1)], [source_words()]
     corpus = open_corpus(tmp_path / "corpus", sources, stages)
