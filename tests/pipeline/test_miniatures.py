@@ -390,6 +390,7 @@ def test_a_shipped_config_with_its_models(
     """Small models of the same classes stand for the real ones: latents and embeddings of every sample."""
     publish_models(hub, tmp_path / "models")
     given = [*overrides("microdit-37m.yaml"), *(f"sources.{name}.units=[{units[1]}]" for name, units in UNITS.items())]
+    given.append("resources.latents_batch=4")  # each batch is filled up, and here are few samples
     config = load_config("configs/microdit-37m.yaml", given, str(tmp_path / "corpus"))
     corpus, _ = build(config)
     read = {units[1] for units in UNITS.values()} | {"train_val_images.zip"}
