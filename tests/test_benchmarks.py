@@ -71,3 +71,20 @@ def test_ingest() -> None:
     found = run("ingest", "--tars", "2", "--samples", "4", "--rounds", "1")
     assert (found["images"], found["rounds"]) == (8, 1)  # the same JPEGs, which it checks itself
     assert found["ratio_bare"] == pytest.approx(found["bare_seconds"] / found["ingest_seconds"], rel=0.05)
+
+
+def test_encode() -> None:
+    found = run(
+        "encode", "--device", "cpu", "--models", "demo", "minilm", "--samples", "5", "--unique", "4", "--rounds", "1"
+    )
+    assert (found["samples"], found["t5-xxl"]) == (10, "not measured")
+    images, text = found["models"]
+    assert (images["model"], text["model"], text["ratio_feed"]) == ("demo", "minilm", "not measured")
+    assert 0 < images["difference"] < 0.05 and 0 <= text["difference"] < 0.05  # the two ways' numbers
+    for row in (images, text):
+        for name, way in (("ceiling", "bare"), ("common", "common")):
+            ratio = row[f"{way}_seconds"] / row["stage_seconds"]
+            assert row[f"ratio_{name}"] == pytest.approx(ratio, rel=0.05)
+    both = [images[f"{way}_seconds"] + text[f"{way}_seconds"] for way in ("bare", "stage")]
+    assert found["ratio_ceiling"] == pytest.approx(both[0] / both[1], rel=0.05)
+    assert found["ratio_feed"] == pytest.approx(images["bare_feed_seconds"] / images["feed_seconds"], rel=0.05)

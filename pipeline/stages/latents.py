@@ -155,7 +155,7 @@ class Latents:
 
         options, model = self._options[column], self.models[column]
         side, pinned = options.resolution, model.device.type == "cuda"
-        pixels = torch.zeros(size, side, side, 3, dtype=torch.uint8, pin_memory=pinned)
+        pixels = torch.empty(size, side, side, 3, dtype=torch.uint8, pin_memory=pinned)
         noise = None
         if column in batch[0].noise:
             noise = torch.zeros(size, *batch[0].noise[column].shape, pin_memory=pinned)
@@ -163,6 +163,7 @@ class Latents:
             pixels.numpy()[i] = sample.crops[side]
             if noise is not None:
                 noise[i] = sample.noise[column]
+        pixels[len(batch) :] = 0
         latents = model.encode(pixels, posterior=options.posterior, noise=noise)[: len(batch)].to(torch.float16)
         found = torch.empty(latents.shape, dtype=torch.float16, pin_memory=pinned)
         return list(found.copy_(latents, non_blocking=True).numpy())

@@ -380,12 +380,18 @@ def test_a_model_that_is_faster_than_the_disk_does_not_fill_the_memory(
 
 HANG = """
 import sys, time
-from pathlib import Path
+import torch
 import pipeline.stages.latents as stage
+from pipeline.config import LatentsColumn, Resources
 from pipeline.corpus import Corpus
 from pipeline.images import decode
+from pipeline.stages import Task
+from pipeline.stages.models import Batches
 from pipeline.watch import watched
-from tests.pipeline.test_latents import columns, run, stage_of
+class Flat:
+    device, deterministic = torch.device("cpu"), True
+    def encode(self, pixels, **options):
+        return torch.zeros(len(pixels), 4, 8, 8)
 count = 0
 def hanging(data, max_pixels, shrink_to=None):
     global count
@@ -395,15 +401,18 @@ def hanging(data, max_pixels, shrink_to=None):
     return decode(data, max_pixels, shrink_to)
 stage.decode = hanging
 corpus = Corpus.open(sys.argv[1])
-made = stage_of(corpus, columns(a=(sys.argv[2], 32)))
-with watched(5.0):
-    run(made, corpus)
+[images] = corpus.commits("images")
+made = stage.Latents({"latents/a": LatentsColumn(autoencoder="demo", resolution=64)}, 10**8, Resources(latents_batch=4))
+corpus.declare_column("latents/a", made.columns["latents/a"].stage, {"absmax": "float32"})
+made.models, made._batches = {"latents/a": Flat()}, {"latents/a": Batches(4)}
+with watched(4.0):
+    made.run(corpus, Task(images.ref, {"latents/a": 0}))
 """
 
 
-def test_an_image_that_hangs_the_decoder_ends_the_process(corpus: Corpus, one: str) -> None:
+def test_an_image_that_hangs_the_decoder_ends_the_process(corpus: Corpus) -> None:
     """The threads that wait for it keep nothing alive."""
-    command = [sys.executable, "-c", HANG, corpus.url, one]
+    command = [sys.executable, "-c", HANG, corpus.url]
     found = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=200)
     assert found.returncode == 1 and "in hanging" in found.stderr, found.stderr
     assert corpus.committed("latents/a") == {}
