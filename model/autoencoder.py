@@ -49,6 +49,7 @@ AUTOENCODERS = {
     "flux2": Entry("black-forest-labs/FLUX.2-klein-4B", "vae", "e7b7dc27f91deacad38e78976d1f2b499d76a294"),
 }
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLFlux2")
+DETERMINISTIC = ("AutoencoderDC",)
 WEIGHTS = (
     ("diffusion_pytorch_model.safetensors",),
     ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model-?????-of-?????.safetensors"),
@@ -64,6 +65,7 @@ class Autoencoder:
         name: what it was asked for by. revision: the commit on the hub, None for a folder.
         channels: C of the latents.
         downsample: pixels of an image's side for one of the latents'.
+        deterministic: whether it gives latents, and no posterior of them.
         normaliser: `shift_scale`, `mean_std` or `batch_norm`.
         class_name: diffusers' class of its network.
         fingerprint: what identifies its numbers: files, dtype and normaliser, as `autoencoder_fingerprint` tells them.
@@ -72,6 +74,7 @@ class Autoencoder:
     def __init__(self, module: Any, name: str, fingerprint: dict[str, Any], device: str | torch.device):
         self.name, self.fingerprint, self.revision = name, fingerprint, fingerprint.get("revision")
         self.class_name = type(module).__name__
+        self.deterministic = self.class_name in DETERMINISTIC
         self.normaliser: str = fingerprint["normaliser"]["kind"]
         self._module = module
         self._mean, self._deviation = _statistics(module, fingerprint["normaliser"])
@@ -114,17 +117,21 @@ class Autoencoder:
         *,
         posterior: Literal["sample", "mode", "moments"] = "sample",
         seeds: Sequence[int] | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Normalised latents, float32 (B, C, h, w), of uint8 images (B, H, W, 3).
+
+        On a GPU the call may return before they are computed; images and noise in pinned memory are copied meanwhile.
 
         posterior: `sample` draws each image's latents with a generator of its own, seeded by `seeds[i]`, so that they
             do not depend on the batch; `mode` takes the most likely ones; `moments` gives mean and standard deviation,
             (B, 2C, h, w), so that mean + std * noise is a sample. A deterministic autoencoder gives the same for the
             first two, and has no moments.
+        noise: in the place of seeds, `self.noise(seeds, H, W)` that was drawn before.
 
         Raises:
-            ValueError: not uint8 (B, H, W, 3), sides that are no multiple of `downsample`, `sample` without a seed for
-                each image, or another posterior.
+            ValueError: not uint8 (B, H, W, 3), sides that are no multiple of `downsample`, `sample` without a seed, or
+                noise, for each image, or another posterior.
         """
         images = torch.as_tensor(images)
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
@@ -134,7 +141,8 @@ class Autoencoder:
             raise ValueError(f"images of {height} x {width}: {self.name} takes multiples of {self.downsample} pixels")
         if posterior not in ("sample", "mode", "moments"):
             raise ValueError(f"posterior={posterior!r}: expected 'sample', 'mode' or 'moments'")
-        if posterior == "sample" and (seeds is None or len(seeds) != len(images)):
+        given = noise if noise is not None else seeds
+        if posterior == "sample" and not self.deterministic and (given is None or len(given) != len(images)):
             raise ValueError(f"posterior='sample' needs one seed for each of the {len(images)} images")
         parts = [self._moments(part) for part in images.split(self._together(height * width, len(images)))]
         mean = torch.cat([part[0] for part in parts])
@@ -147,9 +155,24 @@ class Autoencoder:
         deviation = torch.cat([part[1] for part in parts])
         if posterior == "moments":
             return torch.cat([self._normalise(mean), _patchify(deviation, self._patch) / self._deviation], 1)
-        shape = mean.shape[1:]
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds or ()])
-        return self._normalise(mean + deviation * noise.to(mean.device))
+        noise = self.noise(seeds or (), height, width) if noise is None else noise
+        return self._normalise(mean + deviation * noise.to(mean.device, non_blocking=True))
+
+    def noise(self, seeds: Sequence[int], height: int, width: int) -> Tensor:
+        """What `encode` draws a posterior's samples with: standard normal, on the CPU, each image's of its own seed.
+
+        float32 (B, c, h, w), one number for each that the network gives of an image of height x width pixels.
+        """
+        scale = self.downsample // self._patch
+        shape = self.channels // self._patch**2, height // scale, width // scale
+        drawn = torch.empty(len(seeds), *shape)
+        for out, seed in zip(drawn, seeds, strict=True):
+            torch.randn(shape, generator=torch.Generator().manual_seed(seed), out=out)
+        return drawn
+
+    def together(self, side: int, most: int) -> int:
+        """How many images of side x side pixels go through the network at once: `most`, and on a CPU often fewer."""
+        return min(most, self._together(side * side, most))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
@@ -175,7 +198,7 @@ class Autoencoder:
 
     def _moments(self, images: Tensor) -> tuple[Tensor, Any]:
         """Mean and standard deviation (None if deterministic) as the network gives them, float32."""
-        pixels = images.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
         encoded = self._module.encode(pixels.to(self._dtype, memory_format=torch.channels_last))
         if not hasattr(encoded, "latent_dist"):
             return encoded.latent.float(), None

@@ -87,8 +87,9 @@ class LatentsColumn(Options):
     """A name of `model.autoencoder`, a folder, or a hub repository."""
     revision: str | None = None
     resolution: int = Field(ge=8, le=4096)
-    posterior: Literal["sample", "mode"] = "sample"
-    """A sample of the posterior, seeded by key and column, or its mode."""
+    posterior: Literal["sample", "mode", "moments"] = "sample"
+    """A sample of the posterior, seeded by key and column; its mode; or its means and standard deviations, twice the
+    channels, of which the trainer draws another sample each time."""
 
 
 class TextColumn(Options):

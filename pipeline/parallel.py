@@ -1,24 +1,41 @@
-"""Many small reads at once, with bounded memory."""
+"""Many small things at once, with bounded memory."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import islice, repeat
 from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+END: object = object()
 
 
-def threaded(function: Callable[[T], R], items: Iterable[T], threads: int = 16) -> Iterator[R]:
-    """`function` of every item, in order, on some threads; at most two results for each thread wait to be taken."""
+def threaded(
+    function: Callable[[T], R], items: Iterable[T], threads: int = 16, ahead: int | None = None
+) -> Generator[R]:
+    """`function` of every item, in order, on some threads.
+
+    At most `ahead` results, by default two for each thread, are made before they are asked for. The items are taken by
+    the caller's thread.
+    """
     pool = ThreadPoolExecutor(threads)
     try:
         rest = iter(items)
-        waiting: deque[Future[R]] = deque(pool.submit(function, item) for item in islice(rest, 2 * threads))
+        first = islice(rest, 2 * threads if ahead is None else ahead)
+        waiting: deque[Future[R]] = deque(pool.submit(function, item) for item in first)
         while waiting:
             done = waiting.popleft().result()
             waiting.extend(pool.submit(function, item) for item in islice(rest, 1))
             yield done
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def read_ahead(items: Iterable[T], most: int) -> Generator[T]:
+    """The items, taken by a thread of its own, at most `most` of them before they are asked for."""
+    rest = iter(items)
+    for item in threaded(lambda _: next(rest, END), repeat(None), threads=1, ahead=most):
+        if item is END:
+            return
+        yield item  # type: ignore[misc]

@@ -93,7 +93,10 @@ def _add_decoded(reader: "_Reader", declaration: Declaration, samples: Sequence[
     while len(decoded) < len(there):
         some = [latent for _, latent in there[len(decoded) :]]
         some = some[: max(1, BATCH_LATENTS // some[0][0].size)]
-        decoded += list(autoencoder.decode(torch.from_numpy(np.stack(some))).numpy())
+        stacked = torch.from_numpy(np.stack(some))
+        if declaration.stage.get("posterior") == "moments":
+            stacked = stacked[:, : autoencoder.channels]  # the means
+        decoded += list(autoencoder.decode(stacked).numpy())
     found = []
     for (sample, _), pixels in zip(there, decoded, strict=True):
         found.append(psnr(square(np.asarray(sample["image"]), pixels.shape[0]), pixels))

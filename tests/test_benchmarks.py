@@ -79,3 +79,20 @@ def test_quantise() -> None:
     for row in rows.values():
         assert row["less"] >= (row["goal"] or 1)
         assert row["worst_sample"] < {"float16": 0.001, "int8": 0.03, "int4": 0.2}[row["storage"]]
+
+
+def test_encode() -> None:
+    found = run(
+        "encode", "--device", "cpu", "--models", "demo", "minilm", "--samples", "5", "--unique", "4", "--rounds", "1"
+    )
+    assert (found["samples"], found["t5-xxl"]) == (10, "not measured")
+    images, text = found["models"]
+    assert (images["model"], text["model"], text["ratio_feed"]) == ("demo", "minilm", "not measured")
+    assert 0 < images["difference"] < 0.05 and 0 <= text["difference"] < 0.05  # the two ways' numbers
+    for row in (images, text):
+        for name, way in (("ceiling", "bare"), ("common", "common")):
+            ratio = row[f"{way}_seconds"] / row["stage_seconds"]
+            assert row[f"ratio_{name}"] == pytest.approx(ratio, rel=0.05)
+    both = [images[f"{way}_seconds"] + text[f"{way}_seconds"] for way in ("bare", "stage")]
+    assert found["ratio_ceiling"] == pytest.approx(both[0] / both[1], rel=0.05)
+    assert found["ratio_feed"] == pytest.approx(images["bare_feed_seconds"] / images["feed_seconds"], rel=0.05)

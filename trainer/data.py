@@ -182,10 +182,13 @@ class Draw:
     dropout: np.ndarray
     noise: Tensor
     permutation: Tensor | None
+    posterior: Tensor | None = None
 
     @classmethod
-    def of(cls, seed: int, step: int, batch: int, latent_shape: Sequence[int], tokens: int | None) -> "Draw":
-        """tokens: length of the permutations of patches; None without masking."""
+    def of(
+        cls, seed: int, step: int, batch: int, latent_shape: Sequence[int], tokens: int | None, moments: bool = False
+    ) -> "Draw":
+        """tokens: length of the permutations of patches; None without masking. moments: latents are drawn as well."""
         words = np.random.SeedSequence((seed, 3, step)).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
         return cls(
@@ -194,6 +197,8 @@ class Draw:
             dropout=torch.rand(batch, generator=generator).numpy(),
             noise=torch.randn(batch, *latent_shape, generator=generator),
             permutation=None if tokens is None else torch.rand(batch, tokens, generator=generator).argsort(dim=1),
+            # the last one, so that the others are the same for every kind of latents
+            posterior=torch.randn(batch, *latent_shape, generator=generator) if moments else None,
         )
 
 
@@ -230,6 +235,7 @@ class StageData:
         self.text = sorted(recipe.text)  # what is drawn depends on no order in the file
         self.text_bounds = np.cumsum([recipe.text[name] for name in self.text]) / sum(recipe.text.values())
         self.latent_shape, self.text_width = shapes(cache, index, stage.latents, self.text)
+        self.moments = holds_moments(cache.corpus, stage.latents)
         self.tokens = math.prod(self.latent_shape[1:]) // patch_size**2 if stage.mask_ratio > 0 else None
 
     def batches(self, step: int, seen: int, count: int, ahead: int = 4) -> Iterator[Batch]:
@@ -251,7 +257,7 @@ class StageData:
 
     def _batch(self, step: int, seen: int) -> Batch:
         rows, positions = self.lanes.batch(seen, self.stage.batch, self.rank, self.world)
-        draw = Draw.of(self.recipe.seed, step, self.stage.batch, self.latent_shape, self.tokens)
+        draw = Draw.of(self.recipe.seed, step, self.stage.batch, self.latent_shape, self.tokens, self.moments)
         latents, texts = self._arrays(rows, positions, draw)
         size = self.stage.micro_batch or len(rows)
         order = np.arange(len(rows))
@@ -278,9 +284,13 @@ class StageData:
     ) -> MicroBatch:
         text, mask = pad_text([texts[i] for i in part], self.recipe.text_lengths)
         taken = torch.from_numpy(rows[part])
+        stacked = torch.from_numpy(np.stack([latents[i] for i in part]))
+        if draw.posterior is not None:
+            mean, deviation = stacked.float().chunk(2, dim=1)
+            stacked = mean + deviation * draw.posterior[taken]
         return MicroBatch(
             rows=taken,
-            latents=torch.from_numpy(np.stack([latents[i] for i in part])),
+            latents=stacked,
             text=torch.from_numpy(text),
             text_mask=torch.from_numpy(mask),
             sigma_normal=draw.sigma_normal[taken],
@@ -302,7 +312,14 @@ def shapes(
     if len(set(widths.values())) > 1:
         raise RequestError(f"text: the columns differ in width: {widths}; take columns of one text encoder")
     channels, height, width = cache.get(latents, where)[row].shape
+    if holds_moments(cache.corpus, latents):
+        channels //= 2
     return (channels, height, width), widths[text[0]]
+
+
+def holds_moments(corpus: Corpus, latents: str) -> bool:
+    """Whether a latents column holds means and standard deviations (2C, H, W), of which each step draws a sample."""
+    return bool(corpus.column(latents).stage.get("posterior") == "moments")
 
 
 def pad_text(texts: Sequence[np.ndarray], lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -161,7 +161,7 @@ def image_bytes(members: dict[str, bytes]) -> bytes:
 
 
 def stages_of(config: "BuildConfig") -> list[Stage]:
-    """The stages that make the columns of a config; one for all resolutions of an autoencoder.
+    """The stages that make the columns of a config; one for all latents, which share the images' decode.
 
     Raises:
         RequestError: a join table or a model that is not there.
@@ -173,18 +173,16 @@ def stages_of(config: "BuildConfig") -> list[Stage]:
     from pipeline.stages.text import Text
 
     stages: list[Stage] = []
-    by_autoencoder: dict[tuple[str, str | None], dict[str, LatentsColumn]] = {}
+    latents = {name: options for name, options in config.columns.items() if isinstance(options, LatentsColumn)}
     for name, options in config.columns.items():
         if isinstance(options, CaptionsColumn):
             stages.append(Captions(name, options, config))
         elif isinstance(options, ScoresColumn):
             stages.append(BasicScores(name, config.images.max_pixels))
-        elif isinstance(options, LatentsColumn):
-            by_autoencoder.setdefault((options.autoencoder, options.revision), {})[name] = options
         elif isinstance(options, TextColumn):
             stages.append(Text(name, options, config.resources.text_batch))
-    for columns in by_autoencoder.values():
-        stages.append(Latents(columns, config.images.max_pixels, config.resources))
+    if latents:
+        stages.append(Latents(latents, config.images.max_pixels, config.resources))
     return stages
 
 

@@ -1,134 +1,194 @@
-"""`latents/*`: images through an autoencoder, all resolutions of it from one decode."""
+"""`latents/*`: images through autoencoders, all of their resolutions from one decode.
+
+committed tar --a thread--> rows --threads--> crops, noise --GPU--> latents --a thread--> tars, one for each column
+"""
 
 import hashlib
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from pipeline.config import LatentsColumn, Resources
 from pipeline.corpus import Attempt, Commit, Corpus
 from pipeline.errors import RequestError
-from pipeline.images import BadImage, decode, resize, short_side_size
-from pipeline.parallel import threaded
+from pipeline.images import SHRINK_MARGIN, BadImage, Decoded, decode, short_side_size
+from pipeline.parallel import read_ahead, threaded
 from pipeline.shards import array_bytes
-from pipeline.stages import (
-    IMAGES,
-    ColumnSpec,
-    Row,
-    Task,
-    attempts,
-    commit_all,
-    image_bytes,
-    latest,
-    read_rows,
-    samples,
-)
-from pipeline.stages.models import Batches, absolute, autoencoder_identity, best_device
+from pipeline.stages import IMAGES, ColumnSpec, Row, Task, attempts, image_bytes, latest, read_rows, samples
+from pipeline.stages.models import Batches, Mark, absolute, autoencoder_identity, best_device
 
 T = TypeVar("T")
 
+GPU_THREADS = 8  # that decode beside a GPU at least: those that it does not need sleep
+WRITING = 2  # batches that wait for the GPU, or to be written
+INFINITE = 0x7C00  # the bits of float16's infinity; those of NaN are above, those of every number below
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image ready for the models: `crops` (side, side, 3) uint8 by side, `noise` of its posterior by column."""
+
+    row: Row
+    crops: dict[int, np.ndarray]
+    noise: dict[str, Any]
+
 
 class Latents:
-    """The latents columns of one autoencoder: float16 (C, H, W) per sample, and its largest magnitude `absmax`.
+    """All latents columns of a config: float16 (C, H, W) per sample, and its largest magnitude `absmax`.
 
-    An image's short side is resized to the resolution (bicubic, antialiased) and the centre is cut out. Batches never
-    cross shards and have one shape, the last one too, so that a shard's bytes can be made again.
+    With the posterior `moments` it is (2C, H, W): means, then standard deviations. An image's short side is resized to
+    the resolution (bicubic, antialiased) and the centre is cut out. Batches never cross shards and have one shape, the
+    last one too, and no column's depend on the others that are made with it, so that a shard's bytes can be made again.
     """
 
+    name = "latents"
     device = "gpu"
 
     def __init__(self, columns: Mapping[str, LatentsColumn], max_pixels: int, resources: Resources):
-        column, first = next(iter(columns.items()))
-        model = autoencoder_identity(column, first.autoencoder, first.revision)
-        # a branch may move on between the declaration and a worker's start
-        self._autoencoder, self._revision = absolute(first.autoencoder), model.get("revision")
         self._options, self._max_pixels = dict(columns), max_pixels
-        self._batches, self._threads = Batches(resources.latents_batch), resources.decode_threads
-        self.name = f"latents:{first.autoencoder}"
-        self.columns = {
-            name: ColumnSpec(
-                {"stage": "latents", "version": 1, **options.model_dump(), "model": model},
-                {"absmax": "float32"},
-                (IMAGES,),
-            )
-            for name, options in columns.items()
-        }
-        self._model: Any = None
+        self._batch, self._threads = resources.latents_batch, resources.decode_threads
+        self.columns: dict[str, ColumnSpec] = {}
+        self._origin: dict[str, tuple[str, str | None]] = {}
+        for name, options in columns.items():
+            model = autoencoder_identity(name, options.autoencoder, options.revision)
+            stage = {"stage": "latents", "version": 2, **options.model_dump(), "model": model}
+            self.columns[name] = ColumnSpec(stage, {"absmax": "float32"}, (IMAGES,))
+            # a branch may move on between the declaration and a worker's start
+            self._origin[name] = absolute(options.autoencoder), model.get("revision")
+        self.models: dict[str, Any] = {}
+        """The autoencoder of each column, when they are loaded; one that several columns name is there once."""
+        self._batches: dict[str, Batches] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None}
+        return {**self.__dict__, "models": {}, "_batches": {}}
 
     def load(self) -> None:
         from model.autoencoder import load_autoencoder
 
-        if self._model is not None:
+        if self.models:
             return
-        model = load_autoencoder(self._autoencoder, revision=self._revision, device=best_device())
-        for column, options in self._options.items():
+        loaded: dict[tuple[str, str | None], Any] = {}
+        for name, options in self._options.items():
+            where, revision = origin = self._origin[name]
+            if origin not in loaded:
+                loaded[origin] = load_autoencoder(where, revision=revision, device=best_device())
+            model = loaded[origin]
             if options.resolution % model.downsample:
                 raise RequestError(
-                    f"columns.{column}.resolution = {options.resolution}: the autoencoder {self._autoencoder} takes "
+                    f"columns.{name}.resolution = {options.resolution}: the autoencoder {options.autoencoder} takes "
                     f"multiples of {model.downsample}"
                 )
-        self._model = model
+            if options.posterior == "moments" and model.deterministic:
+                raise RequestError(
+                    f"columns.{name}.posterior = 'moments': the autoencoder {options.autoencoder} is deterministic and "
+                    "has none; expected 'mode'"
+                )
+            # of its own: what one column had no room for is no matter of another's numbers
+            self._batches[name] = Batches(model.together(options.resolution, self._batch))
+            loaded[origin] = model
+        self.models = {name: loaded[origin] for name, origin in self._origin.items()}
 
     def run(self, corpus: Corpus, task: Task) -> list[Commit]:
         self.load()
         images = latest(corpus, IMAGES, task.ref)
-        resolutions = {self._options[column].resolution for column in task.columns}
-        before = self._batches.seconds
+        device = next(iter(self.models.values())).device
+        threads = max(self._threads, GPU_THREADS) if device.type == "cuda" else self._threads
+        seconds: dict[str, float] = defaultdict(float)
         with ExitStack() as stack:
             made = attempts(stack, corpus, task, [images])
+            # rows that fail are told to the attempts by other threads than the one that writes; a commit orders them
             rows = samples(read_rows(corpus, images), made, task, IMAGES)
-            decoded = threaded(lambda row: (row, self._crops(row, resolutions)), rows, self._threads)
-            for batch in chunks(decoded, self._batches.size):
-                good: list[tuple[Row, dict[int, np.ndarray]]] = []
-                for row, crops in batch:
-                    if isinstance(crops, BadImage):
-                        for attempt in made.values():
-                            attempt.fail(row.row, row.key, crops.reason, str(crops))
-                    else:
-                        good.append((row, crops))
-                for column, attempt in made.items():
-                    encode = partial(self._encode, column, task.ref.source)
-                    latents = self._batches.run(encode, good)
-                    for (row, _), latent in zip(good, latents, strict=True):
-                        _write(attempt, row, latent)
-            return commit_all(made, task, encode_seconds=self._batches.seconds - before, batch=self._batches.size)
+            writer = stack.enter_context(ThreadPoolExecutor(1))
+            read = stack.enter_context(closing(read_ahead(rows, self._batch)))
+            prepare = partial(self._prepare, made, task.ref.source)
+            prepared = stack.enter_context(closing(threaded(prepare, read, threads, self._batch + 2 * threads)))
+            writing: deque[Future[None]] = deque()
+            for batch in chunks((sample for sample in prepared if sample is not None), self._batch):
+                encoded = {}
+                for column in made:
+                    began = Mark(device)
+                    latents = self._batches[column].run(partial(self._encode, column), batch)
+                    encoded[column] = latents, began, Mark(device)
+                writing.append(writer.submit(_write, made, batch, encoded, seconds))
+                if len(writing) > WRITING:
+                    writing.popleft().result()
+            for written in writing:
+                written.result()
+            if task.rows is not None:  # it was only a trial of them
+                return []
+            return [
+                attempt.commit(encode_seconds=seconds[column], batch=self._batches[column].size)
+                for column, attempt in made.items()
+            ]
 
-    def _crops(self, row: Row, resolutions: Iterable[int]) -> dict[int, np.ndarray] | BadImage:
+    def _prepare(self, made: Mapping[str, Attempt], source: str, row: Row) -> Sample | None:
+        """What the models take of an image; None if it cannot be decoded, and is failed."""
         try:
-            pixels = decode(image_bytes(row.members), self._max_pixels).pixels
-            return {side: square(pixels, side) for side in resolutions}
-        except BadImage as error:
-            return error
+            crops = squares(image_bytes(row.members), {self._options[c].resolution for c in made}, self._max_pixels)
         except Exception as error:  # this sample fails with it, and no other
-            return BadImage("damaged", f"{type(error).__name__}: {error}")
+            if not isinstance(error, BadImage):
+                error = BadImage("damaged", f"{type(error).__name__}: {error}")
+            for attempt in made.values():
+                attempt.fail(row.row, row.key, error.reason, str(error))
+            return None
+        noise = {}
+        for column in made:
+            side, model = self._options[column].resolution, self.models[column]
+            if self._options[column].posterior == "sample" and not model.deterministic:
+                noise[column] = model.noise([seed_of(column, source, row.key)], side, side)[0]
+        return Sample(row, crops, noise)
 
-    def _encode(
-        self, column: str, source: str, good: Sequence[tuple[Row, dict[int, np.ndarray]]], size: int
-    ) -> list[np.ndarray]:
-        """Latents (C, h, w) float16 of a batch that is filled up with black images to `size`."""
-        options = self._options[column]
-        pixels = np.zeros((size, options.resolution, options.resolution, 3), np.uint8)
-        seeds = [0] * size
-        for i, (row, crops) in enumerate(good):
-            pixels[i] = crops[options.resolution]
-            seeds[i] = seed_of(column, source, row.key)
-        latents = self._model.encode(pixels, posterior=options.posterior, seeds=seeds)
-        with np.errstate(over="ignore"):
-            return list(np.asarray(latents[: len(good)].cpu().numpy(), np.float16))
+    def _encode(self, column: str, batch: Sequence[Sample], size: int) -> list[np.ndarray]:
+        """Latents (C, h, w) float16 of a batch that is filled up with black images to `size`.
+
+        On a GPU they may be read after the next `Mark`.
+        """
+        import torch
+
+        options, model = self._options[column], self.models[column]
+        side, pinned = options.resolution, model.device.type == "cuda"
+        pixels = torch.empty(size, side, side, 3, dtype=torch.uint8, pin_memory=pinned)
+        noise = None
+        if column in batch[0].noise:
+            noise = torch.zeros(size, *batch[0].noise[column].shape, pin_memory=pinned)
+        for i, sample in enumerate(batch):
+            pixels.numpy()[i] = sample.crops[side]
+            if noise is not None:
+                noise[i] = sample.noise[column]
+        pixels[len(batch) :] = 0
+        latents = model.encode(pixels, posterior=options.posterior, noise=noise)[: len(batch)].to(torch.float16)
+        found = torch.empty(latents.shape, dtype=torch.float16, pin_memory=pinned)
+        return list(found.copy_(latents, non_blocking=True).numpy())
 
 
-def _write(attempt: Attempt, row: Row, latent: np.ndarray | Exception) -> None:
+Encoded = tuple[list[np.ndarray | Exception], Mark, Mark]  # a batch's latents, and when the device did them
+
+
+def _write(
+    made: Mapping[str, Attempt], batch: Sequence[Sample], encoded: Mapping[str, Encoded], seconds: dict[str, float]
+) -> None:
+    for column, (latents, began, ended) in encoded.items():
+        ended.wait()
+        seconds[column] += ended.seconds_since(began)
+        for sample, latent in zip(batch, latents, strict=True):
+            _write_one(made[column], sample.row, latent)
+
+
+def _write_one(attempt: Attempt, row: Row, latent: np.ndarray | Exception) -> None:
     if isinstance(latent, Exception):
         attempt.fail(row.row, row.key, "error", f"{type(latent).__name__}: {latent}")
-    elif np.isfinite(absmax := float(np.abs(latent).max())):
-        attempt.add(row.row, row.key, {"npy": array_bytes(latent)}, absmax=absmax)
+        return
+    largest = (latent.view(np.uint16) & 0x7FFF).max()  # without its sign a float16 is ordered as its bits are
+    if largest < INFINITE:
+        attempt.add(row.row, row.key, {"npy": array_bytes(latent)}, absmax=float(largest.view(np.float16)))
     else:
         attempt.fail(row.row, row.key, "not_finite", "the autoencoder gives NaN, or more than float16 holds")
 
@@ -139,11 +199,48 @@ def seed_of(column: str, source: str, key: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def square(pixels: np.ndarray, side: int) -> np.ndarray:
-    """(H, W, 3) uint8 to (side, side, 3): the short side resized, bicubic and antialiased, and the centre cut out."""
-    pixels = resize(pixels, short_side_size(pixels.shape[1], pixels.shape[0], side))
-    top, left = ((length - side) // 2 for length in pixels.shape[:2])
-    return pixels[top : top + side, left : left + side]
+def squares(data: bytes, sides: Iterable[int], max_pixels: int) -> dict[int, np.ndarray]:
+    """`square` of an image for each side. It is decoded once; a JPEG at a fraction of its size where that is enough.
+
+    That depends on the image and on the side alone, so that no column's numbers depend on which others are made with
+    it. Sides that need other fractions cost a decode each, which is less than to resize what is large.
+
+    Raises:
+        BadImage: as `decode`.
+    """
+    found: dict[int, np.ndarray] = {}
+    image: Decoded | None = None
+    for side in sorted(sides, reverse=True):
+        if image is None or not _serves(image, side):
+            image = decode(data, max_pixels, side)
+        found[side] = square(image.pixels, side, (image.width, image.height), image.scale)
+    return found
+
+
+def _serves(image: Decoded, side: int) -> bool:
+    """Whether `decode(data, max_pixels, side)` would give these very pixels: in the next smaller eighth is too few."""
+    short = min(image.width, image.height)
+    if image.format != "jpeg" or not image.plain or short < 2 * side * SHRINK_MARGIN:
+        return image.scale == 1
+    eighths = round(8 * image.scale)
+    return image.scale < 1 and -(-short * (eighths - 1) // 8) < int(side * SHRINK_MARGIN)
+
+
+def square(pixels: np.ndarray, side: int, whole: tuple[int, int] | None = None, scale: float = 1.0) -> np.ndarray:
+    """(H, W, 3) uint8 to (side, side, 3): the short side resized, bicubic and antialiased, and the centre cut out.
+
+    whole, scale: width and height of a picture of which the pixels are `scale` times as many: their last row and
+        column may be half beyond it.
+    """
+    width, height = whole or (pixels.shape[1], pixels.shape[0])
+    size = short_side_size(width, height, side)
+    left, top = ((length - side) // 2 for length in size)
+    if size == (pixels.shape[1], pixels.shape[0]):
+        return pixels[top : top + side, left : left + side]
+    across, down = width * scale, height * scale
+    x, y = across / size[0], down / size[1]  # pixels for one of the result's; what is cut off is not resized
+    box = (left * x, top * y, min((left + side) * x, across), min((top + side) * y, down))
+    return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC, box))
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

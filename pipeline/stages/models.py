@@ -58,6 +58,33 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+class Mark:
+    """A moment of a device's work: a CPU's when this is made, a GPU's when it has done what it was given until then."""
+
+    def __init__(self, device: Any):
+        import torch
+
+        self._time, self._event = time.monotonic(), None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def wait(self) -> None:
+        """Until that moment.
+
+        Raises:
+            torch.AcceleratorError: the GPU's work went wrong.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, earlier: "Mark") -> float:
+        """How long after another one this was; both must be over."""
+        if self._event is None or earlier._event is None:
+            return self._time - earlier._time
+        return float(earlier._event.elapsed_time(self._event)) / 1000
+
+
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 

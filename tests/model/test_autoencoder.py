@@ -160,6 +160,27 @@ def test_moments_of_patches(tmp_path: Path):
     assert (mean + std * noise - model.encode(images(1), seeds=[5])).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("case", [shift_scale, batch_norm])
+def test_noise_may_be_drawn_before(case: Any, tmp_path: Path):
+    module, _ = case()
+    model = load_autoencoder(saved(module, tmp_path / "ae"), dtype=torch.float32)
+    pixels, seeds = images(3), [4, 2**63 - 1, 9]
+    noise = model.noise(seeds, 64, 48)
+    assert noise.shape == (3, 4, 8, 6) and noise.dtype == torch.float32
+    assert torch.equal(noise[1], model.noise(seeds[1:2], 64, 48)[0])
+    assert torch.equal(model.encode(pixels, noise=noise), model.encode(pixels, seeds=seeds))
+    assert not torch.equal(model.encode(pixels, noise=-noise), model.encode(pixels, seeds=seeds))
+    with pytest.raises(ValueError, match="needs one seed for each of the 3 images"):
+        model.encode(pixels, noise=noise[:2])
+
+
+def test_how_many_go_through_the_network_at_once(tmp_path: Path):
+    model = load_autoencoder(saved(kl(), tmp_path / "ae"))
+    assert [model.together(side, 32) for side in (32, 64, 128, 256, 512, 1024)] == [32, 32, 8, 2, 1, 1]
+    assert model.together(64, 3) == 3
+    assert model.to("meta").together(1024, 32) == 32  # no CPU
+
+
 def test_statistics_keep_their_digits_in_bfloat16(tmp_path: Path):
     module = flux2()
     model = load_autoencoder(saved(module, tmp_path / "ae"))

@@ -365,7 +365,7 @@ def test_latents_of_two_resolutions(corpus: Corpus, autoencoder: str):
     columns = {f"latents/tiny-{side}": {"autoencoder": autoencoder, "resolution": side} for side in (32, 64)}
     stages = stages_of(config(Path(corpus.url), columns))
     assert [(s.name, sorted(s.columns), s.device) for s in stages] == [
-        (f"latents:{autoencoder}", ["latents/tiny-32", "latents/tiny-64"], "gpu")
+        ("latents", ["latents/tiny-32", "latents/tiny-64"], "gpu")
     ]
     made = make(corpus, columns, resources={"latents_batch": 4})
     model = load_autoencoder(autoencoder)

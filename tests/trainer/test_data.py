@@ -1,6 +1,7 @@
 import threading
 from collections import Counter
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
 from pipeline.shards import array_bytes, array_from_bytes
-from tests.trainer.conftest import build_corpus, build_recipe
+from tests.trainer.conftest import STAGE, build_corpus, build_recipe, write_shard
 from trainer.data import Draw, Lanes, ShardCache, StageData, in_thread, pad_text
 from trainer.samples import SampleIndex, open_samples
 
@@ -150,6 +151,31 @@ def test_batches_hold_what_the_columns_hold_joined_by_row(corpus: Corpus, stage_
         assert torch.equal(micro.noise, draw.noise) and torch.equal(micro.permutation, draw.permutation)
         assert micro.text.shape[1] in (4, 8, 16, 32)
     assert dropped and columns
+
+
+def test_of_moments_each_step_draws_a_sample(tmp_path: Path, stage_data) -> None:
+    corpus = build_corpus(tmp_path / "c", units=1, shards=1)
+    corpus.declare_column("latents/moments-32", {"stage": "latents", "resolution": 32, "posterior": "moments"})
+    (images,) = corpus.commits("images")
+    write_shard(corpus, "latents/moments-32", images.ref, [images])
+    stages = [STAGE | {"latents": "latents/moments-32", "steps": 5, "mask_ratio": 0.5}]
+    data = stage_data(of=corpus, stages=stages)
+    assert data.latent_shape == (2, 4, 4)
+    plain = stage_data(of=corpus)
+    for step, (batch, other) in enumerate(zip(data.batches(0, 0, 3), plain.batches(0, 0, 3), strict=True)):
+        (micro,) = batch.micro_batches
+        draw = Draw.of(3, step, 16, (2, 4, 4), 4, moments=True)
+        assert draw.posterior is not None and draw.posterior.std() > 0.8
+        assert not torch.equal(draw.posterior, draw.noise)
+        for i, position in enumerate(batch.positions.tolist()):
+            where, row = data.index.shards[data.index.shard[position]], int(data.index.row[position])
+            mean, deviation = np.split(stored(corpus, "latents/moments-32", where, row).astype(np.float32), 2)
+            wanted = torch.from_numpy(mean) + torch.from_numpy(deviation) * draw.posterior[i]
+            assert torch.equal(micro.latents[i], wanted)
+        assert batch.positions.tolist() == other.positions.tolist()
+        assert torch.equal(micro.sigma_normal, other.micro_batches[0].sigma_normal)
+        without = Draw.of(3, step, 16, (2, 4, 4), 4)
+        assert torch.equal(without.noise, draw.noise) and torch.equal(without.permutation, draw.permutation)
 
 
 def test_batches_are_the_same_for_any_number_of_processes_micro_batches_and_start(stage_data) -> None:

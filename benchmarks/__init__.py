@@ -1,0 +1,1 @@
+"""Ratios against named peers: one command each, `--json` prints one object."""

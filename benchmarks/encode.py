@@ -1,0 +1,506 @@
+"""Encoding: our stages beside the bare model, the loop that most people write, and the bare decode and resize.
+
+    python -m benchmarks.encode [--device cuda] [--models sdxl t5-xxl dfn-clip-h] [--shards 2] [--samples 1024] [--json]
+
+Runs in a folder of the sources with torch, diffusers, transformers, tokenizers, safetensors, huggingface_hub, numpy,
+pillow, simplejpeg, obstore, pyarrow, pydantic, pyyaml, ftfy, regex, and for the pictures duckdb, requests; without ray.
+
+Inputs are drawn JPEGs as `benchmarks/ingest.py` makes them, stored as ingest stores them (short side of 512 pixels at
+most), and captions of a few to a hundred words. Models of the real sizes have random weights, written into folders and
+loaded as any other. In turns, medians:
+
+    bare     the network alone on ready tensors on the device, at the best of some batch sizes: the ceiling
+    stage    `pipeline.stages`, from committed tars (tables) to committed tars; loading and one shard are not counted
+    common   Pillow, a DataLoader, eager, autocast where ours is in half precision, one tar; captions padded to the
+             longest that there may be; at the best of some batch sizes and workers; its output is ours within TOLERANCE
+    feed     our image stage with a model that does nothing; `bare feed` decodes and resizes as much on as many threads
+
+`ratio_ceiling` = bare / stage, goal 0.95 on a GPU with 16 cores beside it; `ratio_common` = common / stage, goal 2;
+`ratio_feed` = bare feed / feed, goal 0.85: ratios of seconds, of all models together and of each. `gpu_busy` is the
+share of the stage's time in which the GPU had a batch to work on. `ratio_..._cpu` are of processor seconds, which say
+more where the processor is the device and has other things to do. What was not measured says so.
+"""
+
+import argparse
+import io
+import json
+import os
+import resource
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.encode_inputs import CAPTIONS, MODELS, SIZES, make_corpus
+from pipeline.config import LatentsColumn, Resources, TextColumn
+from pipeline.corpus import Commit, Corpus, ShardRef
+from pipeline.shards import array_bytes, array_from_bytes, read_tar
+from pipeline.stages import IMAGES, Task, image_bytes, read_lines, read_rows
+from pipeline.stages.latents import Latents
+from pipeline.stages.text import Text
+
+GOALS = {"ratio_ceiling": 0.95, "ratio_common": 2.0, "ratio_feed": 0.85}
+TOLERANCE = 0.05  # mean difference by mean magnitude: half precision, and resizing that rounds otherwise
+NOT_MEASURED = "not measured"
+DEFAULT = {"cuda": ["sdxl", "t5-xxl", "dfn-clip-h"], "cpu": ["demo", "minilm", "t5-small"]}
+
+
+# -- timing ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Setting:
+    """What is measured on what."""
+
+    corpus: Corpus
+    folder: Path
+    device: str
+    threads: int
+    batch: int
+    tries: int = 0
+
+    @property
+    def refs(self) -> list[ShardRef]:
+        return [commit.ref for commit in self.corpus.commits(IMAGES)]
+
+    @property
+    def images(self) -> list[bytes]:
+        return [image_bytes(r.members) for c in self.corpus.commits(IMAGES) for r in read_rows(self.corpus, c)]
+
+    @property
+    def texts(self) -> list[str]:
+        return [r.scalars["caption"] for c in self.corpus.commits(CAPTIONS) for r in read_lines(self.corpus, c)]
+
+    def time(self, work: Callable[[], object]) -> "Took":
+        began, worked = self._now()
+        work()
+        ended, then = self._now()
+        return Took(ended - began, then - worked)
+
+    def _now(self) -> tuple[float, float]:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return time.perf_counter(), sum(used.ru_utime + used.ru_stime for used in usage)
+
+
+@dataclass(frozen=True)
+class Took:
+    """Seconds of the clock, and of the processors in this process and those that it started."""
+
+    clock: float
+    cpu: float
+
+
+@dataclass
+class Found:
+    """Of one model: what each way took for the whole corpus, and what else was seen."""
+
+    took: dict[str, list[Took]] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, way: str, took: Took) -> None:
+        self.took.setdefault(way, []).append(took)
+
+    def median(self, way: str, kind: str = "clock") -> float:
+        return statistics.median(getattr(took, kind) for took in self.took[way]) if way in self.took else 0.0
+
+
+def run_stage(setting: Setting, stage: Any) -> tuple[list[Commit], Took]:
+    """All shards, one after the other, as an actor does: the commits, and how long it took."""
+    for name, spec in stage.columns.items():
+        setting.corpus.declare_column(name, spec.stage, spec.scalars)
+    setting.tries += 1
+    commits: list[Commit] = []
+
+    def work() -> None:
+        for ref in setting.refs:
+            commits.extend(stage.run(setting.corpus, Task(ref, dict.fromkeys(stage.columns, setting.tries))))
+
+    return commits, setting.time(work)
+
+
+def warm(setting: Setting, stage: Any) -> None:
+    for name, spec in stage.columns.items():
+        setting.corpus.declare_column(name, spec.stage, spec.scalars)
+    stage.load()
+    stage.run(setting.corpus, Task(setting.refs[0], dict.fromkeys(stage.columns, 0), rows=range(4 * setting.batch)))
+
+
+def arrays(setting: Setting, commits: Sequence[Commit]) -> Iterator[np.ndarray]:
+    for commit in commits:
+        with setting.corpus.open_object(commit) as file:
+            yield from (array_from_bytes(members["npy"]) for _, members in read_tar(file))
+
+
+def difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
+    """The largest of all samples' mean differences, each by its mean magnitude."""
+    pairs = [(a.astype(np.float32), b.astype(np.float32)) for a, b in zip(ours, theirs, strict=True)]
+    return max(float(np.abs(a - b).mean() / max(np.abs(a).mean(), 1e-6)) for a, b in pairs)
+
+
+def best_batch(setting: Setting, work: Callable[[int], None], sizes: Sequence[int]) -> int:
+    """The size with which `work`, which takes that many samples, is fastest by sample."""
+    rates = {}
+    for size in sizes:
+        try:
+            work(size)
+            rates[size] = min(setting.time(partial(work, size)).clock for _ in range(2)) / size
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    return min(rates, key=lambda size: rates[size])
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+class Pictures(Dataset):
+    """Images as most people read them: squares of the sides, float32 (3, side, side) in -1..1."""
+
+    def __init__(self, images: list[bytes], sides: Sequence[int]):
+        self.images, self.sides = images, sides
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> list[Tensor]:
+        image = Image.open(io.BytesIO(self.images[i])).convert("RGB")
+        found = []
+        for side in self.sides:
+            scale = side / min(image.size)
+            size = max(side, int(image.width * scale)), max(side, int(image.height * scale))
+            resized = image.resize(size, Image.Resampling.BICUBIC)
+            left, top = ((length - side) // 2 for length in size)
+            cut = np.array(resized.crop((left, top, left + side, top + side)))
+            found.append(torch.from_numpy(cut).permute(2, 0, 1).float() / 127.5 - 1)
+        return found
+
+
+def common_images(
+    setting: Setting, model: Any, sides: Sequence[int], images: list[bytes], batch: int, workers: int, sampled: bool
+) -> list[list[np.ndarray]]:
+    """Latents by side; `model` is diffusers' own."""
+    made: list[list[np.ndarray]] = [[] for _ in sides]
+    cuda, half = setting.device == "cuda", model.half
+    loader = DataLoader(Pictures(images, sides), batch, num_workers=workers, pin_memory=cuda)
+    with tarfile.open(setting.folder / "common.tar", "w") as tar, torch.inference_mode():
+        for number, pixels in enumerate(loader):
+            for place, some in enumerate(pixels):
+                with torch.autocast(setting.device, torch.bfloat16, enabled=half):
+                    posterior = model.network.encode(some.to(setting.device)).latent_dist
+                    latents = posterior.sample() if sampled else posterior.mode()
+                latents = (latents.float() * model.network.config.scaling_factor).half().cpu().numpy()
+                for i, latent in enumerate(latents):
+                    add(tar, f"{number * batch + i}.{sides[place]}.npy", array_bytes(latent))
+                    made[place].append(latent)
+    return made
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+@dataclass
+class Plain:
+    """An autoencoder as diffusers loads it, in float32."""
+
+    network: Any
+    half: bool
+
+
+class NoModel:
+    """What the feed is measured with: takes the pixels to the device, and gives zeros."""
+
+    deterministic = False
+
+    def __init__(self, model: Any):
+        self.model, self.device, self.noise = model, model.device, model.noise
+
+    def encode(self, pixels: Tensor, noise: Tensor, posterior: str) -> Tensor:
+        pixels.to(self.device, non_blocking=True)
+        side = pixels.shape[1] // self.model.downsample
+        return torch.zeros(len(pixels), self.model.channels, side, side, device=self.device)
+
+
+def bare_feed(setting: Setting, sides: Sequence[int]) -> None:
+    """Decode and resize, and nothing else; what is cut off is not resized either."""
+
+    def squares(data: bytes) -> list[np.ndarray]:
+        image = Image.fromarray(simplejpeg.decode_jpeg(data))
+        width, height = image.size
+        short, found = min(width, height), []
+        for side in sides:
+            if short == side:
+                left, top = (width - side) // 2, (height - side) // 2
+                found.append(np.asarray(image.crop((left, top, left + side, top + side))))
+            else:
+                box = ((width - short) / 2, (height - short) / 2, (width + short) / 2, (height + short) / 2)
+                found.append(np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box)))
+        return found
+
+    with ThreadPoolExecutor(setting.threads) as pool:
+        for commit in setting.corpus.commits(IMAGES):
+            with tarfile.open(Path(setting.corpus.url, commit.object.name)) as tar:
+                members = [tar.extractfile(info) for info in tar if info.name.endswith(".jpg")]
+                for _ in pool.map(squares, [file.read() for file in members if file is not None]):
+                    pass
+
+
+def measure_images(setting: Setting, name: str, rounds: int) -> Found:
+    from diffusers import AutoencoderKL
+
+    from model.autoencoder import AUTOENCODERS
+
+    where, sides = MODELS[name](setting.folder / name, setting.device), SIZES[name]
+    resources = Resources(latents_batch=setting.batch, decode_threads=setting.threads)
+    options = {f"latents/{name}-{side}": LatentsColumn(autoencoder=where, resolution=side) for side in sides}
+    modes = {f"{key}-mode": o.model_copy(update={"posterior": "mode"}) for key, o in options.items()}
+    stage, checked, feed = (Latents(given, 10**8, resources) for given in (options, modes, dict(options)))
+    images, found = setting.images, Found()
+    warm(setting, stage)
+    model = next(iter(stage.models.values()))
+    half = model.fingerprint["dtype"] != "float32"
+    folder = AUTOENCODERS[where].where if where in AUTOENCODERS else where
+    network = AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).eval().to(setting.device)
+    plain = Plain(network, half)
+
+    ready = {side: torch.rand(64, 3, side, side, device=setting.device) * 2 - 1 for side in sides}
+    layout = {"dtype": model._dtype, "memory_format": torch.channels_last}
+    ready = {side: pixels.to(**layout) for side, pixels in ready.items()}
+
+    @torch.inference_mode()
+    def encode(side: int, size: int) -> None:
+        model._module.encode(ready[side][:size])
+
+    sizes = (1, 2, 4, 8, 16, 32, 64) if setting.device == "cpu" else (8, 16, 32, 64)
+    ceiling = {side: best_batch(setting, partial(encode, side), sizes) for side in sides}
+
+    def bare() -> None:
+        for side, size in ceiling.items():
+            for _ in range(0, len(images), size):
+                encode(side, size)
+
+    cores = len(os.sched_getaffinity(0))
+    some = images[: max(64, len(images) // 4)]
+    ways = [(b, w) for b in (8, 32) for w in sorted({0 if setting.device == "cpu" else cores // 2, cores})]
+    common_images(setting, plain, sides, some[:8], 8, 0, True)
+    tried = {way: setting.time(partial(common_images, setting, plain, sides, some, *way, True)).clock for way in ways}
+    best = min(tried, key=lambda way: tried[way])
+
+    feed.load()
+    feed.models = {column: NoModel(model) for column in feed.models}
+    commits, _ = run_stage(setting, checked)
+    theirs = common_images(setting, plain, sides, images, *best, False)
+    ours: list[list[np.ndarray]] = [[] for _ in sides]
+    for place, column in enumerate(checked.columns):
+        ours[place] = list(arrays(setting, [c for c in commits if c.column == column]))
+    found.told["difference"] = max(difference(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert found.told["difference"] < TOLERANCE, f"{name}: ours and the common loop's differ by {found.told}"
+
+    for number in range(rounds):
+        order = ["bare", "stage", "common", "feed", "bare_feed"]
+        for way in order if number % 2 else order[::-1]:
+            if way == "bare":
+                found.add(way, setting.time(bare))
+            elif way == "stage":
+                watch_stage(setting, stage, found)
+            elif way == "common":
+                work = partial(common_images, setting, plain, sides, images, *best, True)
+                found.add(way, setting.time(work))
+            elif way == "feed":
+                found.add(way, run_stage(setting, feed)[1])
+            else:
+                found.add(way, setting.time(partial(bare_feed, setting, sides)))
+    found.told |= {"resolutions": list(sides), "bare_batch": ceiling, "common_batch_workers": list(best)}
+    return found
+
+
+def watch_stage(setting: Setting, stage: Any, found: Found) -> None:
+    """Run a stage, and note how busy the GPU was and how much of its memory was taken."""
+    if setting.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    commits, took = run_stage(setting, stage)
+    found.add("stage", took)
+    assert all(commit.counts["failed"] == 0 for commit in commits), [commit.reasons for commit in commits]
+    if setting.device == "cuda":
+        found.told["gpu_busy"] = round(sum(commit.timings["encode_seconds"] for commit in commits) / took.clock, 3)
+        found.told["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 1e6)
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def common_text(setting: Setting, encoder: Any, texts: list[str], batch: int) -> list[np.ndarray]:
+    """Embeddings (most tokens, width) with padding, in order; `encoder` is ours, of which the network is used."""
+    made: list[np.ndarray] = []
+    half = encoder.fingerprint["dtype"] != "float32"
+    with tarfile.open(setting.folder / "common.tar", "w") as tar, torch.inference_mode():
+        for start in range(0, len(texts), batch):
+            some = texts[start : start + batch]
+            if encoder.fingerprint.get("tokens") == "open_clip":
+                inputs = {"input_ids": encoder._tokenizer(some).to(setting.device)}
+            else:
+                inputs = encoder._tokenizer(
+                    some, padding="max_length", truncation=True, max_length=encoder.max_tokens, return_tensors="pt"
+                ).to(setting.device)
+            with torch.autocast(setting.device, torch.bfloat16, enabled=half):
+                embeddings = encoder._module(**inputs).last_hidden_state.half().cpu().numpy()
+            for i, embedding in enumerate(embeddings):
+                add(tar, f"{start + i}.npy", array_bytes(embedding))
+            made += list(embeddings)
+    return made
+
+
+def measure_text(setting: Setting, name: str, rounds: int) -> Found:
+    where = MODELS[name](setting.folder / name, setting.device)
+    column = f"text/{name}@source"
+    stage, texts, found = Text(column, TextColumn(encoder=where), setting.batch), setting.texts, Found()
+    warm(setting, stage)
+    encoder: Any = stage._model
+    clip = encoder.fingerprint.get("tokens") == "open_clip"
+
+    def tokens(some: Sequence[str]) -> dict[str, Tensor]:
+        if clip:
+            return {"input_ids": encoder._tokenizer(some).to(setting.device)}
+        options = {"truncation": True, "max_length": encoder.max_tokens, "return_tensors": "pt"}
+        return dict(encoder._tokenizer(list(some), padding=True, **options).to(setting.device))
+
+    @torch.inference_mode()
+    def encode(batch: dict[str, Tensor]) -> None:
+        encoder._module(**batch)
+
+    shortest_first = sorted(texts, key=len)
+    middle = shortest_first[len(texts) // 2 :]
+    sizes = sorted({min(size, len(middle)) for size in (8, 16, 32, 64, 128)})
+    batches = {size: tokens(middle[:size]) for size in sizes}
+    ceiling = best_batch(setting, lambda size: encode(batches[size]), sizes)
+    ready = [tokens(shortest_first[i : i + ceiling]) for i in range(0, len(texts), ceiling)]
+
+    def bare() -> None:
+        for batch in ready:
+            encode(batch)
+
+    best = best_batch(setting, lambda size: void(common_text(setting, encoder, texts[:size], size)), sizes)
+    commits, _ = run_stage(setting, stage)
+    ours, theirs = list(arrays(setting, commits)), common_text(setting, encoder, texts, best)
+    found.told["difference"] = difference(ours, [b[: len(a)] for a, b in zip(ours, theirs, strict=True)])
+    assert found.told["difference"] < TOLERANCE, f"{name}: ours and the common loop's differ by {found.told}"
+    for number in range(rounds):
+        order = ["bare", "stage", "common"]
+        for way in order if number % 2 else order[::-1]:
+            if way == "bare":
+                found.add(way, setting.time(bare))
+            elif way == "stage":
+                watch_stage(setting, stage, found)
+            else:
+                found.add(way, setting.time(partial(common_text, setting, encoder, texts, best)))
+    found.told |= {"bare_batch": ceiling, "common_batch": best}
+    return found
+
+
+def void(_: object) -> None:
+    """For what is called for its time alone."""
+
+
+# -- all ---------------------------------------------------------------------------------------------------------------
+
+
+WAYS = ("bare", "stage", "common", "feed", "bare_feed")
+
+
+def row_of(name: str, found: Found, samples: int) -> dict[str, Any]:
+    what = "images" if name in SIZES else "captions"
+    row: dict[str, Any] = {"model": name, f"{what}_per_second": round(samples / found.median("stage"), 2)}
+    row |= {f"{way}_seconds": round(found.median(way), 3) for way in WAYS if way in found.took}
+    row |= {f"{way}_cpu_seconds": round(found.median(way, "cpu"), 3) for way in WAYS if way in found.took}
+    return row | ratios_of([found]) | {"gpu_busy": NOT_MEASURED, "peak_gpu_memory_mb": NOT_MEASURED} | found.told
+
+
+def ratios_of(found: Sequence[Found]) -> dict[str, Any]:
+    """Of the seconds of all models together; the feed's, of those that have one."""
+    ratios: dict[str, Any] = {}
+    for kind, ending in (("clock", ""), ("cpu", "_cpu")):
+        total = {way: sum(one.median(way, kind) for one in found) for way in WAYS}
+        for name, ours, theirs in (
+            ("ceiling", "stage", "bare"),
+            ("common", "stage", "common"),
+            ("feed", "feed", "bare_feed"),
+        ):
+            ratios[f"ratio_{name}{ending}"] = round(total[theirs] / total[ours], 4) if total[ours] else NOT_MEASURED
+    return ratios
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    rows, found = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = make_corpus(Path(folder, "corpus"), options.shards, options.samples, options.unique)
+        setting = Setting(corpus, Path(folder), options.device, options.threads, options.batch)
+        for name in options.models:
+            one = (measure_images if name in SIZES else measure_text)(setting, name, options.rounds)
+            found.append(one)
+            rows.append(row_of(name, one, options.shards * options.samples))
+            if options.device == "cuda":
+                torch.cuda.empty_cache()
+    name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
+    return {
+        "device": options.device,
+        "device_name": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "samples": options.shards * options.samples,
+        "batch": options.batch,
+        "threads": options.threads,
+        "rounds": options.rounds,
+        **ratios_of(found),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+        "goals": GOALS,
+        "models": rows,
+        **{name: NOT_MEASURED for name in MODELS if name not in options.models},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, choices=("cpu", "cuda"))
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), help="by default real sizes on a GPU, else small")
+    parser.add_argument("--shards", type=int, default=2)
+    parser.add_argument("--samples", type=int, help="of a shard; by default 1024 on a GPU, else 64")
+    parser.add_argument("--unique", type=int, default=256, help="different images")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=32, help="of our stages")
+    parser.add_argument("--threads", type=int, help="that decode; by default 8 on a GPU, else 2")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    options = parser.parse_args()
+    options.models = options.models or DEFAULT[options.device]
+    options.samples = options.samples or (1024 if options.device == "cuda" else 64)
+    options.threads = options.threads or (8 if options.device == "cuda" else 2)
+    found = measure(options)
+    if options.json:
+        print(json.dumps(found))
+        return
+    rows = found.pop("models")
+    for name, value in found.items():
+        print(f"{name:18} {value}")
+    for row in rows:
+        print()
+        for name, value in row.items():
+            print(f"{name:24} {value}")
+
+
+if __name__ == "__main__":
+    main()
