@@ -183,8 +183,12 @@ def asked(url: str) -> dict[str, Any]:
     """`status`, as the command line gives it, with the start of Python."""
     began = time.perf_counter()
     command = [sys.executable, "-c", "from pipeline.cli import main; main()", "status", url, "--json"]
-    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds = round(time.perf_counter() - began, 2)
+    try:
+        found = json.loads(said)
+    except ValueError:
+        raise RuntimeError(f"status --json says more than one JSON object: {said[:1000]!r}") from None
     return {"seconds": seconds, "done": found["columns"][COLUMN][SOURCE]["done"]}
 
 
@@ -273,11 +277,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         found = measure(Path(folder), options.shards, options.commits)
-    if options.json:
-        print(json.dumps(found))
-        return
-    for name, value in found.items():
-        print(f"{name:26} {value}")
+        if options.json:
+            print(json.dumps(found), flush=True)
+        for name, value in found.items() if not options.json else ():
+            print(f"{name:26} {value}", flush=True)
+        said("removing what was made")
 
 
 if __name__ == "__main__":
