@@ -13,7 +13,6 @@ are bytes. What they hold is for the caller to say, who takes `pkl` for nothing.
 
 import hashlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -394,17 +393,3 @@ def _write(path: Path, parts: Sequence[bytes]) -> None:
         file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
-
-
-# -- arrays ----------------------------------------------------------------------------------------------------------
-
-
-def float16_array(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    """The float16 array of a `bytes` column, which says nothing of its shape.
-
-    Raises:
-        ValueError: there are more or fewer bytes.
-    """
-    if (wanted := 2 * math.prod(shape)) != len(data):
-        raise ValueError(f"{len(data)} bytes; float16 {shape} has {wanted}")
-    return np.frombuffer(data, "<f2").reshape(shape)

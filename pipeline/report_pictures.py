@@ -48,7 +48,7 @@ def pictures(
     whole = " AND ".join(["true", *complete])
     drawn = query(
         corpus,
-        f"SELECT {wanted} FROM samples WHERE status = 'ok' "
+        f"SELECT {wanted} FROM samples WHERE status = 'ok' AND format IS NOT NULL "
         f"ORDER BY ({whole}) DESC, md5(id || '{SEED}') LIMIT {PICTURES}",
     ).to_pylist()
     samples, problems = [], []

@@ -16,7 +16,13 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-CAPTIONS = ["a red apple on a table", "Zwei Käfer — größer als sonst", "snail\nand “quotes”", "夜のカエル 🐸", "&amp; x"]
+CAPTIONS = [
+    "a red apple on a table",
+    "Zwei Käfer — größer als sonst",
+    "snail\nand “quotes”",
+    "夜のカエル 🐸",
+    "&amp; x",
+]
 SIZES = {
     "official": {"caption_latents": (1, 77, 1024), "latents_256": (4, 32, 32), "latents_512": (4, 64, 64)},
     "workers": {"caption_latents": (1, 77, 8), "latents_64": (4, 8, 8), "latents_128": (4, 16, 16)},
