@@ -35,6 +35,7 @@ from pipeline.samples import load_selection
 from pipeline.shards import array_from_bytes
 from pipeline.stages import IMAGES
 from pipeline.store import Store
+from pipeline.watch import fail_point
 
 REQUEST, COUNTS = "convert.json", "counts.json"
 UNFINISHED = ".unfinished-"
@@ -296,6 +297,7 @@ def _write_shard(export: Export, folder: Path, where: Where) -> dict[str, Any]:
         partial_folder.chmod(0o755)
         for path in (partial_folder / COUNTS, partial_folder):
             _sync(path)
+        fail_point("moving")
         partial_folder.rename(folder / where[1])
         _sync(folder)
         return counts
