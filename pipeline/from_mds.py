@@ -30,6 +30,7 @@ from pipeline.shards import array_bytes
 from pipeline.stages import IMAGES, Row, Task, latest, read_lines, samples
 from pipeline.stages.ingest import SCALARS, ingest_stage
 from pipeline.store import Store
+from pipeline.watch import fail_point
 
 MOST_FAILED = 0.1  # the share of a column's samples that may fail before the exit status is 1
 
@@ -159,6 +160,7 @@ def convert_unit(corpus: Corpus, conversion: Conversion, number: int) -> Done:
     except DamagedShard as error:
         write_failure(corpus, UNITS, source, unit, stage="convert", attempts=1, message=str(error), traceback="")
         return Done(number, message=str(error))
+    fail_point("committing-unit")
     corpus.commit_unit(source, unit, info.samples, names)
     return Done(number, samples, failed, size)
 

@@ -224,6 +224,7 @@ def _go_on(export: Export, folder: Path, threads: int, progress: Progress | None
         report()
     store = Store(folder)
     if not store.exists(INDEX):
+        fail_point("indexing")
         store.create(INDEX, merged_index(folder, names))
     total, left_out = Counter[str](), Counter[str]()
     for name in names:
