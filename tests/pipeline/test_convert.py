@@ -410,8 +410,9 @@ def test_sixteen_channels_are_ostris(tmp_path: Path) -> None:
 # -- and back --------------------------------------------------------------------------------------------------------
 
 
-def test_there_and_back_again(tmp_path: Path, small: Corpus) -> None:
-    found = to_mds(look_at_corpus(small, text_shape=(77, 8)), tmp_path / "mds")
+def test_there_and_back_again(tmp_path: Path, corpus_url: str, small: Corpus) -> None:
+    to_corpus(WORKERS, corpus_url, SMALL)
+    found = to_mds(look_at_corpus(Corpus.open(corpus_url), text_shape=(77, 8)), tmp_path / "mds")
     assert read_mds(tmp_path / "mds") == [make.encoded(sample) for sample in all_samples("workers")]
     assert (found["in"], found["out"], found["left_out"], found["exit_status"]) == (8, 8, {}, 0)
     assert found["columns"] == {
@@ -420,9 +421,9 @@ def test_there_and_back_again(tmp_path: Path, small: Corpus) -> None:
         "latents_64": "latents/sdxl-64",
         "latents_128": "latents/sdxl-128",
     }
-    again = to_corpus(tmp_path / "mds", str(tmp_path / "corpus"), SMALL)
+    again = to_corpus(tmp_path / "mds", str(tmp_path / "again"), SMALL)
     assert again["columns"][TEXT]["out"] == 8
-    assert [a.tobytes() for a in arrays(Corpus.open(tmp_path / "corpus"), TEXT)] == [
+    assert [a.tobytes() for a in arrays(Corpus.open(tmp_path / "again"), TEXT)] == [
         a.tobytes() for a in arrays(small, TEXT)
     ]
 
