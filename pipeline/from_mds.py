@@ -265,12 +265,13 @@ def _summary(
             "failed": there.failed if there else 0,
             "reasons": dict(there.reasons.most_common()) if there else {},
         }
+    units = found.get((UNITS, source))
     inputs = sum(shard.samples for shard in conversion.shards)
     hashes = {name for shard in conversion.shards for name in shard.raw_data.hashes}
     return {
         "corpus": corpus.url,
         "source": source,
-        "units": {"total": len(conversion.shards), "read": len(corpus.units(source)), "set_aside": len(aside)},
+        "units": {"total": len(conversion.shards), "read": units.done if units else 0, "set_aside": len(aside)},
         "inputs": inputs,
         "unread": inputs - columns[IMAGES]["in"],
         "columns": columns,

@@ -241,22 +241,23 @@ def _unpack(path: Path, info: ShardInfo, target: BinaryIO) -> None:
     if (info.compression or "").partition(":")[0] != "zstd":
         raise DamagedShard(f"it is packed with {info.compression!r}; only zstd is read, unpack it beside it")
     left = info.raw_data.bytes
-    try:
-        with pa.CompressedInputStream(pa.OSFile(str(path)), "zstd") as stream:
-            while block := stream.read(min(BLOCK, left + 1)):
-                left -= len(block)
-                if left < 0:
-                    raise DamagedShard(f"unpacked it has more than the {info.raw_data.bytes} bytes of the index")
-                target.write(block)
-    except pa.ArrowException as error:
-        raise DamagedShard(f"it cannot be unpacked: {first_line(error)}") from error
-    except OSError as error:
-        if error.errno is not None:  # the disk is full
-            raise
-        raise DamagedShard(f"it cannot be unpacked: {first_line(error)}") from error
+    with pa.CompressedInputStream(pa.OSFile(str(path)), "zstd") as stream:
+        while block := _block(stream, min(BLOCK, left + 1)):
+            left -= len(block)
+            if left < 0:
+                raise DamagedShard(f"unpacked it has more than the {info.raw_data.bytes} bytes of the index")
+            target.write(block)
     if left:
         raise DamagedShard(f"unpacked it has {left} bytes less than the {info.raw_data.bytes} of the index")
     target.flush()
+
+
+def _block(file: Any, size: int) -> bytes:
+    try:
+        data: bytes = file.read(size)
+    except (OSError, pa.ArrowException) as error:
+        raise DamagedShard(f"it cannot be read: {first_line(error)}") from error
+    return data
 
 
 def _check_hashes(file: BinaryIO, info: FileInfo) -> None:
@@ -264,7 +265,7 @@ def _check_hashes(file: BinaryIO, info: FileInfo) -> None:
     if not found:
         return
     file.seek(0)
-    while block := file.read(BLOCK):
+    while block := _block(file, BLOCK):
         for digest in found.values():
             digest.update(block)
     for name, digest in found.items():
