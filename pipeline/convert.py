@@ -13,7 +13,7 @@ import typer
 
 from pipeline.errors import RequestError
 
-TO_CORPUS = {"--source", "--captions", "--autoencoder", "--text-encoder", "--as-built"}
+TO_CORPUS = {"--source", "--captions", "--autoencoder", "--text-encoder", "--as-built", "--repair"}
 TO_MDS = {"--selection", "--text", "--latents", "--compression"}
 
 
@@ -49,6 +49,12 @@ def convert(
             "them. The hub, or its cache, is asked which models those are.",
         ),
     ] = False,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="MDS to corpus: read all that is there first; make again what is damaged, lost or stale."
+        ),
+    ] = False,
     text_shape: Annotated[
         str, typer.Option(metavar="TOKENSxWIDTH", help="Of a caption's embedding in MDS.")
     ] = "77x1024",
@@ -81,7 +87,7 @@ def convert(
     others. A file that is damaged is set aside; mend it, and the same command takes it again.
 
     **Corpus to MDS.** TO is a new folder, ready for `train.py` when `index.json` is in it. Samples that lack the
-    text or a resolution are left out, and counted.
+    text or a resolution are left out, and counted. Pictures stay: the official trainer reads none.
 
     **Examples**
 
@@ -100,6 +106,7 @@ def convert(
         "--autoencoder": autoencoder,
         "--text-encoder": text_encoder,
         "--as-built": as_built,
+        "--repair": repair,
         "--selection": selection,
         "--text": text,
         "--latents": latents,
@@ -117,7 +124,7 @@ def convert(
             if source is None:
                 raise RequestError("--source: name the samples, e.g. --source cc12m; it becomes part of every name")
             naming = Naming(source, captions or "source", autoencoder, text_encoder or "dfn-clip-h", shape, as_built)
-            summary = from_mds.to_corpus(Path(origin), target, naming, threads, progress)
+            summary = from_mds.to_corpus(Path(origin), target, naming, threads, progress, repair)
             lines = from_mds.text(summary)
         else:
             _refuse(names & TO_CORPUS, "FROM is a corpus")

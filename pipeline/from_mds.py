@@ -26,6 +26,7 @@ from pipeline.mds_columns import CAPTION, PICTURE, PICTURES, Arrays, Conversion,
 from pipeline.parallel import threaded
 from pipeline.progress import Line, Progress, Snapshot, Tally
 from pipeline.records import UNITS, canonical
+from pipeline.repair import damage
 from pipeline.shards import array_bytes
 from pipeline.stages import IMAGES, Row, Task, latest, read_lines, samples
 from pipeline.stages.ingest import SCALARS, ingest_stage
@@ -33,6 +34,7 @@ from pipeline.store import Store
 from pipeline.watch import fail_point
 
 MOST_FAILED = 0.1  # the share of a column's samples that may fail before the exit status is 1
+Redo = dict[str, set[str]]  # by column the shards, and with the column `units` the units, that are made again
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,12 @@ class Done:
 
 
 def to_corpus(
-    folder: Path, url: str, naming: Naming, threads: int = 4, progress: Progress | None = None
+    folder: Path,
+    url: str,
+    naming: Naming,
+    threads: int = 4,
+    progress: Progress | None = None,
+    repair: bool = False,
 ) -> dict[str, Any]:
     """Convert an MDS folder, or go on with it. The corpus is made if there is none.
 
@@ -58,11 +65,13 @@ def to_corpus(
 
     Args:
         threads: MDS shards at a time.
+        repair: read all that is committed in the corpus first (`verify`), and make again what is damaged, lost or
+            stale of this source, and what hangs on it.
 
     Returns:
         dict: `source`; `units`: `total`, `read` and `set_aside`; `inputs`: samples that the index tells of, `unread`:
         those of them in shards that cannot be read; `columns`: `in`, `out`, `failed`, `reasons` of each, with
-        in = out + failed and inputs = in + unread; `set_aside`: `shard`, `samples` and `message`; `left_out`: MDS
+        in = out + failed and inputs = in + unread; `set_aside`: `samples` and `message`; `left_out`: MDS
         columns that were not taken; `unchecked`: names of hashes that cannot be made here; `written`: samples of this
         run; `seconds`; `exit_status`.
 
@@ -74,12 +83,19 @@ def to_corpus(
     corpus = _open_or_create(url)
     declare(corpus, conversion)
     source, total = naming.source, len(conversion.shards)
-    there = {column: corpus.committed(column, source) for column in (*conversion.columns, UNITS)}
+    redo: Redo = {}
+    if repair:
+        redo, notes = _damaged(corpus, conversion)
+        if progress is not None:
+            progress(Snapshot(time.monotonic() - began, [], notes))
+    there = {
+        column: {shard for _, shard in corpus.committed(column, source)} - redo.get(column, set())
+        for column in (*conversion.columns, UNITS)
+    }
 
     def complete(number: int) -> bool:
         unit, names = shards_of(corpus, conversion, number)
-        made = ((source, shard) in there[column] for column in conversion.columns for shard in names)
-        return (source, unit) in there[UNITS] and all(made)
+        return unit in there[UNITS] and all(there[column].issuperset(names) for column in conversion.columns)
 
     todo = [number for number in range(total) if not complete(number)]
     tally = Tally()
@@ -98,7 +114,7 @@ def to_corpus(
 
     tally.begin()
     report()
-    for done in threaded(partial(convert_unit, corpus, conversion), todo, threads):
+    for done in threaded(partial(convert_unit, corpus, conversion, redo=redo), todo, threads):
         tally.add(1, done.samples, done.failed, done.bytes)
         if done.message:
             aside.append({"samples": conversion.shards[done.number].samples, "message": done.message})
@@ -136,6 +152,22 @@ def declare(corpus: Corpus, conversion: Conversion) -> None:
         corpus.declare_column(column, spec.stage, spec.scalars)
 
 
+def _damaged(corpus: Corpus, conversion: Conversion) -> tuple[Redo, list[str]]:
+    """What of a source must be made again, and what there is to say of it."""
+    found, source = damage(corpus), conversion.naming.source
+    redo: Redo = {
+        column: {shard for where, shard in found.redo.get(column, ()) if where == source}
+        for column in (*conversion.columns, UNITS)
+    }
+    specs = conversion.captions.columns | {column: array.spec for column, array in conversion.arrays.items()}
+    for column, spec in specs.items():  # captions before the text that hangs on them
+        redo[column].update(*(redo[upstream] for upstream in spec.inputs))
+    notes = [f"repair: {column}/{source}/{shard} is made again" for column in redo for shard in sorted(redo[column])]
+    for problem in found.beyond:
+        notes.append(f"repair: beyond its power: {problem['kind']}: {problem['what']}: {problem['detail']}")
+    return redo, notes
+
+
 def shards_of(corpus: Corpus, conversion: Conversion, number: int) -> tuple[str, list[str]]:
     """The name of a unit, and those of its shards."""
     unit = unit_name(conversion.naming.source, number)
@@ -143,8 +175,8 @@ def shards_of(corpus: Corpus, conversion: Conversion, number: int) -> tuple[str,
     return unit, [shard_name(unit, i) for i in range(count)]
 
 
-def convert_unit(corpus: Corpus, conversion: Conversion, number: int) -> Done:
-    """Write what is not committed of one MDS shard, then the unit's commit."""
+def convert_unit(corpus: Corpus, conversion: Conversion, number: int, redo: Redo) -> Done:
+    """Write what is not committed of one MDS shard, or is made again, then the unit's commit."""
     info, source = conversion.shards[number], conversion.naming.source
     unit, names = shards_of(corpus, conversion, number)
     samples = failed = size = 0
@@ -152,8 +184,8 @@ def convert_unit(corpus: Corpus, conversion: Conversion, number: int) -> Done:
         with open_shard(conversion.folder, info) as file:
             for i, shard in enumerate(names):
                 first = i * corpus.shard_samples
-                part = _Part(corpus, conversion, file, number, first, ShardRef(source=source, unit=unit, shard=shard))
-                if made := part.convert():
+                ref = ShardRef(source=source, unit=unit, shard=shard)
+                if made := _Part(corpus, conversion, redo, file, number, first, ref).convert():
                     samples += made[0].counts["in"]
                     failed += max(commit.counts["failed"] for commit in made)
                     size += sum(commit.size for commit in made)
@@ -161,8 +193,17 @@ def convert_unit(corpus: Corpus, conversion: Conversion, number: int) -> Done:
         write_failure(corpus, UNITS, source, unit, stage="convert", attempts=1, message=str(error), traceback="")
         return Done(number, message=str(error))
     fail_point("committing-unit")
-    corpus.commit_unit(source, unit, info.samples, names)
+    if (generation := _generation(corpus, UNITS, source, unit, redo)) is not None:
+        corpus.commit_unit(source, unit, info.samples, names, generation)
     return Done(number, samples, failed, size)
+
+
+def _generation(corpus: Corpus, column: str, source: str, shard: str, redo: Redo) -> int | None:
+    """The generation that is to be written of a shard (or unit); None if nothing is."""
+    generation = 0
+    while corpus.store.exists(commit_name(column, source, shard, generation)):
+        generation += 1
+    return generation if not generation or shard in redo.get(column, ()) else None
 
 
 @dataclass(frozen=True)
@@ -171,6 +212,7 @@ class _Part:
 
     corpus: Corpus
     conversion: Conversion
+    redo: Redo
     file: Shard
     number: int
     first: int
@@ -178,19 +220,22 @@ class _Part:
 
     def convert(self) -> list[Commit]:
         """The commits that this call wrote."""
-        captions = self.conversion.captions
-        made = [] if self._there(IMAGES) else [self._images()]
-        if not self._there(captions.name):
-            made += captions.run(self.corpus, Task(self.ref, {captions.name: 0}))
-        made += [self._arrays(name, column) for name, column in self.conversion.arrays.items() if not self._there(name)]
+        made: list[Commit] = []
+        for column in self.conversion.columns:  # in this order: each finds there what it hangs on
+            generation = _generation(self.corpus, column, self.ref.source, self.ref.shard, self.redo)
+            if generation is None:
+                continue
+            if column == IMAGES:
+                made.append(self._images(generation))
+            elif column in self.conversion.arrays:
+                made.append(self._arrays(column, self.conversion.arrays[column], generation))
+            else:
+                made += self.conversion.captions.run(self.corpus, Task(self.ref, {column: generation}))
         return [commit for commit in made if commit.ours]
 
-    def _there(self, column: str) -> bool:
-        return self.corpus.store.exists(commit_name(column, self.ref.source, self.ref.shard, 0))
-
-    def _images(self) -> Commit:
+    def _images(self, generation: int) -> Commit:
         end = min(self.first + self.corpus.shard_samples, self.file.info.samples)
-        with self.corpus.attempt(IMAGES, self.ref) as attempt:
+        with self.corpus.attempt(IMAGES, self.ref, generation=generation) as attempt:
             for row, i in enumerate(range(self.first, end)):
                 key, about = f"{self.number:06d}-{i:06d}", {"origin": f"{self.file.info.raw_data.basename}#{i}"}
                 try:
@@ -220,11 +265,11 @@ class _Part:
         note = {"key": key, "source": self.ref.source, **texts, **sizes, "sha256": sha256}
         return {**members, "json": json.dumps(note, ensure_ascii=False).encode()}, texts | scalars
 
-    def _arrays(self, name: str, column: Arrays) -> Commit:
+    def _arrays(self, name: str, column: Arrays, generation: int) -> Commit:
         (upstream,) = column.spec.inputs
         inputs = latest(self.corpus, upstream, self.ref)
-        task = Task(self.ref, {name: 0})
-        with self.corpus.attempt(name, self.ref, [inputs]) as attempt:
+        task = Task(self.ref, {name: generation})
+        with self.corpus.attempt(name, self.ref, [inputs], generation) as attempt:
             for row in samples(read_lines(self.corpus, inputs), {name: attempt}, task, upstream):
                 data, scalars, reason, detail = self._array(row, column)
                 if reason:

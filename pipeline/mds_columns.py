@@ -86,7 +86,8 @@ def look(folder: Path, naming: Naming) -> Conversion:
     """
     if not SOURCE.fullmatch(naming.source):
         raise RequestError(f"--source {naming.source!r}: expected lower-case letters, digits, - and _, as in cc12m")
-    shards = read_index(folder)
+    # by name, so that merging the workers' indexes later changes nothing
+    shards = sorted(read_index(folder), key=lambda shard: shard.raw_data.basename)
     first = next((shard for shard in shards if shard.samples), None)
     if first is None:
         raise RequestError(f"{folder}: there is no sample in its {len(shards)} shards")

@@ -295,6 +295,36 @@ def test_a_damaged_shard_is_set_aside_and_taken_when_it_is_mended(tmp_path: Path
     assert status(corpus)["set_aside"] == []
 
 
+def test_what_is_damaged_is_made_again(tmp_path: Path, small: Corpus) -> None:
+    """Images, and so all that hangs on them; latents alone; a commit; a unit's commit. Other shards are left alone."""
+    shutil.copytree(small.url, tmp_path / "corpus")
+    corpus = Corpus.open(tmp_path / "corpus")
+    images, latents, text = (corpus.commits(c)[i] for i, c in enumerate((IMAGES, "latents/sdxl-64", TEXT)))
+    for name in (images.object.name, latents.object.name, text.name, "commits/units/small/small-000003.0.json"):
+        flip = bytearray((tmp_path / "corpus" / name).read_bytes())
+        flip[10] ^= 0xFF
+        (tmp_path / "corpus" / name).write_bytes(flip)
+    damaged = len(verify(corpus)["problems"])
+    assert damaged >= 4
+    arguments = [WORKERS, corpus.url, "--source", "small", "--text-shape", "77x8"]
+    microdit(*arguments)
+    assert len(verify(corpus)["problems"]) == damaged  # nobody has asked for it
+    result = microdit(*arguments, "--repair")
+    assert result.exit_code == 0, result.output
+    assert verify(corpus)["problems"] == []
+    assert hashes(corpus, COLUMNS) == hashes(small, COLUMNS)
+    again = {(c.column, c.shard) for column in COLUMNS for c in corpus.commits(column) if c.generation}
+    assert again == {(c, images.shard) for c in COLUMNS} | {(latents.column, latents.shard), (text.column, text.shard)}
+    assert microdit(*arguments, "--repair").stdout.startswith("nothing to do")
+
+
+def test_merging_the_indexes_later_changes_nothing(tmp_path: Path, small: Corpus) -> None:
+    shutil.copytree(small.url, tmp_path / "corpus")
+    shutil.copytree(WORKERS, tmp_path / "mds")
+    (tmp_path / "mds" / INDEX).unlink()
+    assert to_corpus(tmp_path / "mds", str(tmp_path / "corpus"), SMALL)["written"] == 0
+
+
 @pytest.mark.parametrize("point", ["written:8", "committing-unit:3"])
 def test_killed_it_goes_on(tmp_path: Path, small: Corpus, point: str) -> None:
     command = [sys.executable, "-c", "from pipeline.cli import main; main()", "convert", str(WORKERS)]
