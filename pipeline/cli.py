@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from pipeline.convert import convert
 from pipeline.errors import RequestError
 from pipeline.generate import generate
 
@@ -273,6 +274,7 @@ def train(
     os.execv(sys.executable, command)  # signals and the exit status are the trainer's own
 
 
+app.command()(convert)
 app.command()(generate)
 
 

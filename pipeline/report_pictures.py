@@ -48,7 +48,7 @@ def pictures(
     whole = " AND ".join(["true", *complete])
     drawn = query(
         corpus,
-        f"SELECT {wanted} FROM samples WHERE status = 'ok' "
+        f"SELECT {wanted} FROM samples WHERE status = 'ok' AND format IS NOT NULL "
         f"ORDER BY ({whole}) DESC, md5(id || '{SEED}') LIMIT {PICTURES}",
     ).to_pylist()
     samples, problems = [], []
@@ -82,13 +82,15 @@ def pictures(
 
 def _add_decoded(reader: "_Reader", declaration: Declaration, samples: Sequence[dict[str, Any]]) -> float:
     """Add a view of what a latents column holds to every sample that has it; returns the mean PSNR in dB."""
+    there = [(s, latent) for s in samples if (latent := reader.latent(declaration.name, *s["where"])) is not None]
+    if not there:
+        return math.nan
     import torch  # slow to import, and not needed by a corpus without latents
 
     model = declaration.stage.get("model", {})
     autoencoder = _autoencoder(str(declaration.stage["autoencoder"]), model.get("revision"))
     if any(autoencoder.fingerprint.get(name) != value for name, value in model.items()):
         raise ValueError(f"the autoencoder {autoencoder.name!r} that is here is not the one that made them")
-    there = [(s, latent) for s in samples if (latent := reader.latent(declaration.name, *s["where"])) is not None]
     decoded: list[np.ndarray] = []
     while len(decoded) < len(there):
         some = [latent for _, latent in there[len(decoded) :]]

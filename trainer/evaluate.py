@@ -18,7 +18,7 @@ from model.pipeline import MicroDiTPipeline
 from pipeline.config import PILLOW_MAX_PIXELS
 from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
-from pipeline.images import decode
+from pipeline.images import BadImage, decode
 from pipeline.stages import image_bytes, read_rows
 from pipeline.stages.latents import square
 from trainer.recipe import Recipe
@@ -152,14 +152,22 @@ def mean_psnr(errors: np.ndarray) -> float:
 
 
 def read_images(corpus: Corpus, index: SampleIndex, side: int) -> dict[str, np.ndarray]:
-    """The images of samples, uint8 (side, side, 3), by sample name in the index' order."""
+    """The images of samples, uint8 (side, side, 3), by sample name in the index' order.
+
+    Raises:
+        RequestError: a sample has no picture.
+    """
 
     def read(where: Where, rows: list[int]) -> Iterator[tuple[str, np.ndarray]]:
         wanted = set(rows)
         for line in read_rows(corpus, commits[where]):
             if line.row in wanted:
-                pixels = decode(image_bytes(line.members), PILLOW_MAX_PIXELS, shrink_to=side).pixels
-                yield f"{where[0]}/{where[1]}/{line.row}", square(pixels, side)
+                name = f"{where[0]}/{where[1]}/{line.row}"
+                try:
+                    data = image_bytes(line.members)
+                except BadImage as error:
+                    raise RequestError(f"sample {name} cannot be compared with: {error}") from error
+                yield name, square(decode(data, PILLOW_MAX_PIXELS, shrink_to=side).pixels, side)
 
     commits = open_columns(corpus, ["images"])["images"]
     rows = index.by_shard()

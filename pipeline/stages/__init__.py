@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.corpus import Attempt, Commit, Corpus, ShardRef, commit_name
+from pipeline.images import BadImage
 from pipeline.shards import read_tar
 from pipeline.sources import sources_of
 
@@ -156,8 +157,15 @@ def commit_all(made: Mapping[str, Attempt], task: Task, **timings: float) -> lis
 
 
 def image_bytes(members: dict[str, bytes]) -> bytes:
-    """The image among the members of an images sample, whatever its format."""
-    return next(data for extension, data in members.items() if extension != "json")
+    """The image among the members of an images sample, whatever its format.
+
+    Raises:
+        BadImage: the sample came without one (docs/corpus.md, section 3.1).
+    """
+    for extension, data in members.items():
+        if extension != "json":
+            return data
+    raise BadImage("no_picture", "the sample came with its latents, and has no picture")
 
 
 def stages_of(config: "BuildConfig") -> list[Stage]:

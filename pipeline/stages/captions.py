@@ -30,7 +30,7 @@ class Captions:
 
     device = "cpu"
 
-    def __init__(self, name: str, options: CaptionsColumn, config: BuildConfig):
+    def __init__(self, name: str, options: CaptionsColumn, config: BuildConfig | None = None):
         self.name, self._options = name, options
         self.table: JoinSpec | None = None
         self._joined: Joined | None = None
@@ -89,7 +89,7 @@ def field_text(fields: str | None, name: str) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _table(column: str, options: CaptionsColumn, config: BuildConfig) -> JoinSpec:
+def _table(column: str, options: CaptionsColumn, config: BuildConfig | None) -> JoinSpec:
     where = f"columns.{column}.join"
     pattern = str(options.join)
     if pattern == "openmoji":
@@ -120,10 +120,10 @@ def _sha256(path: Path, etag: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _openmoji(column: str, config: BuildConfig) -> str:
+def _openmoji(column: str, config: BuildConfig | None) -> str:
     from pipeline.sources.openmoji import Openmoji
 
-    for name, options in config.sources.items():
+    for name, options in config.sources.items() if config is not None else ():
         if isinstance(options, OpenmojiSource):
             return str(Openmoji(name, options).captions_table())
     raise RequestError(
