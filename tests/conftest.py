@@ -1,5 +1,9 @@
 """Options and fixtures shared by all tests."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: more threads move the last bits of bfloat16
+
 import pytest
 
 from tests.s3 import corpus_url, s3_server, s3_url
