@@ -1,0 +1,436 @@
+"""`microdit plan`: what a build would come to, before anybody spends: shards, bytes, time and money.
+
+Each number says where it comes from: an earlier, smaller build's commits (best), shapes, what is written about a
+dataset, the measured table (`pipeline/rates.json`), arithmetic, or an assumption; what nobody measured is `None`.
+
+Time is that of the narrowest place. Stages stream side by side, so a build lasts as long as the busiest of
+
+    the processors    the CPU seconds of all stages, over the CPUs
+    the GPUs          the seconds of all stages with a model on one, over the GPUs
+    one stage         its workers' seconds, over as many of them as the engine runs at once (`pipeline.places`)
+    the network       the bytes that are fetched, over the bandwidth
+
+and, besides, until it has started and until its last shard has gone through all stages.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline import rates
+from pipeline.config import BuildConfig, LatentsColumn, TextColumn
+from pipeline.earlier import Earlier, Pace, Size
+from pipeline.errors import RequestError
+from pipeline.expected import Expected, expected
+from pipeline.places import Places
+from pipeline.stages import IMAGES
+
+INGEST = "ingest"
+CPUS_A_GPU = 16
+START_SECONDS = 25.0
+"""Until the first shards are at work: Python, Ray, a small model's load, on two cores."""
+TOKENS_A_WORD = 1.4
+TAR_SAMPLE = 512 + 256  # bytes of a member beside its data: the header, and half a block of padding
+NPY_HEADER = 128
+ROW, TABLE_ROW, SHARD = 60.0, 150.0, 8_000.0  # bytes of a sidecar's row, of a table's, and of a shard besides
+IMAGE_JSON, JPEG_PIXEL, ASPECT = 1_024.0, 0.6, 4 / 3  # bytes; bytes a pixel at quality 95; sides of an image
+UNSEEN = "no earlier build has it"
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What the build would run on, and prices in dollars: of an hour, and of a TB kept for a month."""
+
+    cpus: float | None = None
+    gpus: int = 0
+    gpu: str | None = None
+    bandwidth: float = 10.0
+    """Gbit/s of all machines together."""
+    gpu_price: float | None = None
+    cpu_price: float = 0.04
+    storage_price: float = 23.0
+
+
+@dataclass
+class Cost:
+    """What a stage costs, in seconds; None: nobody measured it."""
+
+    device: str
+    workers: float
+    """How many work at once."""
+    inputs: int = 0
+    cpu: float | None = 0.0
+    gpu: float | None = 0.0
+    busy: float | None = 0.0
+    """Of its workers."""
+    origins: dict[str, None] = field(default_factory=dict)
+
+    def add(self, inputs: int, cpu: float | None, gpu: float | None, busy: float | None, origin: str) -> None:
+        """Seconds for each of so many inputs."""
+
+        def more(had: float | None, each: float | None) -> float | None:
+            return None if had is None or each is None else had + inputs * each
+
+        self.inputs += inputs
+        self.cpu, self.gpu, self.busy = more(self.cpu, cpu), more(self.gpu, gpu), more(self.busy, busy)
+        self.origins[origin] = None
+
+    @property
+    def known(self) -> bool:
+        return self.cpu is not None and self.gpu is not None
+
+
+def estimate(
+    config: BuildConfig,
+    machines: Machines = Machines(),
+    learn_from: str | None = None,
+    samples: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """What a build of the whole config would come to, whatever of it is there already.
+
+    Args:
+        learn_from: an earlier build; by default the config's own corpus, if something of it is committed.
+        samples: numbers of inputs, as `pipeline.expected` takes them.
+
+    Returns:
+        dict: `learned_from`, `machines`, and by name `sources`, `columns` and `stages`, each with its `origin`;
+        `totals`, `money`, `assumptions` (lines for people). Seconds, bytes and dollars; None where nobody knows.
+
+    Raises:
+        RequestError: nothing to learn from at `learn_from`; a GPU of no known kind; a source that nobody can size.
+    """
+    return _Estimate(config, machines, learn_from, samples or {}).result()
+
+
+class _Estimate:
+    def __init__(self, config: BuildConfig, given: Machines, learn_from: str | None, samples: Mapping[str, int]):
+        self.config, self.given = config, given
+        self.assumptions: list[str] = []
+        self.earlier = _earlier(config, learn_from)
+        self.otherwise = self.earlier.otherwise(config) if self.earlier is not None else {}
+        self.gpu = _gpu(given)
+        self.sources = expected(config, self.earlier, samples)
+        self.shards = {name: self._shards(source) for name, source in self.sources.items()}
+        self.cpus = self._cpus()
+        models = len(self._stages_with(LatentsColumn) | self._stages_with(TextColumn))
+        self.places = Places.on(
+            self.cpus,
+            given.gpus,
+            models,
+            **config.resources.model_dump(include={"cpus_per_task", "cpus_per_actor", "gpus_per_actor"}),
+        )
+
+    def assume(self, line: str) -> None:
+        if line not in self.assumptions:
+            self.assumptions.append(line)
+
+    def result(self) -> dict[str, Any]:
+        columns, stages = self._columns(), self._stages()
+        time = self._time(stages)
+        size = sum(column["bytes"] for column in columns.values())
+        money = self._money(time, size)
+        for name, note in self.otherwise.items():
+            self.assume(f"{name} was made otherwise in the earlier build ({note}): nothing is learned from it")
+        return {
+            "name": self.config.name,
+            "corpus": self.config.corpus,
+            "shard_samples": self.config.shard_samples,
+            "learned_from": self.earlier.corpus.url if self.earlier is not None else None,
+            "machines": {"cpus": self.cpus, "gpus": self.given.gpus, "gpu": self.gpu},
+            "sources": {
+                name: {
+                    "units": one.units,
+                    "inputs": one.inputs,
+                    "shards": self.shards[name],
+                    "fetched_bytes": None if one.fetched is None else round(one.fetched),
+                    "origin": one.origin,
+                }
+                for name, one in self.sources.items()
+            },
+            "columns": columns,
+            "stages": {name: self._shown(cost) for name, cost in stages.items()},
+            "totals": {
+                "inputs": sum(one.inputs for one in self.sources.values()),
+                "shards": sum(self.shards.values()),
+                "commits": sum(self.shards.values()) * len(columns),
+                "bytes": size,
+                **time,
+            },
+            "money": money,
+            "assumptions": self.assumptions,
+        }
+
+    # -- bytes ---------------------------------------------------------------------------------------------------------
+
+    def _shards(self, source: Expected) -> int:
+        """Units of one size; the last one may be smaller."""
+        each = math.ceil(source.inputs / source.units)
+        whole, rest = divmod(source.inputs, each)
+        cut = self.config.shard_samples
+        return whole * math.ceil(each / cut) + math.ceil(rest / cut)
+
+    def _columns(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        good: dict[tuple[str, str], float] = {}
+        for column in [IMAGES, *sorted(self.config.columns, key=lambda name: "@" in name)]:
+            entry: dict[str, Any] = {"in": 0, "out": 0, "bytes": 0}
+            origins: dict[str, None] = {}
+            for name, source in self.sources.items():
+                size, origin = self._size(column, name, source, good)
+                good[column, name] = size.out
+                entry["in"] += source.inputs
+                entry["out"] += round(source.inputs * size.out)
+                entry["bytes"] += round(size.bytes(source.inputs, self.shards[name]))
+                origins[origin] = None
+            entry["failed"] = entry["in"] - entry["out"]
+            found[column] = entry | {"origin": "; ".join(origins)}
+        return {name: found[name] for name in [IMAGES, *self.config.columns]}
+
+    def _size(self, column: str, name: str, source: Expected, good: Mapping[Any, float]) -> tuple[Size, str]:
+        if self.earlier is not None and column not in self.otherwise and (found := self.earlier.size(column, name)):
+            return found, self._learned(found.shards, name)
+        options = self.config.columns.get(column)
+        above = f"captions/{column.partition('@')[2]}" if isinstance(options, TextColumn) else IMAGES
+        out = good.get((above, name), 1 - source.failed)
+        if column == IMAGES:
+            if source.failed:
+                self.assume(f"{source.failed:.0%} of {name}'s inputs have no caption or are unwanted, as is written")
+            sample, origin = self._image(name, source)
+            return Size(0, out, sample + 2 * TAR_SAMPLE + IMAGE_JSON, 3 * TABLE_ROW, SHARD), origin
+        if isinstance(options, LatentsColumn):
+            channels, down = self._autoencoder(column, options)
+            sample = channels * (options.resolution / down) ** 2 * 2
+            return Size(0, out, _blocks(sample + NPY_HEADER), ROW, SHARD), "shapes"
+        if isinstance(options, TextColumn):
+            tokens, width, origin = self._tokens(column, name, options)
+            return Size(0, out, _blocks(tokens * width * 2 + NPY_HEADER), ROW, SHARD), origin
+        self.assume(f"{TABLE_ROW:.0f} bytes a row of captions and scores that no earlier build has")
+        return Size(0, out, 0.0, TABLE_ROW, SHARD), "assumed"
+
+    def _image(self, name: str, source: Expected) -> tuple[float, str]:
+        """Bytes of one as it is stored."""
+        side = self.config.images.max_side
+        each = source.fetched / source.inputs if source.fetched is not None else None
+        if side is None:
+            if each is None:
+                raise RequestError(f"images.max_side = null: how large {name}'s images are is not known; build some")
+            return each, "as it is fetched"
+        pixels = JPEG_PIXEL * side * side * ASPECT
+        if each is not None and each <= pixels:
+            return each, "as it is fetched"
+        self.assume(f"{JPEG_PIXEL} bytes a pixel of an image that is stored again, {side} x {side * ASPECT:.0f} pixels")
+        return pixels, "assumed"
+
+    def _autoencoder(self, column: str, options: LatentsColumn) -> tuple[int, int]:
+        if options.autoencoder not in rates.AUTOENCODERS:
+            raise RequestError(
+                f"columns.{column}.autoencoder = {options.autoencoder!r}: the shape of its latents is not known here; "
+                "name a small build that has the column with --from CORPUS"
+            )
+        return rates.AUTOENCODERS[options.autoencoder]
+
+    def _tokens(self, column: str, name: str, options: TextColumn) -> tuple[float, int, str]:
+        """Tokens of a caption in the mean, or at most; the width of one."""
+        encoder = rates.ENCODERS.get(options.encoder)
+        if encoder is None:
+            raise RequestError(
+                f"columns.{column}.encoder = {options.encoder!r}: the shape of its embeddings is not known here; "
+                "name a small build that has the column with --from CORPUS"
+            )
+        if encoder.always:
+            return encoder.tokens, encoder.width, "shapes"
+        captions = f"captions/{column.partition('@')[2]}"
+        words = None
+        if self.earlier is not None and captions not in self.otherwise:
+            words = self.earlier.words(captions, name)
+        if words is None:
+            self.assume(f"{column}: every caption has the {encoder.tokens} tokens that {options.encoder} keeps at most")
+            return encoder.tokens, encoder.width, f"shapes, at most ({encoder.tokens} tokens)"
+        self.assume(f"{TOKENS_A_WORD} tokens a word, and one at the end, where an earlier build has the captions alone")
+        tokens = min(words * TOKENS_A_WORD + 1, encoder.tokens)
+        return tokens, encoder.width, f"shapes, {tokens:.0f} tokens for the earlier build's {words:.0f} words"
+
+    def _learned(self, shards: int, name: str) -> str:
+        assert self.earlier is not None
+        other = "" if self.earlier.of(name) == [name] else f" of other sources, for {name}"
+        return f"earlier build, {shards:,} shards{other}"
+
+    # -- time ----------------------------------------------------------------------------------------------------------
+
+    def _stages(self) -> dict[str, Cost]:
+        units = sum(source.units for source in self.sources.values())
+        found = {INGEST: Cost("cpu", min(self.places.ingests, units))}
+        columns: dict[str, list[str]] = {INGEST: [IMAGES]}
+        for column, options in self.config.columns.items():
+            model, name = isinstance(options, LatentsColumn | TextColumn), _stage_of(column, options)
+            workers = self.cpus if not model else self.given.gpus or self.places.actors_per_stage
+            found.setdefault(name, Cost("gpu" if model and self.given.gpus else "cpu", workers))
+            columns.setdefault(name, []).append(column)
+        for stage, cost in found.items():
+            for name, source in self.sources.items():
+                self._pace(stage, cost, columns[stage], name, source)
+        return found
+
+    def _pace(self, stage: str, cost: Cost, columns: list[str], name: str, source: Expected) -> None:
+        pace: Pace | None = None
+        if self.earlier is not None and not self.otherwise.keys() & {IMAGES, *columns}:
+            pace = self.earlier.pace(columns, name)
+        if pace is not None and cost.device == "cpu" and pace.devices <= {rates.CPU}:
+            if not pace.has_cpu:
+                self.assume("the earlier build's commits tell no CPU seconds: all of a worker's time is taken for them")
+            cost.add(source.inputs, pace.cpu_seconds, 0.0, pace.seconds, self._learned(pace.shards, name))
+            return
+        if pace is not None and pace.devices and all(rates.is_kind(device, self.gpu or "-") for device in pace.devices):
+            cost.add(source.inputs, pace.cpu_seconds, pace.seconds, pace.seconds, self._learned(pace.shards, name))
+            return
+        seconds, origins = 0.0, []
+        for column in columns:
+            each, origin = self._of_table(column, cost.device)
+            if each is None:
+                cost.add(source.inputs, None, None, None, origin)
+                return
+            seconds += each
+            origins.append(origin)
+        origin = "; ".join(dict.fromkeys(origins))
+        if cost.device == "cpu":
+            cost.add(source.inputs, seconds, 0.0, seconds, origin)
+            return
+        around = pace.cpu_seconds * (1 - pace.model_share) if pace is not None and pace.devices <= {rates.CPU} else 0.0
+        if not around:
+            self.assume(f"{stage}: the CPUs' part (decoding, writing) is not counted: {UNSEEN}")
+        cost.add(source.inputs, around, seconds, seconds, origin)
+
+    def _of_table(self, column: str, device: str) -> tuple[float | None, str]:
+        """Seconds of one input by the measured table, or by arithmetic; and which."""
+        options, kind = self.config.columns.get(column), self.gpu if device == "gpu" else rates.CPU
+        stage, model, resolution = column.partition("/")[0] if options is not None else INGEST, "", None
+        if isinstance(options, LatentsColumn):
+            model, resolution = options.autoencoder, options.resolution
+        elif isinstance(options, TextColumn):
+            model = options.encoder
+        if rate := rates.measured(stage, str(kind), model, resolution):
+            return 1 / rate.rate, rate.origin
+        tflop = None
+        if isinstance(options, LatentsColumn):
+            tflop = rates.AUTOENCODER_TFLOP.get(model, {}).get(options.resolution)
+        elif isinstance(options, TextColumn) and (encoder := rates.ENCODERS.get(model)) and encoder.weights:
+            tflop = 2e-3 * encoder.weights * max(self._tokens(column, name, options)[0] for name in self.sources)
+        if tflop is None or device == "cpu":
+            return None, f"not measured: {column} on {kind}"
+        peak = rates.GPUS[str(kind)].tflops
+        return tflop / peak / rates.UTILISATION, (
+            f"by arithmetic, not measured: {tflop:.3g} TFLOP at {rates.UTILISATION:.0%} of {kind}'s {peak:,.0f} TFLOP/s"
+        )
+
+    def _time(self, stages: Mapping[str, Cost]) -> dict[str, Any]:
+        known = {name: cost for name, cost in stages.items() if cost.known}
+        cpu, gpu = (sum(getattr(cost, what) or 0.0 for cost in known.values()) for what in ("cpu", "gpu"))
+        fetched = sum(source.fetched or 0.0 for source in self.sources.values())
+        bounds = {"the processors": cpu / self.cpus, "the network": fetched * 8 / (self.given.bandwidth * 1e9)}
+        if self.given.gpus:
+            bounds["the GPUs"] = gpu / self.given.gpus
+        for name, cost in known.items():
+            if cost.device == "cpu":
+                bounds[f"the workers of {name}"] = (cost.busy or 0.0) / cost.workers
+        narrowest = max(bounds, key=lambda name: bounds[name])
+        shards = max(sum(self.shards.values()), 1)
+        chain = sum((cost.busy or 0.0) / shards for cost in known.values())
+        self.assume(f"{START_SECONDS:.0f} s until all stages are at work; large models take longer to load")
+        if fetched:
+            self.assume(f"a network of {self.given.bandwidth:g} Gbit/s that nothing else uses (--bandwidth)")
+        return {
+            "cpu_seconds": cpu,
+            "gpu_seconds": gpu,
+            "seconds": START_SECONDS + bounds[narrowest] + chain,
+            "narrowest": narrowest,
+            "bounds": bounds,
+            "not_measured": sorted(stages.keys() - known.keys()),
+        }
+
+    def _shown(self, cost: Cost) -> dict[str, Any]:
+        alone = None
+        if cost.known:
+            on_gpus = (cost.gpu or 0.0) / max(self.given.gpus, 1)
+            alone = max((cost.cpu or 0.0) / self.cpus, on_gpus, (cost.busy or 0.0) / cost.workers)
+        return {
+            "device": cost.device if cost.device == "cpu" else self.gpu,
+            "workers": cost.workers,
+            "inputs": cost.inputs,
+            "cpu_seconds": cost.cpu,
+            "gpu_seconds": cost.gpu,
+            "seconds": alone,
+            "rate": cost.inputs / alone if alone else None,
+            "origin": "; ".join(cost.origins),
+        }
+
+    # -- machines and money --------------------------------------------------------------------------------------------
+
+    def _cpus(self) -> float:
+        if self.given.cpus is not None:
+            return self.given.cpus
+        if self.given.gpus:
+            self.assume(f"{CPUS_A_GPU} CPUs for each GPU (--cpus)")
+            return float(CPUS_A_GPU * self.given.gpus)
+        if self.config.resources.cpus is not None:
+            return self.config.resources.cpus
+        here = float(os.cpu_count() or 1)
+        self.assume(f"as many CPUs as this machine has, {here:.0f} (--cpus)")
+        return here
+
+    def _stages_with(self, kind: type) -> set[str]:
+        return {_stage_of(name, options) for name, options in self.config.columns.items() if isinstance(options, kind)}
+
+    def _money(self, time: Mapping[str, Any], size: int) -> dict[str, Any]:
+        given, hours = self.given, time["seconds"] / 3600
+        price = given.gpu_price
+        if given.gpus and price is None and (known := rates.GPUS[str(self.gpu)]).price is not None:
+            price = known.price
+            self.assume(f"${price} for an hour of one {self.gpu}: {known.why} (--gpu-price)")
+        elif given.gpus and price is not None:
+            self.assume(f"${price} for an hour of one {self.gpu}, as it was told")
+        elif given.gpus:
+            self.assume(f"the price of an hour of one {self.gpu} is not known: give --gpu-price")
+        self.assume(f"${given.cpu_price} for an hour of one CPU (--cpu-price): assumed, no quote")
+        self.assume(f"${given.storage_price} for a TB and month (--storage-price): assumed, no quote")
+        self.assume("the machines are paid for as long as the build lasts, idle or not; traffic is free")
+        gpus = 0.0 if not given.gpus else None if price is None else hours * given.gpus * price
+        cpus = hours * self.cpus * given.cpu_price
+        return {
+            "gpus": gpus,
+            "cpus": cpus,
+            "build": None if gpus is None else gpus + cpus,
+            "complete": not time["not_measured"] and gpus is not None,
+            "storage_a_month": size / 1e12 * given.storage_price,
+        }
+
+
+def _earlier(config: BuildConfig, learn_from: str | None) -> Earlier | None:
+    if learn_from is not None:
+        return Earlier(learn_from)
+    try:
+        return Earlier(config.corpus)
+    except RequestError:  # it is not there yet
+        return None
+
+
+def _gpu(given: Machines) -> str | None:
+    """The kind of the GPUs; None without any."""
+    if given.gpus and given.gpu is None:
+        raise RequestError(f"--gpus {given.gpus}: of which kind? Give --gpu, one of {', '.join(rates.GPUS)}")
+    if given.gpu is not None and not given.gpus:
+        raise RequestError(f"--gpu {given.gpu}: how many? Give --gpus")
+    return rates.gpu_kind(given.gpu) if given.gpu is not None else None
+
+
+def _stage_of(column: str, options: Any) -> str:
+    """The stage's name, as the engine calls it."""
+    if isinstance(options, LatentsColumn):
+        return f"latents:{options.autoencoder}" + (f"@{options.revision}" if options.revision else "")
+    return column.replace("/", ":", 1) if isinstance(options, TextColumn) else column
+
+
+def _blocks(size: float) -> float:
+    """Bytes of a member of a tar: its header, and its data in whole blocks."""
+    return 512 + math.ceil(size / 512) * 512
