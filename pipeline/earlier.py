@@ -53,6 +53,8 @@ class Pace:
     shards: int
     seconds: float
     """By the clock: while the worker had nothing else to do."""
+    unit_seconds: float
+    """Of ingest, for each unit besides: until its first input is there, which for a file is the way to this machine."""
     cpu_seconds: float
     """Of processors; without a note of it in the commits all of the time."""
     model_share: float
@@ -121,10 +123,11 @@ class Earlier:
         def total(name: str, default: str = "") -> float:
             return sum(max(c.timings.get(name, c.timings.get(default, 0.0)) for c in shard) for shard in made)
 
-        seconds = total("seconds")
+        seconds, units = total("seconds"), len({commit.unit for shard in made for commit in shard})
         return Pace(
             shards=len(made),
-            seconds=(seconds + total("wait_seconds")) / max(inputs, 1),
+            seconds=seconds / max(inputs, 1),
+            unit_seconds=total("wait_seconds") / max(units, 1),
             cpu_seconds=total("cpu_seconds", "seconds") / max(inputs, 1),
             model_share=min(total("encode_seconds") / seconds, 1.0) if seconds else 0.0,
             devices=frozenset(commit.device for shard in made for commit in shard if commit.device),

@@ -280,7 +280,8 @@ class _Estimate:
         if pace is not None and cost.device == "cpu" and pace.devices <= {rates.CPU}:
             if not pace.has_cpu:
                 self.assume("the earlier build's commits tell no CPU seconds: all of a worker's time is taken for them")
-            cost.add(source.inputs, pace.cpu_seconds, 0.0, pace.seconds, self._learned(pace.shards, name))
+            busy = pace.seconds + pace.unit_seconds * source.units / source.inputs
+            cost.add(source.inputs, pace.cpu_seconds, 0.0, busy, self._learned(pace.shards, name))
             return
         if pace is not None and pace.devices and all(rates.is_kind(device, self.gpu or "-") for device in pace.devices):
             cost.add(source.inputs, pace.cpu_seconds, pace.seconds, pace.seconds, self._learned(pace.shards, name))
