@@ -4,7 +4,7 @@ Of many shards some are read, evenly spread. No object is opened but one sidecar
 """
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -86,13 +86,9 @@ class Earlier:
     def columns(self) -> dict[str, Any]:
         return self.corpus.columns()
 
-    def of(self, source: str) -> list[str]:
-        """The sources to ask about `source`: itself if it was built, else all that were."""
-        return [source] if source in self.sources and self._of(IMAGES, source) else self.sources
-
     def size(self, column: str, source: str) -> Size | None:
-        """Of a column; None if it was not built."""
-        commits = self._some(column, self.of(source))
+        """Of a column; None if it was not built of this source."""
+        commits = self._of(column, source)
         inputs, out = (sum(commit.counts[what] for commit in commits) for what in ("in", "out"))
         if not inputs:
             return None
@@ -108,16 +104,20 @@ class Earlier:
         )
 
     def pace(self, columns: Sequence[str], source: str) -> Pace | None:
-        """Of the stage that makes these columns together; None if it has not made them all."""
+        """Of the stage that makes these columns together; None if it has not made them all.
+
+        Of another source's shards if there are none of this one's, but for ingest: images differ, and so do servers.
+        """
+        sources = [source] if IMAGES in columns or self._of(IMAGES, source) else self.sources
         by_shard: dict[str, list[Commit]] = {}
         for column in columns:
-            if not (commits := self._some(column, self.of(source))):
+            if not (commits := [commit for name in sources for commit in self._of(column, name)]):
                 return None
             for commit in commits:
                 by_shard.setdefault(f"{commit.source}/{commit.shard}", []).append(commit)
         # columns that are made together have each the time of all
         made = sorted(by_shard.values(), key=lambda shard: min(commit.attempt for commit in shard))
-        made = made[1:] if len(made) >= WARM else made
+        made = made[1:] if len(made) >= WARM and IMAGES not in columns else made
         inputs = sum(shard[0].counts["in"] for shard in made)
 
         def total(name: str, default: str = "") -> float:
@@ -140,8 +140,8 @@ class Earlier:
         return sum(unit.inputs for unit in units) / len(units) if units else None
 
     def words(self, column: str, source: str) -> float | None:
-        """The mean number of words of a caption of a captions column; None if it was not built."""
-        commits = self._some(column, self.of(source))
+        """The mean number of words of a caption of a captions column; None if it was not built of this source."""
+        commits = self._of(column, source)
         counts = [n for c in commits[:8] for n in self.corpus.sidecar(c)["tokens"].to_pylist() if n is not None]
         return sum(counts) / len(counts) if counts else None
 
@@ -163,9 +163,6 @@ class Earlier:
         return found
 
     # -- commits -------------------------------------------------------------------------------------------------------
-
-    def _some(self, column: str, sources: Iterable[str]) -> list[Commit]:
-        return [commit for source in sources for commit in self._of(column, source)]
 
     def _of(self, column: str, source: str) -> list[Commit]:
         if (column, source) not in self._commits:

@@ -13,7 +13,6 @@ Time is that of the narrowest place. Stages stream side by side, so a build last
 and, besides, until it has started and until its last shard has gone through all stages.
 """
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,21 +20,17 @@ from typing import Any
 
 from pipeline import rates
 from pipeline.config import BuildConfig, LatentsColumn, TextColumn
-from pipeline.earlier import Earlier, Pace, Size
+from pipeline.earlier import Earlier
 from pipeline.errors import RequestError
 from pipeline.expected import Expected, expected
 from pipeline.places import Places
+from pipeline.sizes import Sizes, by_origin
 from pipeline.stages import IMAGES
 
 INGEST = "ingest"
 CPUS_A_GPU = 16
 START_SECONDS = 25.0
 """Until the first shards are at work: Python, Ray, a small model's load, on two cores."""
-TOKENS_A_WORD = 1.4
-TAR_SAMPLE = 512 + 256  # bytes of a member beside its data: the header, and half a block of padding
-NPY_HEADER = 128
-ROW, TABLE_ROW, SHARD = 60.0, 150.0, 8_000.0  # bytes of a sidecar's row, of a table's, and of a shard besides
-IMAGE_JSON, JPEG_PIXEL, ASPECT = 1_024.0, 0.6, 4 / 3  # bytes; bytes a pixel at quality 95; sides of an image
 UNSEEN = "no earlier build has it"
 
 
@@ -58,6 +53,8 @@ class Cost:
     """What a stage costs, in seconds; None: nobody measured it."""
 
     device: str
+    """`cpu` or `gpu`: where it works."""
+    model: bool
     workers: float
     """How many work at once."""
     inputs: int = 0
@@ -65,17 +62,18 @@ class Cost:
     gpu: float | None = 0.0
     busy: float | None = 0.0
     """Of its workers."""
-    origins: dict[str, None] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    """By source."""
 
-    def add(self, inputs: int, cpu: float | None, gpu: float | None, busy: float | None, origin: str) -> None:
-        """Seconds for each of so many inputs."""
+    def add(self, source: str, inputs: int, each: tuple[float | None, float | None, float | None], origin: str) -> None:
+        """Seconds for each of a source's inputs: of processors, of a GPU, of a worker."""
 
-        def more(had: float | None, each: float | None) -> float | None:
-            return None if had is None or each is None else had + inputs * each
+        def more(had: float | None, one: float | None) -> float | None:
+            return None if had is None or one is None else had + inputs * one
 
         self.inputs += inputs
-        self.cpu, self.gpu, self.busy = more(self.cpu, cpu), more(self.gpu, gpu), more(self.busy, busy)
-        self.origins[origin] = None
+        self.cpu, self.gpu, self.busy = map(more, (self.cpu, self.gpu, self.busy), each)
+        self.origins[source] = origin
 
     @property
     def known(self) -> bool:
@@ -112,7 +110,8 @@ class _Estimate:
         self.otherwise = self.earlier.otherwise(config) if self.earlier is not None else {}
         self.gpu = _gpu(given)
         self.sources = expected(config, self.earlier, samples)
-        self.shards = {name: self._shards(source) for name, source in self.sources.items()}
+        self.sizes = Sizes(config, self.sources, self.earlier, self.otherwise, self.assume)
+        self.shards = self.sizes.shards
         self.cpus = self._cpus()
         models = len(self._stages_with(LatentsColumn) | self._stages_with(TextColumn))
         self.places = Places.on(
@@ -127,7 +126,7 @@ class _Estimate:
             self.assumptions.append(line)
 
     def result(self) -> dict[str, Any]:
-        columns, stages = self._columns(), self._stages()
+        columns, stages = self.sizes.columns(), self._stages()
         time = self._time(stages)
         size = sum(column["bytes"] for column in columns.values())
         money = self._money(time, size)
@@ -162,111 +161,16 @@ class _Estimate:
             "assumptions": self.assumptions,
         }
 
-    # -- bytes ---------------------------------------------------------------------------------------------------------
-
-    def _shards(self, source: Expected) -> int:
-        """Units of one size; the last one may be smaller."""
-        each = math.ceil(source.inputs / source.units)
-        whole, rest = divmod(source.inputs, each)
-        cut = self.config.shard_samples
-        return whole * math.ceil(each / cut) + math.ceil(rest / cut)
-
-    def _columns(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        good: dict[tuple[str, str], float] = {}
-        for column in [IMAGES, *sorted(self.config.columns, key=lambda name: "@" in name)]:
-            entry: dict[str, Any] = {"in": 0, "out": 0, "bytes": 0}
-            origins: dict[str, None] = {}
-            for name, source in self.sources.items():
-                size, origin = self._size(column, name, source, good)
-                good[column, name] = size.out
-                entry["in"] += source.inputs
-                entry["out"] += round(source.inputs * size.out)
-                entry["bytes"] += round(size.bytes(source.inputs, self.shards[name]))
-                origins[origin] = None
-            entry["failed"] = entry["in"] - entry["out"]
-            found[column] = entry | {"origin": "; ".join(origins)}
-        return {name: found[name] for name in [IMAGES, *self.config.columns]}
-
-    def _size(self, column: str, name: str, source: Expected, good: Mapping[Any, float]) -> tuple[Size, str]:
-        if self.earlier is not None and column not in self.otherwise and (found := self.earlier.size(column, name)):
-            return found, self._learned(found.shards, name)
-        options = self.config.columns.get(column)
-        above = f"captions/{column.partition('@')[2]}" if isinstance(options, TextColumn) else IMAGES
-        out = good.get((above, name), 1 - source.failed)
-        if column == IMAGES:
-            if source.failed:
-                self.assume(f"{source.failed:.0%} of {name}'s inputs have no caption or are unwanted, as is written")
-            sample, origin = self._image(name, source)
-            return Size(0, out, sample + 2 * TAR_SAMPLE + IMAGE_JSON, 3 * TABLE_ROW, SHARD), origin
-        if isinstance(options, LatentsColumn):
-            channels, down = self._autoencoder(column, options)
-            sample = channels * (options.resolution / down) ** 2 * 2
-            return Size(0, out, _blocks(sample + NPY_HEADER), ROW, SHARD), "shapes"
-        if isinstance(options, TextColumn):
-            tokens, width, origin = self._tokens(column, name, options)
-            return Size(0, out, _blocks(tokens * width * 2 + NPY_HEADER), ROW, SHARD), origin
-        self.assume(f"{TABLE_ROW:.0f} bytes a row of captions and scores that no earlier build has")
-        return Size(0, out, 0.0, TABLE_ROW, SHARD), "assumed"
-
-    def _image(self, name: str, source: Expected) -> tuple[float, str]:
-        """Bytes of one as it is stored."""
-        side = self.config.images.max_side
-        each = source.fetched / source.inputs if source.fetched is not None else None
-        if side is None:
-            if each is None:
-                raise RequestError(f"images.max_side = null: how large {name}'s images are is not known; build some")
-            return each, "as it is fetched"
-        pixels = JPEG_PIXEL * side * side * ASPECT
-        if each is not None and each <= pixels:
-            return each, "as it is fetched"
-        self.assume(f"{JPEG_PIXEL} bytes a pixel of an image that is stored again, {side} x {side * ASPECT:.0f} pixels")
-        return pixels, "assumed"
-
-    def _autoencoder(self, column: str, options: LatentsColumn) -> tuple[int, int]:
-        if options.autoencoder not in rates.AUTOENCODERS:
-            raise RequestError(
-                f"columns.{column}.autoencoder = {options.autoencoder!r}: the shape of its latents is not known here; "
-                "name a small build that has the column with --from CORPUS"
-            )
-        return rates.AUTOENCODERS[options.autoencoder]
-
-    def _tokens(self, column: str, name: str, options: TextColumn) -> tuple[float, int, str]:
-        """Tokens of a caption in the mean, or at most; the width of one."""
-        encoder = rates.ENCODERS.get(options.encoder)
-        if encoder is None:
-            raise RequestError(
-                f"columns.{column}.encoder = {options.encoder!r}: the shape of its embeddings is not known here; "
-                "name a small build that has the column with --from CORPUS"
-            )
-        if encoder.always:
-            return encoder.tokens, encoder.width, "shapes"
-        captions = f"captions/{column.partition('@')[2]}"
-        words = None
-        if self.earlier is not None and captions not in self.otherwise:
-            words = self.earlier.words(captions, name)
-        if words is None:
-            self.assume(f"{column}: every caption has the {encoder.tokens} tokens that {options.encoder} keeps at most")
-            return encoder.tokens, encoder.width, f"shapes, at most ({encoder.tokens} tokens)"
-        self.assume(f"{TOKENS_A_WORD} tokens a word, and one at the end, where an earlier build has the captions alone")
-        tokens = min(words * TOKENS_A_WORD + 1, encoder.tokens)
-        return tokens, encoder.width, f"shapes, {tokens:.0f} tokens for the earlier build's {words:.0f} words"
-
-    def _learned(self, shards: int, name: str) -> str:
-        assert self.earlier is not None
-        other = "" if self.earlier.of(name) == [name] else f" of other sources, for {name}"
-        return f"earlier build, {shards:,} shards{other}"
-
     # -- time ----------------------------------------------------------------------------------------------------------
 
     def _stages(self) -> dict[str, Cost]:
         units = sum(source.units for source in self.sources.values())
-        found = {INGEST: Cost("cpu", min(self.places.ingests, units))}
+        found = {INGEST: Cost("cpu", False, min(self.places.ingests, units))}
         columns: dict[str, list[str]] = {INGEST: [IMAGES]}
         for column, options in self.config.columns.items():
             model, name = isinstance(options, LatentsColumn | TextColumn), _stage_of(column, options)
             workers = self.cpus if not model else self.given.gpus or self.places.actors_per_stage
-            found.setdefault(name, Cost("gpu" if model and self.given.gpus else "cpu", workers))
+            found.setdefault(name, Cost("gpu" if model and self.given.gpus else "cpu", model, workers))
             columns.setdefault(name, []).append(column)
         for stage, cost in found.items():
             for name, source in self.sources.items():
@@ -274,34 +178,37 @@ class _Estimate:
         return found
 
     def _pace(self, stage: str, cost: Cost, columns: list[str], name: str, source: Expected) -> None:
-        pace: Pace | None = None
-        if self.earlier is not None and not self.otherwise.keys() & {IMAGES, *columns}:
+        pace, learned = None, ""
+        pixels = not columns[0].startswith(("captions/", "text/"))  # the stage works on images
+        if self.earlier is not None and not self.otherwise.keys() & {*columns, *[IMAGES] * pixels}:
             pace = self.earlier.pace(columns, name)
-        if pace is not None and cost.device == "cpu" and pace.devices <= {rates.CPU}:
+            learned = f"earlier build, {pace.shards:,} shards" if pace is not None else ""
+        on_cpus = pace is not None and (not cost.model or pace.devices <= {rates.CPU})
+        if pace is not None and cost.device == "cpu" and on_cpus:
             if not pace.has_cpu:
                 self.assume("the earlier build's commits tell no CPU seconds: all of a worker's time is taken for them")
             busy = pace.seconds + pace.unit_seconds * source.units / source.inputs
-            cost.add(source.inputs, pace.cpu_seconds, 0.0, busy, self._learned(pace.shards, name))
+            cost.add(name, source.inputs, (pace.cpu_seconds, 0.0, busy), learned)
             return
         if pace is not None and pace.devices and all(rates.is_kind(device, self.gpu or "-") for device in pace.devices):
-            cost.add(source.inputs, pace.cpu_seconds, pace.seconds, pace.seconds, self._learned(pace.shards, name))
+            cost.add(name, source.inputs, (pace.cpu_seconds, pace.seconds, pace.seconds), learned)
             return
         seconds, origins = 0.0, []
         for column in columns:
             each, origin = self._of_table(column, cost.device)
             if each is None:
-                cost.add(source.inputs, None, None, None, origin)
+                cost.add(name, source.inputs, (None, None, None), origin)
                 return
             seconds += each
             origins.append(origin)
         origin = "; ".join(dict.fromkeys(origins))
         if cost.device == "cpu":
-            cost.add(source.inputs, seconds, 0.0, seconds, origin)
+            cost.add(name, source.inputs, (seconds, 0.0, seconds), origin)
             return
-        around = pace.cpu_seconds * (1 - pace.model_share) if pace is not None and pace.devices <= {rates.CPU} else 0.0
+        around = pace.cpu_seconds * (1 - pace.model_share) if pace is not None and on_cpus else 0.0
         if not around:
             self.assume(f"{stage}: the CPUs' part (decoding, writing) is not counted: {UNSEEN}")
-        cost.add(source.inputs, around, seconds, seconds, origin)
+        cost.add(name, source.inputs, (around, seconds, seconds), origin)
 
     def _of_table(self, column: str, device: str) -> tuple[float | None, str]:
         """Seconds of one input by the measured table, or by arithmetic; and which."""
@@ -317,7 +224,7 @@ class _Estimate:
         if isinstance(options, LatentsColumn):
             tflop = rates.AUTOENCODER_TFLOP.get(model, {}).get(options.resolution)
         elif isinstance(options, TextColumn) and (encoder := rates.ENCODERS.get(model)) and encoder.weights:
-            tflop = 2e-3 * encoder.weights * max(self._tokens(column, name, options)[0] for name in self.sources)
+            tflop = 2e-3 * encoder.weights * max(self.sizes.tokens(column, name, options)[0] for name in self.sources)
         if tflop is None or device == "cpu":
             return None, f"not measured: {column} on {kind}"
         peak = rates.GPUS[str(kind)].tflops
@@ -363,7 +270,7 @@ class _Estimate:
             "gpu_seconds": cost.gpu,
             "seconds": alone,
             "rate": cost.inputs / alone if alone else None,
-            "origin": "; ".join(cost.origins),
+            "origin": by_origin(cost.origins),
         }
 
     # -- machines and money --------------------------------------------------------------------------------------------
@@ -430,8 +337,3 @@ def _stage_of(column: str, options: Any) -> str:
     if isinstance(options, LatentsColumn):
         return f"latents:{options.autoencoder}" + (f"@{options.revision}" if options.revision else "")
     return column.replace("/", ":", 1) if isinstance(options, TextColumn) else column
-
-
-def _blocks(size: float) -> float:
-    """Bytes of a member of a tar: its header, and its data in whole blocks."""
-    return 512 + math.ceil(size / 512) * 512

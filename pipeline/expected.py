@@ -28,6 +28,13 @@ class Expected:
     """Bytes that are brought here; None if nobody says it."""
     failed: float = 0.0
     """The share of the inputs that ingest is expected to drop, where no earlier build says better."""
+    unit_inputs: int | None = None
+    """Of each unit but the last; None if they are about the same."""
+
+    def shards(self, shard_samples: int) -> int:
+        each = self.unit_inputs or math.ceil(self.inputs / self.units)
+        whole, rest = divmod(self.inputs, each)
+        return whole * math.ceil(each / shard_samples) + math.ceil(rest / shard_samples)
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ def _known(name: str, options: Any, config: BuildConfig, earlier: Earlier | None
     match options:
         case given.UrlsSource() | given.OpenmojiSource():
             stage = _source(name, config).stage()
-            return Expected(stage["units"], stage["inputs"], "counted: its list")
+            return Expected(stage["units"], stage["inputs"], "counted: its list", unit_inputs=options.unit_inputs)
         case given.Sa1bSource() if options.links is not None or _is_default(options, "files"):
             dropped = SA1B.failed if options.caption == "joined" and options.require_caption else 0.0
             return _chosen([SA1B], options, dropped)

@@ -6,6 +6,7 @@ one GPU, or of one busy core), and where it comes from: `command`, `machine`, `d
 """
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -117,5 +118,5 @@ def gpu_kind(name: str) -> str:
 
 def is_kind(device: str, kind: str) -> bool:
     """Whether a device's own name (`NVIDIA H100 80GB HBM3`) is of a kind."""
-    words = device.lower().replace("-", " ").split()
-    return kind in words or kind in "".join(words).replace("geforce", "")
+    name = re.sub(r"(?<=[a-z])(?=\d)", "[ -]?", kind)
+    return re.search(rf"(?<![a-z0-9]){name}(?![a-z0-9])", device.lower()) is not None
