@@ -21,7 +21,7 @@ from typing import Any
 from pipeline import rates
 from pipeline.config import BuildConfig, LatentsColumn, TextColumn
 from pipeline.earlier import Earlier
-from pipeline.errors import RequestError
+from pipeline.errors import DamagedError, RequestError
 from pipeline.expected import Expected, expected
 from pipeline.places import Places
 from pipeline.sizes import Sizes, by_origin
@@ -106,7 +106,7 @@ class _Estimate:
     def __init__(self, config: BuildConfig, given: Machines, learn_from: str | None, samples: Mapping[str, int]):
         self.config, self.given = config, given
         self.assumptions: list[str] = []
-        self.earlier = _earlier(config, learn_from)
+        self.earlier = self._earlier(learn_from)
         self.otherwise = self.earlier.otherwise(config) if self.earlier is not None else {}
         self.gpu = _gpu(given)
         self.sources = expected(config, self.earlier, samples)
@@ -193,15 +193,10 @@ class _Estimate:
         if pace is not None and pace.devices and all(rates.is_kind(device, self.gpu or "-") for device in pace.devices):
             cost.add(name, source.inputs, (pace.cpu_seconds, pace.seconds, pace.seconds), learned)
             return
-        seconds, origins = 0.0, []
-        for column in columns:
-            each, origin = self._of_table(column, cost.device)
-            if each is None:
-                cost.add(name, source.inputs, (None, None, None), origin)
-                return
-            seconds += each
-            origins.append(origin)
-        origin = "; ".join(dict.fromkeys(origins))
+        seconds, origin = self._of_table(columns, cost.device)
+        if seconds is None:
+            cost.add(name, source.inputs, (None, None, None), origin)
+            return
         if cost.device == "cpu":
             cost.add(name, source.inputs, (seconds, 0.0, seconds), origin)
             return
@@ -210,24 +205,31 @@ class _Estimate:
             self.assume(f"{stage}: the CPUs' part (decoding, writing) is not counted: {UNSEEN}")
         cost.add(name, source.inputs, (around, seconds, seconds), origin)
 
-    def _of_table(self, column: str, device: str) -> tuple[float | None, str]:
-        """Seconds of one input by the measured table, or by arithmetic; and which."""
-        options, kind = self.config.columns.get(column), self.gpu if device == "gpu" else rates.CPU
-        stage, model, resolution = column.partition("/")[0] if options is not None else INGEST, "", None
-        if isinstance(options, LatentsColumn):
-            model, resolution = options.autoencoder, options.resolution
-        elif isinstance(options, TextColumn):
-            model = options.encoder
-        if rate := rates.measured(stage, str(kind), model, resolution):
-            return 1 / rate.rate, rate.origin
-        tflop = None
-        if isinstance(options, LatentsColumn):
-            tflop = rates.AUTOENCODER_TFLOP.get(model, {}).get(options.resolution)
-        elif isinstance(options, TextColumn) and (encoder := rates.ENCODERS.get(model)) and encoder.weights:
-            tflop = 2e-3 * encoder.weights * max(self.sizes.tokens(column, name, options)[0] for name in self.sources)
+    def _of_table(self, columns: list[str], device: str) -> tuple[float | None, str]:
+        """Seconds of one input of a stage by the measured table, or by arithmetic; and which."""
+        kind = str(self.gpu) if device == "gpu" else rates.CPU
+        options = [self.config.columns.get(column) for column in columns]
+        stage, model, resolutions = columns[0].partition("/")[0] if columns != [IMAGES] else INGEST, "", []
+        for one in options:
+            if isinstance(one, LatentsColumn):
+                model, resolutions = one.autoencoder, sorted({*resolutions, one.resolution})
+            elif isinstance(one, TextColumn):
+                model = one.encoder
+        together = rates.measured(stage, kind, model, resolutions)
+        alone = [rates.measured(stage, kind, model, [resolution]) for resolution in resolutions]
+        found = [together] if together is not None or not resolutions else alone
+        if all(found):
+            lines = dict.fromkeys(rate.origin for rate in found if rate is not None)
+            return sum(1 / rate.rate for rate in found if rate is not None), "; ".join(lines)
+        tflop: float | None = None
+        if known := rates.AUTOENCODER_TFLOP.get(model):
+            tflop = sum(known[r] for r in resolutions) if known.keys() >= set(resolutions) else None
+        elif (encoder := rates.ENCODERS.get(model)) and encoder.weights and isinstance(options[0], TextColumn):
+            tokens = max(self.sizes.tokens(columns[0], name, options[0])[0] for name in self.sources)
+            tflop = 2e-3 * encoder.weights * tokens
         if tflop is None or device == "cpu":
-            return None, f"not measured: {column} on {kind}"
-        peak = rates.GPUS[str(kind)].tflops
+            return None, f"not measured: {', '.join(columns)} on {kind}"
+        peak = rates.GPUS[kind].tflops
         return tflop / peak / rates.UTILISATION, (
             f"by arithmetic, not measured: {tflop:.3g} TFLOP at {rates.UTILISATION:.0%} of {kind}'s {peak:,.0f} TFLOP/s"
         )
@@ -273,7 +275,18 @@ class _Estimate:
             "origin": by_origin(cost.origins),
         }
 
-    # -- machines and money --------------------------------------------------------------------------------------------
+    # -- what it is learned from, machines and money ------------------------------------------------------------------
+
+    def _earlier(self, learn_from: str | None) -> Earlier | None:
+        if learn_from is not None:
+            return Earlier(learn_from)
+        try:
+            return Earlier(self.config.corpus)
+        except DamagedError:
+            raise
+        except RequestError as error:  # most often it is not there yet
+            self.assume(f"nothing is learned: {error}")
+            return None
 
     def _cpus(self) -> float:
         if self.given.cpus is not None:
@@ -312,15 +325,6 @@ class _Estimate:
             "complete": not time["not_measured"] and gpus is not None,
             "storage_a_month": size / 1e12 * given.storage_price,
         }
-
-
-def _earlier(config: BuildConfig, learn_from: str | None) -> Earlier | None:
-    if learn_from is not None:
-        return Earlier(learn_from)
-    try:
-        return Earlier(config.corpus)
-    except RequestError:  # it is not there yet
-        return None
 
 
 def _gpu(given: Machines) -> str | None:

@@ -1,12 +1,13 @@
 """What is known of models and machines beside a build of one's own: shapes, work, GPUs, and the measured table.
 
 `rates.json` is that table. An entry is one figure of one benchmark: `stage` (`ingest`, `captions`, `scores`, `latents`,
-`text`), `model` and `resolution` where it has them, `device` (`cpu`, or a kind of `GPUS`), `rate` (samples a second of
-one GPU, or of one busy core), and where it comes from: `command`, `machine`, `date`, `note`.
+`text`), `model` and `resolutions` (all that are made together) where it has them, `device` (`cpu`, or a kind of `GPUS`),
+`rate` (samples a second of one GPU, or of one busy core), and where it comes from: `command`, `machine`, `date`, `note`.
 """
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,7 @@ class Rate(Options):
 
     stage: str
     model: str = ""
-    resolution: int | None = None
+    resolutions: list[int] = []
     device: str
     rate: float
     command: str
@@ -94,12 +95,13 @@ def table() -> tuple[Rate, ...]:
     return tuple(TypeAdapter(list[Rate]).validate_python(found))
 
 
-def measured(stage: str, device: str, model: str = "", resolution: int | None = None) -> Rate | None:
+def measured(stage: str, device: str, model: str = "", resolutions: Sequence[int] = ()) -> Rate | None:
     """The newest figure for just this."""
     found = [
         rate
         for rate in table()
-        if (rate.stage, rate.device, rate.model, rate.resolution) == (stage, device, model, resolution)
+        if (rate.stage, rate.device, rate.model, sorted(rate.resolutions))
+        == (stage, device, model, sorted(resolutions))
     ]
     return max(found, key=lambda rate: rate.date, default=None)
 
