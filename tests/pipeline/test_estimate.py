@@ -231,7 +231,7 @@ def test_a_measured_rate_says_its_command(tmp_path: Path, monkeypatch: pytest.Mo
     rate = rates.Rate(
         stage="latents",
         model="sdxl",
-        resolution=256,
+        resolutions=(256,),
         device="h100",
         rate=1000,
         command="x.py",
