@@ -209,12 +209,13 @@ class _Estimate:
         """Seconds of one input of a stage by the measured table, or by arithmetic; and which."""
         kind = str(self.gpu) if device == "gpu" else rates.CPU
         options = [self.config.columns.get(column) for column in columns]
-        stage, model, resolutions = columns[0].partition("/")[0] if columns != [IMAGES] else INGEST, "", []
-        for one in options:
-            if isinstance(one, LatentsColumn):
-                model, resolutions = one.autoencoder, sorted({*resolutions, one.resolution})
-            elif isinstance(one, TextColumn):
-                model = one.encoder
+        stage = columns[0].partition("/")[0] if columns != [IMAGES] else INGEST
+        resolutions = [one.resolution for one in options if isinstance(one, LatentsColumn)]
+        model = ""
+        if isinstance(options[0], LatentsColumn):
+            model = options[0].autoencoder
+        elif isinstance(options[0], TextColumn):
+            model = options[0].encoder
         together = rates.measured(stage, kind, model, resolutions)
         alone = [rates.measured(stage, kind, model, [resolution]) for resolution in resolutions]
         found = [together] if together is not None or not resolutions else alone

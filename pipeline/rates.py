@@ -1,8 +1,9 @@
 """What is known of models and machines beside a build of one's own: shapes, work, GPUs, and the measured table.
 
 `rates.json` is that table. An entry is one figure of one benchmark: `stage` (`ingest`, `captions`, `scores`, `latents`,
-`text`), `model` and `resolutions` (all that are made together) where it has them, `device` (`cpu`, or a kind of `GPUS`),
-`rate` (samples a second of one GPU, or of one busy core), and where it comes from: `command`, `machine`, `date`, `note`.
+`text`), `model` and `resolutions` (all that are made together) where it has them, `device` (`cpu`, or a kind of
+`GPUS`), `rate` (samples a second of one GPU, or of one busy core), and where it comes from: `command`, `machine`,
+`date`, `note`.
 """
 
 import json
@@ -27,7 +28,7 @@ class Rate(Options):
 
     stage: str
     model: str = ""
-    resolutions: list[int] = []
+    resolutions: tuple[int, ...] = ()
     device: str
     rate: float
     command: str
@@ -97,12 +98,8 @@ def table() -> tuple[Rate, ...]:
 
 def measured(stage: str, device: str, model: str = "", resolutions: Sequence[int] = ()) -> Rate | None:
     """The newest figure for just this."""
-    found = [
-        rate
-        for rate in table()
-        if (rate.stage, rate.device, rate.model, sorted(rate.resolutions))
-        == (stage, device, model, sorted(resolutions))
-    ]
+    asked = (stage, device, model, sorted(resolutions))
+    found = [rate for rate in table() if (rate.stage, rate.device, rate.model, sorted(rate.resolutions)) == asked]
     return max(found, key=lambda rate: rate.date, default=None)
 
 
