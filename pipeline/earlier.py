@@ -135,8 +135,10 @@ class Earlier:
         )
 
     def inputs_of_a_unit(self, source: str) -> float | None:
-        """The mean; None if none of the source is complete."""
-        units = self._units_of(source) if source in self.sources else []
+        """The mean; None if none of the source is complete, or if only a part of each was taken (`limit`)."""
+        if source not in self.sources or "limit" in self.corpus.source(source).stage:
+            return None
+        units = self._units_of(source)
         return sum(unit.inputs for unit in units) / len(units) if units else None
 
     def words(self, column: str, source: str) -> float | None:

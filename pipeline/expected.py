@@ -119,10 +119,10 @@ def parse_samples(given: Sequence[str]) -> dict[str, int]:
 
 def _told(samples: int, name: str, options: Any, earlier: Earlier | None) -> Expected:
     each = earlier.inputs_of_a_unit(name) if earlier is not None else None
-    if isinstance(options, given.UrlsSource | given.OpenmojiSource):
-        each = options.unit_inputs
+    cut = options.unit_inputs if isinstance(options, given.UrlsSource | given.OpenmojiSource) else None
+    each = cut or each
     units = max(1, math.ceil(samples / each)) if each else 1
-    return Expected(units, samples, "as it was told (--samples)")
+    return Expected(units, samples, "as it was told (--samples)", unit_inputs=cut)
 
 
 def _known(name: str, options: Any, config: BuildConfig, earlier: Earlier | None) -> Expected | None:

@@ -115,6 +115,15 @@ def test_bytes_are_those_of_the_real_build(small: Corpus, tmp_path: Path, shard_
     assert found["totals"]["bytes"] == sum(entry["bytes"] for entry in found["columns"].values())
 
 
+def test_commits_say_what_was_worked(small: Corpus) -> None:
+    for column in (IMAGES, *COLUMNS):
+        for commit in small.commits(column):
+            assert commit.device == "cpu" and 0 <= commit.timings["cpu_seconds"] < 600
+            assert ("wait_seconds" in commit.timings) is (column == IMAGES)
+    pace = Earlier(small.url).pace([IMAGES], "own")
+    assert pace is not None and pace.has_cpu and pace.devices == {"cpu"} and pace.shards == 6
+
+
 def test_a_column_that_was_not_built_comes_from_its_shape(small: Corpus, tmp_path: Path) -> None:
     more = {"latents/demo-128": {"autoencoder": "demo", "resolution": 128}, "text/t5-xxl@source": {"encoder": "t5-xxl"}}
     config = config_of(tmp_path, write_tars(tmp_path / "tars", 2, 1), columns={**COLUMNS, **more})
