@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import median
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -52,7 +53,8 @@ class Pace:
 
     shards: int
     seconds: float
-    """By the clock: while the worker had nothing else to do."""
+    """By the clock. Of ingest the mean, with all waits for servers; of others the median of the shards, because the
+    first ones of a short build compete with models that are being loaded."""
     unit_seconds: float
     """Of ingest, for each unit besides: until its first input is there, which for a file is the way to this machine."""
     cpu_seconds: float
@@ -124,11 +126,12 @@ class Earlier:
             return sum(max(c.timings.get(name, c.timings.get(default, 0.0)) for c in shard) for shard in made)
 
         seconds, units = total("seconds"), len({commit.unit for shard in made for commit in shard})
+        each = [max(c.timings.get("seconds", 0.0) for c in shard) / shard[0].counts["in"] for shard in made]
         return Pace(
             shards=len(made),
-            seconds=seconds / max(inputs, 1),
-            unit_seconds=total("wait_seconds") / max(units, 1),
-            cpu_seconds=total("cpu_seconds", "seconds") / max(inputs, 1),
+            seconds=seconds / inputs if IMAGES in columns else median(each),
+            unit_seconds=total("wait_seconds") / units,
+            cpu_seconds=total("cpu_seconds", "seconds") / inputs,
             model_share=min(total("encode_seconds") / seconds, 1.0) if seconds else 0.0,
             devices=frozenset(commit.device for shard in made for commit in shard if commit.device),
             has_cpu=all("cpu_seconds" in commit.timings for shard in made for commit in shard),
