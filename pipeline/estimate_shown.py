@@ -51,6 +51,8 @@ def show(found: Mapping[str, Any], console: Console, size: Callable[[float], str
     say(f"time    {least}{duration(totals['seconds'])}; the narrowest place: {totals['narrowest']}")
     if missing:
         say(f"        not measured, and not in it: {', '.join(missing)}")
+    if guessed := [name for name, one in found["stages"].items() if "by arithmetic" in one["origin"]]:
+        say(f"        in it by arithmetic, not measured: {', '.join(guessed)}")
     gpu = "?" if money["gpus"] is None else f"${money['gpus']:,.2f}"
     build = f"{least}${money['build']:,.2f}" if money["build"] is not None else "not known"
     say(f"money   {build} (GPUs {gpu}, CPUs ${money['cpus']:,.2f}); kept: ${money['storage_a_month']:,.2f} a month")

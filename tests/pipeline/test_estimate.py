@@ -136,7 +136,7 @@ def test_a_column_that_was_not_built_comes_from_its_shape(small: Corpus, tmp_pat
     assert latents["out"] == text["out"] == found["columns"][IMAGES]["out"] == 55
     assert latents["bytes"] == pytest.approx(status(real)["columns"]["latents/demo-128"]["own"]["bytes"], rel=0.1)
     assert 55 * 4 * 8192 < text["bytes"] < 55 * 25 * 8192  # three to twelve words
-    assert found["totals"]["not_measured"] == ["latents:demo", "text:t5-xxl@source"]
+    assert found["totals"]["not_measured"] == ["text:t5-xxl@source"]
     assert found["stages"]["text:t5-xxl@source"]["seconds"] is None and not found["money"]["complete"]
 
 
@@ -347,12 +347,18 @@ def test_samples_are_numbers_or_refused(texts: list[str]) -> None:
 
 
 def test_the_command(small: Corpus, tmp_path: Path) -> None:
-    config = ["plan", "configs/microdit-22m-real.yaml", "--gpus", "8", "--gpu", "h100", "sources.cc12m.units=10"]
+    config = ["plan", "configs/microdit-37m-ostris.yaml", "--gpus", "8", "--gpu", "h100", "sources.cc12m.units=10"]
     plain, as_json = (CliRunner().invoke(app, [*config, *more]) for more in ([], ["--json"]))
     assert plain.exit_code == as_json.exit_code == 0, plain.output
     answer = json.loads(as_json.stdout)
     assert len(as_json.stdout.splitlines()) == 1 and answer["sources"]["cc12m"]["units"] == 10
-    for word in ("latents/sdxl-512", "by arithmetic, not measured", "not measured, and not in it", "assumed:", "money"):
+    for word in (
+        "latents/ostris-512",
+        "by arithmetic, not measured",
+        "not measured, and not in it",
+        "assumed:",
+        "money",
+    ):
         assert word in plain.stdout
     for line in answer["assumptions"]:
         assert f"  - {line}" in plain.stdout
