@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ class Attempt:
         self.inputs, self.generation, self.fingerprint = inputs, generation, fingerprint
         self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.urandom(4).hex()}"
         self.rows: list[dict[str, Any]] = []
-        self._began = time.monotonic(), time.time()
+        self._began, self._worked = (time.monotonic(), time.time()), time.process_time()
         self._stack = stack
         base = f"{declaration.name}/{ref.source}/{ref.shard}.{self.id}"
         self._tar: TarWriter | None = None
@@ -85,7 +86,8 @@ class Attempt:
         If another attempt was faster, its commit is returned and our objects are removed.
 
         Args:
-            timings: seconds and counts worth keeping; `seconds`, from the attempt's beginning, is added if absent.
+            timings: seconds and counts worth keeping; `seconds` and `cpu_seconds` (of the whole process), from the
+                attempt's beginning, are added if absent.
 
         Raises:
             ValueError: a row or a key is missing or double, a scalar is not declared, or the attempt is older than
@@ -126,8 +128,13 @@ class Attempt:
             reasons=dict(reasons),
             fingerprint=self.fingerprint,
             inputs=self.inputs,
-            timings={"seconds": round(age, 3)} | {k: round(float(v), 6) for k, v in timings.items()},
+            timings={
+                "seconds": round(age, 3),
+                "cpu_seconds": round(time.process_time() - self._worked, 3),
+                **{name: round(float(value), 6) for name, value in timings.items()},
+            },
             host=socket.gethostname(),
+            device=_device(),
         )
         record = Commit.parse(wanted.to_bytes())
         try:
@@ -146,6 +153,12 @@ class Attempt:
 def _check_key(key: str) -> None:
     if not KEY.fullmatch(key):
         raise ValueError(f"key {key!r}: expected 1 to 80 letters, digits, - and _")
+
+
+def _device() -> str:
+    """The GPU that this process works with, or `cpu`; torch is not imported for it."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_initialized() else "cpu"
 
 
 def _writable(text: str) -> str:

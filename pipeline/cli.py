@@ -136,6 +136,51 @@ def build(
 
 
 @app.command()
+def plan(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/microdit-37m.yaml.")],
+    overrides: Overrides = None,
+    learn_from: Annotated[
+        str | None, typer.Option("--from", metavar="CORPUS", help="An earlier, smaller build to learn from.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="How many there are; without any, models run on CPUs.", min=0)] = 0,
+    gpu: Annotated[str | None, typer.Option(metavar="KIND", help="What kind, e.g. h100.")] = None,
+    cpus: Annotated[float | None, typer.Option(help="How many there are (16 a GPU, or as here).", min=1)] = None,
+    bandwidth: Annotated[float, typer.Option(metavar="GBIT", help="Gbit/s of the network.", min=0.001)] = 10.0,
+    samples: Annotated[
+        list[str] | None, typer.Option(metavar="[SOURCE=]N", help="Inputs of a source that cannot say it.")
+    ] = None,
+    gpu_price: Annotated[float | None, typer.Option(help="$ for an hour of one GPU.", min=0)] = None,
+    cpu_price: Annotated[float, typer.Option(help="$ for an hour of one CPU.", min=0)] = 0.04,
+    storage_price: Annotated[float, typer.Option(help="$ for a TB and month.", min=0)] = 23.0,
+    as_json: Json = False,
+) -> None:
+    """What a build would come to before you spend it: shards, bytes by column, time by stage, money.
+
+    Learned from an earlier build's commits: the config's own corpus, if something of it is there, or `--from`. What
+    none tells comes from shapes, from what is written about a dataset, from measurements or from arithmetic: each
+    number says which, and what is assumed stands below. It is for the whole corpus, whatever of it is there already.
+
+    **Examples**
+
+    - `microdit plan configs/microdit-37m.yaml --from s3://my-bucket/try --gpus 8 --gpu h100`
+
+    - `microdit plan configs/microdit-37m.yaml --gpus 8 --gpu a100 --gpu-price 1.50 sources.sa1b.units=100`
+    """
+    from pipeline.config import load_config
+    from pipeline.estimate import Machines, estimate
+    from pipeline.estimate_shown import show
+    from pipeline.expected import parse_samples
+
+    machines = Machines(cpus, gpus, gpu, bandwidth, gpu_price, cpu_price, storage_price)
+    with _answer(as_json) as answer:
+        answer.update(
+            estimate(load_config(config, overrides or ()), machines, learn_from, parse_samples(samples or ()))
+        )
+    if not as_json:
+        show(answer, _console(), _bytes)
+
+
+@app.command()
 def status(corpus: CorpusUrl, as_json: Json = False) -> None:
     """How far a corpus is: by source and column what is done, failed and left, bytes, and rates.
 

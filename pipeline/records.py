@@ -88,6 +88,8 @@ class Commit(Record):
     inputs: list[InputRef]
     timings: dict[str, float]
     host: str
+    device: str = ""
+    """What the process worked with: `cpu`, or its GPU's name; empty where it is not said."""
     _stored: str | None = PrivateAttr(None)
     _ours: bool = PrivateAttr(True)
 

@@ -47,6 +47,14 @@ def test_overhead() -> None:
         assert found[f"{kind}_ratio"] == pytest.approx(ratio, rel=0.01)
 
 
+@pytest.mark.slow
+def test_plan() -> None:
+    found = run("plan", "--inputs", "40", "--times", "2")
+    assert found["inputs"] == 80 and found["predicted_seconds"] > 0 and found["rates"]["latents:demo"] > 0
+    for column, one in found["columns"].items():
+        assert one["predicted"] == pytest.approx(one["bytes"], rel=0.25), column  # a few rows in a shard
+
+
 def test_joins() -> None:
     found = run("joins", "--rows", "4000", "--entries", "3000")
     for kind, sizes in (("diffusiondb", (2000, 4000)), ("sa1b", (1000, 3000))):

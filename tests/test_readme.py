@@ -57,6 +57,6 @@ def test_every_command_runs(tmp_path: Path, s3_server: str) -> None:
         assert run.returncode == 0, f"{command}\n{run.stdout}{run.stderr}"
         assert run.stdout.strip(), command
         ran.add(words[1])
-    assert {"build", "status", "query", "verify", "report", "select", "train", "generate", "ls"} <= ran
+    assert {"build", "plan", "status", "query", "verify", "report", "select", "train", "generate", "ls"} <= ran
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert list((tmp_path / "pictures").glob("*.png"))

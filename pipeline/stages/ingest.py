@@ -72,6 +72,7 @@ def ingest_unit(
 
     shards: list[str] = []
     inputs = 0
+    since, worked = time.monotonic(), time.process_time()
     with ExitStack() as stack:
         decode: Callable[[bytes], Prepared] = partial(prepare, options=config.images)
         threads = config.resources.decode_threads
@@ -86,6 +87,7 @@ def ingest_unit(
                 for _ in samples:
                     inputs += 1
                     alive()
+                since, worked = time.monotonic(), time.process_time()
                 continue
             began = time.monotonic()
             ref = ShardRef(source=source.name, unit=unit, shard=shard)
@@ -93,7 +95,9 @@ def ingest_unit(
                 fail_point("fetching")
                 for sample, image in samples:
                     _write(attempt, source.name, sample, image, corpus.shard_samples, config.images.format)
-                commit = attempt.commit()
+                # with what came before its first input: the file's way to this machine, the wait for the first URL
+                commit = attempt.commit(wait_seconds=began - since, cpu_seconds=time.process_time() - worked)
+            since, worked = time.monotonic(), time.process_time()
             inputs += commit.counts["in"]
             if progress is not None and commit.ours:
                 seconds = time.monotonic() - began

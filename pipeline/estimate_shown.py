@@ -1,0 +1,83 @@
+"""A plan for people: tables of sources, columns and stages, what it comes to, and everything that was assumed."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show(found: Mapping[str, Any], console: Console, size: Callable[[float], str]) -> None:
+    """Print what `estimate` gave; `size` writes bytes."""
+
+    def say(text: str = "") -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    machines, totals, money = found["machines"], found["totals"], found["money"]
+    gpus = f", {machines['gpus']} GPUs ({machines['gpu']})" if machines["gpus"] else ", no GPU"
+    say(f"plan of {found['name']}: shards of {found['shard_samples']:,}, {machines['cpus']:g} CPUs{gpus}")
+    say(f"learned from {found['learned_from'] or 'no earlier build: name one with --from CORPUS for better numbers'}")
+    _table(
+        console,
+        ("source", "units", "inputs", "shards", "fetched", "known from"),
+        [
+            (name, f"{one['units']:,}", f"{one['inputs']:,}", f"{one['shards']:,}",
+             "" if one["fetched_bytes"] is None else size(one["fetched_bytes"]), one["origin"])
+            for name, one in found["sources"].items()
+        ],
+    )  # fmt: skip
+    _table(
+        console,
+        ("column", "good", "failed", "bytes", "known from"),
+        [
+            (name, f"{one['out']:,}", f"{one['failed']:,}", size(one["bytes"]), one["origin"])
+            for name, one in found["columns"].items()
+        ],
+    )
+    _table(
+        console,
+        ("stage", "on", "at once", "CPU time", "GPU time", "alone", "inputs/s", "known from"),
+        [
+            (name, one["device"], f"{one['workers']:g}", duration(one["cpu_seconds"]),
+             "" if one["device"] == "cpu" else duration(one["gpu_seconds"]), duration(one["seconds"]),
+             "?" if one["rate"] is None else f"{one['rate']:,.1f}", one["origin"])
+            for name, one in found["stages"].items()
+        ],
+    )  # fmt: skip
+    say()
+    missing = totals["not_measured"]
+    least = "at least " if missing else ""
+    say(f"bytes   {size(totals['bytes'])} in {totals['shards']:,} shards of {len(found['columns'])} columns")
+    say(f"time    {least}{duration(totals['seconds'])}; the narrowest place: {totals['narrowest']}")
+    if missing:
+        say(f"        not measured, and not in it: {', '.join(missing)}")
+    if guessed := [name for name, one in found["stages"].items() if "by arithmetic" in one["origin"]]:
+        say(f"        in it by arithmetic, not measured: {', '.join(guessed)}")
+    gpu = "?" if money["gpus"] is None else f"${money['gpus']:,.2f}"
+    build = f"{least}${money['build']:,.2f}" if money["build"] is not None else "not known"
+    say(f"money   {build} (GPUs {gpu}, CPUs ${money['cpus']:,.2f}); kept: ${money['storage_a_month']:,.2f} a month")
+    say("\nassumed:")
+    for line in found["assumptions"]:
+        say(f"  - {line}")
+
+
+def duration(seconds: float | None) -> str:
+    """`45 s`, `12.5 min`, `3.4 h`, `12.0 days`; `?` where nobody knows."""
+    if seconds is None:
+        return "?"
+    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 or seconds == 0 else f"{seconds:.1f} s"
+
+
+def _table(console: Console, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for i, name in enumerate(names):
+        wide = i == len(names) - 1
+        words = i == 0 or wide or name == "on"
+        table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=not wide)
+    for row in rows:
+        table.add_row(*row)
+    console.print()
+    console.print(table, markup=False)
