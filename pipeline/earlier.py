@@ -127,12 +127,13 @@ class Earlier:
 
         seconds, units = total("seconds"), len({commit.unit for shard in made for commit in shard})
         each = [max(c.timings.get("seconds", 0.0) for c in shard) / shard[0].counts["in"] for shard in made]
+        encoding = sum(c.timings.get("encode_seconds", 0.0) for shard in made for c in shard)  # of each its own
         return Pace(
             shards=len(made),
             seconds=seconds / inputs if IMAGES in columns else median(each),
             unit_seconds=total("wait_seconds") / units,
             cpu_seconds=total("cpu_seconds", "seconds") / inputs,
-            model_share=min(total("encode_seconds") / seconds, 1.0) if seconds else 0.0,
+            model_share=min(encoding / seconds, 1.0) if seconds else 0.0,
             devices=frozenset(commit.device for shard in made for commit in shard if commit.device),
             has_cpu=all("cpu_seconds" in commit.timings for shard in made for commit in shard),
         )

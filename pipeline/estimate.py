@@ -207,6 +207,17 @@ class _Estimate:
 
     def _of_table(self, columns: list[str], device: str) -> tuple[float | None, str]:
         """Seconds of one input of a stage by the measured table, or by arithmetic; and which."""
+        by_model: dict[str, list[str]] = {}
+        for column in columns:
+            options = self.config.columns.get(column)
+            by_model.setdefault(options.autoencoder if isinstance(options, LatentsColumn) else "", []).append(column)
+        parts = [self._of_table_alone(some, device) for some in by_model.values()]
+        seconds = [part[0] for part in parts if part[0] is not None]
+        origins = dict.fromkeys(origin for _, origin in parts)
+        return sum(seconds) if len(seconds) == len(parts) else None, "; ".join(origins)
+
+    def _of_table_alone(self, columns: list[str], device: str) -> tuple[float | None, str]:
+        """`_of_table` of columns of one model."""
         kind = str(self.gpu) if device == "gpu" else rates.CPU
         options = [self.config.columns.get(column) for column in columns]
         stage = columns[0].partition("/")[0] if columns != [IMAGES] else INGEST
@@ -340,5 +351,5 @@ def _gpu(given: Machines) -> str | None:
 def _stage_of(column: str, options: Any) -> str:
     """The stage's name, as the engine calls it."""
     if isinstance(options, LatentsColumn):
-        return f"latents:{options.autoencoder}" + (f"@{options.revision}" if options.revision else "")
+        return "latents"
     return column.replace("/", ":", 1) if isinstance(options, TextColumn) else column

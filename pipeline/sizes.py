@@ -9,11 +9,12 @@ from pipeline.config import BuildConfig, LatentsColumn, TextColumn
 from pipeline.earlier import Earlier, Size
 from pipeline.errors import RequestError
 from pipeline.expected import Expected
+from pipeline.quantise import groups_of
 from pipeline.stages import IMAGES
 
 TOKENS_A_WORD = 1.4
 TAR_SAMPLE = 512 + 256  # bytes of a member beside its data: the header, and half a block of padding
-NPY_HEADER = 128
+NPY_HEADER, ZIP = 128, 202
 ROW, TABLE_ROW, SHARD = 60.0, 150.0, 8_000.0  # bytes of a sidecar's row, of a table's, and of a shard besides
 IMAGE_JSON, JPEG_PIXEL, ASPECT = 1_024.0, 0.6, 4 / 3  # bytes; bytes a pixel at quality 95; sides of an image
 
@@ -68,11 +69,11 @@ class Sizes:
             return Size(0, out, sample + 2 * TAR_SAMPLE + IMAGE_JSON, 3 * TABLE_ROW, SHARD), origin
         if isinstance(options, LatentsColumn):
             channels, down = self._autoencoder(column, options)
-            sample = channels * (options.resolution / down) ** 2 * 2
+            sample = channels * (options.resolution / down) ** 2 * (4 if options.posterior == "moments" else 2)
             return Size(0, out, _blocks(sample + NPY_HEADER), ROW, SHARD), "shapes"
         if isinstance(options, TextColumn):
             tokens, width, origin = self.tokens(column, name, options)
-            return Size(0, out, _blocks(tokens * width * 2 + NPY_HEADER), ROW, SHARD), origin
+            return Size(0, out, _blocks(_text_bytes(tokens, width, options)), ROW, SHARD), origin
         self.assume(f"{TABLE_ROW:.0f} bytes a row of captions and scores that no earlier build has")
         return Size(0, out, 0.0, TABLE_ROW, SHARD), "assumed"
 
@@ -106,7 +107,7 @@ class Sizes:
                 f"columns.{column}.encoder = {options.encoder!r}: the shape of its embeddings is not known here; "
                 "name a small build that has the column with --from CORPUS"
             )
-        if encoder.always:
+        if encoder.always and not options.trim:
             return encoder.tokens, encoder.width, "shapes"
         captions = f"captions/{column.partition('@')[2]}"
         words = None
@@ -128,6 +129,14 @@ def by_origin(origins: Mapping[str, str]) -> str:
     if len(sources) < 2:
         return "".join(sources)
     return "; ".join(f"{', '.join(names)}: {origin}" for origin, names in sources.items())
+
+
+def _text_bytes(tokens: float, width: int, options: TextColumn) -> float:
+    """Of the member of a caption: fp16, or the arrays of a quantised one and the zip around them."""
+    if options.storage == "float16":
+        return tokens * width * 2 + NPY_HEADER
+    bits = {"int8": 8, "int4": 4}[options.storage]
+    return tokens * (width * bits / 8 + 2 * groups_of(width, options.storage)) + 2 * NPY_HEADER + ZIP
 
 
 def _blocks(size: float) -> float:

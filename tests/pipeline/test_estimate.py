@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,6 +27,8 @@ from pipeline.earlier import Earlier, spread
 from pipeline.errors import RequestError
 from pipeline.estimate import Machines, estimate
 from pipeline.expected import Expected, parse_samples
+from pipeline.quantise import Storage, quantise
+from pipeline.shards import array_bytes, arrays_bytes
 from pipeline.sources import sources_of
 from pipeline.stages import IMAGES, Task, UnitTask, declare, stages_of
 from pipeline.stages.ingest import ingest_unit
@@ -140,6 +143,19 @@ def test_a_column_that_was_not_built_comes_from_its_shape(small: Corpus, tmp_pat
     assert found["stages"]["text:t5-xxl@source"]["seconds"] is None and not found["money"]["complete"]
 
 
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_a_quantised_column_comes_from_its_shape(storage: Storage, small: Corpus, tmp_path: Path) -> None:
+    columns = {**COLUMNS, "text/t5-xxl@source": {"encoder": "t5-xxl", "storage": storage}}
+    config = config_of(tmp_path, write_tars(tmp_path / "tars", 2, 1), columns=columns)
+    whole = estimate(config, learn_from=small.url)["columns"]["text/t5-xxl@source"]
+    plain = {**columns, "text/t5-xxl@source": {"encoder": "t5-xxl"}}
+    less = estimate(config_of(tmp_path, str(tmp_path / "tars/*.tar"), columns=plain), learn_from=small.url)
+    embedding = torch.zeros(6, 4096)
+    stored = len(arrays_bytes({name: tensor.numpy() for name, tensor in quantise(embedding, storage).items()}))
+    ratio = stored / len(array_bytes(embedding.half().numpy()))
+    assert whole["bytes"] / less["columns"]["text/t5-xxl@source"]["bytes"] == pytest.approx(ratio, rel=0.1)
+
+
 def test_what_was_made_otherwise_teaches_nothing(small: Corpus, tmp_path: Path) -> None:
     files, changed = (
         write_tars(tmp_path / "tars", 2, 1),
@@ -201,8 +217,8 @@ def test_time_is_that_of_the_narrowest_place(tmp_path: Path) -> None:
     assert time["cpu_seconds"] == pytest.approx(2 * 100 * 6)
     assert time["bounds"]["the processors"] == pytest.approx(600)
     assert time["bounds"]["the workers of ingest"] == pytest.approx(100 * (8 + 2) / 2)
-    assert time["bounds"]["the workers of latents:sdxl"] == pytest.approx(800)
-    assert time["narrowest"] == "the workers of latents:sdxl" and 800 < time["seconds"] < 900
+    assert time["bounds"]["the workers of latents"] == pytest.approx(800)
+    assert time["narrowest"] == "the workers of latents" and 800 < time["seconds"] < 900
     wide = estimate(config, Machines(cpus=64))["totals"]
     assert wide["bounds"]["the processors"] == pytest.approx(1200 / 64) and wide["seconds"] < time["seconds"]
     money = estimate(config, Machines(cpus=2, cpu_price=3.6, storage_price=1e12))
@@ -217,12 +233,12 @@ def test_a_gpus_times_count_for_its_kind_alone(tmp_path: Path, monkeypatch: pyte
     found = estimate(config, Machines(gpus=4, gpu="H100", gpu_price=2.0))
     assert found["totals"]["gpu_seconds"] == pytest.approx(800) and found["machines"]["gpu"] == "h100"
     assert found["totals"]["bounds"]["the GPUs"] == pytest.approx(200)
-    assert "earlier build" in found["stages"]["latents:sdxl"]["origin"]
+    assert "earlier build" in found["stages"]["latents"]["origin"]
     assert found["money"]["gpus"] == pytest.approx(found["totals"]["seconds"] / 3600 * 8)
     other = estimate(config, Machines(gpus=4, gpu="a100"))
-    assert "by arithmetic, not measured" in other["stages"]["latents:sdxl"]["origin"]
+    assert "by arithmetic, not measured" in other["stages"]["latents"]["origin"]
     assert other["money"]["build"] is None and any("--gpu-price" in line for line in other["assumptions"])
-    assert estimate(config, Machines(cpus=4))["totals"]["not_measured"] == ["latents:sdxl"]
+    assert estimate(config, Machines(cpus=4))["totals"]["not_measured"] == ["latents"]
 
 
 def test_commits_without_cpu_seconds_are_taken_for_busy(tmp_path: Path) -> None:
@@ -249,7 +265,7 @@ def test_a_measured_rate_says_its_command(tmp_path: Path, monkeypatch: pytest.Mo
     )
     monkeypatch.setattr(rates, "table", lambda: (rate,))
     found = estimate(timed_config(tmp_path, 1000), Machines(gpus=2, gpu="h100"))
-    assert found["totals"]["gpu_seconds"] == pytest.approx(1) and "`x.py`" in found["stages"]["latents:sdxl"]["origin"]
+    assert found["totals"]["gpu_seconds"] == pytest.approx(1) and "`x.py`" in found["stages"]["latents"]["origin"]
     assert found["totals"]["not_measured"] == ["ingest"]
 
 
