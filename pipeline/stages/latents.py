@@ -94,7 +94,6 @@ class Latents:
                 )
             # of its own: what one column had no room for is no matter of another's numbers
             self._batches[name] = Batches(model.together(options.resolution, self._batch))
-            loaded[origin] = model
         self.models = {name: loaded[origin] for name, origin in self._origin.items()}
 
     def run(self, corpus: Corpus, task: Task) -> list[Commit]:
