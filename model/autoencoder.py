@@ -55,7 +55,7 @@ WEIGHTS = (
     ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model-?????-of-?????.safetensors"),
     ("diffusion_pytorch_model.bin",),
 )
-CPU_PIXELS = 8 * 128 * 128  # images that go through a CPU together: with more, activations leave its caches
+CPU_PIXELS = 4 * 128 * 128  # images that go through a CPU together: with more, activations leave its caches
 
 
 class Autoencoder:

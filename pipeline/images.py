@@ -147,8 +147,7 @@ def encode(pixels: np.ndarray, options: ImageOptions) -> bytes:
 def _decode_jpeg(data: bytes, max_pixels: int, shrink_to: int | None) -> Decoded:
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     _bound(width, height, max_pixels)
-    scans = data.count(b"\xff\xda")
-    if scans > MAX_SCANS:
+    if (scans := _scans(data)) > MAX_SCANS:
         raise BadImage("bomb", f"a JPEG of {scans} scans; at most {MAX_SCANS} are decoded")
     if colours not in ("YCbCr", "RGB", "Gray"):
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
@@ -168,6 +167,13 @@ def _decode_jpeg(data: bytes, max_pixels: int, shrink_to: int | None) -> Decoded
         width, height = height, width
     scale = 1.0 if not least else round(8 * pixels.shape[0] / height) / 8
     return Decoded(_upright(pixels, orientation), width, height, "jpeg", orientation == 1, scale)
+
+
+def _scans(data: bytes) -> int:
+    """How often the marker of a scan, FF DA, is in the bytes. `bytes.count` takes a tenth of the decoding."""
+    values = np.frombuffer(data, np.uint8)
+    marks = np.flatnonzero(values[:-1] == 0xFF)
+    return int(np.count_nonzero(values[marks + 1] == 0xDA))
 
 
 def _orientation(data: bytes) -> int:

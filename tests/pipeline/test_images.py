@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.config import ImageOptions
-from pipeline.images import BadImage, decode, encode, prepare, resize, short_side_size
+from pipeline.images import BadImage, _scans, decode, encode, prepare, resize, short_side_size
 
 OPTIONS = ImageOptions(min_side=8, max_side=64)
 PIXELS = 1_000_000
@@ -324,6 +324,11 @@ def test_a_side_that_its_format_cannot_write_is_refused():
     strip = saved(Image.new("RGB", (17_000, OPTIONS.min_side)), "PNG")
     with pytest.raises(BadImage, match="16383"):
         prepare(strip, OPTIONS.model_copy(update={"format": "webp"}))
+
+
+@given(st.lists(st.sampled_from(b"\xff\xda\x00\x07"), max_size=40).map(bytes))
+def test_scans_are_counted_as_bytes_count_them(data: bytes):
+    assert _scans(data) == data.count(b"\xff\xda")
 
 
 @settings(max_examples=400, deadline=None)

@@ -22,6 +22,7 @@ from pipeline.config import ImageOptions, LatentsColumn, Resources
 from pipeline.corpus import Commit, Corpus, ShardRef
 from pipeline.errors import RequestError
 from pipeline.images import decode, encode
+from pipeline.report_pictures import pictures
 from pipeline.shards import array_from_bytes, read_tar
 from pipeline.stages import Row, Task, image_bytes, read_rows
 from pipeline.stages.latents import WRITING, Latents, seed_of, square, squares
@@ -222,6 +223,17 @@ def test_moments_give_the_mode_and_the_sample(corpus: Corpus, one: str) -> None:
         noise = model.noise([seed_of("latents/sample", "demo", key)], 64, 64)[0].numpy()
         wanted = found["latents/sample"][key]
         assert np.abs(mean + deviation * noise - wanted).max() < 5e-3 * np.abs(wanted).max()
+
+
+def test_the_report_shows_the_means_of_moments(corpus: Corpus, one: str) -> None:
+    made = run(stage_of(corpus, columns(moments=(one, 64, "moments"), mode=(one, 64, "mode"))), corpus)
+    commits = {column: [commit] for column, commit in made.items()} | {"images": corpus.commits("images")}
+    shown = pictures(corpus, {column: corpus.column(column) for column in made}, commits, [], ["status = 'ok'"])
+    assert shown["problems"] == [] and len(shown["samples"]) > 5
+    assert shown["psnr"]["latents/moments"] == shown["psnr"]["latents/mode"]
+    for sample in shown["samples"]:
+        first, second = (view["uri"] for view in sample["views"][1:])
+        assert first == second
 
 
 def test_a_deterministic_autoencoder_has_no_moments(corpus: Corpus, tmp_path: Path) -> None:
