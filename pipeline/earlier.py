@@ -160,11 +160,16 @@ class Earlier:
                 found[IMAGES] = f"images.{note}"
         for name, options in config.columns.items():
             if name in self.columns:
-                asked = options.model_dump() if isinstance(options, LatentsColumn | TextColumn) else {}
+                made, asked = self.columns[name].stage, {}
+                if isinstance(options, LatentsColumn):
+                    asked = options.model_dump()
+                if isinstance(options, TextColumn):  # whose declaration leaves out what is usual
+                    asked = options.model_dump(include={"encoder", "storage", "trim"})
+                    made = {"storage": "float16", "trim": "trim" in (made.get("model") or {}), **made}
                 if isinstance(options, CaptionsColumn) and options.field is not None:
                     asked = {"field": options.field, "fallback": options.fallback}
                 asked.pop("revision", None)  # another one has the same shapes
-                if note := _differs(self.columns[name].stage, asked):
+                if note := _differs(made, asked):
                     found[name] = note
         return found
 
