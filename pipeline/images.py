@@ -178,7 +178,7 @@ def _scans(data: bytes) -> int:
 
 def _orientation(data: bytes) -> int:
     """EXIF's word on how a JPEG is rotated, 1 to 8; 1 (upright) if there is none or it cannot be read."""
-    if b"Exif\0\0" not in data:
+    if not _has_exif(data):
         return 1
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
@@ -186,6 +186,19 @@ def _orientation(data: bytes) -> int:
     except Exception:  # a damaged note about a whole picture
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _has_exif(data: bytes) -> bool:
+    """Whether a segment before a JPEG's picture is EXIF's."""
+    at = 2
+    while data.startswith(b"\xff", at) and at + 4 <= len(data) and data[at + 1] != 0xDA:  # where the picture begins
+        if data[at + 1] == 0xFF:  # filling
+            at += 1
+            continue
+        if data[at + 1] == 0xE1 and data.startswith(b"Exif\0\0", at + 4):
+            return True
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
