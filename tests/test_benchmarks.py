@@ -34,8 +34,8 @@ def test_chaos() -> None:
 
 
 def test_scale() -> None:
-    found = run("scale", "--shards", "1500", "--commits", "200")
-    assert found["shards"] == 1500 and found["requests_per_1000_commits"] == 1.0
+    found = run("scale", "--shards", "1200", "--commits", "100")
+    assert found["shards"] == 1200 and found["requests_per_1000_commits"] == 1.0
     assert found["commits_per_second"] > 0 and found["driver_memory_mb"] > 0
 
 
