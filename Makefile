@@ -16,7 +16,7 @@ demo: .venv/installed
 setup: .venv/installed
 
 test: .venv/installed-dev .venv/chromium .venv/slurm lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
