@@ -300,7 +300,7 @@ def pad_text(texts: Sequence[Field], lengths: Sequence[int]) -> tuple[Tensor, Te
             text.write(out[: len(text)])
         else:
             out[: len(text)] = text
-        out[len(text) :] = 0
+        out[len(text) :].view(np.uint8).fill(0)  # numpy fills float16 number by number
     return padded, torch.arange(length) < torch.tensor([len(text) for text in texts])[:, None]
 
 

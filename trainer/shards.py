@@ -164,7 +164,7 @@ class ShardCache:
         commit = self.columns[column][where]
         sidecar = self._object(commit.sidecar)
         try:
-            table = pq.read_table(pa.BufferReader(sidecar), columns=["status", "offset", "size"], use_threads=False)
+            table = pq.ParquetFile(pa.BufferReader(sidecar)).read(["status", "offset", "size"], use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise BrokenError(f"{commit.sidecar.name} is no sidecar: {error}") from None
         return Shard(self._object(commit.object), table)
