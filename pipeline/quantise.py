@@ -68,27 +68,62 @@ def quantise(embeddings: "Tensor", storage: Storage) -> dict[str, "Tensor"]:
     return {"q4": low | high << 4, "scale": scale}
 
 
+@dataclass(frozen=True)
+class Quantised:
+    """One sample as it is stored: `q` int8 (tokens, width), `scale` float16 (tokens, groups)."""
+
+    q: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def of(cls, arrays: dict[str, np.ndarray]) -> "Quantised":
+        """Raises ValueError if the arrays are not what `quantise` gives."""
+        scale, packed = arrays.get("scale"), arrays.get("q4")
+        if packed is not None and packed.dtype == np.uint8 and packed.ndim == 2:
+            pairs = np.stack([packed & 15, packed >> 4], -1).astype(np.int8) - np.int8(8)
+            q = pairs.reshape(len(packed), 2 * packed.shape[1])
+        else:
+            q = arrays.get("q", np.empty(0, np.int8))
+        fits = q.ndim == 2 and q.dtype == np.int8
+        fits = fits and scale is not None and scale.ndim == 2 and scale.dtype == np.float16
+        if not fits or scale is None or len(scale) != len(q) or not 0 < scale.shape[1] <= q.shape[1]:
+            found = {name: f"{array.dtype} {array.shape}" for name, array in arrays.items()}
+            raise ValueError(
+                f"npz: expected q (int8) or q4 (uint8), and scale (float16), of as many tokens; found {found}"
+            )
+        return cls(q, scale)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.q.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float16)
+
+    def __len__(self) -> int:
+        return len(self.q)
+
+    def write(self, out: np.ndarray) -> None:
+        """The numbers into `out`, contiguous float16 (tokens, width)."""
+        q, groups = self.q, self.scale.astype(np.float32)
+        if q.shape[1] % groups.shape[1] == 0:  # several times as fast
+            parts = (*groups.shape, q.shape[1] // groups.shape[1])
+            out.reshape(parts)[...] = q.reshape(parts) * groups[..., None]
+        else:
+            out[...] = q * np.repeat(groups, -(-q.shape[1] // groups.shape[1]), axis=1)[:, : q.shape[1]]
+
+
 def dequantise(arrays: dict[str, np.ndarray]) -> np.ndarray:
     """The arrays of one sample back to float16 (tokens, width).
 
     Raises:
         ValueError: they are not what `quantise` gives.
     """
-    scale, packed = arrays.get("scale"), arrays.get("q4")
-    if packed is not None and packed.dtype == np.uint8 and packed.ndim == 2:
-        pairs = np.stack([packed & 15, packed >> 4], -1).astype(np.int8) - np.int8(8)
-        q = pairs.reshape(len(packed), 2 * packed.shape[1])
-    else:
-        q = arrays.get("q", np.empty(0, np.int8))
-    fits = q.ndim == 2 and q.dtype == np.int8 and scale is not None and scale.ndim == 2 and scale.dtype == np.float16
-    if not fits or scale is None or len(scale) != len(q) or not 0 < scale.shape[1] <= q.shape[1]:
-        found = {name: f"{array.dtype} {array.shape}" for name, array in arrays.items()}
-        raise ValueError(f"npz: expected q (int8) or q4 (uint8), and scale (float16), of as many tokens; found {found}")
-    groups = scale.astype(np.float32)
-    if q.shape[1] % scale.shape[1] == 0:  # several times as fast
-        parts = q.reshape(*scale.shape, q.shape[1] // scale.shape[1])
-        return (parts * groups[..., None]).astype(np.float16).reshape(q.shape)
-    return (q * np.repeat(groups, -(-q.shape[1] // scale.shape[1]), axis=1)[:, : q.shape[1]]).astype(np.float16)
+    sample = Quantised.of(arrays)
+    numbers = np.empty(sample.shape, sample.dtype)
+    sample.write(numbers)
+    return numbers
 
 
 # -- what it costs -----------------------------------------------------------------------------------------------------

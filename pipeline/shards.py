@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.quantise import dequantise
+from pipeline.quantise import Quantised, dequantise
 
 ZIP_MEMBER = b"PK\3\4"
 MOST_HEADER = 10_012  # bytes: numpy itself reads no `.npy` header longer than 10,000
@@ -157,33 +157,38 @@ def array_from_bytes(data: bytes) -> np.ndarray:
     Raises:
         ValueError: this is no such file, or its headers and its length disagree.
     """
-    return dequantise(_npz_arrays(data)) if data.startswith(ZIP_MEMBER) else _npy_array(data)
+    view = memoryview(data)
+    return dequantise(_npz_arrays(view)) if view[:4] == ZIP_MEMBER else _npy_array(view).copy()
 
 
-def _npz_arrays(data: bytes) -> dict[str, np.ndarray]:
+def array_view(data: memoryview) -> np.ndarray | Quantised:
+    """As `array_from_bytes`, without a copy: the array, or the parts of quantised text, lie in `data`."""
+    return Quantised.of(_npz_arrays(data)) if data[:4] == ZIP_MEMBER else _npy_array(data)
+
+
+def _npz_arrays(data: memoryview) -> dict[str, np.ndarray]:
     """What a zip of `.npy` files holds, as `arrays_bytes` writes it: stored one behind the other."""
     found, at = {}, 0
-    while data.startswith(ZIP_MEMBER, at) and at + 30 <= len(data):
+    while data[at : at + 4] == ZIP_MEMBER and at + 30 <= len(data):
         flags, method, size, full, name, extra = struct.unpack_from("<2H8x2I2H", data, at + 6)
         start = at + 30 + name + extra
         if flags & 9 or method or size != full or start + size > len(data):
             raise ValueError(f"npz: the member at {at} is not stored plainly, or is cut")
-        found[data[at + 30 : at + 30 + name].decode("ascii", "replace").removesuffix(".npy")] = _npy_array(
-            data[start : start + size]
-        )
+        member = bytes(data[at + 30 : at + 30 + name]).decode("ascii", "replace").removesuffix(".npy")
+        found[member] = _npy_array(data[start : start + size])
         at = start + size
     return found
 
 
-def _npy_array(data: bytes) -> np.ndarray:
+def _npy_array(data: memoryview) -> np.ndarray:
     start = 12 if data[6:8] == b"\x02\x00" else 10
     start += int.from_bytes(data[8:start], "little")
-    shape, fortran_order, dtype = _array_header(data[: min(start, MOST_HEADER)])
+    shape, fortran_order, dtype = _array_header(bytes(data[: min(start, MOST_HEADER)]))
     length = len(data) - start
     if dtype.hasobject or math.prod(shape) * dtype.itemsize != length:
         raise ValueError(f"npy: {length} bytes behind a header that says {dtype} {shape}")
     array = np.frombuffer(data, dtype, offset=start) if length else np.empty(0, dtype)
-    return array.reshape(shape, order="F" if fortran_order else "C").copy()
+    return array.reshape(shape, order="F" if fortran_order else "C")
 
 
 @lru_cache(maxsize=256)  # a shard has a few different ones

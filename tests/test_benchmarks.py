@@ -104,3 +104,11 @@ def test_encode() -> None:
     both = [images[f"{way}_seconds"] + text[f"{way}_seconds"] for way in ("bare", "stage")]
     assert found["ratio_ceiling"] == pytest.approx(both[0] / both[1], rel=0.05)
     assert found["ratio_feed"] == pytest.approx(images["bare_feed_seconds"] / images["feed_seconds"], rel=0.05)
+
+
+def test_loader() -> None:
+    found = run("loader", "--samples", "256", "--width", "64", "--rounds", "1")  # the same samples, which it checks
+    assert (found["samples"], found["ratio_streaming"]) == (256, "not measured")
+    ratios = [found[f"{place}_ours_per_second"] / found[f"{place}_webdataset_per_second"] for place in ("folder", "s3")]
+    assert found["ratio_webdataset"] == pytest.approx(min(ratios), rel=0.05)
+    assert found["shuffle"]["source"] == pytest.approx(1, abs=0.05) and found["server_mb_per_second"] > 0

@@ -1,147 +1,33 @@
-"""Which sample is when in a batch, and how it gets there.
+"""The batches of a stage, and how they get there.
 
-    SampleIndex --> Lanes --> rows of batch n --ShardCache--> Batch
+    SampleIndex --> Lanes (order.py) --> rows of batch n --ShardCache (shards.py)--> Batch
 
-The order: shards in a seeded order, their rows concatenated and cut into C lanes of equal size. Row i of a global
-batch belongs to lane i mod C, and the n-th sample of a lane is a function of (seed, lane, n) alone, so the sequence of
-samples is a pure function of (seed, samples, batch size) for any number of processes that divides C.
 Everything random about row i of step s (noise, sigma, dropout, caption, patches kept) is a function of (seed, s, i).
+A sample that turns out broken is replaced from its own lane, so that the processes need not agree on anything.
 """
 
 import math
 import queue
 import threading
-from collections import OrderedDict
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from obstore.exceptions import BaseError
 from torch import Tensor
 
-from pipeline.corpus import Commit, Corpus
+from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
-from pipeline.shards import array_from_bytes
+from pipeline.quantise import Quantised
+from trainer.disk_cache import DiskCache
+from trainer.order import Lanes
 from trainer.recipe import Recipe, StageRecipe
-from trainer.samples import SampleIndex, Where
+from trainer.samples import RunSamples, SampleIndex
+from trainer.shards import WHOLE, BrokenError, ShardCache
 
-# -- in which order --------------------------------------------------------------------------------------------------
-
-
-def _shuffled(n: int, *seed: int) -> np.ndarray:
-    """A permutation of range(n); raw bits and a stable sort, because numpy may change `permutation` but not these."""
-    return np.argsort(np.random.PCG64(np.random.SeedSequence(seed)).random_raw(n), kind="stable")
-
-
-class Lanes:
-    """The order of the samples of an index.
-
-    lanes: wished for; with fewer samples it is the largest divisor of it that leaves none empty.
-    window: shards of a lane among which rows are shuffled.
-    """
-
-    def __init__(self, index: SampleIndex, lanes: int, seed: int, window: int):
-        self.index, self.seed, self.window = index, seed, window
-        self.count = max(d for d in range(1, lanes + 1) if lanes % d == 0 and d <= len(index))
-        bounds = np.searchsorted(index.shard, np.arange(len(index.shards) + 1))
-        by_shard = [np.arange(bounds[s], bounds[s + 1]) for s in _shuffled(len(index.shards), seed, 0)]
-        self._samples = np.concatenate(by_shard)
-        self._bounds = [len(index) * lane // self.count for lane in range(self.count + 1)]
-        self._epochs: dict[int, tuple[int, np.ndarray]] = {}
-
-    def samples(self, lane: int, start: int, count: int) -> np.ndarray:
-        """Positions in the index of samples start, start + 1, ... of a lane, without end."""
-        size = self._bounds[lane + 1] - self._bounds[lane]
-        parts = []
-        while count > 0:
-            epoch, offset = divmod(start, size)
-            part = self._epoch(lane, epoch)[offset : offset + count]
-            parts.append(part)
-            start, count = start + len(part), count - len(part)
-        return np.concatenate(parts)
-
-    def _epoch(self, lane: int, epoch: int) -> np.ndarray:
-        if self._epochs.get(lane, (-1,))[0] != epoch:
-            own = self._samples[self._bounds[lane] : self._bounds[lane + 1]]
-            pieces = np.split(own, np.flatnonzero(np.diff(self.index.shard[own])) + 1)
-            order = _shuffled(len(pieces), self.seed, 1, lane, epoch)
-            windows = []
-            for number, first in enumerate(range(0, len(pieces), self.window)):
-                rows = np.concatenate([pieces[p] for p in order[first : first + self.window]])
-                windows.append(rows[_shuffled(len(rows), self.seed, 2, lane, epoch, number)])
-            self._epochs[lane] = (epoch, np.concatenate(windows))
-        return self._epochs[lane][1]
-
-    def batch(self, seen: int, batch: int, rank: int = 0, world: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """A rank's part of the global batch after `seen` samples: (rows in that batch, positions in the index)."""
-        each, own = batch // self.count, self.count // world
-        lanes = np.arange(rank * own, (rank + 1) * own)
-        positions = np.stack([self.samples(lane, seen // self.count, each) for lane in lanes.tolist()], axis=1)
-        return (np.arange(each)[:, None] * self.count + lanes).ravel(), positions.ravel()
-
-
-# -- from where ------------------------------------------------------------------------------------------------------
-
-
-class ShardCache:
-    """Decoded shards of columns, {row: array}, read in threads and kept up to `max_bytes`, the last used ones."""
-
-    def __init__(self, corpus: Corpus, columns: Mapping[str, Mapping[Where, Commit]], max_bytes: int):
-        self.corpus, self.columns, self.max_bytes = corpus, columns, max_bytes
-        self.bytes = self.reads = 0
-        self._pool = ThreadPoolExecutor(4, thread_name_prefix="shards")
-        self._shards: OrderedDict[tuple[str, Where], Future[dict[int, np.ndarray]]] = OrderedDict()
-        self._sizes: dict[tuple[str, Where], int] = {}
-
-    def request(self, column: str, where: Where) -> Future[dict[int, np.ndarray]]:
-        """Begin to read a shard, if it is not here."""
-        key = (column, where)
-        if key not in self._shards:
-            self.reads += 1
-            self._sizes[key] = self.columns[column][where].object.size
-            self.bytes += self._sizes[key]
-            self._shards[key] = self._pool.submit(self._read, column, where)
-        self._shards.move_to_end(key)
-        return self._shards[key]
-
-    def get(self, column: str, where: Where) -> dict[int, np.ndarray]:
-        return self.request(column, where).result()
-
-    def trim(self) -> None:
-        """Forget what was used longest ago until the rest fits; the last one stays."""
-        while self.bytes > self.max_bytes and len(self._shards) > 1:
-            key, future = self._shards.popitem(last=False)
-            future.cancel()
-            self.bytes -= self._sizes.pop(key)
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def _read(self, column: str, where: Where) -> dict[int, np.ndarray]:
-        commit = self.columns[column][where]
-        try:
-            sidecar = self.corpus.sidecar(commit)
-            data = self.corpus.store.get(commit.object.name)
-        except (OSError, BaseError) as error:
-            raise RequestError(
-                f"column {column}, shard {where[1]}: {commit.object.name} cannot be read: {error}"
-            ) from error
-        arrays = {}
-        for row, status, offset, size in zip(
-            *(sidecar[name].to_pylist() for name in ("row", "status", "offset", "size")), strict=True
-        ):
-            if status == "ok":
-                try:
-                    arrays[row] = array_from_bytes(data[offset : offset + size])
-                except ValueError as error:
-                    raise RequestError(
-                        f"column {column}, shard {where[1]}, row {row}: {commit.object.name} is damaged ({error}); "
-                        "run `microdit verify`, then `microdit build --repair`"
-                    ) from error
-        return arrays
-
+Field: TypeAlias = np.ndarray | Quantised
+MOST_TRIES = 1000  # samples of a lane that are asked for in place of a broken one
 
 # -- a batch ---------------------------------------------------------------------------------------------------------
 
@@ -167,7 +53,10 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a global batch: `positions` in the index, and the same samples in micro-batches."""
+    """One rank's part of a global batch: `positions` in the index, and the same samples in micro-batches.
+
+    Where a sample is broken, `positions` has the one that replaces it.
+    """
 
     positions: np.ndarray
     micro_batches: list[MicroBatch]
@@ -236,6 +125,7 @@ class StageData:
         self.text_bounds = np.cumsum([recipe.text[name] for name in self.text]) / sum(recipe.text.values())
         self.latent_shape, self.text_width = shapes(cache, index, stage.latents, self.text)
         self.moments = holds_moments(cache.corpus, stage.latents)
+        self._nothing, self._counted = np.zeros((1, self.text_width), dtype=np.float16), 0
         self.tokens = math.prod(self.latent_shape[1:]) // patch_size**2 if stage.mask_ratio > 0 else None
 
     def batches(self, step: int, seen: int, count: int, ahead: int = 4) -> Iterator[Batch]:
@@ -253,12 +143,14 @@ class StageData:
         _, positions = self.lanes.batch(seen, self.stage.batch, self.rank, self.world)
         for shard in np.unique(self.index.shard[positions]).tolist():
             for column in (self.stage.latents, *self.text):
-                self.cache.request(column, self.index.shards[shard])
+                where = self.index.shards[shard]
+                if self.cache.broken.why(column, where) is None:
+                    self.cache.request(column, where)
 
     def _batch(self, step: int, seen: int) -> Batch:
         rows, positions = self.lanes.batch(seen, self.stage.batch, self.rank, self.world)
         draw = Draw.of(self.recipe.seed, step, self.stage.batch, self.latent_shape, self.tokens, self.moments)
-        latents, texts = self._arrays(rows, positions, draw)
+        positions, latents, texts = self._samples(seen, rows, positions, draw)
         size = self.stage.micro_batch or len(rows)
         order = np.arange(len(rows))
         if size < len(rows):  # texts of like length together: less padding
@@ -266,55 +158,123 @@ class StageData:
         parts = [order[start : start + size].tolist() for start in range(0, len(rows), size)]
         return Batch(positions, [self._micro_batch(rows, latents, texts, draw, part) for part in parts])
 
-    def _arrays(self, rows: np.ndarray, positions: np.ndarray, draw: Draw) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Latents and texts of these rows; a dropped caption is one token of zeros."""
-        index = self.index
-        latents, texts = [], []
+    def _samples(
+        self, seen: int, rows: np.ndarray, positions: np.ndarray, draw: Draw
+    ) -> tuple[np.ndarray, list[Field], list[Field]]:
+        """Positions, latents and texts of these rows; a dropped caption is one token of zeros."""
+        latents, texts, taken = [], [], positions.tolist()
         columns = np.searchsorted(self.text_bounds, draw.caption[rows], side="right").clip(max=len(self.text) - 1)
         dropped = draw.dropout[rows] < self.recipe.caption_dropout
-        nothing = np.zeros((1, self.text_width), dtype=np.float16)
-        for position, column, drop in zip(positions.tolist(), columns.tolist(), dropped.tolist(), strict=True):
-            where, row = index.shards[index.shard[position]], int(index.row[position])
-            latents.append(self.cache.get(self.stage.latents, where)[row])
-            texts.append(nothing if drop else self.cache.get(self.text[column], where)[row])
-        return latents, texts
+        for i, (row, number, drop) in enumerate(zip(rows.tolist(), columns.tolist(), dropped.tolist(), strict=True)):
+            column, tries = None if drop else self.text[number], 0
+            while True:
+                try:
+                    latent, text = self._sample(taken[i], column)
+                    break
+                except BrokenError as error:
+                    self._refuse_too_many()
+                    tries += 1
+                    if tries > MOST_TRIES:
+                        raise RequestError(
+                            f"lane {row % self.lanes.count}: no sample of it can be read, the last because {error}; "
+                            "run `microdit verify`, then `microdit build --repair`"
+                        ) from None
+                    taken[i] = self.lanes.replacement(*self.lanes.place(seen, row), tries)
+            latents.append(latent)
+            texts.append(text)
+        return np.array(taken), latents, texts
+
+    def _sample(self, position: int, column: str | None) -> tuple[Field, Field]:
+        """Latent and text (zeros without a column) of a sample; raises BrokenError if one of them cannot be read."""
+        where, row = self.index.shards[self.index.shard[position]], int(self.index.row[position])
+        channels, *sides = self.latent_shape
+        wanted = (2 * channels if self.moments else channels, *sides)
+        latent = self.cache.field(self.stage.latents, where, row)
+        if latent.shape != wanted:
+            self._broken(self.stage.latents, where, row, f"its shape is {latent.shape}, the others' is {wanted}")
+        if column is None:
+            return latent, self._nothing
+        text = self.cache.field(column, where, row)
+        if len(text.shape) != 2 or not len(text) or text.shape[1] != self.text_width:
+            self._broken(column, where, row, f"its shape is {text.shape}, expected (tokens, {self.text_width})")
+        return latent, text
+
+    def _broken(self, column: str, where: tuple[str, str], row: int, why: str) -> None:
+        self.cache.broken.add(column, where, row, why)
+        raise BrokenError(why)
+
+    def _refuse_too_many(self) -> None:
+        """Raises RequestError once more of this stage's samples are broken than the recipe allows."""
+        broken = self.cache.broken
+        if len(broken) == self._counted:
+            return
+        self._counted = len(broken)
+        count, most = broken.samples(self.index, (self.stage.latents, *self.text)), self.recipe.max_broken
+        if count > most * len(self.index):
+            column, _, shard, row, why = broken.listed()[-1]
+            raise RequestError(
+                f"{count:,} of {len(self.index):,} samples are broken, more than max_broken = {most:g} allows, such as "
+                f"column {column}, shard {shard}{'' if row == WHOLE else f', row {row}'}: {why}; "
+                "run `microdit verify`, then `microdit build --repair`, or raise max_broken"
+            )
 
     def _micro_batch(
-        self, rows: np.ndarray, latents: list[np.ndarray], texts: list[np.ndarray], draw: Draw, part: list[int]
+        self, rows: np.ndarray, latents: list[Field], texts: list[Field], draw: Draw, part: list[int]
     ) -> MicroBatch:
         text, mask = pad_text([texts[i] for i in part], self.recipe.text_lengths)
         taken = torch.from_numpy(rows[part])
-        stacked = torch.from_numpy(np.stack([latents[i] for i in part]))
+        stacked = buffer((len(part), *latents[part[0]].shape), latents[part[0]].dtype)
+        for out, i in zip(stacked.numpy(), part, strict=True):
+            out[...] = latents[i]
         if draw.posterior is not None:
             mean, deviation = stacked.float().chunk(2, dim=1)
             stacked = mean + deviation * draw.posterior[taken]
         return MicroBatch(
             rows=taken,
             latents=stacked,
-            text=torch.from_numpy(text),
-            text_mask=torch.from_numpy(mask),
+            text=text,
+            text_mask=mask,
             sigma_normal=draw.sigma_normal[taken],
             noise=draw.noise[taken],
             permutation=None if draw.permutation is None else draw.permutation[taken],
         )
 
 
+def buffer(shape: Sequence[int], dtype: np.dtype) -> Tensor:
+    """Memory to fill, of numpy's dtype; where there is a GPU it is pinned, so that it goes there without a stop."""
+    kind = torch.from_numpy(np.empty(0, dtype)).dtype
+    return torch.empty(tuple(shape), dtype=kind, pin_memory=torch.cuda.is_available())
+
+
+def open_cache(recipe: Recipe, samples: RunSamples) -> ShardCache:
+    """What a run reads its shards through."""
+    disk = None if recipe.cache_folder is None else DiskCache(recipe.cache_folder, int(recipe.cache_gb * 1e9))
+    return ShardCache(samples.corpus, samples.columns, recipe.cache_mb << 20, disk)
+
+
 def shapes(
     cache: ShardCache, index: SampleIndex, latents: str, text: Sequence[str]
 ) -> tuple[tuple[int, int, int], int]:
-    """Shape of a latent (C, H, W) and width of a caption embedding, from the first sample.
+    """Shape of a latent (C, H, W) and width of a caption embedding, from the first sample that can be read.
 
     Raises:
-        RequestError: text columns of different widths, which one network cannot read.
+        RequestError: text columns of different widths, which one network cannot read; or none can be read.
     """
-    where, row = index.shards[index.shard[0]], int(index.row[0])
-    widths = {column: cache.get(column, where)[row].shape[1] for column in text}
-    if len(set(widths.values())) > 1:
-        raise RequestError(f"text: the columns differ in width: {widths}; take columns of one text encoder")
-    channels, height, width = cache.get(latents, where)[row].shape
-    if holds_moments(cache.corpus, latents):
-        channels //= 2
-    return (channels, height, width), widths[text[0]]
+    firsts = np.flatnonzero(np.diff(index.shard, prepend=-1))  # of each shard
+    for position in firsts[:MOST_TRIES].tolist():
+        where, row = index.shards[index.shard[position]], int(index.row[position])
+        try:
+            widths = {column: cache.field(column, where, row).shape[1] for column in text}
+            channels, height, width = cache.field(latents, where, row).shape
+        except (BrokenError, IndexError) as error:
+            last = error
+            continue
+        if len(set(widths.values())) > 1:
+            raise RequestError(f"text: the columns differ in width: {widths}; take columns of one text encoder")
+        if holds_moments(cache.corpus, latents):
+            channels //= 2
+        return (channels, height, width), widths[text[0]]
+    raise RequestError(f"column {latents}: no sample can be read, the last because {last}; run `microdit verify`")
 
 
 def holds_moments(corpus: Corpus, latents: str) -> bool:
@@ -322,7 +282,7 @@ def holds_moments(corpus: Corpus, latents: str) -> bool:
     return bool(corpus.column(latents).stage.get("posterior") == "moments")
 
 
-def pad_text(texts: Sequence[np.ndarray], lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def pad_text(texts: Sequence[Field], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Embeddings (tokens, width) -> (b, L, width) with zeros behind, and bool (b, L), True where text is.
 
     Raises:
@@ -334,12 +294,14 @@ def pad_text(texts: Sequence[np.ndarray], lengths: Sequence[int]) -> tuple[np.nd
             f"text_lengths: a caption has {longest} tokens, the last length is {lengths[-1]}; add {longest}"
         )
     length = next(size for size in lengths if size >= longest)
-    padded = np.zeros((len(texts), length, texts[0].shape[1]), dtype=texts[0].dtype)
-    mask = np.zeros((len(texts), length), dtype=bool)
-    for i, text in enumerate(texts):
-        padded[i, : len(text)] = text
-        mask[i, : len(text)] = True
-    return padded, mask
+    padded = buffer((len(texts), length, texts[0].shape[1]), texts[0].dtype)
+    for out, text in zip(padded.numpy(), texts, strict=True):
+        if isinstance(text, Quantised):
+            text.write(out[: len(text)])
+        else:
+            out[: len(text)] = text
+        out[len(text) :].view(np.uint8).fill(0)  # numpy fills float16 number by number
+    return padded, torch.arange(length) < torch.tensor([len(text) for text in texts])[:, None]
 
 
 def in_thread(batches: Iterator[Batch], depth: int = 3) -> Generator[Batch]:

@@ -71,6 +71,9 @@ class Recipe(_Part):
     """Folder of checkpoints, logs and pictures."""
     selection: str | None = None
     """`name` or `name@hash`; without one, every row that has all columns."""
+    mix: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """How often the samples of a source come, e.g. {diffusiondb: 0.5}: by it the weights of the selection are
+    multiplied; sources that are not named have 1."""
     seed: int = Field(0, ge=0, lt=2**63)
     model: dict[str, Any] = {}
     """Arguments of `MicroDiT`, or `preset: tiny_2` and what differs from it. Latent size, channels and caption
@@ -88,7 +91,14 @@ class Recipe(_Part):
     shuffle_window: int = Field(4, gt=0)
     """Shards of a lane among which rows are shuffled."""
     cache_mb: int = Field(2048, gt=0)
-    """Memory of a process for shards that were read."""
+    """Memory of a process for shards that were read, as they are stored."""
+    cache_folder: Path | None = None
+    """Folder of this machine for copies of what is read from a bucket; a corpus in a folder is read where it is."""
+    cache_gb: float = Field(100.0, gt=0)
+    """Most that is kept in `cache_folder`, by all processes of the machine together."""
+    max_broken: float = Field(0.01, ge=0, lt=1)
+    """Share of a stage's samples that may turn out broken; each is replaced by another one of its lane. More end the
+    run."""
     stages: list[StageRecipe] = Field(min_length=1)
     optimizer: OptimizerRecipe = OptimizerRecipe()
     sigma_data: float = Field(0.9, gt=0)
@@ -120,7 +130,10 @@ class Recipe(_Part):
 
 # A run may go on with other values of these.
 OPERATION = {"corpus", "out", "cache_mb", "time_budget", "checkpoint_every", "checkpoint_keep", "log_every"} | {
-    "guidance_scale"
+    "guidance_scale",
+    "cache_folder",
+    "cache_gb",
+    "max_broken",
 }
 
 

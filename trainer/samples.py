@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from pipeline.corpus import Commit, Corpus
 from pipeline.errors import RequestError
+from pipeline.store import first_line
 from trainer.recipe import Recipe
 
 Where = tuple[str, str]  # source, shard
@@ -23,6 +24,8 @@ class SampleIndex:
     shards: list[Where]
     shard: np.ndarray
     row: np.ndarray
+    weight: np.ndarray | None = None
+    """How often each comes, by the mean (float32, N); None if all come alike."""
 
     def __len__(self) -> int:
         return len(self.row)
@@ -40,7 +43,24 @@ class SampleIndex:
 
     def take(self, keep: np.ndarray) -> "SampleIndex":
         """The samples at these positions, or where this is true."""
-        return SampleIndex(self.shards, self.shard[keep], self.row[keep])
+        weight = None if self.weight is None else self.weight[keep]
+        return SampleIndex(self.shards, self.shard[keep], self.row[keep], weight)
+
+    def mixed(self, mix: Mapping[str, float]) -> "SampleIndex":
+        """The same samples, with weights multiplied by their source's in `mix`, 1 if it is not there.
+
+        Raises:
+            RequestError: `mix` names a source of which there is no sample.
+        """
+        sources = [source for source, _ in self.shards]
+        present = {sources[number] for number in np.unique(self.shard).tolist()}
+        if unknown := sorted(mix.keys() - present):
+            raise RequestError(
+                f"mix: there is no sample of {', '.join(unknown)}; the sources are {', '.join(sorted(present))}"
+            )
+        factor = np.array([mix.get(source, 1.0) for source in sources], dtype=np.float32)[self.shard]
+        weight = factor if self.weight is None else self.weight * factor
+        return replace(self, weight=None if (weight == weight[0]).all() else weight)
 
     def hashes(self, seed: int) -> np.ndarray:
         """One number (uint64) a sample, of nothing but the seed, its shard's name and its row."""
@@ -59,12 +79,14 @@ class SampleIndex:
 
     @property
     def digest(self) -> str:
-        """A hash of the samples, by name."""
+        """A hash of the samples, by name, and of their weights."""
         digest = hashlib.sha256()
         bounds = np.searchsorted(self.shard, np.arange(len(self.shards) + 1))
         for (source, shard), start, end in zip(self.shards, bounds, bounds[1:], strict=False):
             if end > start:
                 digest.update(f"{source}/{shard}\n".encode() + self.row[start:end].astype("<i4").tobytes())
+        if self.weight is not None:
+            digest.update(self.weight.astype("<f4").tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -108,47 +130,53 @@ def index_samples(
     Without a selection all rows of shards that every column has are kept.
 
     Raises:
-        RequestError: no such selection, none of its samples can be had, or its weights are not all 1.
+        RequestError: no such selection, none of its samples can be had, or a sidecar cannot be read.
     """
     kept = None if selection is None else _selected_rows(corpus, selection)
     wanted = sorted(set.intersection(*(set(found) for found in columns.values())))
     if kept is not None:
         wanted = [where for where in wanted if where in kept]
 
-    def usable(where: Where) -> np.ndarray:
+    def usable(where: Where) -> tuple[np.ndarray, np.ndarray]:
         ok = np.logical_and.reduce([_ok_rows(corpus, found[where]) for found in columns.values()])
         if kept is None:
-            return np.flatnonzero(ok)
-        rows = kept[where]
-        return rows[(rows < len(ok)) & ok[np.minimum(rows, len(ok) - 1)]]
+            return np.flatnonzero(ok), np.ones(ok.sum(), dtype=np.float32)
+        rows, weights = kept[where]
+        use = (rows < len(ok)) & ok[np.minimum(rows, len(ok) - 1)]
+        return rows[use], weights[use]
 
     with ThreadPoolExecutor(16) as pool:
-        rows = list(pool.map(usable, wanted))
-    sizes = [len(r) for r in rows]
+        found = list(pool.map(usable, wanted))
+    sizes = [len(rows) for rows, _ in found]
     if not sum(sizes):
         what = f"selection {selection}" if selection else "the corpus"
         raise RequestError(f"{what} has no sample that is ok in all of {', '.join(columns)}")
     index = SampleIndex(
-        wanted, np.repeat(np.arange(len(wanted), dtype=np.int32), sizes), np.concatenate(rows).astype(np.int32)
+        wanted,
+        np.repeat(np.arange(len(wanted), dtype=np.int32), sizes),
+        np.concatenate([rows for rows, _ in found]).astype(np.int32),
+        np.concatenate([weights for _, weights in found]),
     )
-    missing = 0 if kept is None else sum(len(r) for r in kept.values()) - len(index)
-    return index, missing
+    missing = 0 if kept is None else sum(len(rows) for rows, _ in kept.values()) - len(index)
+    return index.mixed({}), missing
 
 
 def _ok_rows(corpus: Corpus, commit: Commit) -> np.ndarray:
-    return pc.equal(corpus.sidecar(commit)["status"], "ok").to_numpy()
+    try:
+        return pc.equal(corpus.sidecar(commit)["status"], "ok").to_numpy()
+    except (FileNotFoundError, pa.ArrowException) as error:
+        raise RequestError(
+            f"column {commit.column}, shard {commit.shard}: {commit.sidecar.name} is missing or damaged "
+            f"({first_line(error)}), so that nobody knows its samples; run `microdit verify`, then "
+            "`microdit build --repair`"
+        ) from None
 
 
-def _selected_rows(corpus: Corpus, selection: str) -> dict[Where, np.ndarray]:
+def _selected_rows(corpus: Corpus, selection: str) -> dict[Where, tuple[np.ndarray, np.ndarray]]:
+    """Rows and weights by shard."""
     from pipeline.samples import load_selection  # it brings duckdb
 
     table = load_selection(corpus, selection)
-    weight = table["weight"].to_numpy()
-    if len(weight) and (weight != 1).any():
-        raise RequestError(
-            f"selection {selection}: its weights go from {weight.min():g} to {weight.max():g}, but the trainer draws "
-            "every sample once an epoch; select without weights"
-        )
     if not len(table):
         return {}
     # ordered by source, shard and row: a shard's rows lie together
@@ -156,7 +184,8 @@ def _selected_rows(corpus: Corpus, selection: str) -> dict[Where, np.ndarray]:
     changes = np.logical_or.reduce([np.diff(n.dictionary_encode().indices.to_numpy()) != 0 for n in names])
     starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
     shards = zip(*(name.take(pa.array(starts)).to_pylist() for name in names), strict=True)
-    return dict(zip(shards, np.split(table["row"].to_numpy(), starts[1:]), strict=True))
+    rows, weights = (np.split(table[name].to_numpy(), starts[1:]) for name in ("row", "weight"))
+    return dict(zip(shards, zip(rows, weights, strict=True), strict=True))
 
 
 def split(indexes: Sequence[SampleIndex], hold_out: int, seed: int) -> tuple[list[SampleIndex], SampleIndex]:
@@ -196,4 +225,5 @@ def open_samples(recipe: Recipe) -> RunSamples:
         for latents in dict.fromkeys(stage.latents for stage in recipe.stages)
     }
     stages, held = split([found[stage.latents][0] for stage in recipe.stages], recipe.hold_out, recipe.seed)
+    stages = [index.mixed(recipe.mix) for index in stages]
     return RunSamples(corpus, columns, stages, held, found[recipe.stages[-1].latents][1])

@@ -28,6 +28,13 @@ class Team:
     def largest(self, value: float) -> float:
         return self._reduced(value, dist.ReduceOp.MAX)
 
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank."""
+        found: list[Any] = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(found, value)
+        return found
+
     def _reduced(self, value: float, how: Any) -> float:
         if self.world == 1:
             return value

@@ -21,7 +21,7 @@ from model.network import PRESETS, MicroDiT
 from pipeline.errors import RequestError
 from trainer import checkpoint
 from trainer.budget import TimeBudget
-from trainer.data import Batch, MicroBatch, ShardCache, StageData, in_thread, shapes
+from trainer.data import Batch, MicroBatch, ShardCache, StageData, in_thread, open_cache, shapes
 from trainer.log import Log, Meter, Progress
 from trainer.recipe import Recipe, StageRecipe, identity
 from trainer.samples import RunSamples, open_samples
@@ -150,7 +150,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
         # data
         samples = open_samples(recipe)
-        cache = stack.enter_context(closing(ShardCache(samples.corpus, samples.columns, recipe.cache_mb << 20)))
+        cache = stack.enter_context(closing(open_cache(recipe, samples)))
         config = network_config(recipe, samples, cache)
         stages = [
             StageData(recipe, stage, index, cache, config["patch_size"], team.rank, team.world)
@@ -168,6 +168,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
             refuse_other_run(found, recipe, facts)
             progress = Progress(**found.state["progress"])
             learner.load(found)
+            cache.broken.restore(found.state.get("broken", []))
         total = progress.images(recipe.stages)
         if found is not None and progress.seen < total:
             log.say(f"going on after {progress.seen:,} of {total:,} images, from {found.folder}")
@@ -181,8 +182,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
         def save() -> None:
             meter.settle()
+            for listed in team.gathered(cache.broken.listed()):
+                cache.broken.restore(listed)
             if team.rank == 0:
                 state = {"recipe": recipe.model_dump(mode="json"), "data": facts, "progress": asdict(progress)}
+                state["broken"] = cache.broken.listed()
                 info = generate_info(recipe, samples, stages[progress.stage])
                 tensors = (learner.net, learner.ema, learner.optimizer)
                 checkpoint.save(recipe.out, progress.step, *tensors, state, info, recipe.checkpoint_keep)

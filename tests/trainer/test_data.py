@@ -1,3 +1,4 @@
+import random
 import threading
 from collections import Counter
 from contextlib import closing
@@ -12,9 +13,13 @@ from hypothesis import strategies as st
 from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
 from pipeline.shards import array_bytes, array_from_bytes
+from tests.faulty_s3 import FaultyS3
+from tests.s3 import environ, environment
 from tests.trainer.conftest import STAGE, build_corpus, build_recipe, write_shard
-from trainer.data import Draw, Lanes, ShardCache, StageData, in_thread, pad_text
+from trainer.data import Draw, StageData, in_thread, pad_text
+from trainer.order import Lanes, shuffle_quality
 from trainer.samples import SampleIndex, open_samples
+from trainer.shards import ShardCache
 
 
 def made_up_index(sizes: list[int]) -> SampleIndex:
@@ -91,6 +96,47 @@ def test_seed_and_epoch_change_the_order_and_the_window_bounds_the_shuffle() -> 
         part = first[start : start + 60]
         assert len(set(index.shard[part])) == 3
         assert len(set(index.shard[part[:20]])) > 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    weights=st.lists(st.floats(0.01, 50), min_size=8, max_size=120),
+    shards=st.integers(1, 6),
+    lanes=st.sampled_from([1, 2, 4]),
+    seed=st.integers(0, 2**40),
+)
+def test_samples_come_as_often_as_their_weights_say(weights, shards, lanes, seed) -> None:
+    rows = np.arange(len(weights), dtype=np.int32)
+    index = SampleIndex(
+        [("art", f"s{i}") for i in range(shards)],
+        (rows * shards // len(rows)).astype(np.int32),
+        rows,
+        np.array(weights, dtype=np.float32),
+    )
+    order = Lanes(index, lanes, seed, 2)
+    size, epochs = order.size(0), 60
+    seen = np.zeros(len(rows))
+    for lane in range(order.count):
+        assert order.size(lane) == size
+        each = np.stack([np.bincount(order.samples(lane, e * size, size), minlength=len(rows)) for e in range(epochs)])
+        assert (each.max(0) - each.min(0) <= 1).all()  # floor(r) times or once more
+        seen += each.sum(0)
+    wanted = index.weight / index.weight.sum() * epochs * size * order.count
+    spread = 5 * np.sqrt(epochs * order.count / 4) + 1e-3 * wanted  # five deviations of a coin's
+    assert (np.abs(seen - wanted) <= spread).all()
+    batch = 2 * order.count
+    assert sequence(order, batch, 3, start=2) == sequence(Lanes(index, lanes, seed, 2), batch, 5)[2:]
+    assert sequence(order, batch, 5, world=order.count) == sequence(order, batch, 5)
+
+
+def test_the_shuffle_measured_against_a_uniform_one() -> None:
+    index = made_up_index([64] * 64)
+    uniform = np.random.default_rng(5).permutation(len(index))
+    assert shuffle_quality(uniform, index.shard) == pytest.approx(1, abs=0.05)
+    assert shuffle_quality(np.arange(len(index)), index.shard) < 0.03
+    lanes = Lanes(index, 8, 7, 4)
+    ours = np.concatenate([lanes.batch(8 * n, 8)[1] for n in range(len(index) // 8)])
+    assert 0.1 < shuffle_quality(ours, index.shard) < 1
 
 
 def test_order_is_pinned() -> None:
@@ -250,18 +296,115 @@ def test_text_columns_of_different_widths_are_refused(tmp_path, stage_data) -> N
         stage_data(of=corpus, text={"text/tiny@source": 1, "text/wide@source": 1})
 
 
-def test_a_damaged_shard_is_named(tmp_path, stage_data) -> None:
-    corpus = build_corpus(tmp_path / "c", units=1, shards=1)
-    data = stage_data(of=corpus)
-    (commit,) = corpus.commits("latents/demo-32")
-    path = tmp_path / "c" / commit.object.name
-    path.write_bytes(path.read_bytes()[:3000])
-    data.cache = ShardCache(corpus, data.cache.columns, 1 << 30)
-    with (
-        closing(data.cache),
-        pytest.raises(RequestError, match=r"latents/demo-32, shard art-000000-00, row \d+: .*damaged"),
-    ):
-        next(data.batches(0, 0, 1))
+def damage(corpus: Corpus, column: str, shard: str, how: str) -> None:
+    (commit,) = [c for c in corpus.commits(column) if c.shard == shard]
+    assert corpus.store.root is not None
+    path = corpus.store.root / commit.object.name
+    data = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(data[:3000])
+    else:
+        path.write_bytes(data[:1000] + bytes([data[1000] ^ 1]) + data[1001:])
+
+
+def keys(data: list[StageData], step: int, count: int) -> list[list[str]]:
+    """The sample names of global batches from step `step`, put together from all processes' parts."""
+    batches = []
+    for parts in zip(*(d.batches(step, 16 * step, count) for d in data), strict=True):
+        whole = {}
+        for d, part in zip(data, parts, strict=True):
+            places = d.lanes.batch(0, 16, d.rank, d.world)[0]
+            whole |= dict(zip(places.tolist(), map(d.index.name, part.positions), strict=True))
+        batches.append([whole[row] for row in range(16)])
+    return batches
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("missing", "is not there"), ("cut", "3000 bytes, the commit says"), ("bit", "SHA-256")]
+)
+def test_a_broken_shard_is_named_and_replaced_from_its_lane(how, said, tmp_path, stage_data, capsys) -> None:
+    corpus = build_corpus(tmp_path / "c")
+    lost = "art-000000-01"
+    damage(corpus, "latents/demo-32", lost, how)
+    whole, data = stage_data(), stage_data(of=corpus, max_broken=0.2, lanes=4)
+    lane_of = {}
+    for lane in range(4):
+        lane_of |= dict.fromkeys(data.lanes.samples(lane, 0, data.lanes.size(lane)).tolist(), lane)
+    replaced = 0
+    for step, batch in enumerate(data.batches(0, 0, 18)):  # three epochs
+        rows, planned = data.lanes.batch(step * 16, 16)
+        for row, want, got in zip(rows.tolist(), planned.tolist(), batch.positions.tolist(), strict=True):
+            assert lane_of[got] == row % 4 and f"/{lost}/" not in data.index.name(got)
+            replaced += want != got
+            assert (want == got) == (f"/{lost}/" not in data.index.name(want))
+    assert replaced >= 32
+    said_all = capsys.readouterr().err
+    assert said_all.count("broken, and replaced") == 1 and said in said_all and f"shard {lost}" in said_all
+    assert data.cache.broken.samples(data.index, ["latents/demo-32"]) == 16
+    assert not whole.cache.broken.listed()
+    with pytest.raises(RequestError, match=r"16 of 96 samples are broken, more than max_broken = 0.1 allows.*-01: "):
+        list(stage_data(of=corpus, max_broken=0.1, lanes=4).batches(0, 0, 18))
+
+
+def test_the_sequence_with_broken_samples_is_the_same_for_any_processes_and_resumes(tmp_path, stage_data) -> None:
+    corpus = build_corpus(tmp_path / "c", units=1, shards=9)
+    mended = {c.shard: c.object.name for c in corpus.commits("text/tiny@source")}
+    kept = (tmp_path / "c" / mended["art-000000-05"]).read_bytes()
+    damage(corpus, "text/tiny@source", "art-000000-05", "cut")
+    damage(corpus, "latents/demo-32", "art-000000-02", "missing")
+    fields = {"of": corpus, "max_broken": 0.4, "lanes": 4}
+    alone = keys([stage_data(**fields)], 0, 14)
+    for world in (2, 4):
+        team = [stage_data(rank=rank, world=world, **fields) for rank in range(world)]
+        assert keys(team, 0, 5) == alone[:5]
+        listed = [line for d in team for line in d.cache.broken.listed()]  # as a checkpoint gathers it
+    # killed, the shard mended meanwhile, and resumed on another number: what was broken stays replaced
+    (tmp_path / "c" / mended["art-000000-05"]).write_bytes(kept)
+    team = [stage_data(rank=rank, world=2, **fields) for rank in range(2)]
+    for d in team:
+        d.cache.broken.restore(listed)
+    assert keys(team, 5, 9) == alone[5:]
+    assert keys([stage_data(**fields)], 5, 9) != alone[5:]  # without the list
+
+
+def test_a_row_that_is_no_array_is_replaced_alone(tmp_path, stage_data) -> None:
+    corpus = build_corpus(tmp_path / "c", units=1, shards=2)
+    corpus.declare_column("latents/bad-32", {"stage": "latents", "resolution": 32})
+    for images in corpus.commits("images"):
+        with corpus.attempt("latents/bad-32", images.ref, [images]) as attempt:
+            for row in range(16):
+                good = array_bytes(np.ones((4, 4, 4), np.float16))
+                bad = {5: b"no array", 6: array_bytes(np.ones((4, 2, 4), np.float16))}.get(row, good)
+                attempt.add(row, f"k-{row}", {"npy": bad})
+            attempt.commit()
+    data = stage_data(of=corpus, stages=[STAGE | {"latents": "latents/bad-32", "steps": 9}], max_broken=0.2)
+    names = {name for batch in keys([data], 0, 4) for name in batch}
+    assert len(names) == 28 and not any(name.endswith(("/5", "/6")) for name in names)
+    assert [line[3] for line in data.cache.broken.listed()] == [5, 6, 5, 6]
+
+
+def test_uneven_shards_and_the_end_of_an_epoch_stop_nobody(tmp_path, stage_data) -> None:
+    corpus = build_corpus(tmp_path / "c", failed={"latents/demo-32": range(1, 16)})  # one good row of each shard
+    (images, *_) = corpus.commits("images")
+    write_shard(corpus, "latents/demo-32", images.ref, [images], generation=1)  # and one whole shard
+    team = [stage_data(of=corpus, rank=rank, world=2, lanes=4) for rank in range(2)]
+    with closing(in_thread(team[0].batches(0, 0, 30))) as first, closing(in_thread(team[1].batches(0, 0, 30))) as other:
+        counts = [len(list(zip(first, other, strict=True)))]
+    assert counts == [30] and len(team[0].index) == 21
+
+
+def test_a_bucket_that_fails_in_passing_breaks_nothing(s3_server, s3_url, tmp_path, stage_data) -> None:
+    remote = build_corpus(s3_url, units=1)
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rates = {"error_500": 0.05, "reset": 0.03, "cut_answer": 0.05}
+    with FaultyS3(s3_server, seed, rates) as proxy, environ(environment(proxy.url)):
+        data = stage_data(of=Corpus.open(s3_url), max_bytes=40_000)
+        found = keys([data], 0, 12)
+        assert sum(proxy.faults.values()) > 0 and not data.cache.broken.listed()
+    assert found == keys([stage_data(of=remote)], 0, 12)
 
 
 def test_padding() -> None:

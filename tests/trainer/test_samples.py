@@ -1,3 +1,6 @@
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -59,10 +62,30 @@ def test_selection_keeps_its_rows_and_counts_those_that_are_not_there(corpus: Co
     assert missing == 3
 
 
-def test_selection_with_other_weights_than_one_is_refused(corpus: Corpus, select) -> None:
-    select(selection_table([("art-000000-01", 0)], weight=0.5))
-    with pytest.raises(RequestError, match=r"weights go from 0\.5 to 0\.5"):
-        index_samples(corpus, open_columns(corpus, COLUMNS), "good")
+def test_weights_of_a_selection_and_of_sources(corpus: Corpus, select) -> None:
+    columns = open_columns(corpus, ["latents/demo-32"])
+    select(selection_table([("art-000000-01", 0), ("art-000000-01", 2)], weight=0.5))
+    index, _ = index_samples(corpus, columns, "some")
+    assert index.weight is None  # all alike
+    table = selection_table([("art-000000-00", 1), ("art-000000-01", 0), ("art-000000-01", 3), ("art-000000-02", 2)])
+    select(table.set_column(3, table.schema.field("weight"), pa.array([1, 2, 9, 0.5], pa.float32())))
+    index, missing = index_samples(corpus, columns, "some")
+    assert index.weight is not None and missing == 1  # row 3 is broken
+    assert index.weight.tolist() == [1, 2, 0.5] and index.take(np.array([2, 1])).weight.tolist() == [0.5, 2]
+    assert index.digest != replace(index, weight=None).digest
+    assert index.mixed({"art": 2}).weight.tolist() == [2, 4, 1]
+    two = SampleIndex([("a", "s"), ("b", "t")], np.array([0, 0, 1], np.int32), np.arange(3, dtype=np.int32))
+    assert two.mixed({"b": 3}).weight.tolist() == [1, 1, 3] and two.mixed({"a": 2, "b": 2}).weight is None
+    with pytest.raises(RequestError, match="mix: there is no sample of c; the sources are a, b"):
+        two.mixed({"c": 1})
+
+
+def test_a_sidecar_that_is_lost_is_named(tmp_path: Path) -> None:
+    corpus = build_corpus(tmp_path / "c", units=1, shards=1)
+    (commit,) = corpus.commits("latents/demo-32")
+    (tmp_path / "c" / commit.sidecar.name).unlink()
+    with pytest.raises(RequestError, match=r"latents/demo-32, shard art-000000-00: .*missing or damaged.*verify"):
+        index_samples(corpus, open_columns(corpus, ["latents/demo-32"]))
 
 
 @pytest.mark.parametrize("rows", [[], [("art-000000-01", 3)]])
