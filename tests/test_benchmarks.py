@@ -112,3 +112,17 @@ def test_loader() -> None:
     ratios = [found[f"{place}_ours_per_second"] / found[f"{place}_webdataset_per_second"] for place in ("folder", "s3")]
     assert found["ratio_webdataset"] == pytest.approx(min(ratios), rel=0.05)
     assert found["shuffle"]["source"] == pytest.approx(1, abs=0.05) and found["server_mb_per_second"] > 0
+
+
+def test_train_step() -> None:
+    found = run("train_step", "--device", "cpu", "--pixels", "64", "--micro-batches", "2", "--repeat", "1")
+    (row,) = found["rows"]
+    assert found["preset"] == "tiny_2" and row["loss_difference"] < 1e-4
+    assert row["ratio_reference"] == pytest.approx(row["reference_eager"]["seconds"] / row["ours"]["seconds"])
+    assert row["ours"]["peak_mib"] > 0 and 0 < row["mfu"] < 1.5 and row["gflop_per_image"] > 1
+
+
+def test_the_trainer_needs_no_ray() -> None:
+    code = "import sys, trainer.train, benchmarks.train_step; print([n for n in ('ray', 'duckdb') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -2,15 +2,17 @@
 
 model.safetensors      the weights, with the network's arguments in the header
 ema.safetensors        their moving average, of the same form; only if the stage keeps one
+ema-2.safetensors ...  those of the second half-life and so on
 optimizer.safetensors  AdamW's state, as `<parameter>.exp_avg` and so on
 generate.json          what `model.loading` needs beside the weights
 state.json             where the run is, and its recipe
 """
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ class Checkpoint:
     folder: Path
     state: dict[str, Any]
     model: dict[str, Tensor]
-    ema: dict[str, Tensor] | None
+    averages: list[dict[str, Tensor]]
     optimizer: dict[str, Tensor]
 
 
@@ -44,7 +46,7 @@ def save(
     out: Path,
     step: int,
     net: MicroDiT,
-    ema: Mapping[str, Tensor] | None,
+    averages: Sequence[Mapping[str, Tensor]],
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     generate: Mapping[str, Any],
@@ -52,7 +54,7 @@ def save(
 ) -> Path:
     """Write the checkpoint of a step, durable when this returns, and drop all but the last `keep`.
 
-    ema: parameters by name. Returns the folder. A kill at any moment leaves the checkpoints before untouched.
+    averages: parameters by name. Returns the folder. A kill at any moment leaves the checkpoints before untouched.
     """
     root = out / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
@@ -62,8 +64,8 @@ def save(
     partial.mkdir()
     weights = net.state_dict()
     write_state_dict(partial / "model.safetensors", weights, net.config)
-    if ema is not None:
-        write_state_dict(partial / "ema.safetensors", weights | dict(ema), net.config)
+    for name, average in zip(_average_names(), averages, strict=False):
+        write_state_dict(partial / name, weights | dict(average), net.config)
     write_state_dict(partial / "optimizer.safetensors", _optimizer_tensors(net, optimizer))
     (partial / "generate.json").write_text(json.dumps(generate, indent=1))
     (partial / "state.json").write_text(json.dumps({"version": VERSION, "step": step, **state}, indent=1))
@@ -100,14 +102,20 @@ def _load(folder: Path) -> Checkpoint:
     state = json.loads((folder / "state.json").read_text())
     if state["version"] != VERSION:
         raise CheckpointError(f"state.json is of version {state['version']}, this trainer reads {VERSION}")
-    ema = folder / "ema.safetensors"
+    averages = itertools.takewhile(Path.exists, (folder / name for name in _average_names()))
     return Checkpoint(
         folder,
         state,
         read_state_dict(folder / "model.safetensors"),
-        read_state_dict(ema) if ema.exists() else None,
+        [read_state_dict(path) for path in averages],
         read_state_dict(folder / "optimizer.safetensors"),
     )
+
+
+def _average_names() -> Iterator[str]:
+    """Of the files of moving averages, without end."""
+    yield "ema.safetensors"
+    yield from (f"ema-{number}.safetensors" for number in itertools.count(2))
 
 
 def _optimizer_tensors(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -119,8 +127,10 @@ def _optimizer_tensors(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def load_optimizer(net: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put a saved state into the optimizer of `net` (one group, in the order of `net.parameters()`)."""
-    number = {name: i for i, (name, _) in enumerate(net.named_parameters())}
+    """Put a saved state into the optimizer of `net`."""
+    names = {parameter: name for name, parameter in net.named_parameters()}
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    number = {names[parameter]: i for i, parameter in enumerate(order)}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, kind = key.rpartition(".")

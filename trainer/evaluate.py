@@ -22,7 +22,8 @@ from pipeline.images import BadImage, decode
 from pipeline.stages import image_bytes, read_rows
 from pipeline.stages.latents import square
 from trainer.recipe import Recipe
-from trainer.samples import SampleIndex, Where, open_columns, open_samples
+from trainer.samples import SampleIndex, Where, open_columns
+from trainer.start import open_stages
 
 SEED = 1  # of the noise, and with the recipe's seed of the captions drawn
 
@@ -60,7 +61,7 @@ def evaluate(
         recipe = Recipe.model_validate(state["recipe"] | ({"corpus": corpus} if corpus else {}))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: state.json is no trainer's ({error})") from error
-    samples = open_samples(recipe)
+    samples = open_stages(recipe)
     index = samples.stages[-1]
     if state["data"][-1]["digest"] != index.digest:
         raise RequestError(

@@ -19,6 +19,8 @@ class StageRecipe(_Part):
 
     latents: str
     """The latents column to train on; it gives resolution and channels."""
+    selection: str | None = None
+    """In place of the recipe's."""
     images: int | None = Field(None, gt=0)
     """How many images to see, rounded up to whole batches. Give this or `steps`."""
     steps: int | None = Field(None, gt=0)
@@ -37,14 +39,24 @@ class StageRecipe(_Part):
     p_mean: float = -0.6
     """Training noise: ln(sigma) has this mean and the deviation `p_std`."""
     p_std: float = Field(1.2, gt=0)
-    ema_half_life: float | None = Field(None, gt=0)
-    """Images after which a weight counts half in the moving average; without it the stage keeps none."""
+    clip: float | None = Field(None, gt=0)
+    """Largest norm of the whole gradient, in place of the optimizer's."""
+    ema_half_life: Annotated[float, Field(gt=0)] | list[Annotated[float, Field(gt=0)]] | None = None
+    """Images after which a weight counts half in the moving average; without it the stage keeps none. A list keeps
+    one for each; `generate` takes the first."""
+    ema_start: int = Field(0, ge=0)
+    """Images of the stage before the averages begin, with the weights of then. 0: those of the stage before go on."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "StageRecipe":
         if (self.images is None) == (self.steps is None):
             raise ValueError("give either images or steps")
         return self
+
+    @property
+    def half_lives(self) -> list[float]:
+        value = self.ema_half_life
+        return value if isinstance(value, list) else [] if value is None else [value]
 
     @property
     def length(self) -> int:
@@ -60,6 +72,8 @@ class OptimizerRecipe(_Part):
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float | None = Field(default=0.25, gt=0)
     """Largest norm of the whole gradient."""
+    expert_rate: float = Field(default=1.0, gt=0)
+    """Learning rate of the experts' weights, relative to that of all others."""
 
 
 class Recipe(_Part):
@@ -75,6 +89,9 @@ class Recipe(_Part):
     """How often the samples of a source come, e.g. {diffusiondb: 0.5}: by it the weights of the selection are
     multiplied; sources that are not named have 1."""
     seed: int = Field(0, ge=0, lt=2**63)
+    init: str | None = None
+    """Weights to start from: a released checkpoint by name, or whatever else `microdit generate` opens. Its columns
+    must be made as those it was trained on. Leave `model` out then."""
     model: dict[str, Any] = {}
     """Arguments of `MicroDiT`, or `preset: tiny_2` and what differs from it. Latent size, channels and caption
     width come from the columns."""

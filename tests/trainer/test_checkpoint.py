@@ -26,7 +26,7 @@ def made(seed: int = 0) -> tuple[MicroDiT, torch.optim.AdamW]:
 def save(out: Path, step: int, keep: int = 2, seed: int = 0) -> Path:
     net, optimizer = made(seed)
     ema = {name: p.detach() * 2 for name, p in net.named_parameters()}
-    return checkpoint.save(out, step, net, ema, optimizer, {"note": seed}, {"latent_shape": [4, 4, 4]}, keep)
+    return checkpoint.save(out, step, net, [ema], optimizer, {"note": seed}, {"latent_shape": [4, 4, 4]}, keep)
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert found.model.keys() == net.state_dict().keys()
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in found.model.items())
     weight = "blocks.0.attn.qkv.weight"
-    assert found.ema is not None and torch.equal(found.ema[weight], 2 * found.model[weight])
+    assert len(found.averages) == 1 and torch.equal(found.averages[0][weight], 2 * found.model[weight])
     other, fresh = made(4)
     checkpoint.load_optimizer(other, fresh, found.optimizer)
     for a, b in zip(net.parameters(), other.parameters(), strict=True):

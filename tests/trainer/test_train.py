@@ -16,8 +16,9 @@ from model.checkpoint import load_model
 from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
 from tests.trainer.conftest import STAGE, build_corpus
+from trainer.learner import Learner, learning_rate
 from trainer.recipe import StageRecipe
-from trainer.train import Learner, learning_rate, train
+from trainer.train import train
 
 
 def losses(out: Path) -> dict[int, float]:

@@ -1,0 +1,144 @@
+"""What a run begins with: the samples of each stage, the network's arguments, and the weights to go on from."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import CheckpointError, config_from_state_dict, read_config, read_state_dict
+from model.hub import ModelFilesError
+from model.loading import Part, Parts, find_parts
+from model.network import PRESETS, MicroDiT
+from pipeline.errors import RequestError
+from trainer.data import ShardCache, shapes
+from trainer.recipe import Recipe
+from trainer.samples import RunSamples, open_samples, split
+
+
+def open_stages(recipe: Recipe) -> RunSamples:
+    """`open_samples` where each stage may have a selection of its own. What is held out is held out of all stages.
+
+    Raises:
+        RequestError: corpus, selection or column are missing, stale or empty.
+    """
+    selections = [stage.selection or recipe.selection for stage in recipe.stages]
+    if set(selections) == {recipe.selection}:
+        return open_samples(recipe)
+    found = {
+        name: open_samples(recipe.model_copy(update={"selection": name, "hold_out": 0}))
+        for name in dict.fromkeys(selections)
+    }
+    each = [found[name].stages[number] for number, name in enumerate(selections)]
+    stages, held = split(each, recipe.hold_out, recipe.seed)
+    last = found[selections[-1]]
+    return RunSamples(last.corpus, last.columns, stages, held, last.missing)
+
+
+def network_config(
+    recipe: Recipe, samples: RunSamples, cache: ShardCache, init: "Init | None" = None
+) -> dict[str, Any]:
+    """The arguments of `MicroDiT`: the recipe's, or those of the weights it starts from, with what the columns say.
+
+    Raises:
+        RequestError: naming what does not fit the columns.
+    """
+    given = dict(recipe.model)
+    preset = given.pop("preset", None)
+    if preset is not None and preset not in PRESETS:
+        raise RequestError(f"model.preset = {preset!r}: expected one of {', '.join(PRESETS)}")
+    found = [
+        shapes(cache, index, stage.latents, list(recipe.text))
+        for index, stage in zip(samples.stages, recipe.stages, strict=True)
+    ]
+    (channels, size, _), width = found[0]
+    for ((other, _, _), _), stage in zip(found, recipe.stages, strict=True):
+        if other != channels:
+            raise RequestError(
+                f"stages: {stage.latents} has {other} channels, {recipe.stages[0].latents} has {channels}; "
+                "take latents of one autoencoder"
+            )
+    if init is not None:
+        for name, value in (("in_channels", channels), ("caption_channels", width)):
+            if init.config[name] != value:
+                raise RequestError(f"init = {recipe.init}: its {name} is {init.config[name]}, the columns say {value}")
+        return init.config
+    known = {"input_size": size, "in_channels": channels, "caption_channels": width}
+    for name, value in known.items():
+        if given.get(name, value) != value:
+            raise RequestError(f"model.{name} = {given[name]}: the columns say {value}; leave it out")
+    return built_config((PRESETS[preset] if preset else {}) | given | known)
+
+
+def built_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of the `MicroDiT` that these give.
+
+    Raises:
+        RequestError: they give none.
+    """
+    try:
+        with torch.device("meta"):
+            return MicroDiT(**arguments).config
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"model: {error}; expected arguments of MicroDiT, or preset") from error
+
+
+# -- weights to start from -------------------------------------------------------------------------------------------
+
+
+class Init:
+    """The weights that a recipe starts from (`init`), checked against the columns before they are read.
+
+    Raises:
+        RequestError: there is no such checkpoint, it is damaged, or it was trained with other models than the columns.
+    """
+
+    def __init__(self, recipe: Recipe, samples: RunSamples):
+        self.name = str(recipe.init)
+        if recipe.model:
+            raise RequestError(f"model: leave it out, init = {self.name} says what the network is")
+        try:
+            parts = find_parts(self.name)
+            refuse_other_models(self.name, parts, recipe, samples)
+            self.weights: dict[str, Tensor] = read_state_dict(parts.weights)
+            stored = read_config(parts.weights)
+            arguments = config_from_state_dict(self.weights, **parts.config) if stored is None else stored
+        except (CheckpointError, ModelFilesError) as error:
+            raise RequestError(f"init = {self.name}: {error}") from error
+        self.config = built_config(arguments | parts.config)
+        self.sigma_data = parts.edm.sigma_data
+
+
+def refuse_other_models(name: str, parts: Parts, recipe: Recipe, samples: RunSamples) -> None:
+    """Raises RequestError, which names them all, where columns were not made as what the weights were trained on."""
+    wrong = []
+    for stage in recipe.stages:
+        wrong += _difference(
+            parts.autoencoder, stage.latents, samples.corpus.column(stage.latents).stage, "autoencoder"
+        )
+    for column in recipe.text:
+        declared = samples.corpus.column(column).stage
+        wrong += _difference(parts.text_encoder, column, declared, "encoder")
+        if parts.text_encoder.trained_with is None:  # a released one: all 77 positions, in float16
+            if declared.get("model", {}).get("trim") and not parts.text_encoder.options.get("trim"):
+                wrong.append(f"{column} is trimmed, the weights were trained on the padding too")
+            if declared.get("storage", "float16") != "float16":
+                wrong.append(f"{column} is stored as {declared['storage']}, the weights were trained on float16")
+    if recipe.sigma_data != parts.edm.sigma_data:
+        wrong.append(f"sigma_data is {recipe.sigma_data}, the weights were trained with {parts.edm.sigma_data}")
+    if wrong:
+        raise RequestError(
+            f"init = {name}: {'; '.join(dict.fromkeys(wrong))}. Give columns made as its own were: "
+            f"autoencoder {parts.autoencoder.name}, text encoder {parts.text_encoder.name}, neither trim nor storage"
+        )
+
+
+def _difference(part: Part, column: str, declared: Mapping[str, Any], kind: str) -> list[str]:
+    if part.trained_with is not None:
+        if part.trained_with != declared.get("model"):
+            return [
+                f"{column} is of another {kind} than the weights ({declared.get('model')}, not {part.trained_with})"
+            ]
+    elif declared.get(kind) != part.name:
+        return [f"{column} is of {kind} {declared.get(kind)}, the weights are of {part.name}"]
+    return []
