@@ -136,8 +136,9 @@ def make_batch(config: dict[str, Any], images: int, micro_batch: int, ragged: bo
 
 
 def make_learner(preset: str, input_size: int, mask_ratio: float, device: str, compiled: bool) -> Learner:
-    stage = StageRecipe(latents="none", steps=1, batch=128, mask_ratio=mask_ratio, learning_rate=1e-5)
-    recipe = Recipe(name="step", corpus="none", out="none", text={"none": 1.0}, stages=[stage])  # type: ignore[arg-type]
+    stage = {"latents": "none", "steps": 1, "batch": 128, "mask_ratio": mask_ratio, "learning_rate": 1e-5}
+    named = {"name": "step", "corpus": "none", "out": "none", "text": {"none": 1.0}}
+    recipe = Recipe.model_validate(named | {"stages": [stage]})
     config = PRESETS[preset] | {"input_size": input_size, "caption_channels": 1024}
     learner = Learner(recipe, config, Team(0, 1, torch.device(device)))
     if compiled:

@@ -97,7 +97,7 @@ def test_plain_attention_equals_the_fused_kernel(queries: int, keys: int, masked
     results = []
     with pytest.MonkeyPatch.context() as patch:
         for limit in (0, 128):
-            patch.setattr(layers, "PLAIN_ATTENTION_TOKENS", limit)
+            patch.setattr(layers, "PLAIN_ATTENTION_KEYS", limit)
             out = attention(q, k, v, heads=3, eps=1e-6, key_mask=key_mask)
             results.append((out, *torch.autograd.grad((out * weights).sum(), (q, k, v))))
     for fused, plain in zip(*results, strict=True):
