@@ -68,10 +68,12 @@ def write(root: Path, tars: Path, samples: int, width: int) -> None:
         rows: list[tuple[Any, ...]] = []
         for row in range(SHARD):
             tokens, at = int(rng.integers(8, 73)), int(rng.integers(0, len(noise) - 4096 - 72 * width))
-            text = noise[at : at + tokens * width].reshape(tokens, width)
-            full = np.concatenate([text, np.zeros((72 - tokens, width), np.float16)])
+            embedding = noise[at : at + tokens * width].reshape(tokens, width)
+            full = np.concatenate([embedding, np.zeros((72 - tokens, width), np.float16)])
             latents = array_bytes(noise[at + 72 * width :][:4096].reshape(4, 32, 32))
-            rows.append((f"{shard}-{row}", latents, array_bytes(text), array_bytes(full), f"picture {number} {row}"))
+            rows.append(
+                (f"{shard}-{row}", latents, array_bytes(embedding), array_bytes(full), f"picture {number} {row}")
+            )
         with corpus.attempt("images", ref) as attempt:
             for row, (key, *_) in enumerate(rows):
                 attempt.add(row, key, {"png": b"-", "json": b"{}"})
@@ -102,7 +104,8 @@ def our_batches(url: str, text: str) -> Iterator[Any]:
     recipe = Recipe.model_validate(
         {
             "name": "loader", "corpus": url, "out": "unused", "lanes": LANES, "text": {f"text/{text}@source": 1},
-            "shuffle_window": WINDOW, "text_lengths": LENGTHS, "caption_dropout": 0, "stages": [stage], "cache_mb": 4096,
+            "shuffle_window": WINDOW, "text_lengths": LENGTHS, "caption_dropout": 0, "stages": [stage],
+            "cache_mb": 4096,
         }
     )  # fmt: skip
     samples = open_samples(recipe)

@@ -125,8 +125,8 @@ def make_batch(config: dict[str, Any], images: int, micro_batch: int, ragged: bo
             MicroBatch(
                 torch.from_numpy(rows),
                 latents[rows],
-                torch.from_numpy(padded),
-                torch.from_numpy(mask) if ragged else torch.ones(mask.shape, dtype=torch.bool),
+                padded,
+                mask if ragged else torch.ones(mask.shape, dtype=torch.bool),
                 sigma[rows],
                 noise[rows],
                 permutation[rows],

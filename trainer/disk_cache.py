@@ -48,7 +48,8 @@ class DiskCache:
                     os.posix_fallocate(file.fileno(), 0, max(len(data), 1))
             with partial.open("r+b") as file:
                 file.write(data)
-            partial.rename(path)
+            with self._locked():  # else who is counting may see neither name
+                partial.rename(path)
         except OSError:  # a full disk, for one: the run needs no copy
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
