@@ -68,19 +68,18 @@ def write(root: Path, tars: Path, samples: int, width: int) -> None:
         rows: list[tuple[Any, ...]] = []
         for row in range(SHARD):
             tokens, at = int(rng.integers(8, 73)), int(rng.integers(0, len(noise) - 4096 - 72 * width))
-            embedding = noise[at : at + tokens * width].reshape(tokens, width)
-            full = np.concatenate([embedding, np.zeros((72 - tokens, width), np.float16)])
-            latents = array_bytes(noise[at + 72 * width :][:4096].reshape(4, 32, 32))
-            rows.append(
-                (f"{shard}-{row}", latents, array_bytes(embedding), array_bytes(full), f"picture {number} {row}")
-            )
+            ragged = noise[at : at + tokens * width].reshape(tokens, width)
+            padded = np.concatenate([ragged, np.zeros((72 - tokens, width), np.float16)])
+            latent = noise[at + 72 * width :][:4096].reshape(4, 32, 32)
+            arrays = (array_bytes(array) for array in (latent, ragged, padded))
+            rows.append((f"{shard}-{row}", *arrays, f"picture {number} {row}"))
         with corpus.attempt("images", ref) as attempt:
             for row, (key, *_) in enumerate(rows):
                 attempt.add(row, key, {"png": b"-", "json": b"{}"})
             images = attempt.commit()
         with corpus.attempt(CAPTIONS, ref, [images]) as attempt:
-            for row, (key, *_, caption) in enumerate(rows):
-                attempt.add(row, key, caption=caption)
+            for row, parts in enumerate(rows):
+                attempt.add(row, parts[0], caption=parts[-1])
             captions = attempt.commit()
         for place, column, made in (
             (1, LATENTS, images),
@@ -92,8 +91,12 @@ def write(root: Path, tars: Path, samples: int, width: int) -> None:
                     attempt.add(row, parts[0], {"npy": parts[place]})
                 attempt.commit()
         with tarfile.open(tars / f"{shard}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for key, latents, ragged, _, caption in rows:
-                for extension, data in (("latents.npy", latents), ("text.npy", ragged), ("txt", caption.encode())):
+            for key, latent_file, text_file, _, caption in rows:
+                for extension, data in (
+                    ("latents.npy", latent_file),
+                    ("text.npy", text_file),
+                    ("txt", caption.encode()),
+                ):
                     info = tarfile.TarInfo(f"{key}.{extension}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
@@ -104,8 +107,8 @@ def our_batches(url: str, text: str) -> Iterator[Any]:
     recipe = Recipe.model_validate(
         {
             "name": "loader", "corpus": url, "out": "unused", "lanes": LANES, "text": {f"text/{text}@source": 1},
-            "shuffle_window": WINDOW, "text_lengths": LENGTHS, "caption_dropout": 0, "stages": [stage],
-            "cache_mb": 4096,
+            "shuffle_window": WINDOW, "text_lengths": LENGTHS, "caption_dropout": 0,
+            "stages": [stage], "cache_mb": 4096,
         }
     )  # fmt: skip
     samples = open_samples(recipe)

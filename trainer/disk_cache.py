@@ -36,7 +36,7 @@ class DiskCache:
             return None
         return data
 
-    def put(self, ref: ObjectRef, data: bytes) -> None:
+    def put(self, ref: ObjectRef, data: bytes | memoryview) -> None:
         """Keep a copy, after those used longest ago have made room for it; it appears at once or not at all."""
         path = self.folder / ref.sha256
         partial = path.with_name(f"{path.name}#{random.SystemRandom().randrange(10**12)}")

@@ -82,9 +82,9 @@ class Broken:
 class Shard:
     """One shard of one column: the object's bytes, and where in them each row lies."""
 
-    def __init__(self, data: bytes, sidecar: pa.Table):
+    def __init__(self, data: memoryview, sidecar: pa.Table):
         ok = pc.equal(sidecar["status"], "ok").to_numpy()
-        self._data = memoryview(data)
+        self._data = data
         self._size = np.where(ok, pc.fill_null(sidecar["size"], 0).to_numpy(), -1)
         self._offset = pc.fill_null(sidecar["offset"], 0).to_numpy()
 
@@ -169,7 +169,7 @@ class ShardCache:
             raise BrokenError(f"{commit.sidecar.name} is no sidecar: {error}") from None
         return Shard(self._object(commit.object), table)
 
-    def _object(self, ref: ObjectRef) -> bytes:
+    def _object(self, ref: ObjectRef) -> memoryview:
         """An object, from this machine's copy or from the corpus.
 
         Raises:
@@ -177,12 +177,12 @@ class ShardCache:
             RequestError: the storage fails.
         """
         if self.disk is not None and (copy := self.disk.get(ref)) is not None:
-            if _is(ref, copy):
-                return copy
+            if _is(ref, view := memoryview(copy)):
+                return view
             self.disk.drop(ref)
         for _ in range(2):  # the way from a bucket may have spoilt it
             try:
-                data = self.corpus.store.get(ref.name)
+                data = self.corpus.store.get_buffer(ref.name)
             except FileNotFoundError:
                 raise BrokenError(f"{ref.name} is not there") from None
             except (OSError, BaseError) as error:
@@ -198,5 +198,5 @@ class ShardCache:
         )
 
 
-def _is(ref: ObjectRef, data: bytes) -> bool:
+def _is(ref: ObjectRef, data: memoryview) -> bool:
     return len(data) == ref.size and hashlib.sha256(data).hexdigest() == ref.sha256

@@ -110,13 +110,13 @@ def test_a_corpus_on_a_bucket_is_read_once_and_a_damaged_copy_is_fetched_again(s
     def read(expected: int) -> np.ndarray:
         asked: list[str] = []
         store = samples.corpus.store
-        real = store.get
-        store.get = lambda name: (asked.append(name), real(name))[1]  # type: ignore[method-assign]
+        real = store.get_buffer
+        store.get_buffer = lambda name: (asked.append(name), real(name))[1]  # type: ignore[method-assign]
         try:
             with closing(open_cache(recipe, samples)) as cache:
                 latent = np.array(cache.field("latents/demo-32", where, 2))
         finally:
-            del store.get
+            del store.get_buffer
         assert len(asked) == expected, asked
         return latent
 
