@@ -143,8 +143,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
         if not_finite.in_a_row >= LIMIT:
             raise RequestError(
                 f"step {progress.step}: the last {not_finite.in_a_row} gradients were not finite and nothing was "
-                f"learned; their samples are in {not_finite.path}. Lower the learning rate, or look at the latents; the same "
-                "command goes on after them"
+                f"learned; their samples are in {not_finite.path}. Lower the learning rate, or look at the latents; "
+                "the same command goes on after them"
             )
         folder = recipe.out / "checkpoints" / checkpoint.folder_name(progress.step)
         log.say(

@@ -215,6 +215,7 @@ def test_auto_is_the_largest_micro_batch_that_fits(recipe, tmp_path) -> None:
     assert summary["steps"] == 2
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_losses(recipe, tmp_path) -> None:
     stages = [STAGE | {"steps": 3, "mask_ratio": 0.5}]
     text = {"text/tiny@source": 1.0}
