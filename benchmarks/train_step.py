@@ -38,7 +38,7 @@ from model.flops import gpu_peak, training_flops
 from model.layers import Experts
 from model.network import PRESETS, MicroDiT
 from trainer.data import Batch, MicroBatch, pad_text
-from trainer.learner import Learner, has_fast_bf16
+from trainer.learner import Learner, compile_blocks, has_fast_bf16
 from trainer.recipe import Recipe, StageRecipe
 from trainer.team import Team
 
@@ -142,8 +142,7 @@ def make_learner(preset: str, input_size: int, mask_ratio: float, device: str, c
     config = PRESETS[preset] | {"input_size": input_size, "caption_channels": 1024}
     learner = Learner(recipe, config, Team(0, 1, torch.device(device)))
     if compiled:
-        for block in (*learner.net.patch_mixer, *learner.net.blocks):
-            block.compile()
+        compile_blocks(learner.net)
     # a fresh network's output is zero, and with it most of its gradients
     nn.init.normal_(learner.net.final_layer.linear.weight, std=0.02)
     return learner
@@ -158,7 +157,7 @@ def loss_difference(learner: Learner, reference: Reference, batch: Batch) -> flo
     with torch.no_grad():
         for part in batch.micro_batches:
             part = part.to(learner.device)
-            ours, theirs = learner.objective(part, reference.stage), reference.loss(part)
+            (ours, _), theirs = learner.objective(part, reference.stage), reference.loss(part)
             differences.append(abs(ours.item() / theirs.item() - 1))
     return max(differences)
 

@@ -13,11 +13,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from model.checkpoint import CheckpointError, read_state_dict, write_state_dict
@@ -42,19 +44,36 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
 
 
-def save(
-    out: Path,
-    step: int,
-    net: MicroDiT,
-    averages: Sequence[Mapping[str, Tensor]],
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
-    generate: Mapping[str, Any],
-    keep: int,
+@dataclass(frozen=True)
+class Snapshot:
+    """The tensors of a checkpoint's files by file name, in the memory of the machine, and the network's arguments."""
+
+    files: dict[str, dict[str, Tensor]]
+    config: dict[str, Any]
+
+
+def snapshot(net: MicroDiT, averages: Sequence[Mapping[str, Tensor]], optimizer: torch.optim.Optimizer) -> Snapshot:
+    """A copy of what a run has learned, which further steps do not change. averages: parameters by name."""
+
+    def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+
+    weights = copied(net.state_dict())
+    files = {"model.safetensors": weights}
+    for name, average in zip(_average_names(), averages, strict=False):
+        files[name] = weights | copied(average)
+    return Snapshot(files | {"optimizer.safetensors": copied(_optimizer_tensors(net, optimizer))}, net.config)
+
+
+def write(
+    out: Path, step: int, tensors: Snapshot, state: Mapping[str, Any], generate: Mapping[str, Any], keep: int
 ) -> Path:
     """Write the checkpoint of a step, durable when this returns, and drop all but the last `keep`.
 
-    averages: parameters by name. Returns the folder. A kill at any moment leaves the checkpoints before untouched.
+    Returns the folder. A kill at any moment leaves the checkpoints before untouched, and so does a full disk.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
     """
     root = out / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
@@ -62,15 +81,16 @@ def save(
     partial = root / f"{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    weights = net.state_dict()
-    write_state_dict(partial / "model.safetensors", weights, net.config)
-    for name, average in zip(_average_names(), averages, strict=False):
-        write_state_dict(partial / name, weights | dict(average), net.config)
-    write_state_dict(partial / "optimizer.safetensors", _optimizer_tensors(net, optimizer))
-    (partial / "generate.json").write_text(json.dumps(generate, indent=1))
-    (partial / "state.json").write_text(json.dumps({"version": VERSION, "step": step, **state}, indent=1))
-    for path in (*partial.iterdir(), partial):
-        _sync(path)
+    try:
+        for name, found in tensors.files.items():
+            write_state_dict(partial / name, found, None if name == "optimizer.safetensors" else tensors.config)
+        (partial / "generate.json").write_text(json.dumps(generate, indent=1))
+        (partial / "state.json").write_text(json.dumps({"version": VERSION, "step": step, **state}, indent=1))
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error
     if final.exists():  # of a run that went back to an older checkpoint because this one could not be read
         shutil.rmtree(final)
     partial.rename(final)
@@ -79,6 +99,57 @@ def save(
         # renamed first, so that a kill leaves no half folder under a checkpoint's name
         shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial")))
     return final
+
+
+class Saver:
+    """Writes checkpoints in a thread, one after the other, while the run goes on.
+
+    One that cannot be written (a full disk) is told to `tell`, and the run goes on: the last good one stays. At the end
+    there is nobody to go on: `finish` raises.
+    """
+
+    def __init__(self, out: Path, keep: int, tell: Callable[[str], None]):
+        self.out, self.keep, self.tell = out, keep, tell
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+        self._step = 0
+
+    def save(
+        self,
+        step: int,
+        net: MicroDiT,
+        averages: Sequence[Mapping[str, Tensor]],
+        optimizer: torch.optim.Optimizer,
+        state: Mapping[str, Any],
+        generate: Mapping[str, Any],
+    ) -> None:
+        """Copy it all, and begin to write; waits for the one before."""
+        try:
+            self.finish()
+        except CheckpointError as error:
+            self.tell(f"{error}; the run goes on, and the checkpoint before it stays")
+        self._step = step
+        tensors = snapshot(net, averages, optimizer)
+        self._writing = self._pool.submit(write, self.out, step, tensors, state, generate, self.keep)
+
+    def finish(self) -> None:
+        """Wait until what was begun is written.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        writing, self._writing = self._writing, None
+        try:
+            if writing is not None:
+                writing.result()
+        except OSError as error:
+            raise CheckpointError(f"the checkpoint of step {self._step} cannot be written: {error}") from error
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown()
 
 
 def load_latest(out: Path, tell: Callable[[str], None]) -> Checkpoint | None:

@@ -2,8 +2,9 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,26 +12,51 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.checkpoint import load_weights
 from model.edm import EDM
+from model.flops import training_flops
 from model.network import MicroDiT
+from pipeline.errors import RequestError
 from trainer import checkpoint
 from trainer.data import Batch, MicroBatch
-from trainer.recipe import Recipe, StageRecipe
+from trainer.recipe import AUTO, Recipe, StageRecipe
 from trainer.team import Team
+
+NOISE_EDGES = (-2.0, -1.0, 0.0, 1.0, 2.0)  # ln(sigma) between the bins in which the log splits the loss
+NOISE_BINS = len(NOISE_EDGES) + 1
+CPU_MICRO_BATCH = 32  # what `auto` is on a CPU, where memory is no good measure
+
+
+class Step(NamedTuple):
+    """What a step gave, on the device: its loss, the norm of its gradient, and 1 if that is not finite, else 0.
+
+    noise: (2, NOISE_BINS), sums of the losses and numbers of the samples by noise. flops: of this process.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    bad: Tensor
+    noise: Tensor
+    flops: int
 
 
 class Objective(nn.Module):
-    """The loss of a micro-batch as one module, which is what DDP wraps."""
+    """The loss of a micro-batch, and its parts by noise (see `Step`), as one module, which is what DDP wraps."""
+
+    edges: Tensor
 
     def __init__(self, net: MicroDiT, edm: EDM):
         super().__init__()
         self.net, self.edm = net, edm
+        self.register_buffer("edges", torch.tensor(NOISE_EDGES), persistent=False)
 
-    def forward(self, batch: MicroBatch, stage: StageRecipe) -> Tensor:
+    def forward(self, batch: MicroBatch, stage: StageRecipe) -> tuple[Tensor, Tensor]:
         sigma = self.edm.sigma_from_normal(batch.sigma_normal, stage.p_mean, stage.p_std)
-        return self.edm.loss(
+        loss = self.edm.loss(
             self.net, batch.latents, batch.text, sigma=sigma, noise=batch.noise, text_mask=batch.text_mask,
-            mask_ratio=stage.mask_ratio, permutation=batch.permutation,
+            mask_ratio=stage.mask_ratio, permutation=batch.permutation, reduction="none",
         )  # fmt: skip
+        parts = torch.stack([loss.detach(), torch.ones_like(loss)])
+        noise = parts.new_zeros(2, NOISE_BINS).index_add_(1, torch.bucketize(sigma.log(), self.edges), parts)
+        return loss.mean(), noise
 
 
 def learning_rate(stage: StageRecipe, step: int, length: int, scale: float = 1.0) -> float:
@@ -54,7 +80,9 @@ class Learner:
         torch.manual_seed(recipe.seed)
         self.recipe, self.device = recipe, team.device
         self.net = MicroDiT(**config).to(team.device)
-        objective = Objective(self.net, EDM(sigma_data=recipe.sigma_data))
+        if recipe.compile:
+            compile_blocks(self.net)
+        objective = Objective(self.net, EDM(sigma_data=recipe.sigma_data)).to(team.device)
         self.objective: nn.Module = objective
         if team.world > 1:
             with (
@@ -67,6 +95,7 @@ class Learner:
         self.parameters = dict(self.net.named_parameters())
         self.optimizer = self._optimizer()
         self.averages: list[dict[str, Tensor]] = []
+        self._known_flops: dict[Any, int] = {}
         self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and has_fast_bf16(team.device))
 
     def _optimizer(self) -> torch.optim.AdamW:
@@ -83,21 +112,25 @@ class Learner:
 
     def step(
         self, batch: Batch, stage: StageRecipe, rate: float, scale: float = 1.0, stage_seen: float = math.inf
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One step on this process's part of a batch; returns loss, gradient norm, and 1 if that is not finite, else 0.
+    ) -> Step:
+        """One step on this process's part of a batch.
 
         A step whose gradient is not finite changes nothing. scale: as in `Progress`. stage_seen: images of the stage,
         this batch included.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        loss = torch.zeros((), device=self.device)
+        loss, noise = torch.zeros((), device=self.device), torch.zeros(2, NOISE_BINS, device=self.device)
+        flops = 0
         for number, part in enumerate(batch.micro_batches):
             last = number == len(batch.micro_batches) - 1
             with self._no_sync(last), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                share = self.objective(part.to(self.device), stage) * (len(part.latents) / len(batch.positions))
+                part_loss, part_noise = self.objective(part.to(self.device), stage)
+                share = part_loss * (len(part.latents) / len(batch.positions))
             share.backward()
             loss += share.detach()
+            noise += part_noise
+            flops += len(part.latents) * self._flops(part, stage)
         # gradients are averaged over processes by now: all see the same norm and do the same
         clip = stage.clip or self.recipe.optimizer.clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), clip)
@@ -106,7 +139,7 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._average(stage, scale, stage_seen)
-        return loss, norm, bad
+        return Step(loss, norm, bad, noise, flops)
 
     def _average(self, stage: StageRecipe, scale: float, stage_seen: float) -> None:
         half_lives = stage.half_lives
@@ -119,6 +152,14 @@ class Learner:
             self.averages.append({name: p.detach().clone() for name, p in self.parameters.items()})
         for average, half_life in zip(self.averages, half_lives, strict=True):
             torch._foreach_lerp_(list(average.values()), weights, 1 - 0.5 ** (stage.batch / (half_life * scale)))
+
+    def _flops(self, part: MicroBatch, stage: StageRecipe) -> int:
+        """Of one sample, forward and backward."""
+        channels, height, width = part.latents.shape[1:]
+        key = ((channels, height, width), part.text.shape[1], stage.mask_ratio)
+        if key not in self._known_flops:
+            self._known_flops[key] = training_flops(self.net, *key)
+        return self._known_flops[key]
 
     def load(self, found: checkpoint.Checkpoint) -> None:
         load_weights(self.net, found.model, str(found.folder))
@@ -136,3 +177,66 @@ class Learner:
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether bf16 is the faster way here: every GPU, and CPUs that multiply it (AMX; AVX-512 BF16: twice as fast)."""
     return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def compile_blocks(net: MicroDiT) -> None:
+    """Compile each block by itself: minutes less than the whole network, for nearly all of the speed."""
+    torch._dynamo.config.recompile_limit = 1024  # every block is of another width, and text comes in several lengths
+    for block in (*net.patch_mixer, *net.blocks):
+        block.compile()
+
+
+# -- micro_batch: auto -----------------------------------------------------------------------------------------------
+
+
+def with_micro_batch(
+    learner: Learner, stage: StageRecipe, team: Team, latent_shape: tuple[int, int, int], text: tuple[int, int]
+) -> StageRecipe:
+    """The stage with a number where it says `micro_batch: auto`. text: the most tokens, and their width.
+
+    Raises:
+        RequestError: not even one image fits into the memory.
+    """
+    if stage.micro_batch != AUTO:
+        return stage
+    own = stage.batch // team.world
+    if team.device.type == "cpu":
+        return stage.model_copy(update={"micro_batch": min(own, CPU_MICRO_BATCH)})
+    size = largest_that_fits(own, lambda size: _try(learner, stage, size, latent_shape, text))
+    return stage.model_copy(update={"micro_batch": int(-team.largest(-size))})
+
+
+def largest_that_fits(size: int, attempt: Callable[[int], None]) -> int:
+    """The first of size, size / 2, ... with which `attempt` does not run out of memory."""
+    while True:
+        try:
+            attempt(size)
+            return size
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise RequestError(f"micro_batch: not even one image fits into the memory: {error}") from error
+        size = -(-size // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _try(learner: Learner, stage: StageRecipe, size: int, latent_shape: tuple[int, ...], text: tuple[int, int]) -> None:
+    """Forward and backward of made-up samples, beside what the optimizer and the averages will hold."""
+    states = 2 * (not learner.optimizer.state) + len(stage.half_lives) - len(learner.averages)
+    held = [torch.empty_like(p) for p in learner.parameters.values() for _ in range(states)]
+    latents = torch.zeros(size, *latent_shape)
+    tokens = math.prod(latent_shape[1:]) // learner.net.patch_size**2
+    part = MicroBatch(
+        torch.arange(size), latents, torch.zeros(size, *text), torch.ones(size, text[0], dtype=torch.bool),
+        torch.zeros(size), latents, torch.arange(tokens).expand(size, -1) if stage.mask_ratio else None,
+    )  # fmt: skip
+    objective = (
+        learner.objective.module if isinstance(learner.objective, DistributedDataParallel) else learner.objective
+    )
+    try:
+        with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.bf16):
+            loss, _ = objective(part.to(learner.device), stage)
+        loss.backward()
+    finally:
+        learner.optimizer.zero_grad()
+        del held

@@ -1,30 +1,45 @@
 """Where a run is, and what it tells: log.jsonl, TensorBoard, and one line on the terminal."""
 
+import importlib
 import json
+import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from model.flops import gpu_peak
 from pipeline.errors import RequestError
 from trainer.data import Batch
+from trainer.learner import NOISE_BINS, NOISE_EDGES, Step
 from trainer.recipe import StageRecipe
 from trainer.team import Team
 
+NOISE_NAMES = [
+    f"{low:g}..{high:g}" for low, high in zip((-float("inf"), *NOISE_EDGES), (*NOISE_EDGES, float("inf")), strict=True)
+]
 PLAIN_STATUS_SECONDS = 10.0  # without a terminal the status line is printed this often
 
 
 class Log:
-    """Writes only where `active` (the first process). Every number of a `line` goes to TensorBoard too."""
+    """Writes only where `active` (the first process). Every number of a `line` goes to TensorBoard too.
 
-    def __init__(self, out: Path, active: bool):
-        self.path, self.active = out / "log.jsonl", active
+    wandb: a project of W&B that gets them as well. Raises RequestError if that is not installed.
+    """
+
+    def __init__(self, out: Path, active: bool, wandb: str | None = None, name: str | None = None):
+        self.path, self.active, self.name = out / "log.jsonl", active, name
+        self._project, self._run, self._wandb = wandb, None, None
+        if wandb is not None and active:
+            try:
+                self._wandb = importlib.import_module("wandb")
+            except ImportError as error:
+                raise RequestError(f'wandb = {wandb}: pip install "microdit[wandb]" first ({error})') from error
         self._writer: SummaryWriter | None = None
         self._terminal = sys.stdout.isatty()
         self._told = -PLAIN_STATUS_SECONDS
@@ -36,14 +51,27 @@ class Log:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [text for text in _lines(self.path) if json.loads(text)["step"] <= step]
         self.path.write_text("".join(f"{text}\n" for text in kept))
+        if self._wandb is not None:
+            self._run = self._wandb.init(project=self._project, name=self.name, dir=str(self.path.parent))
         self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
 
     def line(self, step: int, **values: Any) -> None:
-        if self._writer is not None:
+        """A value may be a dictionary of numbers; None stands for what is not known."""
+        if self._writer is None:
+            return
+        numbers: dict[str, float] = {}
+        for name, value in values.items():
+            found = {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+            numbers |= {key: v for key, v in found.items() if v is not None}
+        try:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step} | values) + "\n")
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+            for key, number in numbers.items():
+                self._writer.add_scalar(key, number, step)
+        except OSError as error:  # a full disk stops no run; the next line may find room
+            self.say(f"step {step}: a line of {self.path} is lost: {error}")
+        if self._run is not None:
+            self._run.log(numbers, step=step)
 
     def status(self, text: str, last: bool = False) -> None:
         """Replace the status line; `last`: it stays."""
@@ -63,6 +91,8 @@ class Log:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+        if self._run is not None:
+            self._run.finish()
 
 
 def _lines(path: Path) -> list[str]:
@@ -87,6 +117,7 @@ class Progress:
     seconds: float = 0.0
     loss_sum: float = 0.0  # over the steps since the last line of the log
     loss_steps: int = 0
+    noise: list[float] = field(default_factory=lambda: [0.0] * (2 * NOISE_BINS))  # the same by noise, see `Step`
     loss: float | None = None  # of the last line
 
     def images(self, stages: Sequence[StageRecipe]) -> int:
@@ -99,14 +130,15 @@ class Meter:
 
     def __init__(self, progress: Progress, team: Team, log: Log):
         self.progress, self.team, self.log = progress, team, log
-        self.loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=team.device)
+        # the sum of the losses, and the sums by noise
+        self.sums = torch.tensor([progress.loss_sum, *progress.noise], dtype=torch.float64, device=team.device)
         self.loss_steps = torch.tensor(progress.loss_steps, device=team.device)
         self.skipped = torch.tensor(progress.skipped, device=team.device)
-        self.in_a_row = torch.zeros((), device=team.device)
         self.norm = torch.zeros((), device=team.device)
         self.settled = self.marked = time.perf_counter()
-        self.marked_seen, self.waited = progress.seen, 0.0
+        self.marked_seen, self.waited, self.flops = progress.seen, 0.0, 0
         self.speed = 0.0  # images a second, up to the last line
+        self.peak = gpu_peak(torch.cuda.get_device_name()) if team.device.type == "cuda" else None
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; the time until each is there counts as waited."""
@@ -118,41 +150,40 @@ class Meter:
                 return
             yield batch
 
-    def add(self, loss: Tensor, norm: Tensor, bad: Tensor) -> None:
-        self.loss_sum += torch.where(bad > 0, 0.0, loss)
-        self.loss_steps += (bad == 0).long()
-        self.skipped += bad.long()
-        self.in_a_row = (self.in_a_row + bad) * bad
-        self.norm = norm
+    def add(self, step: Step) -> None:
+        found = torch.cat([step.loss.reshape(1), step.noise.flatten()])
+        self.sums += torch.where(step.bad > 0, 0.0, found)
+        self.loss_steps += (step.bad == 0).long()
+        self.skipped += step.bad.long()
+        self.norm = step.norm
+        self.flops += step.flops
 
     def settle(self) -> None:
         """Bring `progress` up to date."""
         now = time.perf_counter()
         self.progress.seconds += now - self.settled
         self.settled = now
-        self.progress.loss_sum = self.team.mean(self.loss_sum.item())
-        self.loss_sum.fill_(self.progress.loss_sum)
+        means = self.team.means(self.sums)
+        self.sums.copy_(torch.tensor(means, dtype=torch.float64))
+        self.progress.loss_sum, self.progress.noise = means[0], means[1:]
         self.progress.loss_steps, self.progress.skipped = int(self.loss_steps), int(self.skipped)
 
     def write(self, stage: int, rate: float, images_left: int) -> None:
-        """A line of the log.
-
-        Raises:
-            RequestError: the gradients of the last steps, three at least, were all not finite.
-        """
+        """A line of the log."""
         self.settle()
         progress, seconds = self.progress, time.perf_counter() - self.marked
-        if self.in_a_row >= 3:
-            raise RequestError(
-                f"step {progress.step}: the last {int(self.in_a_row)} gradients were not finite and nothing was "
-                "learned; lower the learning rate, or look at the latents. The last checkpoint is from before that"
-            )
         self.speed = speed = (progress.seen - self.marked_seen) / seconds
         progress.loss = progress.loss_sum / max(progress.loss_steps, 1)
+        sums, counts = progress.noise[:NOISE_BINS], progress.noise[NOISE_BINS:]
+        by_noise = {
+            name: loss / count if count else None for name, loss, count in zip(NOISE_NAMES, sums, counts, strict=True)
+        }
         self.log.line(
-            progress.step, images=progress.seen, stage=stage + 1, loss=progress.loss, learning_rate=rate,
-            grad_norm=self.norm.item(), images_per_second=round(speed, 2), data_wait=round(self.waited / seconds, 4),
-            skipped=progress.skipped, seconds=round(progress.seconds, 3),
+            progress.step, images=progress.seen, stage=stage + 1, loss=progress.loss, loss_by_noise=by_noise,
+            learning_rate=rate, grad_norm=self.norm.item(), images_per_second=round(speed, 2),
+            data_wait=round(self.waited / seconds, 4), mfu=self.peak and round(self.flops / seconds / self.peak, 4),
+            peak_memory_mb=peak_memory_mb(self.team.device), skipped=progress.skipped,
+            seconds=round(progress.seconds, 3), seconds_left=round(images_left / speed, 1),
         )  # fmt: skip
         minutes, rest = divmod(round(images_left / speed), 60)
         self.log.status(
@@ -161,6 +192,13 @@ class Meter:
             + (f"  {progress.skipped} steps skipped" if progress.skipped else ""),
             last=images_left == 0,
         )
-        self.loss_sum.zero_()
+        self.sums.zero_()
         self.loss_steps.zero_()
-        self.marked, self.marked_seen, self.waited = time.perf_counter(), progress.seen, 0.0
+        self.marked, self.marked_seen, self.waited, self.flops = time.perf_counter(), progress.seen, 0.0, 0
+
+
+def peak_memory_mb(device: torch.device) -> int:
+    """The most that this process has held so far: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

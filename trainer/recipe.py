@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pipeline.config import load_yaml
 from pipeline.errors import RequestError
+
+AUTO = 0  # as a micro-batch
 
 
 class _Part(BaseModel):
@@ -26,8 +28,9 @@ class StageRecipe(_Part):
     steps: int | None = Field(None, gt=0)
     batch: int = Field(2048, gt=0)
     """Images a step, over all processes: a multiple of the recipe's `lanes`."""
-    micro_batch: int | None = Field(None, gt=0)
-    """Images of one process in one pass; lower it when memory runs out. The numbers stay the same up to rounding."""
+    micro_batch: Annotated[int, Field(ge=0), BeforeValidator(lambda v: AUTO if v == "auto" else v)] | None = None
+    """Images of one process in one pass; lower it when memory runs out. The numbers stay the same up to rounding.
+    auto: on a GPU the whole, a half, a quarter and so on, the first that fits; on a CPU 32. Without it the whole."""
     mask_ratio: float = Field(0.0, ge=0, lt=1)
     """Share of the patches dropped after the patch mixer."""
     learning_rate: float = Field(gt=0)
@@ -121,14 +124,21 @@ class Recipe(_Part):
     sigma_data: float = Field(0.9, gt=0)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 is autocast over fp32 weights; auto takes it on GPUs and on CPUs with matrix units for it."""
+    compile: bool = False
+    """Compile each block (torch.compile): faster on a GPU, after minutes at the start."""
     time_budget: float | None = Field(None, gt=0)
     """Seconds. What is left of the stages is shortened alike where it would take longer, by the speed measured before
     the first step and all along."""
     checkpoint_every: int = Field(1000, gt=0)
     """Steps between checkpoints."""
+    checkpoint_minutes: float | None = Field(None, gt=0)
+    """And whenever so much time has passed since the last one."""
     checkpoint_keep: int = Field(2, gt=0)
+    """How many checkpoints stay, the newest ones."""
     log_every: int = Field(20, gt=0)
     """Steps between lines of the log."""
+    wandb: str | None = None
+    """A project of W&B that gets what the log gets (pip install "microdit[wandb]")."""
     guidance_scale: float = Field(5.0, ge=0)
     """What `generate` takes when it is not told."""
 
@@ -147,11 +157,8 @@ class Recipe(_Part):
 
 # A run may go on with other values of these.
 OPERATION = {"corpus", "out", "cache_mb", "time_budget", "checkpoint_every", "checkpoint_keep", "log_every"} | {
-    "guidance_scale",
-    "cache_folder",
-    "cache_gb",
-    "max_broken",
-}
+    "guidance_scale", "compile", "checkpoint_minutes", "wandb", "cache_folder", "cache_gb", "max_broken",
+}  # fmt: skip
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

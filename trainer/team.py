@@ -22,11 +22,13 @@ class Team:
     world: int
     device: torch.device
 
-    def mean(self, value: float) -> float:
-        return self._reduced(value, dist.ReduceOp.SUM) / self.world
-
-    def largest(self, value: float) -> float:
-        return self._reduced(value, dist.ReduceOp.MAX)
+    def means(self, values: torch.Tensor) -> list[float]:
+        """Of float64 (n,), over the processes."""
+        if self.world > 1:
+            values = values.clone()
+            dist.all_reduce(values, dist.ReduceOp.SUM)
+            values /= self.world
+        return values.tolist()
 
     def gathered(self, value: Any) -> list[Any]:
         """The values of all processes, by rank."""
@@ -35,11 +37,11 @@ class Team:
             dist.all_gather_object(found, value)
         return found
 
-    def _reduced(self, value: float, how: Any) -> float:
+    def largest(self, value: float) -> float:
         if self.world == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, how)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.item()
 
 

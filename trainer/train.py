@@ -13,13 +13,14 @@ from model.checkpoint import load_weights
 from pipeline.errors import RequestError
 from trainer import checkpoint
 from trainer.budget import TimeBudget
-from trainer.data import StageData, in_thread, open_cache
-from trainer.learner import Learner, learning_rate
+from trainer.data import StageData, in_thread, open_cache, shapes
+from trainer.learner import Learner, learning_rate, with_micro_batch
 from trainer.log import Log, Meter, Progress
 from trainer.recipe import Recipe, identity
 from trainer.samples import RunSamples
 from trainer.start import Init, network_config, open_stages
 from trainer.team import Signals, Team, joined_team
+from trainer.watch import LIMIT, NotFinite
 
 WARM_STEPS, TIMED_STEPS = 3, 8  # of a stage, to measure the speed
 STOP_EVERY = 8  # steps between the moments when all processes agree on whether a signal came
@@ -42,22 +43,23 @@ def train(recipe: Recipe) -> dict[str, Any]:
     with ExitStack() as stack:
         team = stack.enter_context(joined_team())
         signals = stack.enter_context(Signals())
-        log = stack.enter_context(closing(Log(recipe.out, team.rank == 0)))
+        log = stack.enter_context(closing(Log(recipe.out, team.rank == 0, recipe.wandb, recipe.name)))
 
         # data
         samples = open_stages(recipe)
         init = None if recipe.init is None else Init(recipe, samples)
         cache = stack.enter_context(closing(open_cache(recipe, samples)))
         config = network_config(recipe, samples, cache, init)
-        stages = [
-            StageData(recipe, stage, index, cache, config["patch_size"], team.rank, team.world)
-            for stage, index in zip(recipe.stages, samples.stages, strict=True)
-        ]
+        learner = Learner(recipe, config, team)
+        stages = []
+        for stage, index in zip(recipe.stages, samples.stages, strict=True):
+            shape, width = shapes(cache, index, stage.latents, list(recipe.text))
+            stage = with_micro_batch(learner, stage, team, shape, (recipe.text_lengths[-1], width))
+            stages.append(StageData(recipe, stage, index, cache, config["patch_size"], team.rank, team.world))
 
         # begin, or go on
         facts = [{"latents": s.stage.latents, "samples": len(s.index), "digest": s.index.digest} for s in stages]
         found = checkpoint.load_latest(recipe.out, log.say)
-        learner = Learner(recipe, config, team)
         if found is None:
             progress = Progress([stage.length for stage in recipe.stages])
             if init is not None:
@@ -77,9 +79,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
             budget = TimeBudget(progress, recipe.stages, speed, recipe.time_budget - (time.monotonic() - began))
             keep_to_budget(budget, team, log)
         log.open(progress.step)
-        meter = Meter(progress, team, log)
+        meter, not_finite = Meter(progress, team, log), NotFinite(recipe.out, team)
+        saver = stack.enter_context(checkpoint.Saver(recipe.out, recipe.checkpoint_keep, log.say))
+        saved = time.monotonic()
 
         def save() -> None:
+            nonlocal saved
+            saved = time.monotonic()
             meter.settle()
             for listed in team.gathered(cache.broken.listed()):
                 cache.broken.restore(listed)
@@ -87,18 +93,27 @@ def train(recipe: Recipe) -> dict[str, Any]:
                 state = {"recipe": recipe.model_dump(mode="json"), "data": facts, "progress": asdict(progress)}
                 state["broken"] = cache.broken.listed()
                 info = generate_info(recipe, samples, stages[progress.stage])
-                tensors = (learner.net, learner.averages, learner.optimizer)
-                checkpoint.save(recipe.out, progress.step, *tensors, state, info, recipe.checkpoint_keep)
+                saver.save(progress.step, learner.net, learner.averages, learner.optimizer, state, info)
 
         def asked_to_stop() -> bool:
-            """Whether a signal came to any process; they ask each other every few steps only."""
+            """Whether a signal came to any process, or nothing is learned; they ask each other every few steps only."""
             if team.world > 1 and progress.step % STOP_EVERY:
                 return False
             signals.received = int(team.largest(signals.received))
-            return signals.received > 0
+            not_finite.in_a_row = int(team.largest(not_finite.in_a_row))
+            return signals.received > 0 or not_finite.in_a_row >= LIMIT
+
+        def due() -> bool:
+            """Whether it is time for a checkpoint."""
+            if progress.step % recipe.checkpoint_every == 0:
+                return True
+            if recipe.checkpoint_minutes is None or (team.world > 1 and progress.step % STOP_EVERY):
+                return False
+            return team.largest(time.monotonic() - saved) >= 60 * recipe.checkpoint_minutes
 
         # the loop
-        while (total := progress.images(recipe.stages)) > progress.seen and not signals.received:
+        stopped = signals.received > 0
+        while (total := progress.images(recipe.stages)) > progress.seen and not stopped:
             number = progress.stage
             stage, length = recipe.stages[number], progress.lengths[number]
             source = stages[number].batches(progress.step, progress.seen, length - progress.stage_step)
@@ -106,19 +121,21 @@ def train(recipe: Recipe) -> dict[str, Any]:
                 for batch in meter.waiting(batches):
                     rate = learning_rate(stage, progress.stage_step, length, progress.scale)
                     seen = (progress.stage_step + 1) * stage.batch
-                    meter.add(*learner.step(batch, stage, rate, progress.scale, seen))
+                    taken = learner.step(batch, stage, rate, progress.scale, seen)
+                    meter.add(taken)
                     progress.step += 1
                     progress.stage_step += 1
                     progress.seen += stage.batch
+                    not_finite.add(progress.step, taken.bad, stages[number].index, batch.positions)
                     if progress.step % recipe.log_every == 0 or progress.seen == total:
                         meter.write(number, rate, total - progress.seen)
                         if budget is not None and progress.stage_step < length:
                             budget.observe(meter.speed)
                             if keep_to_budget(budget, team, log):
                                 break
-                    if asked_to_stop():
+                    if stopped := asked_to_stop():
                         break
-                    if progress.step % recipe.checkpoint_every == 0 and progress.seen < total:
+                    if progress.seen < total and due():
                         save()
             if progress.stage_step == progress.lengths[number] and number + 1 < len(stages):
                 progress.stage, progress.stage_step = number + 1, 0
@@ -126,6 +143,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
         # end
         if found is None or progress.step > found.state["step"]:
             save()
+        saver.finish()
+        if not_finite.in_a_row >= LIMIT:
+            raise RequestError(
+                f"step {progress.step}: the last {not_finite.in_a_row} gradients were not finite and nothing was "
+                f"learned; their samples are in {not_finite.path}. Lower the learning rate, or look at the latents; "
+                "the same command goes on after them"
+            )
         folder = recipe.out / "checkpoints" / checkpoint.folder_name(progress.step)
         log.say(
             f"{'stopped' if progress.seen < total else 'finished'}: {progress.seen:,} of {total:,} images, {folder}"
@@ -164,8 +188,8 @@ def measure_speed(recipe: Recipe, config: dict[str, Any], team: Team, stages: Se
         learner, marks = Learner(recipe, config, team), []
         with closing(in_thread(stage.batches(0, 0, WARM_STEPS + TIMED_STEPS))) as batches:
             for batch in batches:
-                loss, _, _ = learner.step(batch, stage.stage, rate=stage.stage.learning_rate, scale=1.0)
-                loss.item()  # waits for the device
+                taken = learner.step(batch, stage.stage, rate=stage.stage.learning_rate)
+                taken.loss.item()  # waits for the device
                 marks.append(time.perf_counter())
         seconds.append(team.largest((marks[-1] - marks[WARM_STEPS - 1]) / TIMED_STEPS))
     return seconds

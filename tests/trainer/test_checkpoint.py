@@ -1,5 +1,7 @@
 import contextlib
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from model.checkpoint import CheckpointError
 from model.network import MicroDiT
-from tests.trainer.conftest import MODEL
+from tests.trainer.conftest import MODEL, STAGE
 from trainer import checkpoint
 from trainer.train import train
 
@@ -26,7 +28,8 @@ def made(seed: int = 0) -> tuple[MicroDiT, torch.optim.AdamW]:
 def save(out: Path, step: int, keep: int = 2, seed: int = 0) -> Path:
     net, optimizer = made(seed)
     ema = {name: p.detach() * 2 for name, p in net.named_parameters()}
-    return checkpoint.save(out, step, net, [ema], optimizer, {"note": seed}, {"latent_shape": [4, 4, 4]}, keep)
+    tensors = checkpoint.snapshot(net, [ema], optimizer)
+    return checkpoint.write(out, step, tensors, {"note": seed}, {"latent_shape": [4, 4, 4]}, keep)
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -109,3 +112,37 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Pa
                 save(tmp_path, 20 + number, keep=1, seed=2)
         found = checkpoint.load_latest(tmp_path, pytest.fail)
         assert found is not None and found.state["step"] in (10, *range(21, 21 + number))
+
+
+def test_a_disk_that_is_full_costs_a_checkpoint_and_not_the_run(recipe, tmp_path: Path, monkeypatch, capsys) -> None:
+    """The limit on a file's size stands for the disk: the weights fit, AdamW's state does not, but for the last one."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    written, real = [], checkpoint.write
+
+    def write(out, step, *args):
+        written.append(step)
+        full = step in (8,)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000 if full else limits[0], limits[1]))
+        try:
+            return real(out, step, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        summary = train(recipe())
+    finally:
+        signal.signal(signal.SIGXFSZ, before)
+    assert written == [4, 8, 12] and summary["steps"] == 12
+    assert "the checkpoint of step 8 cannot be written" in capsys.readouterr().out
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000012"]
+    with monkeypatch.context() as patch:
+
+        def never(*args):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(checkpoint, "write", never)
+        with pytest.raises(CheckpointError, match=r"step 4 cannot be written: .*No space left"):
+            train(recipe(out=str(tmp_path / "other"), stages=[STAGE | {"steps": 4}]))

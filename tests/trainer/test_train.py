@@ -16,7 +16,7 @@ from model.checkpoint import load_model
 from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
 from tests.trainer.conftest import STAGE, build_corpus
-from trainer.learner import Learner, learning_rate
+from trainer.learner import Learner, largest_that_fits, learning_rate
 from trainer.recipe import StageRecipe
 from trainer.train import train
 
@@ -167,7 +167,62 @@ def test_a_run_that_learns_nothing_any_more_ends(recipe, tmp_path, monkeypatch) 
 
     monkeypatch.setattr(StageData, "_batch", spoiled)
     with pytest.raises(RequestError, match="step 3: the last 3 gradients were not finite"):
-        train(recipe())
+        train(recipe(log_every=100, checkpoint_every=100))
+    assert state(tmp_path / "run", 3)["progress"]["skipped"] == 3
+    lines = [json.loads(line) for line in (tmp_path / "run" / "not-finite-0.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(len(line["samples"]) == STAGE["batch"] and "art/art-00000" in line["samples"][0] for line in lines)
+
+
+def test_the_log_tells_loss_by_noise_memory_and_time_left(recipe, tmp_path) -> None:
+    train(recipe(log_every=4))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    for line in lines:
+        found = [value for value in line["loss_by_noise"].values() if value is not None]
+        assert len(line["loss_by_noise"]) == 6 and min(found) <= line["loss"] <= max(found)
+        assert line["peak_memory_mb"] > 50 and line["mfu"] is None and 0 <= line["data_wait"] <= 1
+    assert lines[-1]["seconds_left"] == 0 < lines[0]["seconds_left"]
+
+
+def test_several_averages_and_one_that_starts_late(recipe, tmp_path) -> None:
+    stages = [STAGE | {"steps": 4, "ema_half_life": [200, 20], "ema_start": 32}]
+    train(recipe(stages=stages, checkpoint_every=1, checkpoint_keep=9))
+    folder = tmp_path / "run" / "checkpoints"
+    assert [(folder / f"step-0000000{n}" / "ema.safetensors").exists() for n in (1, 2, 3, 4)] == [False] * 2 + [
+        True
+    ] * 2
+    weights = tensors(tmp_path / "run", 4)
+    for name, half_life in (("ema", 200), ("ema-2", 20)):
+        before, after = tensors(tmp_path / "run", 3, name), tensors(tmp_path / "run", 4, name)
+        for key in before:
+            expected = before[key] + (1 - 0.5 ** (16 / half_life)) * (weights[key] - before[key])
+            torch.testing.assert_close(after[key], expected)
+
+
+def test_auto_is_the_largest_micro_batch_that_fits(recipe, tmp_path) -> None:
+    tried = []
+
+    def attempt(size: int) -> None:
+        tried.append(size)
+        if size > 12:
+            raise torch.OutOfMemoryError("too much")
+
+    assert largest_that_fits(50, attempt) == 7 and tried == [50, 25, 13, 7]
+    with pytest.raises(RequestError, match="not even one image"):
+        largest_that_fits(2, lambda size: attempt(size + 100))
+    summary = train(recipe(stages=[STAGE | {"steps": 2, "micro_batch": "auto"}]))
+    assert summary["steps"] == 2
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses(recipe, tmp_path) -> None:
+    stages = [STAGE | {"steps": 3, "mask_ratio": 0.5}]
+    text = {"text/tiny@source": 1.0}
+    train(recipe(stages=stages, text=text, text_lengths=[16], out=str(tmp_path / "plain")))
+    train(recipe(stages=stages, text=text, text_lengths=[16], compile=True))
+    plain, compiled = losses(tmp_path / "plain"), losses(tmp_path / "run")
+    assert list(compiled.values()) == pytest.approx(list(plain.values()), rel=1e-5)
 
 
 def test_time_budget_shortens_all_stages(recipe, tmp_path, at_step, monkeypatch, capsys) -> None:
