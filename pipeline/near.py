@@ -73,9 +73,7 @@ def groups(hashes: np.ndarray, distance: int, threads: int = 2) -> Groups:
     return Groups(smallest[roots][inverse], cut, len(tables))
 
 
-def nearest(
-    hashes: np.ndarray, others: np.ndarray, distance: int, threads: int = 2
-) -> tuple[np.ndarray, np.ndarray]:
+def nearest(hashes: np.ndarray, others: np.ndarray, distance: int, threads: int = 2) -> tuple[np.ndarray, np.ndarray]:
     """For each of (n,) uint64 hashes the nearest of (m,) others, at most `distance` bits away. Nothing is cut off.
 
     Returns:
