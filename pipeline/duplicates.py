@@ -369,8 +369,8 @@ def default_evaluation() -> str:
     url = load_config("configs/coco-val.yaml").corpus
     if not Store(url).exists("corpus.json"):
         raise RequestError(
-            f"--against is not given, and COCO val is not at {url}; run `microdit build configs/coco-val.yaml` once, or "
-            "give a corpus or its hash table"
+            f"--against is not given, and COCO val is not at {url}; run `microdit build configs/coco-val.yaml` once, "
+            "or give a corpus or its hash table"
         )
     return url
 

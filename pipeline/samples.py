@@ -49,7 +49,8 @@ JOBS: dict[str, tuple[type[Job], str, str]] = {  # a table job's folder: its rec
     CONTAMINATED: (
         ContaminatedTable,
         "decontaminate",
-        f"CASE WHEN {HASHED} THEN contaminated_by IS NOT NULL END AS contaminated, contaminated_by, contaminated_distance",
+        f"CASE WHEN {HASHED} THEN contaminated_by IS NOT NULL END AS contaminated, contaminated_by, "
+        "contaminated_distance",
     ),
 }
 
