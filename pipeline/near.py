@@ -1,8 +1,8 @@
 """Near 64-bit hashes among millions: multi-index look-up by Hamming distance, in numpy and bounded memory.
 
 The 64 bits are cut into m blocks. Two hashes at most d bits apart agree wholly in at least m - d blocks (pigeonhole),
-so for each choice of m - d blocks the hashes are sorted with those bits in front, and only neighbours that agree in them
-are compared. Moving bits changes no distance: what is sorted are the hashes themselves, with no number beside them.
+so for each choice of m - d blocks the hashes are sorted with those bits in front, and only neighbours that agree in
+them are compared. Moving bits changes no distance: what is sorted are the hashes themselves, with no number beside them.
 
 Real hashes are skewed: drawings on white, flat colours. Equal hashes are one. Bits that are nearly always the same are
 dealt to all blocks evenly, m is chosen by how often the hashes at hand collide, and within what still agrees a hash is

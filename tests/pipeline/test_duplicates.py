@@ -39,7 +39,7 @@ def write(corpus: Corpus, number: int, images: list[Image.Image | None]) -> None
             buffer = io.BytesIO()
             image.save(buffer, "png")
             data, sizes = buffer.getvalue(), dict(zip(("width", "height"), image.size, strict=True))
-            about = {name: "" for name in ("caption", "origin", "license", "fields")} | sizes
+            about = dict.fromkeys(("caption", "origin", "license", "fields"), "") | sizes
             about |= {f"original_{name}": size for name, size in sizes.items()}
             about |= {"sha256": hashlib.sha256(data).hexdigest()}
             attempt.add(row, key, {"png": data, "json": b"{}"}, **about, format="png", bytes=len(data))
@@ -92,7 +92,7 @@ def test_the_largest_of_a_group_is_kept(corpus: Corpus) -> None:
 def test_a_new_commit_asks_for_a_new_table(corpus: Corpus) -> None:
     first = dedup(corpus)
     write(corpus, 1, [photo(2)])
-    with pytest.raises(RequestError, match="duplicate_keep(.|\n)*`microdit dedup`, run again"):
+    with pytest.raises(RequestError, match=r"duplicate_keep(.|\n)*`microdit dedup`, run again"):
         select(corpus, "once", KEEP)
     second = dedup(corpus)
     assert second["path"] != first["path"] and (second["groups"], second["dropped"]) == (2, 3)
