@@ -9,11 +9,11 @@ share of copies in the group of their original; `precision` the share of the pai
 A drawing that is nearly another drawing (flags that differ in a colour, clocks) counts against the precision.
 
 **Hashes**: random ones as skewed as real ones: some bits are nearly always the same, and a fifth lie within few bits
-of 500 hashes (white pages, flat colours), the most frequent of these a hundred times as frequent as
-the median. One in a hundred is a copy of another one with 1 to 6 bits turned. `hash_recall` is the
-share of the copies in the group of their original. The reference compares some hashes with all: `reference_recall` is the share of the near pairs it finds
-that are in one group; `reference_hours` how long it would take for all. In a process of its own, whose memory is told.
-Goal: 10 million on 2 cores in less than 600 s and 8,000 MB with a recall of 0.99 or more.
+of 500 hashes (white pages, flat colours), the most frequent of these a hundred times as frequent as the median. One
+in a hundred is a copy of another one with 1 to 6 bits turned. `hash_recall` is the share of the copies in the group
+of their original. The reference compares some hashes with all: `reference_recall` is the share of the near pairs it
+finds that are in one group; `reference_hours` how long it would take for all. In a process of its own, whose memory
+is told. Goal: 10 million on 2 cores in less than 600 s and 8,000 MB with a recall of 0.99 or more.
 """
 
 import argparse

@@ -2,7 +2,8 @@
 
 The 64 bits are cut into m blocks. Two hashes at most d bits apart agree wholly in at least m - d blocks (pigeonhole),
 so for each choice of m - d blocks the hashes are sorted with those bits in front, and only neighbours that agree in
-them are compared. Moving bits changes no distance: what is sorted are the hashes themselves, with no number beside them.
+them are compared. Moving bits changes no distance: what is sorted are the hashes themselves, with no number beside
+them.
 
 Real hashes are skewed: drawings on white, flat colours. Equal hashes are one. Bits that are nearly always the same are
 dealt to all blocks evenly, m is chosen by how often the hashes at hand collide, and within what still agrees a hash is
@@ -221,7 +222,7 @@ def _neighbours(part: np.ndarray, bits: int, distance: int) -> tuple[np.ndarray,
     run = np.zeros(len(part), np.int32)
     np.cumsum(np.bitwise_count(part[1:] ^ part[:-1]) > distance, out=run[1:])
     at = np.arange(min(CHUNK, len(part)))
-    found = []
+    found: list[np.ndarray] = []
     for step in range(1, WINDOW + 2):
         if at[-1] + step >= len(part):
             at = at[: np.searchsorted(at, len(part) - step)]
