@@ -73,6 +73,7 @@ CorpusUrl = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Sql = Annotated[str, typer.Argument(metavar="SQL", help="One SELECT over the view `samples`.", show_default=False)]
+Distance = Annotated[int, typer.Option(metavar="BITS", help="How many of the 64 bits may differ, 0 to 8.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the file, e.g. shard_samples=64.", show_default=False),
@@ -247,6 +248,64 @@ def select(
         answer.update({"name": chosen.name, "hash": chosen.hash, "path": chosen.path, "rows": chosen.rows})
     if not as_json:
         print(f"{chosen.name}@{chosen.hash}: {chosen.rows:,} rows")
+
+
+@app.command()
+def dedup(corpus: CorpusUrl, distance: Distance = 6, as_json: Json = False) -> None:
+    """Find pictures that are double or nearly so, by the hashes of `scores/basic`; remove nothing.
+
+    `samples` gains `duplicate_group` (the id of the one to keep: the largest, then the first), `duplicate_distance`
+    (bits between the two), `duplicate_exact` (the same pixels came before) and `duplicate_keep`. For a corpus that
+    has changed run it again.
+
+    **Examples**
+
+    - `microdit dedup my/corpus`
+
+    - `microdit select my/corpus once "SELECT source, shard, row FROM samples WHERE duplicate_keep"`
+    """
+    from pipeline.duplicates import dedup as find
+
+    with _answer(as_json) as answer:
+        answer.update(find(_open(corpus), distance))
+    if not as_json:
+        print(
+            f"{answer['groups']:,} groups: {answer['kept']:,} of {answer['samples']:,} samples to keep, "
+            f"{answer['dropped']:,} to drop; {answer['exact']:,} repeat another one's pixels; "
+            f"{answer['without_hash']:,} more have no hash"
+        )
+
+
+@app.command()
+def decontaminate(
+    corpus: CorpusUrl,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CORPUS|FILE", help="An evaluation set: a corpus, or its hash table. May be repeated."),
+    ] = None,
+    distance: Distance = 6,
+    as_json: Json = False,
+) -> None:
+    """Mark pictures that are in an evaluation set, or nearly so; remove nothing.
+
+    Without `--against` that is COCO 2014 val, from the corpus that `microdit build configs/coco-val.yaml` makes here.
+    `samples` gains `contaminated`, `contaminated_by` (whose picture) and `contaminated_distance`.
+
+    **Example**
+
+    - `microdit select my/corpus clean "SELECT source, shard, row FROM samples WHERE NOT contaminated"`
+    """
+    from pipeline.duplicates import decontaminate as find
+    from pipeline.duplicates import default_evaluation
+
+    with _answer(as_json) as answer:
+        answer.update(find(_open(corpus), against or [default_evaluation()], distance))
+    if not as_json:
+        print(
+            f"{answer['contaminated']:,} of {answer['samples']:,} samples are near an evaluation set "
+            f"({', '.join(entry['name'] for entry in answer['against'])}), {answer['exact']:,} of them with the same "
+            f"pixels; {answer['without_hash']:,} more have no hash"
+        )
 
 
 @app.command()

@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 from pyarrow.fs import LocalFileSystem
 
 from pipeline.corpus import Corpus, canonical
+from pipeline.duplicates import CONTAMINATED, DUPLICATES, ContaminatedTable, DuplicatesTable, Job, job_base
 from pipeline.errors import RequestError
 from pipeline.store import first_line
-from pipeline.tables import ROW_GROUP, SampleTable, sample_table, table_schema
+from pipeline.tables import JOB_COLUMNS, ROW_GROUP, SampleTable, Table, cached, sample_table, table_schema
 
 SELECTION = pa.schema(
     [
@@ -37,6 +38,21 @@ CONFINED: dict[str, str | bool | int | float | list[str]] = {  # the SQL may be 
     "python_enable_replacements": False,
 }
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+HASHED = "basic_phash IS NOT NULL"
+JOBS: dict[str, tuple[type[Job], str, str]] = {  # a table job's folder: its record, its command, what the view shows
+    DUPLICATES: (
+        DuplicatesTable,
+        "dedup",
+        f"duplicate_group, duplicate_distance, CASE WHEN {HASHED} THEN coalesce(duplicate_exact, false) END AS "
+        f"duplicate_exact, CASE WHEN {HASHED} THEN coalesce(duplicate_keep, true) END AS duplicate_keep",
+    ),
+    CONTAMINATED: (
+        ContaminatedTable,
+        "decontaminate",
+        f"CASE WHEN {HASHED} THEN contaminated_by IS NOT NULL END AS contaminated, contaminated_by, "
+        "contaminated_distance",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -69,22 +85,45 @@ def _connected(corpus: Corpus, table: SampleTable) -> Iterator[duckdb.DuckDBPyCo
         tempfile.TemporaryDirectory(prefix="microdit-sql-") as spill,
         duckdb.connect(":memory:", config=CONFINED | {"temp_directory": spill}) as connection,
     ):
-        # a path, never a Python file: several scans of one query would share it, which deadlocks and mixes up reads
-        path = Path(spill) / "samples.parquet" if corpus.store.root is None else corpus.store.root / table.object.name
-        if corpus.store.root is None:
-            with corpus.store.open(table.object.name) as file, path.open("wb") as copy:
-                shutil.copyfileobj(file, copy, 16 << 20)
-        try:
-            fragment = ds.ParquetFileFormat().make_fragment(str(path), LocalFileSystem())
-            view = ds.FileSystemDataset([fragment], fragment.physical_schema, fragment.format)
-        except (pa.ArrowException, OSError) as error:
-            raise RequestError(
-                f"corpus {corpus.url}: {table.object.name} is damaged ({first_line(error)}); remove the folder "
-                "tables, it is made again"
-            ) from None
-        connection.register("samples", view)
+        jobs = _jobs(corpus, table)
+        connection.register("sample_rows" if jobs else "samples", _view(corpus, table, Path(spill)))
+        shown, joined = ["sample_rows.*"], "sample_rows"
+        for number, (folder, job) in enumerate(jobs.items()):
+            connection.register(f"job_{number}", _view(corpus, job, Path(spill)))
+            shown.append(JOBS[folder][2])
+            joined += f" LEFT JOIN job_{number} USING (source, shard, row)"
+        if jobs:
+            connection.execute(f"CREATE VIEW samples AS SELECT {', '.join(shown)} FROM {joined}")
         connection.execute("SET lock_configuration=true")
         yield connection
+
+
+def _view(corpus: Corpus, table: Table, spill: Path) -> ds.FileSystemDataset:
+    """A published table for DuckDB: by a path, never a Python file, which several scans of one query would share; that
+    deadlocks and mixes up reads."""
+    path = spill / Path(table.object.name).name if corpus.store.root is None else corpus.store.root / table.object.name
+    if corpus.store.root is None:
+        with corpus.store.open(table.object.name) as file, path.open("wb") as copy:
+            shutil.copyfileobj(file, copy, 16 << 20)
+    try:
+        fragment = ds.ParquetFileFormat().make_fragment(str(path), LocalFileSystem())
+        return ds.FileSystemDataset([fragment], fragment.physical_schema, fragment.format)
+    except (pa.ArrowException, OSError) as error:
+        raise RequestError(
+            f"corpus {corpus.url}: {table.object.name} is damaged ({first_line(error)}); remove the folder "
+            "tables, it is made again"
+        ) from None
+
+
+def _jobs(corpus: Corpus, table: SampleTable) -> dict[str, Job]:
+    """The table jobs that read the very commits of this sample table, by folder."""
+    found = {folder: cached(corpus, job_base(folder, table), kind) for folder, (kind, _, _) in JOBS.items()}
+    return {folder: job for folder, job in found.items() if job is not None}
+
+
+def _asked(sql: str) -> list[str]:
+    """The folders of the table jobs whose columns the SQL names."""
+    return [folder for folder in JOBS if folder.removeprefix("tables/").removesuffix("s") in sql.lower()]
 
 
 def _run(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
@@ -95,7 +134,11 @@ def _run(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
             raise RequestError(f"SQL: {what}; expected one SELECT over the view samples")
         table = connection.sql(sql).to_arrow_table()
     except duckdb.Error as error:
-        raise RequestError(f"SQL: {error}") from None
+        advice = [
+            f"`microdit {JOBS[folder][1]}`" for folder in _asked(sql) if isinstance(error, duckdb.BinderException)
+        ]
+        again = f"\nThose columns come from {' and '.join(advice)}, run again whenever the corpus has changed"
+        raise RequestError(f"SQL: {error}{again if advice else ''}") from None
     for where, field in enumerate(table.schema):
         if field.type == pa.decimal128(38, 0):  # what DuckDB's 128-bit sums come as
             with suppress(pa.ArrowInvalid):  # it is larger than 64 bits: it stays
@@ -120,11 +163,15 @@ def select(corpus: Corpus, name: str, sql: str) -> Selection:
         raise RequestError(f"selection {name!r}: a name is letters, digits, - _ and ., and begins with no dot")
     table = sample_table(corpus)
     with _connected(corpus, table) as connection:
-        chosen = _chosen(_run(connection, sql), set(table_schema(corpus.columns()).names))
+        jobs = _jobs(corpus, table)
+        known = {*table_schema(corpus.columns()).names, *JOB_COLUMNS.names, "contaminated"}
+        chosen = _chosen(_run(connection, sql), known)
         connection.register("chosen", chosen)
         _check(connection, len(chosen))
         chosen = connection.sql("SELECT * FROM chosen ORDER BY source, shard, row").to_arrow_table()
-    about = canonical({"name": name, "query": sql, "rows": len(chosen), "commits": table.commits})
+    asked = {folder: jobs[folder].asked() for folder in _asked(sql) if folder in jobs}
+    pinned = {"name": name, "query": sql, "rows": len(chosen), "commits": table.commits}
+    about = canonical(pinned | ({"jobs": asked} if asked else {}))
     chosen = chosen.cast(SELECTION.with_metadata({"microdit": about}))
     found = Selection(name, digest := selection_hash(about, chosen), _selection_path(name, digest), len(chosen), sql)
     buffer = io.BytesIO()

@@ -35,6 +35,17 @@ BASE = pa.schema(
     ]
 )
 
+JOB_COLUMNS = pa.schema(  # what `pipeline.duplicates` adds to the view
+    [
+        pa.field("duplicate_group", pa.string()),
+        pa.field("duplicate_distance", pa.int16()),
+        pa.field("duplicate_exact", pa.bool_()),
+        pa.field("duplicate_keep", pa.bool_()),
+        pa.field("contaminated_by", pa.string()),
+        pa.field("contaminated_distance", pa.int16()),
+    ]
+)
+
 
 class Field(NamedTuple):
     """A column of the sample table: where it comes from. `scalar` is None for `has_...`: is the sample there?"""
@@ -152,7 +163,7 @@ def table_fields(declared: dict[str, Declaration]) -> list[Field]:
         for scalar, type_name in declaration.scalars.items():
             whole = prefix if (kind, scalar) == ("captions", "caption") else f"{prefix}_{scalar}"
             fields.append(Field(re.sub(r"[^A-Za-z0-9_]", "_", whole), column, scalar, SCALAR_TYPES[type_name]))
-    taken = dict.fromkeys(BASE.names, "images")
+    taken = dict.fromkeys(BASE.names, "images") | dict.fromkeys([*JOB_COLUMNS.names, "contaminated"], "table jobs")
     for field in fields:
         if field.name in taken:
             raise RequestError(

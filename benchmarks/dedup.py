@@ -1,0 +1,218 @@
+"""Duplicates: which changes of a picture each method finds, and how long millions of hashes take.
+
+    python benchmarks/dedup.py [--images 300] [--hashes 10000000] [--distance 6] [--threads 2] [--json]
+
+**Pictures**: OpenMoji's drawings and drawn photographs (as in benchmarks/ingest.py), half and half. Of every second one
+a changed copy is planted, for each kind of change: resized to 70%, recompressed as JPEG of quality 50, cropped by 2%,
+recoloured slightly, watermarked. `recall` of a method (exact: equal pixels; perceptual: near hashes) and change is the
+share of copies in the group of their original; `precision` the share of the pairs it puts together that are planted.
+A drawing that is nearly another drawing (flags that differ in a colour, clocks) counts against the precision.
+
+**Hashes**: random ones as skewed as real ones: some bits are nearly always the same, and a fifth lie within few bits
+of 500 hashes (white pages, flat colours), the most frequent of these a hundred times as frequent as the median. One
+in a hundred is a copy of another one with 1 to 6 bits turned. `hash_recall` is the share of the copies in the group
+of their original. The reference compares some hashes with all: `reference_recall` is the share of the near pairs it
+finds that are in one group; `reference_hours` how long it would take for all. In a process of its own, whose memory
+is told. Goal: 10 million on 2 cores in less than 600 s and 8,000 MB with a recall of 0.99 or more.
+"""
+
+import argparse
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from benchmarks.ingest import photograph
+from pipeline.near import groups
+from pipeline.openmoji import catalogue, rasterise
+from pipeline.stages.scores import basic_scores
+
+GOALS = {"hash_seconds": 600, "hash_memory_mb": 8000, "hash_recall": 0.99}
+FLAT, FLAT_SHARE, COPIES = 500, 0.2, 0.01
+ASKED = 500  # hashes that the reference compares with all
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def resized(image: Image.Image, rng: random.Random) -> Image.Image:
+    return image.resize((image.width * 7 // 10, image.height * 7 // 10), Image.Resampling.BICUBIC)
+
+
+def recompressed(image: Image.Image, rng: random.Random) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=50)
+    return Image.open(buffer).convert("RGB")
+
+
+def cropped(image: Image.Image, rng: random.Random) -> Image.Image:
+    """2% of each side, from one end or the other or both."""
+    across, down = round(image.width * 0.02), round(image.height * 0.02)
+    left, top = rng.randint(0, across), rng.randint(0, down)
+    return image.crop((left, top, image.width - across + left, image.height - down + top))
+
+
+def recoloured(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Each channel 6% stronger or weaker at most, and up to 6 levels lighter or darker."""
+    scale = np.array([rng.uniform(0.94, 1.06) for _ in range(3)])
+    pixels = np.asarray(image) * scale + rng.uniform(-6, 6)
+    return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
+
+
+def watermarked(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Half transparent letters across a lower corner, a tenth as high as the picture."""
+    layer = Image.new("RGBA", image.size)
+    draw = ImageDraw.Draw(layer)
+    height = image.height // 10
+    from PIL import ImageFont
+
+    where = (rng.randrange(image.width // 3 + 1), image.height - 2 * height)
+    draw.text(where, "example.org", fill=(255, 255, 255, 128), font=ImageFont.load_default(height))
+    return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
+
+
+CHANGES: dict[str, Callable[[Image.Image, random.Random], Image.Image]] = {
+    "none": lambda image, rng: image,
+    "resized": resized,
+    "recompressed": recompressed,
+    "cropped": cropped,
+    "recoloured": recoloured,
+    "watermarked": watermarked,
+}
+
+
+def pictures(images: int, distance: int) -> dict[str, Any]:
+    """Recall and precision of each method and change."""
+    rng = random.Random(0)
+    drawings = rng.sample(catalogue(), images // 2)
+    originals = [rasterise(entry.svg.read_text(), 256) for entry in drawings]
+    while len(originals) < images:
+        originals.append(Image.open(io.BytesIO(photograph(rng))).convert("RGB"))
+    methods: dict[str, Callable[[list[dict[str, Any]]], np.ndarray]] = {
+        "exact": lambda made: np.unique([scores["pixels_sha256"] for scores in made], return_inverse=True)[1],
+        "perceptual": lambda made: groups(np.array([int(s["phash"], 16) for s in made], np.uint64), distance).labels,
+    }
+    plain = [basic_scores(np.asarray(image)) for image in originals]
+    found: dict[str, Any] = {}
+    for change, apply in CHANGES.items():
+        copies = [basic_scores(np.asarray(apply(image, rng))) for image in originals[::2]]
+        for method, label in methods.items():
+            labels = label(plain + copies)
+            planted = {(place, len(plain) + number) for number, place in enumerate(range(0, images, 2))}
+            together = {pair for pair in combinations(range(len(labels)), 2) if labels[pair[0]] == labels[pair[1]]}
+            right = len(planted & together)
+            found[f"{method}_{change}_recall"] = round(right / len(planted), 4)
+            found[f"{method}_{change}_precision"] = round(right / len(together), 4) if together else None
+    return found
+
+
+# -- hashes ------------------------------------------------------------------------------------------------------------
+
+
+def turned(rng: np.random.Generator, hashes: np.ndarray, most: int) -> np.ndarray:
+    """The hashes with 1 to `most` bits turned."""
+    left = rng.integers(1, most + 1, len(hashes))
+    made = hashes.copy()
+    while (left > 0).any():
+        bit = np.uint64(1) << rng.integers(0, 64, len(hashes), np.uint64)
+        fresh = (left > 0) & ((made ^ hashes) & bit == 0)
+        made[fresh] ^= bit[fresh]
+        left[fresh] -= 1
+    return made
+
+
+def skewed(count: int, distance: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hashes, in any order; and where the planted copies and their originals are."""
+    rng = np.random.default_rng(0)
+    copies, flat = int(count * COPIES), int(count * FLAT_SHARE)
+    plain = count - copies - flat
+    hashes = np.zeros(count, np.uint64)
+    for bit, share in enumerate(rng.beta(2, 2, 64)):  # how often the bit is set
+        for start in range(0, plain, 1 << 20):
+            part = hashes[start : min(plain, start + (1 << 20))]
+            part |= (rng.random(len(part), np.float32) < share).astype(np.uint64) << np.uint64(bit)
+    weights = 1 / np.arange(1, FLAT + 1) ** 0.8
+    centres = rng.integers(0, 2**64, FLAT, np.uint64)[rng.choice(FLAT, flat, p=weights / weights.sum())]
+    hashes[plain : plain + flat] = turned(rng, centres, 5)
+    originals = rng.choice(plain, copies, replace=False)
+    hashes[plain + flat :] = turned(rng, hashes[originals], distance)
+    order = rng.permutation(count)
+    place = np.empty(count, np.int64)
+    place[order] = np.arange(count)
+    return hashes[order], place[plain + flat :], place[originals]
+
+
+def look_up(count: int, distance: int, threads: int) -> dict[str, Any]:
+    hashes, copies, originals = skewed(count, distance)
+    began, worked = time.perf_counter(), time.process_time()
+    found = groups(hashes, distance, threads)
+    seconds, cpu = time.perf_counter() - began, time.process_time() - worked
+    memory = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024 // 10**6
+    sizes = np.unique(found.labels, return_counts=True)[1]
+    asked = np.random.default_rng(1).choice(count, min(count, ASKED), replace=False)
+    pairs = together = 0
+    began = time.perf_counter()
+    for one in asked:
+        near = np.bitwise_count(hashes ^ hashes[one]) <= distance
+        near[one] = False
+        pairs += int(near.sum())
+        together += int((found.labels[near] == found.labels[one]).sum())
+    reference = time.perf_counter() - began
+    return {
+        "hashes": count,
+        "distance": distance,
+        "threads": threads,
+        "cores": len(os.sched_getaffinity(0)),
+        "distinct": len(np.unique(hashes)),
+        "tables": found.tables,
+        "cut_share": round(found.cut / max(1, found.tables) / count, 4),
+        "groups": int((sizes > 1).sum()),
+        "largest": int(sizes.max()),
+        "hash_seconds": round(seconds, 1),
+        "hash_cpu_seconds": round(cpu, 1),
+        "hash_memory_mb": memory,
+        "hash_recall": round(float((found.labels[copies] == found.labels[originals]).mean()), 5),
+        "reference_pairs": pairs,
+        "reference_recall": round(together / pairs, 5) if pairs else None,
+        "reference_hours": round(reference / len(asked) * count / 2 / 3600, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=300, help="pictures; 0 for none")
+    parser.add_argument("--hashes", type=int, default=10_000_000, help="hashes; 0 for none")
+    parser.add_argument("--distance", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.alone:
+        print(json.dumps(look_up(options.hashes, options.distance, options.threads)))
+        return
+    found: dict[str, Any] = pictures(options.images, options.distance) if options.images else {}
+    if options.hashes:
+        given = [f"--{name}={getattr(options, name)}" for name in ("hashes", "distance", "threads")]
+        command = [sys.executable, "-m", "benchmarks.dedup", "--alone", *given]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent.parent)
+        found |= json.loads(done.stdout)
+    found["goals"] = GOALS
+    if options.json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:34} {value}")
+
+
+if __name__ == "__main__":
+    main()
