@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from obstore.exceptions import PermissionDeniedError
 
 from pipeline.corpus import Corpus
+from pipeline.database import connect
 from pipeline.errors import DamagedError
 from pipeline.parallel import threaded
 from pipeline.records import COMMIT, UNITS, commit_name
@@ -207,7 +207,7 @@ GROUP BY ALL
 def totals(table: pa.Table) -> dict[tuple[str, str], Totals]:
     """A commit table added up, by column and source."""
     found: dict[tuple[str, str], Totals] = {}
-    with duckdb.connect(":memory:") as connection:
+    with connect() as connection:
         connection.register("lines", table)
         connection.execute(NEWEST)
         for column, source, *sums in connection.execute(COUNTS).fetchall():

@@ -29,6 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.corpus import Corpus
+from pipeline.database import connect
 from pipeline.errors import RequestError
 from pipeline.records import ObjectRef, canonical
 from pipeline.sources.archives import stem, tar_members
@@ -158,7 +159,7 @@ def _write_sorted(spec: JoinSpec, scratch: Path, tally: _Tally, path: Path) -> N
     with TemporaryDirectory(dir=scratch, prefix=SPILL) as spill:
         options: dict[str, Any] = {"memory_limit": SORT_MEMORY, "temp_directory": spill, "threads": 1}
         schema, batches = _readers(spec, scratch, tally)
-        with duckdb.connect(config=options) as database:
+        with connect(**options) as database:
             database.register("rows", pa.RecordBatchReader.from_batches(schema, _kept(batches, tally)))
             names = ", ".join(["key", *(f"f{i}" for i in range(len(spec.fields)))])
             try:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pyarrow.fs import LocalFileSystem
 
 from pipeline.corpus import Corpus, canonical
+from pipeline.database import connect
 from pipeline.duplicates import CONTAMINATED, DUPLICATES, ContaminatedTable, DuplicatesTable, Job, job_base
 from pipeline.errors import RequestError
 from pipeline.store import first_line
@@ -83,7 +84,7 @@ def query(corpus: Corpus, sql: str) -> pa.Table:
 def _connected(corpus: Corpus, table: SampleTable) -> Iterator[duckdb.DuckDBPyConnection]:
     with (
         tempfile.TemporaryDirectory(prefix="microdit-sql-") as spill,
-        duckdb.connect(":memory:", config=CONFINED | {"temp_directory": spill}) as connection,
+        connect(**CONFINED, temp_directory=spill) as connection,
     ):
         jobs = _jobs(corpus, table)
         connection.register("sample_rows" if jobs else "samples", _view(corpus, table, Path(spill)))
