@@ -20,8 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # the longest first: whoever comes to its end early finds something left to do
 LONG = [
-    *("test_demo.py", "test_readme.py", "infra/test_cluster.py", "pipeline/test_cluster.py", "test_engine.py"),
-    *("test_benchmarks.py", "test_miniatures.py", "test_train.py"),
+    *("test_demo.py", "test_readme.py", "pipeline/test_cluster.py", "test_engine.py", "test_benchmarks.py"),
+    *("test_miniatures.py", "test_train.py"),
 ]
 
 

@@ -89,6 +89,7 @@ def test_quantise() -> None:
         assert row["worst_sample"] < {"float16": 0.001, "int8": 0.03, "int4": 0.2}[row["storage"]]
 
 
+@pytest.mark.slow
 def test_encode() -> None:
     found = run(
         "encode", "--device", "cpu", "--models", "demo", "minilm", "--samples", "5", "--unique", "4", "--rounds", "1"
@@ -114,6 +115,7 @@ def test_loader() -> None:
     assert found["shuffle"]["source"] == pytest.approx(1, abs=0.05) and found["server_mb_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_train_step() -> None:
     found = run("train_step", "--device", "cpu", "--pixels", "64", "--micro-batches", "2", "--repeat", "1")
     (row,) = found["rows"]

@@ -65,6 +65,7 @@ def cluster(tmp_path: Path, environment: dict[str, str]) -> Iterator[Cluster]:
         yield Cluster(hosts[0], hosts[1:], work, f"s3://{BUCKET}/{tmp_path.name}")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_build_goes_on_when_a_host_loses_its_power(cluster: Cluster) -> None:
     head, corpus_url = cluster.head, cluster.corpus

@@ -50,6 +50,7 @@ print(summary.worked, "ray" in sys.modules)
 def cluster() -> Iterator[None]:
     environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
     ray.init(
+        address="local",  # not the one that another test has started
         num_cpus=1,
         num_gpus=0,
         include_dashboard=False,
