@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.ingest import photograph
 from pipeline.near import groups
@@ -74,10 +74,10 @@ def watermarked(image: Image.Image, rng: random.Random) -> Image.Image:
     layer = Image.new("RGBA", image.size)
     draw = ImageDraw.Draw(layer)
     height = image.height // 10
-    from PIL import ImageFont
-
     where = (rng.randrange(image.width // 3 + 1), image.height - 2 * height)
-    draw.text(where, "example.org", fill=(255, 255, 255, 128), font=ImageFont.load_default(height))
+    font = ImageFont.load_default(height)
+    # gray with a dark edge: seen on a white drawing too
+    draw.text(where, "example.org", (160, 160, 160, 128), font, stroke_width=1, stroke_fill=(40, 40, 40, 128))
     return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
 
 

@@ -1,7 +1,6 @@
 """A disk that fills up in the middle of a shard: nothing half is left, and with room again it goes on."""
 
 import errno
-import os
 import resource
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 
 from pipeline.check import verify
 from pipeline.corpus import Corpus
+from tests.pipeline.disks import grow, small_disk
 from tests.pipeline.made import hashes, named_objects
 from tests.pipeline.whole import COLUMNS, SHARDS, build_whole
 
@@ -20,17 +20,9 @@ LIMITED = "import sys; from tests.pipeline.whole import build_whole; build_whole
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 128 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("only root may mount a small disk; test_a_file_that_may_not_grow does the same without")
-    try:
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "128k") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def check_then_go_on(url: Path, tmp_path: Path) -> None:
@@ -40,7 +32,7 @@ def check_then_go_on(url: Path, tmp_path: Path) -> None:
     assert made < SHARDS * len(COLUMNS)
     assert not list(corpus.store.unfinished())
     if url.parent.name == "disk":
-        subprocess.run(["mount", "-o", "remount,size=8m", str(url.parent)], check=True)
+        grow(url.parent, "8m")
     assert build_whole(url) == SHARDS * len(COLUMNS) - made
     build_whole(tmp_path / "undisturbed")
     assert hashes(corpus, COLUMNS) == hashes(Corpus.open(tmp_path / "undisturbed"), COLUMNS)
@@ -49,11 +41,11 @@ def check_then_go_on(url: Path, tmp_path: Path) -> None:
     assert named_objects(corpus, COLUMNS) <= {item.name for item in corpus.store.list()}
 
 
-def test_a_disk_that_is_full(small_disk: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_full(disk: Path, tmp_path: Path) -> None:
     with pytest.raises(OSError) as error:
-        build_whole(small_disk / "corpus")
+        build_whole(disk / "corpus")
     assert error.value.errno == errno.ENOSPC
-    check_then_go_on(small_disk / "corpus", tmp_path)
+    check_then_go_on(disk / "corpus", tmp_path)
 
 
 def test_a_file_that_may_not_grow(tmp_path: Path) -> None:

@@ -2,14 +2,18 @@
 
 import hashlib
 import io
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import Result
 from PIL import Image
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.corpus import Corpus, ShardRef, shard_name, unit_name
 from pipeline.duplicates import decontaminate, dedup, hash_table
 from pipeline.errors import RequestError
@@ -135,3 +139,38 @@ def test_what_cannot_be_asked(corpus: Corpus, tmp_path: Path) -> None:
     empty.declare_column("images", {"stage": "images"}, IMAGE_SCALARS)
     with pytest.raises(RequestError, match="it has no scores/basic with hashes"):
         dedup(empty)
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def microdit(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_both_commands(corpus: Corpus, tmp_path: Path) -> None:
+    said = microdit("dedup", corpus.url)
+    assert said.exit_code == 0 and "1 groups: 3 of 5 samples to keep, 2 to drop; 1 repeat" in said.stdout
+    assert json.loads(microdit("dedup", corpus.url, "--json").stdout)["groups"] == 1
+    other = corpus_of(tmp_path / "evaluation", [photo(2), photo(9)])
+    said = microdit("decontaminate", corpus.url, "--against", other.url)
+    assert said.exit_code == 0 and said.stdout.startswith("1 of 5 samples are near an evaluation set")
+    found = json.loads(microdit("decontaminate", corpus.url, "--against", other.url, "--json").stdout)
+    assert (found["contaminated"], found["exact"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("dedup", "--distance", 9), "9"),
+        (("decontaminate", "--against", "nowhere"), "nowhere"),
+        (("decontaminate",), "configs/coco-val.yaml"),
+    ],
+)
+def test_a_wrong_request_is_one_message(
+    corpus: Corpus, arguments: tuple[object, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = microdit(arguments[0], corpus.url, *arguments[1:])
+    assert said.exit_code == 2
+    assert words in said.stderr and "Traceback" not in said.output

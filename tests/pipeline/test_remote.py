@@ -27,6 +27,7 @@ from pipeline.sources.patterns import expand_braces, matcher
 from pipeline.sources.remote import RemoteFile, list_files, local_copy, scratch_folder
 from tests.files_server import FilesServer, files_server
 from tests.hub import TOKEN, Hub, hub
+from tests.pipeline.disks import grow, small_disk
 from tests.s3 import BUCKET
 
 __all__ = ["files_server", "hub"]
@@ -546,33 +547,25 @@ def test_leftovers_are_swept(files_server: FilesServer, scratch: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 512 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("only root may mount a small disk; test_a_file_that_may_not_grow does the same without")
-    try:
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "512k") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("length", [True, False])
-def test_a_disk_that_is_full(small_disk: Path, files_server: FilesServer, length: bool) -> None:
+def test_a_disk_that_is_full(disk: Path, files_server: FilesServer, length: bool) -> None:
     """Told before the first byte where the size is known; with room again it goes on."""
     file = RemoteFile("x.tar", files_server.add("x.tar", DATA, length=length))
     with (
         pytest.raises(
             OSError, match=r"no room in the scratch folder .*/disk for x\.tar.*set resources\.scratch"
         ) as error,
-        local_copy(file, small_disk),
+        local_copy(file, disk),
     ):
         raise AssertionError
     assert error.value.errno == errno.ENOSPC
-    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
-    assert fetched(file, small_disk) == DATA
+    grow(disk, "8m")
+    assert fetched(file, disk) == DATA
     if not length:
         assert files_server.ranges("x.tar")[1] not in (None, "bytes=0-")
 

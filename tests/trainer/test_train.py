@@ -15,7 +15,7 @@ import yaml
 from model.checkpoint import load_model
 from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
-from tests.trainer.conftest import STAGE, build_corpus
+from tests.trainer.conftest import STAGE, build_corpus, build_recipe
 from trainer.learner import Learner, largest_that_fits, learning_rate
 from trainer.recipe import StageRecipe
 from trainer.train import train
@@ -113,6 +113,28 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(recipe, at_step, tmp_path,
     assert train(recipe(log_every=4))["signal"] == 0
     # the line of step 8 is a mean of steps before and after the stop
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_broken_shards_are_in_the_checkpoint_and_a_run_goes_on_with_them(at_step, tmp_path, monkeypatch) -> None:
+    fields = {"lanes": 4, "max_broken": 0.3, "stages": [STAGE | {"steps": 12}], "checkpoint_every": 100}
+    corpus = build_corpus(tmp_path / "corpus")
+    corpus.store.delete([corpus.commits("latents/demo-32")[1].object.name])
+    whole = build_recipe(corpus, tmp_path / "whole", **fields)
+    assert train(whole)["steps"] == 12
+    broken = state(tmp_path / "whole", 12)["broken"]
+    assert len(broken) == 1 and broken[0][0] == "latents/demo-32"
+
+    parted = build_recipe(corpus, tmp_path / "parted", **fields)
+    at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(parted)["signal"] == signal.SIGTERM
+    monkeypatch.undo()
+    assert train(parted)["signal"] == 0
+    assert losses(tmp_path / "parted") == losses(tmp_path / "whole")
+    assert state(tmp_path / "parted", 12)["broken"] == broken
+
+    few = build_recipe(corpus, tmp_path / "few", **{**fields, "max_broken": 0.1})
+    with pytest.raises(RequestError, match=r"16 of 96 samples are broken, more than max_broken = 0\.1 allows"):
+        train(few)
 
 
 def test_a_finished_run_has_nothing_to_do(recipe, tmp_path, capsys) -> None:
