@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from obstore.exceptions import PermissionDeniedError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.corpus import Corpus
 from pipeline.database import connect
@@ -31,6 +33,7 @@ FOLDER = "tables/commits"
 LAYOUT = 1
 LEAST = 1000  # commits that were read one by one before a table is worth its writing; later a tenth of all
 AT_ONCE, BATCH = 32, 50_000  # commits that a thread reads in one go, and lines of a part of the table
+SAVE_EVERY = 500_000  # commits that were read: who is stopped in the minutes that millions take goes on from there
 FORBIDDEN = (PermissionDeniedError, PermissionError)
 LINE = pa.schema(
     [
@@ -70,15 +73,33 @@ def commit_table(corpus: Corpus, damage: list[str] | None = None) -> pa.Table:
     known = known.filter(pc.is_in(known["name"], value_set=names))
     missing = names.filter(pc.invert(pc.is_in(names, value_set=known["name"].combine_chunks())))
     damaged: dict[Where, DamagedError] = {}
-    table = pa.concat_tables([known, *_read(corpus, missing, damaged)])
+    table, saved = known, len(known)
+    for part in _told(_read(corpus, missing, damaged), len(missing)):
+        table = pa.concat_tables([table, part])
+        if len(table) - saved >= SAVE_EVERY:
+            _publish(corpus, table)
+            saved = len(table)
     for where, error in damaged.items():
         if not _newer(table, where):
             if damage is None:
                 raise error
             damage.append(str(error))
-    if len(table) - len(known) >= max(LEAST, len(known) // 10):
+    if len(table) - saved >= max(LEAST, saved // 10):
         _publish(corpus, table)
     return table
+
+
+def _told(parts: Iterator[pa.Table], total: int) -> Iterator[pa.Table]:
+    """The same parts; where there are many lines a bar on the terminal, beside what is printed, tells how many."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("reading commits"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console, transient=True, disable=total <= BATCH or not console.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("commits", total=total)
+        for part in parts:
+            bar.advance(task, len(part))
+            yield part
 
 
 def _newest(corpus: Corpus) -> pa.Table:

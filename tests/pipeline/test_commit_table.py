@@ -89,6 +89,28 @@ def test_only_what_is_new_is_read_again(corpus_url: str, reads: list[str]) -> No
     assert len([item for item in corpus.store.list(TABLES) if item.name.endswith(".json")]) == 1
 
 
+def test_what_was_read_before_a_stop_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[str]
+) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus)
+    for name, value in {"AT_ONCE": 1, "BATCH": 2, "SAVE_EVERY": 4}.items():
+        monkeypatch.setattr(module, name, value)
+    get = Store.get
+
+    def stopped(self: Store, name: str) -> bytes:
+        if name.startswith("commits/") and len(reads) >= 8:
+            raise KeyboardInterrupt
+        return get(self, name)
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(module, "threaded", lambda function, items: map(function, items))
+        context.setattr(Store, "get", stopped)
+        commit_table(corpus)
+    reads.clear()
+    assert len(commit_table(corpus)) == 11 and len(reads) == 11 - 8
+
+
 def test_what_is_not_listed_any_more_is_not_told(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path)
     fill(corpus)
