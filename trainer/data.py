@@ -20,7 +20,9 @@ from torch import Tensor
 from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
 from pipeline.quantise import Quantised
+from trainer.buffers import Buffers
 from trainer.disk_cache import DiskCache
+from trainer.draw import Draw, Noise
 from trainer.order import Lanes
 from trainer.recipe import Recipe, StageRecipe
 from trainer.samples import RunSamples, SampleIndex
@@ -62,35 +64,6 @@ class Batch:
     micro_batches: list[MicroBatch]
 
 
-@dataclass(frozen=True)
-class Draw:
-    """The random numbers of a global batch, drawn by one generator so that no rank's depend on the others."""
-
-    sigma_normal: Tensor
-    caption: np.ndarray
-    dropout: np.ndarray
-    noise: Tensor
-    permutation: Tensor | None
-    posterior: Tensor | None = None
-
-    @classmethod
-    def of(
-        cls, seed: int, step: int, batch: int, latent_shape: Sequence[int], tokens: int | None, moments: bool = False
-    ) -> "Draw":
-        """tokens: length of the permutations of patches; None without masking. moments: latents are drawn as well."""
-        words = np.random.SeedSequence((seed, 3, step)).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
-        return cls(
-            sigma_normal=torch.randn(batch, generator=generator),
-            caption=torch.rand(batch, generator=generator).numpy(),
-            dropout=torch.rand(batch, generator=generator).numpy(),
-            noise=torch.randn(batch, *latent_shape, generator=generator),
-            permutation=None if tokens is None else torch.rand(batch, tokens, generator=generator).argsort(dim=1),
-            # the last one, so that the others are the same for every kind of latents
-            posterior=torch.randn(batch, *latent_shape, generator=generator) if moments else None,
-        )
-
-
 class StageData:
     """The batches of one stage of a recipe, for one of `world` processes.
 
@@ -126,6 +99,7 @@ class StageData:
         self.latent_shape, self.text_width = shapes(cache, index, stage.latents, self.text)
         self.moments = holds_moments(cache.corpus, stage.latents)
         self._nothing, self._counted = np.zeros((1, self.text_width), dtype=np.float16), 0
+        self._buffers = Buffers()
         self.tokens = math.prod(self.latent_shape[1:]) // patch_size**2 if stage.mask_ratio > 0 else None
 
     def batches(self, step: int, seen: int, count: int, ahead: int = 4) -> Iterator[Batch]:
@@ -149,22 +123,22 @@ class StageData:
 
     def _batch(self, step: int, seen: int) -> Batch:
         rows, positions = self.lanes.batch(seen, self.stage.batch, self.rank, self.world)
-        draw = Draw.of(self.recipe.seed, step, self.stage.batch, self.latent_shape, self.tokens, self.moments)
+        draw = Draw.of(self.recipe.seed, step, self.stage.batch, rows)
         positions, latents, texts = self._samples(seen, rows, positions, draw)
         size = self.stage.micro_batch or len(rows)
         order = np.arange(len(rows))
         if size < len(rows):  # texts of like length together: less padding
             order = np.argsort([len(text) for text in texts], kind="stable")
         parts = [order[start : start + size].tolist() for start in range(0, len(rows), size)]
-        return Batch(positions, [self._micro_batch(rows, latents, texts, draw, part) for part in parts])
+        return Batch(positions, [self._micro_batch(step, rows, latents, texts, draw, part) for part in parts])
 
     def _samples(
         self, seen: int, rows: np.ndarray, positions: np.ndarray, draw: Draw
     ) -> tuple[np.ndarray, list[Field], list[Field]]:
         """Positions, latents and texts of these rows; a dropped caption is one token of zeros."""
         latents, texts, taken = [], [], positions.tolist()
-        columns = np.searchsorted(self.text_bounds, draw.caption[rows], side="right").clip(max=len(self.text) - 1)
-        dropped = draw.dropout[rows] < self.recipe.caption_dropout
+        columns = np.searchsorted(self.text_bounds, draw.caption, side="right").clip(max=len(self.text) - 1)
+        dropped = draw.dropout < self.recipe.caption_dropout
         for i, (row, number, drop) in enumerate(zip(rows.tolist(), columns.tolist(), dropped.tolist(), strict=True)):
             column, tries = None if drop else self.text[number], 0
             while True:
@@ -219,31 +193,27 @@ class StageData:
             )
 
     def _micro_batch(
-        self, rows: np.ndarray, latents: list[Field], texts: list[Field], draw: Draw, part: list[int]
+        self, step: int, rows: np.ndarray, latents: list[Field], texts: list[Field], draw: Draw, part: list[int]
     ) -> MicroBatch:
-        text, mask = pad_text([texts[i] for i in part], self.recipe.text_lengths)
-        taken = torch.from_numpy(rows[part])
-        stacked = buffer((len(part), *latents[part[0]].shape), latents[part[0]].dtype)
+        text, mask = pad_text([texts[i] for i in part], self.recipe.text_lengths, self._buffers)
+        stacked = self._buffers((len(part), *latents[part[0]].shape), latents[part[0]].dtype)
         for out, i in zip(stacked.numpy(), part, strict=True):
             out[...] = latents[i]
-        if draw.posterior is not None:
+        drawn = Noise.of(
+            self.recipe.seed, step, rows[part], self.latent_shape, self.tokens, self.moments, self._buffers
+        )
+        if drawn.posterior is not None:
             mean, deviation = stacked.float().chunk(2, dim=1)
-            stacked = mean + deviation * draw.posterior[taken]
+            stacked = mean + deviation * drawn.posterior
         return MicroBatch(
-            rows=taken,
+            rows=torch.from_numpy(rows[part]),
             latents=stacked,
             text=text,
             text_mask=mask,
-            sigma_normal=draw.sigma_normal[taken],
-            noise=draw.noise[taken],
-            permutation=None if draw.permutation is None else draw.permutation[taken],
+            sigma_normal=draw.sigma_normal[part],
+            noise=drawn.noise,
+            permutation=drawn.permutation,
         )
-
-
-def buffer(shape: Sequence[int], dtype: np.dtype) -> Tensor:
-    """Memory to fill, of numpy's dtype; where there is a GPU it is pinned, so that it goes there without a stop."""
-    kind = torch.from_numpy(np.empty(0, dtype)).dtype
-    return torch.empty(tuple(shape), dtype=kind, pin_memory=torch.cuda.is_available())
 
 
 def open_cache(recipe: Recipe, samples: RunSamples) -> ShardCache:
@@ -282,7 +252,7 @@ def holds_moments(corpus: Corpus, latents: str) -> bool:
     return bool(corpus.column(latents).stage.get("posterior") == "moments")
 
 
-def pad_text(texts: Sequence[Field], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+def pad_text(texts: Sequence[Field], lengths: Sequence[int], buffer: Buffers | None = None) -> tuple[Tensor, Tensor]:
     """Embeddings (tokens, width) -> (b, L, width) with zeros behind, and bool (b, L), True where text is.
 
     Raises:
@@ -294,7 +264,7 @@ def pad_text(texts: Sequence[Field], lengths: Sequence[int]) -> tuple[Tensor, Te
             f"text_lengths: a caption has {longest} tokens, the last length is {lengths[-1]}; add {longest}"
         )
     length = next(size for size in lengths if size >= longest)
-    padded = buffer((len(texts), length, texts[0].shape[1]), texts[0].dtype)
+    padded = (buffer or Buffers())((len(texts), length, texts[0].shape[1]), texts[0].dtype)
     for out, text in zip(padded.numpy(), texts, strict=True):
         if isinstance(text, Quantised):
             text.write(out[: len(text)])

@@ -68,10 +68,7 @@ class SampleIndex:
             int.from_bytes(hashlib.sha256(f"{seed}/{source}/{shard}".encode()).digest()[:8])
             for source, shard in self.shards
         ]
-        x = np.array(starts, dtype=np.uint64)[self.shard] + self.row.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # the finaliser of splitmix64
-            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-        return x ^ (x >> np.uint64(31))
+        return splitmix(self.row.astype(np.uint64), np.array(starts, dtype=np.uint64)[self.shard])
 
     def lowest(self, count: int, seed: int) -> np.ndarray:
         """Positions, ascending, of the `count` samples that a seed draws: those of the lowest hashes."""
@@ -88,6 +85,14 @@ class SampleIndex:
         if self.weight is not None:
             digest.update(self.weight.astype("<f4").tobytes())
         return digest.hexdigest()[:16]
+
+
+def splitmix(number: np.ndarray, start: np.ndarray | np.uint64) -> np.ndarray:
+    """The `number`-th outputs (uint64) of the generators splitmix64 that begin at `start`."""
+    x = start + number * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(31))
 
 
 def open_columns(corpus: Corpus, columns: Sequence[str]) -> dict[str, dict[Where, Commit]]:

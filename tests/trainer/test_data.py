@@ -16,7 +16,8 @@ from pipeline.shards import array_bytes, array_from_bytes
 from tests.faulty_s3 import FaultyS3
 from tests.s3 import environ, environment
 from tests.trainer.conftest import STAGE, build_corpus, build_recipe, write_shard
-from trainer.data import Draw, StageData, in_thread, pad_text
+from trainer.data import StageData, in_thread, pad_text
+from trainer.draw import Draw, Noise
 from trainer.order import Lanes, shuffle_quality
 from trainer.samples import SampleIndex, open_samples
 from trainer.shards import ShardCache
@@ -181,7 +182,8 @@ def test_batches_hold_what_the_columns_hold_joined_by_row(corpus: Corpus, stage_
     dropped = columns = 0
     for step, batch in enumerate(data.batches(0, 0, 4)):
         (micro,) = batch.micro_batches
-        draw = Draw.of(3, step, 16, (4, 4, 4), 4)
+        draw = Draw.of(3, step, 16, np.arange(16))
+        noise = Noise.of(3, step, np.arange(16), (4, 4, 4), 4)
         for i, position in enumerate(batch.positions.tolist()):
             where, row = data.index.shards[data.index.shard[position]], int(data.index.row[position])
             assert np.array_equal(micro.latents[i], stored(corpus, "latents/demo-32", where, row))
@@ -194,7 +196,7 @@ def test_batches_hold_what_the_columns_hold_joined_by_row(corpus: Corpus, stage_
                 column = "text/tiny@long" if draw.caption[i] < 0.3 else "text/tiny@source"
                 columns += column.endswith("long")
                 assert np.array_equal(micro.text[i, :length], stored(corpus, column, where, row))
-        assert torch.equal(micro.noise, draw.noise) and torch.equal(micro.permutation, draw.permutation)
+        assert torch.equal(micro.noise, noise.noise) and torch.equal(micro.permutation, noise.permutation)
         assert micro.text.shape[1] in (4, 8, 16, 32)
     assert dropped and columns
 
@@ -210,7 +212,7 @@ def test_of_moments_each_step_draws_a_sample(tmp_path: Path, stage_data) -> None
     plain = stage_data(of=corpus)
     for step, (batch, other) in enumerate(zip(data.batches(0, 0, 3), plain.batches(0, 0, 3), strict=True)):
         (micro,) = batch.micro_batches
-        draw = Draw.of(3, step, 16, (2, 4, 4), 4, moments=True)
+        draw = Noise.of(3, step, np.arange(16), (2, 4, 4), 4, moments=True)
         assert draw.posterior is not None and draw.posterior.std() > 0.8
         assert not torch.equal(draw.posterior, draw.noise)
         for i, position in enumerate(batch.positions.tolist()):
@@ -220,7 +222,7 @@ def test_of_moments_each_step_draws_a_sample(tmp_path: Path, stage_data) -> None
             assert torch.equal(micro.latents[i], wanted)
         assert batch.positions.tolist() == other.positions.tolist()
         assert torch.equal(micro.sigma_normal, other.micro_batches[0].sigma_normal)
-        without = Draw.of(3, step, 16, (2, 4, 4), 4)
+        without = Noise.of(3, step, np.arange(16), (2, 4, 4), 4)
         assert torch.equal(without.noise, draw.noise) and torch.equal(without.permutation, draw.permutation)
 
 
@@ -416,15 +418,26 @@ def test_padding() -> None:
         pad_text([np.ones((17, 3), np.float16)], [4, 8, 16])
 
 
-def test_draws_depend_on_seed_and_step_alone() -> None:
-    a, b = Draw.of(1, 5, 8, (4, 2, 2), 4), Draw.of(1, 5, 8, (4, 2, 2), None)
-    assert torch.equal(a.noise, b.noise) and b.permutation is None
-    assert a.permutation is not None and a.permutation.sort(dim=1).values.tolist() == [[0, 1, 2, 3]] * 8
-    for other in (Draw.of(1, 6, 8, (4, 2, 2), 4), Draw.of(2, 5, 8, (4, 2, 2), 4)):
-        assert not torch.equal(a.noise, other.noise)
+def test_draws_depend_on_seed_step_and_row_alone() -> None:
+    rows = np.arange(8)
+    a, b = Draw.of(1, 5, 8, rows), Draw.of(1, 5, 8, np.array([6, 3]))
+    assert torch.equal(a.sigma_normal[[6, 3]], b.sigma_normal) and np.array_equal(a.caption[[6, 3]], b.caption)
+    assert not np.array_equal(a.caption, a.dropout)
+    for other in (Draw.of(1, 6, 8, rows), Draw.of(2, 5, 8, rows)):
         assert not torch.equal(a.sigma_normal, other.sigma_normal)
         assert not np.array_equal(a.caption, other.caption)
-    assert not np.array_equal(a.caption, a.dropout)
+
+
+def test_noise_depends_on_seed_step_and_row_alone() -> None:
+    rows = np.arange(512)
+    a, b = Noise.of(1, 5, rows, (4, 2, 2), 4), Noise.of(1, 5, np.array([6, 300]), (4, 2, 2), None)
+    assert torch.equal(a.noise[[6, 300]], b.noise) and b.permutation is None
+    assert a.permutation is not None and a.permutation.sort(dim=1).values.tolist() == [[0, 1, 2, 3]] * len(rows)
+    assert len({tuple(row) for row in a.noise.flatten(1).tolist()}) == len(rows)
+    assert abs(a.noise.mean()) < 0.05 and abs(a.noise.std() - 1) < 0.05  # 8,192 numbers: four standard errors
+    assert abs(np.corrcoef(a.noise.flatten(1)[:-1].ravel(), a.noise.flatten(1)[1:].ravel())[0, 1]) < 0.05
+    for other in (Noise.of(1, 6, rows, (4, 2, 2), 4), Noise.of(2, 5, rows, (4, 2, 2), 4)):
+        assert not torch.equal(a.noise, other.noise)
 
 
 def test_in_thread_gives_all_raises_what_was_raised_and_ends_its_thread() -> None:
