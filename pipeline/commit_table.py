@@ -70,8 +70,9 @@ def commit_table(corpus: Corpus, damage: list[str] | None = None) -> pa.Table:
     """
     names = pa.array(corpus.store.names("commits"), pa.string())
     known = _newest(corpus)
-    known = known.filter(pc.is_in(known["name"], value_set=names))
     missing = names.filter(pc.invert(pc.is_in(names, value_set=known["name"].combine_chunks())))
+    if len(names) - len(missing) < len(known):
+        known = known.filter(pc.is_in(known["name"], value_set=names))  # some are not listed any more
     damaged: dict[Where, DamagedError] = {}
     table, saved = known, len(known)
     for part in _told(_read(corpus, missing, damaged), len(missing)):
