@@ -7,6 +7,7 @@ A sample that turns out broken is replaced from its own lane, so that the proces
 """
 
 import math
+import os
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
@@ -29,6 +30,7 @@ from trainer.samples import RunSamples, SampleIndex
 from trainer.shards import WHOLE, BrokenError, ShardCache
 
 Field: TypeAlias = np.ndarray | Quantised
+AHEAD = 4  # batches before it is used, a shard is asked for at least
 MOST_TRIES = 1000  # samples of a lane that are asked for in place of a broken one
 
 # -- a batch ---------------------------------------------------------------------------------------------------------
@@ -99,27 +101,65 @@ class StageData:
         self.latent_shape, self.text_width = shapes(cache, index, stage.latents, self.text)
         self.moments = holds_moments(cache.corpus, stage.latents)
         self._nothing, self._counted = np.zeros((1, self.text_width), dtype=np.float16), 0
-        self._buffers = Buffers()
+        self._buffers, self._spread = Buffers(), self._room()
         self.tokens = math.prod(self.latent_shape[1:]) // patch_size**2 if stage.mask_ratio > 0 else None
 
-    def batches(self, step: int, seen: int, count: int, ahead: int = 4) -> Iterator[Batch]:
-        """`count` batches from step `step` of the run, after `seen` samples; shards are read `ahead` batches before."""
-        batch = self.stage.batch
-        for s in range(min(ahead, count)):
-            self._request(seen + s * batch)
+    def batches(self, step: int, seen: int, count: int) -> Iterator[Batch]:
+        """`count` batches from step `step` of the run, after `seen` samples."""
+        own = self.lanes.count // self.world
+        each, start = self.stage.batch // self.lanes.count, seen // self.lanes.count
+        ahead = {}  # batches before it is used, a lane's shard is asked for
+        for i in range(own):
+            lane = self.rank * own + i
+            # all lanes begin their windows at about the same time; to read them all then would be to wait
+            ahead[lane] = AHEAD + int(self._spread * i / own * self.lanes.window_size(lane, start) / each)
+            self._request(lane, start, min(AHEAD, count) * each)
+        for lane, first in ahead.items():
+            self._request(lane, start + AHEAD * each, (min(first, count) - AHEAD) * each)
         for s in range(count):
-            if s + ahead < count:
-                self._request(seen + (s + ahead) * batch)
-            yield self._batch(step + s, seen + s * batch)
+            for lane, first in ahead.items():
+                if s + first < count:
+                    self._request(lane, start + (s + first) * each, each)
+            yield self._batch(step + s, seen + s * self.stage.batch)
             self.cache.trim()
 
-    def _request(self, seen: int) -> None:
-        _, positions = self.lanes.batch(seen, self.stage.batch, self.rank, self.world)
-        for shard in np.unique(self.index.shard[positions]).tolist():
+    def _request(self, lane: int, start: int, count: int) -> None:
+        """Begin to read the shards of some samples of a lane, in their order."""
+        if count <= 0:
+            return
+        shards = self.index.shard[self.lanes.samples(lane, start, count)]
+        for shard in dict.fromkeys(shards.tolist()):
+            where = self.index.shards[shard]
             for column in (self.stage.latents, *self.text):
-                where = self.index.shards[shard]
                 if self.cache.broken.why(column, where) is None:
                     self.cache.request(column, where)
+
+    def _room(self) -> float:
+        """How much of another window there is room for, beside the one that is read: 0 to 1.
+
+        Raises:
+            RequestError: there is no room for one, and it would come from a bucket again and again.
+        """
+        if self.cache.corpus.store.root is not None:
+            return 1.0
+        sizes = [[c.size for c in self.cache.columns[column].values()] for column in (self.stage.latents, *self.text)]
+        own = self.lanes.count // self.world
+        window = own * min(self.lanes.window, -(-len(self.index.shards) // self.lanes.count) + 1)
+        needed = sum(min(sum(found), window * sum(found) / len(found)) for found in sizes)
+        name, room, advice = "cache_mb", float(self.cache.max_bytes), ""
+        if self.cache.disk is not None:
+            name, room = "cache_gb", float(self.cache.disk.max_bytes)
+            needed *= int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        else:
+            advice = "give cache_folder, a folder of this machine's disk, or "
+        if needed > room:
+            unit = {"cache_mb": 1 << 20, "cache_gb": 1e9}[name]
+            raise RequestError(
+                f"{name} = {room / unit:g}: {own} lanes of a process read {window} shards at a time, for which this "
+                f"machine needs {needed / 1e9:.3g} GB, and would ask the bucket for them again and again; {advice}"
+                f"set {name} to {math.ceil(needed / unit)} or more, or lower shuffle_window or lanes"
+            )
+        return min(room / needed - 1, 1.0)
 
     def _batch(self, step: int, seen: int) -> Batch:
         rows, positions = self.lanes.batch(seen, self.stage.batch, self.rank, self.world)

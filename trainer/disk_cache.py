@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 from pipeline.corpus import ObjectRef
@@ -23,18 +24,21 @@ class DiskCache:
         self.folder, self.max_bytes = folder / FOLDER, max_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, ref: ObjectRef) -> bytes | None:
-        """The copy of an object, if there is one of its size; who finds it damaged calls `drop`."""
+    def get(self, ref: ObjectRef) -> FileIO | None:
+        """The copy of an object, open for reading, if there is one of its size; who finds it damaged calls `drop`.
+
+        It can be read on when it has made room for others meanwhile.
+        """
         path = self.folder / ref.sha256
         try:
-            data = path.read_bytes()
-            if len(data) != ref.size:
-                self.drop(ref)
-                return None
-            os.utime(path)
+            file = path.open("rb", buffering=0)
+            if os.fstat(file.fileno()).st_size == ref.size:
+                os.utime(path)
+                return file
+            self.drop(ref)
         except OSError:  # none, or another process has just removed it: the bucket has it
-            return None
-        return data
+            pass
+        return None
 
     def put(self, ref: ObjectRef, data: bytes | memoryview) -> None:
         """Keep a copy, after those used longest ago have made room for it; it appears at once or not at all."""

@@ -38,7 +38,7 @@ class Lanes:
         self._samples = np.concatenate(by_shard)
         self._bounds = [len(index) * lane // self.count for lane in range(self.count + 1)]
         self._ends = None if index.weight is None else np.cumsum(index.weight[self._samples].astype(np.float64))
-        self._epochs: dict[int, tuple[int, int, np.ndarray]] = {}
+        self._epochs: dict[int, dict[int, tuple[int, np.ndarray]]] = {}  # by lane, then by number
 
     def size(self, lane: int) -> int:
         """Samples in an epoch of a lane."""
@@ -56,6 +56,11 @@ class Lanes:
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts)
 
+    def window_size(self, lane: int, n: int) -> float:
+        """Mean number of samples in the windows of the epoch of a lane's n-th sample."""
+        size = self.size(lane)
+        return size / self._epoch(lane, n // size)[0]
+
     def replacement(self, lane: int, n: int, tries: int) -> int:
         """Position of the sample that takes the place of a lane's n-th, the first `tries - 1` of them being broken too.
 
@@ -67,7 +72,8 @@ class Lanes:
 
     def _epoch(self, lane: int, epoch: int) -> tuple[int, np.ndarray]:
         """How many windows an epoch of a lane has, and its samples in order."""
-        if self._epochs.get(lane, (-1,))[0] != epoch:
+        known = self._epochs.setdefault(lane, {})
+        if epoch not in known:
             own = self._drawn(lane, epoch)
             pieces = np.split(own, np.flatnonzero(np.diff(self.index.shard[own])) + 1)
             order = _shuffled(len(pieces), self.seed, 1, lane, epoch)
@@ -75,8 +81,10 @@ class Lanes:
             for number, first in enumerate(range(0, len(pieces), self.window)):
                 rows = np.concatenate([pieces[p] for p in order[first : first + self.window]])
                 windows.append(rows[_shuffled(len(rows), self.seed, 2, lane, epoch, number)])
-            self._epochs[lane] = (epoch, len(windows), np.concatenate(windows))
-        return self._epochs[lane][1:]
+            for old in sorted(known)[:-1]:  # where one ends and the next is asked for ahead, both are there
+                del known[old]
+            known[epoch] = len(windows), np.concatenate(windows)
+        return known[epoch]
 
     def _drawn(self, lane: int, epoch: int) -> np.ndarray:
         """The samples of an epoch of a lane, shard by shard, as often as they come."""

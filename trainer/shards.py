@@ -1,16 +1,21 @@
-"""Shards of columns in memory, as they are stored, and what of them is broken.
+"""Shards of columns as they are stored, on this machine's disk or in memory, and what of them is broken.
 
-A shard is one buffer; a row is decoded when it is used, and a `.npy` is then a view into the buffer. What cannot be
-read is named, and noted for the checkpoint: missing, cut, other bytes than the commit says, or a row that no array is.
-A bucket that fails in passing is no damage: the store tries again, and when it gives up the run ends.
+A row is read and decoded when it is used: from the file of a corpus in a folder or of a copy on the disk, which the
+system keeps in memory as it can; else from the object in memory. What cannot be read is named, and noted for the
+checkpoint: missing, cut, other bytes than the commit says, or a row that no array is. A bucket that fails in passing is
+no damage: the store tries again, and when it gives up the run ends.
 """
 
 import hashlib
+import os
+import resource
 import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +32,7 @@ from trainer.disk_cache import DiskCache
 from trainer.samples import SampleIndex, Where
 
 WHOLE = -1  # in place of a row
+MOST_FILES = 16_384  # open at once
 
 
 class BrokenError(Exception):
@@ -80,28 +86,40 @@ class Broken:
 
 
 class Shard:
-    """One shard of one column: the object's bytes, and where in them each row lies."""
+    """One shard of one column: its object, a file or the bytes, and where in it each row lies."""
 
-    def __init__(self, data: memoryview, sidecar: pa.Table):
+    def __init__(self, data: FileIO | memoryview, sidecar: pa.Table):
         ok = pc.equal(sidecar["status"], "ok").to_numpy()
         self._data = data
         self._size = np.where(ok, pc.fill_null(sidecar["size"], 0).to_numpy(), -1)
         self._offset = pc.fill_null(sidecar["offset"], 0).to_numpy()
+
+    @property
+    def memory(self) -> int:
+        """Bytes of it that are held in memory."""
+        return len(self._data) if isinstance(self._data, memoryview) else 0
 
     def field(self, row: int) -> np.ndarray | Quantised:
         """What a row holds: a view of its `.npy`, or the parts of quantised text.
 
         Raises:
             ValueError: there is no such row, or it cannot be decoded.
+            OSError: the disk fails.
         """
         if not 0 <= row < len(self._size) or self._size[row] < 0:
             raise ValueError("its sidecar has no such row")
-        start = int(self._offset[row])
-        return array_view(self._data[start : start + int(self._size[row])])
+        start, size = int(self._offset[row]), int(self._size[row])
+        if isinstance(self._data, memoryview):
+            return array_view(self._data[start : start + size])
+        return array_view(memoryview(os.pread(self._data.fileno(), size, start)))
 
 
 class ShardCache:
-    """Shards of columns, read in threads and kept up to `max_bytes`, the last used ones; `disk` has copies."""
+    """Shards of columns, read in threads; the last used ones are kept, up to `max_bytes` in memory.
+
+    disk: keeps copies of what came from a bucket. An object is checked against its commit when it is read the first
+    time, and each time that it comes from a bucket or from a copy that another process may have made.
+    """
 
     def __init__(
         self,
@@ -113,18 +131,17 @@ class ShardCache:
         self.corpus, self.columns, self.max_bytes = corpus, columns, max_bytes
         self.disk = disk if corpus.store.root is None else None  # a folder is read where it is
         self.broken = Broken()
-        self.bytes = self.reads = 0
+        self.reads = 0
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="shards")
         self._shards: OrderedDict[tuple[str, Where], Future[Shard]] = OrderedDict()
-        self._sizes: dict[tuple[str, Where], int] = {}
+        self._checked: set[str] = set()
+        self._most_files = _files_allowed() // 2
 
     def request(self, column: str, where: Where) -> Future[Shard]:
         """Begin to read a shard, if it is not here."""
         key = (column, where)
         if key not in self._shards:
             self.reads += 1
-            self._sizes[key] = self.columns[column][where].size
-            self.bytes += self._sizes[key]
             self._shards[key] = self._pool.submit(self._read, column, where)
         self._shards.move_to_end(key)
         return self._shards[key]
@@ -143,19 +160,33 @@ class ShardCache:
         except BrokenError as error:
             self.broken.add(column, where, WHOLE, str(error))
             raise
+        name = self.columns[column][where].object.name
         try:
             return shard.field(row)
+        except OSError as error:
+            raise RequestError(f"{name} cannot be read: {error}") from error
         except ValueError as error:
-            name = self.columns[column][where].object.name
             self.broken.add(column, where, row, why := f"{name}: {error}")
             raise BrokenError(why) from None
 
     def trim(self) -> None:
         """Forget what was used longest ago until the rest fits; the last one stays."""
-        while self.bytes > self.max_bytes and len(self._shards) > 1:
-            key, future = self._shards.popitem(last=False)
-            future.cancel()
-            self.bytes -= self._sizes.pop(key)
+        memory = sum(map(self._memory, self._shards))
+        while (memory > self.max_bytes or len(self._shards) > self._most_files) and len(self._shards) > 1:
+            key = next(iter(self._shards))
+            memory -= self._memory(key)
+            self._shards.pop(key).cancel()
+
+    def _memory(self, key: tuple[str, Where]) -> int:
+        future = self._shards[key]
+        if not future.done():  # a bucket's, unless the disk takes it
+            return 0 if self.in_files else self.columns[key[0]][key[1]].size
+        return 0 if future.exception() else future.result().memory
+
+    @property
+    def in_files(self) -> bool:
+        """Whether shards are read from files, and memory is no matter."""
+        return self.corpus.store.root is not None or self.disk is not None
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -164,21 +195,23 @@ class ShardCache:
         commit = self.columns[column][where]
         sidecar = self._object(commit.sidecar)
         try:
-            table = pq.ParquetFile(pa.BufferReader(sidecar)).read(["status", "offset", "size"], use_threads=False)
+            table = pq.ParquetFile(_source(sidecar)).read(["status", "offset", "size"], use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise BrokenError(f"{commit.sidecar.name} is no sidecar: {error}") from None
         return Shard(self._object(commit.object), table)
 
-    def _object(self, ref: ObjectRef) -> memoryview:
-        """An object, from this machine's copy or from the corpus.
+    def _object(self, ref: ObjectRef) -> FileIO | memoryview:
+        """An object: a file of the corpus or of a copy, or its bytes.
 
         Raises:
             BrokenError: it is not there, or it is not what was committed.
             RequestError: the storage fails.
         """
+        if (root := self.corpus.store.root) is not None:
+            return self._file(root / ref.name, ref)
         if self.disk is not None and (copy := self.disk.get(ref)) is not None:
-            if _is(ref, view := memoryview(copy)):
-                return view
+            if _digest(copy) == ref.sha256:
+                return copy
             self.disk.drop(ref)
         for _ in range(2):  # the way from a bucket may have spoilt it
             try:
@@ -187,16 +220,50 @@ class ShardCache:
                 raise BrokenError(f"{ref.name} is not there") from None
             except (OSError, BaseError) as error:
                 raise RequestError(f"{ref.name} cannot be read: {error}") from error
-            if _is(ref, data):
-                if self.disk is not None:
-                    self.disk.put(ref, data)
-                return data
-        raise BrokenError(
-            f"{ref.name} is damaged: it has {len(data)} bytes, the commit says {ref.size}"
-            if len(data) != ref.size
-            else f"{ref.name} is damaged: its SHA-256 is not the commit's"
-        )
+            if (len(data), hashlib.sha256(data).hexdigest()) == (ref.size, ref.sha256):
+                if self.disk is None:
+                    return data
+                self.disk.put(ref, data)
+                return self.disk.get(ref) or data
+        raise _damaged(ref, len(data))
+
+    def _file(self, path: Path, ref: ObjectRef) -> FileIO:
+        """A file of the corpus, open for reading."""
+        try:
+            file = path.open("rb", buffering=0)
+            size = os.fstat(file.fileno()).st_size
+            if size != ref.size or (ref.name not in self._checked and _digest(file) != ref.sha256):
+                raise _damaged(ref, size)
+        except FileNotFoundError:
+            raise BrokenError(f"{ref.name} is not there") from None
+        except OSError as error:
+            raise RequestError(f"{ref.name} cannot be read: {error}") from error
+        self._checked.add(ref.name)
+        return file
 
 
-def _is(ref: ObjectRef, data: memoryview) -> bool:
-    return len(data) == ref.size and hashlib.sha256(data).hexdigest() == ref.sha256
+def _source(data: FileIO | memoryview) -> FileIO | pa.BufferReader:
+    return pa.BufferReader(data) if isinstance(data, memoryview) else data
+
+
+def _digest(file: FileIO) -> str:
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damaged(ref: ObjectRef, size: int) -> BrokenError:
+    return BrokenError(
+        f"{ref.name} is damaged: it has {size} bytes, the commit says {ref.size}"
+        if size != ref.size
+        else f"{ref.name} is damaged: its SHA-256 is not the commit's"
+    )
+
+
+def _files_allowed() -> int:
+    """How many files this process may have open, after it has asked for as many as it may get."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
+    return MOST_FILES if soft == resource.RLIM_INFINITY else soft

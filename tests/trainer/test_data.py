@@ -16,7 +16,9 @@ from pipeline.shards import array_bytes, array_from_bytes
 from tests.faulty_s3 import FaultyS3
 from tests.s3 import environ, environment
 from tests.trainer.conftest import STAGE, build_corpus, build_recipe, write_shard
+from trainer import shards
 from trainer.data import StageData, in_thread, pad_text
+from trainer.disk_cache import DiskCache
 from trainer.draw import Draw, Noise
 from trainer.order import Lanes, shuffle_quality
 from trainer.samples import SampleIndex, open_samples
@@ -253,15 +255,58 @@ def test_batches_are_the_same_for_any_number_of_processes_micro_batches_and_star
             assert all(torch.equal(a, b) for a, b in zip(parts, other[key], strict=True)), key
 
 
-def test_a_small_cache_gives_the_same_batches_and_stays_small(stage_data) -> None:
-    plenty, tight = stage_data(), stage_data(max_bytes=60_000)
+def test_a_folder_is_read_where_it_is_and_each_object_is_checked_once(stage_data, monkeypatch) -> None:
+    plenty = stage_data(max_bytes=1)
+    digested: list[str] = []
+    monkeypatch.setattr(shards, "_digest", lambda file, real=shards._digest: digested.append(file.name) or real(file))
+    monkeypatch.setattr(plenty.cache, "_most_files", 4)
+    tight = [batch.positions.tolist() for batch in plenty.batches(0, 0, 12)]
+    assert (
+        plenty.cache.reads > 18 and len(digested) == len(set(digested)) == 30
+    )  # 6 shards of 3 columns, and sidecars; one was open
+    assert len(plenty.cache._shards) <= 4 and not any(map(plenty.cache._memory, plenty.cache._shards))
+    other = stage_data()
+    assert [batch.positions.tolist() for batch in other.batches(0, 0, 12)] == tight and other.cache.reads == 18
+
+
+def test_a_small_cache_of_a_bucket_gives_the_same_batches_and_stays_small(s3_url, stage_data) -> None:
+    of = build_corpus(s3_url, units=1)
+    slow = {"lanes": 1, "shuffle_window": 1}
+    plenty = stage_data(of=of, **slow)
+    size = max(c.size for name in (plenty.stage.latents, *plenty.text) for c in of.commits(name))
+    tight = stage_data(of=of, max_bytes=4 * size, **slow)
     for a, b in zip(plenty.batches(0, 0, 12), tight.batches(0, 0, 12), strict=True):
         assert torch.equal(a.micro_batches[0].latents, b.micro_batches[0].latents)
         assert torch.equal(a.micro_batches[0].text, b.micro_batches[0].text)
     tight.cache.trim()
-    assert tight.cache.bytes <= 60_000
-    assert plenty.cache.reads == 18  # 6 shards of 3 columns, each read once
-    assert tight.cache.reads > 18
+    assert 0 < sum(map(tight.cache._memory, tight.cache._shards)) <= 4 * size
+    assert plenty.cache.reads == 9 < tight.cache.reads
+
+
+def test_what_would_be_fetched_again_and_again_is_refused(s3_url, tmp_path, stage_data) -> None:
+    of = build_corpus(s3_url, units=1)
+    with pytest.raises(RequestError, match=r"cache_mb = 0.047.*8 lanes.* give cache_folder.*set cache_mb to 1 or more"):
+        stage_data(of=of, max_bytes=50_000)
+    data = stage_data(of=of)
+    data.cache.disk = DiskCache(tmp_path, 50_000)
+    with pytest.raises(RequestError, match=r"cache_gb = 5e-05.* set cache_gb to 1 or more"):
+        StageData(data.recipe, data.stage, data.index, data.cache, 2)
+
+
+def test_lanes_ask_for_their_shards_one_after_the_other_and_before_they_need_them(tmp_path, stage_data) -> None:
+    of = build_corpus(tmp_path / "c", units=8, shards=4)
+    data = stage_data(of=of, lanes=4)
+    asked: list[str] = []
+    request = data.cache.request
+    data.cache.request = lambda column, where: (asked.append(where[1]), request(column, where))[1]
+    first: dict[str, int] = {}
+    for number, batch in enumerate(data.batches(0, 0, 32)):  # an epoch: four windows of a lane, eight batches each
+        read = {data.index.shards[data.index.shard[i]][1] for i in batch.positions.tolist()}
+        assert read <= set(asked)
+        for shard in asked:
+            first.setdefault(shard, number)
+    news = np.bincount(list(first.values()))
+    assert news.sum() == 32 and news[1:].max() <= 4  # without it 8 shards at once, as all lanes begin a window
 
 
 def test_micro_batches_put_texts_of_like_length_together(stage_data) -> None:
@@ -403,10 +448,10 @@ def test_a_bucket_that_fails_in_passing_breaks_nothing(s3_server, s3_url, tmp_pa
     print("seed", seed)
     rates = {"error_500": 0.05, "reset": 0.03, "cut_answer": 0.05}
     with FaultyS3(s3_server, seed, rates) as proxy, environ(environment(proxy.url)):
-        data = stage_data(of=Corpus.open(s3_url), max_bytes=40_000)
+        data = stage_data(of=Corpus.open(s3_url), max_bytes=80_000, lanes=1, shuffle_window=1)
         found = keys([data], 0, 12)
         assert sum(proxy.faults.values()) > 0 and not data.cache.broken.listed()
-    assert found == keys([stage_data(of=remote)], 0, 12)
+    assert found == keys([stage_data(of=remote, lanes=1, shuffle_window=1)], 0, 12)
 
 
 def test_padding() -> None:

@@ -23,6 +23,15 @@ def some(number: int, size: int = 1000) -> tuple[ObjectRef, bytes]:
     return ObjectRef(name=f"x/{number}", size=size, sha256=hashlib.sha256(data).hexdigest()), data
 
 
+def held(cache: DiskCache, number: int, size: int = 1000) -> bytes | None:
+    """A copy's bytes."""
+    file = cache.get(some(number, size)[0])
+    if file is None:
+        return None
+    with file:
+        return file.read()
+
+
 def taken(folder: Path) -> int:
     """Bytes on the disk; a file that gets its name while they are counted has two."""
     found = [path.stat() for path in (folder / FOLDER).iterdir()]
@@ -34,11 +43,11 @@ def test_copies_are_bounded_and_the_one_used_longest_ago_goes(tmp_path: Path) ->
     for number in range(3):
         cache.put(*some(number))
         os.utime(cache.folder / some(number)[0].sha256, (number + 1, number + 1))
-    assert cache.get(some(0)[0]) == some(0)[1]  # used now
+    assert held(cache, 0) == some(0)[1]  # used now
     cache.put(*some(3))
-    assert [cache.get(some(number)[0]) is not None for number in range(4)] == [True, False, True, True]
+    assert [held(cache, number) is not None for number in range(4)] == [True, False, True, True]
     cache.put(*some(4, 5000))  # more than all of it
-    assert cache.get(some(4, 5000)[0]) is None and taken(tmp_path) == 3000
+    assert held(cache, 4, 5000) is None and taken(tmp_path) == 3000
 
 
 def test_only_its_own_files_are_ever_removed(tmp_path: Path) -> None:
@@ -59,10 +68,10 @@ def test_what_a_kill_left_is_counted_and_later_removed(tmp_path: Path) -> None:
     left.write_bytes(b"x" * 1000)
     cache.put(*some(1))
     cache.put(*some(2))
-    assert left.exists() and cache.get(some(1)[0]) is None and cache.get(some(2)[0]) is not None
+    assert left.exists() and held(cache, 1) is None and held(cache, 2) is not None
     os.utime(left, (1, 1))
     cache.put(*some(3))
-    assert not left.exists() and cache.get(some(2)[0]) is not None and cache.get(some(3)[0]) is not None
+    assert not left.exists() and held(cache, 2) is not None and held(cache, 3) is not None
 
 
 def test_many_at_once_stay_within_the_bound_and_kills_leave_whole_copies(tmp_path: Path) -> None:
@@ -88,7 +97,7 @@ def test_many_at_once_stay_within_the_bound_and_kills_leave_whole_copies(tmp_pat
         for process in processes:
             process.send_signal(signal.SIGKILL)
             process.communicate()
-    found = [cache.get(some(n, 100_000)[0]) for n in range(20)]
+    found = [held(cache, n, 100_000) for n in range(20)]
     assert all(data in (None, some(n, 100_000)[1]) for n, data in enumerate(found))
 
 
@@ -98,7 +107,7 @@ def test_a_full_or_forbidden_folder_stops_nothing(tmp_path: Path) -> None:
         path.unlink()
     cache.folder.rmdir()
     cache.put(*some(1))
-    assert cache.get(some(1)[0]) is None
+    assert held(cache, 1) is None
 
 
 def test_a_corpus_on_a_bucket_is_read_once_and_a_damaged_copy_is_fetched_again(s3_url: str, tmp_path: Path) -> None:
