@@ -261,6 +261,28 @@ def bare_feed(setting: Setting, sides: Sequence[int]) -> None:
                     pass
 
 
+def without_model(stage: Latents) -> Latents:
+    """The stage with models that do nothing."""
+    stage.load()
+    stage.models = {column: NoModel(model) for column, model in stage.models.items()}
+    return stage
+
+
+def measure_feed(setting: Setting, name: str, rounds: int) -> Found:
+    """`feed` and `bare feed` alone, at the model's real sizes, which need no GPU."""
+    where, sides = MODELS[name](setting.folder / name, setting.device), SIZES[name]
+    columns = {f"latents/{name}-{side}": LatentsColumn(autoencoder=where, resolution=side) for side in sides}
+    resources = Resources(latents_batch=setting.batch, decode_threads=setting.threads)
+    feed, found = without_model(Latents(columns, 10**8, resources)), Found()
+    run_stage(setting, feed)
+    for number in range(rounds):
+        for way in ("feed", "bare_feed") if number % 2 else ("bare_feed", "feed"):
+            took = run_stage(setting, feed)[1] if way == "feed" else setting.time(partial(bare_feed, setting, sides))
+            found.add(way, took)
+    found.told |= {"resolutions": list(sides)}
+    return found
+
+
 def measure_images(setting: Setting, name: str, rounds: int) -> Found:
     from diffusers import AutoencoderKL
 
@@ -302,8 +324,7 @@ def measure_images(setting: Setting, name: str, rounds: int) -> Found:
     tried = {way: setting.time(partial(common_images, setting, plain, sides, some, *way, True)).clock for way in ways}
     best = min(tried, key=lambda way: tried[way])
 
-    feed.load()
-    feed.models = {column: NoModel(model) for column in feed.models}
+    without_model(feed)
     commits, _ = run_stage(setting, checked)
     theirs = common_images(setting, plain, sides, images, *best, False)
     ours: list[list[np.ndarray]] = [[] for _ in sides]
@@ -425,7 +446,8 @@ WAYS = ("bare", "stage", "common", "feed", "bare_feed")
 
 def row_of(name: str, found: Found, samples: int) -> dict[str, Any]:
     what = "images" if name in SIZES else "captions"
-    row: dict[str, Any] = {"model": name, f"{what}_per_second": round(samples / found.median("stage"), 2)}
+    way = "stage" if "stage" in found.took else "feed"
+    row: dict[str, Any] = {"model": name, f"{what}_per_second": round(samples / found.median(way), 2)}
     row |= {f"{way}_seconds": round(found.median(way), 3) for way in WAYS if way in found.took}
     row |= {f"{way}_cpu_seconds": round(found.median(way, "cpu"), 3) for way in WAYS if way in found.took}
     return row | ratios_of([found]) | {"gpu_busy": NOT_MEASURED, "peak_gpu_memory_mb": NOT_MEASURED} | found.told
@@ -451,7 +473,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         corpus = make_corpus(Path(folder, "corpus"), options.shards, options.samples, options.unique)
         setting = Setting(corpus, Path(folder), options.device, options.threads, options.batch)
         for name in options.models:
-            one = (measure_images if name in SIZES else measure_text)(setting, name, options.rounds)
+            ways = measure_text if name not in SIZES else measure_feed if options.feed_only else measure_images
+            one = ways(setting, name, options.rounds)
             found.append(one)
             rows.append(row_of(name, one, options.shards * options.samples))
             if options.device == "cuda":
@@ -478,6 +501,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, choices=("cpu", "cuda"))
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), help="by default real sizes on a GPU, else small")
+    parser.add_argument("--feed-only", action="store_true", help="of autoencoders; for real sizes without a GPU")
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--samples", type=int, help="of a shard; by default 1024 on a GPU, else 64")
     parser.add_argument("--unique", type=int, default=256, help="different images")
