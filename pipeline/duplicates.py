@@ -1,16 +1,15 @@
 """Table jobs over the hashes of `scores/basic`: which samples are double, and which are near an evaluation set.
 
-`dedup` groups samples whose pictures are near-equal, `decontaminate` marks those near somebody else's pictures. Each
-writes one small table, of the samples that it found, named by the commits that it read (docs/corpus.md, section 6);
-`pipeline.samples` shows them as columns of every sample. Nothing is removed: `microdit select` decides.
+`dedup` groups samples whose pictures are near-equal, `decontaminate` marks those near somebody else's pictures. Nothing
+is removed: `microdit select` decides.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,32 +20,39 @@ from obstore.exceptions import BaseError
 from pipeline import near
 from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
-from pipeline.records import COMMIT, canonical
+from pipeline.jobs import (
+    BASIC,
+    CONTAMINATED,
+    DUPLICATES,
+    HASHES,
+    Job,
+    batches,
+    job_base,
+    keepers,
+    made,
+    texts,
+    write_rows,
+)
 from pipeline.store import Store, first_line
-from pipeline.tables import JOB_COLUMNS, ROW_GROUP, SampleTable, Table, cached, publish, sample_table
+from pipeline.tables import SampleTable, Table, cached, publish, sample_table
 
-LAYOUT = 1
-BASIC = "scores/basic"
-DUPLICATES, CONTAMINATED, HASHES = "tables/duplicates", "tables/contaminated", "tables/hashes"
-PLACE = [pa.field("source", pa.string()), pa.field("shard", pa.string()), pa.field("row", pa.int32())]
 HASH_TABLE = pa.schema([("key", pa.string()), ("pixels_sha256", pa.string()), ("phash", pa.string())])
 
 
-class Job(Table):
-    """The record of a table job: what it was asked, and what it counted."""
-
+class HashJob(Job):
     distance: int
-    samples: int
-    """With a hash,"""
     without_hash: int
-    """and those that are ok and have none, because `scores/basic` is not made yet or failed."""
+    """Samples that are ok and have none, because `scores/basic` is not made yet or failed."""
+
+    @property
+    def present(self) -> str:
+        return "basic_phash IS NOT NULL"
 
     def asked(self) -> dict[str, Any]:
-        """What its result depends on, beside the commits that it read."""
         return {"distance": self.distance}
 
 
-class DuplicatesTable(Job):
+class DuplicatesTable(HashJob):
     groups: int
     exact: int
     """Samples of which another one has the same pixels and comes before it."""
@@ -54,7 +60,7 @@ class DuplicatesTable(Job):
     """`pipeline.near.Groups.cut`."""
 
 
-class ContaminatedTable(Job):
+class ContaminatedTable(HashJob):
     against: list[dict[str, Any]]
     """Of each evaluation set: `name`, `rows`, `sha256` (of its hashes)."""
     exact: int
@@ -62,9 +68,6 @@ class ContaminatedTable(Job):
 
     def asked(self) -> dict[str, Any]:
         return {"distance": self.distance, "against": self.against}
-
-
-J = TypeVar("J", bound=Job)
 
 
 @dataclass(frozen=True)
@@ -102,19 +105,19 @@ def dedup(corpus: Corpus, distance: int = 6) -> dict[str, Any]:
     _check_distance(distance)
     table = _scored(corpus)
     base = job_base(DUPLICATES, table)
-    found = _same(corpus, base, DuplicatesTable, lambda job: job.distance == distance)
+    found = made(corpus, base, DuplicatesTable, lambda job: job.distance == distance)
     if found is None:
         hashed = _hashed(corpus, table)
         grouped = near.groups(hashed.phash, distance)
-        keeper, size = _keepers(grouped.labels, hashed.area)
+        keeper, size = keepers(grouped.labels, hashed.area)
         exact = _repeated(hashed.pixels)
         members = np.flatnonzero(size > 1)
 
         def write(path: Path) -> int:
-            ids = _texts(corpus, table, "id", hashed.place[keeper[members]])
+            ids = texts(corpus, table, "id", hashed.place[keeper[members]])
             away = np.bitwise_count(hashed.phash[members] ^ hashed.phash[keeper[members]])
             columns = [ids, pa.array(away, pa.int16()), pa.array(exact[members]), pa.array(keeper[members] == members)]
-            return _write(corpus, table, path, hashed.place[members], columns, "duplicate_")
+            return write_rows(corpus, table, path, hashed.place[members], columns, "duplicate_")
 
         record = partial(
             DuplicatesTable,
@@ -154,7 +157,7 @@ def decontaminate(corpus: Corpus, against: Sequence[str], distance: int = 6) -> 
         for where, found in zip(against, sets, strict=True)
     ]
     base = job_base(CONTAMINATED, table)
-    found = _same(corpus, base, ContaminatedTable, lambda job: (job.distance, job.against) == (distance, about))
+    found = made(corpus, base, ContaminatedTable, lambda job: (job.distance, job.against) == (distance, about))
     if found is None:
         hashed, others = _hashed(corpus, table), pa.concat_tables(sets).combine_chunks()
         index, away = near.nearest(hashed.phash, _numbers(others["phash"], 1)[:, 0], distance)
@@ -165,7 +168,7 @@ def decontaminate(corpus: Corpus, against: Sequence[str], distance: int = 6) -> 
 
         def write(path: Path) -> int:
             columns = [others["key"].take(pa.array(index[members])), pa.array(away[members], pa.int16())]
-            return _write(corpus, table, path, hashed.place[members], columns, "contaminated_")
+            return write_rows(corpus, table, path, hashed.place[members], columns, "contaminated_")
 
         record = partial(
             ContaminatedTable,
@@ -187,7 +190,7 @@ def hash_table(corpus: Corpus) -> Table:
     def write(path: Path) -> int:
         rows, names = 0, ["id", "basic_pixels_sha256", "basic_phash"]
         with pq.ParquetWriter(path, HASH_TABLE, compression="zstd") as writer:
-            for batch in _batches(corpus, table, names):
+            for batch in batches(corpus, table, names):
                 kept = batch.filter(pc.is_valid(batch["basic_phash"]))
                 writer.write_table(pa.table([kept[name] for name in names], schema=HASH_TABLE))
                 rows += len(kept)
@@ -197,12 +200,6 @@ def hash_table(corpus: Corpus) -> Table:
     return cached(corpus, base, Table) or publish(
         corpus, base, write, lambda object, rows: Table(object=object, rows=rows)
     )
-
-
-def job_base(folder: str, table: SampleTable) -> str:
-    """What the objects of a table job begin with: its folder, and the hash of the commits that it reads."""
-    names = [name for name in table.names if (found := COMMIT.fullmatch(name)) and found[1] in ("images", BASIC)]
-    return f"{folder}/{hashlib.sha256(canonical({'layout': LAYOUT, 'commits': names})).hexdigest()}"
 
 
 # -- what both do ------------------------------------------------------------------------------------------------------
@@ -223,16 +220,7 @@ def _scored(corpus: Corpus) -> SampleTable:
     return sample_table(corpus)
 
 
-def _same(corpus: Corpus, base: str, kind: type[J], same: Callable[[J], bool]) -> J | None:
-    """The table if it was made in this way; one that was made otherwise makes room."""
-    found = cached(corpus, base, kind)
-    if found is not None and not same(found):
-        corpus.store.delete([f"{base}.json", found.object.name])
-        return None
-    return found
-
-
-def _told(found: Job) -> dict[str, Any]:
+def _told(found: HashJob) -> dict[str, Any]:
     return {
         "path": found.object.name,
         "distance": found.distance,
@@ -241,17 +229,11 @@ def _told(found: Job) -> dict[str, Any]:
     }
 
 
-def _batches(corpus: Corpus, table: SampleTable, columns: list[str]) -> Any:
-    with corpus.store.open(table.object.name) as file:
-        for batch in pq.ParquetFile(file).iter_batches(ROW_GROUP, columns=columns):
-            yield pa.Table.from_batches([batch])
-
-
 def _hashed(corpus: Corpus, table: SampleTable) -> Hashed:
     names = ["status", "original_width", "original_height", "basic_phash", "basic_pixels_sha256"]
     places, hashes, pixels, areas = [], [], [], []
     number = ok = 0
-    for batch in _batches(corpus, table, names):
+    for batch in batches(corpus, table, names):
         there = pc.is_valid(batch["basic_phash"])
         ok += pc.sum(pc.equal(batch["status"], "ok")).as_py() or 0
         places.append(np.flatnonzero(there.to_numpy()) + number)
@@ -282,54 +264,12 @@ def _numbers(texts: pa.ChunkedArray, words: int) -> np.ndarray:
     return np.frombuffer(data, ">u8").astype(np.uint64).reshape(-1, words)
 
 
-def _keepers(labels: np.ndarray, area: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each sample the one of its group that is kept, and the size of its group."""
-    order = np.lexsort((-area, labels))  # stable: of equal ones the first
-    begins = np.ones(len(order), bool)
-    begins[1:] = labels[order][1:] != labels[order][:-1]
-    starts = np.flatnonzero(begins)
-    sizes = np.diff(np.append(starts, len(order)))
-    keeper, size = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
-    keeper[order], size[order] = np.repeat(order[starts], sizes), np.repeat(sizes, sizes)
-    return keeper, size
-
-
 def _repeated(pixels: np.ndarray) -> np.ndarray:
     """Which (n, 2) pixel hashes were there before."""
     order = np.lexsort((pixels[:, 1], pixels[:, 0]))
     repeated = np.zeros(len(order), bool)
     repeated[order[1:]] = (pixels[order[1:]] == pixels[order[:-1]]).all(1)
     return repeated
-
-
-def _texts(corpus: Corpus, table: SampleTable, column: str, places: np.ndarray) -> pa.Array:
-    """A column of the sample table at these lines, read once."""
-    wanted, back = np.unique(places, return_inverse=True)
-    parts: list[pa.ChunkedArray] = [pa.chunked_array([], pa.string())]
-    number = 0
-    for batch in _batches(corpus, table, [column]):
-        inside = wanted[np.searchsorted(wanted, number) : np.searchsorted(wanted, number + len(batch))]
-        parts.append(batch[column].take(pa.array(inside - number)))
-        number += len(batch)
-    return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string()).take(pa.array(back))
-
-
-def _write(corpus: Corpus, table: SampleTable, path: Path, places: np.ndarray, columns: list[Any], prefix: str) -> int:
-    """The table: source, shard and row of the places (in order), then the columns in the order of `JOB_COLUMNS`."""
-    fields = [field for field in JOB_COLUMNS if field.name.startswith(prefix)]
-    found = pa.table(columns, schema=pa.schema(fields))
-    number = done = 0
-    with pq.ParquetWriter(path, pa.schema([*PLACE, *fields]), compression="zstd") as writer:
-        for batch in _batches(corpus, table, [field.name for field in PLACE]):
-            end = int(np.searchsorted(places, number + len(batch)))
-            if end > done:
-                part = batch.take(pa.array(places[done:end] - number))
-                rows = found.slice(done, end - done)
-                for field in fields:
-                    part = part.append_column(field, rows[field.name])
-                writer.write_table(part)
-            number, done = number + len(batch), end
-    return done
 
 
 # -- evaluation sets ---------------------------------------------------------------------------------------------------

@@ -1,19 +1,19 @@
 """Near 64-bit hashes among millions: multi-index look-up by Hamming distance, in numpy and bounded memory.
 
 The 64 bits are cut into m blocks. Two hashes at most d bits apart agree wholly in at least m - d blocks (pigeonhole),
-so for each choice of m - d blocks the hashes are sorted with those bits in front, and only neighbours that agree in
-them are compared. Moving bits changes no distance: what is sorted are the hashes themselves, with no number beside
-them.
+so for each choice of m - d blocks the hashes are sorted by those bits, and only those that agree in them (a bucket) are
+compared.
 
 Real hashes are skewed: drawings on white, flat colours. Equal hashes are one. Bits that are nearly always the same are
-dealt to all blocks evenly, m is chosen by how often the hashes at hand collide, and within what still agrees a hash is
-compared with the next `WINDOW` ones alone; how often that cut something off is told.
+dealt to all blocks evenly, and m is chosen by how often the hashes at hand collide. What is linked already is not
+compared again, so that a thousand white pages cost little; a hash is compared with the next `WINDOW` others of its
+bucket alone, and how often that cut something off is told.
 """
 
 import math
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -21,19 +21,22 @@ import numpy as np
 from pipeline.parallel import threaded
 
 MAX_DISTANCE = 8
-WINDOW = 512  # neighbours, of those that agree in the chosen blocks, that a hash is compared with
+WINDOW = 512  # others of its bucket that a hash is compared with
+GLANCES, GLANCE = 8, 4  # tables and neighbours of the first look, which is for what is dense
+ROUND = 4  # tables of the first whole round; each other one has twice as many
 CHUNK = 1 << 18  # hashes at a time: a few megabytes
+PAIRS = 1 << 18  # compared at a time
 SAMPLE = 1 << 18  # hashes that the number of blocks is chosen by
 MORE_BLOCKS = 5  # at most so many blocks agree
-SORT_COST, PAIR_COST = 80.0, 5.0  # nanoseconds, about: to move and sort a hash, to compare two
+SORT_COST, PAIR_COST = 100.0, 5.0  # nanoseconds, about: to move and sort a hash, to compare two
 
 Fields = Sequence[tuple[int, int]]  # of a hash, from its top: (lowest bit, bits)
 
 
 @dataclass(frozen=True)
 class Groups:
-    """`labels`, (n,) int64: the smallest index that a hash is linked to. `cut`: how many hashes had more neighbours
-    that agree in some choice of blocks than were compared, summed over the `tables` (the choices)."""
+    """`labels`, (n,) int64: the smallest index that a hash is linked to. `cut`: how many hashes had more others in
+    their bucket, not yet linked to them, than were compared, summed over the `tables` (the choices of blocks)."""
 
     labels: np.ndarray
     cut: int
@@ -50,24 +53,15 @@ def groups(hashes: np.ndarray, distance: int, threads: int = 2) -> Groups:
     dealt, blocks = _plan(hashes, len(hashes) / 2, distance)
     values, first, inverse = np.unique(dealt, return_index=True, return_inverse=True)
     del dealt
-    forest, lock = Forest(len(values)), threading.Lock()
-
-    def look(chosen: tuple[int, ...]) -> int:
-        fields, bits = _fields(blocks, chosen)
-        moved = _move(values, fields)
-        moved.sort()
-        back, cut = _inverse(fields), 0
-        for start in range(0, len(moved), CHUNK):
-            pairs, more = _neighbours(moved[start : start + CHUNK + WINDOW + 1], bits, distance)
-            cut += more
-            if len(pairs):
-                ends = np.searchsorted(values, _move(pairs, back).reshape(pairs.shape))
-                with lock:
-                    forest.join(*ends)
-        return cut
-
+    forest, cut = Forest(len(values)), 0
     tables = _tables(len(blocks), distance) if distance and len(values) > 1 else []
-    cut = sum(threaded(look, tables, threads, ahead=threads))
+    for some, window in _rounds(tables):
+        labels = forest.labels()
+        order = np.argsort(labels, kind="stable")
+        look = partial(_table, values[order], labels[order], blocks, distance, window)
+        for pairs, more in threaded(look, some, threads, ahead=threads):
+            forest.join(*order[pairs])
+            cut += more if window == WINDOW else 0
     smallest = np.full(len(values), len(hashes), np.int64)
     roots = forest.labels()
     np.minimum.at(smallest, roots, first)
@@ -212,38 +206,79 @@ def _move(hashes: np.ndarray, fields: Fields) -> np.ndarray:
 # -- comparing ---------------------------------------------------------------------------------------------------------
 
 
-def _neighbours(part: np.ndarray, bits: int, distance: int) -> tuple[np.ndarray, int]:
-    """Near pairs (2, p) of the first `CHUNK` of sorted hashes and those behind them that agree in the top bits.
+def _rounds(tables: list[tuple[int, ...]]) -> Iterator[tuple[list[tuple[int, ...]], int]]:
+    """The tables in rounds, and how many neighbours to compare with: what a round links, the next ones spare.
 
-    What is linked through neighbours that follow each other is left out, which keeps the pairs few where all is alike.
-    Second: how many hashes had more partners than `WINDOW`.
+    A glance at some tables comes first: it finds what is dense, before anything is compared with hundreds.
     """
-    limit = np.uint64(1 << (64 - bits))
-    run = np.zeros(len(part), np.int32)
-    np.cumsum(np.bitwise_count(part[1:] ^ part[:-1]) > distance, out=run[1:])
-    at = np.arange(min(CHUNK, len(part)))
-    found: list[np.ndarray] = []
-    for step in range(1, WINDOW + 2):
-        if at[-1] + step >= len(part):
-            at = at[: np.searchsorted(at, len(part) - step)]
-        ones, others = part[at], part[at + step]
-        apart = ones ^ others
-        agree = apart < limit
-        if step > WINDOW:
-            return _joined(found), int(agree.sum())
-        near = np.bitwise_count(apart) <= distance
-        if step > 1:
-            near &= run[at] != run[at + step]
-        if near.any():
-            found.append(np.stack([ones[near], others[near]]))
-        at = at[agree]
-        if not len(at):
-            break
-    return _joined(found), 0
+    if tables:
+        yield tables[:: -(-len(tables) // GLANCES)], GLANCE
+    start, size = 0, ROUND
+    while start < len(tables):
+        yield tables[start : start + size], WINDOW
+        start, size = start + size, 2 * size
 
 
-def _joined(found: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(found, axis=1) if found else np.empty((0, 2), np.uint64)
+def _table(
+    values: np.ndarray, labels: np.ndarray, blocks: Fields, distance: int, window: int, chosen: tuple[int, ...]
+) -> tuple[np.ndarray, int]:
+    """Near pairs, as (2, p) places in `values`, of those that agree in the chosen blocks and differ in their label.
+
+    Each one is compared with the `window` next ones alone. Second: how many had more.
+
+    labels: sorted, so that in each bucket, too, equal ones lie side by side and are stepped over.
+    """
+    fields, bits = _fields(blocks, chosen)
+    low = max(1, (len(values) - 1).bit_length())  # a number: the key, and below it the place
+    packed = _move(values, fields)
+    packed >>= np.uint64(max(64 - bits, low + 1))  # of a long key the top will do
+    packed <<= np.uint64(low)
+    packed |= np.arange(len(values), dtype=np.uint64)
+    packed.sort()
+    found, cut, start = [np.empty((2, 0), np.int64)], 0, 0
+    while start < len(packed):
+        end = min(start + CHUNK, len(packed))
+        end += int(np.searchsorted(packed[end:], packed[end - 1] | np.uint64((1 << low) - 1), "right"))  # whole buckets
+        keys, place = packed[start:end] >> np.uint64(low), packed[start:end] & np.uint64((1 << low) - 1)
+        new = _changes(keys)
+        begins, ends = _ends(new | _changes(labels[place])), _ends(new)
+        partners = ends - begins
+        cut += int((partners > window).sum())
+        found.append(place[_near(values[place], begins, np.minimum(partners, window), distance)].astype(np.int64))
+        start = end
+    return np.concatenate(found, axis=1), cut
+
+
+def _changes(values: np.ndarray) -> np.ndarray:
+    """Behind which of them another value comes, or none."""
+    return np.append(values[1:] != values[:-1], True)
+
+
+def _ends(changes: np.ndarray) -> np.ndarray:
+    """For each one where its run ends."""
+    ends = np.flatnonzero(changes) + 1
+    return np.repeat(ends, np.diff(ends, prepend=0))
+
+
+def _near(values: np.ndarray, begins: np.ndarray, partners: np.ndarray, distance: int) -> np.ndarray:
+    """Near pairs, as (2, p) places, of each value and its `partners`, which lie side by side from its `begins` on."""
+    ones = np.flatnonzero(partners)
+    begins, partners = begins[ones], partners[ones]
+    stops = np.cumsum(partners)
+    found, done = [np.empty((2, 0), np.int64)], 0
+    while done < len(ones):
+        before = stops[done] - partners[done]
+        some = slice(done, max(done + 1, int(np.searchsorted(stops, before + PAIRS, "right"))))
+        pair_stops = stops[some] - before
+        others = np.repeat(begins[some] - pair_stops + partners[some], partners[some])
+        others += np.arange(len(others))
+        apart = np.repeat(values[ones[some]], partners[some])
+        apart ^= values[others]
+        near = np.flatnonzero(np.bitwise_count(apart) <= distance)
+        if len(near):
+            found.append(np.stack([ones[some][np.searchsorted(pair_stops, near, "right")], others[near]]))
+        done = some.stop
+    return np.concatenate(found, axis=1)
 
 
 def _nearest(

@@ -156,8 +156,10 @@ def canonical(value: Any) -> bytes:
 
 
 def column_kind(column: str) -> str:
-    """`table` for captions and scores, `tar` for everything else."""
-    return "table" if column.split("/")[0] in ("captions", "scores") else "tar"
+    """`table` for captions and scores, `tar` for everything else: embeddings are scores in tars."""
+    family, _, name = column.partition("/")
+    table = family == "captions" or (family == "scores" and name.partition("-")[0] != "embedding")
+    return "table" if table else "tar"
 
 
 def commit_name(column: str, source: str, shard: str, generation: int) -> str:

@@ -20,8 +20,10 @@ from pyarrow.fs import LocalFileSystem
 
 from pipeline.corpus import Corpus, canonical
 from pipeline.database import connect
-from pipeline.duplicates import CONTAMINATED, DUPLICATES, ContaminatedTable, DuplicatesTable, Job, job_base
+from pipeline.duplicates import ContaminatedTable, DuplicatesTable
 from pipeline.errors import RequestError
+from pipeline.jobs import CONTAMINATED, DUPLICATES, SEMANTIC, Job, job_base
+from pipeline.semantic import SemanticTable
 from pipeline.store import first_line
 from pipeline.tables import JOB_COLUMNS, ROW_GROUP, SampleTable, Table, cached, sample_table, table_schema
 
@@ -39,18 +41,23 @@ CONFINED: dict[str, str | bool | int | float | list[str]] = {  # the SQL may be 
     "python_enable_replacements": False,
 }
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
-HASHED = "basic_phash IS NOT NULL"
 JOBS: dict[str, tuple[type[Job], str, str]] = {  # a table job's folder: its record, its command, what the view shows
     DUPLICATES: (
         DuplicatesTable,
         "dedup",
-        f"duplicate_group, duplicate_distance, CASE WHEN {HASHED} THEN coalesce(duplicate_exact, false) END AS "
-        f"duplicate_exact, CASE WHEN {HASHED} THEN coalesce(duplicate_keep, true) END AS duplicate_keep",
+        "duplicate_group, duplicate_distance, CASE WHEN {present} THEN coalesce(duplicate_exact, false) END AS "
+        "duplicate_exact, CASE WHEN {present} THEN coalesce(duplicate_keep, true) END AS duplicate_keep",
+    ),
+    SEMANTIC: (
+        SemanticTable,
+        "dedup --semantic",
+        "semantic_group, semantic_similarity, CASE WHEN {present} THEN coalesce(semantic_keep, true) END AS "
+        "semantic_keep",
     ),
     CONTAMINATED: (
         ContaminatedTable,
         "decontaminate",
-        f"CASE WHEN {HASHED} THEN contaminated_by IS NOT NULL END AS contaminated, contaminated_by, "
+        "CASE WHEN {present} THEN contaminated_by IS NOT NULL END AS contaminated, contaminated_by, "
         "contaminated_distance",
     ),
 }
@@ -91,7 +98,7 @@ def _connected(corpus: Corpus, table: SampleTable) -> Iterator[duckdb.DuckDBPyCo
         shown, joined = ["sample_rows.*"], "sample_rows"
         for number, (folder, job) in enumerate(jobs.items()):
             connection.register(f"job_{number}", _view(corpus, job, Path(spill)))
-            shown.append(JOBS[folder][2])
+            shown.append(JOBS[folder][2].format(present=job.present))
             joined += f" LEFT JOIN job_{number} USING (source, shard, row)"
         if jobs:
             connection.execute(f"CREATE VIEW samples AS SELECT {', '.join(shown)} FROM {joined}")

@@ -35,12 +35,15 @@ BASE = pa.schema(
     ]
 )
 
-JOB_COLUMNS = pa.schema(  # what `pipeline.duplicates` adds to the view
+JOB_COLUMNS = pa.schema(  # what the table jobs (`pipeline.jobs`) add to the view
     [
         pa.field("duplicate_group", pa.string()),
         pa.field("duplicate_distance", pa.int16()),
         pa.field("duplicate_exact", pa.bool_()),
         pa.field("duplicate_keep", pa.bool_()),
+        pa.field("semantic_group", pa.string()),
+        pa.field("semantic_similarity", pa.float32()),
+        pa.field("semantic_keep", pa.bool_()),
         pa.field("contaminated_by", pa.string()),
         pa.field("contaminated_distance", pa.int16()),
     ]
@@ -155,13 +158,14 @@ def table_fields(declared: dict[str, Declaration]) -> list[Field]:
             continue
         if kind == "captions":
             prefix = f"caption_{name}"
-        elif kind == "scores":
+        elif kind == "scores" and declaration.kind == "table":
             prefix = name
         else:
             prefix = re.sub(r"[^A-Za-z0-9_]", "_", column)
             fields.append(Field(f"has_{prefix}", column, None, pa.bool_()))
         for scalar, type_name in declaration.scalars.items():
-            whole = prefix if (kind, scalar) == ("captions", "caption") else f"{prefix}_{scalar}"
+            own = {"captions": "caption", "scores": name.partition("-")[0]}.get(kind)  # what the column is about
+            whole = prefix if scalar == own else f"{prefix}_{scalar}"
             fields.append(Field(re.sub(r"[^A-Za-z0-9_]", "_", whole), column, scalar, SCALAR_TYPES[type_name]))
     taken = dict.fromkeys(BASE.names, "images") | dict.fromkeys([*JOB_COLUMNS.names, "contaminated"], "table jobs")
     for field in fields:

@@ -55,6 +55,17 @@ def test_plan() -> None:
         assert one["predicted"] == pytest.approx(one["bytes"], rel=0.25), column  # a few rows in a shard
 
 
+def test_dedup() -> None:
+    """Few pictures, but real ones; the hashes as skewed as millions of them."""
+    found = run("dedup", "--images", "12", "--hashes", "30000")
+    for method in ("exact", "perceptual", "semantic"):
+        assert (found[f"{method}_none_recall"], found[f"{method}_none_precision"]) == (1.0, 1.0)
+    assert (found["exact_recall"], found["exact_precision"]) == (0.0, None)  # each change turns some pixel
+    assert min(found["perceptual_recall"], found["semantic_recall"]) >= 0.8
+    assert min(found["perceptual_precision"], found["semantic_precision"]) >= 0.9
+    assert found["hash_recall"] >= found["goals"]["hash_recall"] and found["reference_recall"] >= 0.99
+
+
 def test_joins() -> None:
     found = run("joins", "--rows", "4000", "--entries", "3000")
     for kind, sizes in (("diffusiondb", (2000, 4000)), ("sa1b", (1000, 3000))):
