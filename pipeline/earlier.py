@@ -18,6 +18,7 @@ from pipeline.corpus import Commit, Corpus, UnitCommit, column_kind
 from pipeline.errors import RequestError
 from pipeline.parallel import threaded
 from pipeline.records import UNITS
+from pipeline.score_options import ScoresColumn
 from pipeline.stages import IMAGES
 from pipeline.stages.ingest import ingest_stage
 
@@ -168,6 +169,8 @@ class Earlier:
                     made = {"storage": "float16", "trim": "trim" in (made.get("model") or {}), **made}
                 if isinstance(options, CaptionsColumn) and options.field is not None:
                     asked = {"field": options.field, "fallback": options.fallback}
+                if isinstance(options, ScoresColumn) and hasattr(options, "model"):
+                    asked = {"name": options.model}
                 asked.pop("revision", None)  # another one has the same shapes
                 if note := _differs(made, asked):
                     found[name] = note

@@ -24,6 +24,7 @@ from pipeline.earlier import Earlier
 from pipeline.errors import DamagedError, RequestError
 from pipeline.expected import Expected, expected
 from pipeline.places import Places
+from pipeline.score_options import ClipScores, ScoresColumn, holds_model, scorer_of
 from pipeline.sizes import Sizes, by_origin
 from pipeline.stages import IMAGES
 
@@ -113,7 +114,7 @@ class _Estimate:
         self.sizes = Sizes(config, self.sources, self.earlier, self.otherwise, self.assume)
         self.shards = self.sizes.shards
         self.cpus = self._cpus()
-        models = len(self._stages_with(LatentsColumn) | self._stages_with(TextColumn))
+        models = len({self._stage_of(name) for name, options in config.columns.items() if _holds_model(options)})
         self.places = Places.on(
             self.cpus,
             given.gpus,
@@ -168,7 +169,7 @@ class _Estimate:
         found = {INGEST: Cost("cpu", False, min(self.places.ingests, units))}
         columns: dict[str, list[str]] = {INGEST: [IMAGES]}
         for column, options in self.config.columns.items():
-            model, name = isinstance(options, LatentsColumn | TextColumn), _stage_of(column, options)
+            model, name = _holds_model(options), self._stage_of(column)
             workers = self.cpus if not model else self.given.gpus or self.places.actors_per_stage
             found.setdefault(name, Cost("gpu" if model and self.given.gpus else "cpu", model, workers))
             columns.setdefault(name, []).append(column)
@@ -179,7 +180,7 @@ class _Estimate:
 
     def _pace(self, stage: str, cost: Cost, columns: list[str], name: str, source: Expected) -> None:
         pace, learned = None, ""
-        pixels = not columns[0].startswith(("captions/", "text/"))  # the stage works on images
+        pixels = not columns[0].startswith(("captions/", "text/", "scores/caption"))  # the stage works on images
         if self.earlier is not None and not self.otherwise.keys() & {*columns, *[IMAGES] * pixels}:
             pace = self.earlier.pace(columns, name)
             learned = f"earlier build, {pace.shards:,} shards" if pace is not None else ""
@@ -227,6 +228,8 @@ class _Estimate:
             model = options[0].autoencoder
         elif isinstance(options[0], TextColumn):
             model = options[0].encoder
+        elif isinstance(options[0], ScoresColumn) and scorer_of(columns[0]) != "basic":
+            model = getattr(options[0], "model", scorer_of(columns[0]))
         together = rates.measured(stage, kind, model, resolutions)
         alone = [rates.measured(stage, kind, model, [resolution]) for resolution in resolutions]
         found = [together] if together is not None or not resolutions else alone
@@ -312,8 +315,16 @@ class _Estimate:
         self.assume(f"as many CPUs as this machine has, {here:.0f} (--cpus)")
         return here
 
-    def _stages_with(self, kind: type) -> set[str]:
-        return {_stage_of(name, options) for name, options in self.config.columns.items() if isinstance(options, kind)}
+    def _stage_of(self, column: str) -> str:
+        """The stage's name, as the engine calls it."""
+        options = self.config.columns[column]
+        if isinstance(options, LatentsColumn):
+            return "latents"
+        if isinstance(options, ClipScores):  # that of the first column of its model
+            model = options.model, options.revision
+            others = ((name, o) for name, o in self.config.columns.items() if isinstance(o, ClipScores))
+            return next(name for name, other in others if (other.model, other.revision) == model)
+        return column.replace("/", ":", 1) if isinstance(options, TextColumn) else column
 
     def _money(self, time: Mapping[str, Any], size: int) -> dict[str, Any]:
         given, hours = self.given, time["seconds"] / 3600
@@ -348,8 +359,5 @@ def _gpu(given: Machines) -> str | None:
     return rates.gpu_kind(given.gpu) if given.gpu is not None else None
 
 
-def _stage_of(column: str, options: Any) -> str:
-    """The stage's name, as the engine calls it."""
-    if isinstance(options, LatentsColumn):
-        return "latents"
-    return column.replace("/", ":", 1) if isinstance(options, TextColumn) else column
+def _holds_model(options: Any) -> bool:
+    return isinstance(options, LatentsColumn | TextColumn) or holds_model(options)

@@ -35,6 +35,26 @@ def text_encoder_identity(column: str, name: str, revision: str | None, trim: bo
     return _identity(f"columns.{column}.encoder = {name!r}", text_encoder_fingerprint, name, revision, trim=trim)
 
 
+@lru_cache(maxsize=16)
+def vision_identity(column: str, task: Any, name: str, label: str | None, revision: str | None) -> dict[str, Any]:
+    """The same for a model that scores pictures."""
+    from model.vision import vision_fingerprint
+
+    field = f"columns.{column}.model = {name!r}"
+    return _identity(field, vision_fingerprint, name, revision, task=task, label=label)
+
+
+def carried_identity(column: str, name: str) -> dict[str, Any]:
+    """The same for a model that a package carries (`model.carried`)."""
+    from model.carried import carried
+    from model.hub import ModelFilesError
+
+    try:
+        return carried(name)
+    except ModelFilesError as error:
+        raise RequestError(f"columns.{column}: {error}") from error
+
+
 def _identity(
     field: str, fingerprint: Callable[..., Any], name: str, revision: str | None, **options: Any
 ) -> dict[str, Any]:
