@@ -297,18 +297,22 @@ def _head(files: ModelFiles, config: Mapping[str, Any]) -> torch.nn.Sequential:
         ModelFilesError: there are no such weights, or they do not fit together.
     """
     relu = any(name.endswith("ReLU") for name in config["architectures"])
-    parts: list[torch.nn.Module] = []
+    layers: list[torch.nn.Linear] = []
     try:
         with safe_open(files.folder / files.weights[0], "pt") as weights:
-            names = [match for key in weights.keys() if (match := re.fullmatch(r"layers\.(\d+)\.weight", key))]  # noqa: SIM118
-            for match in sorted(names, key=lambda match: int(match[1])):
-                weight = weights.get_tensor(match[0]).float()
+            names = (re.fullmatch(r"layers\.(\d+)\.weight", key) for key in weights.keys())  # noqa: SIM118
+            for number in sorted(int(name[1]) for name in names if name):
+                weight, bias = (weights.get_tensor(f"layers.{number}.{part}").float() for part in ("weight", "bias"))
                 layer = torch.nn.Linear(weight.shape[1], weight.shape[0])
-                bias = weights.get_tensor(f"layers.{match[1]}.bias").float()
                 layer.load_state_dict({"weight": weight, "bias": bias})
-                parts += [torch.nn.ReLU(), layer] if relu and parts else [layer]
+                layers.append(layer)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise files.damaged(files.weights[0], error) from error
-    if not parts:
+    if not layers:
         raise ModelFilesError(f"{files.name}: {files.weights[0]} has no layers.<n>.weight: the head is missing")
-    return torch.nn.Sequential(*parts)
+    ends = [layer.out_features for layer in layers]
+    if [config["projection_dim"], *ends] != [*(layer.in_features for layer in layers), 1]:
+        raise files.damaged(files.weights[0], ValueError("its head does not fit together"))
+    if not relu:
+        return torch.nn.Sequential(*layers)
+    return torch.nn.Sequential(*[part for layer in layers for part in (torch.nn.ReLU(), layer)][1:])
