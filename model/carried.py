@@ -109,7 +109,9 @@ class NsfwScorer:
 class TextScorer:
     """Readable text: `area`, the share of the picture that its boxes cover together, `boxes`, and `characters`.
 
-    Readable is what the recogniser reads with a confidence of 0.5; white space is no character.
+    Readable is a line that the recogniser reads with a confidence of 0.8 and that has two characters, white space not
+    counted: it takes many a drawing for a single sign (of 50 emoji 21 have text at 0.5 with one, 2 have it so, and all
+    lines of 12 pixels written on them are found).
     """
 
     def __init__(self) -> None:
@@ -120,6 +122,7 @@ class TextScorer:
         self._reader: Any = RapidOCR(
             params={
                 "Global.log_level": "critical",
+                "Global.text_score": 0.8,
                 "Global.use_cls": False,  # whether lines are upside down: a third model, which finds no text
                 "Det.limit_side_len": TEXT_SIDE,
                 **threads,
@@ -134,12 +137,13 @@ class TextScorer:
             width, height = (max(1, round(side * scale)) for side in image.size)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         found = self._reader(np.ascontiguousarray(np.asarray(image)[..., ::-1]))  # BGR
-        boxes = [] if found.boxes is None else [[tuple(map(float, corner)) for corner in box] for box in found.boxes]
-        covered = Image.new("1", image.size)
-        for box in boxes:
-            ImageDraw.Draw(covered).polygon(box, fill=1)
-        characters = sum(len("".join(line.split())) for line in (found.txts or ()))
-        return {"area": float(np.asarray(covered).mean()), "boxes": len(boxes), "characters": characters}
+        covered, boxes, characters = Image.new("1", image.size), 0, 0
+        for line, box in zip(found.txts or (), () if found.boxes is None else found.boxes, strict=True):
+            signs = len("".join(line.split()))
+            if signs >= 2:
+                ImageDraw.Draw(covered).polygon([tuple(map(float, corner)) for corner in box], fill=1)
+                boxes, characters = boxes + 1, characters + signs
+        return {"area": float(np.asarray(covered).mean()), "boxes": boxes, "characters": characters}
 
 
 class LanguageScorer:
