@@ -135,7 +135,7 @@ def test_they_are_named_before_a_build_begins_where_they_are_not_installed(
 
 
 def test_they_come_without_torch(tmp_path: Path) -> None:
-    columns = {"captions/a": {}, "scores/nsfw": {}, "scores/text": {}, "scores/caption": {"captions": "a"}}
+    columns = {"captions/a": {}, "scores/nsfw": {}, "scores/text": {}}
     probe = (
         "import sys; from pipeline.config import BuildConfig; from pipeline.stages import stages_of\n"
         "for stage in stages_of(BuildConfig.model_validate_json(sys.argv[1])):\n"
