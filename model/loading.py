@@ -195,8 +195,8 @@ def _parts_of_run(path: Path, origin: dict[str, str], autoencoder: Part | None, 
         _, height, width = info["latent_shape"]
         return Parts(
             path,
-            autoencoder or _trained_part(info["latents"], "autoencoder"),
-            text_encoder or _trained_part(info["text"], "encoder"),
+            autoencoder or trained_part(info["latents"], "autoencoder"),
+            text_encoder or trained_part(info["text"], "encoder"),
             sample_size=(int(height), int(width)),
             edm=EDM(sigma_data=float(info.get("sigma_data", EDM.sigma_data))),
             guidance_scale=float(info.get("guidance_scale", Parts.guidance_scale)),
@@ -209,7 +209,7 @@ def _parts_of_run(path: Path, origin: dict[str, str], autoencoder: Part | None, 
         ) from error
 
 
-def _trained_part(stage: Mapping[str, Any], kind: str) -> Part:
+def trained_part(stage: Mapping[str, Any], kind: str) -> Part:
     """Of a column's declaration. Its `revision` may have been a branch; the model's own is the commit."""
     model = stage.get("model")
     options = _loading_options(model or {})

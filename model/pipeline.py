@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from model.autoencoder import Autoencoder, load_autoencoder
 from model.checkpoint import load_model
 from model.edm import EDM, check_sampling
-from model.loading import check_trained_with, find_parts, write_pipeline
+from model.loading import Part, check_trained_with, find_parts, write_pipeline
 from model.network import MicroDiT
 from model.text import TextEncoder, load_text_encoder
 
@@ -110,10 +110,7 @@ class MicroDiTPipeline:
             model.hub.ModelFilesError: files cannot be had.
         """
         parts = find_parts(checkpoint, revision=revision, autoencoder=autoencoder, text_encoder=text_encoder)
-        text = load_text_encoder(parts.text_encoder.where, device=device, **parts.text_encoder.options)
-        check_trained_with(parts.text_encoder, text, "text_encoder")
-        codec = load_autoencoder(parts.autoencoder.where, device=device, **parts.autoencoder.options)
-        check_trained_with(parts.autoencoder, codec, "autoencoder")
+        text, codec = load_encoders(parts.text_encoder, parts.autoencoder, device)
         net = load_model(parts.weights, device=device, dtype=torch_dtype, **parts.config)
         names = {"autoencoder": parts.autoencoder.name, "text_encoder": parts.text_encoder.name}
         return cls(
@@ -315,6 +312,22 @@ class MicroDiTPipeline:
             return Image.fromarray(pixels.numpy())
         values = pixels.float() / 255
         return values.numpy() if output_type == "np" else values.permute(2, 0, 1)
+
+
+def load_encoders(
+    text_encoder: Part, autoencoder: Part, device: str | torch.device = "cpu"
+) -> tuple[TextEncoder, Autoencoder]:
+    """Text encoder and autoencoder, of which each must be what the training saw.
+
+    Raises:
+        CheckpointError: it is another one.
+        ValueError, model.hub.ModelFilesError: as their loaders.
+    """
+    text = load_text_encoder(text_encoder.where, device=device, **text_encoder.options)
+    check_trained_with(text_encoder, text, "text_encoder")
+    codec = load_autoencoder(autoencoder.where, device=device, **autoencoder.options)
+    check_trained_with(autoencoder, codec, "autoencoder")
+    return text, codec
 
 
 def _texts(name: str, given: str | Sequence[str] | None) -> list[Any]:

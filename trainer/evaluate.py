@@ -22,8 +22,7 @@ from pipeline.images import BadImage, decode
 from pipeline.stages import image_bytes, read_rows
 from pipeline.stages.latents import square
 from trainer.recipe import Recipe
-from trainer.samples import SampleIndex, Where, open_columns
-from trainer.start import open_stages
+from trainer.samples import SampleIndex, Where, open_columns, open_samples, read_captions
 
 SEED = 1  # of the noise, and with the recipe's seed of the captions drawn
 
@@ -61,7 +60,7 @@ def evaluate(
         recipe = Recipe.model_validate(state["recipe"] | ({"corpus": corpus} if corpus else {}))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: state.json is no trainer's ({error})") from error
-    samples = open_stages(recipe)
+    samples = open_samples(recipe)
     index = samples.stages[-1]
     if state["data"][-1]["digest"] != index.digest:
         raise RequestError(
@@ -78,8 +77,7 @@ def evaluate(
     side = samples.corpus.column(recipe.stages[-1].latents).stage["resolution"]
     real = {kind: read_images(samples.corpus, some, side) for kind, some in drawn.items()}
     everything = read_images(samples.corpus, index, side) | read_images(samples.corpus, samples.held, side)
-    column = "captions/" + max(recipe.text, key=lambda name: recipe.text[name]).partition("@")[2]
-    captions = {kind: read_captions(samples.corpus, column, some) for kind, some in drawn.items()}
+    captions = {kind: read_captions(samples.corpus, recipe.main_text, some) for kind, some in drawn.items()}
 
     torch.manual_seed(recipe.seed)
     untrained = MicroDiT(**pipe.transformer.config).eval().to(pipe.device)
@@ -100,7 +98,7 @@ def evaluate(
         "images": len(everything),
         **results[1],
         "untrained": results[0],
-        "captions": column,
+        "captions": "captions/" + recipe.main_text.partition("@")[2],
         "num_inference_steps": num_inference_steps,
         "guidance_scale": pipe.guidance_scale if guidance_scale is None else guidance_scale,
     }
@@ -174,10 +172,3 @@ def read_images(corpus: Corpus, index: SampleIndex, side: int) -> dict[str, np.n
     rows = index.by_shard()
     with ThreadPoolExecutor(2) as pool:
         return dict(pair for found in pool.map(lambda item: list(read(*item)), rows.items()) for pair in found)
-
-
-def read_captions(corpus: Corpus, column: str, index: SampleIndex) -> list[str]:
-    """The captions of samples, in the index' order."""
-    commits = open_columns(corpus, [column])[column]
-    tables = {where: corpus.sidecar(commits[where])["caption"].to_pylist() for where in index.by_shard()}
-    return [tables[where][row] for where, rows in index.by_shard().items() for row in rows]

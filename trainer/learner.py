@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -152,6 +152,31 @@ class Learner:
             self.averages.append({name: p.detach().clone() for name, p in self.parameters.items()})
         for average, half_life in zip(self.averages, half_lives, strict=True):
             torch._foreach_lerp_(list(average.values()), weights, 1 - 0.5 ** (stage.batch / (half_life * scale)))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While it is entered, the network has the weights of the first average, which there must be, and that has its.
+
+        In place and weight by weight: whoever holds the parameters still does, and little memory is needed.
+        """
+
+        @torch.no_grad()
+        def exchange() -> None:
+            for name, parameter in self.parameters.items():
+                other = self.averages[0][name]
+                kept = parameter.clone()
+                parameter.copy_(other)
+                other.copy_(kept)
+
+        exchange()
+        try:
+            yield
+        finally:
+            exchange()
+
+    def drawing_weights(self) -> dict[str, Tensor]:
+        """What pictures are drawn with: the first average, or the weights where there is none."""
+        return self.averages[0] if self.averages else {name: p.detach() for name, p in self.parameters.items()}
 
     def _flops(self, part: MicroBatch, stage: StageRecipe) -> int:
         """Of one sample, forward and backward."""

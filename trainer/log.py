@@ -5,12 +5,14 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from model.flops import gpu_peak
@@ -56,13 +58,10 @@ class Log:
         self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
 
     def line(self, step: int, **values: Any) -> None:
-        """A value may be a dictionary of numbers; None stands for what is not known."""
+        """A value may be a dictionary of numbers, or of such; None stands for what is not known."""
         if self._writer is None:
             return
-        numbers: dict[str, float] = {}
-        for name, value in values.items():
-            found = {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
-            numbers |= {key: v for key, v in found.items() if v is not None}
+        numbers = _flat(values)
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step} | values) + "\n")
@@ -72,6 +71,13 @@ class Log:
             self.say(f"step {step}: a line of {self.path} is lost: {error}")
         if self._run is not None:
             self._run.log(numbers, step=step)
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        """A sheet of pictures, to TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+        if self._run is not None and self._wandb is not None:
+            self._run.log({"samples": self._wandb.Image(picture)}, step=step)
 
     def status(self, text: str, last: bool = False) -> None:
         """Replace the status line; `last`: it stays."""
@@ -93,6 +99,22 @@ class Log:
             self._writer.close()
         if self._run is not None:
             self._run.finish()
+
+
+def by_noise(sums: Sequence[float], counts: Sequence[float]) -> dict[str, float | None]:
+    """Mean losses by noise, from sums and numbers of samples."""
+    return {name: loss / n if n else None for name, loss, n in zip(NOISE_NAMES, sums, counts, strict=True)}
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of nested dictionaries, by names with slashes."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= {f"{name}/{key}": number for key, number in _flat(value).items()}
+        elif value is not None:
+            found[name] = value
+    return found
 
 
 def _lines(path: Path) -> list[str]:
@@ -119,6 +141,8 @@ class Progress:
     loss_steps: int = 0
     noise: list[float] = field(default_factory=lambda: [0.0] * (2 * NOISE_BINS))  # the same by noise, see `Step`
     loss: float | None = None  # of the last line
+    validation: float | None = None  # the last one: of the first average, or of the weights if there is none
+    looked: int = -1  # the step after which the last validation was due
 
     def images(self, stages: Sequence[StageRecipe]) -> int:
         """How many the whole run sees."""
@@ -150,6 +174,10 @@ class Meter:
                 return
             yield batch
 
+    def pause(self, seconds: float) -> None:
+        """So much time went by beside the training, and does not count as slow."""
+        self.marked += seconds
+
     def add(self, step: Step) -> None:
         found = torch.cat([step.loss.reshape(1), step.noise.flatten()])
         self.sums += torch.where(step.bad > 0, 0.0, found)
@@ -175,20 +203,19 @@ class Meter:
         self.speed = speed = (progress.seen - self.marked_seen) / seconds
         progress.loss = progress.loss_sum / max(progress.loss_steps, 1)
         sums, counts = progress.noise[:NOISE_BINS], progress.noise[NOISE_BINS:]
-        by_noise = {
-            name: loss / count if count else None for name, loss, count in zip(NOISE_NAMES, sums, counts, strict=True)
-        }
         self.log.line(
-            progress.step, images=progress.seen, stage=stage + 1, loss=progress.loss, loss_by_noise=by_noise,
-            learning_rate=rate, grad_norm=self.norm.item(), images_per_second=round(speed, 2),
+            progress.step, images=progress.seen, stage=stage + 1, loss=progress.loss,
+            loss_by_noise=by_noise(sums, counts), learning_rate=rate, grad_norm=self.norm.item(),
+            images_per_second=round(speed, 2),
             data_wait=round(self.waited / seconds, 4), mfu=self.peak and round(self.flops / seconds / self.peak, 4),
             peak_memory_mb=peak_memory_mb(self.team.device), skipped=progress.skipped,
             seconds=round(progress.seconds, 3), seconds_left=round(images_left / speed, 1),
         )  # fmt: skip
         minutes, rest = divmod(round(images_left / speed), 60)
+        validation = "" if progress.validation is None else f"  validation {progress.validation:.4f}"
         self.log.status(
             f"stage {stage + 1}/{len(progress.lengths)}  step {progress.step}/{sum(progress.lengths)}  "
-            f"loss {progress.loss:.4f}  {speed:,.0f} images/s  {minutes}:{rest:02d} left"
+            f"loss {progress.loss:.4f}{validation}  {speed:,.0f} images/s  {minutes}:{rest:02d} left"
             + (f"  {progress.skipped} steps skipped" if progress.skipped else ""),
             last=images_left == 0,
         )

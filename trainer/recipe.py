@@ -137,6 +137,14 @@ class Recipe(_Part):
     """How many checkpoints stay, the newest ones."""
     log_every: int = Field(20, gt=0)
     """Steps between lines of the log."""
+    validate_every: int = Field(1000, gt=0)
+    """Steps between validations, the loss of what is held out (`hold_out`; nothing without it). There is one before the
+    first step and one at the end too."""
+    sample_every: int | None = Field(None, gt=0)
+    """Steps between sheets of pictures, OUT/samples/step-*.png; also before the first step and at the end. Text encoder
+    and autoencoder of the columns must be at hand, which is seen at the start."""
+    sample_prompts: list[str] = []
+    """What is drawn on them; without any, captions that are held out."""
     wandb: str | None = None
     """A project of W&B that gets what the log gets (pip install "microdit[wandb]")."""
     guidance_scale: float = Field(5.0, ge=0)
@@ -152,12 +160,20 @@ class Recipe(_Part):
                 )
         if sorted(set(self.text_lengths)) != self.text_lengths:
             raise ValueError(f"text_lengths: {self.text_lengths} must rise")
+        if self.sample_every and not self.sample_prompts and not self.hold_out:
+            raise ValueError("sample_every: there is nothing to draw; give sample_prompts, or hold_out for captions")
         return self
+
+    @property
+    def main_text(self) -> str:
+        """The text column that is drawn most often."""
+        return max(self.text, key=lambda name: self.text[name])
 
 
 # A run may go on with other values of these.
 OPERATION = {"corpus", "out", "cache_mb", "time_budget", "checkpoint_every", "checkpoint_keep", "log_every"} | {
     "guidance_scale", "compile", "checkpoint_minutes", "wandb", "cache_folder", "cache_gb", "max_broken",
+    "validate_every", "sample_every", "sample_prompts",
 }  # fmt: skip
 
 

@@ -193,42 +193,65 @@ def _selected_rows(corpus: Corpus, selection: str) -> dict[Where, tuple[np.ndarr
     return dict(zip(shards, zip(rows, weights, strict=True), strict=True))
 
 
-def split(indexes: Sequence[SampleIndex], hold_out: int, seed: int) -> tuple[list[SampleIndex], SampleIndex]:
-    """What each stage trains on, and the samples held out of all of them: the `hold_out` lowest hashes of the last one.
+def split(indexes: Sequence[SampleIndex], hold_out: int, seed: int) -> tuple[list[SampleIndex], list[SampleIndex]]:
+    """What each stage trains on, and what is held out of all of them: the `hold_out` lowest hashes of the last one.
+
+    The second list has, for each stage, those of them that it could have trained on: all of them for the last stage.
 
     Raises:
         RequestError: nothing would be left to train on.
     """
     last = indexes[-1]
-    held = last.take(last.lowest(hold_out, seed))
-    limit = held.hashes(seed).max() if hold_out else None
-    left = [index if limit is None else index.take(index.hashes(seed) > limit) for index in indexes]
-    for index in left:
-        if not len(index):
+    hashes = last.hashes(seed)[last.lowest(hold_out, seed)]
+    left, held = [], []
+    for index in indexes:
+        own = index.hashes(seed)
+        apart = own <= hashes.max() if hold_out else np.zeros(len(index), dtype=bool)
+        left.append(index.take(~apart) if hold_out else index)
+        apart[apart] = np.isin(own[apart], hashes)
+        held.append(index.take(apart))
+        if not len(left[-1]):
             raise RequestError(f"hold_out: {hold_out} leaves nothing to train on of {len(last)} samples; lower it")
     return left, held
 
 
 @dataclass(frozen=True)
 class RunSamples:
-    """The samples of a run: `stages[i]` is what stage i trains on, `held` what no stage does."""
+    """The samples of a run: `stages[i]` is what stage i trains on, `held` what no stage does.
+
+    `held_by_stage[i]`: those of `held` that stage i's latents column and selection have.
+    """
 
     corpus: Corpus
     columns: dict[str, dict[Where, Commit]]
     stages: list[SampleIndex]
-    held: SampleIndex
+    held_by_stage: list[SampleIndex]
     missing: int
     """Samples of the selection that are not ok in every column of the last stage."""
 
+    @property
+    def held(self) -> SampleIndex:
+        return self.held_by_stage[-1]
+
 
 def open_samples(recipe: Recipe) -> RunSamples:
-    """Raises RequestError if the corpus, the selection or a column is missing, stale or empty."""
+    """Raises RequestError if the corpus, a selection or a column is missing, stale or empty."""
     corpus = Corpus.open(recipe.corpus)
     columns = open_columns(corpus, list(dict.fromkeys([*(stage.latents for stage in recipe.stages), *recipe.text])))
+    wanted = [(stage.latents, stage.selection or recipe.selection) for stage in recipe.stages]
     found = {
-        latents: index_samples(corpus, {name: columns[name] for name in (latents, *recipe.text)}, recipe.selection)
-        for latents in dict.fromkeys(stage.latents for stage in recipe.stages)
+        (latents, selection): index_samples(
+            corpus, {name: columns[name] for name in (latents, *recipe.text)}, selection
+        )
+        for latents, selection in dict.fromkeys(wanted)
     }
-    stages, held = split([found[stage.latents][0] for stage in recipe.stages], recipe.hold_out, recipe.seed)
-    stages = [index.mixed(recipe.mix) for index in stages]
-    return RunSamples(corpus, columns, stages, held, found[recipe.stages[-1].latents][1])
+    stages, held = split([found[one][0] for one in wanted], recipe.hold_out, recipe.seed)
+    return RunSamples(corpus, columns, [index.mixed(recipe.mix) for index in stages], held, found[wanted[-1]][1])
+
+
+def read_captions(corpus: Corpus, text: str, index: SampleIndex) -> list[str]:
+    """The captions that a text column was made of, of samples, in the index' order."""
+    column = f"captions/{text.partition('@')[2]}"
+    commits = open_columns(corpus, [column])[column]
+    tables = {where: corpus.sidecar(commits[where])["caption"].to_pylist() for where in index.by_shard()}
+    return [tables[where][row] for where, rows in index.by_shard().items() for row in rows]

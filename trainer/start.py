@@ -1,4 +1,4 @@
-"""What a run begins with: the samples of each stage, the network's arguments, and the weights to go on from."""
+"""What a run begins with: the network's arguments, and the weights to go on from."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,26 +13,7 @@ from model.network import PRESETS, MicroDiT
 from pipeline.errors import RequestError
 from trainer.data import ShardCache, shapes
 from trainer.recipe import Recipe
-from trainer.samples import RunSamples, open_samples, split
-
-
-def open_stages(recipe: Recipe) -> RunSamples:
-    """`open_samples` where each stage may have a selection of its own. What is held out is held out of all stages.
-
-    Raises:
-        RequestError: corpus, selection or column are missing, stale or empty.
-    """
-    selections = [stage.selection or recipe.selection for stage in recipe.stages]
-    if set(selections) == {recipe.selection}:
-        return open_samples(recipe)
-    found = {
-        name: open_samples(recipe.model_copy(update={"selection": name, "hold_out": 0}))
-        for name in dict.fromkeys(selections)
-    }
-    each = [found[name].stages[number] for number, name in enumerate(selections)]
-    stages, held = split(each, recipe.hold_out, recipe.seed)
-    last = found[selections[-1]]
-    return RunSamples(last.corpus, last.columns, stages, held, last.missing)
+from trainer.samples import RunSamples
 
 
 def network_config(

@@ -1,6 +1,6 @@
 """The training loop: a recipe in, checkpoints, logs and a summary out.
 
-set up -> data -> network -> resume -> (time budget) -> for each stage: for each batch: step, log, checkpoint
+set up -> data -> network -> resume -> (time budget) -> for each stage: for each batch: step, log, look, checkpoint
 """
 
 import time
@@ -14,12 +14,14 @@ from pipeline.errors import RequestError
 from trainer import checkpoint
 from trainer.budget import TimeBudget
 from trainer.data import StageData, in_thread, open_cache, shapes
+from trainer.drawing import Drawing
 from trainer.learner import Learner, learning_rate, with_micro_batch
 from trainer.log import Log, Meter, Progress
 from trainer.recipe import Recipe, identity
-from trainer.samples import RunSamples
-from trainer.start import Init, network_config, open_stages
+from trainer.samples import RunSamples, open_samples
+from trainer.start import Init, network_config
 from trainer.team import Signals, Team, joined_team
+from trainer.validation import Validation
 from trainer.watch import LIMIT, NotFinite
 
 WARM_STEPS, TIMED_STEPS = 3, 8  # of a stage, to measure the speed
@@ -32,8 +34,9 @@ STOP_EVERY = 8  # steps between the moments when all processes agree on whether 
 def train(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe to its end, or go on with it from the newest checkpoint in its out folder.
 
-    Returns a summary: checkpoint (folder), images, steps, seconds, loss (of the last line of the log), skipped, scale,
-    parameters, and `signal`, the number of the signal that stopped the run, or 0.
+    Returns a summary: checkpoint (folder), images, steps, seconds, loss (of the last line of the log), validation (the
+    last loss of what is held out, or None), skipped, scale, parameters, and `signal`, the number of the signal that
+    stopped the run, or 0.
 
     Raises:
         RequestError: corpus, selection, columns, network or checkpoint do not fit the recipe.
@@ -46,7 +49,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         log = stack.enter_context(closing(Log(recipe.out, team.rank == 0, recipe.wandb, recipe.name)))
 
         # data
-        samples = open_stages(recipe)
+        samples = open_samples(recipe)
         init = None if recipe.init is None else Init(recipe, samples)
         cache = stack.enter_context(closing(open_cache(recipe, samples)))
         config = network_config(recipe, samples, cache, init)
@@ -56,6 +59,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
             shape, width = shapes(cache, index, stage.latents, list(recipe.text))
             stage = with_micro_batch(learner, stage, team, shape, (recipe.text_lengths[-1], width))
             stages.append(StageData(recipe, stage, index, cache, config["patch_size"], team.rank, team.world))
+
+        validation = Validation(samples, team, log)
 
         # begin, or go on
         facts = [{"latents": s.stage.latents, "samples": len(s.index), "digest": s.index.digest} for s in stages]
@@ -73,12 +78,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
         total = progress.images(recipe.stages)
         if found is not None and progress.seen < total:
             log.say(f"going on after {progress.seen:,} of {total:,} images, from {found.folder}")
+        drawing = None
+        if recipe.sample_every is not None and progress.seen < total:
+            drawing = Drawing(recipe, samples, config, team, log)
         budget = None
         if recipe.time_budget is not None and progress.seen < total:
             speed = measure_speed(recipe, config, team, stages)
             budget = TimeBudget(progress, recipe.stages, speed, recipe.time_budget - (time.monotonic() - began))
             keep_to_budget(budget, team, log)
-        log.open(progress.step)
+        log.open(-1 if found is None else progress.step)
         meter, not_finite = Meter(progress, team, log), NotFinite(recipe.out, team)
         saver = stack.enter_context(checkpoint.Saver(recipe.out, recipe.checkpoint_keep, log.say))
         saved = time.monotonic()
@@ -94,6 +102,21 @@ def train(recipe: Recipe) -> dict[str, Any]:
                 state["broken"] = cache.broken.listed()
                 info = generate_info(recipe, samples, stages[progress.stage])
                 saver.save(progress.step, learner.net, learner.averages, learner.optimizer, state, info)
+
+        def look(last: bool = False) -> None:
+            """The validation loss and pictures, if it is time for them; not twice after the same step."""
+            if progress.looked == progress.step:
+                return
+            began, progress.looked = time.monotonic(), progress.step
+            number = max(progress.stage - (progress.stage_step == 0), 0)  # of the stage that the step was of
+            if last or progress.step % recipe.validate_every == 0:
+                figures = validation.measure(learner, stages[number], number)
+                if figures is not None:
+                    progress.validation = figures["loss"] if figures["ema_loss"] is None else figures["ema_loss"]
+                    log.line(progress.step, images=progress.seen, stage=number + 1, validation=figures)
+            if drawing is not None and (last or progress.step % drawing.every == 0):
+                drawing(progress.step, learner, stages[number].latent_shape)
+            meter.pause(time.monotonic() - began)
 
         def asked_to_stop() -> bool:
             """Whether a signal came to any process, or nothing is learned; they ask each other every few steps only."""
@@ -113,6 +136,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
         # the loop
         stopped = signals.received > 0
+        if progress.seen < total and not stopped:
+            look()
         while (total := progress.images(recipe.stages)) > progress.seen and not stopped:
             number = progress.stage
             stage, length = recipe.stages[number], progress.lengths[number]
@@ -135,13 +160,17 @@ def train(recipe: Recipe) -> dict[str, Any]:
                                 break
                     if stopped := asked_to_stop():
                         break
-                    if progress.seen < total and due():
-                        save()
+                    if progress.seen < total:
+                        look()
+                        if due():
+                            save()
             if progress.stage_step == progress.lengths[number] and number + 1 < len(stages):
                 progress.stage, progress.stage_step = number + 1, 0
 
         # end
         if found is None or progress.step > found.state["step"]:
+            if progress.seen >= total:
+                look(last=True)
             save()
         saver.finish()
         if not_finite.in_a_row >= LIMIT:
@@ -160,6 +189,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
             "steps": progress.step,
             "seconds": progress.seconds,
             "loss": progress.loss,
+            "validation": progress.validation,
             "skipped": progress.skipped,
             "scale": progress.scale,
             "parameters": sum(p.numel() for p in learner.parameters.values()),

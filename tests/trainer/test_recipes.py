@@ -18,7 +18,7 @@ from pipeline.shards import array_bytes
 from tests.hub import Hub, hub  # noqa: F401
 from tests.trainer.conftest import MODEL, STAGE
 from trainer.recipe import load_recipe
-from trainer.start import open_stages
+from trainer.samples import open_samples
 from trainer.train import train
 
 # the paper's, by step: steps, mask, rate, last rate, warm-up, clip, P_mean, P_std, decay, start of the average
@@ -63,14 +63,14 @@ def test_a_network_built_for_256_px_sees_512_px_as_one_built_for_it() -> None:
 def test_a_stage_may_have_a_selection_of_its_own(recipe, corpus: Corpus) -> None:
     select(corpus, "half", "SELECT source, shard, row FROM samples WHERE status = 'ok' AND row < 8")
     stages = [STAGE | {"steps": 2}, STAGE | {"steps": 2, "selection": "half"}]
-    found = open_stages(recipe(stages=stages, hold_out=5))
+    found = open_samples(recipe(stages=stages, hold_out=5))
     rows = [index.row for index in found.stages]
     assert rows[0].max() > 8 > rows[1].max() and len(rows[1]) > 20 and len(found.held) == 5
     held = {found.held.name(i) for i in range(5)}
     assert all(found.stages[s].name(i) not in held for s in (0, 1) for i in range(len(found.stages[s])))
     assert train(recipe(stages=stages, hold_out=5))["steps"] == 4
     with pytest.raises(RequestError, match="nowhere"):
-        open_stages(recipe(stages=[STAGE | {"steps": 2, "selection": "nowhere"}]))
+        open_samples(recipe(stages=[STAGE | {"steps": 2, "selection": "nowhere"}]))
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------

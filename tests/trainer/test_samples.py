@@ -123,15 +123,16 @@ def test_stale_lineage_is_refused_at_any_depth(tmp_path) -> None:
 def test_hold_out_is_disjoint_stable_and_the_same_for_all_stages(corpus: Corpus) -> None:
     full, _ = index_samples(corpus, open_columns(corpus, COLUMNS[:2]))
     fewer, _ = index_samples(corpus, open_columns(corpus, COLUMNS))
-    (a, b), held = split([full, fewer], 10, seed=5)
+    (a, b), (of_full, held) = split([full, fewer], 10, seed=5)
+    assert len(of_full) == len(held)
     names = {held.name(i) for i in range(len(held))}
     assert len(names) == 10
     assert len(b) == len(fewer) - 10
     for index in (a, b):
         assert not names & {index.name(i) for i in range(len(index))}
-    again = split([fewer], 10, seed=5)[1]
+    (again,) = split([fewer], 10, seed=5)[1]
     assert {again.name(i) for i in range(10)} == names
-    other = split([fewer], 10, seed=6)[1]
+    (other,) = split([fewer], 10, seed=6)[1]
     assert {other.name(i) for i in range(10)} != names
 
 
