@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from model.checkpoint import CheckpointError, config_from_state_dict, read_config, read_state_dict
+from model.checkpoint import CheckpointError, config_from_state_dict, load_weights, read_config, read_state_dict
 from model.hub import ModelFilesError
 from model.loading import Part, Parts, find_parts
 from model.network import PRESETS, MicroDiT
@@ -81,13 +80,23 @@ class Init:
         try:
             parts = find_parts(self.name)
             refuse_other_models(self.name, parts, recipe, samples)
-            self.weights: dict[str, Tensor] = read_state_dict(parts.weights)
-            stored = read_config(parts.weights)
-            arguments = config_from_state_dict(self.weights, **parts.config) if stored is None else stored
+            self._file, arguments = parts.weights, read_config(parts.weights)
+            if arguments is None:  # told from the shapes; the file is mapped, so that little of it is read
+                arguments = config_from_state_dict(read_state_dict(self._file), **parts.config)
         except (CheckpointError, ModelFilesError) as error:
             raise RequestError(f"init = {self.name}: {error}") from error
         self.config = built_config(arguments | parts.config)
-        self.sigma_data = parts.edm.sigma_data
+
+    def load(self, net: MicroDiT) -> None:
+        """Read the weights into a network of this config; a run that goes on has its own.
+
+        Raises:
+            RequestError: they are damaged.
+        """
+        try:
+            load_weights(net, read_state_dict(self._file), self.name)
+        except CheckpointError as error:
+            raise RequestError(f"init = {self.name}: {error}") from error
 
 
 def refuse_other_models(name: str, parts: Parts, recipe: Recipe, samples: RunSamples) -> None:

@@ -9,7 +9,6 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict
 from typing import Any
 
-from model.checkpoint import load_weights
 from pipeline.errors import RequestError
 from trainer import checkpoint
 from trainer.budget import TimeBudget
@@ -68,7 +67,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         if found is None:
             progress = Progress([stage.length for stage in recipe.stages])
             if init is not None:
-                load_weights(learner.net, init.weights, init.name)
+                init.load(learner.net)
             log.say(begin_message(recipe, samples, stages, learner))
         else:
             refuse_other_run(found, recipe, facts)

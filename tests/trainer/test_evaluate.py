@@ -1,4 +1,3 @@
-import io
 import json
 from pathlib import Path
 
@@ -7,73 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from model.autoencoder import load_autoencoder
 from model.checkpoint import CheckpointError
-from model.text import load_text_encoder
-from pipeline.corpus import Corpus, ShardRef
+from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
-from pipeline.shards import array_bytes
-from tests.trainer.conftest import build_recipe
+from tests.trainer.conftest import short_recipe
 from trainer.evaluate import compare, distances, evaluate
-from trainer.recipe import Recipe
 from trainer.train import train
-
-NAMES = ("red", "green", "blue", "yellow", "pink", "black")
-COLOURS = ((220, 30, 30), (30, 180, 30), (30, 30, 220), (230, 220, 30), (240, 150, 200), (10, 10, 10))
-
-
-def picture(number: int) -> tuple[str, np.ndarray]:
-    """36 different pictures: one colour above, one below, on white."""
-    above, below = divmod(number, 6)
-    pixels = np.full((48, 32, 3), 255, np.uint8)
-    pixels[12:24, 4:28], pixels[24:36, 4:28] = COLOURS[above], COLOURS[below]
-    return f"{NAMES[above]} above {NAMES[below]}", pixels
-
-
-@pytest.fixture(scope="module")
-def coloured(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    corpus = Corpus.create(tmp_path_factory.mktemp("coloured"), "coloured", 12)
-    corpus.declare_source("art", {"adapter": "made-up"})
-    corpus.declare_column("images", {"stage": "images"})
-    corpus.declare_column("captions/source", {"stage": "captions"}, {"caption": "string", "tokens": "int32"})
-    autoencoder, encoder = load_autoencoder("demo"), load_text_encoder("minilm")
-    corpus.declare_column(
-        "latents/demo-32",
-        {"autoencoder": "demo", "revision": None, "resolution": 32, "model": autoencoder.fingerprint},
-    )
-    corpus.declare_column("text/minilm@source", {"encoder": "minilm", "revision": None, "model": encoder.fingerprint})
-    for shard in range(3):
-        ref = ShardRef(source="art", unit="art-000000", shard=f"art-000000-{shard:02d}")
-        rows = [(row, f"k{12 * shard + row}", *picture(12 * shard + row)) for row in range(12)]
-        with corpus.attempt("images", ref) as attempt:
-            for row, key, _, pixels in rows:
-                buffer = io.BytesIO()
-                Image.fromarray(pixels).save(buffer, "PNG")
-                attempt.add(row, key, {"png": buffer.getvalue(), "json": b"{}"})
-            images = attempt.commit()
-        with corpus.attempt("captions/source", ref, [images]) as attempt:
-            for row, key, caption, _ in rows:
-                attempt.add(row, key, caption=caption, tokens=3)
-            captions = attempt.commit()
-        latents = autoencoder.encode(np.stack([pixels[8:40] for *_, pixels in rows]), posterior="mode").numpy()
-        with corpus.attempt("latents/demo-32", ref, [images]) as attempt:
-            for row, key, *_ in rows:
-                attempt.add(row, key, {"npy": array_bytes(latents[row].astype(np.float16))})
-            attempt.commit()
-        text, lengths = encoder.encode([caption for _, _, caption, _ in rows])
-        with corpus.attempt("text/minilm@source", ref, [captions]) as attempt:
-            for row, key, *_ in rows:
-                attempt.add(row, key, {"npy": array_bytes(text[row, : lengths[row]].numpy().astype(np.float16))})
-            attempt.commit()
-    return corpus
-
-
-def short_recipe(corpus: Corpus, out: Path, **fields) -> Recipe:
-    stage = {"latents": "latents/demo-32", "batch": 32, "learning_rate": 3e-3, "ema_half_life": 200, "warmup": 100}
-    stage["p_mean"] = 0.6
-    base = {"text": {"text/minilm@source": 1.0}, "hold_out": 6, "guidance_scale": 1.0, "log_every": 50}
-    base["stages"] = [stage | {"steps": 400, "schedule": "cosine"}]
-    return build_recipe(corpus, out, **(base | fields))
 
 
 def test_what_was_learned_shows(coloured: Corpus, tmp_path: Path) -> None:

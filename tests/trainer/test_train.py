@@ -15,14 +15,15 @@ import yaml
 from model.checkpoint import load_model
 from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
-from tests.trainer.conftest import STAGE, build_corpus, build_recipe
-from trainer.learner import Learner, largest_that_fits, learning_rate
+from tests.trainer.conftest import STAGE, build_corpus, build_recipe, validations
+from trainer.learner import largest_that_fits, learning_rate
 from trainer.recipe import StageRecipe
 from trainer.train import train
 
 
 def losses(out: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())}
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def state(out: Path, step: int) -> dict:
@@ -33,26 +34,6 @@ def tensors(out: Path, step: int, name: str = "model") -> dict[str, torch.Tensor
     from safetensors.torch import load_file
 
     return load_file(out / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
-
-
-@pytest.fixture
-def at_step(monkeypatch: pytest.MonkeyPatch):
-    """Do something before the n-th step of this process is taken."""
-    original = Learner.step
-
-    def plan(number: int, action) -> None:
-        count = 0
-
-        def step(self, *args, **kwargs):
-            nonlocal count
-            count += 1
-            if count == number:
-                action()
-            return original(self, *args, **kwargs)
-
-        monkeypatch.setattr(Learner, "step", step)
-
-    return plan
 
 
 def test_a_run_learns_logs_and_leaves_what_generation_needs(recipe, tmp_path) -> None:
@@ -79,8 +60,8 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("step", [3, 6, 7, 10, 12])
 def test_killed_and_run_again_gives_the_same_losses_bit_by_bit(recipe, at_step, tmp_path, monkeypatch, step) -> None:
-    whole = recipe(out=str(tmp_path / "whole"))
-    train(whole)
+    fields = {"hold_out": 6, "validate_every": 3}
+    train(recipe(**fields, out=str(tmp_path / "whole")))
 
     def die() -> None:
         raise Killed
@@ -88,13 +69,15 @@ def test_killed_and_run_again_gives_the_same_losses_bit_by_bit(recipe, at_step, 
     with monkeypatch.context():
         at_step(step, die)
         with pytest.raises(Killed):
-            train(recipe())
+            train(recipe(**fields))
     monkeypatch.undo()
     (tmp_path / "run" / "log.jsonl").open("a").write('{"step": 9, "los')  # a kill may tear the last line
-    summary = train(recipe())
+    summary = train(recipe(**fields))
     assert summary["steps"] == 12
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "run")) == 12
+    assert list(validations(tmp_path / "run")) == [0, 3, 6, 9, 12]
+    assert validations(tmp_path / "run") == validations(tmp_path / "whole")
     for name in ("model", "ema", "optimizer"):
         a, b = tensors(tmp_path / "run", 12, name), tensors(tmp_path / "whole", 12, name)
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
