@@ -186,11 +186,12 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return out
 
 
-def loss_curve(points: Sequence[Point], wide: bool) -> Markup:
+def loss_curve(points: Sequence[Point], validation: Sequence[tuple[float, float]], wide: bool) -> Markup:
     """Loss by images seen, logarithmic upwards: what was logged (pale), its running mean, and the recipe's stages.
 
     Args:
         points: in order, with finite positive losses; at least two.
+        validation: (images, loss) of samples that are held out, in order, finite and positive; may be empty.
         wide: for a desktop (720 units) or for a phone (350 units), so that the letters keep their size.
     """
     width, height, left, right, top, bottom = (720.0, 320.0, 46.0, 12.0, 30.0, 42.0) if wide else (
@@ -199,9 +200,11 @@ def loss_curve(points: Sequence[Point], wide: bool) -> Markup:
     losses = [p.loss for p in points]
     means = smooth(losses, len(losses) // 40)
     ordered = sorted(losses)
-    low = min(ordered[int(len(ordered) * 0.002)], min(means)) * 0.97
-    high = max(ordered[min(len(ordered) - 1, int(len(ordered) * 0.998))], max(means)) * 1.03
-    first, last = points[0].images, points[-1].images
+    shown = [loss for _, loss in validation]
+    low = min(ordered[int(len(ordered) * 0.002)], *means, *shown) * 0.97
+    high = max(ordered[min(len(ordered) - 1, int(len(ordered) * 0.998))], *means, *shown) * 1.03
+    first = min(points[0].images, *(images for images, _ in validation[:1]))
+    last = max(points[-1].images, *(images for images, _ in validation[-1:]))
     span = (last - first) or 1.0
 
     def x(images: float) -> float:
@@ -250,11 +253,15 @@ def loss_curve(points: Sequence[Point], wide: bool) -> Markup:
     parts.append(_line("raw", [(x(p.images), y(p.loss)) for p in points[::stride]]))
     kept = sorted({*range(0, len(points), max(1, len(points) // 350)), len(points) - 1})
     parts.append(_line("mean", [(x(points[i].images), y(means[i])) for i in kept]))
+    if shown:
+        parts.append(_line("validation", [(x(images), y(loss)) for images, loss in validation]))
     stages = "; ".join(f"{p.stage} from {format_count(p.images)} images" for p in begins)
     description = (
         f"The running mean of the loss goes from {format_number(means[0])} to {format_number(means[-1])} "
         f"over {format_count(last)} images. Stages: {stages}."
     )
+    if shown:
+        description += f" The validation loss goes from {format_number(shown[0])} to {format_number(shown[-1])}."
     return _svg(width, height, f"loss {'wide' if wide else 'narrow'}", "Training loss", description, parts)
 
 

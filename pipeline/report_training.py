@@ -4,7 +4,7 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ from pipeline.report_pictures import data_uri
 MAX_LOG = 256 << 20  # bytes of a log that are read
 MAX_GRID = 64 << 20  # bytes of a picture that is opened
 GRID_SIDE = 1600  # a larger grid is scaled down to this many pixels
+SHEETS, SHEET_SIDE = 3, 800  # sheets of pictures that are shown, and their most pixels
 
 
 def training(run: Path) -> dict[str, Any]:
     """The run's facts. What is missing or damaged is named in `problems`, and the rest is told."""
     problems: list[str] = []
-    lines = _log(run / "log.jsonl", problems)
+    told = _log(run / "log.jsonl", problems)
+    lines = [line for line in told if "loss" in line]
+    validation = _validation(told)
     names = _stage_names(run)
     points = [
         charts.Point(float(line["images"]), float(line["loss"]), _stage_name(line.get("stage"), names))
@@ -40,12 +43,14 @@ def training(run: Path) -> dict[str, Any]:
         "speed": statistics.median(speeds) if speeds else 0.0,
         "seconds": max((line["seconds"] for line in lines if _positive(line.get("seconds"))), default=0.0),
         "loss": statistics.fmean(p.loss for p in points[-max(1, len(points) // 40) :]) if points else None,
-        "wide": charts.loss_curve(points, wide=True) if drawn else None,
+        "validation": validation[-1][1] if validation else None,
+        "wide": charts.loss_curve(points, validation, wide=True) if drawn else None,
         "stages": list(dict.fromkeys(point.stage for point in points)),
-        "narrow": charts.loss_curve(points, wide=False) if drawn else None,
+        "narrow": charts.loss_curve(points, validation, wide=False) if drawn else None,
         "figures": _figures(evaluation),
         "grid_says": _grid_says(evaluation),
         "grid": _grid(run / "grid.png", problems),
+        "sheets": _sheets(run / "samples", problems),
         "problems": problems,
     }
 
@@ -62,11 +67,23 @@ def _log(path: Path, problems: list[str]) -> list[dict[str, Any]]:
             except ValueError:  # a process that was killed leaves half a line
                 torn += 1
                 continue
-            if isinstance(line, dict) and "loss" in line:
+            if isinstance(line, dict):
                 lines.append(line)
     if torn:
         problems.append(f"{torn} lines of log.jsonl are no JSON and were left out")
     return lines
+
+
+def _validation(lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """(images, loss) of every validation: of the averaged weights, or of the weights where there is no average."""
+    found = []
+    for line in lines:
+        figures = line.get("validation")
+        if isinstance(figures, dict) and _number(line.get("images")):
+            loss = figures.get("loss") if figures.get("ema_loss") is None else figures["ema_loss"]
+            if _positive(loss):
+                found.append((float(line["images"]), float(loss)))
+    return found
 
 
 def _stage_names(run: Path) -> list[str]:
@@ -98,16 +115,28 @@ def _grid(path: Path, problems: list[str]) -> dict[str, Any] | None:
     if not path.is_file():
         problems.append("there is no grid.png in the run's folder, so there are no generated pictures here")
         return None
+    return _picture(path, problems, GRID_SIDE)
+
+
+def _sheets(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The last sheets that the run drew on its way, the newest first."""
+    paths = [path for path in folder.glob("step-*.png") if path.stem[5:].isdecimal()]
+    newest = sorted(paths, key=lambda path: int(path.stem[5:]), reverse=True)[:SHEETS]
+    found = [(int(path.stem[5:]), _picture(path, problems, SHEET_SIDE)) for path in newest]
+    return [picture | {"step": step} for step, picture in found if picture is not None]
+
+
+def _picture(path: Path, problems: list[str], side: int) -> dict[str, Any] | None:
     if path.stat().st_size > MAX_GRID:
-        problems.append(f"grid.png is larger than {charts.format_bytes(MAX_GRID)} and was left out")
+        problems.append(f"{path.name} is larger than {charts.format_bytes(MAX_GRID)} and was left out")
         return None
     try:
         with Image.open(io.BytesIO(path.read_bytes())) as image:
             picture = image.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        problems.append(f"grid.png cannot be read: {error}")
+        problems.append(f"{path.name} cannot be read: {error}")
         return None
-    picture.thumbnail((GRID_SIDE, GRID_SIDE))
+    picture.thumbnail((side, side))
     return {"uri": data_uri(picture), "width": picture.width, "height": picture.height}
 
 

@@ -147,11 +147,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for step in range(1, 121)
     ]  # fmt: skip
     lines[7]["loss"] = math.nan
+    lines += [
+        {"step": step, "images": step * 64, "validation": {"loss": 0.9 - step / 200, "ema_loss": ema}}
+        for step, ema in ((0, None), (60, 0.512), (120, 0.4375))
+    ]  # fmt: skip
     (folder / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 121, "ima')
     state = {"recipe": {"stages": [{"latents": "latents/tiny-64", "mask_ratio": m} for m in (0.75, 0.0)]}}
     (folder / "checkpoints/step-00000120").mkdir(parents=True)
     (folder / "checkpoints/step-00000120/state.json").write_text(json.dumps(state))
     Image.effect_noise((400, 200), 90).save(folder / "grid.png")
+    (folder / "samples").mkdir()
+    for step in (0, 40, 80, 120):
+        Image.effect_noise((40, 40 + step), 90).save(folder / f"samples/step-{step:08d}.png")
+    (folder / "samples/step-00000120.png").write_bytes(b"half a pic")
     untrained = {"nearest_in_count": 1, "nearest_in_all": 0, "held_out_nearest_in_count": 2, "psnr": 6.31}
     figures = {"nearest_in_count": 58, "nearest_in_all": 41, "held_out_nearest_in_count": None, "psnr": 15.04}
     about = {"count": 64, "held_out_count": 0, "images": 1462, "num_inference_steps": 18, "guidance_scale": 2.0}
@@ -286,6 +294,10 @@ def test_training_is_told_and_so_is_what_is_damaged(page: Page) -> None:
     assert "1 lines of log.jsonl have no finite loss" in page.text
     assert "1 lines of log.jsonl are no JSON" in page.text
     assert page.html.count('<polyline class="mean"') == 2, "for a desktop and for a phone"
+    assert "The validation loss goes from 0.9 to 0.438." in page.text and "validation loss 0.438" in page.text
+    assert page.html.count('<polyline class="validation"') == 2
+    assert "step-00000120.png cannot be read" in page.text
+    assert re.findall(r"After step (\d+)\.", page.text) == ["80", "40"], "the newest first, and three at most"
 
 
 def test_figures_stand_beside_the_untrained_networks(page: Page) -> None:
@@ -458,7 +470,7 @@ def test_a_browser_shows_it(browser: Browser, page: Page, width: int, scheme: st
         assert errors == []
         assert [url for url in requests if not url.startswith("data:")] == [page.path.as_uri()]
         images = tab.evaluate("Array.from(document.images, i => [i.complete, i.naturalWidth, i.alt])")
-        assert len(images) == PICTURES * 2 + 1
+        assert len(images) == PICTURES * 2 + 1 + 2
         assert all(complete and size > 0 and alt for complete, size, alt in images)
         assert tab.evaluate("window.hurt") is None
         assert tab.evaluate("document.scripts.length") == 0

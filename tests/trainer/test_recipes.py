@@ -121,6 +121,7 @@ def finetune(tmp_path, text: tuple[dict, tuple[int, ...]], *overrides: str, auto
         tmp_path / "corpus", {"latents/sdxl-512": (latents, (4, 64, 64)), "text/dfn-clip-h@source": text}, rows=8
     )
     few = ["lanes=2", "stages.0.batch=2", "stages.0.images=4", "log_every=1", "precision=fp32"]
+    few += ["hold_out=0", "sample_every=null"]
     return load_recipe(
         "configs/recipes/finetune-released.yaml", [f"corpus={corpus.url}", f"out={tmp_path}/run", *few, *overrides]
     )
@@ -160,7 +161,13 @@ def test_tiny_runs_on_a_corpus_as_the_demos(tmp_path) -> None:
     latents = {"stage": "latents", "autoencoder": "demo", "resolution": 128}
     text = {f"text/minilm@{name}": ({"stage": "text", "encoder": "minilm"}, (5, 16)) for name in ("source", "long")}
     corpus = write_corpus(tmp_path / "corpus", {"latents/demo-128": (latents, (4, 16, 16)), **text}, rows=96)
-    small = ["model.depth=2", "model.patch_mixer_depth=1", "stages.0.images=128", "stages.1.images=64"]
+    small = [
+        "model.depth=2",
+        "model.patch_mixer_depth=1",
+        "stages.0.images=128",
+        "stages.1.images=64",
+        "sample_every=null",
+    ]
     recipe = load_recipe("configs/recipes/tiny.yaml", [f"corpus={corpus.url}", f"out={tmp_path}/run", *small])
     summary = train(recipe.model_copy(update={"hold_out": 16}))
     assert summary["steps"] == 3 and math.isfinite(summary["loss"]) and summary["parameters"] > 2e7

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch._dynamo.utils import counters
 
 from model.checkpoint import load_model
 from pipeline.corpus import Corpus
@@ -224,10 +225,20 @@ def test_auto_is_the_largest_micro_batch_that_fits(recipe, tmp_path) -> None:
 def test_compiled_blocks_give_the_same_losses(recipe, tmp_path) -> None:
     stages = [STAGE | {"steps": 3, "mask_ratio": 0.5}]
     text = {"text/tiny@source": 1.0}
-    train(recipe(stages=stages, text=text, text_lengths=[16], out=str(tmp_path / "plain")))
-    train(recipe(stages=stages, text=text, text_lengths=[16], compile=True))
+    fields = {"stages": stages, "text": text, "text_lengths": [16], "hold_out": 5}
+    train(recipe(**fields, out=str(tmp_path / "plain"), validate_every=1))
+    torch._dynamo.reset()
+    counters.clear()
+    train(recipe(**fields | {"hold_out": 0}, out=str(tmp_path / "not-validated"), compile=True))
+    graphs = counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    counters.clear()
+    train(recipe(**fields, validate_every=1, compile=True))
+    assert counters["stats"]["unique_graphs"] == graphs > 0  # nothing is compiled for the validation
     plain, compiled = losses(tmp_path / "plain"), losses(tmp_path / "run")
     assert list(compiled.values()) == pytest.approx(list(plain.values()), rel=1e-5)
+    for step, figures in validations(tmp_path / "run").items():
+        assert figures["loss"] == pytest.approx(validations(tmp_path / "plain")[step]["loss"], rel=1e-5)
 
 
 def test_time_budget_shortens_all_stages(recipe, tmp_path, at_step, monkeypatch, capsys) -> None:
