@@ -80,7 +80,7 @@ def _validation(lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]
     for line in lines:
         figures = line.get("validation")
         if isinstance(figures, dict) and _number(line.get("images")):
-            loss = figures.get("loss") if figures.get("ema_loss") is None else figures["ema_loss"]
+            loss: Any = figures.get("loss") if figures.get("ema_loss") is None else figures["ema_loss"]
             if _positive(loss):
                 found.append((float(line["images"]), float(loss)))
     return found
