@@ -135,6 +135,14 @@ def test_train_step() -> None:
     assert row["ours"]["peak_mib"] > 0 and 0 < row["mfu"] < 1.5 and row["gflop_per_image"] > 1
 
 
+@pytest.mark.slow
+def test_regression() -> None:
+    found = run("regression", "stages.0.images=128", "stages.1.images=64", "hold_out=32", "validate_every=2")
+    assert (found["images"], found["held_out"], found["holds"]) == (192, 32, None)  # another recipe holds no line
+    assert [images for images, _ in found["curve"]] == [0, 128, 192]
+    assert found["curve"][-1][1] == found["loss"] < found["curve"][0][1]
+
+
 def test_the_trainer_needs_no_ray() -> None:
     code = "import sys, trainer.train, benchmarks.train_step; print([n for n in ('ray', 'duckdb') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
