@@ -142,7 +142,7 @@ class Progress:
     noise: list[float] = field(default_factory=lambda: [0.0] * (2 * NOISE_BINS))  # the same by noise, see `Step`
     loss: float | None = None  # of the last line
     validation: float | None = None  # the last one: of the first average, or of the weights if there is none
-    looked: int = -1  # the step after which the last validation was due
+    looked: int = -1  # the step after which the last validation, or the last sheet of pictures, was due
 
     def images(self, stages: Sequence[StageRecipe]) -> int:
         """How many the whole run sees."""

@@ -58,7 +58,6 @@ def train(recipe: Recipe) -> dict[str, Any]:
             shape, width = shapes(cache, index, stage.latents, list(recipe.text))
             stage = with_micro_batch(learner, stage, team, shape, (recipe.text_lengths[-1], width))
             stages.append(StageData(recipe, stage, index, cache, config["patch_size"], team.rank, team.world))
-
         validation = Validation(samples, team, log)
 
         # begin, or go on
@@ -104,16 +103,18 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
         def look(last: bool = False) -> None:
             """The validation loss and pictures, if it is time for them; not twice after the same step."""
-            if progress.looked == progress.step:
+            measure = last or progress.step % recipe.validate_every == 0
+            draw = drawing is not None and (last or progress.step % drawing.every == 0)
+            if progress.looked == progress.step or not (measure or draw):
                 return
             began, progress.looked = time.monotonic(), progress.step
             number = max(progress.stage - (progress.stage_step == 0), 0)  # of the stage that the step was of
-            if last or progress.step % recipe.validate_every == 0:
+            if measure:
                 figures = validation.measure(learner, stages[number], number)
                 if figures is not None:
                     progress.validation = figures["loss"] if figures["ema_loss"] is None else figures["ema_loss"]
                     log.line(progress.step, images=progress.seen, stage=number + 1, validation=figures)
-            if drawing is not None and (last or progress.step % drawing.every == 0):
+            if drawing is not None and draw:
                 drawing(progress.step, learner, stages[number].latent_shape)
             meter.pause(time.monotonic() - began)
 
@@ -151,18 +152,21 @@ def train(recipe: Recipe) -> dict[str, Any]:
                     progress.stage_step += 1
                     progress.seen += stage.batch
                     not_finite.add(progress.step, taken.bad, stages[number].index, batch.positions)
+                    other_lengths = False
                     if progress.step % recipe.log_every == 0 or progress.seen == total:
                         meter.write(number, rate, total - progress.seen)
                         if budget is not None and progress.stage_step < length:
                             budget.observe(meter.speed)
-                            if keep_to_budget(budget, team, log):
-                                break
+                            other_lengths = keep_to_budget(budget, team, log)
+                            total = progress.images(recipe.stages)
                     if stopped := asked_to_stop():
                         break
                     if progress.seen < total:
                         look()
                         if due():
                             save()
+                    if other_lengths:
+                        break
             if progress.stage_step == progress.lengths[number] and number + 1 < len(stages):
                 progress.stage, progress.stage_step = number + 1, 0
 

@@ -84,7 +84,8 @@ class Validation:
         sums = torch.zeros(2, NOISE_BINS, dtype=torch.float64, device=device)
         # eager, because the blocks would be compiled anew for these shapes and without gradients
         with torch.compiler.set_stance("force_eager"):
-            for part in torch.arange(len(rows.weight)).split(stage.micro_batch or stage.batch // self.team.world):
+            size = stage.micro_batch or stage.batch // self.team.world
+            for part in torch.arange(len(rows.weight)).split(size) if len(rows.weight) else ():
                 text, mask = pad_text([rows.texts[i] for i in part.tolist()], data.recipe.text_lengths)
                 sigma = edm.sigma_from_normal(rows.sigma_normal[part].to(device), stage.p_mean, stage.p_std)
                 weight = rows.weight[part].to(device)

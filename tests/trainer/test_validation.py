@@ -2,6 +2,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -143,6 +144,11 @@ def test_a_stage_measures_what_its_own_column_has_of_it(tmp_path) -> None:
     missing = int((run.samples.held.row < 4).sum())
     assert missing > 0 and (small["left_out"], large["left_out"]) == (missing, 0)
     assert small["samples"] + missing == large["samples"] == 24
+
+    held = run.samples.held
+    none = replace(run.samples, held_by_stage=[held.take(np.zeros(24, dtype=bool)), held])
+    found = Validation(none, TEAM, Log(tmp_path, False)).measure(run.learner, run.stages[0], 0)
+    assert (found["loss"], found["samples"], found["left_out"]) == (None, 0, 24)
 
 
 def test_of_moments_a_sample_is_drawn_once_and_for_all(tmp_path) -> None:
