@@ -8,7 +8,7 @@ the recipe, and then there is no line to hold it against.
 
 loss        validation loss of the moving average at the end, unmasked, over 256 drawings that were held out
 stated      what it is: measured when the recipe was made (docs/measurements.md)
-tolerance   how far runs differ that differ in the order of the samples only: 3 standard deviations
+tolerance   3 standard deviations of runs with other seeds, which draw other samples to hold out as well
 holds       whether the loss is that good, null for another recipe. A much better one is a reason to state it anew
 curve       [images, loss of the average] of every validation
 
@@ -34,7 +34,7 @@ from trainer.train import train
 
 RECIPE = "configs/recipes/regression.yaml"
 COLUMNS = ["images", "captions/source", "captions/long", "latents/demo-64", "text/minilm@source", "text/minilm@long"]
-STATED, TOLERANCE = 0.5, 0.01
+STATED, TOLERANCE = 0.4107, 0.02  # measured: docs/measurements.md
 
 
 def main() -> int:
