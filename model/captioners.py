@@ -51,9 +51,10 @@ FAMILIES = (*QWEN, "internvl", "llava", "florence2", "blip")
 """The `model_type` of what can be loaded. A LLaVA-NeXT is another kind, and is not among them."""
 
 CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json", "generation_config.json")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 TEXTS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.json", "chat_template.jinja",
+    *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
 WEIGHTS = (
     ("model.safetensors",),
@@ -245,6 +246,8 @@ def load_captioner(
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar for each loading of each worker helps nobody
+    if not files.matching(*VOCABULARIES):  # transformers would go on with an empty one
+        raise ModelFilesError(f"{files.name} holds no tokenizer; expected one of {', '.join(VOCABULARIES)}")
     module = _load(files, AutoModelForImageTextToText, dtype_of(family))
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.folder, local_files_only=True)
