@@ -88,6 +88,7 @@ class VisionModel:
     """A loaded captioner. Made by `load_captioner`.
 
     Attributes:
+        module: transformers' network.
         fingerprint: what identifies its numbers: files, family and dtype, as `captioner_fingerprint` tells them.
     """
 
@@ -95,7 +96,7 @@ class VisionModel:
         from transformers import GenerationConfig
 
         self.fingerprint, self.family = fingerprint, fingerprint["family"]
-        self._module, self._tokenizer, self._images = module, tokenizer, images
+        self.module, self._tokenizer, self._images = module, tokenizer, images
         self._template = _chat_template(files)
         self._options = files.read_json("processor_config.json") if files.matching("processor_config.json") else {}
         self._layouts: dict[str, list[int]] = {}
@@ -114,7 +115,7 @@ class VisionModel:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self._module.device
+        device: torch.device = self.module.device
         return device
 
     def prepare(self, pixels: np.ndarray) -> Picture:
@@ -129,11 +130,11 @@ class VisionModel:
         if self.family in QWEN:
             return int(found["image_grid_thw"].prod()) // self._images.merge_size**2
         if self.family == "internvl":
-            return int(self._module.config.image_seq_length) * len(found["pixel_values"])
+            return int(self.module.config.image_seq_length) * len(found["pixel_values"])
         if self.family == "florence2":
             return int(self._images.image_seq_length)
         if self.family == "llava":
-            config = self._module.config
+            config = self.module.config
             side = int(self._options.get("patch_size") or config.vision_config.patch_size)
             height, width = found["pixel_values"].shape[-2:]
             strategy = self._options.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
@@ -151,6 +152,13 @@ class VisionModel:
         With a temperature above 0 each one is drawn by its own seed: no other picture of the batch has a part in it
         but through rounding.
         """
+        inputs = self.collate(pictures, prompt)
+        draw = [] if not temperature else [_Draw(temperature, _uniform(seeds, max_tokens).to(self.device))]
+        found = self.module.generate(**inputs, logits_processor=draw, max_new_tokens=max_tokens, do_sample=False)
+        return self.answers(found, inputs)
+
+    def collate(self, pictures: Sequence[Picture], prompt: str) -> dict[str, Tensor]:
+        """What the network's `generate` takes of pictures that are asked about, on its device."""
         rows = [self.ids(prompt, picture.tokens) for picture in pictures]
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), self._pad)
@@ -163,10 +171,11 @@ class VisionModel:
         for name in pictures[0].tensors:
             inputs[name] = torch.cat([picture.tensors[name] for picture in pictures])
         inputs = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
-        inputs["pixel_values"] = inputs["pixel_values"].to(self._module.dtype)
-        draw = [] if not temperature else [_Draw(temperature, _uniform(seeds, max_tokens).to(self.device))]
-        found = self._module.generate(**inputs, logits_processor=draw, max_new_tokens=max_tokens, do_sample=False)
-        begin = longest if self.family not in ("florence2", "blip") else 1
+        return inputs | {"pixel_values": inputs["pixel_values"].to(self.module.dtype)}
+
+    def answers(self, found: Tensor, inputs: Mapping[str, Tensor]) -> list[Answer]:
+        """What the token ids say that `generate` gave for these inputs."""
+        begin = inputs["input_ids"].shape[1] if self.family not in ("florence2", "blip") else 1
         return [self._answer(row[begin:].tolist()) for row in found.cpu()]
 
     def ids(self, prompt: str, tokens: int) -> list[int]:

@@ -89,26 +89,27 @@ class Endpoint:
     async def _ask_all(
         self, attempt: Attempt, ready: Iterator[Ready[bytes]], source: str, bill: Bill, allowed: float
     ) -> None:
-        loop, pending = asyncio.get_running_loop(), set[asyncio.Task[None]]()
+        loop, running = asyncio.get_running_loop(), set[asyncio.Task[None]]()
         with ThreadPoolExecutor(1) as reader:
             async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
                 try:
                     more = True
-                    while more or pending:
-                        while more and len(pending) < self._options.concurrency:
+                    while more or running:
+                        while more and len(running) < self._options.concurrency:
                             one = await loop.run_in_executor(reader, next, ready, None)
                             if more := one is not None:
-                                pending.add(asyncio.create_task(self._one(session, attempt, one, source, bill)))
-                        if pending:
-                            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                            for ended in done:
-                                ended.result()
+                                running.add(asyncio.create_task(self._one(session, attempt, one, source, bill)))
+                        if not running:
+                            break
+                        for ended in (await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))[0]:
+                            ended.result()
+                            running.remove(ended)
                         if bill.unanswered > allowed:
                             raise OSError(f"endpoint {self._options.endpoint}: {bill.unanswered} images unanswered")
                 finally:
-                    for left in pending:
+                    for left in running:
                         left.cancel()
-                    await asyncio.gather(*pending, return_exceptions=True)
+                    await asyncio.gather(*running, return_exceptions=True)
 
     async def _one(
         self, session: aiohttp.ClientSession, attempt: Attempt, ready: Ready[bytes], source: str, bill: Bill

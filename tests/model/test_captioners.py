@@ -48,7 +48,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """In float32, in which a batch's padding moves nothing that could change a word."""
     found = load_captioner(vision_folder(tmp_path_factory.mktemp("models") / request.param, request.param))
     assert found.fingerprint["dtype"] == ("float32" if request.param == "blip" else "bfloat16")
-    found._module.float()
+    found.module.float()
     return found
 
 
