@@ -8,6 +8,8 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.options import At, Options
 
 ORIGINS = ("field", "join", "vlm", "endpoint", "tags")
+CAPTIONERS = ("vlm", "endpoint", "tags")
+"""Those that look at the images."""
 # the fields of each origin, which mean nothing elsewhere
 OF_TEXTS = ("clean",)
 OF_VLM = ("engine",)

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import rates
-from pipeline.config import BuildConfig, LatentsColumn, TextColumn
+from pipeline.caption_options import CAPTIONERS
+from pipeline.config import BuildConfig, CaptionsColumn, LatentsColumn, TextColumn
 from pipeline.earlier import Earlier
 from pipeline.errors import DamagedError, RequestError
 from pipeline.expected import Expected, expected
@@ -168,7 +169,7 @@ class _Estimate:
         found = {INGEST: Cost("cpu", False, min(self.places.ingests, units))}
         columns: dict[str, list[str]] = {INGEST: [IMAGES]}
         for column, options in self.config.columns.items():
-            model, name = isinstance(options, LatentsColumn | TextColumn), _stage_of(column, options)
+            model, name = _holds_a_model(options), _stage_of(column, options)
             workers = self.cpus if not model else self.given.gpus or self.places.actors_per_stage
             found.setdefault(name, Cost("gpu" if model and self.given.gpus else "cpu", model, workers))
             columns.setdefault(name, []).append(column)
@@ -179,7 +180,7 @@ class _Estimate:
 
     def _pace(self, stage: str, cost: Cost, columns: list[str], name: str, source: Expected) -> None:
         pace, learned = None, ""
-        pixels = not columns[0].startswith(("captions/", "text/"))  # the stage works on images
+        pixels = _sees_images(columns[0], self.config.columns.get(columns[0]))
         if self.earlier is not None and not self.otherwise.keys() & {*columns, *[IMAGES] * pixels}:
             pace = self.earlier.pace(columns, name)
             learned = f"earlier build, {pace.shards:,} shards" if pace is not None else ""
@@ -221,6 +222,8 @@ class _Estimate:
         kind = str(self.gpu) if device == "gpu" else rates.CPU
         options = [self.config.columns.get(column) for column in columns]
         stage = columns[0].partition("/")[0] if columns != [IMAGES] else INGEST
+        if isinstance(options[0], CaptionsColumn) and options[0].origin in CAPTIONERS:
+            stage = options[0].origin  # the table's captions are those that are there already
         resolutions = [one.resolution for one in options if isinstance(one, LatentsColumn)]
         model = ""
         if isinstance(options[0], LatentsColumn):
@@ -348,8 +351,22 @@ def _gpu(given: Machines) -> str | None:
     return rates.gpu_kind(given.gpu) if given.gpu is not None else None
 
 
+def _holds_a_model(options: Any) -> bool:
+    if isinstance(options, CaptionsColumn):
+        return options.origin in ("vlm", "tags")
+    return isinstance(options, LatentsColumn | TextColumn)
+
+
+def _sees_images(column: str, options: Any) -> bool:
+    """Whether the stage works on images."""
+    if isinstance(options, CaptionsColumn):
+        return options.origin in CAPTIONERS
+    return not column.startswith(("captions/", "text/"))
+
+
 def _stage_of(column: str, options: Any) -> str:
-    """The stage's name, as the engine calls it."""
+    """The stage's name, as the engine calls it; of a captioner's columns that come of one pass each has one here."""
     if isinstance(options, LatentsColumn):
         return "latents"
-    return column.replace("/", ":", 1) if isinstance(options, TextColumn) else column
+    text = isinstance(options, TextColumn) or (isinstance(options, CaptionsColumn) and _holds_a_model(options))
+    return column.replace("/", ":", 1) if text else column
