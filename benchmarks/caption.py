@@ -35,7 +35,7 @@ from pipeline.stages import IMAGES, Task, image_bytes, read_rows, vlm
 from pipeline.stages.ingest import SCALARS
 from pipeline.stages.latents import chunks
 from pipeline.stages.vlm import Vlm
-from tests.model.vision_models import vision_folder
+from tests.model.captioner_models import vision_folder
 
 GOAL = 0.9
 COLUMN = "captions/long"

@@ -17,8 +17,8 @@ from model.captioners import VisionModel, _Draw, captioner_fingerprint, load_cap
 from model.hub import ModelFilesError
 from model.prompts import default_prompt
 from tests.hub import Hub
+from tests.model.captioner_models import CHAT, FAMILIES, IMAGES, vision_folder
 from tests.model.text_models import files_of, qwen3_files
-from tests.model.vision_models import CHAT, FAMILIES, IMAGES, vision_folder
 
 PROMPT = "a red apple"
 PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
