@@ -13,6 +13,7 @@ from pipeline.caption_options import CaptionsColumn as CaptionsColumn
 from pipeline.corpus import COLUMN, RESERVED, SOURCE
 from pipeline.errors import RequestError
 from pipeline.options import At, Options
+from pipeline.score_options import SCORERS, AnyScores, CaptionScores, ClipScores, ScoresColumn, scorer_of
 from pipeline.source_options import ADAPTERS, SourceOptions
 from pipeline.source_options import FetchOptions as FetchOptions
 from pipeline.source_options import OpenmojiSource as OpenmojiSource
@@ -50,10 +51,6 @@ class ImageOptions(Options):
 # -- columns ---------------------------------------------------------------------------------------------------------
 
 
-class ScoresColumn(Options):
-    """`scores/basic`."""
-
-
 class LatentsColumn(Options):
     """`latents/<name>`."""
 
@@ -87,7 +84,7 @@ class TextColumn(Options):
         return self
 
 
-ColumnOptions = CaptionsColumn | ScoresColumn | LatentsColumn | TextColumn
+ColumnOptions = CaptionsColumn | AnyScores | LatentsColumn | TextColumn
 COLUMN_KINDS: dict[str, type[CaptionsColumn | ScoresColumn | LatentsColumn | TextColumn]] = {
     "captions": CaptionsColumn,
     "scores": ScoresColumn,
@@ -116,6 +113,8 @@ class Resources(Options):
     """Captions per call of a text encoder; as above."""
     captions_batch: int = Field(default=16, ge=1)
     """Images per call of a captioner; as above, and what is said may turn on the last bits."""
+    scores_batch: int = Field(default=32, ge=1)
+    """Images per call of a scorer's model; as above."""
     stall_timeout: float = Field(default=600.0, gt=0)
     """Seconds without a finished sample after which a worker is taken for hung: more than the slowest batch needs."""
     scratch: str | None = None
@@ -157,8 +156,12 @@ class BuildConfig(Options):
             if kind not in COLUMN_KINDS or not rest or not COLUMN.fullmatch(str(name)) or kind in RESERVED:
                 known = ", ".join(f"{k}/..." for k in COLUMN_KINDS)
                 raise At((str(name),), f"no such kind of column; expected one of {known}", name)
+            options = SCORERS.get(scorer_of(str(name))) if kind == "scores" else COLUMN_KINDS[kind]
+            if options is None:
+                known = ", ".join(f"{kind}/{scorer}" for scorer in SCORERS)
+                raise At((str(name),), f"no such scorer; expected one of {known}, with -NAME behind it or not", name)
             try:
-                found[name] = COLUMN_KINDS[kind].model_validate({} if value is None else value)
+                found[name] = options.model_validate({} if value is None else value)
             except ValidationError as error:
                 where, expected, value = _fault(error.errors()[0])
                 raise At((str(name), *where), expected, value) from None
@@ -176,8 +179,13 @@ class BuildConfig(Options):
                         f"the name must end in @ and one of the captions columns of this config ({known or 'none'})",
                         name,
                     )
-            if isinstance(options, ScoresColumn) and name != "scores/basic":
-                raise At(("columns", name), "no such scorer; expected scores/basic", name)
+            if isinstance(options, ClipScores | CaptionScores) and f"captions/{options.captions}" not in self.columns:
+                known = ", ".join(c.removeprefix("captions/") for c in self.columns if c.startswith("captions/"))
+                raise At(
+                    ("columns", name, "captions"),
+                    f"expected the name of one of the captions columns of this config ({known or 'none'})",
+                    options.captions,
+                )
         return self
 
 

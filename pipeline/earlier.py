@@ -19,6 +19,7 @@ from pipeline.corpus import Commit, Corpus, UnitCommit, column_kind
 from pipeline.errors import RequestError
 from pipeline.parallel import threaded
 from pipeline.records import UNITS
+from pipeline.score_options import ScoresColumn
 from pipeline.stages import IMAGES
 from pipeline.stages.ingest import ingest_stage
 
@@ -171,6 +172,8 @@ class Earlier:
                     asked = {"field": options.field, "fallback": options.fallback}
                 if isinstance(options, CaptionsColumn) and options.origin in CAPTIONERS:
                     asked = {"captioner": options.vlm or options.tags or options.model}
+                if isinstance(options, ScoresColumn) and hasattr(options, "model"):
+                    asked = {"name": options.model}
                 asked.pop("revision", None)  # another one has the same shapes
                 if note := _differs(made, asked):
                     found[name] = note

@@ -25,8 +25,10 @@ from pipeline.earlier import Earlier
 from pipeline.errors import DamagedError, RequestError
 from pipeline.expected import Expected, expected
 from pipeline.places import Places
+from pipeline.score_options import ClipScores, ScoresColumn, holds_model, scorer_of
 from pipeline.sizes import Sizes, by_origin
 from pipeline.stages import IMAGES
+from pipeline.stages.vlm import origin_of
 
 INGEST = "ingest"
 CPUS_A_GPU = 16
@@ -114,7 +116,7 @@ class _Estimate:
         self.sizes = Sizes(config, self.sources, self.earlier, self.otherwise, self.assume)
         self.shards = self.sizes.shards
         self.cpus = self._cpus()
-        models = len(self._stages_with(LatentsColumn) | self._stages_with(TextColumn))
+        models = len({self._stage_of(name) for name, options in config.columns.items() if _holds_model(options)})
         self.places = Places.on(
             self.cpus,
             given.gpus,
@@ -169,7 +171,7 @@ class _Estimate:
         found = {INGEST: Cost("cpu", False, min(self.places.ingests, units))}
         columns: dict[str, list[str]] = {INGEST: [IMAGES]}
         for column, options in self.config.columns.items():
-            model, name = _holds_a_model(options), _stage_of(column, options)
+            model, name = _holds_model(options), self._stage_of(column)
             workers = self.cpus if not model else self.given.gpus or self.places.actors_per_stage
             found.setdefault(name, Cost("gpu" if model and self.given.gpus else "cpu", model, workers))
             columns.setdefault(name, []).append(column)
@@ -230,6 +232,8 @@ class _Estimate:
             model = options[0].autoencoder
         elif isinstance(options[0], TextColumn):
             model = options[0].encoder
+        elif isinstance(options[0], ScoresColumn) and scorer_of(columns[0]) != "basic":
+            model = getattr(options[0], "model", scorer_of(columns[0]))
         together = rates.measured(stage, kind, model, resolutions)
         alone = [rates.measured(stage, kind, model, [resolution]) for resolution in resolutions]
         found = [together] if together is not None or not resolutions else alone
@@ -315,8 +319,20 @@ class _Estimate:
         self.assume(f"as many CPUs as this machine has, {here:.0f} (--cpus)")
         return here
 
-    def _stages_with(self, kind: type) -> set[str]:
-        return {_stage_of(name, options) for name, options in self.config.columns.items() if isinstance(options, kind)}
+    def _stage_of(self, column: str) -> str:
+        """The stage's name, as the engine calls it."""
+        options = self.config.columns[column]
+        if isinstance(options, LatentsColumn):
+            return "latents"
+        if isinstance(options, ClipScores):  # that of the first column of its model
+            model = options.model, options.revision
+            others = ((name, o) for name, o in self.config.columns.items() if isinstance(o, ClipScores))
+            return next(name for name, other in others if (other.model, other.revision) == model)
+        if isinstance(options, CaptionsColumn) and options.vlm is not None:
+            asked = ((name, o) for name, o in self.config.columns.items() if isinstance(o, CaptionsColumn))
+            column = next(name for name, other in asked if origin_of(other) == origin_of(options))
+        models = isinstance(options, TextColumn) or (isinstance(options, CaptionsColumn) and _holds_model(options))
+        return column.replace("/", ":", 1) if models else column
 
     def _money(self, time: Mapping[str, Any], size: int) -> dict[str, Any]:
         given, hours = self.given, time["seconds"] / 3600
@@ -351,22 +367,14 @@ def _gpu(given: Machines) -> str | None:
     return rates.gpu_kind(given.gpu) if given.gpu is not None else None
 
 
-def _holds_a_model(options: Any) -> bool:
+def _holds_model(options: Any) -> bool:
     if isinstance(options, CaptionsColumn):
         return options.origin in ("vlm", "tags")
-    return isinstance(options, LatentsColumn | TextColumn)
+    return isinstance(options, LatentsColumn | TextColumn) or holds_model(options)
 
 
 def _sees_images(column: str, options: Any) -> bool:
     """Whether the stage works on images."""
     if isinstance(options, CaptionsColumn):
         return options.origin in CAPTIONERS
-    return not column.startswith(("captions/", "text/"))
-
-
-def _stage_of(column: str, options: Any) -> str:
-    """The stage's name, as the engine calls it; of a captioner's columns that come of one pass each has one here."""
-    if isinstance(options, LatentsColumn):
-        return "latents"
-    text = isinstance(options, TextColumn) or (isinstance(options, CaptionsColumn) and _holds_a_model(options))
-    return column.replace("/", ":", 1) if text else column
+    return not column.startswith(("captions/", "text/", "scores/caption"))

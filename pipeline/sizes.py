@@ -4,17 +4,20 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from model.carried import EFFICIENTNET, FEATURES
 from pipeline import rates
 from pipeline.config import BuildConfig, LatentsColumn, TextColumn
 from pipeline.earlier import Earlier, Size
 from pipeline.errors import RequestError
 from pipeline.expected import Expected
 from pipeline.quantise import groups_of
+from pipeline.score_options import EmbeddingScores
 from pipeline.stages import IMAGES
 
 TOKENS_A_WORD = 1.4
 TAR_SAMPLE = 512 + 256  # bytes of a member beside its data: the header, and half a block of padding
 NPY_HEADER, ZIP = 128, 202
+EMBEDDING = 1_024
 ROW, TABLE_ROW, SHARD = 60.0, 150.0, 8_000.0  # bytes of a sidecar's row, of a table's, and of a shard besides
 IMAGE_JSON, JPEG_PIXEL, ASPECT = 1_024.0, 0.6, 4 / 3  # bytes; bytes a pixel at quality 95; sides of an image
 
@@ -74,6 +77,12 @@ class Sizes:
         if isinstance(options, TextColumn):
             tokens, width, origin = self.tokens(column, name, options)
             return Size(0, out, _blocks(_text_bytes(tokens, width, options)), ROW, SHARD), origin
+        if isinstance(options, EmbeddingScores):
+            known = options.model == EFFICIENTNET
+            if not known:
+                self.assume(f"{column}: {EMBEDDING:,} features, as a large model has")
+            sample = _blocks(2 * (FEATURES if known else EMBEDDING) + NPY_HEADER)
+            return Size(0, out, sample, ROW, SHARD), "shapes" if known else "assumed"
         self.assume(f"{TABLE_ROW:.0f} bytes a row of captions and scores that no earlier build has")
         return Size(0, out, 0.0, TABLE_ROW, SHARD), "assumed"
 

@@ -174,9 +174,9 @@ def stages_of(config: "BuildConfig") -> list[Stage]:
     Raises:
         RequestError: a join table or a model that is not there.
     """
-    from pipeline.config import CaptionsColumn, LatentsColumn, ScoresColumn, TextColumn
+    from pipeline.config import CaptionsColumn, LatentsColumn, TextColumn
     from pipeline.stages.latents import Latents
-    from pipeline.stages.scores import BasicScores
+    from pipeline.stages.scorers import score_stages
     from pipeline.stages.text import Text
 
     stages: list[Stage] = []
@@ -184,10 +184,9 @@ def stages_of(config: "BuildConfig") -> list[Stage]:
     for name, options in config.columns.items():
         if isinstance(options, CaptionsColumn):
             stages += _captions(name, options, config)
-        elif isinstance(options, ScoresColumn):
-            stages.append(BasicScores(name, config.images.max_pixels))
         elif isinstance(options, TextColumn):
             stages.append(Text(name, options, config.resources.text_batch))
+    stages += score_stages(config)
     if latents:
         stages.append(Latents(latents, config.images.max_pixels, config.resources))
     return stages

@@ -54,6 +54,26 @@ def tagger_identity(column: str, name: str) -> dict[str, Any]:
         raise RequestError(f"columns.{column}.tags = {name!r}: {error}") from error
 
 
+@lru_cache(maxsize=16)
+def vision_identity(column: str, task: Any, name: str, label: str | None, revision: str | None) -> dict[str, Any]:
+    """The same for a model that scores pictures."""
+    from model.vision import vision_fingerprint
+
+    field = f"columns.{column}.model = {name!r}"
+    return _identity(field, vision_fingerprint, name, revision, task=task, label=label)
+
+
+def carried_identity(column: str, name: str) -> dict[str, Any]:
+    """The same for a model that a package carries (`model.carried`)."""
+    from model.carried import carried
+    from model.hub import ModelFilesError
+
+    try:
+        return carried(name)
+    except ModelFilesError as error:
+        raise RequestError(f"columns.{column}: {error}") from error
+
+
 def _identity(
     field: str, fingerprint: Callable[..., Any], name: str, revision: str | None, **options: Any
 ) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""`scores/basic`: what can be said of an image without a model."""
+"""Scores by a function of the pixels, and the first of them, `scores/basic`: what can be said without a model."""
 
 import hashlib
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any
@@ -39,20 +40,35 @@ HASH_MARGIN = 2.0
 SHARPNESS_SIDE = 512  # the long side of the version that sharpness is measured on, so that sizes can be compared
 
 
-class BasicScores:
-    """Scores of the stored image: size, aspect (width / height), and what `basic_scores` gives."""
+class PixelScores:
+    """Scores of the stored image by a function of its pixels, uint8 (H, W, 3), one picture after the other.
+
+    load: gives that function; called once per process, and picklable.
+    """
 
     device = "cpu"
 
-    def __init__(self, name: str, max_pixels: int):
+    def __init__(
+        self,
+        name: str,
+        stage: dict[str, Any],
+        scalars: dict[str, str],
+        max_pixels: int,
+        load: Callable[[], Callable[[np.ndarray], dict[str, Any]]],
+    ):
         self.name = name
-        self.columns = {name: ColumnSpec({"stage": "scores/basic", "version": 1}, SCALARS, (IMAGES,))}
-        self._max_pixels = max_pixels
+        self.columns = {name: ColumnSpec(stage, scalars, (IMAGES,))}
+        self._max_pixels, self._load = max_pixels, load
+        self._score: Callable[[np.ndarray], dict[str, Any]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_score": None}
 
     def load(self) -> None:
-        pass
+        self._score = self._score or self._load()
 
     def run(self, corpus: Corpus, task: Task) -> list[Commit]:
+        self.load()
         images = latest(corpus, IMAGES, task.ref)
         with ExitStack() as stack:
             made = attempts(stack, corpus, task, [images])
@@ -66,12 +82,28 @@ class BasicScores:
             return commit_all(made, task)
 
     def _scores(self, row: Row) -> dict[str, Any] | BadImage:
+        assert self._score is not None
         try:
-            return basic_scores(decode(image_bytes(row.members), self._max_pixels).pixels)
+            pixels = decode(image_bytes(row.members), self._max_pixels).pixels
         except BadImage as error:
             return error
         except Exception as error:  # this sample fails with it, and no other
             return BadImage("damaged", f"{type(error).__name__}: {error}")
+        try:
+            return self._score(pixels)
+        except Exception as error:
+            return BadImage("error", f"{type(error).__name__}: {error}")
+
+
+class BasicScores(PixelScores):
+    """`scores/basic`: size, aspect (width / height), and what else `basic_scores` gives."""
+
+    def __init__(self, name: str, max_pixels: int):
+        super().__init__(name, {"stage": "scores/basic", "version": 1}, SCALARS, max_pixels, _basic)
+
+
+def _basic() -> Callable[[np.ndarray], dict[str, Any]]:
+    return basic_scores
 
 
 def basic_scores(pixels: np.ndarray) -> dict[str, Any]:

@@ -59,13 +59,14 @@ def test_the_image_gets_every_file_that_the_wheel_is_made_of() -> None:
 
 
 def test_the_image_installs_what_the_project_asks_for(tmp_path: Path) -> None:
-    """Its own commands, run here: torch as pinned, then all dependencies and those of a cluster."""
+    """Its own commands, run here: torch as pinned, then all dependencies, a cluster's and the scorers'."""
     run = next(rest for kind, rest in instructions() if kind == "RUN" and "requirements.txt" in rest)
     script = run.replace(" /torch.txt", f" {tmp_path}/torch.txt").replace(" /requirements.txt", f" {tmp_path}/all.txt")
     path = f"{BIN}:/usr/bin:/bin"
     subprocess.run(["sh", "-ec", script], cwd=ROOT, env={"PATH": path}, check=True)
     assert (tmp_path / "torch.txt").read_text().split() == [f"torch=={pinned('torch')}"]
-    wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["cluster"]]
+    extras = PROJECT["optional-dependencies"]
+    wanted = [*PROJECT["dependencies"], *extras["cluster"], *extras["scorers"]]
     assert (tmp_path / "all.txt").read_text().splitlines() == wanted
 
 
