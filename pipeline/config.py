@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from pydantic_core import ErrorDetails
 
 import pipeline
+from pipeline.caption_options import CaptionsColumn as CaptionsColumn
 from pipeline.corpus import COLUMN, RESERVED, SOURCE
 from pipeline.errors import RequestError
 from pipeline.options import At, Options
@@ -48,33 +49,6 @@ class ImageOptions(Options):
 
 
 # -- columns ---------------------------------------------------------------------------------------------------------
-
-
-class CaptionsColumn(Options):
-    """`captions/<name>`: the caption that came with the image, or `field`, or with `join` one from a table."""
-
-    field: str | None = None
-    """A field of the samples (their sources say which they have) in the caption's place."""
-    fallback: bool = False
-    """A sample without that field takes its caption; else it fails with `no_caption`."""
-    join: str | None = None
-    """A pattern of .jsonl(.gz) or .parquet files: a table with a caption for each image; or `openmoji`."""
-    by: Literal["origin", "key"] = "origin"
-    """What the table is joined by: the image's URL, or its key."""
-    key: str | None = None
-    """The table's column with that; by default `url` or `key`."""
-    column: str = "caption"
-    """The table's column with the caption, dotted inside of others."""
-    clean: Literal["paper"] | None = None
-    """Clean it as the paper does alt-texts (`pipeline.cleaning`)."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "CaptionsColumn":
-        if self.field is not None and self.join is not None:
-            raise At(("field",), "give either field or join", self.field)
-        if self.key is not None and self.join is None:
-            raise At(("key",), "it is a column of the table of join, and there is none", self.key)
-        return self
 
 
 class LatentsColumn(Options):
@@ -137,6 +111,8 @@ class Resources(Options):
     """Images per call of an autoencoder. Another value moves the last bits of the numbers, not more."""
     text_batch: int = Field(default=32, ge=1)
     """Captions per call of a text encoder; as above."""
+    captions_batch: int = Field(default=16, ge=1)
+    """Images per call of a captioner; as above, and what is said may turn on the last bits."""
     scores_batch: int = Field(default=32, ge=1)
     """Images per call of a scorer's model; as above."""
     stall_timeout: float = Field(default=600.0, gt=0)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.caption_options import CAPTIONERS
 from pipeline.config import BuildConfig, CaptionsColumn, LatentsColumn, TextColumn
 from pipeline.corpus import Commit, Corpus, UnitCommit, column_kind
 from pipeline.errors import RequestError
@@ -169,6 +170,8 @@ class Earlier:
                     made = {"storage": "float16", "trim": "trim" in (made.get("model") or {}), **made}
                 if isinstance(options, CaptionsColumn) and options.field is not None:
                     asked = {"field": options.field, "fallback": options.fallback}
+                if isinstance(options, CaptionsColumn) and options.origin in CAPTIONERS:
+                    asked = {"captioner": options.vlm or options.tags or options.model}
                 if isinstance(options, ScoresColumn) and hasattr(options, "model"):
                     asked = {"name": options.model}
                 asked.pop("revision", None)  # another one has the same shapes

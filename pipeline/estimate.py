@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import rates
-from pipeline.config import BuildConfig, LatentsColumn, TextColumn
+from pipeline.caption_options import CAPTIONERS
+from pipeline.config import BuildConfig, CaptionsColumn, LatentsColumn, TextColumn
 from pipeline.earlier import Earlier
 from pipeline.errors import DamagedError, RequestError
 from pipeline.expected import Expected, expected
@@ -27,6 +28,7 @@ from pipeline.places import Places
 from pipeline.score_options import ClipScores, ScoresColumn, holds_model, scorer_of
 from pipeline.sizes import Sizes, by_origin
 from pipeline.stages import IMAGES
+from pipeline.stages.vlm import origin_of
 
 INGEST = "ingest"
 CPUS_A_GPU = 16
@@ -180,7 +182,7 @@ class _Estimate:
 
     def _pace(self, stage: str, cost: Cost, columns: list[str], name: str, source: Expected) -> None:
         pace, learned = None, ""
-        pixels = not columns[0].startswith(("captions/", "text/", "scores/caption"))  # the stage works on images
+        pixels = _sees_images(columns[0], self.config.columns.get(columns[0]))
         if self.earlier is not None and not self.otherwise.keys() & {*columns, *[IMAGES] * pixels}:
             pace = self.earlier.pace(columns, name)
             learned = f"earlier build, {pace.shards:,} shards" if pace is not None else ""
@@ -222,6 +224,8 @@ class _Estimate:
         kind = str(self.gpu) if device == "gpu" else rates.CPU
         options = [self.config.columns.get(column) for column in columns]
         stage = columns[0].partition("/")[0] if columns != [IMAGES] else INGEST
+        if isinstance(options[0], CaptionsColumn) and options[0].origin in CAPTIONERS:
+            stage = options[0].origin  # the table's captions are those that are there already
         resolutions = [one.resolution for one in options if isinstance(one, LatentsColumn)]
         model = ""
         if isinstance(options[0], LatentsColumn):
@@ -324,7 +328,11 @@ class _Estimate:
             model = options.model, options.revision
             others = ((name, o) for name, o in self.config.columns.items() if isinstance(o, ClipScores))
             return next(name for name, other in others if (other.model, other.revision) == model)
-        return column.replace("/", ":", 1) if isinstance(options, TextColumn) else column
+        if isinstance(options, CaptionsColumn) and options.vlm is not None:
+            asked = ((name, o) for name, o in self.config.columns.items() if isinstance(o, CaptionsColumn))
+            column = next(name for name, other in asked if origin_of(other) == origin_of(options))
+        models = isinstance(options, TextColumn) or (isinstance(options, CaptionsColumn) and _holds_model(options))
+        return column.replace("/", ":", 1) if models else column
 
     def _money(self, time: Mapping[str, Any], size: int) -> dict[str, Any]:
         given, hours = self.given, time["seconds"] / 3600
@@ -360,4 +368,13 @@ def _gpu(given: Machines) -> str | None:
 
 
 def _holds_model(options: Any) -> bool:
+    if isinstance(options, CaptionsColumn):
+        return options.origin in ("vlm", "tags")
     return isinstance(options, LatentsColumn | TextColumn) or holds_model(options)
+
+
+def _sees_images(column: str, options: Any) -> bool:
+    """Whether the stage works on images."""
+    if isinstance(options, CaptionsColumn):
+        return options.origin in CAPTIONERS
+    return not column.startswith(("captions/", "text/", "scores/caption"))

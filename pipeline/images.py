@@ -134,6 +134,21 @@ def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
+def decode_within(data: bytes, max_pixels: int, side: int) -> np.ndarray:
+    """(H, W, 3) uint8 of an image whose long side, if it has more pixels, is reduced to `side`: bicubic, antialiased.
+
+    Raises:
+        BadImage: as `decode`.
+    """
+    image = decode(data, max_pixels, side)
+    longest = max(image.width, image.height)
+    if longest <= side:
+        return image.pixels
+    size = tuple(max(1, round(length * side / longest)) for length in (image.width, image.height))
+    box = (0.0, 0.0, image.width * image.scale, image.height * image.scale)
+    return np.asarray(Image.fromarray(image.pixels).resize(size, Image.Resampling.BICUBIC, box))  # type: ignore[arg-type]
+
+
 def encode(pixels: np.ndarray, options: ImageOptions) -> bytes:
     """(H, W, 3) uint8 as a member of the images column. The same pixels give the same bytes."""
     if options.format == "jpg":

@@ -118,6 +118,13 @@ def test_encode() -> None:
     assert found["ratio_feed"] == pytest.approx(images["bare_feed_seconds"] / images["feed_seconds"], rel=0.05)
 
 
+@pytest.mark.slow
+def test_caption() -> None:
+    found = run("caption", "--images", "6", "--batch", "4", "--rounds", "1", "--max-tokens", "4", "--side", "96")
+    assert (found["images"], found["device"]) == (6, "cpu")  # the same captions, which it checks itself
+    assert found["ratio_bare"] == pytest.approx(found["bare_seconds"] / found["stage_seconds"], rel=0.05)
+
+
 def test_loader() -> None:
     found = run("loader", "--samples", "256", "--width", "64", "--rounds", "1")  # the same samples, which it checks
     assert (found["samples"], found["ratio_streaming"]) == (256, "not measured")

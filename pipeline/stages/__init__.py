@@ -11,7 +11,7 @@ from pipeline.shards import read_tar
 from pipeline.sources import sources_of
 
 if TYPE_CHECKING:
-    from pipeline.config import BuildConfig
+    from pipeline.config import BuildConfig, CaptionsColumn
 
 IMAGES = "images"
 
@@ -175,7 +175,6 @@ def stages_of(config: "BuildConfig") -> list[Stage]:
         RequestError: a join table or a model that is not there.
     """
     from pipeline.config import CaptionsColumn, LatentsColumn, TextColumn
-    from pipeline.stages.captions import Captions
     from pipeline.stages.latents import Latents
     from pipeline.stages.scorers import score_stages
     from pipeline.stages.text import Text
@@ -184,13 +183,33 @@ def stages_of(config: "BuildConfig") -> list[Stage]:
     latents = {name: options for name, options in config.columns.items() if isinstance(options, LatentsColumn)}
     for name, options in config.columns.items():
         if isinstance(options, CaptionsColumn):
-            stages.append(Captions(name, options, config))
+            stages += _captions(name, options, config)
         elif isinstance(options, TextColumn):
             stages.append(Text(name, options, config.resources.text_batch))
     stages += score_stages(config)
     if latents:
         stages.append(Latents(latents, config.images.max_pixels, config.resources))
     return stages
+
+
+def _captions(name: str, options: "CaptionsColumn", config: "BuildConfig") -> list[Stage]:
+    """The stage of a captions column; with the first of those that a model makes in one pass comes that of all."""
+    from pipeline.config import CaptionsColumn
+    from pipeline.stages.captions import Captions
+    from pipeline.stages.endpoint import Endpoint
+    from pipeline.stages.tags import Tags
+    from pipeline.stages.vlm import Vlm, origin_of
+
+    max_pixels, resources = config.images.max_pixels, config.resources
+    if options.vlm is not None:
+        asked = {n: o for n, o in config.columns.items() if isinstance(o, CaptionsColumn) and o.vlm is not None}
+        same = {n: o for n, o in asked.items() if origin_of(o) == origin_of(options)}
+        return [Vlm(same, max_pixels, resources)] if next(iter(same)) == name else []
+    if options.endpoint is not None:
+        return [Endpoint(name, options, max_pixels, resources)]
+    if options.tags is not None:
+        return [Tags(name, options, max_pixels, resources.decode_threads)]
+    return [Captions(name, options, config)]
 
 
 def declare(corpus: Corpus, config: "BuildConfig", say: Callable[[str], None] = lambda note: None) -> None:

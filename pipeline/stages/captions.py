@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import re
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pipeline.answers import SURROGATES
 from pipeline.cleaning import clean_caption
 from pipeline.config import BuildConfig, CaptionsColumn, OpenmojiSource
 from pipeline.corpus import Commit, Corpus
@@ -17,7 +17,6 @@ from pipeline.sources.remote import Listing, list_files
 from pipeline.stages import IMAGES, ColumnSpec, Task, attempts, commit_all, latest, read_lines, samples
 
 SCALARS = {"caption": "string", "tokens": "int32"}
-SURROGATES = re.compile("[\ud800-\udfff]")
 READERS = {".parquet": "parquet", ".jsonl": "jsonl", ".gz": "jsonl", ".json": "jsonl"}
 
 
@@ -43,6 +42,8 @@ class Captions:
             stage |= {"key": self.table.key, "column": options.column}
         if options.clean is not None:
             stage |= {"clean": options.clean}
+        if options.kind is not None:
+            stage |= {"kind": options.kind}
         self.columns = {name: ColumnSpec(stage, SCALARS, (IMAGES,))}
 
     def load(self) -> None:

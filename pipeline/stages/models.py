@@ -36,6 +36,25 @@ def text_encoder_identity(column: str, name: str, revision: str | None, trim: bo
 
 
 @lru_cache(maxsize=16)
+def captioner_identity(column: str, name: str, revision: str | None) -> dict[str, Any]:
+    """The same for a captioner; and its family."""
+    from model.captioners import captioner_fingerprint
+
+    return _identity(f"columns.{column}.vlm = {name!r}", captioner_fingerprint, name, revision)
+
+
+@lru_cache(maxsize=16)
+def tagger_identity(column: str, name: str) -> dict[str, Any]:
+    """Name and hash of a tagger."""
+    from model.tagger import tagger_fingerprint
+
+    try:
+        return tagger_fingerprint(name)
+    except ValueError as error:
+        raise RequestError(f"columns.{column}.tags = {name!r}: {error}") from error
+
+
+@lru_cache(maxsize=16)
 def vision_identity(column: str, task: Any, name: str, label: str | None, revision: str | None) -> dict[str, Any]:
     """The same for a model that scores pictures."""
     from model.vision import vision_fingerprint

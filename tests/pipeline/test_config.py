@@ -7,6 +7,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.captioners import CAPTIONERS
 from pipeline.config import (
     HOME,
     BuildConfig,
@@ -20,6 +21,7 @@ from pipeline.config import (
     load_yaml,
 )
 from pipeline.errors import RequestError
+from pipeline.stages.vlm import origin_of
 
 TREE = {
     "name": "tried",
@@ -58,6 +60,18 @@ def test_the_configs_of_the_papers_data(path: Path):
     assert all(options.adapter == name for name, options in config.sources.items())
     assert {"captions/source", "text/t5-xxl@source", "text/dfn-clip-h@source"} <= config.columns.keys()
     assert len([name for name in config.columns if name.startswith("latents/")]) == 2
+
+
+def test_the_config_that_captions_anew():
+    config = load_config("configs/recaption.yaml")
+    captions = {name: options for name, options in config.columns.items() if isinstance(options, CaptionsColumn)}
+    assert {name: options.origin for name, options in captions.items()} == {
+        "captions/source": "source",
+        "captions/long": "vlm",
+        "captions/short": "vlm",
+    }
+    assert origin_of(captions["captions/long"]) == origin_of(captions["captions/short"])  # one pass
+    assert captions["captions/long"].vlm in CAPTIONERS
 
 
 @pytest.mark.parametrize(

@@ -287,6 +287,16 @@ def test_shipped_configs_are_planned_without_network(name: str, monkeypatch: pyt
     assert totals["seconds"] > 0 and found["money"]["build"] > 0
 
 
+def test_no_captioner_is_taken_for_a_copied_caption() -> None:
+    asked = {"vl": "{vlm: qwen3-vl-4b}", "e": "{endpoint: 'http://x/v1', model: m}", "t": "{tags: efficientnet-lite0}"}
+    config = load_config("configs/microdit-1pct.yaml", [f"columns.captions/{k}={v}" for k, v in asked.items()])
+    stages = estimate(config, Machines(gpus=8, gpu="h100"))["stages"]
+    for name, device in (("captions:vl", "h100"), ("captions/e", "cpu"), ("captions:t", "h100")):
+        assert stages[name]["origin"].startswith("not measured") and stages[name]["device"] == device
+        assert stages[name]["seconds"] is None
+    assert stages["captions/source"]["seconds"] > 0
+
+
 def test_the_papers_corpus(capsys: pytest.CaptureFixture[str]) -> None:
     found = estimate(load_config("configs/microdit-37m.yaml"), Machines(gpus=8, gpu="h100"))
     assert found["totals"]["inputs"] == 11_185_362 + 10_968_539 + 25_119 + 4_453_193 + 14_000_000

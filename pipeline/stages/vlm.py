@@ -1,0 +1,198 @@
+"""`captions/<name>` of a vision-language model: all columns of a model in one pass over the images.
+
+committed tar --a thread--> rows --threads--> pictures --GPU, one prompt after the other--> answers --> captions
+                                                               ^--- what is no caption, once more ---'
+"""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from model.prompts import default_prompt
+from pipeline.answers import fault, known_languages
+from pipeline.caption_options import CaptionsColumn
+from pipeline.config import Resources
+from pipeline.corpus import Attempt, Commit, Corpus
+from pipeline.errors import RequestError
+from pipeline.stages import IMAGES, ColumnSpec, Task, attempts, latest
+from pipeline.stages.captions import SCALARS
+from pipeline.stages.latents import GPU_THREADS, chunks, seed_of
+from pipeline.stages.models import Batches, absolute, best_device, captioner_identity
+from pipeline.stages.pictures import Loader, Ready
+
+AGAIN = 0.7  # the temperature, at least, with which a model is asked once more
+IN_FLIGHT = 256  # images that vLLM is given at a time, at least: it makes its own batches of them
+
+Origin = tuple[str, str | None, str, int]  # captioner, revision, engine, image side
+
+
+def origin_of(options: CaptionsColumn) -> Origin:
+    """What columns that are made in one pass have in common."""
+    return str(options.vlm), options.revision, options.engine, options.image_side
+
+
+@dataclass
+class Asked:
+    """What becomes of one column of a shard. `again` are the samples to ask once more, and what was wrong."""
+
+    attempt: Attempt
+    batches: Batches
+    before: float
+    again: list[tuple[Ready[Any], str]] = field(default_factory=list)
+    asked_again: int = 0
+
+
+class Vlm:
+    """The columns of one captioner. A sample fails with what is wrong with the second of its answers.
+
+    Batches never cross shards; those of the second try neither, so that a shard is the same when it is made again. No
+    column's captions depend on the others that are made with it.
+    """
+
+    device = "gpu"
+
+    def __init__(self, columns: Mapping[str, CaptionsColumn], max_pixels: int, resources: Resources):
+        self._options = dict(columns)
+        first, options = next(iter(columns.items()))
+        self.name = first.replace("/", ":", 1) + (f"+{len(columns) - 1}" if len(columns) > 1 else "")
+        self._engine, self._loader = options.engine, Loader(options.image_side, max_pixels, resources.decode_threads)
+        self._batch = resources.captions_batch
+        if self._engine == "vllm":
+            self._batch = max(self._batch, IN_FLIGHT)
+            if importlib.util.find_spec("vllm") is None:
+                raise RequestError(f"columns.{first}.engine = 'vllm': it is missing; pip install \"microdit[vllm]\"")
+        self._prompts: dict[str, str] = {}
+        self.columns: dict[str, ColumnSpec] = {}
+        for name, options in columns.items():
+            model = captioner_identity(name, str(options.vlm), options.revision)
+            check_language(name, options)
+            self._prompts[name] = _prompt(name, options, model["family"])
+            stage = {"stage": "captions", "version": 1, "from": "vlm", "engine": options.engine, "model": model}
+            stage |= {"captioner": options.vlm, "revision": options.revision}
+            self.columns[name] = ColumnSpec({**stage, **asked_of(options, self._prompts[name])}, SCALARS, (IMAGES,))
+        self._origin = absolute(str(options.vlm)), model.get("revision")
+        self.model: Any = None
+        self._batches: dict[str, Batches] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "model": None, "_batches": {}}
+
+    def load(self) -> None:
+        if self.model is not None:
+            return
+        where, revision = self._origin
+        if self._engine == "vllm":
+            from model.captioners_vllm import load_vllm
+
+            self.model = load_vllm(where, revision=revision)
+        else:
+            from model.captioners import load_captioner
+
+            self.model = load_captioner(where, revision=revision, device=best_device())
+        # of its own: what one column had no room for is no matter of another's words
+        self._batches = {name: Batches(self._batch) for name in self._options}
+
+    def run(self, corpus: Corpus, task: Task) -> list[Commit]:
+        self.load()
+        images = latest(corpus, IMAGES, task.ref)
+        with ExitStack() as stack:
+            made = attempts(stack, corpus, task, [images])
+            asked = {
+                column: Asked(attempt, self._batches[column], self._batches[column].seconds)
+                for column, attempt in made.items()
+            }
+            loader = self._loader
+            if self.model.device.type == "cuda":
+                loader = Loader(loader.side, loader.max_pixels, max(loader.threads, GPU_THREADS))
+            ready = loader.pictures(stack, corpus, images, task, made, self.model.prepare, 2 * self._batch)
+            for batch in chunks(ready, self._batch):
+                for column, one in asked.items():
+                    self._first(column, one, batch, task.ref.source)
+            for column, one in asked.items():
+                self._once_more(column, one, task.ref.source)
+            if task.rows is not None:  # it was only a trial of them
+                return []
+            return [
+                one.attempt.commit(
+                    encode_seconds=one.batches.seconds - one.before, batch=one.batches.size, again=one.asked_again
+                )
+                for one in asked.values()
+            ]
+
+    def _first(self, column: str, one: Asked, batch: Sequence[Ready[Any]], source: str) -> None:
+        """Ask for the captions of a batch. What is none waits until there are as many as a batch has."""
+        temperature = self._options[column].temperature
+        answers = self._answers(column, one, batch, temperature, [seed_of(column, source, r.row.key) for r in batch])
+        for ready, answer in zip(batch, answers, strict=True):
+            if (bad := self._write(column, one.attempt, ready, answer)) is not None:
+                one.again.append((ready, bad[0]))
+        if len(one.again) >= self._batch:
+            self._once_more(column, one, source)
+
+    def _once_more(self, column: str, one: Asked, source: str) -> None:
+        temperature = max(self._options[column].temperature, AGAIN)
+        batch = [ready for ready, _ in one.again]
+        seeds = [seed_of(f"{column} again", source, ready.row.key) for ready in batch]
+        answers = self._answers(column, one, batch, temperature, seeds)
+        for (ready, first), answer in zip(one.again, answers, strict=True):
+            if (bad := self._write(column, one.attempt, ready, answer)) is not None:
+                detail = bad[1] if bad[0] == first else f"{bad[1]} (first {first})"
+                one.attempt.fail(ready.row.row, ready.row.key, bad[0], detail)
+        one.asked_again += len(batch)
+        one.again = []
+
+    def _answers(
+        self, column: str, one: Asked, batch: Sequence[Ready[Any]], temperature: float, seeds: Sequence[int]
+    ) -> list[Any]:
+        asked = list(zip([ready.image for ready in batch], seeds, strict=True))
+        return one.batches.run(partial(self._generate, column, temperature), asked)
+
+    def _generate(self, column: str, temperature: float, asked: Sequence[tuple[Any, int]], size: int) -> list[Any]:
+        pictures, seeds = zip(*asked, strict=True)
+        most = self._options[column].most_tokens
+        found: list[Any] = self.model.generate(pictures, self._prompts[column], most, temperature, seeds)
+        return found
+
+    def _write(self, column: str, attempt: Attempt, ready: Ready[Any], answer: Any) -> tuple[str, str] | None:
+        """Add the caption; or tell what is wrong with it. What the model could not do is failed for good."""
+        if isinstance(answer, Exception):
+            attempt.fail(ready.row.row, ready.row.key, "error", f"{type(answer).__name__}: {answer}")
+            return None
+        return add_caption(attempt, ready, answer.text, answer.finished, self._options[column])
+
+
+def add_caption(
+    attempt: Attempt, ready: Ready[Any], text: str, finished: bool, options: CaptionsColumn
+) -> tuple[str, str] | None:
+    """Add an answer as the sample's caption, white space as single spaces; or tell what is wrong with it."""
+    bad = fault(text, finished, options.asked_kind, options.language)
+    if bad is None:
+        words = text.split()
+        attempt.add(ready.row.row, ready.row.key, caption=" ".join(words), tokens=len(words))
+    return bad
+
+
+def asked_of(options: CaptionsColumn, prompt: str) -> dict[str, Any]:
+    """What a declaration says of how captions are asked for."""
+    names = ("temperature", "image_side", "language")
+    asked = {name: getattr(options, name) for name in names}
+    return {**asked, "prompt": prompt, "kind": options.asked_kind, "max_tokens": options.most_tokens}
+
+
+def check_language(column: str, options: CaptionsColumn) -> None:
+    """Raises RequestError if nothing is known of the language that is asked for."""
+    if options.language not in known_languages():
+        known = ", ".join(sorted(known_languages()))
+        raise RequestError(f"columns.{column}.language = {options.language!r}: expected one of {known}")
+
+
+def _prompt(column: str, options: CaptionsColumn, family: str) -> str:
+    if options.prompt is not None:
+        return options.prompt
+    try:
+        return default_prompt(options.asked_kind, family)
+    except ValueError as error:
+        raise RequestError(f"columns.{column}: {error}") from error
