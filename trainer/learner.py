@@ -83,9 +83,9 @@ class Learner:
         self.recipe, self.team, self.device = recipe, team, team.device
         self.net = MicroDiT(**config).to(team.device)
         self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and has_fast_bf16(team.device))
+        self.sharded = recipe.parallel == "fsdp" and team.world > 1
         if recipe.compile:
             compile_blocks(self.net)
-        self.sharded = recipe.parallel == "fsdp" and team.world > 1
         if self.sharded:
             shard_blocks(self.net, team, self.bf16)
         objective = Objective(self.net, EDM(sigma_data=recipe.sigma_data)).to(team.device)

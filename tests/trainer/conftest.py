@@ -1,10 +1,16 @@
 """A corpus in the real format with made-up latents and texts: what the trainer sees, without images and encoders."""
 
-from collections.abc import Callable
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.corpus import Corpus, ShardRef, shard_name, unit_name
 from pipeline.shards import array_bytes
@@ -104,3 +110,60 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 @pytest.fixture
 def recipe(corpus: Corpus, tmp_path: Path) -> Callable[..., Recipe]:
     return lambda **fields: build_recipe(**{"of": corpus, "out": tmp_path / "run"} | fields)
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+
+
+def _member(rank: int, world: int, port: int, recipe: dict, at: tuple[int, int, int] | None, backend: str) -> None:
+    """One process of a team. at: (rank, step, signal) that it sends itself before it takes that step."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    from trainer import learner
+    from trainer.train import train
+
+    torch.set_num_threads(1)
+    compile_blocks, step, count = learner.compile_blocks, learner.Learner.step, 0
+
+    def compiled(net) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+            compile_blocks(net)
+
+    def noticed(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if at is not None and at[:2] == (rank, count):
+            os.kill(os.getpid(), at[2])
+        return step(self, *args, **kwargs)
+
+    learner.compile_blocks, learner.Learner.step = compiled, noticed
+    summary = train(Recipe.model_validate(recipe))
+    sys.exit(128 + summary["signal"] if summary["signal"] else 0)
+
+
+@pytest.fixture
+def team() -> Iterator[Callable[..., list[int]]]:
+    """Train a recipe with several processes, as torchrun does; gives their exit codes. They are forked from a server
+    that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer.train", "tests.trainer.conftest"])
+    started = []
+
+    def run(recipe: Recipe, world: int = 2, at: tuple[int, int, int] | None = None, backend: str = "eager"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        fields = recipe.model_dump(mode="json")
+        members = [
+            context.Process(target=_member, args=(rank, world, port, fields, at, backend)) for rank in range(world)
+        ]
+        started.extend(members)
+        for member in members:
+            member.start()
+        for member in members:
+            member.join()
+        return [member.exitcode for member in members]
+
+    yield run
+    for member in started:
+        member.kill()
