@@ -72,16 +72,15 @@ def test_sharded_processes_train_as_one_and_go_on_with_each_other(recipe, team, 
 def test_sharded_processes_go_on_after_one_and_bf16_differs_by_rounding(recipe, team, tmp_path: Path) -> None:
     fields = FIELDS | {"precision": "bf16"}
     train(recipe(out=tmp_path / "one", **fields))
-    assert team(recipe(out=tmp_path / "two", **fields, compile=True), backend="aot_eager") == [0, 0]
+    assert team(recipe(out=tmp_path / "two", **fields, compile=True)) == [0, 0]  # without a graph break
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-2)
     assert {value.dtype for value in tensors(tmp_path / "two", "model").values()} == {torch.float32}
-    # three processes cannot share the lanes, one cannot read what is damaged: all end, and none waits for another
-    for step in (3, 6, 9):
+    # two go on from what one process wrote; the first one passes over what is damaged, and tells the other
+    for step in (6, 9):
         path = tmp_path / "one" / "checkpoints" / f"step-{step:08d}" / "optimizer.safetensors"
-        path.write_bytes(path.read_bytes()[:100] if step > 3 else path.read_bytes())
-    (tmp_path / "one" / "log.jsonl").unlink()
+        path.write_bytes(path.read_bytes()[:100])
     assert team(recipe(out=tmp_path / "one", **fields)) == [0, 0]
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two")[3:], rel=2e-2)
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=2e-2)
 
 
 def test_they_ask_each_other_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,16 +237,6 @@ def test_auto_is_the_largest_micro_batch_that_fits(recipe, tmp_path) -> None:
     assert summary["steps"] == 2
 
 
-@pytest.mark.slow
-def test_compiled_blocks_give_the_same_losses(recipe, tmp_path) -> None:
-    stages = [STAGE | {"steps": 3, "mask_ratio": 0.5}]
-    text = {"text/tiny@source": 1.0}
-    train(recipe(stages=stages, text=text, text_lengths=[16], out=str(tmp_path / "plain")))
-    train(recipe(stages=stages, text=text, text_lengths=[16], compile=True))
-    plain, compiled = losses(tmp_path / "plain"), losses(tmp_path / "run")
-    assert list(compiled.values()) == pytest.approx(list(plain.values()), rel=1e-5)
-
-
 def test_time_budget_shortens_all_stages(recipe, tmp_path, at_step, monkeypatch, capsys) -> None:
     stages = [STAGE | {"images": 400_000, "mask_ratio": 0.5, "warmup": 80_000}, STAGE | {"images": 1_200_000}]
     budget = recipe(stages=stages, time_budget=8, log_every=20, checkpoint_every=10_000)
