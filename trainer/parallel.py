@@ -25,7 +25,8 @@ def shard_blocks(net: MicroDiT, team: Team, bf16: bool) -> None:
         cast_forward_inputs=False,  # the residual stream stays in float32, as under autocast
     )
     for module in (*net.patch_mixer, *net.blocks, net):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # also the last one: parameters that stayed gathered after a pass without a gradient would soon be stale
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def own_part(tensor: Tensor) -> Tensor:

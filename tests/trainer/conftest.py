@@ -115,13 +115,15 @@ def recipe(corpus: Corpus, tmp_path: Path) -> Callable[..., Recipe]:
 # -- several processes -----------------------------------------------------------------------------------------------
 
 
-def _member(rank: int, world: int, port: int, recipe: dict, at: tuple[int, int, int] | None, backend: str) -> None:
+def _member(rank: int, environment: dict, recipe: dict, at: tuple[int, int, int] | None, backend: str) -> None:
     """One process of a team. at: (rank, step, signal) that it sends itself before it takes that step."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(environment, RANK=str(rank))
     from trainer import learner
+    from trainer import team as team_module
     from trainer.train import train
 
     torch.set_num_threads(1)
+    team_module.SECONDS = 0.0  # they ask each other after every step
     compile_blocks, step, count = learner.compile_blocks, learner.Learner.step, 0
 
     def compiled(net) -> None:
@@ -153,10 +155,9 @@ def team() -> Iterator[Callable[..., list[int]]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        fields = recipe.model_dump(mode="json")
-        members = [
-            context.Process(target=_member, args=(rank, world, port, fields, at, backend)) for rank in range(world)
-        ]
+        environment = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        arguments = environment, recipe.model_dump(mode="json"), at, backend
+        members = [context.Process(target=_member, args=(rank, *arguments)) for rank in range(world)]
         started.extend(members)
         for member in members:
             member.start()
