@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--resume", choices=("auto", "never"), default="auto", help="auto: go on from the newest checkpoint, if any"
     )
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     try:
         summary = train(load_recipe(given.recipe, given.overrides), resume=given.resume == "auto")
     except (RequestError, CheckpointError) as error:
