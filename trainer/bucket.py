@@ -30,6 +30,7 @@ from trainer.checkpoint import OPTIMIZER, Checkpoint, Snapshot, check_version, f
 OLD = timedelta(hours=6)  # what no state names by then is a killed process's, or of a write that failed
 RANGE = 32 << 20  # bytes of one request for a part of a file
 READERS = 8  # requests at once
+UNREADABLE = (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged state raises
 HASHED = re.compile(r"[0-9a-f]{64}")
 ATTEMPT = re.compile(r"(step-\d+)-[0-9a-f]{16}/[^/]+")
 
@@ -87,7 +88,7 @@ class Bucket:
                 files["generate.json"] = {
                     "object": f"{attempt}/generate.json", "size": len(data), "sha256": digest,
                 }  # fmt: skip
-                if self.store.exists(f"{folder_name(step)}.json"):  # as above: this one could not be read
+                if self.store.exists(f"{folder_name(step)}.json"):  # of a run that went back to an older one
                     self.remove(folder_name(step))
                 text = state_text(step, {**state, "files": files})
                 self.store.create(f"{folder_name(step)}.json", text.encode())
@@ -98,8 +99,8 @@ class Bucket:
 
     def remove(self, name: str) -> None:
         try:
-            objects = [file["object"] for file in self.state(name)["files"].values()]
-        except (ValueError, KeyError, TypeError, AttributeError):
+            objects = self._objects(name)
+        except UNREADABLE:
             objects = []  # what it named is swept when it is old
         with _plain_errors():
             self.store.delete([f"{name}.json"])  # first, so that no state names what is gone
@@ -111,11 +112,18 @@ class Bucket:
         with _plain_errors():
             old = [item.name for item in self.store.list() if item.modified <= limit]
             stray = [name for name in old if ATTEMPT.fullmatch(name)]
-            if stray:  # the states are read after the listing: what was written meanwhile is among them
-                named = {f["object"] for name in self.names() for f in self.state(name)["files"].values()}
-                self.store.delete([name for name in stray if name not in named])
+            named: set[str] = set()
+            for name in self.names() if stray else ():  # after the listing: what was written meanwhile is among them
+                try:
+                    named.update(self._objects(name))
+                except UNREADABLE:  # all that may be its own stays
+                    named.update(one for one in stray if one.startswith(f"{name}-"))
+            self.store.delete([name for name in stray if name not in named])
         for client, arguments in old_uploads(self.store.url, limit):
             client.abort_multipart_upload(**arguments)
+
+    def _objects(self, name: str) -> list[str]:
+        return [file["object"] for file in self.state(name)["files"].values()]
 
     def download(self, state: Mapping[str, Any], folder: Path, without: str | None = None) -> None:
         """The files of a checkpoint, whole, into a folder that is not there yet.

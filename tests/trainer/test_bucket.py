@@ -116,12 +116,18 @@ def test_a_kill_at_any_request_leaves_the_one_before_and_leftovers_are_swept(pla
     client = boto3.client("s3")
     prefix = place.store.url.removeprefix(f"s3://{BUCKET}/")
     client.create_multipart_upload(Bucket=BUCKET, Key=f"{prefix}/step-00000021-0123456789abcdef/model.safetensors")
+    place.store.create("step-00000026.json.x", b"not ours")
+    place.store.create("step-00000027.json", b"[1]")  # damaged: what may be its own stays
+    place.store.create("step-00000027-0123456789abcdef/ema.safetensors", b"x")
     left = len(list(place.store.names()))
     place.sweep()
-    assert len(list(place.store.names())) == left > 2 * 5
+    assert len(list(place.store.names())) == left > 2 * 5 + 3
     monkeypatch.setattr(bucket_module, "OLD", timedelta(seconds=-3600))
     place.sweep()
-    assert len(list(place.store.names())) == 2 * 5
+    assert len(list(place.store.names())) == 2 * 5 + 3
+    place.remove("step-00000027")
+    place.sweep()
+    assert len(list(place.store.names())) == 2 * 5 + 1
     assert "Uploads" not in client.list_multipart_uploads(Bucket=BUCKET, Prefix=prefix)
 
 
