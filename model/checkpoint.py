@@ -135,7 +135,7 @@ def load_weights(net: MicroDiT, state: Mapping[str, Tensor], source: str = "chec
     stored = state["pos_embed"]
     # 0.02: above what storage in bfloat16 rounds, far below what another scale moves
     if stored.shape == own["pos_embed"].shape and not torch.allclose(
-        stored.float(), own["pos_embed"].float().cpu(), atol=0.02
+        stored.float().cpu(), own["pos_embed"].float().cpu(), atol=0.02
     ):
         scale = _position_scale(stored)
         raise CheckpointError(

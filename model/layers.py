@@ -15,9 +15,17 @@ from torch import Tensor, nn
 PLAIN_ATTENTION_KEYS = 128
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that also takes float32 tokens with a weight in bfloat16, as FSDP gathers it: a CPU would refuse."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.weight.dtype == torch.float32 else self.weight.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, None, self.eps)
+
+
 def layer_norm(dim: int, eps: float) -> nn.LayerNorm:
     """LayerNorm with a weight and no bias, as everywhere in the network."""
-    return nn.LayerNorm(dim, eps=eps, bias=False)
+    return LayerNorm(dim, eps=eps, bias=False)
 
 
 def gelu_tanh() -> nn.GELU:

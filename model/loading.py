@@ -128,9 +128,10 @@ def find_parts(
 
 
 def checkpoint_folders(out: Path) -> list[Path]:
-    """The checkpoints in a run's folder, the newest first."""
-    folders = (out / "checkpoints").glob("step-*") if (out / "checkpoints").is_dir() else ()
-    return sorted((f for f in folders if STEP_FOLDER.fullmatch(f.name)), key=lambda f: int(f.name[5:]), reverse=True)
+    """The checkpoints in a run's folder, or in one of checkpoints alone, the newest first."""
+    folder = out / "checkpoints" if (out / "checkpoints").is_dir() else out
+    found = (f for f in folder.glob("step-*") if STEP_FOLDER.fullmatch(f.name) and f.is_dir())
+    return sorted(found, key=lambda f: int(f.name[5:]), reverse=True)
 
 
 def find_checkpoint(path: str | Path) -> Path:

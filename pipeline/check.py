@@ -6,19 +6,18 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.commit_table import Totals, commit_table, totals
 from pipeline.corpus import Commit, Corpus
-from pipeline.errors import RequestError
 from pipeline.failures import failures, read_failure
 from pipeline.parallel import threaded
 from pipeline.records import COMMIT, OBJECT, PROBES, RESERVED, UNITS
 from pipeline.store import ObjectInfo
 from pipeline.tables import JOINS, Table
+from pipeline.uploads import old_uploads
 from pipeline.verify import verify
 
 # -- status ----------------------------------------------------------------------------------------------------------
@@ -129,7 +128,7 @@ def gc(corpus: Corpus, older_than_hours: float = 48, dry_run: bool = False) -> d
     ]
     tables = _old_tables(corpus, [name for name in old if name.startswith("tables/")])
     unfinished = {path: size for path in corpus.store.unfinished() if (size := _size_if_old(path, limit)) is not None}
-    uploads = _old_uploads(corpus, limit)
+    uploads = old_uploads(corpus.url, limit)
     probes = [name for name in old if name.startswith(f"{PROBES}/")]  # of builds that were killed
     if not dry_run:
         corpus.store.delete([*attempts, *tables, *probes])
@@ -190,29 +189,6 @@ def _size_if_old(path: Path, limit: datetime) -> int | None:
     except FileNotFoundError:  # its writer has ended well
         return None
     return found.st_size if datetime.fromtimestamp(found.st_mtime, UTC) <= limit else None
-
-
-def _old_uploads(corpus: Corpus, limit: datetime) -> list[tuple[Any, dict[str, str]]]:
-    """Multipart uploads that were begun and never ended: S3 keeps, and charges for, their parts; others drop them."""
-    where = urlsplit(corpus.url)
-    if where.scheme != "s3":
-        return []
-    import boto3
-    from botocore.exceptions import ClientError
-
-    client = boto3.client("s3")
-    pages = client.get_paginator("list_multipart_uploads").paginate(
-        Bucket=where.netloc, Prefix=f"{where.path.strip('/')}/".removeprefix("/")
-    )
-    try:
-        return [
-            (client, {"Bucket": where.netloc, "Key": item["Key"], "UploadId": item["UploadId"]})
-            for page in pages
-            for item in page.get("Uploads", [])
-            if item["Initiated"] <= limit
-        ]
-    except ClientError as error:
-        raise RequestError(f"corpus {corpus.url}: its unfinished uploads cannot be listed: {error}") from error
 
 
 __all__ = ["gc", "ls", "status", "verify"]

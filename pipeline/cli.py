@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -388,8 +388,14 @@ def gc(
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, e.g. configs/recipes/demo.yaml.")],
     overrides: Overrides = None,
+    resume: Annotated[
+        Literal["auto", "never"], typer.Option(help="`auto`: go on from the newest checkpoint, if there is one.")
+    ] = "auto",
 ) -> None:
     """Train as a recipe says, on all GPUs of this machine; the same as `torchrun ... -m trainer RECIPE`.
+
+    The same command goes on where the run was stopped or killed: from the newest checkpoint, in `out` or, on another
+    machine too, on the bucket that the recipe's `checkpoints` names.
 
     **Example**
 
@@ -402,7 +408,7 @@ def train(
 
     gpus = torch.cuda.device_count()
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
-    command = [sys.executable, *launch, "-m", "trainer", recipe, *(overrides or ())]
+    command = [sys.executable, *launch, "-m", "trainer", recipe, *(overrides or ()), "--resume", resume]
     sys.stdout.flush()
     os.execv(sys.executable, command)  # signals and the exit status are the trainer's own
 

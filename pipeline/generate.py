@@ -3,10 +3,12 @@
 import sys
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
 from pipeline.errors import RequestError
+from pipeline.store import SCHEMES
 
 
 def generate(
@@ -14,8 +16,9 @@ def generate(
         str,
         typer.Option(
             metavar="WHAT",
-            help="A run's folder, one of its checkpoints, a saved pipeline (folder or `owner/name` on the hub), a file "
-            "of weights (here or `owner/name/file.pt` on the hub), or a released checkpoint by its name.",
+            help="A run's folder, or where its checkpoints are on a bucket (`s3://...`); one of its checkpoints, a "
+            "saved pipeline (folder or `owner/name` on the hub), a file of weights (here or `owner/name/file.pt` on "
+            "the hub), or a released checkpoint by its name.",
             show_default=False,
         ),
     ],
@@ -103,6 +106,10 @@ def generate(
     from model.pipeline import MicroDiTPipeline
 
     try:
+        if urlsplit(checkpoint).scheme in SCHEMES:
+            from trainer.bucket import on_this_machine
+
+            checkpoint = str(on_this_machine(checkpoint))
         check_sampling(steps, 1.0 if guidance_scale is None else guidance_scale, sampler, guidance_interval)
         pipe = MicroDiTPipeline.from_pretrained(
             checkpoint,

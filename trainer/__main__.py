@@ -14,9 +14,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer", description="Train MicroDiT as a recipe says.")
     parser.add_argument("recipe", help="a YAML file, e.g. configs/recipes/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. out=runs/a stages.0.images=20000")
-    given = parser.parse_args(arguments)
+    parser.add_argument(
+        "--resume", choices=("auto", "never"), default="auto", help="auto: go on from the newest checkpoint, if any"
+    )
+    given = parser.parse_intermixed_args(arguments)
     try:
-        summary = train(load_recipe(given.recipe, given.overrides))
+        summary = train(load_recipe(given.recipe, given.overrides), resume=given.resume == "auto")
     except (RequestError, CheckpointError) as error:
         print(error, file=sys.stderr)
         return 2

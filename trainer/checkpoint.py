@@ -1,4 +1,4 @@
-"""Checkpoints of a run: folders OUT/checkpoints/step-00001200, complete or not there. Nothing in them is pickled.
+"""What a checkpoint of a run consists of; `places.py` says where it lies. Nothing in it is pickled.
 
 model.safetensors      the weights, with the network's arguments in the header
 ema.safetensors        their moving average, of the same form; only if the stage keeps one
@@ -6,42 +6,34 @@ ema-2.safetensors ...  those of the second half-life and so on
 optimizer.safetensors  AdamW's state, as `<parameter>.exp_avg` and so on
 generate.json          what `model.loading` needs beside the weights
 state.json             where the run is, and its recipe
+
+The files are the same however many processes the run has, and whether they share the parameters out or not.
 """
 
 import itertools
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from model.checkpoint import CheckpointError, read_state_dict, write_state_dict
-from model.loading import checkpoint_folders
 from model.network import MicroDiT
+from trainer.parallel import shared_as, whole
+from trainer.team import Team
 
 VERSION = 1
+OPTIMIZER = "optimizer.safetensors"
 
 
 def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint as it was read: `state` is state.json, the others are tensors by name."""
-
-    folder: Path
-    state: dict[str, Any]
-    model: dict[str, Tensor]
-    averages: list[dict[str, Tensor]]
-    optimizer: dict[str, Tensor]
+# -- writing ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -51,135 +43,99 @@ class Snapshot:
     files: dict[str, dict[str, Tensor]]
     config: dict[str, Any]
 
+    def write(self, name: str, path: Path) -> None:
+        """Write one of the files. Raises OSError or SafetensorError."""
+        write_state_dict(path, self.files[name], None if name == OPTIMIZER else self.config)
 
-def snapshot(net: MicroDiT, averages: Sequence[Mapping[str, Tensor]], optimizer: torch.optim.Optimizer) -> Snapshot:
-    """A copy of what a run has learned, which further steps do not change. averages: parameters by name."""
+
+def snapshot(
+    net: MicroDiT, averages: Sequence[Mapping[str, Tensor]], optimizer: torch.optim.Optimizer, keep: bool = True
+) -> Snapshot:
+    """A copy of what a run has learned, which further steps do not change. averages: parameters by name.
+
+    Where the parameters are shared out, all processes have to ask together. keep: False gives an empty one, for those
+    that do not write.
+    """
 
     def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+        found = {}
+        for name, value in tensors.items():
+            value = whole(value.detach())  # one after the other: no device holds more than one of them
+            if keep:
+                found[name] = value.to("cpu", copy=True)
+        return found
 
     weights = copied(net.state_dict())
     files = {"model.safetensors": weights}
     for name, average in zip(_average_names(), averages, strict=False):
         files[name] = weights | copied(average)
-    return Snapshot(files | {"optimizer.safetensors": copied(_optimizer_tensors(net, optimizer))}, net.config)
+    return Snapshot(files | {OPTIMIZER: copied(_optimizer_tensors(net, optimizer))}, net.config)
 
 
-def write(
-    out: Path, step: int, tensors: Snapshot, state: Mapping[str, Any], generate: Mapping[str, Any], keep: int
-) -> Path:
-    """Write the checkpoint of a step, durable when this returns, and drop all but the last `keep`.
+def state_text(step: int, state: Mapping[str, Any]) -> str:
+    """What state.json holds."""
+    return json.dumps({"version": VERSION, "step": step, **state}, indent=1)
 
-    Returns the folder. A kill at any moment leaves the checkpoints before untouched, and so does a full disk.
 
-    Raises:
-        OSError: it cannot be written; nothing of it is left.
+def superfluous(hours: Sequence[float | None], keep: int, keep_hours: float | None) -> list[int]:
+    """Which checkpoints go: all but the newest `keep`, and but the last one of every `keep_hours` of training.
+
+    hours: of training before each of them, the newest first; None where it cannot be told.
     """
-    root = out / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    final = root / folder_name(step)
-    partial = root / f"{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        for name, found in tensors.files.items():
-            write_state_dict(partial / name, found, None if name == "optimizer.safetensors" else tensors.config)
-        (partial / "generate.json").write_text(json.dumps(generate, indent=1))
-        (partial / "state.json").write_text(json.dumps({"version": VERSION, "step": step, **state}, indent=1))
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise error if isinstance(error, OSError) else OSError(str(error)) from error
-    if final.exists():  # of a run that went back to an older checkpoint because this one could not be read
-        shutil.rmtree(final)
-    partial.rename(final)
-    _sync(root)
-    for old in checkpoint_folders(out)[keep:]:
-        # renamed first, so that a kill leaves no half folder under a checkpoint's name
-        shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial")))
-    return final
+    parts = [None if keep_hours is None or h is None else int(h // keep_hours) for h in hours]
+    return [i for i in range(keep, len(parts)) if parts[i] is None or parts[i] in parts[:i]]
 
 
-class Saver:
-    """Writes checkpoints in a thread, one after the other, while the run goes on.
-
-    One that cannot be written (a full disk) is told to `tell`, and the run goes on: the last good one stays. At the end
-    there is nobody to go on: `finish` raises.
-    """
-
-    def __init__(self, out: Path, keep: int, tell: Callable[[str], None]):
-        self.out, self.keep, self.tell = out, keep, tell
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[Path] | None = None
-        self._step = 0
-
-    def save(
-        self,
-        step: int,
-        net: MicroDiT,
-        averages: Sequence[Mapping[str, Tensor]],
-        optimizer: torch.optim.Optimizer,
-        state: Mapping[str, Any],
-        generate: Mapping[str, Any],
-    ) -> None:
-        """Copy it all, and begin to write; waits for the one before."""
-        try:
-            self.finish()
-        except CheckpointError as error:
-            self.tell(f"{error}; the run goes on, and the checkpoint before it stays")
-        self._step = step
-        tensors = snapshot(net, averages, optimizer)
-        self._writing = self._pool.submit(write, self.out, step, tensors, state, generate, self.keep)
-
-    def finish(self) -> None:
-        """Wait until what was begun is written.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
-        writing, self._writing = self._writing, None
-        try:
-            if writing is not None:
-                writing.result()
-        except OSError as error:
-            raise CheckpointError(f"the checkpoint of step {self._step} cannot be written: {error}") from error
-
-    def __enter__(self) -> "Saver":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._pool.shutdown()
+def hours_of(state: Mapping[str, Any]) -> float | None:
+    """Of training, from what state.json holds."""
+    seconds = (state.get("progress") or {}).get("seconds")
+    return None if seconds is None else float(seconds) / 3600
 
 
-def load_latest(out: Path, tell: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that can be read; `tell` hears of those that cannot. None if there is none at all.
-
-    Raises:
-        CheckpointError: there are checkpoints, and none can be read.
-    """
-    folders = checkpoint_folders(out)
-    for folder in folders:
-        try:
-            return _load(folder)
-        except (CheckpointError, OSError, ValueError, KeyError) as error:
-            tell(f"checkpoint {folder} cannot be read and is passed over: {error}")
-    if folders:
-        raise CheckpointError(f"none of the {len(folders)} checkpoints in {out} can be read: give another out folder")
-    return None
+# -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _load(folder: Path) -> Checkpoint:
-    state = json.loads((folder / "state.json").read_text())
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as it was read: `name` says where, `state` is state.json, the others are tensors by name."""
+
+    name: str
+    state: dict[str, Any]
+    model: dict[str, Tensor]
+    averages: list[dict[str, Tensor]]
+    optimizer: dict[str, Tensor]
+
+    def outline(self) -> "Checkpoint":
+        """The same without what is in the tensors."""
+
+        def empty(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: torch.empty_like(value, device="meta") for name, value in tensors.items()}
+
+        return replace(
+            self, model=empty(self.model), averages=[empty(a) for a in self.averages], optimizer=empty(self.optimizer)
+        )
+
+
+def check_version(state: Mapping[str, Any]) -> None:
     if state["version"] != VERSION:
         raise CheckpointError(f"state.json is of version {state['version']}, this trainer reads {VERSION}")
+
+
+def read(folder: Path, name: str) -> Checkpoint:
+    """A checkpoint from its files; the tensors are mapped from them.
+
+    Raises:
+        CheckpointError, OSError, ValueError, KeyError: it is not whole, or not of this version.
+    """
+    state = json.loads((folder / "state.json").read_text())
+    check_version(state)
     averages = itertools.takewhile(Path.exists, (folder / name for name in _average_names()))
     return Checkpoint(
-        folder,
+        name,
         state,
         read_state_dict(folder / "model.safetensors"),
         [read_state_dict(path) for path in averages],
-        read_state_dict(folder / "optimizer.safetensors"),
+        read_state_dict(folder / OPTIMIZER),
     )
 
 
@@ -197,21 +153,14 @@ def _optimizer_tensors(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     }
 
 
-def load_optimizer(net: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put a saved state into the optimizer of `net`."""
+def load_optimizer(net: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], team: Team) -> None:
+    """Put the first process's saved state into the optimizers of `net`; all have to ask together."""
     names = {parameter: name for name, parameter in net.named_parameters()}
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     number = {names[parameter]: i for i, parameter in enumerate(order)}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, kind = key.rpartition(".")
-        state.setdefault(number[name], {})[kind] = value.clone()
+        place = number[name]
+        state.setdefault(place, {})[kind] = shared_as(order[place].detach(), value, team)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -61,7 +61,7 @@ class Drawing:
 
     def __call__(self, step: int, learner: Learner, latent_shape: Sequence[int]) -> None:
         """Draw OUT/samples/step-*.png. What goes wrong is told, and the run goes on."""
-        weights = learner.drawing_weights()
+        weights = learner.drawing_weights(keep=self.team.rank == 0)
         if self.team.rank == 0:
             try:
                 self._draw(step, learner, weights, latent_shape)

@@ -21,6 +21,7 @@ from pipeline.errors import RequestError
 from pipeline.images import BadImage, decode
 from pipeline.stages import image_bytes, read_rows
 from pipeline.stages.latents import square
+from trainer.bucket import on_this_machine
 from trainer.recipe import Recipe
 from trainer.samples import SampleIndex, Where, open_columns, open_samples, read_captions
 
@@ -54,7 +55,7 @@ def evaluate(
         RequestError: the corpus no longer gives the samples that the run was trained on.
         CheckpointError: there is no checkpoint, or it is damaged.
     """
-    folder = find_checkpoint(checkpoint)
+    folder = find_checkpoint(on_this_machine(checkpoint))
     try:
         state = json.loads((folder / "state.json").read_text())
         recipe = Recipe.model_validate(state["recipe"] | ({"corpus": corpus} if corpus else {}))
@@ -102,7 +103,8 @@ def evaluate(
         "num_inference_steps": num_inference_steps,
         "guidance_scale": pipe.guidance_scale if guidance_scale is None else guidance_scale,
     }
-    target = Path(out) if out is not None else folder.parent.parent
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else recipe.out
+    target = run if out is None else Path(out)
     target.mkdir(parents=True, exist_ok=True)
     (target / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n")
     cells = [

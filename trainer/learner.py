@@ -2,12 +2,13 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from model.checkpoint import load_weights
@@ -17,6 +18,7 @@ from model.network import MicroDiT
 from pipeline.errors import RequestError
 from trainer import checkpoint
 from trainer.data import Batch, MicroBatch
+from trainer.parallel import own_part, shard_blocks, shared_as, whole
 from trainer.recipe import AUTO, Recipe, StageRecipe
 from trainer.team import Team
 
@@ -78,13 +80,17 @@ class Learner:
 
     def __init__(self, recipe: Recipe, config: dict[str, Any], team: Team):
         torch.manual_seed(recipe.seed)
-        self.recipe, self.device = recipe, team.device
+        self.recipe, self.team, self.device = recipe, team, team.device
         self.net = MicroDiT(**config).to(team.device)
+        self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and has_fast_bf16(team.device))
+        self.sharded = recipe.parallel == "fsdp" and team.world > 1
         if recipe.compile:
             compile_blocks(self.net)
+        if self.sharded:
+            shard_blocks(self.net, team, self.bf16)
         objective = Objective(self.net, EDM(sigma_data=recipe.sigma_data)).to(team.device)
         self.objective: nn.Module = objective
-        if team.world > 1:
+        if team.world > 1 and not self.sharded:
             with (
                 warnings.catch_warnings()
             ):  # torch 2.13 has another name for `broadcast_buffers`, which 2.11 does not know
@@ -96,7 +102,6 @@ class Learner:
         self.optimizer = self._optimizer()
         self.averages: list[dict[str, Tensor]] = []
         self._known_flops: dict[Any, int] = {}
-        self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and has_fast_bf16(team.device))
 
     def _optimizer(self) -> torch.optim.AdamW:
         options = self.recipe.optimizer
@@ -124,7 +129,7 @@ class Learner:
         flops = 0
         for number, part in enumerate(batch.micro_batches):
             last = number == len(batch.micro_batches) - 1
-            with self._no_sync(last), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            with self._synced(last), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 part_loss, part_noise = self.objective(part.to(self.device), stage)
                 share = part_loss * (len(part.latents) / len(batch.positions))
             share.backward()
@@ -133,7 +138,7 @@ class Learner:
             flops += len(part.latents) * self._flops(part, stage)
         # gradients are averaged over processes by now: all see the same norm and do the same
         clip = stage.clip or self.recipe.optimizer.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), clip)
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), clip))
         bad = (~norm.isfinite()).float()
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # AdamW leaves everything as it is where this is 1
         self.optimizer.step()
@@ -146,12 +151,13 @@ class Learner:
         if stage_seen <= stage.ema_start * scale:
             self.averages = []
             return
-        weights = [p.detach() for p in self.parameters.values()]
+        weights = [own_part(p.detach()) for p in self.parameters.values()]
         self.averages = self.averages[: len(half_lives)]
         while len(self.averages) < len(half_lives):  # it begins with the weights of now
             self.averages.append({name: p.detach().clone() for name, p in self.parameters.items()})
         for average, half_life in zip(self.averages, half_lives, strict=True):
-            torch._foreach_lerp_(list(average.values()), weights, 1 - 0.5 ** (stage.batch / (half_life * scale)))
+            parts = [own_part(value) for value in average.values()]
+            torch._foreach_lerp_(parts, weights, 1 - 0.5 ** (stage.batch / (half_life * scale)))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -174,9 +180,18 @@ class Learner:
         finally:
             exchange()
 
-    def drawing_weights(self) -> dict[str, Tensor]:
-        """What pictures are drawn with: the first average, or the weights where there is none."""
-        return self.averages[0] if self.averages else {name: p.detach() for name, p in self.parameters.items()}
+    def drawing_weights(self, keep: bool) -> dict[str, Tensor]:
+        """What pictures are drawn with, whole: the first average, or the weights where there is none.
+
+        All processes have to ask together; those that do not `keep` them get none.
+        """
+        weights = self.averages[0] if self.averages else {name: p.detach() for name, p in self.parameters.items()}
+        found = {}
+        for name, weight in weights.items():
+            full = whole(weight)
+            if keep:
+                found[name] = full
+        return found
 
     def _flops(self, part: MicroBatch, stage: StageRecipe) -> int:
         """Of one sample, forward and backward."""
@@ -187,14 +202,30 @@ class Learner:
         return self._known_flops[key]
 
     def load(self, found: checkpoint.Checkpoint) -> None:
-        load_weights(self.net, found.model, str(found.folder))
-        checkpoint.load_optimizer(self.net, self.optimizer, found.optimizer)
+        """What the first process found; all have to ask together."""
+        self.load_weights(found.model, found.name)
+        checkpoint.load_optimizer(self.net, self.optimizer, found.optimizer, self.team)
         self.averages = [
-            {name: average[name].to(self.device, copy=True) for name in self.parameters} for average in found.averages
+            {name: shared_as(p.detach(), average[name], self.team) for name, p in self.parameters.items()}
+            for average in found.averages
         ]
 
-    def _no_sync(self, last: bool) -> AbstractContextManager[None]:
-        if isinstance(self.objective, DistributedDataParallel) and not last:
+    def load_weights(self, state: Mapping[str, Tensor], source: str) -> None:
+        """The weights that the first process has; all have to ask together.
+
+        Raises:
+            CheckpointError: they do not fit.
+        """
+        own = self.net.state_dict()
+        fitting = {name for name in state if name in own and state[name].shape == own[name].shape}
+        shared = {name: shared_as(own[name], state[name], self.team) for name in own if name in fitting}
+        load_weights(self.net, {**state, **shared}, source)
+
+    def _synced(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients are exchanged in the last micro-batch's backward pass alone."""
+        if isinstance(self.net, FSDPModule):
+            self.net.set_requires_gradient_sync(last)
+        elif isinstance(self.objective, DistributedDataParallel) and not last:
             return self.objective.no_sync()
         return nullcontext()
 
@@ -220,13 +251,15 @@ def with_micro_batch(
     """The stage with a number where it says `micro_batch: auto`. text: the most tokens, and their width.
 
     Raises:
-        RequestError: not even one image fits into the memory.
+        RequestError: not even one image fits into the memory, or parameters are shared out on GPUs.
     """
     if stage.micro_batch != AUTO:
         return stage
     own = stage.batch // team.world
     if team.device.type == "cpu":
         return stage.model_copy(update={"micro_batch": min(own, CPU_MICRO_BATCH)})
+    if learner.sharded:  # each pass needs all processes: one that runs out of memory would leave the others waiting
+        raise RequestError("micro_batch: auto cannot be tried with parallel = fsdp; give a number")
     size = largest_that_fits(own, lambda size: _try(learner, stage, size, latent_shape, text))
     return stage.model_copy(update={"micro_batch": int(-team.largest(-size))})
 

@@ -85,7 +85,10 @@ class Recipe(_Part):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     corpus: str
     out: Path
-    """Folder of checkpoints, logs and pictures."""
+    """Folder of this machine for logs and pictures, and for the checkpoints too unless `checkpoints` is given."""
+    checkpoints: str | None = None
+    """Where checkpoints go in place of OUT/checkpoints: a folder, or s3://bucket/prefix, gs://..., az://... Where the
+    machine may vanish, give a bucket: the same command on another one goes on from there."""
     selection: str | None = None
     """`name` or `name@hash`; without one, every row that has all columns."""
     mix: dict[str, Annotated[float, Field(gt=0)]] = {}
@@ -126,6 +129,9 @@ class Recipe(_Part):
     """bf16 is autocast over fp32 weights; auto takes it on GPUs and on CPUs with matrix units for it."""
     compile: bool = False
     """Compile each block (torch.compile): faster on a GPU, after minutes at the start."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share the work. ddp: each holds the whole network. fsdp (FSDP2, block by block): each holds
+    its part of weights, averages and AdamW's state, for what does not fit otherwise. Checkpoints are the same."""
     time_budget: float | None = Field(None, gt=0)
     """Seconds. What is left of the stages is shortened alike where it would take longer, by the speed measured before
     the first step and all along."""
@@ -135,6 +141,8 @@ class Recipe(_Part):
     """And whenever so much time has passed since the last one."""
     checkpoint_keep: int = Field(2, gt=0)
     """How many checkpoints stay, the newest ones."""
+    checkpoint_keep_hours: float | None = Field(None, gt=0)
+    """And of every so many hours of training the last one, for good: to go back to, or to compare with."""
     log_every: int = Field(20, gt=0)
     """Steps between lines of the log."""
     validate_every: int = Field(1000, gt=0)
@@ -174,6 +182,7 @@ class Recipe(_Part):
 OPERATION = {"corpus", "out", "cache_mb", "time_budget", "checkpoint_every", "checkpoint_keep", "log_every"} | {
     "guidance_scale", "compile", "checkpoint_minutes", "wandb", "cache_folder", "cache_gb", "max_broken",
     "validate_every", "sample_every", "sample_prompts",
+    "checkpoints", "checkpoint_keep_hours", "parallel",
 }  # fmt: skip
 
 

@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import CheckpointError, config_from_state_dict, load_weights, read_config, read_state_dict
+from model.checkpoint import CheckpointError, config_from_state_dict, read_config, read_state_dict
 from model.hub import ModelFilesError
 from model.loading import Part, Parts, find_parts
 from model.network import PRESETS, MicroDiT
 from pipeline.errors import RequestError
 from trainer.data import ShardCache, shapes
+from trainer.learner import Learner
 from trainer.recipe import Recipe
 from trainer.samples import RunSamples
 
@@ -87,14 +88,14 @@ class Init:
             raise RequestError(f"init = {self.name}: {error}") from error
         self.config = built_config(arguments | parts.config)
 
-    def load(self, net: MicroDiT) -> None:
-        """Read the weights into a network of this config; a run that goes on has its own.
+    def load(self, learner: Learner) -> None:
+        """Read the weights into a learner's network of this config; a run that goes on has its own.
 
         Raises:
             RequestError: they are damaged.
         """
         try:
-            load_weights(net, read_state_dict(self._file), self.name)
+            learner.load_weights(read_state_dict(self._file), self.name)
         except CheckpointError as error:
             raise RequestError(f"init = {self.name}: {error}") from error
 

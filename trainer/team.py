@@ -4,16 +4,20 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+SECONDS = 2.0  # between the moments when all processes agree on whether a signal came: a stall of each GPU
+MOST_STEPS = 64  # between two of them
 PATIENCE = 5.0  # seconds after a signal in which another one is taken for the same wish
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,49 @@ class Team:
             dist.all_gather_object(found, value)
         return found
 
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What `work` gives to the first process alone, told to all; what it raises there is raised by all."""
+        found: Any = None
+        if self.rank == 0:
+            try:
+                found = work()
+            except (ValueError, OSError) as error:
+                found = error
+        if self.world > 1:
+            box = [found]
+            dist.broadcast_object_list(box, 0)
+            found = box[0]
+        if isinstance(found, Exception):
+            raise found
+        return cast(T, found)
+
     def largest(self, value: float) -> float:
         if self.world == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.item()
+
+
+class Moments:
+    """The steps between which the processes ask each other: about every `SECONDS`, and all count the same ones."""
+
+    def __init__(self, team: Team):
+        self.team, self._next = team, 0
+        self._asked: tuple[int, float] | None = None
+
+    def now(self, step: int) -> bool:
+        """Whether they ask after this step; alone, always."""
+        if self.team.world == 1 or (self._asked is not None and step == self._asked[0]):
+            return True
+        if step < self._next:
+            return False
+        now, ahead = time.monotonic(), 1
+        if self._asked is not None:
+            steps, seconds = step - self._asked[0], self.team.largest(now - self._asked[1])
+            ahead = max(1, min(MOST_STEPS, int(steps * SECONDS / max(seconds, 1e-9))))
+        self._asked, self._next = (step, now), step + ahead
+        return True
 
 
 @contextmanager

@@ -10,36 +10,36 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.errors import RequestError
-from trainer import checkpoint
 from trainer.budget import TimeBudget
+from trainer.checkpoint import Checkpoint, folder_name, snapshot
 from trainer.data import StageData, in_thread, open_cache, shapes
 from trainer.drawing import Drawing
 from trainer.learner import Learner, learning_rate, with_micro_batch
 from trainer.log import Log, Meter, Progress
+from trainer.places import Saver, load_latest, open_place
 from trainer.recipe import Recipe, identity
 from trainer.samples import RunSamples, open_samples
 from trainer.start import Init, network_config
-from trainer.team import Signals, Team, joined_team
+from trainer.team import Moments, Signals, Team, joined_team
 from trainer.validation import Validation
 from trainer.watch import LIMIT, NotFinite
 
 WARM_STEPS, TIMED_STEPS = 3, 8  # of a stage, to measure the speed
-STOP_EVERY = 8  # steps between the moments when all processes agree on whether a signal came
 
 
 # -- the run ---------------------------------------------------------------------------------------------------------
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
-    """Run a recipe to its end, or go on with it from the newest checkpoint in its out folder.
+def train(recipe: Recipe, resume: bool = True) -> dict[str, Any]:
+    """Run a recipe to its end, or go on with it from the newest checkpoint (without `resume` one is refused).
 
-    Returns a summary: checkpoint (folder), images, steps, seconds, loss (of the last line of the log), validation (the
-    last loss of what is held out, or None), skipped, scale, parameters, and `signal`, the number of the signal that
-    stopped the run, or 0.
+    Returns a summary: checkpoint (where it is), images, steps, seconds, loss (of the last line of the log), validation
+    (the last loss of what is held out, or None), skipped, scale, parameters, and `signal`, the number of the signal
+    that stopped the run, or 0.
 
     Raises:
         RequestError: corpus, selection, columns, network or checkpoint do not fit the recipe.
-        model.checkpoint.CheckpointError: the out folder has checkpoints, and none can be read.
+        model.checkpoint.CheckpointError: none of the checkpoints can be read, or the last one cannot be written.
     """
     began = time.monotonic()
     with ExitStack() as stack:
@@ -62,11 +62,12 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
         # begin, or go on
         facts = [{"latents": s.stage.latents, "samples": len(s.index), "digest": s.index.digest} for s in stages]
-        found = checkpoint.load_latest(recipe.out, log.say)
+        place = open_place(recipe)
+        found = load_latest(place, log.say, team, resume)
         if found is None:
             progress = Progress([stage.length for stage in recipe.stages])
             if init is not None:
-                init.load(learner.net)
+                init.load(learner)
             log.say(begin_message(recipe, samples, stages, learner))
         else:
             refuse_other_run(found, recipe, facts)
@@ -75,7 +76,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
             cache.broken.restore(found.state.get("broken", []))
         total = progress.images(recipe.stages)
         if found is not None and progress.seen < total:
-            log.say(f"going on after {progress.seen:,} of {total:,} images, from {found.folder}")
+            log.say(f"going on after {progress.seen:,} of {total:,} images, from {found.name}")
         drawing = None
         if recipe.sample_every is not None and progress.seen < total:
             drawing = Drawing(recipe, samples, config, team, log)
@@ -86,8 +87,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
             keep_to_budget(budget, team, log)
         log.open(-1 if found is None else progress.step)
         meter, not_finite = Meter(progress, team, log), NotFinite(recipe.out, team)
-        saver = stack.enter_context(checkpoint.Saver(recipe.out, recipe.checkpoint_keep, log.say))
-        saved = time.monotonic()
+        saver = stack.enter_context(Saver(place, recipe.checkpoint_keep, recipe.checkpoint_keep_hours, log.say))
+        saved, moments = time.monotonic(), Moments(team)
 
         def save() -> None:
             nonlocal saved
@@ -95,11 +96,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
             meter.settle()
             for listed in team.gathered(cache.broken.listed()):
                 cache.broken.restore(listed)
+            saver.settle()
+            tensors = snapshot(learner.net, learner.averages, learner.optimizer, keep=team.rank == 0)
             if team.rank == 0:
                 state = {"recipe": recipe.model_dump(mode="json"), "data": facts, "progress": asdict(progress)}
                 state["broken"] = cache.broken.listed()
                 info = generate_info(recipe, samples, stages[progress.stage])
-                saver.save(progress.step, learner.net, learner.averages, learner.optimizer, state, info)
+                saver.save(progress.step, tensors, state, info)
 
         def look(last: bool = False) -> None:
             """The validation loss and pictures, if it is time for them; not twice after the same step."""
@@ -119,8 +122,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
             meter.pause(time.monotonic() - began)
 
         def asked_to_stop() -> bool:
-            """Whether a signal came to any process, or nothing is learned; they ask each other every few steps only."""
-            if team.world > 1 and progress.step % STOP_EVERY:
+            """Whether a signal came to any process, or nothing is learned; they ask each other now and then only."""
+            if not moments.now(progress.step):
                 return False
             signals.received = int(team.largest(signals.received))
             not_finite.in_a_row = int(team.largest(not_finite.in_a_row))
@@ -130,7 +133,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
             """Whether it is time for a checkpoint."""
             if progress.step % recipe.checkpoint_every == 0:
                 return True
-            if recipe.checkpoint_minutes is None or (team.world > 1 and progress.step % STOP_EVERY):
+            if recipe.checkpoint_minutes is None or not moments.now(progress.step):
                 return False
             return team.largest(time.monotonic() - saved) >= 60 * recipe.checkpoint_minutes
 
@@ -182,12 +185,12 @@ def train(recipe: Recipe) -> dict[str, Any]:
                 f"learned; their samples are in {not_finite.path}. Lower the learning rate, or look at the latents; "
                 "the same command goes on after them"
             )
-        folder = recipe.out / "checkpoints" / checkpoint.folder_name(progress.step)
+        newest = f"{place}/{folder_name(progress.step)}"
         log.say(
-            f"{'stopped' if progress.seen < total else 'finished'}: {progress.seen:,} of {total:,} images, {folder}"
+            f"{'stopped' if progress.seen < total else 'finished'}: {progress.seen:,} of {total:,} images, {newest}"
         )
         return {
-            "checkpoint": str(folder),
+            "checkpoint": newest,
             "images": progress.seen,
             "steps": progress.step,
             "seconds": progress.seconds,
@@ -241,19 +244,19 @@ def keep_to_budget(budget: TimeBudget, team: Team, log: Log) -> bool:
     return True
 
 
-def refuse_other_run(found: checkpoint.Checkpoint, recipe: Recipe, facts: list[dict[str, Any]]) -> None:
+def refuse_other_run(found: Checkpoint, recipe: Recipe, facts: list[dict[str, Any]]) -> None:
     """Raises RequestError if a checkpoint is of another recipe, or of other samples."""
     advice = f"put it back, or set out to another folder than {recipe.out}"
     before, now = identity(Recipe.model_validate(found.state["recipe"])), identity(recipe)
     for name in now:
         if before[name] != now[name]:
             raise RequestError(
-                f"{found.folder} was made with {name} = {before[name]}, the recipe says {now[name]}; {advice}"
+                f"{found.name} was made with {name} = {before[name]}, the recipe says {now[name]}; {advice}"
             )
     for old, new in zip(found.state["data"], facts, strict=True):
         if old != new:
             raise RequestError(
-                f"{found.folder} was made on {old['samples']:,} samples of {old['latents']} ({old['digest']}), the "
+                f"{found.name} was made on {old['samples']:,} samples of {old['latents']} ({old['digest']}), the "
                 f"corpus and the selection now give {new['samples']:,} ({new['digest']}); name the selection "
                 f"with its hash, or {advice}"
             )

@@ -2,11 +2,17 @@
 
 import io
 import json
-from collections.abc import Callable
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from model.autoencoder import load_autoencoder
@@ -200,3 +206,61 @@ def short_recipe(corpus: Corpus, out: Path, **fields) -> Recipe:
     base = {"text": {"text/minilm@source": 1.0}, "hold_out": 6, "guidance_scale": 1.0, "log_every": 50}
     base["stages"] = [stage | {"steps": 400, "schedule": "cosine"}]
     return build_recipe(corpus, out, **(base | fields))
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+
+
+def _member(rank: int, environment: dict, recipe: dict, at: tuple[int, int, int] | None, backend: str) -> None:
+    """One process of a team. at: (rank, step, signal) that it sends itself before it takes that step."""
+    os.environ.update(environment, RANK=str(rank))
+    from trainer import learner
+    from trainer import team as team_module
+    from trainer.train import train
+
+    torch.set_num_threads(1)
+    team_module.SECONDS = 0.0  # they ask each other after every step
+    compile_blocks, step, count = learner.compile_blocks, learner.Learner.step, 0
+
+    def compiled(net) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+            compile_blocks(net)
+
+    def noticed(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if at is not None and at[:2] == (rank, count):
+            os.kill(os.getpid(), at[2])
+        return step(self, *args, **kwargs)
+
+    learner.compile_blocks, learner.Learner.step = compiled, noticed
+    summary = train(Recipe.model_validate(recipe))
+    sys.exit(128 + summary["signal"] if summary["signal"] else 0)
+
+
+@pytest.fixture
+def team() -> Iterator[Callable[..., list[int]]]:
+    """Train a recipe with several processes, as torchrun does; gives their exit codes. They are forked from a server
+    that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer.train", "tests.trainer.conftest"])
+    started = []
+
+    def run(recipe: Recipe, world: int = 2, at: tuple[int, int, int] | None = None, backend: str = "eager"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        arguments = environment, recipe.model_dump(mode="json"), at, backend
+        members = [context.Process(target=_member, args=(rank, *arguments)) for rank in range(world)]
+        started.extend(members)
+        for member in members:
+            member.start()
+        for member in members:
+            member.join()
+        return [member.exitcode for member in members]
+
+    yield run
+    for member in started:
+        member.kill()

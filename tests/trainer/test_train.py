@@ -17,6 +17,7 @@ from model.checkpoint import load_model
 from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
 from tests.trainer.conftest import STAGE, build_corpus, build_recipe, validations
+from trainer.__main__ import main
 from trainer.learner import largest_that_fits, learning_rate
 from trainer.recipe import StageRecipe
 from trainer.train import train
@@ -128,6 +129,14 @@ def test_a_finished_run_has_nothing_to_do(recipe, tmp_path, capsys) -> None:
     assert train(recipe()) == first
     assert (tmp_path / "run" / "log.jsonl").read_text() == log
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_a_run_that_shall_not_go_on_is_refused(yaml_recipe, tmp_path, capsys) -> None:
+    path, first = str(yaml_recipe(stages=[STAGE | {"steps": 1}])), ["--resume", "never"]
+    assert main([path, *first, "log_every=2"]) == 0
+    assert main([path, "log_every=2", *first]) == 2
+    assert f"there are checkpoints in {tmp_path / 'run' / 'checkpoints'}" in capsys.readouterr().err
+    assert main([path, "--resume", "auto"]) == 0
 
 
 def test_micro_batches_change_nothing_but_rounding(recipe, tmp_path) -> None:

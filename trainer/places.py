@@ -1,0 +1,198 @@
+"""Where checkpoints lie and how they get there: in a folder, or on a bucket (`bucket.py`); whole ones only.
+
+FOLDER/step-00001200/model.safetensors ...        written as step-00001200.partial, synced, and renamed
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from safetensors import SafetensorError
+
+from model.checkpoint import CheckpointError
+from model.loading import checkpoint_folders
+from pipeline.errors import RequestError
+from pipeline.store import Store
+from trainer.bucket import Bucket
+from trainer.checkpoint import Checkpoint, Snapshot, folder_name, hours_of, read, state_text, superfluous
+from trainer.recipe import Recipe
+from trainer.team import Team
+
+
+class Folder:
+    """Checkpoints as folders below `root`."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def names(self) -> list[str]:
+        """Those that are there, the newest first."""
+        return [folder.name for folder in checkpoint_folders(self.root)]
+
+    def state(self, name: str) -> dict[str, Any]:
+        return dict(json.loads((self.root / name / "state.json").read_text()))
+
+    def read(self, name: str) -> Checkpoint:
+        return read(self.root / name, str(self.root / name))
+
+    def write(self, step: int, tensors: Snapshot, state: Mapping[str, Any], generate: Mapping[str, Any]) -> None:
+        """Write the checkpoint of a step, durable when this returns. A kill, or a full disk, leaves those before.
+
+        Raises:
+            OSError: it cannot be written; nothing of it is left.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        for left in self.root.glob("step-*.partial"):  # of a kill
+            shutil.rmtree(left)
+        final = self.root / folder_name(step)
+        partial = self.root / f"{final.name}.partial"
+        partial.mkdir()
+        try:
+            for name in tensors.files:
+                tensors.write(name, partial / name)
+            (partial / "generate.json").write_text(json.dumps(generate, indent=1))
+            (partial / "state.json").write_text(state_text(step, state))
+            for path in (*partial.iterdir(), partial):
+                _sync(path)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise error if isinstance(error, OSError) else OSError(str(error)) from error
+        if final.exists():  # of a run that went back to an older checkpoint because this one could not be read
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(self.root)
+
+    def remove(self, name: str) -> None:
+        # renamed first, so that a kill leaves no half folder under a checkpoint's name
+        shutil.rmtree((self.root / name).rename(self.root / f"{name}.partial"))
+
+    def sweep(self) -> None:
+        """`write` has done it."""
+
+
+Place: TypeAlias = Folder | Bucket
+
+
+def open_place(recipe: Recipe) -> Place:
+    """Where the checkpoints of a run go.
+
+    Raises:
+        RequestError: `checkpoints` is no folder, and of no known kind of bucket.
+    """
+    if recipe.checkpoints is None:
+        return Folder(recipe.out / "checkpoints")
+    try:
+        store = Store(recipe.checkpoints)
+    except RequestError as error:
+        raise RequestError(str(error).replace("corpus ", "checkpoints = ", 1)) from error
+    return Bucket(store, recipe.out) if store.root is None else Folder(store.root)
+
+
+def load_latest(place: Place, tell: Callable[[str], None], team: Team, resume: bool = True) -> Checkpoint | None:
+    """The newest checkpoint that can be read, as the first process sees it; the others get its outline.
+
+    `tell` hears of those that cannot be read. None if there is none at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be read.
+        RequestError: there are some, and `resume` is false.
+    """
+    own: Checkpoint | None = None
+
+    def find() -> Checkpoint | None:
+        nonlocal own
+        try:
+            names = place.names()
+        except OSError as error:
+            raise CheckpointError(f"checkpoints in {place} cannot be listed: {error}") from error
+        if names and not resume:
+            raise RequestError(f"there are checkpoints in {place}: take another place, or go on with --resume auto")
+        for name in names:
+            try:
+                own = place.read(name)
+                return own.outline()
+            except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                tell(f"checkpoint {place}/{name} cannot be read and is passed over: {error}")
+        if names:
+            raise CheckpointError(f"none of the {len(names)} checkpoints in {place} can be read: give another place")
+        return None
+
+    outline = team.from_first(find)
+    return outline if own is None else own
+
+
+class Saver:
+    """Writes checkpoints in a thread, one after the other, while the run goes on.
+
+    One that cannot be written (a full disk, a bucket that fails) is told to `tell`, and the run goes on: the last good
+    one stays. At the end there is nobody to go on: `finish` raises. keep, keep_hours: as in `superfluous`.
+    """
+
+    def __init__(self, place: Place, keep: int, keep_hours: float | None, tell: Callable[[str], None]):
+        self.place, self.keep, self.keep_hours, self.tell = place, keep, keep_hours, tell
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._step = 0
+
+    def settle(self) -> None:
+        """Wait for the one before: the memory holds one copy at a time."""
+        try:
+            self.finish()
+        except CheckpointError as error:
+            self.tell(f"{error}; the run goes on, and the checkpoint before it stays")
+
+    def save(self, step: int, tensors: Snapshot, state: Mapping[str, Any], generate: Mapping[str, Any]) -> None:
+        """Begin to write; after `settle`."""
+        self._step = step
+        self._writing = self._pool.submit(self._write, step, tensors, state, generate)
+
+    def _write(self, step: int, tensors: Snapshot, state: Mapping[str, Any], generate: Mapping[str, Any]) -> None:
+        self.place.write(step, tensors, state, generate)
+        try:
+            names = self.place.names()
+            hours = [self._hours(name) for name in names] if self.keep_hours else [None] * len(names)
+            for i in superfluous(hours, self.keep, self.keep_hours):
+                self.place.remove(names[i])
+            self.place.sweep()
+        except (OSError, ValueError, KeyError) as error:
+            self.tell(f"step {step}: not all that is left of older checkpoints could be removed: {error}")
+
+    def _hours(self, name: str) -> float | None:
+        try:
+            return hours_of(self.place.state(name))
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):
+            return None
+
+    def finish(self) -> None:
+        """Wait until what was begun is written.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        writing, self._writing = self._writing, None
+        try:
+            if writing is not None:
+                writing.result()
+        except OSError as error:
+            raise CheckpointError(f"the checkpoint of step {self._step} cannot be written: {error}") from error
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
