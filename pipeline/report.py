@@ -30,7 +30,8 @@ from pipeline.report_facts import (
 )
 from pipeline.report_pictures import pictures
 from pipeline.report_training import training
-from pipeline.samples import Selection, query
+from pipeline.samples import query
+from pipeline.selections import Selection
 from pipeline.tables import table_fields
 
 

@@ -28,7 +28,7 @@ from pipeline.images import decode
 from pipeline.report import write_report
 from pipeline.report_facts import rates
 from pipeline.report_pictures import PICTURES, psnr
-from pipeline.samples import select
+from pipeline.selections import select
 from pipeline.shards import array_bytes, array_from_bytes, read_tar
 from pipeline.stages.latents import square
 from pipeline.stages.models import autoencoder_identity

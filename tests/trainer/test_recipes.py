@@ -13,7 +13,7 @@ from model.network import MicroDiT
 from pipeline.config import load_config
 from pipeline.corpus import Corpus, ShardRef
 from pipeline.errors import RequestError
-from pipeline.samples import select
+from pipeline.selections import select
 from pipeline.shards import array_bytes
 from tests.hub import Hub, hub  # noqa: F401
 from tests.trainer.conftest import MODEL, STAGE
