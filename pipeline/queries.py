@@ -31,7 +31,10 @@ class NamedQuery:
 
 def named_queries() -> list[NamedQuery]:
     """The queries that have names, by name."""
-    return [_read(path.stem, path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.sql"))]
+    return [
+        _read(path.stem, path.read_text(encoding="utf-8"))
+        for path in sorted(FOLDER.glob("*.sql"), key=lambda path: path.stem)
+    ]
 
 
 def named_query(name: str) -> NamedQuery:
@@ -101,7 +104,7 @@ class Parsed:
         if not plain:
             return None
         alias = str(table.get("alias") or "samples").replace('"', '""')
-        return [Condition(_sql(part), f'samples AS "{alias}"') for part in _conjuncts(node["where_clause"])]
+        return [Condition(sql, f'samples AS "{alias}"') for sql in _sql(_conjuncts(node["where_clause"]))]
 
 
 @dataclass(frozen=True)
@@ -124,13 +127,16 @@ def parse(sql: str) -> Parsed:
     return Parsed(tree)
 
 
-def _sql(condition: dict[str, Any]) -> str:
-    """An expression of a tree as SQL again."""
+def _sql(conditions: list[dict[str, Any]]) -> list[str]:
+    """Expressions of a tree as SQL again."""
+    found = []
     with connect() as connection:
         tree = json.loads(_value(connection, "SELECT json_serialize_sql(?::VARCHAR)", "SELECT 1 WHERE true"))
-        tree["statements"][0]["node"]["where_clause"] = condition
-        text = _value(connection, "SELECT json_deserialize_sql(?::JSON)", json.dumps(tree))
-    return text.removeprefix("SELECT 1 WHERE ")
+        for condition in conditions:
+            tree["statements"][0]["node"]["where_clause"] = condition
+            text = _value(connection, "SELECT json_deserialize_sql(?::JSON)", json.dumps(tree))
+            found.append(text.removeprefix("SELECT 1 WHERE "))
+    return found
 
 
 def _value(connection: duckdb.DuckDBPyConnection, sql: str, argument: str) -> str:

@@ -66,4 +66,4 @@ def weigh(chosen: pa.Table, shares: Shares) -> pa.Table:
     if not ((scaled >= LEAST) & (scaled <= MOST)).all():
         raise RequestError("--weights: some weights are too far apart for 32-bit numbers; give shares nearer together")
     where = chosen.schema.get_field_index("weight")
-    return chosen.set_column(where, "weight", pa.array(scaled.astype(np.float32)))
+    return chosen.set_column(where, chosen.schema.field(where), pa.array(scaled.astype(np.float32)))
