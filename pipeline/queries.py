@@ -31,10 +31,8 @@ class NamedQuery:
 
 def named_queries() -> list[NamedQuery]:
     """The queries that have names, by name."""
-    return [
-        _read(path.stem, path.read_text(encoding="utf-8"))
-        for path in sorted(FOLDER.glob("*.sql"), key=lambda path: path.stem)
-    ]
+    paths = sorted(FOLDER.glob("*.sql"), key=lambda path: path.stem)
+    return [_read(path.stem, path.read_text(encoding="utf-8")) for path in paths]
 
 
 def named_query(name: str) -> NamedQuery:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pipeline.corpus import Corpus, canonical
 from pipeline.duplicates import BASIC
 from pipeline.errors import RequestError
-from pipeline.queries import Parsed, named_query, parse
+from pipeline.queries import Parsed, named_queries, named_query, parse
 from pipeline.records import COMMIT, commit_name
 from pipeline.samples import asked_jobs, connected, jobs_of, run
 from pipeline.tables import BASE, JOB_COLUMNS, ROW_GROUP, SampleTable, sample_table, table_fields, table_schema
@@ -223,9 +223,11 @@ def find_selection(corpus: Corpus, selection: str) -> str:
     found = [full for full in there if selection in (full, full.partition("@")[0])]
     if len(found) != 1:
         what = "there is no such selection" if not found else "there are several of that name"
+        known = not found and selection in {query.name for query in named_queries()}
+        ready = f"; `microdit select {corpus.url} {selection}` makes it" if known else ""
         raise RequestError(
             f"selection {selection!r} of corpus {corpus.url}: {what}; "
-            f"give one of: {', '.join(found or there) or 'none, make one with `microdit select`'}"
+            f"give one of: {', '.join(found or there) or 'none, make one with `microdit select`'}{ready}"
         )
     return found[0]
 

@@ -356,6 +356,8 @@ def test_there_is_no_such_selection(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path)
     with pytest.raises(RequestError, match=r"'x' .*no such selection; give one of: none, make one with"):
         load_selection(corpus, "x")
+    with pytest.raises(RequestError, match=r"none, make one .*; `microdit select .* paper-512` makes it"):
+        load_selection(corpus, "paper-512")
     fill(corpus, shards=1, columns=[])
     made = select(corpus, "y", OK)
     with pytest.raises(RequestError, match=f"no such selection; give one of: y@{made.hash}"):
