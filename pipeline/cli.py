@@ -233,7 +233,7 @@ def select(
     corpus: CorpusUrl,
     name: Annotated[str, typer.Argument(help="The selection's name.", show_default=False)],
     sql: Annotated[
-        str | None, typer.Argument(metavar="[SQL]", help="One SELECT over the view `samples`.", show_default=False)
+        str | None, typer.Argument(metavar="SQL", help="One SELECT over the view `samples`.", show_default=False)
     ] = None,
     weights: Annotated[
         str | None,

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import duckdb
@@ -74,7 +74,7 @@ class Parsed:
 
     def unsteady(self) -> str | None:
         """What in it may give other rows on another day; None if there is nothing."""
-        with connect() as connection:
+        with _parser().cursor() as connection:
             found = connection.sql("SELECT function_name FROM duckdb_functions() WHERE stability <> 'CONSISTENT'")
             names = {name for (name,) in found.fetchall()} - STEADY
         for part in _parts(self.tree):
@@ -86,11 +86,8 @@ class Parsed:
                 return "SAMPLE without REPEATABLE"
         return next(iter(sorted(self.columns & NOW)), None)
 
-    def conditions(self) -> list["Condition"] | None:
-        """What a row of `samples` must fulfil, one after the other, joined by AND in WHERE.
-
-        None if the query is more than a SELECT of rows of `samples` with a WHERE.
-        """
+    def conditions(self) -> "Conditions | None":
+        """What a row must fulfil; None if the query is more than a SELECT of rows of `samples` with a WHERE."""
         node = self.tree["statements"][0]["node"]
         table = node.get("from_table") or {}
         plain = (
@@ -102,20 +99,20 @@ class Parsed:
         if not plain:
             return None
         alias = str(table.get("alias") or "samples").replace('"', '""')
-        return [Condition(sql, f'samples AS "{alias}"') for sql in _sql(_conjuncts(node["where_clause"]))]
+        return Conditions(f'samples AS "{alias}"', _sql(_conjuncts(node["where_clause"])))
 
 
 @dataclass(frozen=True)
-class Condition:
-    """A condition of a WHERE, as DuckDB writes it, and what stands behind FROM for it."""
+class Conditions:
+    """The conditions that a WHERE joins by AND, as DuckDB writes them, and what stands behind FROM."""
 
-    sql: str
     table: str
+    each: list[str]
 
 
 def parse(sql: str) -> Parsed:
     """Raises RequestError unless this is one SELECT."""
-    with connect() as connection:
+    with _parser().cursor() as connection:
         tree = json.loads(_value(connection, "SELECT json_serialize_sql(?::VARCHAR)", sql))
     if tree["error"]:
         what = tree["error_message"] if tree["error_type"] == "parser" else "expected one SELECT over the view samples"
@@ -128,13 +125,19 @@ def parse(sql: str) -> Parsed:
 def _sql(conditions: list[dict[str, Any]]) -> list[str]:
     """Expressions of a tree as SQL again."""
     found = []
-    with connect() as connection:
+    with _parser().cursor() as connection:
         tree = json.loads(_value(connection, "SELECT json_serialize_sql(?::VARCHAR)", "SELECT 1 WHERE true"))
         for condition in conditions:
             tree["statements"][0]["node"]["where_clause"] = condition
             text = _value(connection, "SELECT json_deserialize_sql(?::JSON)", json.dumps(tree))
             found.append(text.removeprefix("SELECT 1 WHERE "))
     return found
+
+
+@lru_cache(maxsize=1)
+def _parser() -> duckdb.DuckDBPyConnection:
+    """One for all, because it takes longer to start than to parse."""
+    return connect()
 
 
 def _value(connection: duckdb.DuckDBPyConnection, sql: str, argument: str) -> str:

@@ -3,7 +3,7 @@
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -128,8 +128,13 @@ def run(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
             raise RequestError(f"SQL: {what}; expected one SELECT over the view samples")
         table = connection.sql(sql).to_arrow_table()
     except duckdb.Error as error:
-        advice = _advice(connection, sql) if isinstance(error, duckdb.BinderException) else ""
-        raise RequestError(f"SQL: {error}{advice}") from None
+        told = str(error)
+        if isinstance(error, duckdb.BinderException):
+            there = {name for name, *_ in connection.sql("DESCRIBE samples").fetchall()}
+            found = makers(parse(sql).columns - there)
+            lines = [f"\n{', '.join(names)}: from {maker}" for maker, names in found.items()]
+            told = "".join([first_line(error), *lines]) if lines else told
+        raise RequestError(f"SQL: {told}") from None
     for where, field in enumerate(table.schema):
         if field.type == pa.decimal128(38, 0):  # what DuckDB's 128-bit sums come as
             with suppress(pa.ArrowInvalid):  # it is larger than 64 bits: it stays
@@ -137,15 +142,14 @@ def run(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
     return table
 
 
-def _advice(connection: duckdb.DuckDBPyConnection, sql: str) -> str:
-    """Which commands make the columns that the SQL names and the view does not have; empty if none is known."""
-    there = {name for name, *_ in connection.sql("DESCRIBE samples").fetchall()}
-    makers: dict[str, list[str]] = {}
-    for name in sorted(parse(sql).columns - there):
+def makers(absent: Iterable[str]) -> dict[str, list[str]]:
+    """What makes columns that the view does not have, as far as that is known: which columns, by what makes them."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(absent):
         jobs = [JOBS[folder][1] for folder in asked_jobs(name)]
         if jobs:
-            makers.setdefault(f"`microdit {jobs[0]}`, run again whenever the corpus has changed", []).append(name)
+            found.setdefault(f"`microdit {jobs[0]}`, run again whenever the corpus has changed", []).append(name)
         elif scorer := SCORES.match(name):
             block = f"`scores/{scorer[0].partition('_')[0]}` in the config of the corpus, and `microdit build`"
-            makers.setdefault(block, []).append(name)
-    return "".join(f"\n{', '.join(names)}: from {maker}" for maker, names in makers.items())
+            found.setdefault(block, []).append(name)
+    return found

@@ -18,7 +18,7 @@ from pipeline.errors import RequestError
 from pipeline.selections import select
 from pipeline.shards import array_bytes
 from tests.hub import Hub, hub  # noqa: F401
-from tests.trainer.conftest import MODEL, STAGE, build_corpus
+from tests.trainer.conftest import MODEL, STAGE, build_corpus, build_recipe
 from trainer.recipe import load_recipe
 from trainer.samples import open_samples
 from trainer.start import Init
@@ -79,10 +79,8 @@ def test_a_stage_may_have_a_selection_of_its_own(recipe, corpus: Corpus) -> None
 def test_a_run_tells_its_selections_and_that_the_corpus_has_changed(recipe, tmp_path, capsys) -> None:
     corpus = build_corpus(tmp_path / "c", units=1, shards=2)
     half = "SELECT source, shard, row FROM samples WHERE row < 8 AND caption_source_tokens = 3"
-    names = [
-        f"half@{select(corpus, 'half', half).hash}",
-        f"later@{select(corpus, 'later', f'{half} AND row > 1').hash}",
-    ]
+    chosen = (select(corpus, "half", half), select(corpus, "later", f"{half} AND row > 1"))
+    names = [f"{found.name}@{found.hash}" for found in chosen]
     columns = {"stages": [STAGE | {"steps": 1}, STAGE | {"steps": 1, "selection": "later"}], "selection": "half"}
     own = {"of": corpus} | columns
     folder = Path(train(recipe(**own))["checkpoint"])
@@ -99,9 +97,7 @@ def test_a_run_tells_its_selections_and_that_the_corpus_has_changed(recipe, tmp_
     with pytest.raises(RequestError, match=r"selection 'half'.*there are several of that name.*half@.*, half@"):
         train(recipe(**own))
     train(recipe(**{"of": corpus, "out": str(tmp_path / "named")} | columns | {"selection": names[0]}))
-    folder = Path(
-        train(recipe(**{"of": corpus, "out": str(tmp_path / "all"), "stages": [STAGE | {"steps": 1}]}))["checkpoint"]
-    )
+    folder = Path(train(build_recipe(corpus, tmp_path / "all", stages=[STAGE | {"steps": 1}]))["checkpoint"])
     assert json.loads((folder / "state.json").read_text())["data"][0]["selection"] is None
 
 
