@@ -350,7 +350,7 @@ def test_filters_say_what_they_would_drop(page: Page) -> None:
         share = f"{100 * count / KEPT:.1f}%"
         assert words(rows[label].split('class="left">')[1]).startswith(f"{count} {share}"), label
         assert rows[label].count("<img ") == min(count, 5), label
-    assert "2 without the score" in rows["Not safe for work"]
+    assert "2 have no score" in rows["Not safe for work"]
     assert "comes from <code>microdit decontaminate</code>" in rows["Near an evaluation set"]
     assert "comes from <code>scores/text</code> in the config" in rows["Much text"]
     assert f"would leave 0 of {KEPT} kept images" in words(section)
@@ -376,10 +376,11 @@ def test_the_funnel_of_a_selection_has_its_conditions(page: Page) -> None:
     largest = {max(group, key=lambda n: (n % 3, -n)) for group in SAME}
     once = [n for n in calm if not any(n in group for group in SAME) or n in largest]
     assert steps == [
-        ("every input", "32"), ("kept", str(KEPT)), ("s.status = &#39;ok&#39;", str(KEPT)), ("nsfw &lt;= 0.5", str(len(calm))),
+        ("every input", "32"), ("kept", str(KEPT)), ("s.status = &#39;ok&#39;", str(KEPT)),
+        ("nsfw &lt;= 0.5", str(len(calm))),
         ("duplicate_keep", str(len(once))), ("selected", "9"), ("and in every column", steps[-1][1]),
     ]  # fmt: skip
-    assert "2 of these are not known" in words(safe) and "changed since" not in safe
+    assert "Of 2 it is not known" in words(safe) and "changed since" not in safe
     assert int(steps[-1][1]) <= 9 and "height = width" in words(section)
 
 
