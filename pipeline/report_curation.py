@@ -104,9 +104,9 @@ def scores(asked: _Asked, fields: Sequence[Field]) -> list[dict[str, Any]]:
             of = [row for row in rows if row["place"] == number]
             values = {row["picture"]["id"]: row["x"] for row in of}
             views = asked.pictures([row["picture"] for row in of])
-            ends.append(
-                {"name": name, "views": [v | {"says": charts.format_number(round(values[v["id"]], 4))} for v in views]}
-            )
+            for view in views:
+                view["says"] = charts.format_number(round(values[view["id"]], 4))
+            ends.append({"name": name, "views": views})
         found.append({"title": f"{field.scalar} ({field.column})", "name": field.name, "ends": ends})
     return found
 

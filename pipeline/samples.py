@@ -18,8 +18,8 @@ from pipeline.database import connect
 from pipeline.duplicates import ContaminatedTable, DuplicatesTable
 from pipeline.errors import RequestError
 from pipeline.jobs import CONTAMINATED, DUPLICATES, SEMANTIC, Job, job_base
-from pipeline.semantic import SemanticTable
 from pipeline.queries import parse
+from pipeline.semantic import SemanticTable
 from pipeline.store import first_line
 from pipeline.tables import SampleTable, Table, cached, sample_table
 

@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.corpus import Corpus, canonical
-from pipeline.duplicates import BASIC
 from pipeline.errors import RequestError
+from pipeline.jobs import reads
 from pipeline.queries import Parsed, named_queries, named_query, parse
 from pipeline.records import COMMIT, commit_name
 from pipeline.samples import asked_jobs, connected, jobs_of, run
@@ -101,7 +101,8 @@ def _pinned(corpus: Corpus, table: SampleTable, parsed: Parsed, jobs: list[str])
     known = {*BASE.names, *JOB_COLUMNS.names, "contaminated", *(field.name for field in fields)}
     everything = parsed.star or not parsed.columns <= {name.lower() for name in known}  # a row as a whole, or an alias
     read = {field.column for field in fields if everything or field.name.lower() in parsed.columns}
-    commits: dict[str, list[str]] = {name: [] for name in sorted({"images", *read, *([BASIC] if jobs else [])})}
+    read |= {column for column in corpus.columns() if any(reads(folder, column) for folder in jobs)}
+    commits: dict[str, list[str]] = {name: [] for name in sorted({"images", *read})}
     for name in table.names:
         column = COMMIT.fullmatch(name)
         if column is not None and column[1] in commits:
