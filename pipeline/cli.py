@@ -232,19 +232,33 @@ def query(corpus: CorpusUrl, sql: Sql, as_json: Json = False) -> None:
 def select(
     corpus: CorpusUrl,
     name: Annotated[str, typer.Argument(help="The selection's name.", show_default=False)],
-    sql: Sql,
+    sql: Annotated[
+        str | None, typer.Argument(metavar="SQL", help="One SELECT over the view `samples`.", show_default=False)
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="SHARES", help="How often each source comes: equal, or A=2,B=1. Default: by its size."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Save a selection: the rows (`source`, `shard`, `row`, and `weight` if you like) that a query gives.
 
-    **Example**
+    Without SQL it is the query of that name in configs/queries: `clean` (once, safe, sharp, in no test set, little
+    text), `paper` and `paper-512` (the paper's data), `synthetic-only`. With `--weights` a source comes as often as
+    its share says, however many samples it has; a `weight` of the query then counts within its source.
+
+    **Examples**
 
     - `microdit select my/corpus large "SELECT source, shard, row FROM samples WHERE status = 'ok' AND width >= 128"`
+
+    - `microdit select my/corpus clean --weights cc12m=2,sa1b=1`
     """
-    from pipeline.samples import select as select_rows
+    from pipeline.selections import select as select_rows
+    from pipeline.weights import parse_shares
 
     with _answer(as_json) as answer:
-        chosen = select_rows(_open(corpus), name, sql)
+        shares = None if weights is None else parse_shares(weights)
+        chosen = select_rows(_open(corpus), name, sql, shares)
         answer.update({"name": chosen.name, "hash": chosen.hash, "path": chosen.path, "rows": chosen.rows})
     if not as_json:
         print(f"{chosen.name}@{chosen.hash}: {chosen.rows:,} rows")

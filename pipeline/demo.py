@@ -24,7 +24,8 @@ from pipeline.engine import build
 from pipeline.errors import RequestError
 from pipeline.progress import shown
 from pipeline.report import write_report
-from pipeline.samples import query, select
+from pipeline.samples import query
+from pipeline.selections import select
 
 TIME_LIMIT = 8 * 60  # seconds for everything on 2 cores; the training gets what the build left of it, but for
 AFTER_TRAINING = 60  # the pictures and the page

@@ -49,12 +49,14 @@ def is_embedding(column: str) -> bool:
     return column == EMBEDDING or column.startswith(f"{EMBEDDING}-")
 
 
+def reads(folder: str, column: str) -> bool:
+    """Whether the table job of this folder reads the commits of a column."""
+    return column == "images" or (is_embedding(column) if folder == SEMANTIC else column == BASIC)
+
+
 def job_base(folder: str, table: SampleTable) -> str:
     """What the objects of a table job begin with: its folder, and the hash of the commits that it reads."""
-    reads = is_embedding if folder == SEMANTIC else BASIC.__eq__
-    names = [
-        name for name in table.names if (found := COMMIT.fullmatch(name)) and (found[1] == "images" or reads(found[1]))
-    ]
+    names = [name for name in table.names if (found := COMMIT.fullmatch(name)) and reads(folder, found[1])]
     return f"{folder}/{hashlib.sha256(canonical({'layout': LAYOUT, 'commits': names})).hexdigest()}"
 
 

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from pipeline import report_charts as charts
 from pipeline.corpus import Commit, Corpus, Declaration
 from pipeline.errors import RequestError
+from pipeline.report_curation import curation
 from pipeline.report_facts import (
     bytes_by_column,
     complete_samples,
@@ -30,7 +32,8 @@ from pipeline.report_facts import (
 )
 from pipeline.report_pictures import pictures
 from pipeline.report_training import training
-from pipeline.samples import Selection, query
+from pipeline.samples import query
+from pipeline.selections import Selection
 from pipeline.tables import table_fields
 
 
@@ -72,6 +75,7 @@ def render(facts: Mapping[str, Any]) -> str:
         "number": charts.format_number,
         "bytes": charts.format_bytes,
         "duration": charts.format_duration,
+        "ticks": _code,
     }
     return environment.get_template("report.html.j2").render(**facts, bar=charts.bar, timeline=charts.timeline)
 
@@ -100,6 +104,7 @@ def gather(corpus: Corpus, run: Path | None) -> dict[str, Any]:
         "selections": selections,
         "pictures": pictures(corpus, columns, commits, fields, complete.values()),
         "histograms": histograms(corpus, fields),
+        "curation": curation(corpus, commits, fields, list(complete.values()), selections),
         "sizes": sizes,
         "total_bytes": sum(row["bytes"] for row in sizes),
         "work": work,
@@ -176,6 +181,13 @@ def _identity(value: Any) -> str:
 def _quoted(text: str) -> str:
     """A shell word; in double quotes where that is safe, because SQL is full of single ones."""
     return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
+
+
+def _code(text: str) -> Markup:
+    """Text with what stands in backticks as code."""
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if number % 2 else part for number, part in enumerate(text.split("`"))
+    )
 
 
 def _order(column: str) -> tuple[int, list[Any]]:

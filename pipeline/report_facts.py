@@ -13,7 +13,8 @@ from pipeline import report_charts as charts
 from pipeline.corpus import Commit, Corpus
 from pipeline.failures import failures, read_failure
 from pipeline.records import UNITS
-from pipeline.samples import Selection, list_selections, query
+from pipeline.samples import query
+from pipeline.selections import Selection, list_selections
 from pipeline.tables import Field
 
 # Failures of `images` by the step at which an input was lost; what is not named here was lost on the way to us.

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.config import PILLOW_MAX_PIXELS
 from pipeline.corpus import Commit, Corpus, Declaration
-from pipeline.images import decode
+from pipeline.images import BadImage, decode
 from pipeline.samples import query
 from pipeline.shards import array_from_bytes
 from pipeline.stages.latents import square
@@ -22,6 +22,8 @@ from pipeline.tables import Field
 
 PICTURES = 15
 SEED = "report"  # another word, another sample
+BESIDE = 10  # pictures whose captions stand side by side, if there are several captions columns
+THUMBNAIL = 120  # pixels of the long side
 SIDE = 256  # larger pictures are scaled down to this many pixels
 BATCH_LATENTS = 4096  # places (h x w) of the latents that are decoded at a time: 16 images of 128 px, 1 of 512 px
 MAX_CAPTION = 420  # characters shown of a caption
@@ -34,12 +36,13 @@ def pictures(
     fields: Sequence[Field],
     complete: Iterable[str],
 ) -> dict[str, Any]:
-    """Samples with `id`, `captions`, `views` (the image, then one of each latents column), and the mean PSNR by column.
+    """Samples with `id`, `captions`, `views` (the image, then one of each latents column), and the mean PSNR by column;
+    some of them once more, small, to see their captions side by side.
 
     Args:
         complete: SQL conditions of a sample that has every column; such samples are drawn first.
     """
-    reader = _Reader(corpus, commits)
+    reader = Reader(corpus, commits)
     captions = {
         f.column: f.name for f in fields if f.scalar == "caption" and commits[f.column] and f.column != "images"
     }
@@ -67,7 +70,9 @@ def pictures(
                 "where": (row["source"], row["shard"], row["row"]),
                 "image": image,
                 "alt": _cut(text, 120),
-                "captions": [{"column": c, "text": _cut(w, MAX_CAPTION)} for c, w in words.items()],
+                "captions": [
+                    {"column": c, "text": _cut(w, MAX_CAPTION), "words": len(w.split())} for c, w in words.items()
+                ],
                 "views": [_view(shown, "stored", f"{image.width} × {image.height} px", _cut(text, 120))],
             }
         )
@@ -77,10 +82,20 @@ def pictures(
             found[column] = _add_decoded(reader, columns[column], samples)
         except Exception as error:  # a model may fail to load in a hundred ways; the page is worth having without it
             problems.append(f"{column} cannot be decoded here: {_cut(str(error) or type(error).__name__, 300)}")
-    return {"samples": samples, "psnr": {c: v for c, v in found.items() if math.isfinite(v)}, "problems": problems}
+    beside = []
+    for sample in samples[:BESIDE] if len(captions) > 1 else []:
+        small = sample["image"].copy()
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        beside.append({"view": _view(small, "", "", ""), "alt": sample["alt"], "captions": sample["captions"]})
+    return {
+        "samples": samples,
+        "beside": beside,
+        "psnr": {c: v for c, v in found.items() if math.isfinite(v)},
+        "problems": problems,
+    }
 
 
-def _add_decoded(reader: "_Reader", declaration: Declaration, samples: Sequence[dict[str, Any]]) -> float:
+def _add_decoded(reader: "Reader", declaration: Declaration, samples: Sequence[dict[str, Any]]) -> float:
     """Add a view of what a latents column holds to every sample that has it; returns the mean PSNR in dB."""
     there = [(s, latent) for s in samples if (latent := reader.latent(declaration.name, *s["where"])) is not None]
     if not there:
@@ -117,6 +132,20 @@ def _autoencoder(name: str, revision: str | None) -> Any:
     return load_autoencoder(name, revision=revision, device=best_device())
 
 
+def thumbnail(reader: "Reader", place: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A small picture of a sample (`id`, `source`, `shard`, `row`); None if it cannot be read (`verify` says why)."""
+    data = reader.member("images", place["source"], place["shard"], place["row"])
+    try:
+        image = None if data is None else Image.fromarray(decode(data, PILLOW_MAX_PIXELS).pixels)
+    except BadImage:
+        image = None
+    if image is None:
+        return None
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    size = {"width": image.width, "height": image.height}
+    return {"id": place["id"], "uri": data_uri(image), "says": "", "keep": False} | size
+
+
 def psnr(wanted: np.ndarray, found: np.ndarray) -> float:
     """Peak signal-to-noise ratio of two uint8 images, 10 log10(255^2 / mean squared error), in dB; at most 99."""
     error = float(np.mean((wanted.astype(np.float64) - found.astype(np.float64)) ** 2))
@@ -133,7 +162,7 @@ def data_uri(image: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-class _Reader:
+class Reader:
     """Single samples out of committed tars; sidecars that were read are kept."""
 
     def __init__(self, corpus: Corpus, commits: Mapping[str, Sequence[Commit]]):

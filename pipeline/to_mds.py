@@ -31,7 +31,7 @@ from pipeline.mds_columns import CAPTION, DOWNSAMPLE, TEXT
 from pipeline.parallel import threaded
 from pipeline.progress import Line, Progress, Snapshot, Tally
 from pipeline.records import canonical
-from pipeline.samples import load_selection
+from pipeline.selections import load_selection
 from pipeline.shards import array_from_bytes
 from pipeline.stages import IMAGES
 from pipeline.store import Store

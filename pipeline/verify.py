@@ -12,7 +12,7 @@ from pipeline.corpus import Corpus, Declaration, UnitCommit, column_kind, commit
 from pipeline.errors import RequestError
 from pipeline.parallel import threaded
 from pipeline.records import COMMIT, UNITS
-from pipeline.samples import load_selection
+from pipeline.selections import load_selection
 from pipeline.store import first_line
 from pipeline.tables import Table
 from pipeline.verify_shard import Findings, Hashing, ShardCheck, Where

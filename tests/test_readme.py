@@ -27,6 +27,7 @@ ELSEWHERE = {  # what runs the commands that are not microdit's
     "make demo": "tests/test_demo.py",  # the demo that it starts
     "make test": ".ci/run",
     "microdit build configs/microdit-": "tests/pipeline/test_miniatures.py",  # on miniatures of the datasets
+    "microdit select s3://my-bucket/microdit-37m": "tests/pipeline/test_choosing.py",  # of sources of that name
     "hf auth login": "tests/pipeline/test_miniatures.py",  # with a token in the environment
     "sbatch": "tests/infra/test_slurm.py",
 }
@@ -57,6 +58,6 @@ def test_every_command_runs(tmp_path: Path, s3_server: str) -> None:
         assert run.returncode == 0, f"{command}\n{run.stdout}{run.stderr}"
         assert run.stdout.strip(), command
         ran.add(words[1])
-    assert {"build", "plan", "status", "query", "verify", "report", "select", "train", "generate", "ls"} <= ran
+    assert {"build", "plan", "status", "query", "verify", "report", "dedup", "select", "train", "generate", "ls"} <= ran
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert list((tmp_path / "pictures").glob("*.png"))

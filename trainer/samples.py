@@ -179,7 +179,7 @@ def _ok_rows(corpus: Corpus, commit: Commit) -> np.ndarray:
 
 def _selected_rows(corpus: Corpus, selection: str) -> dict[Where, tuple[np.ndarray, np.ndarray]]:
     """Rows and weights by shard."""
-    from pipeline.samples import load_selection  # it brings duckdb
+    from pipeline.selections import load_selection  # it brings duckdb
 
     table = load_selection(corpus, selection)
     if not len(table):

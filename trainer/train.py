@@ -62,6 +62,7 @@ def train(recipe: Recipe, resume: bool = True) -> dict[str, Any]:
 
         # begin, or go on
         facts = [{"latents": s.stage.latents, "samples": len(s.index), "digest": s.index.digest} for s in stages]
+        facts = [fact | {"selection": name} for fact, name in zip(facts, selection_names(recipe, samples), strict=True)]
         place = open_place(recipe)
         found = load_latest(place, log.say, team, resume)
         if found is None:
@@ -102,6 +103,7 @@ def train(recipe: Recipe, resume: bool = True) -> dict[str, Any]:
                 state = {"recipe": recipe.model_dump(mode="json"), "data": facts, "progress": asdict(progress)}
                 state["broken"] = cache.broken.listed()
                 info = generate_info(recipe, samples, stages[progress.stage])
+                info["selection"] = facts[progress.stage]["selection"]
                 saver.save(progress.step, tensors, state, info)
 
         def look(last: bool = False) -> None:
@@ -212,9 +214,31 @@ def begin_message(recipe: Recipe, samples: RunSamples, stages: Sequence[StageDat
     if samples.missing:
         selection = recipe.stages[-1].selection or recipe.selection
         lines.append(f"{samples.missing:,} samples of {selection} are not in all columns, and left out")
+    lines += old_selections(recipe, samples)
     if (lanes := stages[-1].lanes.count) < recipe.lanes:
         lines.append(f"{recipe.lanes} lanes are more than there are samples: {lanes} lanes")
     return "\n".join(lines)
+
+
+def selection_names(recipe: Recipe, samples: RunSamples) -> list[str | None]:
+    """`name@hash` of each stage's selection, None where there is none."""
+    from pipeline.selections import find_selection  # it brings duckdb
+
+    names = [stage.selection or recipe.selection for stage in recipe.stages]
+    return [None if name is None else find_selection(samples.corpus, name) for name in names]
+
+
+def old_selections(recipe: Recipe, samples: RunSamples) -> list[str]:
+    """What is to be said of selections that were chosen by columns that have other commits now."""
+    from pipeline.selections import changed_since
+
+    names = dict.fromkeys(name for name in selection_names(recipe, samples) if name is not None)
+    changed = {name: found for name in names if (found := changed_since(samples.corpus, name))}
+    return [
+        f"{name} was chosen before {', '.join(found)} changed: its rows are taken as they are now; to choose anew, "
+        "`microdit select` again"
+        for name, found in changed.items()
+    ]
 
 
 def measure_speed(recipe: Recipe, config: dict[str, Any], team: Team, stages: Sequence[StageData]) -> list[float]:
@@ -254,7 +278,7 @@ def refuse_other_run(found: Checkpoint, recipe: Recipe, facts: list[dict[str, An
                 f"{found.name} was made with {name} = {before[name]}, the recipe says {now[name]}; {advice}"
             )
     for old, new in zip(found.state["data"], facts, strict=True):
-        if old != new:
+        if any(old[name] != new[name] for name in ("latents", "samples", "digest")):
             raise RequestError(
                 f"{found.name} was made on {old['samples']:,} samples of {old['latents']} ({old['digest']}), the "
                 f"corpus and the selection now give {new['samples']:,} ({new['digest']}); name the selection "

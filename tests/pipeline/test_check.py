@@ -26,7 +26,8 @@ from pipeline.corpus import Commit, Corpus, ShardRef, canonical, shard_name, uni
 from pipeline.errors import RequestError
 from pipeline.failures import write_failure
 from pipeline.joins import Joined, JoinSpec, build
-from pipeline.samples import query, sample_table, select
+from pipeline.samples import query, sample_table
+from pipeline.selections import select
 from pipeline.shards import TarWriter, array_bytes, read_table, write_table
 from pipeline.sources.remote import list_files
 from pipeline.store import Store

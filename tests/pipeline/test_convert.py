@@ -28,7 +28,8 @@ from pipeline.errors import RequestError
 from pipeline.from_mds import to_corpus
 from pipeline.mds import INDEX, MdsWriter, open_shard, read_index
 from pipeline.mds_columns import Naming, look
-from pipeline.samples import query, select
+from pipeline.samples import query
+from pipeline.selections import select
 from pipeline.shards import array_from_bytes
 from pipeline.stages import IMAGES, Task, read_rows
 from pipeline.stages.scores import BasicScores

@@ -17,7 +17,8 @@ from pipeline.cli import app
 from pipeline.corpus import Corpus, ShardRef, shard_name, unit_name
 from pipeline.duplicates import decontaminate, dedup, hash_table
 from pipeline.errors import RequestError
-from pipeline.samples import load_selection, query, select
+from pipeline.samples import query
+from pipeline.selections import load_selection, select
 from pipeline.stages import Task
 from pipeline.stages.scores import BasicScores
 from tests.pipeline.made import IMAGE_SCALARS, SOURCE

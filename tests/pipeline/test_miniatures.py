@@ -6,6 +6,7 @@ import pickle
 import posixpath
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.config import BuildConfig, CaptionsColumn, load_config
 from pipeline.corpus import Corpus
 from pipeline.plan import Plan
 from pipeline.retries import Retries
+from pipeline.selections import select
 from pipeline.source_options import TextcapsSource
 from pipeline.sources import sources_of
 from pipeline.stages import IMAGES, Row, declare, image_bytes, read_rows, stages_of
@@ -376,6 +378,12 @@ def test_a_shipped_config(
     assert missed(hub, files_server) == []
     assert verify(corpus)["problems"] == []
     assert len(told) > len(config.sources)
+    if name == "microdit-37m.yaml":  # whatever was kept of it is the paper's
+        kept = Counter[str]()
+        for commit in corpus.commits(IMAGES):
+            kept[commit.source] += commit.counts["out"]
+        assert select(corpus, "paper").rows == kept.total()
+        assert select(corpus, "synthetic-only").rows == kept["journeydb"] + kept["diffusiondb"]
 
 
 def check_field(corpus: Corpus, source: str, column: str, field: str, expected: Mapping[str, Expected]) -> None:

@@ -22,19 +22,23 @@ from playwright.sync_api import Browser, sync_playwright
 from model.autoencoder import load_autoencoder
 from pipeline import report_charts as charts
 from pipeline.corpus import Corpus, ShardRef, shard_name, unit_name
+from pipeline.duplicates import dedup
 from pipeline.errors import RequestError
 from pipeline.failures import write_failure
 from pipeline.images import decode
 from pipeline.report import write_report
 from pipeline.report_facts import rates
-from pipeline.report_pictures import PICTURES, psnr
-from pipeline.samples import select
+from pipeline.report_pictures import BESIDE, PICTURES, psnr
+from pipeline.selections import select
 from pipeline.shards import array_bytes, array_from_bytes, read_tar
 from pipeline.stages.latents import square
 from pipeline.stages.models import autoencoder_identity
 from tests.pipeline.made import IMAGE_SCALARS, fill, make_corpus
 
 SHARDS, ROWS, SIDE = 2, 16, 96
+SAFE = (
+    "SELECT s.source, s.shard, s.row FROM samples s WHERE s.status = 'ok' AND (nsfw <= 0.5 AND duplicate_keep) LIMIT 9"
+)
 HOSTILE = "<script>window.hurt = true</script><img src=x onerror='window.hurt = true'> & \"so on\""
 LONG = "averyverylongwordwithoutanyspaceinit" * 12
 FAILURES = {
@@ -45,6 +49,9 @@ FAILURES = {
     21: ("too_small", "10x10; the short side must have 32 pixels"),
 }
 BROKEN_LATENT = 12
+SAME = [{2, 3, 4, 6, 7, 8, 13}, {20, 22}, {30, 31}]  # what a hash is the same of
+UNSCORED = {10, 11}
+HASHES = np.random.default_rng(0).integers(0, 2**63, SHARDS * ROWS).tolist()
 KEPT = SHARDS * ROWS - len(FAILURES)
 
 
@@ -81,7 +88,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder: Path) -
     corpus.declare_column("images", {"stage": "ingest", "version": 1}, IMAGE_SCALARS)
     for name in ("source", "long"):
         corpus.declare_column(f"captions/{name}", {"stage": "captions"}, {"caption": "string", "tokens": "int32"})
-    corpus.declare_column("scores/basic", {"stage": "scores/basic"}, {"sharpness": "float32", "phash": "string"})
+    basic = {"sharpness": "float32", "phash": "string", "pixels_sha256": "string"}
+    corpus.declare_column("scores/basic", {"stage": "scores/basic"}, basic)
+    corpus.declare_column("scores/nsfw", {"stage": "scores/nsfw"}, {"nsfw": "float32"})
     latents = {"stage": "latents", "version": 1, "resolution": 64, "revision": None, "posterior": "sample"}
     model = autoencoder_identity("latents/tiny-64", str(autoencoder_folder), None)
     absmax = {"absmax": "float32"}
@@ -123,8 +132,15 @@ def write_shard(corpus: Corpus, ref: ShardRef, first: int) -> None:
                     attempt.fail(row, f"k{number}", "upstream", "images")
                 elif column.startswith("captions/"):
                     attempt.add(row, f"k{number}", caption=words, tokens=len(words.split()))
+                elif column == "scores/nsfw":
+                    if number in UNSCORED:
+                        attempt.fail(row, f"k{number}", "damaged", "no score")
+                    else:
+                        attempt.add(row, f"k{number}", nsfw=number / 40)
                 elif column.startswith("scores/"):
-                    attempt.add(row, f"k{number}", sharpness=math.sqrt(number), phash="0" * 16)
+                    same = min(number, *next((group for group in SAME if number in group), [number]), 99)
+                    hashes = {"phash": f"{HASHES[same]:016x}", "pixels_sha256": f"{number:064x}"}
+                    attempt.add(row, f"k{number}", sharpness=math.sqrt(number), **hashes)
                 elif column == "latents/tiny-64" and number == BROKEN_LATENT:
                     attempt.fail(row, f"k{number}", "not_finite", "7 values are no numbers")
                 elif column.startswith("latents/"):
@@ -202,7 +218,9 @@ def as_page(path: Path) -> Page:
 
 @pytest.fixture(scope="module")
 def page(corpus: Corpus, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    dedup(corpus)
     select(corpus, "train", "SELECT source, shard, row FROM samples WHERE status = 'ok' AND height = width")
+    select(corpus, "safe", SAFE)
     return as_page(write_report(corpus, tmp_path_factory.mktemp("page") / "new" / "report.html", run))
 
 
@@ -211,13 +229,15 @@ def page(corpus: Corpus, run: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_the_funnel_is_the_corpus(page: Page) -> None:
     square = sum(1 for n in range(SHARDS * ROWS) if n not in FAILURES and n % 3 == 0)
-    steps = re.findall(r'<div class="step">(\w[\w ]*)<small>.*?<div class="left">([\d,]+)', page.html, re.DOTALL)
+    section = page.html.split('id="images"')[0]
+    steps = re.findall(r'<div class="step">(\w[\w ]*)<small>.*?<div class="left">([\d,]+)', section, re.DOTALL)
     assert steps == [
         ("Listed", "32"),
         ("Fetched", "29"),
         ("Decoded", "28"),
         ("Kept", str(KEPT)),
-        ("In every column", str(KEPT - 1)),
+        ("In every column", str(KEPT - 1 - len(UNSCORED))),
+        ("Selected", "9"),
         ("Selected", str(square)),
     ]
     assert "2 http_404 , such as made/k1 : HTTP 404 for http://127.0.0.1/<script>" in page.text
@@ -286,6 +306,95 @@ def test_histograms_count_every_kept_image(page: Page) -> None:
         assert sum(map(int, counts)) == KEPT, title
     figure = page.html.split("<figcaption>absmax of latents/tiny-64<small>")[1].split("</figure>")[0]
     assert sum(map(int, re.findall(r": ([\d,]+) images</title>", figure))) == KEPT - 1
+
+
+def words(html: str) -> str:
+    return " ".join(re.sub(r"<[^>]+>", " ", html).split())
+
+
+def test_captions_stand_side_by_side(page: Page) -> None:
+    rows = re.findall(r'<article class="side">(.*?)</article>', page.html, re.DOTALL)
+    assert len(rows) == BESIDE and all(row.count("<img ") == 1 for row in rows)
+    for row in rows:
+        short, long = re.findall(r"<dt>captions/(?:source|long), (\d+) words?</dt>", row)
+        assert int(long) == int(short) + 4
+
+
+def test_the_ends_of_scores_have_their_pictures(page: Page) -> None:
+    section = page.html.split('id="scores"')[1].split("</section>")[0]
+    assert re.findall(r"<h3>(.*?)</h3>", section) == ["sharpness (scores/basic)", "nsfw (scores/nsfw)"]
+    nsfw = section.split("nsfw (scores/nsfw)</h3>")[1]
+    low, middle, high = (re.findall(r'title="made/k(\d+)"', part) for part in nsfw.split('class="end">')[1:])
+    assert [int(n) for n in low] == [0, 2, 3] and [int(n) for n in high] == [29, 30, 31]
+    scored = sorted(n for n in range(SHARDS * ROWS) if n not in FAILURES and n not in UNSCORED)
+    assert abs(scored.index(int(middle[1])) - len(scored) // 2) <= 1
+    assert "0.775" in high_says(nsfw)
+
+
+def high_says(html: str) -> str:
+    return words(html.split('class="end">')[3])
+
+
+def test_filters_say_what_they_would_drop(page: Page) -> None:
+    section = page.html.split('id="filters"')[1].split("</section>")[0]
+    rows = {words(row.split("<small")[0]): row for row in section.split('<div class="step">')[1:]}
+    kept = [n for n in range(SHARDS * ROWS) if n not in FAILURES]
+    double = sum(len(group) - 1 for group in SAME)
+    unsafe = [n for n in kept if n in UNSCORED or n / 40 > 0.2]
+    blurred = [n for n in kept if math.sqrt(n) < 20]
+    assert len(blurred) == KEPT
+    for label, count in (
+        ("Nearly the same as another", double), ("Not safe for work", len(unsafe)), ("Small", KEPT),
+        ("Long and narrow", 0), ("Blurred", KEPT),
+    ):  # fmt: skip
+        share = f"{100 * count / KEPT:.1f}%"
+        assert words(rows[label].split('class="left">')[1]).startswith(f"{count} {share}"), label
+        assert rows[label].count("<img ") == min(count, 5), label
+    assert "2 have no score" in rows["Not safe for work"]
+    assert "comes from <code>microdit decontaminate</code>" in rows["Near an evaluation set"]
+    assert "comes from <code>scores/text</code> in the config" in rows["Much text"]
+    assert f"would leave 0 of {KEPT} kept images" in words(section)
+
+
+def test_duplicates_are_shown_beside_the_one_that_is_kept(page: Page) -> None:
+    section = page.html.split('id="duplicates"')[1].split("</section>")[0]
+    assert f"{sum(map(len, SAME))} images in 3 groups" in words(section)
+    found = section.split("<article")[1:]
+    assert ["7 images, 5 of them here" in words(group) for group in found] == [True, False, False]
+    for group in found:
+        assert group.count('<figure class="kept">') == 1 and "0 bits apart" in group
+        numbers = {int(n) for n in re.findall(r'title="made/k(\d+)"', group)}
+        assert any(numbers <= same for same in SAME)
+
+
+def test_the_funnel_of_a_selection_has_its_conditions(page: Page) -> None:
+    section = page.html.split('id="selections"')[1].split("</section>")[0]
+    safe = section.split("train@")[0]
+    steps = re.findall(r'<div class="step(?: mono)?">(.*?)</div>.*?<div class="left">([\d,]+)', safe, re.DOTALL)
+    kept = [n for n in range(SHARDS * ROWS) if n not in FAILURES]
+    calm = [n for n in kept if n not in UNSCORED and n / 40 <= 0.5]
+    largest = {max(group, key=lambda n: (n % 3, -n)) for group in SAME}
+    once = [n for n in calm if not any(n in group for group in SAME) or n in largest]
+    assert steps == [
+        ("every input", "32"), ("kept", str(KEPT)), ("s.status = &#39;ok&#39;", str(KEPT)),
+        ("nsfw &lt;= 0.5", str(len(calm))),
+        ("duplicate_keep", str(len(once))), ("selected", "9"), ("and in every column", steps[-1][1]),
+    ]  # fmt: skip
+    assert "Of 2 it is not known" in words(safe) and "changed since" not in safe
+    assert int(steps[-1][1]) <= 9 and "height = width" in words(section)
+
+
+def test_a_selection_of_an_earlier_corpus_says_so(tmp_path: Path) -> None:
+    made = make_corpus(tmp_path / "corpus")
+    fill(made, columns=["captions/source"])
+    select(made, "odd", "SELECT source, shard, row FROM samples WHERE status = 'ok' AND caption_source != ''")
+    nested = "SELECT * FROM (SELECT source, shard, row FROM samples WHERE status = 'ok' ORDER BY id) LIMIT 3"
+    select(made, "nested", nested)
+    fill(made, units=2, columns=["captions/source"])
+    section = as_page(write_report(made, tmp_path / "r.html")).text.split("How each selection was chosen")[1]
+    odd = section.split("odd@")[1]
+    assert "captions/source, images changed since it was made; the conditions are counted on what is there now" in odd
+    assert "Its query is more than conditions on single rows" in section.split("odd@")[0]
 
 
 def test_training_is_told_and_so_is_what_is_damaged(page: Page) -> None:
@@ -470,7 +579,7 @@ def test_a_browser_shows_it(browser: Browser, page: Page, width: int, scheme: st
         assert errors == []
         assert [url for url in requests if not url.startswith("data:")] == [page.path.as_uri()]
         images = tab.evaluate("Array.from(document.images, i => [i.complete, i.naturalWidth, i.alt])")
-        assert len(images) == PICTURES * 2 + 1 + 2
+        assert len(images) == page.html.count("<img ") > PICTURES * 2 + 1 + 2
         assert all(complete and size > 0 and alt for complete, size, alt in images)
         assert tab.evaluate("window.hurt") is None
         assert tab.evaluate("document.scripts.length") == 0

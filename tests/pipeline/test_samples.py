@@ -15,17 +15,10 @@ from hypothesis import strategies as st
 
 from pipeline.corpus import Corpus, ShardRef, canonical, shard_name, unit_name
 from pipeline.errors import RequestError
-from pipeline.samples import (
-    SELECTION,
-    list_selections,
-    load_selection,
-    query,
-    sample_table,
-    select,
-    selection_hash,
-)
+from pipeline.samples import query, sample_table
+from pipeline.selections import SELECTION, changed_since, list_selections, load_selection, select, selection_hash
 from pipeline.store import Store
-from tests.pipeline.made import FAILED, SHARD_SAMPLES, SOURCE, fill, make_corpus, write_column, write_images
+from tests.pipeline.made import COLUMNS, FAILED, SHARD_SAMPLES, SOURCE, fill, make_corpus, write_column, write_images
 
 OK = "SELECT source, shard, row FROM samples WHERE status = 'ok'"
 
@@ -40,6 +33,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Corpus]:
 
 def _count(corpus: Corpus, condition: str) -> int:
     return int(query(corpus, f"SELECT count(*) AS n FROM samples WHERE {condition}")["n"][0].as_py())
+
+
+def _hash_of_names(corpus: Corpus, column: str) -> str:
+    names = sorted(commit.name for commit in corpus.commits(column))
+    return hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
 
 
 # -- the table -------------------------------------------------------------------------------------------------------
@@ -223,12 +221,15 @@ def test_a_selection_gives_back_its_rows(corpus_url: str) -> None:
         "name": "small",
         "query": made.query,
         "rows": 6,
-        "commits": sample_table(corpus).commits,
+        "columns": {"images": _hash_of_names(corpus, "images")},
     }
     assert list_selections(corpus) == [made]
     data = corpus.store.get(made.path)
     assert select(corpus, "small", made.query) == made and corpus.store.get(made.path) == data
     write_column(corpus, "scores/basic", {"images": corpus.commits("images")[0]}, generation=1)
+    assert select(corpus, "small", made.query) == made and not changed_since(corpus, f"small@{made.hash}")
+    write_images(corpus, corpus.commits("images")[0].ref, generation=1)
+    assert changed_since(corpus, f"small@{made.hash}") == ["images"]
     later = select(corpus, "small", made.query)  # of other commits
     assert later.hash != made.hash and load_selection(corpus, f"small@{made.hash}").equals(table)
     with pytest.raises(RequestError, match=rf"several.*small@({made.hash}|{later.hash}), small@"):
@@ -242,6 +243,44 @@ def test_the_same_corpus_gives_the_same_file(tmp_path: Path) -> None:
         select(corpus, "x", f"SELECT *, 0.1 AS weight FROM ({OK})")
     files = [next((tmp_path / name / "selections").iterdir()) for name in ("a", "b")]
     assert files[0].name == files[1].name and files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("sql", "columns"),
+    [
+        (f"{OK} AND basic_sharpness > 0", ["images", "scores/basic"]),
+        (f"{OK} AND CAPTION_SOURCE != '' AND has_latents_demo_64", ["captions/source", "images", "latents/demo-64"]),
+        ("SELECT * FROM samples WHERE status = 'ok'", ["images", *COLUMNS]),
+        ("SELECT source, shard, row FROM samples s WHERE status = 'ok' ORDER BY s", ["images", *COLUMNS]),
+        ("SELECT source, shard, row FROM samples WHERE status = 'ok' QUALIFY count(*) OVER () > 1", ["images"]),
+    ],
+)
+def test_a_selection_pins_the_columns_that_it_reads(corpus: Corpus, sql: str, columns: list[str]) -> None:
+    found = select(corpus, "pins", sql)
+    assert found.columns == {column: _hash_of_names(corpus, column) for column in sorted(columns)}
+    assert changed_since(corpus, f"pins@{found.hash}") == []
+
+
+@pytest.mark.parametrize(
+    ("sql", "what"),
+    [
+        (f"{OK} AND random() < 0.5", "random()"),
+        (f"{OK} USING SAMPLE 5 ROWS", "SAMPLE without REPEATABLE"),
+        ("SELECT source, shard, row FROM samples TABLESAMPLE 50% WHERE status = 'ok'", "SAMPLE without REPEATABLE"),
+        (f"SELECT * FROM ({OK} ORDER BY uuid() LIMIT 3)", "uuid()"),
+        (f"{OK} AND current_date > '2020-01-01'", "current_date"),
+        (f"{OK} AND now() > '2020-01-01'", "now()"),
+    ],
+)
+def test_what_gives_other_rows_every_time_is_refused(corpus: Corpus, sql: str, what: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(f"SQL: {what} gives something else every time")):
+        select(corpus, "bad", sql)
+
+
+@pytest.mark.parametrize("sql", ["PIVOT samples ON status USING count(*) GROUP BY source", "DROP VIEW samples", ""])
+def test_a_selection_is_one_select(corpus: Corpus, sql: str) -> None:
+    with pytest.raises(RequestError, match="expected one SELECT over the view samples"):
+        select(corpus, "bad", sql)
 
 
 def test_weights(corpus: Corpus) -> None:
@@ -317,6 +356,8 @@ def test_there_is_no_such_selection(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path)
     with pytest.raises(RequestError, match=r"'x' .*no such selection; give one of: none, make one with"):
         load_selection(corpus, "x")
+    with pytest.raises(RequestError, match=r"none, make one .*; `microdit select .* paper-512` makes it"):
+        load_selection(corpus, "paper-512")
     fill(corpus, shards=1, columns=[])
     made = select(corpus, "y", OK)
     with pytest.raises(RequestError, match=f"no such selection; give one of: y@{made.hash}"):

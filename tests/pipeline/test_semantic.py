@@ -15,7 +15,8 @@ from pipeline.corpus import Corpus, ShardRef, shard_name, unit_name
 from pipeline.duplicates import dedup
 from pipeline.errors import RequestError
 from pipeline.near import Forest
-from pipeline.samples import load_selection, query, select
+from pipeline.samples import query
+from pipeline.selections import load_selection, select
 from pipeline.semantic import dedup_semantic, groups
 from pipeline.shards import array_bytes
 from pipeline.stages.scores import BasicScores

@@ -2,7 +2,9 @@
 
 import functools
 import io
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +15,10 @@ from model.network import MicroDiT
 from pipeline.config import load_config
 from pipeline.corpus import Corpus, ShardRef
 from pipeline.errors import RequestError
-from pipeline.samples import select
+from pipeline.selections import select
 from pipeline.shards import array_bytes
 from tests.hub import Hub, hub  # noqa: F401
-from tests.trainer.conftest import MODEL, STAGE
+from tests.trainer.conftest import MODEL, STAGE, build_corpus, build_recipe
 from trainer.recipe import load_recipe
 from trainer.samples import open_samples
 from trainer.start import Init
@@ -72,6 +74,31 @@ def test_a_stage_may_have_a_selection_of_its_own(recipe, corpus: Corpus) -> None
     assert train(recipe(stages=stages, hold_out=5))["steps"] == 4
     with pytest.raises(RequestError, match="nowhere"):
         open_samples(recipe(stages=[STAGE | {"steps": 2, "selection": "nowhere"}]))
+
+
+def test_a_run_tells_its_selections_and_that_the_corpus_has_changed(recipe, tmp_path, capsys) -> None:
+    corpus = build_corpus(tmp_path / "c", units=1, shards=2)
+    half = "SELECT source, shard, row FROM samples WHERE row < 8 AND caption_source_tokens = 3"
+    chosen = (select(corpus, "half", half), select(corpus, "later", f"{half} AND row > 1"))
+    names = [f"{found.name}@{found.hash}" for found in chosen]
+    columns = {"stages": [STAGE | {"steps": 1}, STAGE | {"steps": 1, "selection": "later"}], "selection": "half"}
+    own = {"of": corpus} | columns
+    folder = Path(train(recipe(**own))["checkpoint"])
+    assert [facts["selection"] for facts in json.loads((folder / "state.json").read_text())["data"]] == names
+    assert json.loads((folder / "generate.json").read_text())["selection"] == names[1]
+    assert "changed" not in capsys.readouterr().out
+
+    build_corpus(tmp_path / "c", units=2, shards=2)  # more came in
+    assert train(recipe(**own))["steps"] == 2, "the same rows are still there"
+    train(recipe(**own, out=str(tmp_path / "again")))
+    told = capsys.readouterr().out
+    assert f"{names[0]} was chosen before captions/source, images changed: its rows are taken as they are" in told
+    select(corpus, "half", half)
+    with pytest.raises(RequestError, match=r"selection 'half'.*there are several of that name.*half@.*, half@"):
+        train(recipe(**own))
+    train(recipe(**{"of": corpus, "out": str(tmp_path / "named")} | columns | {"selection": names[0]}))
+    folder = Path(train(build_recipe(corpus, tmp_path / "all", stages=[STAGE | {"steps": 1}]))["checkpoint"])
+    assert json.loads((folder / "state.json").read_text())["data"][0]["selection"] is None
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------

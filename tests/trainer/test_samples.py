@@ -46,10 +46,10 @@ def selection_table(rows: list[tuple[str, int]], weight: float = 1.0) -> pa.Tabl
 @pytest.fixture
 def select(monkeypatch: pytest.MonkeyPatch):
     """Make `load_selection` give a table; that it reads what `microdit select` wrote is tested with the demo."""
-    import pipeline.samples
+    import pipeline.selections
 
     def use(table: pa.Table) -> None:
-        monkeypatch.setattr(pipeline.samples, "load_selection", lambda corpus, name: table)
+        monkeypatch.setattr(pipeline.selections, "load_selection", lambda corpus, name: table)
 
     return use
 
