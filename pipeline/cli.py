@@ -7,13 +7,14 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
+from pipeline.cli_shown import console, in_bytes, print_rows, print_status, print_verified
 from pipeline.convert import convert
 from pipeline.errors import RequestError
 from pipeline.generate import generate
@@ -178,7 +179,7 @@ def plan(
             estimate(load_config(config, overrides or ()), machines, learn_from, parse_samples(samples or ()))
         )
     if not as_json:
-        show(answer, _console(), _bytes)
+        show(answer, console(), in_bytes)
 
 
 @app.command()
@@ -194,7 +195,7 @@ def status(corpus: CorpusUrl, as_json: Json = False) -> None:
     with _answer(as_json) as answer:
         answer.update(status_of(_open(corpus)))
     if not as_json:
-        _print_status(answer)
+        print_status(answer)
 
 
 @app.command()
@@ -225,7 +226,7 @@ def query(corpus: CorpusUrl, sql: Sql, as_json: Json = False) -> None:
         table = run_query(_open(corpus), sql)
         answer.update({"columns": table.column_names, "rows": table.to_pylist()})
     if not as_json:
-        _print_rows(answer["columns"], answer["rows"])
+        print_rows(answer["columns"], answer["rows"])
 
 
 @app.command()
@@ -363,7 +364,7 @@ def verify(corpus: CorpusUrl, as_json: Json = False) -> None:
     with _answer(as_json) as answer:
         answer.update(verify_all(_open(corpus)))
     if not as_json:
-        _print_verified(answer)
+        print_verified(answer)
     raise typer.Exit(1 if answer["problems"] else 0)
 
 
@@ -395,7 +396,7 @@ def gc(
         for name in answer["names"]:
             print(name)
         counts = ", ".join(f"{answer[what]:,} {what}" for what in ("attempts", "tables", "unfinished", "uploads"))
-        print(f"{'would remove' if dry_run else 'removed'} {counts}; {_bytes(answer['bytes'])}")
+        print(f"{'would remove' if dry_run else 'removed'} {counts}; {in_bytes(answer['bytes'])}")
 
 
 @app.command()
@@ -463,79 +464,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _print_rows(columns: list[str], rows: Sequence[Mapping[str, Any]], most: int = 100) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in columns:
-        numeric = all(isinstance(row[name], int | float) for row in rows[:most])
-        table.add_column(name, justify="right" if rows and numeric else "left", overflow="fold")
-    for row in rows[:most]:
-        table.add_row(*("" if row[name] is None else str(row[name]) for name in columns))
-    _console().print(table, markup=False)
-    if len(rows) > most:
-        print(f"... {len(rows) - most:,} rows more; --json prints them all")
-
-
-def _console() -> Any:
-    """Standard output: as wide as the terminal, and as wide as it likes elsewhere."""
-    from rich.console import Console
-
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=1000)
-
-
-def _print_status(found: Mapping[str, Any]) -> None:
-    print(f"corpus {found['corpus']} ({found['name']}), shards of {found['shard_samples']:,}")
-    for name, source in found["sources"].items():
-        units = (
-            f"{source['units_done']:,} units read"
-            if source["units"] is None
-            else (f"{source['units_done']:,} of {source['units']:,} units read")
-        )
-        print(f"source {name}: {units}, {source['inputs']:,} inputs")
-    rows = [
-        {
-            "column": column,
-            "source": source,
-            "done": entry["done"],
-            "left": entry["left"],
-            "aside": entry["set_aside"],
-            "stale": entry["stale"],
-            "in": entry["in"],
-            "out": entry["out"],
-            "failed": entry["failed"],
-            "size": _bytes(entry["bytes"]),
-            "images/s a worker": None if entry["rate"] is None else round(entry["rate"], 1),
-        }
-        for column, sources in found["columns"].items()
-        for source, entry in sources.items()
-    ]
-    if rows:
-        print()
-        _print_rows(list(rows[0]), rows, most=len(rows))
-    for entry in found["set_aside"]:
-        where, message = f"{entry['column']}/{entry['source']}/{entry['shard']}", entry["message"].splitlines()[0]
-        print(f"set aside after {entry['attempts']} attempts: {where}: {message}")
-
-
-def _bytes(size: float) -> str:
-    """`4.1 kB`, `3.2 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-def _print_verified(found: Mapping[str, Any]) -> None:
-    totals = found["totals"]
-    for problem in found["problems"]:
-        print(f"{problem['kind']}: {problem['what']}: {problem['detail']}")
-    for column, samples in totals["samples"].items():
-        print(f"{column}: in {samples['in']:,} = out {samples['out']:,} + failed {samples['failed']:,}")
-    print(
-        f"{totals['shards']:,} shards, {totals['commits']:,} commits, {totals['units']:,} units, "
-        f"{_bytes(totals['bytes'])}: {len(found['problems']):,} problems"
-    )
