@@ -107,7 +107,8 @@ class CaptionsColumn(Options):
             (("source", "field", "join"), OF_TEXTS),
         ):
             for name in names:
-                if name in self.model_fields_set and self.origin not in origins:
+                # not who wrote it, but what it says: what was written of a config is the same config
+                if getattr(self, name) != type(self).model_fields[name].default and self.origin not in origins:
                     raise At((name,), f"it is for {' and '.join(origins)}, not for {self.origin}", getattr(self, name))
         return self
 

@@ -8,7 +8,6 @@ from urllib.parse import urlsplit
 import typer
 
 from pipeline.errors import RequestError
-from pipeline.store import SCHEMES
 
 
 def generate(
@@ -104,6 +103,7 @@ def generate(
     from model.generate import generate as draw
     from model.hub import ModelFilesError
     from model.pipeline import MicroDiTPipeline
+    from pipeline.store import SCHEMES
 
     try:
         if urlsplit(checkpoint).scheme in SCHEMES:

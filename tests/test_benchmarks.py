@@ -39,6 +39,7 @@ def test_scale() -> None:
     assert found["commits_per_second"] > 0 and found["driver_memory_mb"] > 0
 
 
+@pytest.mark.slow
 def test_overhead() -> None:
     found = run("overhead", "--shards", "8", "--seconds", "0.1", "--rounds", "1")
     for kind in ("task", "actor"):

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from model.loading import Part, _trained_part
+from model.loading import Part, trained_part
 from pipeline.check import verify
 from pipeline.cli import app
 from pipeline.config import ImageOptions
@@ -170,8 +170,8 @@ def test_declarations_name_the_models_and_claim_no_more(small: Corpus) -> None:
     latents, text = small.column("latents/sdxl-64").stage, small.column(TEXT).stage
     assert (latents["stage"], latents["resolution"], latents["posterior"]) == ("mds", 64, "sample")
     assert (latents["shape"], text["shape"], text["captions"]) == ([4, 8, 8], [77, 8], "captions/source")
-    assert _trained_part(latents, "autoencoder") == Part("sdxl", "sdxl", {"revision": None})
-    assert _trained_part(text, "encoder") == Part("dfn-clip-h", "dfn-clip-h", {"revision": None})
+    assert trained_part(latents, "autoencoder") == Part("sdxl", "sdxl", {"revision": None})
+    assert trained_part(text, "encoder") == Part("dfn-clip-h", "dfn-clip-h", {"revision": None})
 
 
 def test_as_built_a_build_can_add_to_the_columns(tmp_path: Path) -> None:

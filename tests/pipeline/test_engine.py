@@ -363,7 +363,7 @@ def test_killed_in_the_middle_it_goes_on_and_a_third_run_has_nothing_to_do(clust
 STOPPED = 30  # seconds after a signal in which a build ends, whatever is in flight
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_lets_the_shards_in_flight_end(number: signal.Signals, tmp_path: Path) -> None:
     url = tmp_path / "corpus"
     process = start(url, seconds=0.2, count=20)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from model.loading import _trained_part
+from model.loading import trained_part
 from model.text import load_text_encoder
 from pipeline.check import ls, verify
 from pipeline.config import load_config
@@ -137,7 +137,7 @@ def test_a_clip_tower_without_its_padding(corpus: Corpus, clip: str):
 
 def test_generation_trims_as_the_column_did(corpus: Corpus, clip: str):
     make(corpus, {"captions/source": {}, "text/again@source": {"encoder": clip, "trim": True}})
-    part = _trained_part(json.loads(json.dumps(corpus.column("text/again@source").stage)), "encoder")
+    part = trained_part(json.loads(json.dumps(corpus.column("text/again@source").stage)), "encoder")
     encoder = load_text_encoder(part.where, **part.options)
     assert encoder.fingerprint == part.trained_with
     assert encoder.encode(["x"])[1].tolist() == [3]
