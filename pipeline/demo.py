@@ -28,7 +28,7 @@ from pipeline.samples import query
 from pipeline.selections import select
 
 TIME_LIMIT = 8 * 60  # seconds for everything on 2 cores; the training gets what the build left of it, but for
-AFTER_TRAINING = 60  # the pictures and the page
+AFTER_TRAINING = 80  # the pictures and the page
 LEAST_TRAINING = 60
 
 # Of drawings that look alike only the first is kept: at most 1 of the 64 bits of the perceptual hash differs, and so

