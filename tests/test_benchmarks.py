@@ -33,6 +33,7 @@ def test_chaos() -> None:
     assert (found["lost"], found["twice"], found["other_bytes"], found["problems"]) == (0, 0, 0, 0)
 
 
+@pytest.mark.slow
 def test_scale() -> None:
     found = run("scale", "--shards", "1200", "--commits", "100")
     assert found["shards"] == 1200 and found["requests_per_1000_commits"] == 1.0

@@ -157,6 +157,7 @@ def test_a_node_is_killed_and_another_one_joins(cluster: Cluster, s3_url: str, l
     check_whole(Corpus.open(s3_url), logs, undisturbed, IN_FLIGHT)
 
 
+@pytest.mark.slow
 def test_two_builds_share_the_work(cluster: Cluster, s3_url: str, logs: Path, undisturbed: Hashes) -> None:
     gate = str(logs.parent / "gate")
     with build(cluster, s3_url, logs, gate=gate) as one, build(cluster, s3_url, logs, gate=gate) as two:

@@ -379,6 +379,7 @@ def test_a_signal_lets_the_shards_in_flight_end(number: signal.Signals, tmp_path
     assert not list((url / "captions").rglob("*#*"))  # the shards in flight came to their end
 
 
+@pytest.mark.slow
 def test_a_signal_drops_the_shards_that_take_too_long(tmp_path: Path) -> None:
     url = tmp_path / "corpus"
     process = start(url, seconds=600, count=2)

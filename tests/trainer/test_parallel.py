@@ -63,6 +63,7 @@ def test_sharded_processes_train_as_one_and_go_on_after_a_kill(recipe, team, tmp
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_compiled_in_bf16_they_differ_by_rounding_and_go_on_after_one(recipe, team, tmp_path: Path) -> None:
     stages = [STAGE | {"steps": 5, "mask_ratio": 0.5, "ema_half_life": [100, 20]}]
     fields = FIELDS | {"precision": "bf16", "stages": stages, "text_lengths": [32], "checkpoint_every": 1}
