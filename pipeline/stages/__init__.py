@@ -84,6 +84,13 @@ class Row:
     members: dict[str, bytes]
 
 
+def fail_image(made: Iterable[Attempt], row: Row, error: Exception) -> None:
+    """Record in all attempts why an image cannot be used: whatever is no `BadImage` is `damaged`."""
+    bad = error if isinstance(error, BadImage) else BadImage("damaged", f"{type(error).__name__}: {error}")
+    for attempt in made:
+        attempt.fail(row.row, row.key, bad.reason, str(bad))
+
+
 def latest(corpus: Corpus, column: str, ref: ShardRef) -> Commit:
     """The commit of the highest generation of a shard.
 

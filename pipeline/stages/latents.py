@@ -19,10 +19,10 @@ from PIL import Image
 from pipeline.config import LatentsColumn, Resources
 from pipeline.corpus import Attempt, Commit, Corpus
 from pipeline.errors import RequestError
-from pipeline.images import SHRINK_MARGIN, BadImage, Decoded, decode, short_side_size
+from pipeline.images import SHRINK_MARGIN, Decoded, decode, short_side_size
 from pipeline.parallel import read_ahead, threaded
 from pipeline.shards import array_bytes
-from pipeline.stages import IMAGES, ColumnSpec, Row, Task, attempts, image_bytes, latest, read_rows, samples
+from pipeline.stages import IMAGES, ColumnSpec, Row, Task, attempts, fail_image, image_bytes, latest, read_rows, samples
 from pipeline.stages.models import Batches, Mark, absolute, autoencoder_identity, best_device
 
 T = TypeVar("T")
@@ -134,10 +134,7 @@ class Latents:
         try:
             crops = squares(image_bytes(row.members), {self._options[c].resolution for c in made}, self._max_pixels)
         except Exception as error:  # this sample fails with it, and no other
-            if not isinstance(error, BadImage):
-                error = BadImage("damaged", f"{type(error).__name__}: {error}")
-            for attempt in made.values():
-                attempt.fail(row.row, row.key, error.reason, str(error))
+            fail_image(made.values(), row, error)
             return None
         noise = {}
         for column in made:

@@ -8,9 +8,9 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from pipeline.corpus import Attempt, Commit, Corpus
-from pipeline.images import BadImage, decode_within
+from pipeline.images import decode_within
 from pipeline.parallel import read_ahead, threaded
-from pipeline.stages import IMAGES, Row, Task, image_bytes, read_rows, samples
+from pipeline.stages import IMAGES, Row, Task, fail_image, image_bytes, read_rows, samples
 
 T = TypeVar("T")
 
@@ -50,10 +50,7 @@ class Loader:
             try:
                 return Ready(row, make(decode_within(image_bytes(row.members), self.max_pixels, self.side)))
             except Exception as error:  # this sample fails with it, and no other
-                if not isinstance(error, BadImage):
-                    error = BadImage("damaged", f"{type(error).__name__}: {error}")
-                for attempt in made.values():
-                    attempt.fail(row.row, row.key, error.reason, str(error))
+                fail_image(made.values(), row, error)
                 return None
 
         rows = samples(read_rows(corpus, images), made, task, IMAGES)

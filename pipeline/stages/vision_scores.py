@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.config import Resources
 from pipeline.corpus import Attempt, Commit, Corpus
-from pipeline.images import BadImage, decode
+from pipeline.images import decode
 from pipeline.parallel import read_ahead, threaded
 from pipeline.records import column_kind
 from pipeline.score_options import AestheticScores, ClipScores, EmbeddingScores, NsfwScores, scorer_of
@@ -24,6 +24,7 @@ from pipeline.stages import (
     Row,
     Task,
     commit_all,
+    fail_image,
     image_bytes,
     latest,
     read_lines,
@@ -133,10 +134,7 @@ class VisionScores:
         try:
             image = self._model.prepare(decode(image_bytes(row.members), self._max_pixels).pixels)
         except Exception as error:  # this sample fails with it, and no other
-            if not isinstance(error, BadImage):
-                error = BadImage("damaged", f"{type(error).__name__}: {error}")
-            for attempt in made.values():
-                attempt.fail(row.row, row.key, error.reason, str(error))
+            fail_image(made.values(), row, error)
             return None
         return Sample(row, image, made, {column: texts[column][row.row] for column in made if column in texts})
 
