@@ -99,14 +99,14 @@ class Attempt:
         sidecar = ObjectRef(
             name=self._sidecar_name, size=self._sidecar_path.stat().st_size, sha256=sha256_file(self._sidecar_path)
         )
-        data = sidecar
+        data, paths = sidecar, {self._sidecar_name: self._sidecar_path}
         if self._tar is not None:
             self._tar.close()
             data = ObjectRef(
                 name=self._object_name, size=self._object_path.stat().st_size, sha256=sha256_file(self._object_path)
             )
-            store.publish(self._object_name, self._object_path)
-        store.publish(self._sidecar_name, self._sidecar_path)
+            paths[self._object_name] = self._object_path
+        store.publish(paths)
         fail_point("written")
         # a machine that slept has a monotonic clock that stood still
         age = max(time.monotonic() - self._began[0], time.time() - self._began[1])

@@ -12,7 +12,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -113,7 +114,9 @@ class Store:
         if self.root is not None:
             with self.scratch(name) as path:
                 path.write_bytes(data)
-                self.publish(name, path)
+                _sync(path)
+                os.link(path, self.root / name)
+            _sync((self.root / name).parent)
             return
         asked = 0
 
@@ -151,25 +154,31 @@ class Store:
             if self.root is None:
                 shutil.rmtree(path.parent, ignore_errors=True)
 
-    def publish(self, name: str, path: Path) -> None:
-        """Make a complete scratch file the object `name`, durable when this returns.
+    def publish(self, objects: Mapping[str, Path]) -> None:
+        """Make complete scratch files, by the name of their object, objects; all are durable when this returns.
+
+        What is waited for, a disk's syncs or a bucket's answers, is waited for side by side: nobody reads an attempt's
+        objects before its commit is there.
 
         Raises:
-            FileExistsError: on a disk, if the name is taken (attempt names never are).
+            FileExistsError: on a disk, if a name is taken (attempt names never are).
         """
         if self.root is None:
-            self._patiently("write", name, lambda: self._upload(name, path))
+            list(_side_by_side().map(self._upload, objects, objects.values()))
             return
-        final = self.root / name
-        _sync(path)
-        os.link(path, final)
-        _sync(final.parent)
+        for name, path in objects.items():
+            os.link(path, self.root / name)
+        files = [self.root / name for name in objects]
+        list(_side_by_side().map(_sync, [*files, *{file.parent for file in files}]))
 
     def _upload(self, name: str, path: Path) -> None:
-        try:
-            obstore.put(self._bucket, name, path, max_concurrency=PARTS)
-        except FileNotFoundError as error:  # the answer to the last request of an upload in parts was lost: it is over
-            raise exceptions.GenericError(f"the upload in parts is gone: {first_line(error)}") from error
+        def put() -> None:
+            try:
+                obstore.put(self._bucket, name, path, max_concurrency=PARTS)
+            except FileNotFoundError as error:  # the answer to the last request of an upload in parts was lost
+                raise exceptions.GenericError(f"the upload in parts is gone: {first_line(error)}") from error
+
+        self._patiently("write", name, put)
 
     def delete(self, names: Sequence[str]) -> None:
         """Remove objects; one that is already gone is no error."""
@@ -396,6 +405,11 @@ def _make_durable_folder(folder: Path, root: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in dict.fromkeys([*parents[1 : parents.index(root) + 1], *missing]):
         _sync(path)
+
+
+@cache
+def _side_by_side() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(4, thread_name_prefix="publish")
 
 
 @cache

@@ -123,7 +123,7 @@ def publish(corpus: Corpus, base: str, write: Callable[[Path], int], record: Cal
     with corpus.store.scratch(made) as path:
         rows = write(path)
         data = ObjectRef(name=made, size=path.stat().st_size, sha256=sha256_file(path))
-        corpus.store.publish(made, path)
+        corpus.store.publish({made: path})
     table = record(data, rows)
     try:
         corpus.store.create(f"{base}.json", table.to_bytes())

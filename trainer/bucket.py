@@ -76,7 +76,7 @@ class Bucket:
             with self.store.scratch(f"{attempt}/{name}") as path:
                 tensors.write(name, path)
                 about = _about(path)
-                self.store.publish(f"{attempt}/{name}", path)
+                self.store.publish({f"{attempt}/{name}": path})
             return {"object": f"{attempt}/{name}"} | about
 
         try:

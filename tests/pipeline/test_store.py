@@ -79,8 +79,14 @@ def test_a_scratch_file_is_no_object_until_it_is_published(corpus_url: str) -> N
     with store.scratch("folder/object.tar") as path:
         path.write_bytes(b"whole")
         assert not list(store.list())
-        store.publish("folder/object.tar", path)
+        store.publish({"folder/object.tar": path})
     assert [item.name for item in store.list()] == ["folder/object.tar"]
+    with store.scratch("one/a.tar") as a, store.scratch("two/b.tar") as b:  # both at once, in folders of their own
+        a.write_bytes(b"a")
+        b.write_bytes(b"b")
+        store.publish({"one/a.tar": a, "two/b.tar": b})
+    assert (store.get("one/a.tar"), store.get("two/b.tar")) == (b"a", b"b")
+    store.delete(["one/a.tar", "two/b.tar"])
     with pytest.raises(RuntimeError), store.scratch("folder/other.tar") as path:
         path.write_bytes(b"half")
         raise RuntimeError

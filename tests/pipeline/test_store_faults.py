@@ -25,7 +25,7 @@ def filled(s3_server: str) -> str:
     store.create("small", b"small")
     with store.scratch("big") as path:
         path.write_bytes(BIG)
-        store.publish("big", path)
+        store.publish({"big": path})
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda name: store.create(name, b"x"), NAMES))
     return url
@@ -59,7 +59,7 @@ def publish(url: str, filled: str, data: bytes = b"whole") -> None:
     store = Store(url)
     with store.scratch("attempt.tar") as path:
         path.write_bytes(data)
-        store.publish("attempt.tar", path)
+        store.publish({"attempt.tar": path})
     assert [(item.name, item.size) for item in store.list()] == [("attempt.tar", len(data))]
     assert store.get("attempt.tar") == data
 
