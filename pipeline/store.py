@@ -114,9 +114,9 @@ class Store:
         if self.root is not None:
             with self.scratch(name) as path:
                 path.write_bytes(data)
-                _sync(path)
+                sync(path)
                 os.link(path, self.root / name)
-            _sync((self.root / name).parent)
+            sync((self.root / name).parent)
             return
         asked = 0
 
@@ -169,7 +169,7 @@ class Store:
         for name, path in objects.items():
             os.link(path, self.root / name)
         files = [self.root / name for name in objects]
-        list(_side_by_side().map(_sync, [*files, *{file.parent for file in files}]))
+        list(_side_by_side().map(sync, [*files, *{file.parent for file in files}]))
 
     def _upload(self, name: str, path: Path) -> None:
         def put() -> None:
@@ -404,7 +404,7 @@ def _make_durable_folder(folder: Path, root: Path) -> None:
     missing = [path.parent for path in parents if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in dict.fromkeys([*parents[1 : parents.index(root) + 1], *missing]):
-        _sync(path)
+        sync(path)
 
 
 @cache
@@ -421,7 +421,8 @@ def _sweep_scratch() -> None:
                 shutil.rmtree(folder)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

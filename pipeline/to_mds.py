@@ -9,7 +9,6 @@ other one is refused.
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -34,7 +33,7 @@ from pipeline.records import canonical
 from pipeline.selections import load_selection
 from pipeline.shards import array_from_bytes
 from pipeline.stages import IMAGES
-from pipeline.store import Store
+from pipeline.store import Store, sync
 from pipeline.watch import fail_point
 
 REQUEST, COUNTS = "convert.json", "counts.json"
@@ -297,10 +296,10 @@ def _write_shard(export: Export, folder: Path, where: Where) -> dict[str, Any]:
         (partial_folder / COUNTS).write_bytes(canonical(counts))
         partial_folder.chmod(0o755)
         for path in (partial_folder / COUNTS, partial_folder):
-            _sync(path)
+            sync(path)
         fail_point("moving")
         partial_folder.rename(folder / where[1])
-        _sync(folder)
+        sync(folder)
         return counts
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
@@ -349,14 +348,6 @@ def _fault(lines: Sequence[Mapping[str, Any]] | None, column: str, row: int) -> 
     if lines is None or row >= len(lines):
         return f"{column}: not_made"
     return "" if lines[row]["status"] == "ok" else f"{column}: {lines[row]['reason']}"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def text(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -4,7 +4,6 @@ FOLDER/step-00001200/model.safetensors ...        written as step-00001200.parti
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from model.checkpoint import CheckpointError
 from model.loading import checkpoint_folders
 from pipeline.errors import RequestError
-from pipeline.store import Store
+from pipeline.store import Store, sync
 from trainer.bucket import Bucket
 from trainer.checkpoint import Checkpoint, Snapshot, folder_name, hours_of, read, state_text, superfluous
 from trainer.recipe import Recipe
@@ -60,14 +59,14 @@ class Folder:
             (partial / "generate.json").write_text(json.dumps(generate, indent=1))
             (partial / "state.json").write_text(state_text(step, state))
             for path in (*partial.iterdir(), partial):
-                _sync(path)
+                sync(path)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise error if isinstance(error, OSError) else OSError(str(error)) from error
         if final.exists():  # of a run that went back to an older checkpoint because this one could not be read
             shutil.rmtree(final)
         partial.rename(final)
-        _sync(self.root)
+        sync(self.root)
 
     def remove(self, name: str) -> None:
         # renamed first, so that a kill leaves no half folder under a checkpoint's name
@@ -188,11 +187,3 @@ class Saver:
 
     def __exit__(self, *exc: object) -> None:
         self._pool.shutdown()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

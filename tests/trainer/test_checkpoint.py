@@ -122,7 +122,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Pa
     for number in range(1, 12):  # before each of the writes and syncs
         count = 0
 
-        def die(*args, number=number, real=places._sync):
+        def die(*args, number=number, real=places.sync):
             nonlocal count
             count += 1
             if count == number:
@@ -130,7 +130,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Pa
             real(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(places, "_sync", die)
+            patch.setattr(places, "sync", die)
             with contextlib.suppress(KeyboardInterrupt):
                 save(tmp_path, 20 + number, keep=1, seed=2)
         found = latest(tmp_path)
