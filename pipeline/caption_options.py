@@ -64,7 +64,7 @@ class CaptionsColumn(Options):
     model: str | None = None
     """What the server calls its model."""
     api_key_env: str | None = Field(default=None, pattern="^[A-Za-z_][A-Za-z0-9_]*$")
-    """The environment variable that holds the server's key, on each machine that asks it."""
+    """The environment variable that holds the server's key, on each machine that asks it and where the build begins."""
     concurrency: int = Field(default=16, ge=1, le=1024)
     """Requests that a worker has in flight."""
     price_in: float | None = Field(default=None, ge=0)

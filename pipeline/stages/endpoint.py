@@ -54,6 +54,7 @@ class Endpoint:
         self._loader = Loader(options.image_side, max_pixels, resources.decode_threads)
         self._prompt = options.prompt or default_prompt(options.asked_kind)
         check_language(name, options)
+        self._find_key()  # a build without it ends before it begins
         stage = {"stage": "captions", "version": 1, "from": "endpoint", "captioner": options.model}
         stage |= {"revision": options.revision, "quality": QUALITY}
         self.columns = {name: ColumnSpec({**stage, **asked_of(options, self._prompt)}, SCALARS, (IMAGES,))}
@@ -64,14 +65,22 @@ class Endpoint:
         return {**self.__dict__, "_key": None, "_costs": {}}
 
     def load(self) -> None:
+        self._key = self._find_key()
+
+    def _find_key(self) -> str | None:
+        """The server's key as this machine has it.
+
+        Raises:
+            RequestError: the variable is not set, or empty.
+        """
         variable = self._options.api_key_env
-        if variable is not None:
-            self._key = os.environ.get(variable)
-            if not self._key:
-                raise RequestError(
-                    f"columns.{self.name}.api_key_env = {variable!r}: {socket.gethostname()} has no such variable; "
-                    "set it where the workers run"
-                )
+        key = os.environ.get(variable) if variable is not None else None
+        if variable is not None and not key:
+            raise RequestError(
+                f"columns.{self.name}.api_key_env = {variable!r}: {socket.gethostname()} has no such variable; "
+                "set it here and where the workers run"
+            )
+        return key
 
     def run(self, corpus: Corpus, task: Task) -> list[Commit]:
         images = latest(corpus, IMAGES, task.ref)

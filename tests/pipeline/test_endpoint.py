@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import pickle
 import threading
 import time
 from collections import Counter
@@ -216,9 +217,19 @@ def test_a_wrong_key_or_url_ends_the_build(corpus: Corpus, server: Server, statu
 
 
 def test_a_key_that_is_not_there_is_told(corpus: Corpus, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(KEY, raising=False)
-    with pytest.raises(RequestError, match=f"api_key_env = '{KEY}': .* has no such variable"):
-        captions(corpus, server, api_key_env=KEY)
+    message = f"columns.captions/vl.api_key_env = '{KEY}': .* has no such variable; set it here and where the workers"
+    for value in (None, ""):
+        monkeypatch.delenv(KEY, raising=False) if value is None else monkeypatch.setenv(KEY, value)
+        with pytest.raises(RequestError, match=message):  # before a build begins
+            stages_of(config(Path(corpus.url), asked(server, api_key_env=KEY)))
+    monkeypatch.setenv(KEY, "sesame")
+    (stage,) = stages_of(config(Path(corpus.url), asked(server, api_key_env=KEY)))
+    taken = pickle.dumps(stage)
+    assert b"sesame" not in taken
+    monkeypatch.delenv(KEY)
+    with pytest.raises(RequestError, match=message):  # on another machine, which does not have it
+        pickle.loads(taken).load()
+    assert server.requests == []
 
 
 def test_the_build_stops_at_its_spend_limit(corpus: Corpus, server: Server) -> None:
