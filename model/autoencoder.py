@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.hub import ModelFiles, fetch, new_folder
+from model.hub import ModelFiles, fetch, new_folder, require
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,7 @@ def load_autoencoder(
     if entry.dtype == torch.float16 and config.get("force_upcast"):
         raise ValueError(f"autoencoder {name!r} overflows in float16 (force_upcast); take bfloat16 or sdxl-fp16-fix")
     prefix = f"{entry.subfolder}/" if entry.subfolder else ""
-    groups = [[prefix + file for file in group] for group in WEIGHTS]
-    files = fetch(entry.where, [f"{prefix}config.json"], weights=groups, revision=files.revision)
+    files = fetch(entry.where, [f"{prefix}config.json"], weights=_weights(entry), revision=files.revision)
     import diffusers
 
     try:
@@ -255,9 +254,17 @@ def autoencoder_fingerprint(
     """The fingerprint of `load_autoencoder(...)`, told from its files: of a repository only the config is fetched.
 
     Raises:
-        As `load_autoencoder`.
+        As `load_autoencoder`, but for files that are damaged.
     """
-    return _fingerprint(*_find(str(name_or_path), revision, dtype))
+    entry, files, config = _find(str(name_or_path), revision, dtype)
+    require(files, weights=_weights(entry))
+    return _fingerprint(entry, files, config)
+
+
+def _weights(entry: Entry) -> list[list[str]]:
+    """What its weights may lie in, the best first."""
+    prefix = f"{entry.subfolder}/" if entry.subfolder else ""
+    return [[prefix + file for file in group] for group in WEIGHTS]
 
 
 def _find(name: str, revision: str | None, dtype: torch.dtype | None) -> tuple[Entry, ModelFiles, dict[str, Any]]:

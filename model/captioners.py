@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from model.hub import ModelFiles, ModelFilesError, fetch
+from model.hub import ModelFiles, ModelFilesError, fetch, require
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ FAMILIES = (*QWEN, "internvl", "llava", "florence2", "blip")
 """The `model_type` of what can be loaded. A LLaVA-NeXT is another kind, and is not among them."""
 
 CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json", "generation_config.json")
+IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 TEXTS = (
     *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
@@ -255,8 +256,6 @@ def load_captioner(
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar for each loading of each worker helps nobody
-    if not files.matching(*VOCABULARIES):  # transformers would go on with an empty one
-        raise ModelFilesError(f"{files.name} holds no tokenizer; expected one of {', '.join(VOCABULARIES)}")
     module = _load(files, AutoModelForImageTextToText, dtype_of(family))
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.folder, local_files_only=True)
@@ -270,7 +269,7 @@ def load_captioner(
 
 def fetch_captioner(name: str, revision: str | None) -> tuple[ModelFiles, str]:
     """All files of a captioner, and its family. Raises as `load_captioner`."""
-    files, family = _find(name, revision)
+    files, family = _whole(name, revision)
     where = files.folder if files.revision is None else files.name
     return fetch(where, [*CONFIGS, *TEXTS], weights=WEIGHTS, revision=files.revision), family
 
@@ -279,9 +278,9 @@ def captioner_fingerprint(name_or_path: str | Path, *, revision: str | None = No
     """The fingerprint of `load_captioner(...)`, told from its files: of a repository only the config is fetched.
 
     Raises:
-        As `load_captioner`.
+        As `load_captioner`, but for files that are damaged.
     """
-    return _fingerprint(*_find(str(name_or_path), revision))
+    return _fingerprint(*_whole(str(name_or_path), revision))
 
 
 def dtype_of(family: str) -> torch.dtype:
@@ -299,6 +298,14 @@ def _find(name: str, revision: str | None) -> tuple[ModelFiles, str]:
     if family not in FAMILIES:
         raise ValueError(f"captioner {name!r}: model_type {family!r} is none of {', '.join(FAMILIES)}")
     return files, str(family)
+
+
+def _whole(name: str, revision: str | None) -> tuple[ModelFiles, str]:
+    """The config files of a captioner that lacks none, and its family."""
+    files, family = _find(name, revision)
+    # without a vocabulary transformers would go on with an empty one
+    require(files, IMAGE_PROCESSORS, VOCABULARIES, weights=WEIGHTS)
+    return files, family
 
 
 def _fingerprint(files: ModelFiles, family: str) -> dict[str, Any]:

@@ -123,6 +123,62 @@ def fetch(
     )
 
 
+def require(files: ModelFiles, *needed: Sequence[str], weights: Sequence[Sequence[str]]) -> None:
+    """Refuses a model that lacks files, before any of its weights is downloaded.
+
+    It looks into the folder; of a repository into the cache, and if that is not enough asks the hub what the commit
+    holds. Nothing is downloaded but the index of weights in several files.
+
+    needed: groups of patterns; of each group one file has to be there.
+    weights: alternatives, as in `fetch`. The first one of which anything is there has to be whole: its index and all
+        files that this names.
+
+    Raises:
+        ModelFilesError: something is missing; the message names all of it.
+    """
+    if not (lacks := _lacking(files, files.matching("*"), needed, weights)):
+        return
+    if files.revision is None:
+        raise ModelFilesError(f"{files.name} lacks {', '.join(lacks)}; {files._remedy()}")
+    from huggingface_hub import HfApi, errors
+
+    what = f"{files.name} at {files.revision}"
+    try:
+        lacks = _lacking(files, HfApi().list_repo_files(files.name, revision=files.revision), needed, weights)
+    except (errors.HTTPError, OSError) as error:  # no connection, or HF_HUB_OFFLINE
+        here = f"the cache lacks {', '.join(lacks)} of {what}"
+        raise ModelFilesError(f"{here}, and the hub cannot be asked for it: {reason(error)}") from error
+    if lacks:
+        raise ModelFilesError(f"{what} lacks {', '.join(lacks)}: give another revision or repository")
+
+
+def _lacking(
+    files: ModelFiles, there: Sequence[str], needed: Sequence[Sequence[str]], weights: Sequence[Sequence[str]]
+) -> list[str]:
+    """What is missing `there`, in words."""
+
+    def some(patterns: Sequence[str]) -> bool:
+        return any(fnmatch(file, pattern) for pattern in patterns for file in there)
+
+    lacks = [" or ".join(group) for group in needed if not some(group)]
+    chosen = next((group for group in weights if some(group)), None)
+    if chosen is None:
+        return [*lacks, "weights (" + " or ".join(group[0] for group in weights) + ")"]
+    index = chosen[0]
+    if not index.endswith(".index.json"):
+        return lacks
+    if index not in there:
+        return [*lacks, index]
+    if files.revision is not None:
+        _fetch_hub(files.name, [index], files.revision)
+    parts = files.read_json(index).get("weight_map")
+    if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+        raise files.damaged(index, ValueError("it has no weight_map from names to files"))
+    folder = index.rpartition("/")[0]
+    named = sorted({f"{folder}/{part}" if folder else part for part in parts.values()})
+    return [*lacks, *(part for part in named if part not in there)]
+
+
 def new_folder(path: str | Path) -> Path:
     """Make a folder to save a model in, so that nothing is overwritten and no older file is taken for a part of it.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from model.clip import ClipTokenizer, load_open_clip, open_clip_config, read_merges
-from model.hub import ModelFiles, fetch, new_folder
+from model.hub import ModelFiles, fetch, new_folder, require
 
 CAPTION = "{caption}"
 
@@ -97,9 +97,12 @@ T5 = ("t5", "mt5", "umt5")
 BERT = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta-v2", "mpnet", "modernbert")
 COUNT_BEHIND_PAD = ("roberta", "xlm-roberta", "mpnet")  # their positions begin behind the pad token's id
 CONFIGS = ("config.json", "open_clip_config.json")
+VOCABULARIES = (
+    "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"
+)  # fmt: skip
+OF_CLIP = ("merges.txt", "tokenizer.json")  # what `read_merges` takes
 TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
+    *VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 WEIGHTS = (
     ("model.safetensors",),
@@ -242,8 +245,7 @@ def load_text_encoder(
     name = str(name_or_path)
     found = _find(name, revision, dtype, max_tokens, hidden_layer, template, trim)
     entry, files, family, options = found
-    groups = WEIGHTS if family == "clip" else [group for group in WEIGHTS if not group[0].startswith("open_clip")]
-    files = fetch(_folder(entry), [*CONFIGS, *TOKENIZER], weights=groups, revision=files.revision)
+    files = fetch(_folder(entry), [*CONFIGS, *TOKENIZER], weights=_weights(family), revision=files.revision)
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
     from transformers.utils import logging
 
@@ -277,9 +279,12 @@ def text_encoder_fingerprint(
     """The fingerprint of `load_text_encoder(...)`, told from its files: of a repository only the config is fetched.
 
     Raises:
-        As `load_text_encoder`.
+        As `load_text_encoder`, but for files that are damaged.
     """
-    return _fingerprint(*_find(str(name_or_path), revision, dtype, max_tokens, hidden_layer, template, trim))
+    found = _find(str(name_or_path), revision, dtype, max_tokens, hidden_layer, template, trim)
+    _, files, family, _ = found
+    require(files, OF_CLIP if family == "clip" else VOCABULARIES, weights=_weights(family))
+    return _fingerprint(*found)
 
 
 Family = Literal["encoder", "clip", "decoder"]
@@ -331,6 +336,11 @@ def _find(
     if max_tokens is not None and not 2 <= max_tokens <= (limit or max_tokens):
         raise ValueError(f"max_tokens={max_tokens}: {name} takes 2 to {limit or 'any number of'} tokens")
     return replace(asked, max_tokens=min(tokens, limit or tokens)), files, family, options
+
+
+def _weights(family: Family) -> list[tuple[str, ...]]:
+    """What its weights may lie in, the best first."""
+    return [group for group in WEIGHTS if family == "clip" or not group[0].startswith("open_clip")]
 
 
 def _folder(entry: Entry) -> str | Path:

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.carried import EFFICIENTNET, carried, load_efficientnet
-from model.hub import ModelFiles, ModelFilesError, fetch
-from model.text import TOKENIZER
+from model.hub import ModelFiles, ModelFilesError, fetch, require
+from model.text import TOKENIZER, VOCABULARIES
 
 Task = Literal["classify", "aesthetic", "embed", "compare"]
 
@@ -109,11 +109,13 @@ def vision_fingerprint(
     """The fingerprint of `load_vision_model(...)`, told from its files: of a repository only the configs are fetched.
 
     Raises:
-        As `load_vision_model`.
+        As `load_vision_model`, but for files that are damaged.
     """
     if str(name_or_path) == EFFICIENTNET and task == "embed":
         return {**carried(EFFICIENTNET), "dtype": "float32"}
-    return _fingerprint(_find(str(name_or_path), task, label, revision), task, label)
+    found = _find(str(name_or_path), task, label, revision)
+    require(found.files, *([VOCABULARIES] if task == "compare" else []), weights=WEIGHTS)
+    return _fingerprint(found, task, label)
 
 
 def load_vision_model(

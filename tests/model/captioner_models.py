@@ -1,6 +1,7 @@
 """Tiny captioners with random weights, in the layout of the repositories that `model.captioners` names."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,14 @@ TEXT: dict[str, Any] = {
 TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def vision_folder(folder: Path, family: str, seed: int = 0) -> str:
+def vision_folder(folder: Path, family: str, seed: int = 0, **sizes: int) -> str:
     """Write a captioner of a family, and its tokenizer and image processor; gives the folder's name."""
     folder.mkdir(parents=True, exist_ok=True)
     known = SPECIAL.get(family, QWEN)
     ids = {token: i for i, token in enumerate(known)}
     _write_tokenizer(folder, family, known, ids)
     torch.manual_seed(seed)
-    module, images = _MAKERS[family](ids)
+    module, images = _MAKERS[family](ids, **sizes)
     for parameter in module.parameters():  # with weights as small as usual, what is said is the same of every image
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -188,11 +189,12 @@ def _qwen2_5_vl(ids: dict[str, int]) -> tuple[Any, Any]:
     return Qwen2_5_VLForConditionalGeneration(config), images
 
 
-def _qwen3_vl(ids: dict[str, int]) -> tuple[Any, Any]:
+def _qwen3_vl(ids: dict[str, int], head_dim: int = 8) -> tuple[Any, Any]:
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
     vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
-    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
-    text = {**TEXT, "head_dim": 8, "rope_scaling": rope, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"]}
+    rope: dict[str, Any] = {"rope_type": "default", "mrope_interleaved": True}
+    rope["mrope_section"] = [head_dim // 4, head_dim // 8, head_dim // 8]
+    text = {**TEXT, "head_dim": head_dim, "rope_scaling": rope, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"]}
     config = Qwen3VLConfig(text_config=text, vision_config=vision, **_qwen_ids(ids))
     images = Qwen2VLImageProcessorPil(
         size={"shortest_edge": 64 * 64, "longest_edge": 96 * 96},
@@ -209,7 +211,7 @@ def _qwen_ids(ids: dict[str, int]) -> dict[str, int]:
     return {name: ids[f"<|{token}|>"] for name, token in names.items()}
 
 
-_MAKERS = {
+_MAKERS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "blip": _blip,
     "florence2": _florence2,
     "llava": _llava,

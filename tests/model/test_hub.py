@@ -1,5 +1,6 @@
 """Model files from a folder and from a hub, through the real client."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, constants, hf_hub_download
 
-from model.hub import ModelFilesError, fetch
+from model.hub import ModelFilesError, fetch, require
 from tests.hub import TOKEN, Hub
 
 WEIGHTS = (("model.safetensors",), ("model.safetensors.index.json", "model-?????-of-?????.safetensors"), ("model.bin",))
@@ -78,6 +79,71 @@ def test_a_pinned_commit_in_the_cache_needs_no_network(hub: Hub):
     fetch("owner/name", ["config.json"])
     hub.close()
     assert fetch("owner/name", ["config.json"], weights=WEIGHTS).revision == commit  # main as it was last seen
+
+
+def index_of(*parts: str) -> bytes:
+    return json.dumps({"metadata": {}, "weight_map": {f"layer.{i}": part for i, part in enumerate(parts)}}).encode()
+
+
+@pytest.mark.parametrize("where", ["hub", "folder"])
+def test_what_is_missing_is_named_before_weights_are_downloaded(where: str, hub: Hub, tmp_path: Path):
+    """Of a repository and of a folder the same, in one message."""
+    shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    index = {"model.safetensors.index.json": index_of(*shards, *shards)}
+    words = ["a.json", "b.json"]
+    cases: list[tuple[dict[str, bytes], str]] = [
+        ({"b.json": b"", "model.safetensors": b"w"}, ""),
+        ({"a.json": b"", "model.bin": b"w"}, ""),
+        ({"a.json": b"", **index, **dict.fromkeys(shards, b"w")}, ""),
+        ({"model.safetensors": b"w"}, "lacks a.json or b.json"),
+        ({"a.json": b""}, r"lacks weights \(model.safetensors or model.safetensors.index.json or model.bin\)"),
+        ({}, r"lacks a.json or b.json, weights \(model.safetensors or "),
+        ({**index, shards[1]: b"w"}, f"lacks a.json or b.json, {shards[0]}, {shards[2]}[:;]"),
+        ({"a.json": b"", shards[0]: b"w"}, "lacks model.safetensors.index.json[:;]"),
+        ({"a.json": b"", **index, "model.bin": b"w"}, f"lacks {', '.join(shards)}[:;]"),
+        ({"a.json": b"", "model.safetensors.index.json": b"{}"}, "index.json is damaged .it has no weight_map"),
+    ]
+    for number, (files, message) in enumerate(cases):
+        if where == "hub":
+            commit = hub.add(f"owner/m{number}", {"config.json": CONFIG, **files})
+            found = fetch(f"owner/m{number}", ["config.json"])
+        else:
+            folder = tmp_path / f"m{number}"
+            folder.mkdir()
+            for name, data in files.items():
+                (folder / name).write_bytes(data)
+            found = fetch(folder, ["config.json"])
+        if not message:
+            require(found, words, weights=WEIGHTS)
+            continue
+        begins = rf"^owner/m{number} at {commit} " if where == "hub" else rf"^m{number} "
+        with pytest.raises(ModelFilesError, match=message if "damaged" in message else begins + message) as error:
+            require(found, words, weights=WEIGHTS)
+        assert "\n" not in str(error.value)
+    assert not any(file.endswith((".safetensors", ".bin")) for file in hub.downloads())
+
+
+def test_what_the_cache_holds_is_not_asked_for(hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    files = {"config.json": CONFIG, "model.safetensors.index.json": index_of("model-00001-of-00001.safetensors")}
+    hub.add("owner/whole", {**files, "model-00001-of-00001.safetensors": b"w"})
+    hub.add("owner/part", {**files, "model-00001-of-00001.safetensors": b"w"})
+    whole = fetch("owner/whole", ["config.json"], weights=WEIGHTS)
+    part = fetch("owner/part", ["config.json"])
+    before = len(hub.requests)
+    require(whole, ["config.json"], weights=WEIGHTS)
+    assert len(hub.requests) == before
+    require(part, ["config.json"], weights=WEIGHTS)
+    assert len(hub.requests) > before
+    lacks = "the cache lacks model-00001-of-00001.safetensors of owner/part at [0-9a-f]{40}, and the hub cannot be"
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        require(whole, ["config.json"], weights=WEIGHTS)
+        with pytest.raises(ModelFilesError, match=lacks):
+            require(part, ["config.json"], weights=WEIGHTS)
+    hub.close()
+    require(whole, ["config.json"], weights=WEIGHTS)
+    with pytest.raises(ModelFilesError, match=lacks):
+        require(part, ["config.json"], weights=WEIGHTS)
 
 
 def test_a_folder_is_known_by_its_bytes(tmp_path: Path):

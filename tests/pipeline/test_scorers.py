@@ -278,6 +278,20 @@ def test_models_of_the_hub_are_named_before_a_build_begins(hub: Hub, tmp_path: P
     ):
         with pytest.raises(RequestError, match=rf"columns\.{column}\.model = 'owner/.*{words}"):
             stages_of(config(tmp_path, {"captions/a": {}, column: options}))
+    # and files of it that are missing, by a listing of the repository
+    for folder, without, column, options in (
+        (dino_model(tmp_path / "d"), "model.safetensors", "embedding-x", {}),
+        (classifier(tmp_path / "v"), "model.safetensors", "nsfw", {"label": "nsfw"}),
+        (classifier(tmp_path / "v"), "model.safetensors", "aesthetic", {"label": "nsfw"}),
+        (clip_model(tmp_path / "c"), "model.safetensors", "clip", {"captions": "a"}),
+        (clip_model(tmp_path / "c"), "tokenizer.json or vocab", "clip-x", {"captions": "a"}),
+    ):
+        repo = f"owner/{column}"
+        hub.add(repo, {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name.split(".")[0] not in without})
+        field = rf"columns\.scores/{column}\.model = '{repo}': {repo} at [0-9a-f]{{40}} lacks "
+        with pytest.raises(RequestError, match=rf"{field}(weights \()?{without}"):
+            stages_of(config(tmp_path, {"captions/a": {}, f"scores/{column}": {"model": repo, **options}}))
+    assert not any(path.endswith("safetensors") for path in hub.downloads())
     # what a corpus was made with stays: the branch moved on
     corpus = Corpus.create(tmp_path / "corpus", "tried", SHARD)
     corpus.declare_column("scores/embedding", told)
