@@ -1,6 +1,6 @@
 """A captioner in vLLM, which makes its own batches of the requests that it is given: `pip install "microdit[vllm]"`.
 
-NOT RUN YET: it was written for vLLM 0.11's `LLM.chat` on a machine that has no GPU, where vLLM does not install.
+vLLM prepares the images itself, and computes in a process of its own while the next ones are prepared.
 """
 
 from __future__ import annotations
@@ -21,32 +21,42 @@ MEMORY = 0.9  # of the GPU, for weights and cache
 
 
 class VllmModel:
-    """What `model.captioners.VisionModel` is to the pipeline: `prepare` and `generate`."""
+    """What `model.captioners.VisionModel` is to the pipeline: `prepare` and `generate`. Made by `load_vllm`."""
 
     def __init__(self, folder: Path, memory: float):
+        self._folder, self._memory = folder, memory
+        self._llm: Any = None
+        self._start()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _start(self) -> None:
         from transformers import AutoConfig
         from vllm import LLM
 
-        text = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-        # one image of each request, and no room kept for videos
-        self._llm: Any = LLM(
-            model=str(folder),
+        text = AutoConfig.from_pretrained(self._folder, local_files_only=True).get_text_config()
+        self._llm = LLM(
+            model=str(self._folder),
             dtype="bfloat16",
             max_model_len=min(MOST_TOKENS, text.max_position_embeddings),
-            limit_mm_per_prompt={"image": 1, "video": 0},
-            gpu_memory_utilization=memory,
+            limit_mm_per_prompt={"image": 1, "video": 0},  # no room is kept for videos
+            gpu_memory_utilization=self._memory,
         )
         # of the model's own generation config vLLM takes by itself what ends an answer, and no more
         self._penalty: float = self._llm.get_default_sampling_params().repetition_penalty
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def prepare(self, pixels: np.ndarray) -> Image.Image:
         return Image.fromarray(pixels)
 
     def generate(
-        self, pictures: Sequence[Any], prompt: str, max_tokens: int, temperature: float, seeds: Sequence[int]
+        self, pictures: Sequence[Image.Image], prompt: str, max_tokens: int, temperature: float, seeds: Sequence[int]
     ) -> list[Answer]:
+        """As that of `VisionModel`.
+
+        Raises:
+            torch.AcceleratorError: vLLM's process died. The next call starts another one.
+        """
         from vllm import SamplingParams
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         asked = [
             [{"role": "user", "content": [{"type": "image_pil", "image_pil": p}, {"type": "text", "text": prompt}]}]
@@ -56,7 +66,13 @@ class VllmModel:
             SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed, repetition_penalty=self._penalty)
             for seed in seeds
         ]
-        found = [request.outputs[0] for request in self._llm.chat(asked, drawn, use_tqdm=False)]
+        if self._llm is None:
+            self._start()
+        try:
+            found = [request.outputs[0] for request in self._llm.chat(asked, drawn, use_tqdm=False)]
+        except EngineDeadError as error:
+            self._llm = None
+            raise torch.AcceleratorError(f"vLLM's process died: {error}") from error
         return [Answer(one.text.strip(), one.finish_reason == "stop") for one in found]
 
 

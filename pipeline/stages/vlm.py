@@ -59,7 +59,7 @@ class Vlm:
         first, options = next(iter(columns.items()))
         self.name = first.replace("/", ":", 1) + (f"+{len(columns) - 1}" if len(columns) > 1 else "")
         self._engine, self._loader = options.engine, Loader(options.image_side, max_pixels, resources.decode_threads)
-        self._batch = resources.captions_batch
+        self._batch, self._share = resources.captions_batch, resources.gpus_per_actor or 1.0
         if self._engine == "vllm":
             self._batch = max(self._batch, IN_FLIGHT)
             if importlib.util.find_spec("vllm") is None:
@@ -87,7 +87,7 @@ class Vlm:
         if self._engine == "vllm":
             from model.captioners_vllm import load_vllm
 
-            self.model = load_vllm(where, revision=revision)
+            self.model = load_vllm(where, revision=revision, share=self._share)
         else:
             from model.captioners import load_captioner
 

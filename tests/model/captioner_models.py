@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -57,6 +58,11 @@ TEXT: dict[str, Any] = {
     "num_key_value_heads": 2,
 }
 TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def noise(seed: int, height: int, width: int) -> np.ndarray:
+    """(height, width, 3) uint8."""
+    return np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
 
 
 def vision_folder(folder: Path, family: str, seed: int = 0, **sizes: int) -> str:
