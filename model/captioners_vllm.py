@@ -5,6 +5,7 @@ vLLM prepares the images itself, and computes in a process of its own while the 
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class VllmModel:
         from transformers import AutoConfig
         from vllm import LLM
 
+        others = set(multiprocessing.active_children())
         text = AutoConfig.from_pretrained(self._folder, local_files_only=True).get_text_config()
         self._llm = LLM(
             model=str(self._folder),
@@ -41,6 +43,7 @@ class VllmModel:
             limit_mm_per_prompt={"image": 1, "video": 0},  # no room is kept for videos
             gpu_memory_utilization=self._memory,
         )
+        self._engine = set(multiprocessing.active_children()) - others
         # of the model's own generation config vLLM takes by itself what ends an answer, and no more
         self._penalty: float = self._llm.get_default_sampling_params().repetition_penalty
 
@@ -53,7 +56,7 @@ class VllmModel:
         """As that of `VisionModel`.
 
         Raises:
-            torch.AcceleratorError: vLLM's process died. The next call starts another one.
+            torch.AcceleratorError: vLLM's process died meanwhile. The next call starts another one.
         """
         from vllm import SamplingParams
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -66,8 +69,8 @@ class VllmModel:
             SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed, repetition_penalty=self._penalty)
             for seed in seeds
         ]
-        if self._llm is None:
-            self._start()
+        if self._llm is None or not all(process.is_alive() for process in self._engine):
+            self._start()  # if it died between two calls, vLLM may wait for it for ever
         try:
             found = [request.outputs[0] for request in self._llm.chat(asked, drawn, use_tqdm=False)]
         except EngineDeadError as error:
