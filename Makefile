@@ -18,7 +18,8 @@ demo: .venv/installed
 setup: .venv/installed
 
 test: .venv/installed-dev .venv/chromium .venv/slurm lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@# three beside each other on two cores: a good half of the time is waiting, for Ray, servers and signals
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
