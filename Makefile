@@ -6,8 +6,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$python && break; done)
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 BIN := .venv/bin
-# byte code is written at the first import, and only of what is imported: a third of the installation's time
-INSTALL := $(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt
+INSTALL := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test setup lint clean
@@ -36,9 +35,10 @@ $(BIN)/python:
 	$(INSTALL) -e .
 	@touch $@
 
+# byte code is written at the first import, of what is imported: to compile it all is a third of the installation's time
 .venv/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing microdit with its development parts into .venv (a few minutes the first time)"
-	$(INSTALL) -e ".[dev]"
+	$(INSTALL) --no-compile -e ".[dev]"
 	@touch $@ .venv/installed
 
 # a browser for the tests of the report page: Debian's, or where there is none (Ubuntu has only a snap) playwright's own
