@@ -6,7 +6,11 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$python && break; done)
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 BIN := .venv/bin
-INSTALL := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
+# pip would compile on one core, which is a third of the installation's time
+define install
+	$(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e $(1)
+	@PYTHONWARNINGS=ignore $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+endef
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test setup lint clean
@@ -32,13 +36,12 @@ $(BIN)/python:
 
 .venv/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing microdit into .venv (a few minutes the first time)"
-	$(INSTALL) -e .
+	$(call install,.)
 	@touch $@
 
-# byte code is written at the first import, of what is imported: to compile it all is a third of the installation's time
 .venv/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing microdit with its development parts into .venv (a few minutes the first time)"
-	$(INSTALL) --no-compile -e ".[dev]"
+	$(call install,".[dev]")
 	@touch $@ .venv/installed
 
 # a browser for the tests of the report page: Debian's, or where there is none (Ubuntu has only a snap) playwright's own
