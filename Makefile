@@ -6,6 +6,11 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$python && break; done)
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 BIN := .venv/bin
+# pip would compile on one core, which is a third of the installation's time
+define install
+	$(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e $(1)
+	@PYTHONWARNINGS=ignore $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+endef
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test setup lint clean
@@ -16,7 +21,8 @@ demo: .venv/installed
 setup: .venv/installed
 
 test: .venv/installed-dev .venv/chromium .venv/slurm lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@# three beside each other on two cores: a good half of the time is waiting, for Ray, servers and signals
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -30,12 +36,12 @@ $(BIN)/python:
 
 .venv/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing microdit into .venv (a few minutes the first time)"
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	$(call install,.)
 	@touch $@
 
 .venv/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing microdit with its development parts into .venv (a few minutes the first time)"
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(call install,".[dev]")
 	@touch $@ .venv/installed
 
 # a browser for the tests of the report page: Debian's, or where there is none (Ubuntu has only a snap) playwright's own

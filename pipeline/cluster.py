@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,12 +12,16 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray itsel
 # Ray's servers take pings that come more often than every 60 s for an attack
 os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "90000")
 os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", "30000")
+# the driver asks every task how it ended, but for those that a signal makes it drop
+os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 
 import ray
 
 from pipeline.errors import RequestError
 
 OBJECT_STORE = 100 << 20  # bytes: only names and small dictionaries travel
+# one thread a process: the engine, not OpenMP, spreads the work
+WORKERS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @contextmanager
@@ -31,13 +35,15 @@ def joined() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    # without "local" Ray would join a cluster that anybody started on this machine with `ray start`
-    local = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE}
-    where: dict[str, Any] = {} if address else local
-    # one thread a process: the engine, not OpenMP, spreads the work
-    environment = {"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **where)
+        if address:
+            ray.init(runtime_env={"env_vars": WORKERS}, **quiet)
+        else:
+            # Without "local" Ray would join a cluster that anybody started on this machine with `ray start`. Workers
+            # inherit the environment: with a runtime_env, those that Ray starts beforehand would be of no use.
+            with _inherited(WORKERS):
+                ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
     except ConnectionError as error:
         raise RequestError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); "
@@ -47,6 +53,21 @@ def joined() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _inherited(settings: Mapping[str, str]) -> Iterator[None]:
+    """Processes that are started in the block have these in their environment."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def size(most_cpus: float | None, most_gpus: float | None) -> tuple[float, float]:

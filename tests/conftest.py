@@ -10,6 +10,8 @@ from tests.s3 import corpus_url, s3_server, s3_url
 
 __all__ = ["corpus_url", "s3_server", "s3_url"]
 
+pytest.register_assert_rewrite("tests.miniatures", "tests.pipeline")  # what test files share asserts, too
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity-dir", metavar="DIR", help="run the parity test on this set, not on tests/data/parity*")
@@ -18,10 +20,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# the longest first: whoever comes to its end early finds something left to do
+# the files of the most seconds first: whoever comes to its end early finds something left to do
 LONG = [
-    *("test_demo.py", "test_readme.py", "pipeline/test_cluster.py", "test_engine.py", "test_benchmarks.py"),
-    *("test_miniatures.py", "test_train.py"),
+    *("pipeline/test_engine.py", "tests/test_demo.py", "tests/test_readme.py", "pipeline/test_cluster.py"),
+    *("pipeline/test_shipped_configs.py", "tests/test_benchmarks.py", "pipeline/test_miniatures.py"),
+    *("pipeline/test_cli.py", "trainer/test_train.py", "trainer/test_parallel.py", "trainer/test_recipes.py"),
+    *("trainer/test_drawing.py", "trainer/test_evaluate.py", "trainer/test_compile.py", "pipeline/test_watch.py"),
+    *("model/test_network.py", "model/test_pipeline.py", "pipeline/test_store_faults.py", "pipeline/test_scorers.py"),
 ]
 
 

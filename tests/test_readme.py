@@ -26,9 +26,9 @@ TRAIN = [
 ELSEWHERE = {  # what runs the commands that are not microdit's
     "make demo": "tests/test_demo.py",  # the demo that it starts
     "make test": ".ci/run",
-    "microdit build configs/microdit-": "tests/pipeline/test_miniatures.py",  # on miniatures of the datasets
+    "microdit build configs/microdit-": "tests/pipeline/test_shipped_configs.py",  # on miniatures of the datasets
     "microdit select s3://my-bucket/microdit-37m": "tests/pipeline/test_choosing.py",  # of sources of that name
-    "hf auth login": "tests/pipeline/test_miniatures.py",  # with a token in the environment
+    "hf auth login": "tests/pipeline/test_shipped_configs.py",  # with a token in the environment
     "sbatch": "tests/infra/test_slurm.py",
 }
 

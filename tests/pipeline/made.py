@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.corpus import Commit, Corpus, ShardRef, shard_name, unit_name
 from pipeline.shards import array_bytes
+from pipeline.verify import verify
 
 IMAGE_SCALARS = {
     "caption": "string",
@@ -30,6 +31,10 @@ SOURCE = "demo"
 SHARD_SAMPLES = 6
 Hashes = dict[tuple[str, str], tuple[str, str]]
 FAILED = (2,)  # rows of every shard whose image cannot be had
+UNIT = unit_name(SOURCE, 0)
+REF = ShardRef(source=SOURCE, unit=UNIT, shard=shard_name(UNIT, 0))
+NEXT = ShardRef(source=SOURCE, unit=UNIT, shard=shard_name(UNIT, 1))
+LATENTS = "latents/demo-64"
 
 
 def make_corpus(url: str | Path) -> Corpus:
@@ -115,6 +120,26 @@ def write_column(corpus: Corpus, column: str, newest: dict[str, Commit], generat
                 tokens = len(line["caption"].split())
                 attempt.add(row, key, {"npy": array_bytes(np.full((tokens, 8), row, np.float16))}, tokens=tokens)
         return attempt.commit()
+
+
+def latents(corpus: Corpus) -> Commit:
+    """The first commit of latents."""
+    return corpus.commit(LATENTS, SOURCE, REF.shard, 0)
+
+
+def replace(corpus: Corpus, name: str, data: bytes | None) -> None:
+    """Damage an object, which only a test does."""
+    corpus.store.delete([name])
+    if data is not None:
+        corpus.store.create(name, data)
+
+
+def problems(corpus: Corpus) -> list[tuple[str, str]]:
+    """What `verify` finds: kind and place."""
+    found = verify(corpus)
+    assert found["ok"] == (not found["problems"])
+    json.dumps(found)
+    return [(problem["kind"], problem["what"]) for problem in found["problems"]]
 
 
 def hashes(corpus: Corpus, columns: Iterable[str]) -> Hashes:

@@ -24,7 +24,7 @@ from pipeline.chat import BadAnswer, parse
 from pipeline.corpus import Commit, Corpus
 from pipeline.errors import RequestError
 from pipeline.stages import stages_of
-from tests.pipeline.test_stages import check_rows, config, lines, make, start
+from tests.pipeline.staged import check_rows, config, lines, make, start
 
 GOOD = "A square of many colours lies on a table, seen from above."
 KEY = "TEST_ENDPOINT_KEY"

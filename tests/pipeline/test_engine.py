@@ -48,7 +48,6 @@ print(summary.worked, "ray" in sys.modules)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
     ray.init(
         address="local",  # not the one that another test has started
         num_cpus=1,
@@ -57,7 +56,6 @@ def cluster() -> Iterator[None]:
         log_to_driver=False,
         logging_level="ERROR",
         object_store_memory=100 << 20,
-        runtime_env=environment,
     )
     yield
     ray.shutdown()

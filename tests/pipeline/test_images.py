@@ -352,6 +352,6 @@ def test_damaged_images_give_a_picture_or_a_reason(name: str, seed: int, damage:
         assert error.reason in REASONS
         assert str(error)
     else:
-        again = decode(found.data, PIXELS)
+        again = decode(found.data, OPTIONS.max_pixels)
         assert (again.width, again.height) == (found.width, found.height)
         assert min(found.width, found.height) >= OPTIONS.min_side

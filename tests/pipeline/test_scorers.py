@@ -30,7 +30,7 @@ from pipeline.stages.models import vision_identity
 from tests.hub import Hub, hub
 from tests.model.test_carried import CODES, drawing, written
 from tests.model.vision_models import aesthetic_model, classifier, clip_model, dino_model
-from tests.pipeline.test_stages import SHARD, Photos, arrays, check_rows, config, lines, make, saved
+from tests.pipeline.staged import SHARD, Photos, arrays, check_rows, config, lines, make, saved
 
 __all__ = ["hub"]
 

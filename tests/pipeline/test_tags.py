@@ -9,7 +9,7 @@ from PIL import Image
 
 from model.tagger import Tagger, load_tagger, tagger_fingerprint
 from pipeline.openmoji import rasterise, svg_files
-from tests.pipeline.test_stages import check_rows, lines, make, start
+from tests.pipeline.staged import check_rows, lines, make, start
 
 NAMES = {"1FA9D": "hook", "2602": "umbrella", "23F0": "analog clock", "1F6A6": "traffic light"}
 

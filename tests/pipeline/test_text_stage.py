@@ -18,7 +18,7 @@ from pipeline.errors import RequestError
 from pipeline.quantise import dequantise
 from pipeline.shards import array_from_bytes, read_tar
 from tests.model.text_models import clip_files
-from tests.pipeline.test_stages import CAPTIONS, lines, make, start
+from tests.pipeline.staged import CAPTIONS, lines, make, start
 from trainer.data import ShardCache, pad_text
 
 

@@ -19,7 +19,7 @@ from pipeline.stages import vlm as vlm_stage
 from pipeline.stages.latents import seed_of
 from pipeline.stages.vlm import Vlm
 from tests.model.captioner_models import vision_folder
-from tests.pipeline.test_stages import check_rows, config, lines, make, start
+from tests.pipeline.staged import check_rows, config, lines, make, start
 
 BATCH = 3
 

@@ -17,7 +17,7 @@ from pipeline.sources.webdataset import Webdataset
 from pipeline.stages import Task, UnitTask, declare, stages_of
 from pipeline.stages.ingest import ingest_unit
 from tests.pipeline.datasets import by_key, read_all, write_tar
-from tests.pipeline.test_stages import photo, saved
+from tests.pipeline.staged import photo, saved
 
 
 def source(folder: Path, **options: Any) -> Webdataset:
