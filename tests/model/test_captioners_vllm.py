@@ -18,7 +18,7 @@ from pipeline.check import verify
 from pipeline.corpus import Corpus
 from tests.model.captioner_models import noise, vision_folder
 from tests.model.vllm_asked import COLUMNS, PROMPT, SIDES, TOKENS
-from tests.pipeline.test_stages import check_rows, lines, start
+from tests.pipeline.staged import check_rows, lines, start
 
 PYTHON = os.environ.get("MICRODIT_VLLM_PYTHON") or (sys.executable if find_spec("vllm") else "")
 pytestmark = [pytest.mark.skipif(not PYTHON, reason="vLLM is not here"), pytest.mark.timeout(900)]
