@@ -64,13 +64,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, eps: float, key_mask:
     return out.transpose(1, 2).reshape(batch, queries, hidden)
 
 
+def padded(y: Tensor, mask: Tensor | None, places: Tensor | None) -> Tensor:
+    """Packed caption tokens (N, D), the real ones of `mask` (B, L) alone -> (B, L, D) with zeros between.
+
+    places: int64 (N,), where they are among the B * L. Without it y is (B, L, D), and stays as it is.
+    """
+    if mask is None or places is None:
+        return y
+    return y.new_zeros(mask.numel(), y.shape[-1]).index_copy(0, places, y).view(*mask.shape, -1)
+
+
 def modulation(cond_dim: int, out_dim: int) -> nn.Sequential:
     """adaLN: conditioning (B, cond_dim) -> shifts, scales and gates (B, out_dim)."""
     return nn.Sequential(gelu_tanh(), nn.Linear(cond_dim, out_dim))
 
 
 class SelfAttention(nn.Module):
-    """Self-attention of width `hidden` (a multiple of the head size) on tokens (B, T, dim) -> (B, T, dim)."""
+    """Self-attention of width `hidden` (a multiple of the head size) on tokens (B, T, dim) -> (B, T, dim).
+
+    Packed tokens (N, dim) with their places (see `padded`) stay packed.
+    """
 
     def __init__(self, dim: int, hidden: int, heads: int, eps: float, bias: bool) -> None:
         super().__init__()
@@ -78,9 +91,10 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * hidden, bias=bias)
         self.proj = nn.Linear(hidden, dim, bias=bias)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return self.proj(attention(q, k, v, self.heads, self.eps, key_mask))
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        q, k, v = padded(self.qkv(x), key_mask, places).chunk(3, dim=-1)
+        out = attention(q, k, v, self.heads, self.eps, key_mask)
+        return self.proj(out if places is None else out.flatten(0, 1).index_select(0, places))
 
     def init_weights(self, out_std: float) -> None:
         nn.init.trunc_normal_(self.qkv.weight, std=0.02)
@@ -88,7 +102,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Image tokens (B, T, D) attend to caption tokens (B, L, D), at full width."""
+    """Image tokens (B, T, D) attend to caption tokens (B, L, D), or packed (see `padded`), at full width."""
 
     def __init__(self, dim: int, heads: int, eps: float, bias: bool) -> None:
         super().__init__()
@@ -97,8 +111,8 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(dim, 2 * dim, bias=bias)
         self.proj = nn.Linear(dim, dim, bias=bias)
 
-    def forward(self, x: Tensor, y: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        k, v = self.kv_linear(y).chunk(2, dim=-1)
+    def forward(self, x: Tensor, y: Tensor, key_mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        k, v = padded(self.kv_linear(y), key_mask, places).chunk(2, dim=-1)
         return self.proj(attention(self.q_linear(x), k, v, self.heads, self.eps, key_mask))
 
     def init_weights(self, out_std: float) -> None:
@@ -201,11 +215,14 @@ class Block(nn.Module):
             self.mlp = FeedForward(dim, mlp_hidden, multiple_of, bias)
         self.adaLN_modulation = modulation(cond_dim, 6 * dim)
 
-    def forward(self, x: Tensor, y: Tensor, c: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        """x (B, T, D), y (B, L, D), c (B, cond_dim), text_mask bool (B, L) or None -> (B, T, D)."""
+    def forward(
+        self, x: Tensor, y: Tensor, c: Tensor, text_mask: Tensor | None = None, places: Tensor | None = None
+    ) -> Tensor:
+        """x (B, T, D), y (B, L, D) or packed (see `padded`), c (B, cond_dim), text_mask bool (B, L) or None
+        -> (B, T, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = torch.addcmul(x, gate1.unsqueeze(1), self.attn(modulate(self.norm1(x), shift1, scale1)))
-        x = x + self.cross_attn(self.norm2(x), y, text_mask)
+        x = x + self.cross_attn(self.norm2(x), y, text_mask, places)
         return torch.addcmul(x, gate2.unsqueeze(1), self.mlp(modulate(self.norm3(x), shift2, scale2)))
 
     def init_weights(self) -> None:
@@ -215,7 +232,7 @@ class Block(nn.Module):
 
 
 class CaptionBlock(nn.Module):
-    """One unconditioned transformer block over the caption tokens, (B, L, D) -> (B, L, D)."""
+    """One unconditioned transformer block over the caption tokens, (B, L, D) -> (B, L, D); packed ones stay packed."""
 
     def __init__(self, dim: int, head_dim: int, multiple_of: int, eps: float, bias: bool) -> None:
         super().__init__()
@@ -224,8 +241,8 @@ class CaptionBlock(nn.Module):
         self.norm2 = layer_norm(dim, eps)
         self.mlp = FeedForward(dim, 4 * dim, multiple_of, bias)
 
-    def forward(self, y: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        y = y + self.attn(self.norm1(y), text_mask)
+    def forward(self, y: Tensor, text_mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        y = y + self.attn(self.norm1(y), text_mask, places)
         return y + self.mlp(self.norm2(y))
 
     def init_weights(self) -> None:
@@ -254,7 +271,7 @@ class NormMlp(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Caption embeddings (B, L, in_dim) -> (B, L, D)."""
+    """Caption embeddings (..., in_dim) -> (..., D)."""
 
     def __init__(self, in_dim: int, dim: int, eps: float) -> None:
         super().__init__()

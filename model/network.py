@@ -25,6 +25,7 @@ from model.layers import (
     PatchEmbedder,
     TimestepEmbedder,
     layer_norm,
+    padded,
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -237,20 +238,24 @@ class MicroDiT(nn.Module):
         x = self.x_embedder(x.to(dtype)) + positions
         if text_mask is not None:
             text_mask = text_mask | ~text_mask.any(dim=1, keepdim=True)
-        y = self.y_emb_preprocess(self.y_embedder(y.to(dtype)), text_mask)
-        c = self.t_embedder(t.expand(batch)) + self.pooled_y_emb_process(self._mean(y, text_mask))
+        places = self._places(text_mask)
+        if places is not None:
+            y = y.flatten(0, 1).index_select(0, places)
+        y = self.y_emb_preprocess(self.y_embedder(y.to(dtype)), text_mask, places)
+        pooled = self._mean(padded(y, text_mask, places), text_mask)
+        c = self.t_embedder(t.expand(batch)) + self.pooled_y_emb_process(pooled)
 
         x = self.patch_mixer_map_xin(x)
         y_mixer = self.patch_mixer_map_y(y)
         for block in self.patch_mixer:
-            x = block(x, y_mixer, c, text_mask)
+            x = block(x, y_mixer, c, text_mask, places)
         tokens = x.shape[1]
         keep = self._keep(batch, tokens, mask_ratio, permutation, x.device) if mask_ratio > 0 else None
         if keep is not None:
             x = x.gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[2]))
         x = self.patch_mixer_map_xout(x)
         for block in self.blocks:
-            x = block(x, y, c, text_mask)
+            x = block(x, y, c, text_mask, places)
         x = self.final_layer(x, c)
         if keep is None:
             return {"sample": self._unpatchify(x, rows, columns)}
@@ -282,6 +287,17 @@ class MicroDiT(nn.Module):
             raise ValueError(
                 f"text_mask is {text_mask.dtype} {tuple(text_mask.shape)}: expected bool {tuple(y.shape[:2])}"
             )
+
+    @staticmethod
+    def _places(text_mask: Tensor | None) -> Tensor | None:
+        """Where the real caption tokens are, int64 (N,), if they are to be packed: on a CPU.
+
+        There every token costs time, so that padding is left out wherever a layer takes each token by itself. A GPU
+        would have to wait for their number, and a compiled graph could not go on without it.
+        """
+        if text_mask is None or text_mask.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        return text_mask.flatten().nonzero().squeeze(1)
 
     @staticmethod
     def _mean(y: Tensor, text_mask: Tensor | None) -> Tensor:
