@@ -55,6 +55,24 @@ def test_text_mask_equals_text_without_padding(lengths: list[int]) -> None:
         torch.testing.assert_close(padded[b : b + 1], alone, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_packed_captions_equal_padded_ones(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and gradients, on a CPU; padding and a caption that has no real token at all included."""
+    net, (x, t, y) = build().double(), batch()
+    mask = torch.arange(6) < torch.tensor([2, 6, 0])[:, None]
+    order = torch.arange(net.grid_size**2).flip(0).expand(3, -1)
+
+    def run() -> list[torch.Tensor]:
+        out = net(x, t, y, mask, ratio, order)["sample"]
+        return [out, *torch.autograd.grad(out.square().sum(), list(net.parameters()))]
+
+    places = net._places(mask)
+    assert places is not None and places.tolist() == [0, 1, *range(6, 12)]
+    packed = run()
+    monkeypatch.setattr(net, "_places", lambda mask: None)
+    torch.testing.assert_close(packed, run(), atol=1e-10, rtol=1e-8)
+
+
 def test_full_text_mask_is_no_mask() -> None:
     net = build().double()
     x, t, y = batch()
