@@ -9,6 +9,7 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,11 @@ class Decoded:
     format: str
     plain: bool
     scale: float = 1.0
+
+    @cached_property
+    def picture(self) -> Image.Image:
+        """The pixels as Pillow resizes them: a copy, made once for all sizes."""
+        return Image.fromarray(self.pixels)
 
 
 @dataclass(frozen=True)

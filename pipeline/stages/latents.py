@@ -1,6 +1,7 @@
 """`latents/*`: images through autoencoders, all of their resolutions from one decode.
 
-committed tar --a thread--> rows --threads--> crops, noise --GPU--> latents --a thread--> tars, one for each column
+committed tar --a thread--> rows --threads--> a batch's pixels, noise --GPU--> latents --a thread--> tars, one for each
+column. A batch is made where the GPU copies it from, by several threads at once, and its place is used again.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -32,13 +33,37 @@ WRITING = 2  # batches that wait for the GPU, or to be written
 INFINITE = 0x7C00  # the bits of float16's infinity; those of NaN are above, those of every number below
 
 
+class Room:
+    """Where a batch is made ready, and from where a GPU copies it: pinned memory.
+
+    `pixels` uint8 (B, side, side, 3) by side, `noise` of the posteriors, float32 (B, c, h, w), by column. The first
+    `count` rows of them are samples; those behind are black, and have no noise.
+    """
+
+    def __init__(self, size: int, sides: Iterable[int], noise: Mapping[str, tuple[int, ...]], pinned: bool):
+        import torch
+
+        self.count = 0
+        self.pixels = {s: torch.empty(size, s, s, 3, dtype=torch.uint8, pin_memory=pinned) for s in sides}
+        self.noise = {column: torch.empty(size, *shape, pin_memory=pinned) for column, shape in noise.items()}
+
+    def close_ranks(self, places: Sequence[int]) -> None:
+        """Move the samples that are at `places` to the front, in order; what is behind them is blanked."""
+        self.count = len(places)
+        for whole in (*self.pixels.values(), *self.noise.values()):
+            for to, place in enumerate(places):
+                if to != place:
+                    whole[to] = whole[place]
+            whole[len(places) :] = 0
+
+
 @dataclass(frozen=True)
 class Sample:
-    """An image ready for the models: `crops` (side, side, 3) uint8 by side, `noise` of its posterior by column."""
+    """An image that is ready for the models: row `place` of a room."""
 
     row: Row
-    crops: dict[int, np.ndarray]
-    noise: dict[str, Any]
+    room: Room
+    place: int
 
 
 class Latents:
@@ -108,16 +133,18 @@ class Latents:
             rows = samples(read_rows(corpus, images), made, task, IMAGES)
             writer = stack.enter_context(ThreadPoolExecutor(1))
             read = stack.enter_context(closing(read_ahead(rows, self._batch)))
+            free: deque[Room] = deque()
+            placed = self._placed(made, read, free, device.type == "cuda")
             prepare = partial(self._prepare, made, task.ref.source)
-            prepared = stack.enter_context(closing(threaded(prepare, read, threads, self._batch + 2 * threads)))
+            prepared = stack.enter_context(closing(threaded(prepare, placed, threads, self._batch + 2 * threads)))
             writing: deque[Future[None]] = deque()
-            for batch in chunks((sample for sample in prepared if sample is not None), self._batch):
+            for batch in self._batched(prepared, free):
                 encoded = {}
                 for column in made:
                     began = Mark(device)
                     latents = self._batches[column].run(partial(self._encode, column), batch)
                     encoded[column] = latents, began, Mark(device)
-                writing.append(writer.submit(_write, made, batch, encoded, seconds))
+                writing.append(writer.submit(_write, made, batch, encoded, free, seconds))
                 if len(writing) > WRITING:
                     writing.popleft().result()
             for written in writing:
@@ -129,52 +156,89 @@ class Latents:
                 for column, attempt in made.items()
             ]
 
-    def _prepare(self, made: Mapping[str, Attempt], source: str, row: Row) -> Sample | None:
-        """What the models take of an image; None if it cannot be decoded, and is failed."""
-        try:
-            crops = squares(image_bytes(row.members), {self._options[c].resolution for c in made}, self._max_pixels)
-        except Exception as error:  # this sample fails with it, and no other
-            fail_image(made.values(), row, error)
-            return None
+    def _placed(
+        self, made: Mapping[str, Attempt], rows: Iterable[Row], free: deque[Room], pinned: bool
+    ) -> Iterator[tuple[Row, Room, int]]:
+        """Each row with its place: a room of `free` for each batch, or a new one."""
         noise = {}
         for column in made:
             side, model = self._options[column].resolution, self.models[column]
             if self._options[column].posterior == "sample" and not model.deterministic:
-                noise[column] = model.noise([seed_of(column, source, row.key)], side, side)[0]
-        return Sample(row, crops, noise)
+                noise[column] = tuple(model.noise([0], side, side).shape[1:])
+        sides = {self._options[column].resolution for column in made}
+        for number, row in enumerate(rows):
+            if not (place := number % self._batch):
+                room = free.popleft() if free else Room(self._batch, sides, noise, pinned)
+            yield row, room, place
+
+    def _prepare(
+        self, made: Mapping[str, Attempt], source: str, placed: tuple[Row, Room, int]
+    ) -> tuple[Row | None, Room, int]:
+        """Put what the models take of an image into its place; no row if it cannot be decoded, and is failed."""
+        row, room, place = placed
+        try:
+            squares(image_bytes(row.members), {s: w.numpy()[place] for s, w in room.pixels.items()}, self._max_pixels)
+        except Exception as error:  # this sample fails with it, and no other
+            fail_image(made.values(), row, error)
+            return None, room, place
+        for column, whole in room.noise.items():
+            side = self._options[column].resolution
+            whole[place] = self.models[column].noise([seed_of(column, source, row.key)], side, side)[0]
+        return replace(row, members={}), room, place
+
+    def _batched(self, prepared: Iterable[tuple[Row | None, Room, int]], free: deque[Room]) -> Iterator[list[Sample]]:
+        """The samples of one room after the other, as soon as all of them are there."""
+        for batch in chunks(prepared, self._batch):
+            room, there = batch[0][1], [(row, place) for row, _, place in batch if row is not None]
+            room.close_ranks([place for _, place in there])
+            if there:
+                yield [Sample(row, room, place) for place, (row, _) in enumerate(there)]
+            else:
+                free.append(room)
 
     def _encode(self, column: str, batch: Sequence[Sample], size: int) -> list[np.ndarray]:
-        """Latents (C, h, w) float16 of a batch that is filled up with black images to `size`.
+        """Latents (C, h, w) float16 of samples that follow each other, filled up with black images to `size`.
 
-        On a GPU they may be read after the next `Mark`.
+        On a GPU they may be read after the next `Mark`, and only then may their room be used again.
         """
         import torch
 
-        options, model = self._options[column], self.models[column]
-        side, pinned = options.resolution, model.device.type == "cuda"
-        pixels = torch.empty(size, side, side, 3, dtype=torch.uint8, pin_memory=pinned)
-        noise = None
-        if column in batch[0].noise:
-            noise = torch.zeros(size, *batch[0].noise[column].shape, pin_memory=pinned)
-        for i, sample in enumerate(batch):
-            pixels.numpy()[i] = sample.crops[side]
-            if noise is not None:
-                noise[i] = sample.noise[column]
-        pixels[len(batch) :] = 0
+        options, model, room = self._options[column], self.models[column], batch[0].room
+        pinned = model.device.type == "cuda"
+        pixels = _rows(room.pixels[options.resolution], batch, size, pinned)
+        noise = _rows(room.noise[column], batch, size, pinned) if column in room.noise else None
         latents = model.encode(pixels, posterior=options.posterior, noise=noise)[: len(batch)].to(torch.float16)
         found = torch.empty(latents.shape, dtype=torch.float16, pin_memory=pinned)
         return list(found.copy_(latents, non_blocking=True).numpy())
+
+
+def _rows(whole: Any, batch: Sequence[Sample], size: int, pinned: bool) -> Any:
+    """The rows of a batch, and zeros behind them up to `size`: without a copy, if they lie so already."""
+    import torch
+
+    first, count = batch[0].place, len(batch)
+    if first + size <= len(whole) and (count == size or first + count == batch[0].room.count):
+        return whole[first : first + size]
+    rows = torch.zeros(size, *whole.shape[1:], dtype=whole.dtype, pin_memory=pinned)
+    rows[:count] = whole[first : first + count]
+    return rows
 
 
 Encoded = tuple[list[np.ndarray | Exception], Mark, Mark]  # a batch's latents, and when the device did them
 
 
 def _write(
-    made: Mapping[str, Attempt], batch: Sequence[Sample], encoded: Mapping[str, Encoded], seconds: dict[str, float]
+    made: Mapping[str, Attempt],
+    batch: Sequence[Sample],
+    encoded: Mapping[str, Encoded],
+    free: deque[Room],
+    seconds: dict[str, float],
 ) -> None:
-    for column, (latents, began, ended) in encoded.items():
+    for column, (_, began, ended) in encoded.items():
         ended.wait()
         seconds[column] += ended.seconds_since(began)
+    free.append(batch[0].room)  # the GPU has copied all of it
+    for column, (latents, _, _) in encoded.items():
         for sample, latent in zip(batch, latents, strict=True):
             _write_one(made[column], sample.row, latent)
 
@@ -196,22 +260,21 @@ def seed_of(column: str, source: str, key: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def squares(data: bytes, sides: Iterable[int], max_pixels: int) -> dict[int, np.ndarray]:
-    """`square` of an image for each side. It is decoded once; a JPEG at a fraction of its size where that is enough.
+def squares(data: bytes, out: Mapping[int, np.ndarray], max_pixels: int) -> None:
+    """Write `square` of an image for each side of `out` into its array, uint8 (side, side, 3).
 
-    That depends on the image and on the side alone, so that no column's numbers depend on which others are made with
-    it. Sides that need other fractions cost a decode each, which is less than to resize what is large.
+    It is decoded once; a JPEG at a fraction of its size where that is enough. That depends on the image and on the side
+    alone, so that no column's numbers depend on which others are made with it. Sides that need other fractions cost a
+    decode each, which is less than to resize what is large.
 
     Raises:
         BadImage: as `decode`.
     """
-    found: dict[int, np.ndarray] = {}
     image: Decoded | None = None
-    for side in sorted(sides, reverse=True):
+    for side in sorted(out, reverse=True):
         if image is None or not _serves(image, side):
             image = decode(data, max_pixels, side)
-        found[side] = square(image.pixels, side, (image.width, image.height), image.scale)
-    return found
+        out[side][:] = _centre(image, side)
 
 
 def _serves(image: Decoded, side: int) -> bool:
@@ -223,21 +286,23 @@ def _serves(image: Decoded, side: int) -> bool:
     return image.scale < 1 and -(-short * (eighths - 1) // 8) < int(side * SHRINK_MARGIN)
 
 
-def square(pixels: np.ndarray, side: int, whole: tuple[int, int] | None = None, scale: float = 1.0) -> np.ndarray:
-    """(H, W, 3) uint8 to (side, side, 3): the short side resized, bicubic and antialiased, and the centre cut out.
+def square(pixels: np.ndarray, side: int) -> np.ndarray:
+    """(H, W, 3) uint8 to (side, side, 3): the short side resized, bicubic and antialiased, and the centre cut out."""
+    height, width = pixels.shape[:2]
+    return _centre(Decoded(pixels, width, height, "", plain=True), side)
 
-    whole, scale: width and height of a picture of which the pixels are `scale` times as many: their last row and
-        column may be half beyond it.
-    """
-    width, height = whole or (pixels.shape[1], pixels.shape[0])
-    size = short_side_size(width, height, side)
+
+def _centre(image: Decoded, side: int) -> np.ndarray:
+    """`square` of an image, which may have been decoded at a fraction of its size."""
+    size = short_side_size(image.width, image.height, side)
     left, top = ((length - side) // 2 for length in size)
-    if size == (pixels.shape[1], pixels.shape[0]):
-        return pixels[top : top + side, left : left + side]
-    across, down = width * scale, height * scale
+    if size == (image.pixels.shape[1], image.pixels.shape[0]):
+        return image.pixels[top : top + side, left : left + side]
+    # of a fraction the last row and column may be half beyond the picture
+    across, down = image.width * image.scale, image.height * image.scale
     x, y = across / size[0], down / size[1]  # pixels for one of the result's; what is cut off is not resized
     box = (left * x, top * y, min((left + side) * x, across), min((top + side) * y, down))
-    return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC, box))
+    return np.asarray(image.picture.resize((side, side), Image.Resampling.BICUBIC, box))
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
