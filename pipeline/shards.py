@@ -55,7 +55,6 @@ class TarWriter:
 
     def __init__(self, path: Path):
         self._file = path.open("wb")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         self._extensions: list[str] | None = None
 
     def add(self, key: str, members: Mapping[str, bytes]) -> tuple[int, int]:
@@ -72,14 +71,18 @@ class TarWriter:
         for extension, data in members.items():
             info = tarfile.TarInfo(f"{key}.{extension}")
             info.size = len(data)
-            self._tar.addfile(info, io.BytesIO(data))
-            if size < 0:  # the file position is behind the data, which is padded to whole blocks
-                offset, size = self._file.tell() - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, len(data)
+            self._file.write(info.tobuf(tarfile.USTAR_FORMAT))
+            if size < 0:
+                offset, size = self._file.tell(), len(data)
+            self._file.write(data)
+            self._file.write(bytes(-len(data) % tarfile.BLOCKSIZE))
         return offset, size
 
     def close(self) -> None:
-        self._tar.close()
-        self._file.close()
+        if not self._file.closed:
+            self._file.write(bytes(2 * tarfile.BLOCKSIZE))  # the end of a tar, and whole records
+            self._file.write(bytes(-self._file.tell() % tarfile.RECORDSIZE))
+            self._file.close()
 
 
 def read_tar(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -91,7 +94,7 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
     """
     key: str | None = None
     members: dict[str, bytes] = {}
-    with tarfile.open(fileobj=file, mode="r|") as tar:
+    with tarfile.open(fileobj=file, mode="r:") as tar:
         for info in tar:
             name, _, extension = info.name.partition(".")
             if name != key:

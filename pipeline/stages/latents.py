@@ -5,6 +5,7 @@ column. A batch is made where the GPU copies it from, by several threads at once
 """
 
 import hashlib
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,7 @@ from pipeline.stages.models import Batches, Mark, absolute, autoencoder_identity
 T = TypeVar("T")
 
 GPU_THREADS = 8  # that decode beside a GPU at least: those that it does not need sleep
+GROUP = 4  # images that change threads together, at most
 WRITING = 2  # batches that wait for the GPU, or to be written
 INFINITE = 0x7C00  # the bits of float16's infinity; those of NaN are above, those of every number below
 
@@ -132,13 +134,15 @@ class Latents:
             # rows that fail are told to the attempts by other threads than the one that writes; a commit orders them
             rows = samples(read_rows(corpus, images), made, task, IMAGES)
             writer = stack.enter_context(ThreadPoolExecutor(1))
-            read = stack.enter_context(closing(read_ahead(rows, self._batch)))
+            group = math.gcd(self._batch, GROUP)
+            read = stack.enter_context(closing(read_ahead(chunks(rows, group), self._batch // group)))
             free: deque[Room] = deque()
             placed = self._placed(made, read, free, device.type == "cuda")
             prepare = partial(self._prepare, made, task.ref.source)
-            prepared = stack.enter_context(closing(threaded(prepare, placed, threads, self._batch + 2 * threads)))
+            ahead = (self._batch + 2 * threads) // group
+            prepared = stack.enter_context(closing(threaded(prepare, placed, threads, ahead)))
             writing: deque[Future[None]] = deque()
-            for batch in self._batched(prepared, free):
+            for batch in _batched(prepared, self._batch // group, free):
                 encoded = {}
                 for column in made:
                     began = Mark(device)
@@ -157,44 +161,38 @@ class Latents:
             ]
 
     def _placed(
-        self, made: Mapping[str, Attempt], rows: Iterable[Row], free: deque[Room], pinned: bool
-    ) -> Iterator[tuple[Row, Room, int]]:
-        """Each row with its place: a room of `free` for each batch, or a new one."""
+        self, made: Mapping[str, Attempt], groups: Iterable[list[Row]], free: deque[Room], pinned: bool
+    ) -> Iterator[list[Sample]]:
+        """Rows with their places: a room of `free` for each batch, or a new one."""
         noise = {}
         for column in made:
             side, model = self._options[column].resolution, self.models[column]
             if self._options[column].posterior == "sample" and not model.deterministic:
                 noise[column] = tuple(model.noise([0], side, side).shape[1:])
         sides = {self._options[column].resolution for column in made}
-        for number, row in enumerate(rows):
-            if not (place := number % self._batch):
-                room = free.popleft() if free else Room(self._batch, sides, noise, pinned)
-            yield row, room, place
+        at = self._batch
+        for rows in groups:
+            if at == self._batch:
+                room, at = free.popleft() if free else Room(self._batch, sides, noise, pinned), 0
+            yield [Sample(row, room, at + i) for i, row in enumerate(rows)]
+            at += len(rows)
 
-    def _prepare(
-        self, made: Mapping[str, Attempt], source: str, placed: tuple[Row, Room, int]
-    ) -> tuple[Row | None, Room, int]:
-        """Put what the models take of an image into its place; no row if it cannot be decoded, and is failed."""
-        row, room, place = placed
-        try:
-            squares(image_bytes(row.members), {s: w.numpy()[place] for s, w in room.pixels.items()}, self._max_pixels)
-        except Exception as error:  # this sample fails with it, and no other
-            fail_image(made.values(), row, error)
-            return None, room, place
-        for column, whole in room.noise.items():
-            side = self._options[column].resolution
-            whole[place] = self.models[column].noise([seed_of(column, source, row.key)], side, side)[0]
-        return replace(row, members={}), room, place
-
-    def _batched(self, prepared: Iterable[tuple[Row | None, Room, int]], free: deque[Room]) -> Iterator[list[Sample]]:
-        """The samples of one room after the other, as soon as all of them are there."""
-        for batch in chunks(prepared, self._batch):
-            room, there = batch[0][1], [(row, place) for row, _, place in batch if row is not None]
-            room.close_ranks([place for _, place in there])
-            if there:
-                yield [Sample(row, room, place) for place, (row, _) in enumerate(there)]
-            else:
-                free.append(room)
+    def _prepare(self, made: Mapping[str, Attempt], source: str, group: Sequence[Sample]) -> tuple[Room, list[Sample]]:
+        """Put what the models take of each image into its place; what cannot be decoded is failed, and left out."""
+        there = []
+        for sample in group:
+            row, room, place = sample.row, sample.room, sample.place
+            try:
+                out = {side: pixels.numpy()[place] for side, pixels in room.pixels.items()}
+                squares(image_bytes(row.members), out, self._max_pixels)
+            except Exception as error:  # this sample fails with it, and no other
+                fail_image(made.values(), row, error)
+                continue
+            for column, noise in room.noise.items():
+                side = self._options[column].resolution
+                noise[place] = self.models[column].noise([seed_of(column, source, row.key)], side, side)[0]
+            there.append(replace(sample, row=replace(row, members={})))
+        return group[0].room, there
 
     def _encode(self, column: str, batch: Sequence[Sample], size: int) -> list[np.ndarray]:
         """Latents (C, h, w) float16 of samples that follow each other, filled up with black images to `size`.
@@ -210,6 +208,17 @@ class Latents:
         latents = model.encode(pixels, posterior=options.posterior, noise=noise)[: len(batch)].to(torch.float16)
         found = torch.empty(latents.shape, dtype=torch.float16, pin_memory=pinned)
         return list(found.copy_(latents, non_blocking=True).numpy())
+
+
+def _batched(prepared: Iterable[tuple[Room, list[Sample]]], groups: int, free: deque[Room]) -> Iterator[list[Sample]]:
+    """The samples of one room after the other, as soon as all of its groups are there."""
+    for batch in chunks(prepared, groups):
+        room, there = batch[0][0], [sample for _, some in batch for sample in some]
+        room.close_ranks([sample.place for sample in there])
+        if there:
+            yield [replace(sample, place=place) for place, sample in enumerate(there)]
+        else:
+            free.append(room)
 
 
 def _rows(whole: Any, batch: Sequence[Sample], size: int, pinned: bool) -> Any:
