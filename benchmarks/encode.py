@@ -22,32 +22,26 @@ more where the processor is the device and has other things to do. What was not 
 """
 
 import argparse
-import io
 import json
 import os
 import resource
 import statistics
-import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simplejpeg
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.encode_inputs import CAPTIONS, MODELS, SIZES, make_corpus
+from benchmarks.encode_others import Plain, arrays, bare_feed, common_images, common_text, difference, without_model
 from pipeline.config import LatentsColumn, Resources, TextColumn
 from pipeline.corpus import Commit, Corpus, ShardRef
-from pipeline.shards import array_bytes, array_from_bytes, read_tar
 from pipeline.stages import IMAGES, Task, image_bytes, read_lines, read_rows
 from pipeline.stages.latents import Latents
 from pipeline.stages.text import Text
@@ -119,6 +113,13 @@ class Found:
         return statistics.median(getattr(took, kind) for took in self.took[way]) if way in self.took else 0.0
 
 
+def in_turns(found: Found, rounds: int, **ways: Callable[[], Took]) -> None:
+    """Each way once a round, forth and back."""
+    for number in range(rounds):
+        for way in list(ways) if number % 2 else reversed(ways):
+            found.add(way, ways[way]())
+
+
 def run_stage(setting: Setting, stage: Any) -> tuple[list[Commit], Took]:
     """All shards, one after the other, as an actor does: the commits, and how long it took."""
     for name, spec in stage.columns.items():
@@ -140,18 +141,6 @@ def warm(setting: Setting, stage: Any) -> None:
     stage.run(setting.corpus, Task(setting.refs[0], dict.fromkeys(stage.columns, 0), rows=range(4 * setting.batch)))
 
 
-def arrays(setting: Setting, commits: Sequence[Commit]) -> Iterator[np.ndarray]:
-    for commit in commits:
-        with setting.corpus.open_object(commit) as file:
-            yield from (array_from_bytes(members["npy"]) for _, members in read_tar(file))
-
-
-def difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-    """The largest of all samples' mean differences, each by its mean magnitude."""
-    pairs = [(a.astype(np.float32), b.astype(np.float32)) for a, b in zip(ours, theirs, strict=True)]
-    return max(float(np.abs(a - b).mean() / max(np.abs(a).mean(), 1e-6)) for a, b in pairs)
-
-
 def best_batch(setting: Setting, work: Callable[[int], None], sizes: Sequence[int]) -> int:
     """The size with which `work`, which takes that many samples, is fastest by sample."""
     rates = {}
@@ -167,107 +156,6 @@ def best_batch(setting: Setting, work: Callable[[int], None], sizes: Sequence[in
 # -- images ------------------------------------------------------------------------------------------------------------
 
 
-class Pictures(Dataset):
-    """Images as most people read them: squares of the sides, float32 (3, side, side) in -1..1."""
-
-    def __init__(self, images: list[bytes], sides: Sequence[int]):
-        self.images, self.sides = images, sides
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> list[Tensor]:
-        image = Image.open(io.BytesIO(self.images[i])).convert("RGB")
-        found = []
-        for side in self.sides:
-            scale = side / min(image.size)
-            size = max(side, int(image.width * scale)), max(side, int(image.height * scale))
-            resized = image.resize(size, Image.Resampling.BICUBIC)
-            left, top = ((length - side) // 2 for length in size)
-            cut = np.array(resized.crop((left, top, left + side, top + side)))
-            found.append(torch.from_numpy(cut).permute(2, 0, 1).float() / 127.5 - 1)
-        return found
-
-
-def common_images(
-    setting: Setting, model: Any, sides: Sequence[int], images: list[bytes], batch: int, workers: int, sampled: bool
-) -> list[list[np.ndarray]]:
-    """Latents by side; `model` is diffusers' own."""
-    made: list[list[np.ndarray]] = [[] for _ in sides]
-    cuda, half = setting.device == "cuda", model.half
-    loader = DataLoader(Pictures(images, sides), batch, num_workers=workers, pin_memory=cuda)
-    with tarfile.open(setting.folder / "common.tar", "w") as tar, torch.inference_mode():
-        for number, pixels in enumerate(loader):
-            for place, some in enumerate(pixels):
-                with torch.autocast(setting.device, torch.bfloat16, enabled=half):
-                    posterior = model.network.encode(some.to(setting.device)).latent_dist
-                    latents = posterior.sample() if sampled else posterior.mode()
-                latents = (latents.float() * model.network.config.scaling_factor).half().cpu().numpy()
-                for i, latent in enumerate(latents):
-                    add(tar, f"{number * batch + i}.{sides[place]}.npy", array_bytes(latent))
-                    made[place].append(latent)
-    return made
-
-
-def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
-
-
-@dataclass
-class Plain:
-    """An autoencoder as diffusers loads it, in float32."""
-
-    network: Any
-    half: bool
-
-
-class NoModel:
-    """What the feed is measured with: takes the pixels to the device, and gives zeros."""
-
-    deterministic = False
-
-    def __init__(self, model: Any):
-        self.model, self.device, self.noise = model, model.device, model.noise
-
-    def encode(self, pixels: Tensor, noise: Tensor, posterior: str) -> Tensor:
-        pixels.to(self.device, non_blocking=True)
-        side = pixels.shape[1] // self.model.downsample
-        return torch.zeros(len(pixels), self.model.channels, side, side, device=self.device)
-
-
-def bare_feed(setting: Setting, sides: Sequence[int]) -> None:
-    """Decode and resize, and nothing else; what is cut off is not resized either."""
-
-    def squares(data: bytes) -> list[np.ndarray]:
-        image = Image.fromarray(simplejpeg.decode_jpeg(data))
-        width, height = image.size
-        short, found = min(width, height), []
-        for side in sides:
-            if short == side:
-                left, top = (width - side) // 2, (height - side) // 2
-                found.append(np.asarray(image.crop((left, top, left + side, top + side))))
-            else:
-                box = ((width - short) / 2, (height - short) / 2, (width + short) / 2, (height + short) / 2)
-                found.append(np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box)))
-        return found
-
-    with ThreadPoolExecutor(setting.threads) as pool:
-        for commit in setting.corpus.commits(IMAGES):
-            with tarfile.open(Path(setting.corpus.url, commit.object.name)) as tar:
-                members = [tar.extractfile(info) for info in tar if info.name.endswith(".jpg")]
-                for _ in pool.map(squares, [file.read() for file in members if file is not None]):
-                    pass
-
-
-def without_model(stage: Latents) -> Latents:
-    """The stage with models that do nothing."""
-    stage.load()
-    stage.models = {column: NoModel(model) for column, model in stage.models.items()}
-    return stage
-
-
 def measure_feed(setting: Setting, name: str, rounds: int) -> Found:
     """`feed` and `bare feed` alone, at the model's real sizes, which need no GPU."""
     where, sides = MODELS[name](setting.folder / name, setting.device), SIZES[name]
@@ -275,10 +163,12 @@ def measure_feed(setting: Setting, name: str, rounds: int) -> Found:
     resources = Resources(latents_batch=setting.batch, decode_threads=setting.threads)
     feed, found = without_model(Latents(columns, 10**8, resources)), Found()
     run_stage(setting, feed)
-    for number in range(rounds):
-        for way in ("feed", "bare_feed") if number % 2 else ("bare_feed", "feed"):
-            took = run_stage(setting, feed)[1] if way == "feed" else setting.time(partial(bare_feed, setting, sides))
-            found.add(way, took)
+    in_turns(
+        found,
+        rounds,
+        feed=lambda: run_stage(setting, feed)[1],
+        bare_feed=lambda: setting.time(partial(bare_feed, setting.corpus, sides, setting.threads)),
+    )
     found.told |= {"resolutions": list(sides)}
     return found
 
@@ -320,71 +210,46 @@ def measure_images(setting: Setting, name: str, rounds: int) -> Found:
     cores = len(os.sched_getaffinity(0))
     some = images[: max(64, len(images) // 4)]
     ways = [(b, w) for b in (8, 32) for w in sorted({0 if setting.device == "cpu" else cores // 2, cores})]
-    common_images(setting, plain, sides, some[:8], 8, 0, True)
-    tried = {way: setting.time(partial(common_images, setting, plain, sides, some, *way, True)).clock for way in ways}
+    common = partial(common_images, setting.folder / "common.tar", setting.device, plain, sides)
+    common(some[:8], 8, 0, True)
+    tried = {way: setting.time(partial(common, some, *way, True)).clock for way in ways}
     best = min(tried, key=lambda way: tried[way])
 
     without_model(feed)
     commits, _ = run_stage(setting, checked)
-    theirs = common_images(setting, plain, sides, images, *best, False)
+    theirs = common(images, *best, False)
     ours: list[list[np.ndarray]] = [[] for _ in sides]
     for place, column in enumerate(checked.columns):
-        ours[place] = list(arrays(setting, [c for c in commits if c.column == column]))
+        ours[place] = list(arrays(setting.corpus, [c for c in commits if c.column == column]))
     found.told["difference"] = max(difference(a, b) for a, b in zip(ours, theirs, strict=True))
     assert found.told["difference"] < TOLERANCE, f"{name}: ours and the common loop's differ by {found.told}"
 
-    for number in range(rounds):
-        order = ["bare", "stage", "common", "feed", "bare_feed"]
-        for way in order if number % 2 else order[::-1]:
-            if way == "bare":
-                found.add(way, setting.time(bare))
-            elif way == "stage":
-                watch_stage(setting, stage, found)
-            elif way == "common":
-                work = partial(common_images, setting, plain, sides, images, *best, True)
-                found.add(way, setting.time(work))
-            elif way == "feed":
-                found.add(way, run_stage(setting, feed)[1])
-            else:
-                found.add(way, setting.time(partial(bare_feed, setting, sides)))
+    in_turns(
+        found,
+        rounds,
+        bare=lambda: setting.time(bare),
+        stage=lambda: watch_stage(setting, stage, found),
+        common=lambda: setting.time(partial(common, images, *best, True)),
+        feed=lambda: run_stage(setting, feed)[1],
+        bare_feed=lambda: setting.time(partial(bare_feed, setting.corpus, sides, setting.threads)),
+    )
     found.told |= {"resolutions": list(sides), "bare_batch": ceiling, "common_batch_workers": list(best)}
     return found
 
 
-def watch_stage(setting: Setting, stage: Any, found: Found) -> None:
+def watch_stage(setting: Setting, stage: Any, found: Found) -> Took:
     """Run a stage, and note how busy the GPU was and how much of its memory was taken."""
     if setting.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     commits, took = run_stage(setting, stage)
-    found.add("stage", took)
     assert all(commit.counts["failed"] == 0 for commit in commits), [commit.reasons for commit in commits]
     if setting.device == "cuda":
         found.told["gpu_busy"] = round(sum(commit.timings["encode_seconds"] for commit in commits) / took.clock, 3)
         found.told["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 1e6)
+    return took
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
-
-
-def common_text(setting: Setting, encoder: Any, texts: list[str], batch: int) -> list[np.ndarray]:
-    """Embeddings (most tokens, width) with padding, in order; `encoder` is ours, of which the network is used."""
-    made: list[np.ndarray] = []
-    half = encoder.fingerprint["dtype"] != "float32"
-    with tarfile.open(setting.folder / "common.tar", "w") as tar, torch.inference_mode():
-        for start in range(0, len(texts), batch):
-            some = texts[start : start + batch]
-            if encoder.fingerprint.get("tokens") == "open_clip":
-                inputs = {"input_ids": encoder._tokenizer(some).to(setting.device)}
-            else:
-                inputs = encoder._tokenizer(
-                    some, padding="max_length", truncation=True, max_length=encoder.max_tokens, return_tensors="pt"
-                ).to(setting.device)
-            with torch.autocast(setting.device, torch.bfloat16, enabled=half):
-                embeddings = encoder._module(**inputs).last_hidden_state.half().cpu().numpy()
-            for i, embedding in enumerate(embeddings):
-                add(tar, f"{start + i}.npy", array_bytes(embedding))
-            made += list(embeddings)
-    return made
 
 
 def measure_text(setting: Setting, name: str, rounds: int) -> Found:
@@ -416,20 +281,19 @@ def measure_text(setting: Setting, name: str, rounds: int) -> Found:
         for batch in ready:
             encode(batch)
 
-    best = best_batch(setting, lambda size: void(common_text(setting, encoder, texts[:size], size)), sizes)
+    common = partial(common_text, setting.folder / "common.tar", setting.device, encoder)
+    best = best_batch(setting, lambda size: void(common(texts[:size], size)), sizes)
     commits, _ = run_stage(setting, stage)
-    ours, theirs = list(arrays(setting, commits)), common_text(setting, encoder, texts, best)
+    ours, theirs = list(arrays(setting.corpus, commits)), common(texts, best)
     found.told["difference"] = difference(ours, [b[: len(a)] for a, b in zip(ours, theirs, strict=True)])
     assert found.told["difference"] < TOLERANCE, f"{name}: ours and the common loop's differ by {found.told}"
-    for number in range(rounds):
-        order = ["bare", "stage", "common"]
-        for way in order if number % 2 else order[::-1]:
-            if way == "bare":
-                found.add(way, setting.time(bare))
-            elif way == "stage":
-                watch_stage(setting, stage, found)
-            else:
-                found.add(way, setting.time(partial(common_text, setting, encoder, texts, best)))
+    in_turns(
+        found,
+        rounds,
+        bare=lambda: setting.time(bare),
+        stage=lambda: watch_stage(setting, stage, found),
+        common=lambda: setting.time(partial(common, texts, best)),
+    )
     found.told |= {"bare_batch": ceiling, "common_batch": best}
     return found
 
