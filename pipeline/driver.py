@@ -30,7 +30,7 @@ from pipeline.store import first_line
 
 IDLE_SECONDS = 30.0  # a stage that waits for work longer than this gives its model's place back
 CROWDED_SECONDS = 10.0  # the same while another stage has waited as long for a place
-PER_ACTOR = 2  # shards with an actor: one running, one waiting
+PER_ACTOR = 2  # shards with an actor: one running, one waiting, or already decoding (`at_once` of a stage)
 GRACE_SECONDS = 15.0  # for the shards in flight when a signal comes
 RESOURCES_EVERY = 5.0  # seconds between two looks at the cluster's size
 LOOK_SECONDS = 60.0  # for every node to say that it sees the corpus
@@ -48,6 +48,8 @@ class Actor:
     ready: bool = False
     refs: list[Any] = field(default_factory=list)
     idle_since: float = 0.0
+    alone: bool = False
+    """The shard in hand may kill the process: beside it no other one must be blamed, or hide whose fault it is."""
 
 
 @dataclass
@@ -80,6 +82,7 @@ class Driver:
         self.order = plan.downstream_first()
         self.upstream = [plan.upstream(stage) for stage in range(len(plan.stages))]
         self.is_model = [stage.device == "gpu" for stage in plan.stages]
+        self.at_once = [getattr(stage, "at_once", 1) for stage in plan.stages]
         self.flights: dict[Any, Flight] = {}
         self.actors: list[Actor] = []
         self.delayed: list[tuple[float, int, Job | UnitJob]] = []
@@ -206,11 +209,17 @@ class Driver:
     def _serve_model(self, stage: int) -> None:
         """Shards for the stage's actors, and an actor more if they are behind and there is a place."""
         mine = [actor for actor in self.actors if actor.stage == stage]
-        while free := [actor for actor in mine if actor.ready and len(actor.refs) < PER_ACTOR]:
+        while free := [a for a in mine if a.ready and len(a.refs) < (1 if a.alone else PER_ACTOR)]:
             if (job := self.plan.take(stage)) is None:
                 break
+            alone = self.at_once[stage] > 1 and self.retries.suspected(job)
+            if alone and not (free := [actor for actor in free if not actor.refs]):
+                self.plan.requeue(job)
+                break
             failed = self.retries.of(job).nodes
-            self._give(min(free, key=lambda actor: (actor.node in failed, len(actor.refs))), job)
+            actor = min(free, key=lambda actor: (actor.node in failed, len(actor.refs)))
+            actor.alone = alone
+            self._give(actor, job)
         backlog, ready = len(self.plan.ready[stage]), sum(actor.ready for actor in mine)
         if not backlog or len(mine) - ready >= max(1, ready):
             return
@@ -219,7 +228,7 @@ class Driver:
         more = len(mine) < self.places.actors_per_stage and backlog >= PER_ACTOR * len(mine)
         if not mine or (room and more):
             options = {"num_cpus": self.places.actor_cpu, "num_gpus": self.places.actor_gpu}
-            handle = self._actor.options(**options).remote(self._stage_refs[stage])
+            handle = self._actor.options(max_concurrency=self.at_once[stage], **options).remote(self._stage_refs[stage])
             actor = Actor(handle, stage, time.monotonic())
             actor.refs = [handle.place.remote(), handle.load.remote()]
             self.actors.append(actor)
@@ -275,6 +284,8 @@ class Driver:
         if actor is not None:
             actor.refs.remove(ref)
             actor.idle_since = time.monotonic()
+            if actor.refs:  # what hung until now was not what comes next
+                self.flights[actor.refs[0]].began = actor.idle_since
             actor.node = message.get("placed", actor.node)
             actor.ready |= "placed" not in message
         if "error" in message and (job is None or message.get("load")):

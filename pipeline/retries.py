@@ -76,6 +76,11 @@ class Retries:
     def of(self, job: Job | UnitJob) -> History:
         return self.histories.get(job) or History()
 
+    def suspected(self, job: Job | UnitJob) -> bool:
+        """Whether a process died that worked on it: it may kill the next one."""
+        history = self.of(job)
+        return history.deaths > 0 or history.search is not None
+
     def task(self, job: Job) -> Task:
         """What a stage is asked to do now."""
         history = self.of(job)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 _timeout = 0.0
 _wound = 0.0
+_watched = 0
+_watch = threading.Lock()
 _passed: Counter[str] = Counter()
 _orphan_watch = threading.Lock()
 
@@ -20,16 +22,20 @@ def watched(timeout: float) -> Iterator[None]:
     """While the block runs, the process ends itself when `alive` is not called for `timeout` seconds.
 
     It writes to standard error where it hung. The watch is C code without the interpreter's lock, so that it also ends
-    a process that hangs in a decoder.
+    a process that hangs in a decoder. Of several blocks at once each one's headway counts for all.
     """
-    global _timeout
-    _timeout = timeout
-    _wind(time.monotonic())
+    global _timeout, _watched
+    with _watch:
+        _timeout, _watched = timeout, _watched + 1
+        _wind(time.monotonic())
     try:
         yield
     finally:
-        _timeout = 0.0
-        faulthandler.cancel_dump_traceback_later()
+        with _watch:
+            _watched -= 1
+            if not _watched:
+                _timeout = 0.0
+                faulthandler.cancel_dump_traceback_later()
 
 
 def alive() -> None:

@@ -156,7 +156,7 @@ def stage_task(refs: list[Any], task: Task) -> Iterator[Message]:
 
 
 class StageActor:
-    """A stage that holds a model: loaded once, then one shard after the other."""
+    """A stage that holds a model: loaded once, then one shard after the other; or two at once, in threads."""
 
     def __init__(self, refs: list[Any]):
         end_with_parent()

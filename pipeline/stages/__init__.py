@@ -55,7 +55,10 @@ class UnitTask:
 
 
 class Stage(Protocol):
-    """Makes one or several columns of a shard. Picklable, and cheap to make: models come with `load`."""
+    """Makes one or several columns of a shard. Picklable, and cheap to make: models come with `load`.
+
+    One that says `at_once = 2` may be run by two threads, each with a shard: then the driver has it so.
+    """
 
     name: str
     columns: dict[str, ColumnSpec]

@@ -6,13 +6,15 @@ column. A batch is made where the GPU copies it from, by several threads at once
 
 import hashlib
 import math
+import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
+from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
@@ -68,6 +70,26 @@ class Sample:
     place: int
 
 
+class Shared:
+    """What the shards share that a process has in hand at once; a pickle leaves it behind.
+
+    `feeding`: one reads and decodes, until the last of its rows are on their way. `encoding`: one has the models.
+    """
+
+    def __init__(self) -> None:
+        self.feeding, self.encoding = Lock(), Lock()
+        self._rooms: dict[frozenset[str], deque[Room]] = {}
+
+    def __reduce__(self) -> tuple[type["Shared"], tuple[()]]:
+        return Shared, ()
+
+    def rooms(self, columns: Iterable[str]) -> deque[Room]:
+        """Those that are free of batches for some columns, which are those that most shards are made for."""
+        if (asked := frozenset(columns)) not in self._rooms:
+            self._rooms = {asked: deque()}
+        return self._rooms[asked]
+
+
 class Latents:
     """All latents columns of a config: float16 (C, H, W) per sample, and its largest magnitude `absmax`.
 
@@ -75,10 +97,14 @@ class Latents:
     the resolution (bicubic, antialiased) and the centre is cut out. Batches never cross shards and have one shape, the
     last one too, and no column's depend on the others that are made with it, so that a shard's bytes can be made again.
     Another batch size moves numbers by 0.4% of an image's largest at most, another device by 2% (bfloat16).
+
+    Two threads may run two shards: the second one's first images are decoded while the first one's last are encoded,
+    written and committed, so that a GPU does not wait between them.
     """
 
     name = "latents"
     device = "gpu"
+    at_once = 2
 
     def __init__(self, columns: Mapping[str, LatentsColumn], max_pixels: int, resources: Resources):
         self._options, self._max_pixels = dict(columns), max_pixels
@@ -94,6 +120,7 @@ class Latents:
         self.models: dict[str, Any] = {}
         """The autoencoder of each column, when they are loaded; one that several columns name is there once."""
         self._batches: dict[str, Batches] = {}
+        self._shared = Shared()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "models": {}, "_batches": {}}
@@ -130,40 +157,55 @@ class Latents:
         threads = max(self._threads, GPU_THREADS) if device.type == "cuda" else self._threads
         seconds: dict[str, float] = defaultdict(float)
         with ExitStack() as stack:
+            feeding = stack.enter_context(ExitStack())
+            feeding.enter_context(self._shared.feeding)
+            since = _now()
             made = attempts(stack, corpus, task, [images])
+            free = self._shared.rooms(made)
             # rows that fail are told to the attempts by other threads than the one that writes; a commit orders them
             rows = samples(read_rows(corpus, images), made, task, IMAGES)
             writer = stack.enter_context(ThreadPoolExecutor(1))
             group = math.gcd(self._batch, GROUP)
             read = stack.enter_context(closing(read_ahead(chunks(rows, group), self._batch // group)))
-            free: deque[Room] = deque()
-            placed = self._placed(made, read, free, device.type == "cuda")
+            placed = self._placed(made, read, free, device.type == "cuda", feeding.close)
             prepare = partial(self._prepare, made, task.ref.source)
             ahead = (self._batch + 2 * threads) // group
             prepared = stack.enter_context(closing(threaded(prepare, placed, threads, ahead)))
+            batches = _batched(prepared, self._batch // group, free)
+            first = list(islice(batches, 1))  # while the shard before has the models
             writing: deque[Future[None]] = deque()
-            for batch in _batched(prepared, self._batch // group, free):
-                encoded = {}
-                for column in made:
-                    began = Mark(device)
-                    latents = self._batches[column].run(partial(self._encode, column), batch)
-                    encoded[column] = latents, began, Mark(device)
-                writing.append(writer.submit(_write, made, batch, encoded, free, seconds))
-                if len(writing) > WRITING:
-                    writing.popleft().result()
+            waits = self._shared.encoding.locked()
+            with self._shared.encoding:
+                since = _now() if waits else since  # the time until then is the other shard's
+                for batch in chain(first, batches):
+                    encoded = {}
+                    for column in made:
+                        began = Mark(device)
+                        latents = self._batches[column].run(partial(self._encode, column), batch)
+                        encoded[column] = latents, began, Mark(device)
+                    writing.append(writer.submit(_write, made, batch, encoded, free, seconds))
+                    if len(writing) > WRITING:
+                        writing.popleft().result()
             for written in writing:
                 written.result()
             if task.rows is not None:  # it was only a trial of them
                 return []
-            return [
-                attempt.commit(encode_seconds=seconds[column], batch=self._batches[column].size)
-                for column, attempt in made.items()
-            ]
+            commits = []
+            for column, attempt in made.items():
+                passed, worked = (_now() - since).tolist()
+                figures = {"encode_seconds": seconds[column], "batch": self._batches[column].size}
+                commits.append(attempt.commit(seconds=passed, cpu_seconds=worked, **figures))
+            return commits
 
     def _placed(
-        self, made: Mapping[str, Attempt], groups: Iterable[list[Row]], free: deque[Room], pinned: bool
+        self,
+        made: Mapping[str, Attempt],
+        groups: Iterable[list[Row]],
+        free: deque[Room],
+        pinned: bool,
+        ended: Callable[[], None],
     ) -> Iterator[list[Sample]]:
-        """Rows with their places: a room of `free` for each batch, or a new one."""
+        """Rows with their places, a room of `free` for each batch, or a new one; `ended` is called behind the last."""
         noise = {}
         for column in made:
             side, model = self._options[column].resolution, self.models[column]
@@ -173,9 +215,10 @@ class Latents:
         at = self._batch
         for rows in groups:
             if at == self._batch:
-                room, at = free.popleft() if free else Room(self._batch, sides, noise, pinned), 0
+                room, at = free.pop() if free else Room(self._batch, sides, noise, pinned), 0
             yield [Sample(row, room, at + i) for i, row in enumerate(rows)]
             at += len(rows)
+        ended()
 
     def _prepare(self, made: Mapping[str, Attempt], source: str, group: Sequence[Sample]) -> tuple[Room, list[Sample]]:
         """Put what the models take of each image into its place; what cannot be decoded is failed, and left out."""
@@ -231,6 +274,11 @@ def _rows(whole: Any, batch: Sequence[Sample], size: int, pinned: bool) -> Any:
     rows = torch.zeros(size, *whole.shape[1:], dtype=whole.dtype, pin_memory=pinned)
     rows[:count] = whole[first : first + count]
     return rows
+
+
+def _now() -> np.ndarray:
+    """Seconds of the clock, and of this process' work."""
+    return np.array([time.monotonic(), time.process_time()])
 
 
 Encoded = tuple[list[np.ndarray | Exception], Mark, Mark]  # a batch's latents, and when the device did them
