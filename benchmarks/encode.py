@@ -1,6 +1,6 @@
 """Encoding: our stages beside the bare model, the loop that most people write, and the bare decode and resize.
 
-    python -m benchmarks.encode [--device cuda] [--models sdxl t5-xxl dfn-clip-h] [--shards 2] [--samples 1024] [--json]
+    python -m benchmarks.encode [--device cuda] [--models sdxl t5-xxl dfn-clip-h] [--shards 4] [--samples 512] [--json]
 
 Runs in a folder of the sources with torch, diffusers, transformers, tokenizers, safetensors, huggingface_hub, numpy,
 pillow, simplejpeg, obstore, pyarrow, pydantic, pyyaml, ftfy, regex, and for the pictures duckdb, requests; without ray.
@@ -10,7 +10,7 @@ most), and captions of a few to a hundred words. Models of the real sizes have r
 loaded as any other. In turns, medians:
 
     bare     the network alone on ready tensors on the device, at the best of some batch sizes: the ceiling
-    stage    `pipeline.stages`, from committed tars (tables) to committed tars; loading and one shard are not counted
+    stage    `pipeline.stages`, from committed tars (tables) to committed tars, several shards; loading is not counted
     common   Pillow, a DataLoader, eager, autocast where ours is in half precision, one tar; captions padded to the
              longest that there may be; at the best of some batch sizes and workers; its output is ours within TOLERANCE
     feed     our image stage with a model that does nothing; `bare feed` decodes and resizes as much on as many threads
@@ -29,6 +29,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -121,15 +122,17 @@ def in_turns(found: Found, rounds: int, **ways: Callable[[], Took]) -> None:
 
 
 def run_stage(setting: Setting, stage: Any) -> tuple[list[Commit], Took]:
-    """All shards, one after the other, as an actor does: the commits, and how long it took."""
+    """All shards, as an actor does, two in hand where the stage allows it: the commits, and how long it took."""
     for name, spec in stage.columns.items():
         setting.corpus.declare_column(name, spec.stage, spec.scalars)
     setting.tries += 1
     commits: list[Commit] = []
 
     def work() -> None:
-        for ref in setting.refs:
-            commits.extend(stage.run(setting.corpus, Task(ref, dict.fromkeys(stage.columns, setting.tries))))
+        tasks = [Task(ref, dict.fromkeys(stage.columns, setting.tries)) for ref in setting.refs]
+        with ThreadPoolExecutor(getattr(stage, "at_once", 1)) as pool:
+            for made in pool.map(partial(stage.run, setting.corpus), tasks):
+                commits.extend(made)
 
     return commits, setting.time(work)
 
@@ -362,20 +365,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, choices=("cpu", "cuda"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU, if there is one")
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), help="by default real sizes on a GPU, else small")
     parser.add_argument("--feed-only", action="store_true", help="of autoencoders; for real sizes without a GPU")
-    parser.add_argument("--shards", type=int, default=2)
-    parser.add_argument("--samples", type=int, help="of a shard; by default 1024 on a GPU, else 64")
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--samples", type=int, help="of a shard; by default 512 on a GPU, else 32")
     parser.add_argument("--unique", type=int, default=256, help="different images")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32, help="of our stages")
     parser.add_argument("--threads", type=int, help="that decode; by default 8 on a GPU, else 2")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args()
+    if options.device == "cpu":  # the stages take a GPU where they see one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.models = options.models or DEFAULT[options.device]
-    options.samples = options.samples or (1024 if options.device == "cuda" else 64)
+    options.samples = options.samples or (512 if options.device == "cuda" else 32)
     options.threads = options.threads or (8 if options.device == "cuda" else 2)
     found = measure(options)
     if options.json:

@@ -195,9 +195,10 @@ class TextEncoder:
             output = self._module(input_ids=ids, attention_mask=mask, output_hidden_states=True)
             hidden = output.hidden_states[self._layer]
         kept = mask.bool()
-        if self._prefix:
-            ends = pad(tokens["offset_mapping"][:, :, 1], (0, more))
-            kept = kept & (ends.to(kept.device) > len(self._prefix))
+        if not self._prefix:  # without a look at each row, for which a GPU's work would have to end first
+            return hidden[:, :longest].float().masked_fill(~kept[:, :longest, None], 0), kept.sum(1)
+        ends = pad(tokens["offset_mapping"][:, :, 1], (0, more))
+        kept = kept & (ends.to(kept.device) > len(self._prefix))
         rows = [row[keep] for row, keep in zip(hidden.float(), kept, strict=True)]
         embeddings = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         # a token in front that melts into the caption is kept, and is one more than there is place for

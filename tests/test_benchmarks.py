@@ -105,7 +105,8 @@ def test_quantise() -> None:
 @pytest.mark.slow
 def test_encode() -> None:
     found = run(
-        "encode", "--device", "cpu", "--models", "demo", "minilm", "--samples", "5", "--unique", "4", "--rounds", "1"
+        *("encode", "--device", "cpu", "--models", "demo", "minilm"),
+        *("--shards", "2", "--samples", "5", "--unique", "4", "--rounds", "1"),
     )
     assert (found["samples"], found["t5-xxl"]) == (10, "not measured")
     images, text = found["models"]

@@ -395,6 +395,49 @@ def test_a_model_that_is_faster_than_the_disk_does_not_fill_the_memory(
     assert len(corpus.committed("latents/a")) == 1
 
 
+def test_the_next_shard_is_decoded_while_the_last_of_one_is_encoded(
+    corpus: Corpus, one: str, decoded: list[int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, refs = columns(a=(one, 32), b=(one, 64)), [REF, REF.model_copy(update={"shard": "demo-000000-01"})]
+    roots = [corpus, start(tmp_path / "alone")]
+    for root in roots:
+        write_images(root, refs[1], FAILED, rows=ROWS)
+    stage, gate, encoding = stage_of(corpus, asked), threading.Event(), []
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        encoding.append(threading.get_ident())
+        if len(encoding) == 12:  # of 14: seven batches for each column
+            gate.wait()
+        return working(*arguments, **options)
+
+    working = stage.models["latents/a"].encode
+    monkeypatch.setattr(stage.models["latents/a"], "encode", slow)
+    found: list[Commit] = []
+
+    def work(ref: ShardRef) -> None:
+        found.extend(stage.run(corpus, Task(ref, dict.fromkeys(asked, 0))))
+
+    workers = [threading.Thread(target=work, args=(ref,)) for ref in refs]
+    workers[0].start()
+    while not encoding:  # the first one is the first
+        time.sleep(0.01)
+    workers[1].start()
+    deadline = time.monotonic() + 60
+    while (len(encoding) < 12 or len(decoded) < ROWS - len(FAILED) + 4) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(encoding) == 12 and len(decoded) >= ROWS - len(FAILED) + 4
+    assert corpus.committed("latents/a") == {}
+    gate.set()
+    for worker in workers:
+        worker.join()
+    assert len(encoding) == 28 and len(set(encoding[:14])) == len(set(encoding[14:])) == 1  # one after the other
+    monkeypatch.undo()
+    other = stage_of(roots[1], asked)
+    alone = [commit for ref in refs for commit in other.run(roots[1], Task(ref, dict.fromkeys(asked, 0)))]
+    bytes_of = [{(c.column, c.shard): c.object.sha256 for c in commits} for commits in (found, alone)]
+    assert len(bytes_of[0]) == 4 and bytes_of[0] == bytes_of[1]
+
+
 HANG = """
 import sys, time
 import torch
