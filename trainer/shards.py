@@ -132,7 +132,8 @@ class ShardCache:
         self.disk = disk if corpus.store.root is None else None  # a folder is read where it is
         self.broken = Broken()
         self.reads = 0
-        self._pool = ThreadPoolExecutor(4, thread_name_prefix="shards")
+        # a bucket is waited for, a disk hardly
+        self._pool = ThreadPoolExecutor(8 if corpus.store.root is None else 4, thread_name_prefix="shards")
         self._shards: OrderedDict[tuple[str, Where], Future[Shard]] = OrderedDict()
         self._checked: set[str] = set()
         self._most_files = _files_allowed() // 2
