@@ -8,8 +8,9 @@ Ours gives what training gets: shuffled, verified by SHA-256, with the noise of 
 neither. In turns, in one process each (ours reads ahead in threads, curl in one of its own); medians.
 
 From a folder, and from an S3 server on loopback (benchmarks/file_s3.py); `server_mb_per_second` is what it gives a
-reader who does nothing else. `ratio_webdataset` and `ratio_streaming` are our samples a second by theirs, the lower one
-of the two places; goal: 2. `ragged` beside `padded`: ours on text that is stored at 72 tokens throughout.
+reader who does nothing else, `s3_..._server` its processor seconds by the seconds of a run, taken from the same cores.
+`ratio_webdataset` and `ratio_streaming` are our samples a second by theirs, the lower one of the two places; goal: 2.
+`ragged` beside `padded`: ours on text that is stored at 72 tokens throughout.
 `shuffle`: distance between neighbours of a shard, and of a source, by that of a uniform shuffle (1).
 """
 
@@ -217,7 +218,7 @@ def measure(samples: int, width: int, rounds: int, python: str | None) -> dict[s
                         exe: str = python
                         ways["folder"]["streaming"] = lambda check=False: streaming(exe, str(mds), server, check)
                         ways["s3"]["streaming"] = lambda check=False: streaming(exe, "s3://bucket/mds", server, check)
-                    rates = compare(ways, samples, rounds)
+                    rates = compare(ways, samples, rounds, process.pid)
                     rate = server_rate(server, tars)
             finally:
                 process.kill()
@@ -231,8 +232,10 @@ def measure(samples: int, width: int, rounds: int, python: str | None) -> dict[s
         "cores": len(os.sched_getaffinity(0)),
     }
     for place, per_way in rates.items():
-        for way, (wall, cpu) in per_way.items():
+        for way, (wall, cpu, share) in per_way.items():
             found[f"{place}_{way}_per_second"], found[f"{place}_{way}_per_cpu_second"] = round(wall, 1), round(cpu, 1)
+            if place == "s3":
+                found[f"s3_{way}_server"] = round(share, 3)
     for peer in ("webdataset", "streaming"):
         each = [p["ours"][0] / p[peer][0] for p in rates.values() if peer in p]
         found[f"ratio_{peer}"] = round(min(each), 3) if each else "not measured"
@@ -243,27 +246,37 @@ def measure(samples: int, width: int, rounds: int, python: str | None) -> dict[s
     return found | {"shuffle": shuffle(), "goal": GOAL}
 
 
-def compare(ways: dict[str, dict[str, Any]], samples: int, rounds: int) -> dict[str, dict[str, tuple[float, float]]]:
-    """Samples a second, and a processor second, of each way in each place.
+def compare(
+    ways: dict[str, dict[str, Any]], samples: int, rounds: int, server: int
+) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Samples a second, and a processor second, of each way in each place; and the server's processor seconds a second.
 
     Raises:
         AssertionError: two of them do not give the same samples.
     """
-    rates: dict[str, dict[str, tuple[float, float]]] = {}
+    rates: dict[str, dict[str, tuple[float, float, float]]] = {}
     for place, per_way in ways.items():
+        rates[place] = {}
         checked = {way: run(check=True)["digest"] for way, run in per_way.items() if way != "padded"}
         assert len(set(checked.values())) == 1, f"{place}: the samples differ: {checked}"
-        times: dict[str, list[tuple[float, float]]] = {way: [] for way in per_way}
+        times: dict[str, list[tuple[float, float, float]]] = {way: [] for way in per_way}
         for number in range(rounds):
             for way in list(per_way)[:: 1 if number % 2 else -1]:
+                worked = processor_seconds(server)
                 run = per_way[way]()
                 assert run["samples"] == samples, (place, way, run)
-                times[way].append((run["seconds"], run["cpu"]))
-        rates[place] = {
-            way: (samples / statistics.median(t[0] for t in took), samples / statistics.median(t[1] for t in took))
-            for way, took in times.items()
-        }
+                share = (processor_seconds(server) - worked) / run["seconds"]
+                times[way].append((run["seconds"], run["cpu"], share))
+        for way, took in times.items():
+            wall, cpu, share = (statistics.median(numbers) for numbers in zip(*took, strict=True))
+            rates[place][way] = samples / wall, samples / cpu, share
     return rates
+
+
+def processor_seconds(process: int) -> float:
+    """What a process has worked so far, by Linux' book."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:

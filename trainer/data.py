@@ -112,7 +112,7 @@ class StageData:
         for i in range(own):
             lane = self.rank * own + i
             # all lanes begin their windows at about the same time; to read them all then would be to wait
-            ahead[lane] = AHEAD + int(self._spread * i / own * self.lanes.window_size(lane, start) / each)
+            ahead[lane] = AHEAD + int(self._spread * (i + 1) / own * self.lanes.window_size(lane, start) / each)
             self._request(lane, start, min(AHEAD, count) * each)
         for lane, first in ahead.items():
             self._request(lane, start + AHEAD * each, (min(first, count) - AHEAD) * each)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,30 +32,38 @@ PLAIN_STATUS_SECONDS = 10.0  # without a terminal the status line is printed thi
 class Log:
     """Writes only where `active` (the first process). Every number of a `line` goes to TensorBoard too.
 
-    wandb: a project of W&B that gets them as well. Raises RequestError if that is not installed.
+    wandb: a project of W&B that gets them as well.
+
+    Raises:
+        RequestError: that is not installed, or one cannot log in there and it is not to be offline.
     """
 
     def __init__(self, out: Path, active: bool, wandb: str | None = None, name: str | None = None):
         self.path, self.active, self.name = out / "log.jsonl", active, name
-        self._project, self._run, self._wandb = wandb, None, None
-        if wandb is not None and active:
-            try:
-                self._wandb = importlib.import_module("wandb")
-            except ImportError as error:
-                raise RequestError(f'wandb = {wandb}: pip install "microdit[wandb]" first ({error})') from error
+        self._project, self._run = wandb, None
+        self._wandb = _wandb_ready(wandb) if wandb is not None and active else None
         self._writer: SummaryWriter | None = None
         self._terminal = sys.stdout.isatty()
         self._told = -PLAIN_STATUS_SECONDS
 
-    def open(self, step: int) -> None:
-        """Begin, or go on after `step`: lines of later steps, written before a kill, are dropped."""
+    def open(self, step: int, progress: "Progress") -> None:
+        """Begin, or go on after `step`: lines of later steps, written before a kill, are dropped.
+
+        Raises:
+            RequestError: W&B does not take the run.
+        """
         if not self.active:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [text for text in _lines(self.path) if json.loads(text)["step"] <= step]
         self.path.write_text("".join(f"{text}\n" for text in kept))
         if self._wandb is not None:
-            self._run = self._wandb.init(project=self._project, name=self.name, dir=str(self.path.parent))
+            progress.wandb_run = progress.wandb_run or secrets.token_hex(4)
+            names = {"project": self._project, "name": self.name, "id": progress.wandb_run}
+            try:
+                self._run = self._wandb.init(**names, dir=str(self.path.parent), resume="allow")
+            except self._wandb.Error as error:
+                raise RequestError(f"wandb = {self._project}: {error}; or set WANDB_MODE=offline") from error
         self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
 
     def line(self, step: int, **values: Any) -> None:
@@ -101,6 +110,22 @@ class Log:
             self._run.finish()
 
 
+def _wandb_ready(project: str) -> Any:
+    """The module of W&B, with somebody logged in or offline. Raises RequestError."""
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise RequestError(f'wandb = {project}: pip install "microdit[wandb]" first ({error})') from error
+    try:
+        if wandb.setup().settings.mode == "online":
+            wandb.login()  # asks, where there is a terminal
+    except wandb.Error as error:
+        raise RequestError(
+            f"wandb = {project}: cannot log in there ({error}); or set WANDB_MODE=offline, and `wandb sync` later"
+        ) from error
+    return wandb
+
+
 def by_noise(sums: Sequence[float], counts: Sequence[float]) -> dict[str, float | None]:
     """Mean losses by noise, from sums and numbers of samples."""
     return {name: loss / n if n else None for name, loss, n in zip(NOISE_NAMES, sums, counts, strict=True)}
@@ -142,6 +167,7 @@ class Progress:
     noise: list[float] = field(default_factory=lambda: [0.0] * (2 * NOISE_BINS))  # the same by noise, see `Step`
     loss: float | None = None  # of the last line
     validation: float | None = None  # the last one: of the first average, or of the weights if there is none
+    wandb_run: str | None = None  # which run of W&B goes on
     looked: int = -1  # the step after which the last validation, or the last sheet of pictures, was due
 
     def images(self, stages: Sequence[StageRecipe]) -> int:

@@ -132,7 +132,8 @@ class ShardCache:
         self.disk = disk if corpus.store.root is None else None  # a folder is read where it is
         self.broken = Broken()
         self.reads = 0
-        self._pool = ThreadPoolExecutor(4, thread_name_prefix="shards")
+        # a bucket is waited for, a disk hardly
+        self._pool = ThreadPoolExecutor(8 if corpus.store.root is None else 4, thread_name_prefix="shards")
         self._shards: OrderedDict[tuple[str, Where], Future[Shard]] = OrderedDict()
         self._checked: set[str] = set()
         self._most_files = _files_allowed() // 2
@@ -142,7 +143,10 @@ class ShardCache:
         key = (column, where)
         if key not in self._shards:
             self.reads += 1
-            self._shards[key] = self._pool.submit(self._read, column, where)
+            commit = self.columns[column][where]
+            # at once, so that a bucket is waited for once; whoever reads the object finds the sidecar begun before it
+            sidecar = self._pool.submit(self._object, commit.sidecar)
+            self._shards[key] = self._pool.submit(self._read, commit, sidecar)
         self._shards.move_to_end(key)
         return self._shards[key]
 
@@ -191,14 +195,14 @@ class ShardCache:
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _read(self, column: str, where: Where) -> Shard:
-        commit = self.columns[column][where]
-        sidecar = self._object(commit.sidecar)
+    def _read(self, commit: Commit, sidecar: Future[FileIO | memoryview]) -> Shard:
+        data = self._object(commit.object)
+        source = _source(sidecar.result())
         try:
-            table = pq.ParquetFile(_source(sidecar)).read(["status", "offset", "size"], use_threads=False)
+            table = pq.ParquetFile(source).read(["status", "offset", "size"], use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise BrokenError(f"{commit.sidecar.name} is no sidecar: {error}") from None
-        return Shard(self._object(commit.object), table)
+        return Shard(data, table)
 
     def _object(self, ref: ObjectRef) -> FileIO | memoryview:
         """An object: a file of the corpus or of a copy, or its bytes.

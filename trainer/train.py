@@ -86,7 +86,7 @@ def train(recipe: Recipe, resume: bool = True) -> dict[str, Any]:
             speed = measure_speed(recipe, config, team, stages)
             budget = TimeBudget(progress, recipe.stages, speed, recipe.time_budget - (time.monotonic() - began))
             keep_to_budget(budget, team, log)
-        log.open(-1 if found is None else progress.step)
+        log.open(-1 if found is None else progress.step, progress)
         meter, not_finite = Meter(progress, team, log), NotFinite(recipe.out, team)
         saver = stack.enter_context(Saver(place, recipe.checkpoint_keep, recipe.checkpoint_keep_hours, log.say))
         saved, moments = time.monotonic(), Moments(team)

@@ -3,8 +3,12 @@
 import itertools
 import json
 import random
+import resource
+import shutil
 import signal
+import tempfile
 import uuid
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +23,7 @@ from pipeline.cli import generate
 from pipeline.errors import RequestError
 from pipeline.store import Store
 from tests.faulty_s3 import FaultyS3
+from tests.pipeline.disks import small_disk
 from tests.s3 import BUCKET, environ, environment
 from tests.trainer.conftest import STAGE
 from tests.trainer.test_checkpoint import ALONE, made
@@ -219,6 +224,56 @@ def test_a_bucket_that_is_down_costs_a_checkpoint_and_not_the_run(
         with pytest.raises(CheckpointError, match=r"step 3 cannot be written: .*tries to"):
             train(recipe(**fields))
         assert place.names() == ["step-00000002", "step-00000001"]
+
+
+@pytest.mark.parametrize("kind", ["full disk", "limit on a file's size"])  # for the first one has to be root
+def test_a_full_temporary_folder_costs_a_checkpoint_and_not_the_run(
+    recipe, s3_url: str, tmp_path: Path, monkeypatch, capsys, kind: str
+) -> None:
+    real, full = Bucket.write, [2]
+    with ExitStack() as stack:
+        if kind == "full disk":
+            folder = stack.enter_context(small_disk(tmp_path / "disk", "8m"))
+        else:
+            folder = tmp_path / "temporary"
+            folder.mkdir()
+            stack.callback(signal.signal, signal.SIGXFSZ, signal.signal(signal.SIGXFSZ, signal.SIG_IGN))
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def write(self, step, *args):
+            if step in full:
+                if kind == "full disk":  # the weights have room, AdamW's state has none
+                    (folder / "others").write_bytes(bytes(shutil.disk_usage(folder).free - 600_000))
+                else:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+            try:
+                real(self, step, *args)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+                (folder / "others").unlink(missing_ok=True)
+                assert not list(folder.glob(f"{store_module.SCRATCH}*"))
+
+        monkeypatch.setattr(Bucket, "write", write)
+        fields = {"stages": [STAGE | {"steps": 3}], "checkpoint_every": 1, "checkpoints": s3_url}
+        assert train(recipe(**fields))["steps"] == 3
+        told = [line for line in capsys.readouterr().out.splitlines() if "cannot be written" in line]
+        (line,) = told
+        assert line.startswith("the checkpoint of step 2 cannot be written: ") and (
+            "No space left" in line if kind == "full disk" else "too large" in line
+        )
+        place = Bucket(Store(s3_url), tmp_path / "scratch")
+        assert place.names() == ["step-00000003", "step-00000001"]
+        # the last one of a run: an error, and the one before is what the next run goes on from
+        place.remove("step-00000003")
+        full[:] = [3]
+        with pytest.raises(CheckpointError, match="the checkpoint of step 3 cannot be written: "):
+            train(recipe(**fields))
+        assert place.names() == ["step-00000002", "step-00000001"]
+        for name in place.names():
+            place.read(name)  # whole: each file's SHA-256 is checked
+        full.clear()
+        assert train(recipe(**fields))["steps"] == 3
 
 
 def test_sigterm_saves_on_the_bucket_in_time(recipe, s3_url: str, tmp_path: Path, team) -> None:
