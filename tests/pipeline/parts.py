@@ -91,6 +91,7 @@ class Words:
     runs: Path | None = None
     """and one for every shard that is begun: `<shard>-<process>-<its parent>-<random>`."""
     load_error: str = ""
+    at_once: int = 1
 
     def load(self) -> None:
         if self.load_error:
@@ -123,7 +124,7 @@ class Words:
     def work_on(self, task: Task, row: Row) -> None:
         """Do to the process what the row is said to do."""
         if (task.ref.shard, row.row) in self.crashes:
-            os.kill(os.getpid(), signal.SIGSEGV)
+            signal.raise_signal(signal.SIGSEGV)  # this thread, at once
         if (task.ref.shard, row.row) in self.hangs:
             time.sleep(3600)
 

@@ -178,10 +178,10 @@ def test_what_fails_is_set_aside_and_taken_again_when_asked(cluster: None, tmp_p
 
 
 def test_a_sample_that_crashes_or_hangs_its_process_is_set_aside_alone(cluster: None, tmp_path: Path) -> None:
-    """One in a task, one in an actor, of shards of which the rest is committed."""
+    """One in a task, two in an actor that has two shards in hand, of shards of which the rest is committed."""
     sources = [Pictures(count=2)]
-    crash, hang = ("pictures-000000-01", 1), ("pictures-000001-00", 0)
-    stages = [source_words(crashes=(crash,)), upper_words(hangs=(hang,))]
+    crash, hang, late = ("pictures-000000-01", 1), ("pictures-000001-00", 0), ("pictures-000001-01", 1)
+    stages = [source_words(crashes=(crash,)), upper_words(hangs=(hang,), crashes=(late,), at_once=2)]
     corpus = open_corpus(tmp_path / "corpus", sources, stages)
     notes: list[str] = []
     summary = carry_out(
@@ -191,13 +191,19 @@ def test_a_sample_that_crashes_or_hangs_its_process_is_set_aside_alone(cluster: 
     assert summary.exit_status == 0  # no shard is set aside, and samples may fail
     assert (summary.columns["captions/source"].committed, summary.columns["captions/lower"].committed) == (4, 4)
     assert summary.columns["captions/source"].reasons == {"upstream": 4, "crash": 1}
-    assert summary.columns["captions/upper"].reasons == {"upstream": 5, "stall": 1}
-    for column, (shard, row), reason in (("captions/source", crash, "crash"), ("captions/upper", hang, "stall")):
+    assert summary.columns["captions/upper"].reasons == {"upstream": 5, "stall": 1, "crash": 1}
+    upper = "captions/upper"
+    for column, (shard, row), reason in (
+        ("captions/source", crash, "crash"),
+        (upper, hang, "stall"),
+        (upper, late, "crash"),
+    ):
         lines = corpus.sidecar(corpus.commit(column, "pictures", shard, 0)).to_pylist()
         assert [line["reason"] for line in lines if line["reason"] != "upstream"].count(reason) == 1
         assert (lines[row]["status"], lines[row]["reason"]) == ("failed", reason)
     assert f"source words: {crash[0]} row {crash[1]} is set aside: crash" in notes
     assert f"upper words: {hang[0]} row {hang[1]} is set aside: stall" in notes
+    assert f"upper words: {late[0]} row {late[1]} is set aside: crash" in notes
     assert verify(corpus)["problems"] == []
 
 
