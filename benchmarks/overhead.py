@@ -30,7 +30,7 @@ COLUMN = "captions/slept"
 CPUS, WARM = 1, 24  # shards before the first round: all workers have started then
 
 
-def stage(device: str, seconds: float) -> Words:
+def stage(device: str | None, seconds: float) -> Words:
     return Words("slept", {COLUMN: spec("images")}, device=device, seconds=seconds)
 
 
@@ -56,8 +56,8 @@ def engine(folder: Path, shards: int, made: Words) -> float:
     """Seconds a shard by the engine, as if there were one worker."""
     corpus, source = corpus_of(folder, shards, made)
     carry_out(corpus, [source], [made], cast(Any, ingest))
-    places = Places.on(CPUS, 0, models=made.device == "gpu")
-    at_once = places.actors if made.device == "gpu" else int(CPUS / places.task_cpu)
+    places = Places.on(CPUS, 0, 1)
+    at_once = places.models(made.device).count if made.device else int(CPUS / places.task_cpu)
     times = sorted(item.modified.timestamp() for item in corpus.store.list(f"commits/{COLUMN}"))
     assert len(times) == shards > at_once
     return (times[-1] - times[at_once - 1]) * at_once / (shards - at_once)
@@ -68,7 +68,7 @@ def measure(shards: int, seconds: float, rounds: int) -> dict[str, Any]:
     ray.init(address="local", num_cpus=CPUS, num_gpus=0, **quiet)
     found: dict[str, Any] = {"shards": shards, "seconds": seconds}
     with tempfile.TemporaryDirectory() as folder:
-        for kind, device in (("task", "cpu"), ("actor", "gpu")):
+        for kind, device in (("task", None), ("actor", "gpu")):
             engine(Path(folder, f"{kind}-warm"), WARM, stage(device, seconds))
             times: dict[Callable[[Path, int, Words], float], list[float]] = {bare: [], engine: []}
             for number in range(rounds):

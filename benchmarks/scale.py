@@ -43,7 +43,7 @@ ON_S3 = 2_500  # shards there: more than two pages of each column
 class Nothing:
     """A stage that writes one line for each shard."""
 
-    name, device = "nothing", "cpu"
+    name, device = "nothing", None
 
     def __init__(self) -> None:
         spec = ColumnSpec({"stage": "nothing"}, {"caption": "string", "tokens": "int32"}, (IMAGES,))

@@ -135,14 +135,12 @@ def make_batch(config: dict[str, Any], images: int, micro_batch: int, ragged: bo
     return Batch(order, parts)
 
 
-def make_learner(preset: str, input_size: int, mask_ratio: float, device: str, compiled: bool) -> Learner:
+def make_learner(preset: str, input_size: int, mask_ratio: float, device: str) -> Learner:
     stage = {"latents": "none", "steps": 1, "batch": 128, "mask_ratio": mask_ratio, "learning_rate": 1e-5}
     named = {"name": "step", "corpus": "none", "out": "none", "text": {"none": 1.0}}
     recipe = Recipe.model_validate(named | {"stages": [stage]})
     config = PRESETS[preset] | {"input_size": input_size, "caption_channels": 1024}
     learner = Learner(recipe, config, Team(0, 1, torch.device(device)))
-    if compiled:
-        compile_blocks(learner.net)
     # a fresh network's output is zero, and with it most of its gradients
     nn.init.normal_(learner.net.final_layer.linear.weight, std=0.02)
     return learner
@@ -182,7 +180,7 @@ def product_rate(device: str, dtype: torch.dtype) -> float:
 
 def measure(options: argparse.Namespace, pixels: int, mask_ratio: float) -> dict[str, Any]:
     device, size = options.device, pixels // 8
-    learner = make_learner(options.preset, size, mask_ratio, device, compiled=options.compile)
+    learner = make_learner(options.preset, size, mask_ratio, device)
     stage, config = learner.recipe.stages[0], learner.net.config
     images = max(options.micro_batches)
 
@@ -190,6 +188,8 @@ def measure(options: argparse.Namespace, pixels: int, mask_ratio: float) -> dict
     difference = loss_difference(learner, Reference(learner.net, stage, bf16=False), same)
     if difference > 1e-4:
         raise SystemExit(f"{pixels} px: for equal inputs the losses differ by {difference:.2g}")
+    if options.compile:  # not before: what is asked for no gradients is compiled anew
+        compile_blocks(learner.net)
 
     reference = Reference(learner.net, stage, learner.bf16)
     forms: dict[str, Callable[[Batch], Any]] = {

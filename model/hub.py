@@ -242,10 +242,18 @@ def _commit(repo: str, beginning: str) -> str:
     """The hash that begins so, of the commits in the cache, else of those on `main`; if there is none, what was given.
 
     The hub itself takes nothing but whole hashes.
+
+    Raises:
+        HfHubHTTPError: the hub's answer is an error.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, constants, errors
 
     snapshots = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "snapshots")
     found = [folder.name for folder in snapshots.glob(f"{beginning}*")]
-    found = found or [c.commit_id for c in HfApi().list_repo_commits(repo) if c.commit_id.startswith(beginning)]
+    try:
+        found = found or [c.commit_id for c in HfApi().list_repo_commits(repo) if c.commit_id.startswith(beginning)]
+    except errors.HfHubHTTPError:
+        raise
+    except Exception:  # the HTTP library's, which is another one in other versions: nothing answers
+        return beginning  # the cache may know a branch of this name; if not, whoever downloads it says so
     return found[0] if len(found) == 1 else beginning

@@ -21,7 +21,7 @@ from pipeline.board import Board
 from pipeline.corpus import Corpus
 from pipeline.errors import RequestError
 from pipeline.failures import write_failure
-from pipeline.places import Places
+from pipeline.places import Actors, Places
 from pipeline.plan import Job, Plan, UnitJob
 from pipeline.retries import Retries
 from pipeline.sources import Source
@@ -81,7 +81,7 @@ class Driver:
         self.most = self.resources.pop("cpus", None), self.resources.pop("gpus", None)
         self.order = plan.downstream_first()
         self.upstream = [plan.upstream(stage) for stage in range(len(plan.stages))]
-        self.is_model = [stage.device == "gpu" for stage in plan.stages]
+        self.device = [stage.device for stage in plan.stages]
         self.at_once = [getattr(stage, "at_once", 1) for stage in plan.stages]
         self.flights: dict[Any, Flight] = {}
         self.actors: list[Actor] = []
@@ -103,8 +103,9 @@ class Driver:
         if (now := time.monotonic()) - self._looked >= RESOURCES_EVERY:
             self._looked = now
             self.nodes = cluster.nodes()
-            models = sum(bool(targets) and self.is_model[i] for i, targets in enumerate(self.plan.targets))
-            self.places = Places.on(*cluster.size(*self.most), models, **self.resources)
+            models = [device for device, targets in zip(self.device, self.plan.targets, strict=True) if targets]
+            on_gpus, on_cpus = models.count("gpu"), models.count("cpu")
+            self.places = Places.on(*cluster.size(*self.most), on_gpus, on_cpus, **self.resources)
 
     def check_nodes(self) -> None:
         """Make sure that every node sees the corpus.
@@ -170,7 +171,7 @@ class Driver:
         while self.delayed and self.delayed[0][0] <= now:
             self.plan.requeue(heapq.heappop(self.delayed)[2])
         for stage in self.order:
-            if self.is_model[stage]:
+            if self.device[stage]:
                 self._serve_model(stage)
             else:
                 while self._in_flight() < self.places.tasks and (job := self.plan.take(stage)):
@@ -223,16 +224,23 @@ class Driver:
         backlog, ready = len(self.plan.ready[stage]), sum(actor.ready for actor in mine)
         if not backlog or len(mine) - ready >= max(1, ready):
             return
-        kept = {s for s in range(len(self.plan.stages)) if self._wants_model(s)} - {a.stage for a in self.actors}
-        room = len(self.actors) + len(kept - {stage}) < self.places.actors
-        more = len(mine) < self.places.actors_per_stage and backlog >= PER_ACTOR * len(mine)
+        places = self._places(stage)
+        like = [s for s, device in enumerate(self.device) if device == self.device[stage]]
+        kept = {s for s in like if self._wants_model(s)} - {stage, *(a.stage for a in self.actors)}
+        room = sum(actor.stage in like for actor in self.actors) + len(kept) < places.count
+        more = len(mine) < places.per_stage and backlog >= PER_ACTOR * len(mine)
         if not mine or (room and more):
-            options = {"num_cpus": self.places.actor_cpu, "num_gpus": self.places.actor_gpu}
+            options: dict[str, Any] = {"num_cpus": places.cpu, "num_gpus": places.gpu}
+            if not places.gpu:  # they ask for less than they take: not all on one node
+                options["scheduling_strategy"] = "SPREAD"
             handle = self._actor.options(max_concurrency=self.at_once[stage], **options).remote(self._stage_refs[stage])
             actor = Actor(handle, stage, time.monotonic())
             actor.refs = [handle.place.remote(), handle.load.remote()]
             self.actors.append(actor)
             self.flights |= {ref: Flight(None, actor) for ref in actor.refs}
+
+    def _places(self, stage: int) -> Actors:
+        return self.places.models(self.device[stage] or "cpu")
 
     def _release_idle(self, now: float) -> None:
         """Give back the places of models that have nothing to do."""
@@ -243,7 +251,7 @@ class Driver:
                 self._dismiss(actor)
 
     def _wants_model(self, stage: int) -> bool:
-        return self.is_model[stage] and bool(self.plan.targets[stage]) and not self._finished(stage)
+        return bool(self.device[stage]) and bool(self.plan.targets[stage]) and not self._finished(stage)
 
     def _finished(self, stage: int) -> bool:
         """True if no more work can come for a stage."""

@@ -25,7 +25,7 @@ from pipeline.earlier import Earlier
 from pipeline.errors import DamagedError, RequestError
 from pipeline.expected import Expected, expected
 from pipeline.places import Places
-from pipeline.score_options import ClipScores, ScoresColumn, holds_model, scorer_of
+from pipeline.score_options import ClipScores, ScoresColumn, device_of, scorer_of
 from pipeline.sizes import Sizes, by_origin
 from pipeline.stages import IMAGES
 from pipeline.stages.vlm import origin_of
@@ -116,11 +116,12 @@ class _Estimate:
         self.sizes = Sizes(config, self.sources, self.earlier, self.otherwise, self.assume)
         self.shards = self.sizes.shards
         self.cpus = self._cpus()
-        models = len({self._stage_of(name) for name, options in config.columns.items() if _holds_model(options)})
+        stages = {self._stage_of(name): _device(options) for name, options in config.columns.items()}
+        counts = [list(stages.values()).count(device) for device in ("gpu", "cpu")]
         self.places = Places.on(
             self.cpus,
             given.gpus,
-            models,
+            *counts,
             **config.resources.model_dump(include={"cpus_per_task", "cpus_per_actor", "gpus_per_actor"}),
         )
 
@@ -171,9 +172,10 @@ class _Estimate:
         found = {INGEST: Cost("cpu", False, min(self.places.ingests, units))}
         columns: dict[str, list[str]] = {INGEST: [IMAGES]}
         for column, options in self.config.columns.items():
-            model, name = _holds_model(options), self._stage_of(column)
-            workers = self.cpus if not model else self.given.gpus or self.places.actors_per_stage
-            found.setdefault(name, Cost("gpu" if model and self.given.gpus else "cpu", model, workers))
+            device, name = _device(options), self._stage_of(column)
+            on_gpu = device == "gpu" and self.given.gpus > 0
+            on_cpu = self.places.models(device).per_stage if device else self.cpus
+            found.setdefault(name, Cost("gpu", True, self.given.gpus) if on_gpu else Cost("cpu", bool(device), on_cpu))
             columns.setdefault(name, []).append(column)
         for stage, cost in found.items():
             for name, source in self.sources.items():
@@ -331,7 +333,7 @@ class _Estimate:
         if isinstance(options, CaptionsColumn) and options.vlm is not None:
             asked = ((name, o) for name, o in self.config.columns.items() if isinstance(o, CaptionsColumn))
             column = next(name for name, other in asked if origin_of(other) == origin_of(options))
-        models = isinstance(options, TextColumn) or (isinstance(options, CaptionsColumn) and _holds_model(options))
+        models = isinstance(options, TextColumn | CaptionsColumn) and _device(options) is not None
         return column.replace("/", ":", 1) if models else column
 
     def _money(self, time: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -367,10 +369,11 @@ def _gpu(given: Machines) -> str | None:
     return rates.gpu_kind(given.gpu) if given.gpu is not None else None
 
 
-def _holds_model(options: Any) -> bool:
+def _device(options: Any) -> str | None:
+    """The `device` of the stage that makes such a column."""
     if isinstance(options, CaptionsColumn):
-        return options.origin in ("vlm", "tags")
-    return isinstance(options, LatentsColumn | TextColumn) or holds_model(options)
+        return "gpu" if options.origin in ("vlm", "tags") else None
+    return "gpu" if isinstance(options, LatentsColumn | TextColumn) else device_of(options)
 
 
 def _sees_images(column: str, options: Any) -> bool:

@@ -90,7 +90,9 @@ def scorer_of(column: str) -> str:
     return column.partition("/")[2].partition("-")[0]
 
 
-def holds_model(options: object) -> bool:
-    """Whether a scorer's stage holds a model that wants a GPU."""
+def device_of(options: object) -> str | None:
+    """The `device` of a scorer's stage."""
     hub_nsfw = isinstance(options, NsfwScores) and options.model != YAHOO
-    return hub_nsfw or isinstance(options, AestheticScores | ClipScores | EmbeddingScores)
+    if hub_nsfw or isinstance(options, AestheticScores | ClipScores | EmbeddingScores):
+        return "gpu"
+    return "cpu" if isinstance(options, NsfwScores | TextScores | CaptionScores) else None

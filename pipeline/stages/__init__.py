@@ -62,8 +62,10 @@ class Stage(Protocol):
 
     name: str
     columns: dict[str, ColumnSpec]
-    device: str
-    """`gpu`: it holds a model, and wants a GPU where there is one; `cpu`: it does not."""
+
+    @property
+    def device(self) -> str | None:
+        """Where its model works: `gpu`, on one where there is one; `cpu`, in any case. None: it holds no model."""
 
     def load(self) -> None:
         """Load the models, once per process."""

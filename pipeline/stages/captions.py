@@ -27,7 +27,7 @@ class Captions:
     corpus before the first shard: `declare` puts it there.
     """
 
-    device = "cpu"
+    device = None
 
     def __init__(self, name: str, options: CaptionsColumn, config: BuildConfig | None = None):
         self.name, self._options = name, options

@@ -47,7 +47,7 @@ class Bill:
 class Endpoint:
     """One column from an endpoint. A sample fails with what is wrong with the second of its answers."""
 
-    device = "cpu"
+    device = None
 
     def __init__(self, name: str, options: CaptionsColumn, max_pixels: int, resources: Resources):
         self.name, self._options = name, options

@@ -46,7 +46,8 @@ class PixelScores:
     load: gives that function; called once per process, and picklable.
     """
 
-    device = "cpu"
+    device: str | None = "cpu"
+    """None for a function that is no model."""
 
     def __init__(
         self,
@@ -97,6 +98,8 @@ class PixelScores:
 
 class BasicScores(PixelScores):
     """`scores/basic`: size, aspect (width / height), and what else `basic_scores` gives."""
+
+    device = None
 
     def __init__(self, name: str, max_pixels: int):
         super().__init__(name, {"stage": "scores/basic", "version": 1}, SCALARS, max_pixels, _basic)

@@ -45,6 +45,10 @@ def test_the_beginning_of_no_hash_or_of_two(hub: Hub):
             fetch("owner/name", ["config.json"], revision=beginning)
     hub.add("owner/name", {"config.json": b"{}"}, branch="20240721")  # a name that looks like one
     assert (fetch("owner/name", ["config.json"], revision="20240721").folder / "config.json").read_bytes() == b"{}"
+    hub.close()
+    assert (fetch("owner/name", ["config.json"], revision="20240721").folder / "config.json").read_bytes() == b"{}"
+    with pytest.raises(ModelFilesError, match="cannot download owner/name at revision 1234567, and the cache does not"):
+        fetch("owner/name", ["config.json"], revision="1234567")
 
 
 def test_one_copy_of_the_weights_is_taken(hub: Hub):

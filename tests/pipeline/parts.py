@@ -72,7 +72,7 @@ class Words:
 
     name: str
     columns: dict[str, ColumnSpec]
-    device: str = "cpu"
+    device: str | None = None
     seconds: float = 0.0
     broken: tuple[str, ...] = ()
     """Shards on which it raises,"""

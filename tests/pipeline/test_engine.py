@@ -106,7 +106,9 @@ def check_adds_up(summary: BuildSummary) -> None:
 def test_a_whole_build_streams_and_loads_each_model_once(cluster: None, tmp_path: Path) -> None:
     loads = tmp_path / "loads"
     loads.mkdir()
-    third = Words("third", {"captions/third": spec("captions/upper")}, device="gpu", loads=loads)
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    third = Words("third", {"captions/third": spec("captions/upper")}, device="cpu", loads=loads, runs=runs)
     sources = [Pictures(count=3, entered=tmp_path)]
     stages = [source_words(), upper_words(loads=loads), third]
     corpus = open_corpus(tmp_path / "corpus", sources, stages)
@@ -121,7 +123,10 @@ def test_a_whole_build_streams_and_loads_each_model_once(cluster: None, tmp_path
     assert summary.columns["captions/third"].out == 6 * (ROWS - 1)
     assert summary.columns["captions/third"].reasons == {"upstream": 6}
     assert summary.columns["captions/third"].own_failures == 0
-    assert sorted(path.name.split("-")[0] for path in loads.iterdir()) == ["third", "upper words"]
+    loaded = {path.name.split("-")[0]: path.name.split("-")[1] for path in loads.iterdir()}
+    assert sorted(loaded) == ["third", "upper words"] and len(list(loads.iterdir())) == 2
+    ran = [path.name.split("-")[3] for path in runs.iterdir()]
+    assert ran == 6 * [loaded["third"]]  # a model that stays on a CPU has an actor too
     assert not (tmp_path / "running").exists()  # the source was left when all was done
 
     assert any(line.name == "ingest" and line.state.endswith("at work") for shot in seen for line in shot.lines)

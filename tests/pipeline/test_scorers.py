@@ -342,6 +342,26 @@ def test_what_is_written_of_a_config_is_the_same_config(tmp_path: Path) -> None:
     assert BuildConfig.model_validate_json(given_config.model_dump_json()) == given_config
 
 
+def test_whoever_holds_a_model_is_an_actor(tmp_path: Path) -> None:
+    columns = {
+        "captions/source": {},
+        "scores/basic": {},
+        "scores/nsfw": {},
+        "scores/text": {},
+        "scores/embedding": {"model": "efficientnet"},
+        "scores/caption": {"captions": "source"},
+    }
+    found = {stage.name: stage.device for stage in stages_of(config(tmp_path / "corpus", columns))}
+    assert found == {
+        "captions/source": None,
+        "scores/basic": None,
+        "scores/nsfw": "cpu",
+        "scores/text": "cpu",
+        "scores/embedding": "gpu",
+        "scores/caption": "cpu",
+    }
+
+
 @pytest.mark.parametrize(
     ("column", "kind"),
     [
