@@ -220,6 +220,7 @@ def measure(folder: Path, shards: int, commits: int) -> dict[str, Any]:
     said("planning")
     plan = apart("planned", corpus.url, shards)
     said("building")
+    os.sync()  # what was written for it is no part of it
     build = apart("built", corpus.url, shards, min(commits, shards // 2))
     fill(corpus, COLUMN, all_shards, write)
     said("resuming")

@@ -21,6 +21,8 @@ pytestmark = pytest.mark.timeout(600)
 
 DRAWINGS = 150
 TRAIN = [
+    "stages.0.batch=64",
+    "stages.1.batch=64",
     "stages.0.images=1280",
     "stages.1.images=5120",
     "checkpoint_every=5",
