@@ -110,7 +110,8 @@ def run_demo(out: Path, build_overrides: Sequence[str] = (), train_overrides: Se
 
     say.step(f"done in {(time.monotonic() - began) / 60:.1f} minutes", "")
     console.print(f"  pictures   {run / 'grid.png'}\n  report     {report}", soft_wrap=True)
-    console.print(f"  your turn  microdit generate --checkpoint {run} --prompt 'red apple'", soft_wrap=True)
+    prompt = "red apple, food and drink"  # of the kind that it was trained on
+    console.print(f"  your turn  microdit generate --checkpoint {run} --prompt '{prompt}'", soft_wrap=True)
     return 0
 
 

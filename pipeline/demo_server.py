@@ -24,7 +24,7 @@ from aiohttp import web
 from pipeline import openmoji
 from pipeline.openmoji import Emoji
 
-FORMAT = 2  # of the prepared folder: raise it when the same packages give another list or other files
+FORMAT = 3  # of the prepared folder: raise it when the same packages give another list or other files
 SEED = 12
 SIZE = 256  # pixels of both sides
 TINY = 10
@@ -76,7 +76,7 @@ def prepare(out: Path, limit: int | None = None) -> DemoSource:
     bomb = _bomb()
     for url in bad["bomb"]:
         _write(out / url, bomb)
-    _write(out / LIST, "".join(f"{url}\t{drawing.name}\n" for url, drawing in lines).encode())
+    _write(out / LIST, "".join(f"{url}\t{caption(drawing)}\n" for url, drawing in lines).encode())
     table = ({"url": url, "caption": long_caption(drawing), "license": openmoji.LICENSE} for url, drawing in lines)
     _write(out / CAPTIONS, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in table).encode())
     absent = set(bad["not_found"]) | set(bad["hang"])
@@ -90,6 +90,11 @@ def prepare(out: Path, limit: int | None = None) -> DemoSource:
     }
     _write(out / MANIFEST, json.dumps(manifest, indent=1).encode())
     return _source(out, manifest)
+
+
+def caption(drawing: Emoji) -> str:
+    """The line's caption: "red apple, food and drink"."""
+    return f"{drawing.name}, {drawing.group}"
 
 
 def long_caption(drawing: Emoji) -> str:
