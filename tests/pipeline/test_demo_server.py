@@ -64,7 +64,7 @@ def test_the_second_captions_are_joined_by_url(source):
     table = [json.loads(line) for line in source.captions.read_text().splitlines()]
     assert [entry["url"] for entry in table] == [url for url, _ in lines(source)]
     for entry, (_, name) in zip(table, lines(source), strict=True):
-            assert name.split(",")[0] in entry["caption"] and entry["caption"] != name
+        assert name.split(",")[0] in entry["caption"] and entry["caption"] != name
         assert entry["license"] == openmoji.LICENSE
 
 
