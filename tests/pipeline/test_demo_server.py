@@ -63,8 +63,10 @@ def test_bad_urls_are_spread(source):
 def test_the_second_captions_are_joined_by_url(source):
     table = [json.loads(line) for line in source.captions.read_text().splitlines()]
     assert [entry["url"] for entry in table] == [url for url, _ in lines(source)]
-    for entry, (_, name) in zip(table, lines(source), strict=True):
-        assert name.split(",")[0] in entry["caption"] and entry["caption"] != name
+    for entry, (_, told) in zip(table, lines(source), strict=True):
+        name, group = told.rsplit(", ", 1)
+        assert entry["caption"].startswith(name) and entry["caption"].endswith(f", from {group}")
+        assert len(entry["caption"]) > len(told)
         assert entry["license"] == openmoji.LICENSE
 
 
