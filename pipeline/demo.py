@@ -28,7 +28,7 @@ from pipeline.samples import query
 from pipeline.selections import select
 
 TIME_LIMIT = 8 * 60  # seconds for everything on 2 cores; the training gets what the build left of it, but for
-AFTER_TRAINING = 80  # the pictures and the page
+AFTER_TRAINING = 60  # the pictures and the page
 LEAST_TRAINING = 60
 
 # glibc keeps what a step has freed: a page fault for each 4 KB of every step is a twelfth of the processor's time. The
@@ -110,7 +110,7 @@ def run_demo(out: Path, build_overrides: Sequence[str] = (), train_overrides: Se
 
     say.step(f"done in {(time.monotonic() - began) / 60:.1f} minutes", "")
     console.print(f"  pictures   {run / 'grid.png'}\n  report     {report}", soft_wrap=True)
-    prompt = "red apple, food and drink"  # of the kind that it was trained on
+    prompt = "red apple, food fruit"  # of the kind that it was trained on
     console.print(f"  your turn  microdit generate --checkpoint {run} --prompt '{prompt}'", soft_wrap=True)
     return 0
 

@@ -24,7 +24,7 @@ from aiohttp import web
 from pipeline import openmoji
 from pipeline.openmoji import Emoji
 
-FORMAT = 3  # of the prepared folder: raise it when the same packages give another list or other files
+FORMAT = 4  # of the prepared folder: raise it when the same packages give another list or other files
 SEED = 12
 SIZE = 256  # pixels of both sides
 TINY = 10
@@ -93,12 +93,12 @@ def prepare(out: Path, limit: int | None = None) -> DemoSource:
 
 
 def caption(drawing: Emoji) -> str:
-    """The line's caption: "red apple, food and drink"."""
+    """The line's caption: "red apple, food fruit"."""
     return f"{drawing.name}, {drawing.group}"
 
 
 def long_caption(drawing: Emoji) -> str:
-    """A second caption: "red apple, also known as apple, from food and drink"."""
+    """A second caption: "red apple, also known as apple, from food fruit"."""
     aliases = " or ".join(drawing.aliases[:2])
     if len(aliases) > 40:  # so that no caption has more than 34 tokens of MiniLM
         aliases = drawing.aliases[0]

@@ -72,8 +72,8 @@ def test_the_second_captions_are_joined_by_url(source):
 
 def test_captions_are_made_of_name_aliases_and_group():
     apple = next(drawing for drawing in openmoji.catalogue() if drawing.code == "1F34E")
-    assert caption(apple) == "red apple, food and drink"
-    assert long_caption(apple) == "red apple, also known as apple, from food and drink"
+    assert caption(apple) == "red apple, food fruit"
+    assert long_caption(apple) == "red apple, also known as apple, from food fruit"
 
 
 def test_preparing_again_gives_the_same_bytes(source, tmp_path):

@@ -34,17 +34,18 @@ def test_no_skin_tones_and_no_private_use():
 @pytest.mark.parametrize(
     ("code", "name", "aliases", "group"),
     [
-        ("1F34E", "red apple", ("apple",), "food and drink"),
-        ("1F1EB-1F1EF", "flag of Fiji", (), "flags"),
-        ("1F3F4-E0067-E0062-E0073-E0063-E0074-E007F", "flag of Scotland", (), "flags"),
-        ("1F3F4-200D-2620-FE0F", "pirate flag", (), "flags"),
-        ("0023-FE0F-20E3", "keycap #", ("hash",), "symbols"),
-        ("1F408-200D-2B1B", "black cat", (), "animals and nature"),
-        ("2764", "red heart", ("heart",), "smileys and emotion"),
-        ("1F563", "eight-thirty", (), "travel and places"),  # "eight thirty" and "clock830" say nothing more
-        ("1FAC6", "fingerprint", (), "people and body"),
-        ("26BD", "soccer ball", ("soccer",), "activities"),
-        ("1F50C", "electric plug", (), "objects"),
+        ("1F34E", "red apple", ("apple",), "food fruit"),
+        ("1F1EB-1F1EF", "flag of Fiji", (), "country flag"),
+        ("1F3F4-E0067-E0062-E0073-E0063-E0074-E007F", "flag of Scotland", (), "subdivision flag"),
+        ("1F3F4-200D-2620-FE0F", "pirate flag", (), "flag"),
+        ("0023-FE0F-20E3", "keycap #", ("hash",), "keycap"),
+        ("1F408-200D-2B1B", "black cat", (), "animal mammal"),
+        ("2764", "red heart", ("heart",), "heart"),
+        ("1F563", "eight-thirty", (), "time"),  # "eight thirty" and "clock830" say nothing more
+        ("1FAC6", "fingerprint", (), "person symbol"),
+        ("1F469-200D-2695-FE0F", "woman health worker", (), "person role"),  # by the whole sequence
+        ("26BD", "soccer ball", ("soccer",), "sport"),
+        ("1F50C", "electric plug", (), "computer"),
     ],
 )
 def test_names_aliases_groups(code, name, aliases, group):
