@@ -34,7 +34,7 @@ from trainer.train import train
 
 RECIPE = "configs/recipes/regression.yaml"
 COLUMNS = ["images", "captions/source", "captions/long", "latents/demo-64", "text/minilm@source", "text/minilm@long"]
-STATED, TOLERANCE = 0.4088, 0.02  # measured: docs/measurements.md
+STATED, TOLERANCE = 0.4047, 0.02  # measured: docs/measurements.md
 
 
 def main() -> int:
