@@ -26,18 +26,26 @@ from typing import Any
 import torch
 
 from benchmarks.ingest import photograph
-from pipeline.answers import fault
-from pipeline.caption_options import CaptionsColumn
-from pipeline.config import ImageOptions, Resources
-from pipeline.corpus import Commit, Corpus, ShardRef
-from pipeline.images import decode_within, prepare
-from pipeline.stages import IMAGES, Task, image_bytes, read_rows, vlm
-from pipeline.stages.ingest import SCALARS
-from pipeline.stages.latents import chunks
-from pipeline.stages.vlm import Vlm
-from tests.model.captioner_models import vision_folder
+from microdit.pipeline.base.threads import chunks
+from microdit.pipeline.config.build import Resources
+from microdit.pipeline.config.captions import CaptionsColumn
+from microdit.pipeline.config.images import ImageOptions
+from microdit.pipeline.content.caption_faults import fault
+from microdit.pipeline.content.images import decode_within, prepare
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import IMAGES
+from microdit.pipeline.corpus.records import Commit, ShardRef
+from microdit.pipeline.corpus.rows import read_rows
+from microdit.pipeline.stages.captions import asking
+from microdit.pipeline.stages.captions.vision_language import Vlm
+from microdit.pipeline.stages.ingest import SCALARS
+from microdit.pipeline.stages.rows import image_bytes
+from microdit.pipeline.stages.stage import Task
+from tests.model.pretrained.captioner_models import vision_folder
 
 GOAL = 0.9
+
+
 COLUMN = "captions/long"
 
 
@@ -134,7 +142,9 @@ def let_through(*answer: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="", help="a name of model.captioners, a folder or a repository")
+    parser.add_argument(
+        "--model", default="", help="a name of microdit.model.pretrained.captioners, a folder or a repository"
+    )
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
@@ -142,7 +152,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=512, help="of an image, at most")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args()
-    vlm.fault = let_through  # type: ignore[assignment]
+    asking.fault = let_through  # type: ignore[assignment]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with contextlib.redirect_stdout(sys.stderr):
         found = measure(

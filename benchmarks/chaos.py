@@ -2,12 +2,12 @@
 
     python benchmarks/chaos.py [--minutes 20] [--units 8] [--seed N] [--json]
 
-Real builds (ingest, captions, scores, latents by the demo's autoencoder in an actor) by drivers that join a Ray cluster
-of this machine, against moto's S3 server behind `tests/faulty_s3.py`: 5% of the requests get 500 or 503, 2% a reset, 2%
-stall, of 2% each the upload and the answer are cut. Meanwhile drivers, workers and actors are killed; a killed driver
-is started again until its build is done. Then `verify` reads it, and it is compared with the same build made by plain
-functions in this process, undisturbed. Builds follow each other, each into its own prefix, until the minutes are over;
-the last one is finished.
+Real builds (ingest, captions, scores, latents by the demo's autoencoder in an actor) by drivers that join a Ray
+cluster of this machine, against moto's S3 server behind `tests/servers/faulty_s3.py`: 5% of the requests get 500 or
+503, 2% a reset, 2% stall, of 2% each the upload and the answer are cut. Meanwhile drivers, workers and actors are
+killed; a killed driver is started again until its build is done. Then `verify` reads it, and it is compared with the
+same build made by plain functions in this process, undisturbed. Builds follow each other, each into its own prefix,
+until the minutes are over; the last one is finished.
 
 `lost`: samples that the undisturbed build has and a disturbed one has not. `twice`: samples that are there more often,
 or shards that were committed again. `other_bytes`: shards whose data object differs. `redone_samples`: rows that stages
@@ -34,32 +34,51 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # of the cluster, which nobody else reaches
-
 import boto3
 import numpy as np
 import ray
 from PIL import Image
 
-from pipeline.config import BuildConfig
-from pipeline.corpus import Commit, Corpus, ShardRef, unit_name
-from pipeline.engine import carry_out
-from pipeline.records import UnitCommit
-from pipeline.sources import Input, Source
-from pipeline.stages import IMAGES, Task, UnitTask, stages_of
-from pipeline.stages.ingest import SCALARS, ingest_stage, ingest_unit
-from pipeline.verify import verify
-from tests.faulty_s3 import FaultyS3
-from tests.s3 import BUCKET, environment, serve
+from microdit.pipeline.config.build import BuildConfig
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import IMAGES, unit_name
+from microdit.pipeline.corpus.records import Commit, ShardRef, UnitCommit
+from microdit.pipeline.engine.build import carry_out
+from microdit.pipeline.sources.source import Input, Source
+from microdit.pipeline.stages.ingest import SCALARS, ingest_stage, ingest_unit
+from microdit.pipeline.stages.registry import stages_of
+from microdit.pipeline.stages.stage import Task, UnitTask
+from microdit.pipeline.upkeep.verify import verify
+from tests.servers.faulty_s3 import FaultyS3
+from tests.servers.s3 import BUCKET, environment, serve
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # of the cluster, which nobody else reaches
+
 
 UNIT_INPUTS, SHARD_SAMPLES = 48, 12
+
+
 KILL_EVERY = 6.0  # seconds, on average, while there is something at work; a third of it in short runs
+
+
 KILLS = {"worker": 4, "actor": 3, "driver": 1}
+
+
 STALLS = (0.5, 0.5, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 8.0)  # seconds, of as many stalls one each
+
+
 DEAD = 90.0  # one more, longer than a store waits; not in short runs
+
+
 SHORT = 5.0  # minutes
+
+
 MOST_DRIVERS = 100  # for one build
+
+
 CONFIG = {
     "name": "chaos",
     "corpus": "-",
@@ -145,8 +164,6 @@ def made_corpus(url: str, units: int, log: Path) -> tuple[Corpus, Made, list[Cou
 
 
 # -- the build that is disturbed, and the one that is not --------------------------------------------------------------
-
-
 def drive(url: str, units: int, log: Path) -> int:
     """One driver's life: go on with the build; the exit status is 0 if all is there."""
     corpus, source, stages, config = made_corpus(url, units, log)
@@ -170,8 +187,6 @@ def undisturbed(url: Path, units: int) -> Corpus:
 
 
 # -- what kills --------------------------------------------------------------------------------------------------------
-
-
 def descendants(pid: int) -> dict[int, str]:
     """The processes that a process started, directly or not, and their command lines."""
     children: dict[int, list[int]] = {}
@@ -271,8 +286,6 @@ class Disturbed:
 
 
 # -- what is there afterwards ------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Contents:
     """What a corpus has: how often each sample is ok in a column, and the data object of each shard by its hash."""

@@ -19,8 +19,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from pipeline.corpus import Corpus, ShardRef, shard_name, unit_name
-from pipeline.store import Store
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import shard_name, unit_name
+from microdit.pipeline.corpus.records import ShardRef
+from microdit.pipeline.storage.store import open_store
 
 ROWS, RECORD = 8, b"x" * 1000
 
@@ -40,7 +42,7 @@ def bare(folder: Path) -> Iterator[None]:
 
 
 def record(folder: Path) -> Iterator[None]:
-    store, source = Store(folder), uuid.uuid4().hex
+    store, source = open_store(folder), uuid.uuid4().hex
     while True:
         store.create(f"commits/scores/bench/{source}/{uuid.uuid4().hex}.0.json", RECORD)
         yield

@@ -4,10 +4,11 @@
 
 Pictures of every format and kind that is taken (and animations, which are not) are drawn, encoded and damaged: bits
 turned over, cut off, spliced, runs of zeros or noise, headers that lie; some are left whole. Each goes through
-`pipeline.images.prepare`, and what comes of it is decoded again. Of every 50 one archive is made (tar, tgz, zip; some
-members with another extension than their own), which is damaged likewise and read by `pipeline.sources.archives`.
-All of it in a child process: when that dies or takes more than the bound for one item, a crash or a hang is counted,
-and the next item gets another process. An item is made of the seed and its number: `damaged_image(seed, number)`.
+`pipeline.content.images.prepare`, and what comes of it is decoded again. Of every 50 one archive is made (tar, tgz,
+zip; some members with another extension than their own), which is damaged likewise and read by
+`pipeline.files.archives`. All of it in a child process: when that dies or takes more than the bound for one item, a
+crash or a hang is counted, and the next item gets another process. An item is made of the seed and its number:
+`damaged_image(seed, number)`.
 """
 
 import argparse
@@ -23,20 +24,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.damage_inputs import OPTIONS, PER_ARCHIVE, Item, damaged_archive, damaged_image
-from pipeline.images import BadImage, decode, prepare
-from pipeline.sources.archives import members
-from pipeline.sources.files import MAX_BYTES
-from pipeline.sources.grouped import is_image
-from pipeline.stages.careful import Careful
+from microdit.pipeline.content.images import BadImage, decode, prepare
+from microdit.pipeline.files.archives import members
+from microdit.pipeline.sources.file_source import MAX_BYTES
+from microdit.pipeline.sources.members import is_image
+from microdit.pipeline.stages.isolated_decode import Careful
 
 BOUND = 30.0  # seconds for one item
+
+
 IMAGE_REASONS = {"not_an_image", "truncated", "damaged", "bomb", "too_small", "too_long", "animated"}
+
+
 MEMBER_REASONS = {"too_large", "not_a_file", "encrypted", "unsupported", "damaged_member", "bomb", "damaged_archive"}
 
 
 # -- in the child ----------------------------------------------------------------------------------------------------
-
-
 def examine_image(data: bytes) -> dict[str, Any]:
     """What comes of an image: `outcome` is `ok`, a reason, or `escaped` if something else than a reason comes."""
     warnings.simplefilter("ignore")
@@ -93,8 +96,6 @@ def _memory() -> int:
 
 
 # -- the whole run ---------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Totals:
     """What came of one sort of item."""

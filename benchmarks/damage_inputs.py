@@ -15,19 +15,25 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.config import ImageOptions
-from pipeline.sources.grouped import IMAGES
+from microdit.pipeline.config.images import ImageOptions
+from microdit.pipeline.sources.members import IMAGES
 
 OPTIONS = ImageOptions(min_side=32, max_side=96)  # small, so that every way through `prepare` is taken
+
+
 PER_ARCHIVE = 50
+
+
 VARIANTS = 6  # pictures of each kind
+
+
 NUMBERS = (0, 1, 2, 7, 255, 256, 4095, 10_000, 16_384, 32_768, 65_500, 65_535)
+
+
 LARGE = (0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
 
 
 # -- whole pictures --------------------------------------------------------------------------------------------------
-
-
 def drawn(rng: random.Random) -> Image.Image:
     """An RGB picture: a colour run, noise of some grain, and a rectangle."""
     size = rng.choice([(48, 40), (120, 90), (90, 160), (333, 251), (24, 200), (260, 300)])
@@ -63,6 +69,8 @@ def _frames(image: Image.Image) -> dict[str, Any]:
 
 # each: how the picture is changed before it is saved, and the saving's options
 Kind = tuple[str, Callable[[Image.Image], Image.Image], dict[str, Any]]
+
+
 KINDS: dict[str, Kind] = {
     "jpeg": ("JPEG", lambda image: image, {"quality": 90}),
     "jpeg 4:4:4": ("JPEG", lambda image: image, {"quality": 95, "subsampling": 0}),
@@ -113,8 +121,6 @@ def whole_image(seed: int, kind: str, variant: int) -> tuple[bytes, str]:
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------
-
-
 def flip(data: bytearray, rng: random.Random) -> None:
     """Turn bits over; often near the beginning, where the headers are."""
     end = rng.choice([64, 1024, len(data)])

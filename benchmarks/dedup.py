@@ -35,19 +35,21 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.ingest import photograph
-from pipeline.near import groups
-from pipeline.openmoji import catalogue, rasterise
-from pipeline.semantic import groups as semantic_groups
-from pipeline.stages.scores import basic_scores
+from microdit.pipeline.curation.hamming import groups
+from microdit.pipeline.curation.semantic import groups as semantic_groups
+from microdit.pipeline.sources.openmoji.drawings import catalogue, rasterise
+from microdit.pipeline.stages.scores.pixels import basic_scores
 
 GOALS = {"hash_seconds": 600, "hash_memory_mb": 8000, "hash_recall": 0.99}
+
+
 FLAT, FLAT_SHARE, COPIES = 500, 0.2, 0.01
+
+
 ASKED = 500  # hashes that the reference compares with all
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
-
-
 def resized(image: Image.Image, rng: random.Random) -> Image.Image:
     return image.resize((image.width * 7 // 10, image.height * 7 // 10), Image.Resampling.BICUBIC)
 
@@ -156,8 +158,6 @@ def pictures(images: int, distance: int, similarity: float) -> dict[str, Any]:
 
 
 # -- hashes ------------------------------------------------------------------------------------------------------------
-
-
 def turned(rng: np.random.Generator, hashes: np.ndarray, most: int) -> np.ndarray:
     """The hashes with 1 to `most` bits turned."""
     left = rng.integers(1, most + 1, len(hashes))

@@ -41,21 +41,30 @@ from torch import Tensor
 
 from benchmarks.encode_inputs import CAPTIONS, MODELS, SIZES, make_corpus
 from benchmarks.encode_others import Plain, arrays, bare_feed, common_images, common_text, difference, without_model
-from pipeline.config import LatentsColumn, Resources, TextColumn
-from pipeline.corpus import Commit, Corpus, ShardRef
-from pipeline.stages import IMAGES, Task, image_bytes, read_lines, read_rows
-from pipeline.stages.latents import Latents
-from pipeline.stages.text import Text
+from microdit.pipeline.config.build import Resources
+from microdit.pipeline.config.encoders import LatentsColumn, TextColumn
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import IMAGES
+from microdit.pipeline.corpus.records import Commit, ShardRef
+from microdit.pipeline.corpus.rows import read_lines, read_rows
+from microdit.pipeline.stages.latents import Latents
+from microdit.pipeline.stages.rows import image_bytes
+from microdit.pipeline.stages.stage import Task
+from microdit.pipeline.stages.text import Text
 
 GOALS = {"ratio_ceiling": 0.95, "ratio_common": 2.0, "ratio_feed": 0.85}
+
+
 TOLERANCE = 0.05  # mean difference by mean magnitude: half precision, and resizing that rounds otherwise
+
+
 NOT_MEASURED = "not measured"
+
+
 DEFAULT = {"cuda": ["sdxl", "t5-xxl", "dfn-clip-h"], "cpu": ["demo", "minilm", "t5-small"]}
 
 
 # -- timing ------------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Setting:
     """What is measured on what."""
@@ -157,8 +166,6 @@ def best_batch(setting: Setting, work: Callable[[int], None], sizes: Sequence[in
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
-
-
 def measure_feed(setting: Setting, name: str, rounds: int) -> Found:
     """`feed` and `bare feed` alone, at the model's real sizes, which need no GPU."""
     where, sides = MODELS[name](setting.folder / name, setting.device), SIZES[name]
@@ -179,7 +186,7 @@ def measure_feed(setting: Setting, name: str, rounds: int) -> Found:
 def measure_images(setting: Setting, name: str, rounds: int) -> Found:
     from diffusers import AutoencoderKL
 
-    from model.autoencoder import AUTOENCODERS
+    from microdit.model.pretrained.autoencoder import AUTOENCODERS
 
     where, sides = MODELS[name](setting.folder / name, setting.device), SIZES[name]
     resources = Resources(latents_batch=setting.batch, decode_threads=setting.threads)
@@ -253,8 +260,6 @@ def watch_stage(setting: Setting, stage: Any, found: Found) -> Took:
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
-
-
 def measure_text(setting: Setting, name: str, rounds: int) -> Found:
     where = MODELS[name](setting.folder / name, setting.device)
     column = f"text/{name}@source"
@@ -306,8 +311,6 @@ def void(_: object) -> None:
 
 
 # -- all ---------------------------------------------------------------------------------------------------------------
-
-
 WAYS = ("bare", "stage", "common", "feed", "bare_feed")
 
 

@@ -13,14 +13,19 @@ from typing import Any
 import torch
 
 from benchmarks.ingest import photograph
-from pipeline.config import ImageOptions
-from pipeline.corpus import Corpus, ShardRef, shard_name, unit_name
-from pipeline.images import prepare
-from pipeline.stages import IMAGES
-from pipeline.stages.ingest import SCALARS
+from microdit.pipeline.config.images import ImageOptions
+from microdit.pipeline.content.images import prepare
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import IMAGES, shard_name, unit_name
+from microdit.pipeline.corpus.records import ShardRef
+from microdit.pipeline.stages.ingest import SCALARS
 
 SIZES = {"demo": (64, 128), "sdxl": (256, 512)}  # of the autoencoders: the columns that are made together
+
+
 CAPTIONS = "captions/source"
+
+
 WORDS = [a + b + c for a, b, c in itertools.product("bcdfglmnprst", ("a", "ee", "o", "u", "ai"), ("", "n", "rt", "st"))]
 
 
@@ -68,8 +73,6 @@ def make_corpus(root: Path, shards: int, samples: int, unique: int) -> Corpus:
 
 
 # -- the models, in folders --------------------------------------------------------------------------------------------
-
-
 def sdxl(folder: Path, device: str) -> str:
     from diffusers import AutoencoderKL
 
@@ -111,7 +114,7 @@ def clip_h(folder: Path, device: str) -> str:
     """The text tower of a CLIP ViT-H."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from model.clip import _byte_letters
+    from microdit.model.pretrained.clip import _byte_letters
 
     letters = list(_byte_letters().values())
     merges = itertools.islice(itertools.product(letters, repeat=2), 49408 - 2 * 256 - 2)

@@ -15,14 +15,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.corpus import Commit, Corpus
-from pipeline.shards import array_bytes, array_from_bytes, read_tar
-from pipeline.stages import IMAGES
-from pipeline.stages.latents import Latents
+from microdit.pipeline.corpus.arrays import array_bytes, array_from_bytes
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import IMAGES
+from microdit.pipeline.corpus.records import Commit
+from microdit.pipeline.corpus.shard_files import read_tar
+from microdit.pipeline.stages.latents import Latents
+
 
 # -- the common loop ---------------------------------------------------------------------------------------------------
-
-
 class Pictures(Dataset):
     """Images as most people read them: squares of the sides, float32 (3, side, side) in -1..1."""
 
@@ -121,8 +122,6 @@ def difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> floa
 
 
 # -- the feed ----------------------------------------------------------------------------------------------------------
-
-
 class NoModel:
     """What the feed is measured with: takes the pixels to the device, and gives zeros."""
 

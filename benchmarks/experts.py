@@ -22,10 +22,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.layers import Experts
+from microdit.model.layers import Experts
 
 WIDTHS = {"xl": (1024, 2304), "tiny": (512, 1024)}  # width and expert width of a block in the middle
+
+
 TOKENS = (64, 256, 1024, 4096)
+
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

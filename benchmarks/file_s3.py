@@ -11,6 +11,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 ROOT = Path()
+
+
 RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 

@@ -27,16 +27,23 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageDraw
 
-from pipeline.config import BuildConfig, ImageOptions, Resources
-from pipeline.corpus import Corpus
-from pipeline.shards import read_tar
-from pipeline.source_options import Cc12mSource
-from pipeline.sources.cc12m import Cc12m
-from pipeline.stages import IMAGES, UnitTask, declare
-from pipeline.stages.ingest import ingest_unit
+from microdit.pipeline.config.build import BuildConfig, Resources
+from microdit.pipeline.config.images import ImageOptions
+from microdit.pipeline.config.sources import Cc12mSource
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import IMAGES
+from microdit.pipeline.corpus.shard_files import read_tar
+from microdit.pipeline.sources.adapters.cc12m import Cc12m
+from microdit.pipeline.stages.ingest import ingest_unit
+from microdit.pipeline.stages.registry import declare
+from microdit.pipeline.stages.stage import UnitTask
 
 GOAL = 0.85
+
+
 OPTIONS = ImageOptions()
+
+
 GRAINS = (2, 4, 8, 16, 32, 64, 128)  # pixels
 
 

@@ -24,14 +24,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.corpus import Corpus
-from pipeline.joins import Joined, JoinSpec, build
-from pipeline.sources.remote import list_files
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.files.find import list_files
+from microdit.pipeline.tables.joins.build import build
+from microdit.pipeline.tables.joins.lookup import Joined
+from microdit.pipeline.tables.joins.spec import JoinSpec
 
 PART, UNIT, UNITS = 1000, 11_186, 3
+
+
 CHUNK = 100_000
+
+
 TEXT = "a red apple on the old wooden table of my aunt, oil on canvas, trending in 1890, highly detailed"
+
+
 WORDS = np.array(TEXT.split())
+
+
 KNOWN = ("prompt", "width", "height", "image_nsfw", "prompt_nsfw")
 
 

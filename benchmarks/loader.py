@@ -36,18 +36,28 @@ import pyarrow as pa
 import webdataset
 
 from benchmarks.loader_streaming import batched, drain
-from pipeline.corpus import Corpus, ShardRef, shard_name, unit_name
-from pipeline.shards import array_bytes
-from tests.s3 import environ, environment
-from trainer.data import StageData, open_cache
-from trainer.order import Lanes, shuffle_quality
-from trainer.recipe import Recipe
-from trainer.samples import SampleIndex, open_samples
+from microdit.pipeline.corpus.arrays import array_bytes
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import shard_name, unit_name
+from microdit.pipeline.corpus.records import ShardRef
+from microdit.trainer.data.batches import StageData, open_cache
+from microdit.trainer.data.order import Lanes, shuffle_quality
+from microdit.trainer.data.sample_index import SampleIndex, open_samples
+from microdit.trainer.recipe import Recipe
+from tests.servers.s3 import environ, environment
 
 GOAL = 2.0
+
+
 LENGTHS = [16, 32, 40, 48, 56, 64, 72]
+
+
 BATCH, LANES, WINDOW, SHARD = 128, 2, 2, 256
+
+
 LATENTS, CAPTIONS = "latents/sdxl-256", "captions/source"
+
+
 HERE = Path(__file__).parent
 
 

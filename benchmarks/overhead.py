@@ -20,13 +20,16 @@ from typing import Any, cast
 
 import ray
 
-from pipeline.corpus import Corpus, ShardRef
-from pipeline.engine import carry_out
-from pipeline.places import Places
-from pipeline.stages import Task, UnitTask
-from tests.pipeline.parts import Pictures, Words, ingest, open_corpus, spec
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.records import ShardRef
+from microdit.pipeline.engine.build import carry_out
+from microdit.pipeline.engine.layout import Places
+from microdit.pipeline.stages.stage import Task, UnitTask
+from tests.pipeline.helpers.fake_stages import Pictures, Words, ingest, open_corpus, spec
 
 COLUMN = "captions/slept"
+
+
 CPUS, WARM = 1, 24  # shards before the first round: all workers have started then
 
 

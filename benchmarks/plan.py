@@ -21,13 +21,15 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import find_file
-from pipeline.demo_server import DemoSource, serve
-from pipeline.earlier import spread
-from pipeline.source_options import OpenmojiSource
-from pipeline.sources.openmoji import Openmoji
+from microdit.pipeline.config.sources import OpenmojiSource
+from microdit.pipeline.config.yaml import find_file
+from microdit.pipeline.estimate.past_build import spread
+from microdit.pipeline.sources.openmoji.server import DemoSource, serve
+from microdit.pipeline.sources.openmoji.source import Openmoji
 
 GOALS = {"bytes": 0.03, "time": 0.25}
+
+
 UNIT_INPUTS = 512
 
 
@@ -58,7 +60,7 @@ def write_config(folder: Path, name: str, urls: Path, captions: Path) -> Path:
 
 def microdit(*words: str) -> tuple[dict[str, Any], float]:
     """A command's answer, and how long it took in all."""
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", *words, "--json"]
+    command = [sys.executable, "-c", "from microdit.pipeline.cli.app import main; main()", *words, "--json"]
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True)
     seconds = time.monotonic() - began

@@ -18,15 +18,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.text import load_text_encoder
-from pipeline.demo_server import long_caption
-from pipeline.openmoji import catalogue
-from pipeline.quantise import Loss, Storage, quantise
-from pipeline.shards import array_bytes, array_from_bytes, arrays_bytes
+from microdit.model.pretrained.text import load_text_encoder
+from microdit.pipeline.corpus.arrays import array_bytes, array_from_bytes, arrays_bytes
+from microdit.pipeline.corpus.quantised import Loss, Storage, quantise
+from microdit.pipeline.sources.openmoji.drawings import catalogue
+from microdit.pipeline.sources.openmoji.server import long_caption
 
 GOALS = {("dfn-clip-h", "int8"): 3.5, ("t5-xxl", "int8"): 5.8, ("t5-xxl", "int4"): 9.0}
+
+
 PADDED = {"minilm": 128, "dfn-clip-h": 77, "t5-xxl": 120}
+
+
 TOKENS = 40
+
+
 OUTLIERS, LARGER = 4, 40.0
 
 

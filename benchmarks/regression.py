@@ -25,15 +25,19 @@ from typing import Any
 
 import torch
 
-from pipeline.config import load_config
-from pipeline.corpus import Corpus
-from pipeline.engine import build
-from pipeline.errors import RequestError
-from trainer.recipe import load_recipe
-from trainer.train import train
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.config.build import load_config
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.engine.build import build
+from microdit.trainer.recipe import load_recipe
+from microdit.trainer.train import train
 
 RECIPE = "configs/recipes/regression.yaml"
+
+
 COLUMNS = ["images", "captions/source", "captions/long", "latents/demo-64", "text/minilm@source", "text/minilm@long"]
+
+
 STATED, TOLERANCE = 0.4047, 0.02  # measured: docs/measurements.md
 
 

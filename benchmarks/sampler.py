@@ -19,13 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint import load_model
-from model.edm import EDM
-from model.network import MicroDiT
-from model.samplers import SAMPLERS
+from microdit.model.checkpoint import load_model
+from microdit.model.edm import EDM
+from microdit.model.network import MicroDiT
+from microdit.model.samplers import SAMPLERS
 
 REFERENCE_STEPS = 200
+
+
 STEPS = {"heun": (5, 8, 12, 18, 30, 50), "other": (8, 12, 16, 20, 24, 30, 40, 60)}
+
+
 CAPTIONS = 8
 
 

@@ -26,17 +26,22 @@ from typing import Any
 
 import boto3
 
-from pipeline.corpus import Commit, Corpus, ShardRef, shard_name, unit_name
-from pipeline.engine import Stopped, carry_out
-from pipeline.plan import Plan
-from pipeline.progress import Snapshot
-from pipeline.records import UNITS, ObjectRef, UnitCommit, canonical, commit_name
-from pipeline.sources import Input
-from pipeline.stages import IMAGES, ColumnSpec, Task, latest
-from tests.faulty_s3 import FaultyS3
-from tests.s3 import BUCKET, environment, serve
+from microdit.pipeline.base.progress import Snapshot
+from microdit.pipeline.base.signals import Stopped
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import IMAGES, UNITS, commit_name, shard_name, unit_name
+from microdit.pipeline.corpus.records import Commit, ObjectRef, ShardRef, UnitCommit, canonical
+from microdit.pipeline.corpus.rows import latest
+from microdit.pipeline.engine.build import carry_out
+from microdit.pipeline.engine.plan import Plan
+from microdit.pipeline.sources.source import Input
+from microdit.pipeline.stages.stage import ColumnSpec, Task
+from tests.servers.faulty_s3 import FaultyS3
+from tests.servers.s3 import BUCKET, environment, serve
 
 SOURCE, COLUMN, UNIT_SHARDS = "made", "captions/nothing", 100
+
+
 ON_S3 = 2_500  # shards there: more than two pages of each column
 
 
@@ -138,8 +143,6 @@ def fill_units(corpus: Corpus, shards: Sequence[ShardRef], write: Callable[[str,
 
 
 # -- what is measured, each in a process of its own --------------------------------------------------------------------
-
-
 def memory() -> int:
     """The most memory that this process ever had, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 // 10**6
@@ -182,7 +185,7 @@ def no_ingest(*given: Any) -> Any:
 def asked(url: str) -> dict[str, Any]:
     """`status`, as the command line gives it, with the start of Python."""
     began = time.perf_counter()
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "status", url, "--json"]
+    command = [sys.executable, "-c", "from microdit.pipeline.cli.app import main; main()", "status", url, "--json"]
     said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds = round(time.perf_counter() - began, 2)
     try:
@@ -203,8 +206,6 @@ def apart(task: str, *given: Any) -> dict[str, Any]:
 
 
 # -- the benchmark -----------------------------------------------------------------------------------------------------
-
-
 def measure(folder: Path, shards: int, commits: int) -> dict[str, Any]:
     corpus, all_shards = new_corpus(str(folder), shards), refs(shards)
 

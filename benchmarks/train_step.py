@@ -14,7 +14,7 @@ step above what was held before it.
 
 ratio_reference   reference / ours, in seconds for an image
 ratio_equal_text  the same where ours is given the 77 too
-mfu               model FLOPs of ours (model.flops) of the GPU's peak in bf16, or of a matrix product on a CPU
+mfu               model FLOPs of ours (microdit.model.flops) of the GPU's peak in bf16, or of a matrix product on a CPU
 """
 
 import argparse
@@ -31,19 +31,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import model.layers
+import microdit.model.layers
 from benchmarks.experts import one_hot_experts, peak_bytes
-from model.edm import EDM
-from model.flops import gpu_peak, training_flops
-from model.layers import Experts
-from model.network import PRESETS, MicroDiT
-from trainer.data import Batch, MicroBatch, pad_text
-from trainer.learner import Learner, compile_blocks, has_fast_bf16
-from trainer.recipe import Recipe, StageRecipe
-from trainer.team import Team
+from microdit.model.device import has_fast_bf16
+from microdit.model.edm import EDM
+from microdit.model.flops import gpu_peak, training_flops
+from microdit.model.layers import Experts
+from microdit.model.network import PRESETS, MicroDiT
+from microdit.trainer.data.batch import Batch, MicroBatch, pad_text
+from microdit.trainer.learner import Learner, compile_blocks
+from microdit.trainer.processes import Team
+from microdit.trainer.recipe import Recipe, StageRecipe
 
 GOALS = {"cuda": 1.9, "cpu": 1.2}
+
+
 TEXT = 77  # what the reference pads to
+
+
 LENGTHS = [16, 24, 32, 48, 64, TEXT]
 
 
@@ -62,14 +67,14 @@ class Reference:
     def loss(self, part: MicroBatch) -> Tensor:
         sigma = EDM.sigma_from_normal(part.sigma_normal, self.stage.p_mean, self.stage.p_std)
         run = _Through(self.run, self.net.patch_size)
-        before, model.layers.attention = model.layers.attention, plain_attention
+        before, microdit.model.layers.attention = microdit.model.layers.attention, plain_attention
         try:
             return EDM().loss(
                 run, part.latents, part.text, sigma=sigma, noise=part.noise,  # type: ignore[arg-type]
                 mask_ratio=self.stage.mask_ratio, permutation=part.permutation,
             )  # fmt: skip
         finally:
-            model.layers.attention = before
+            microdit.model.layers.attention = before
 
     def step(self, batch: Batch) -> None:
         for part in batch.micro_batches:
@@ -92,7 +97,7 @@ class _Through:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, eps: float, key_mask: Tensor | None = None) -> Tensor:
-    """`model.layers.attention` with scaled_dot_product_attention whatever the length; it has no text mask."""
+    """`microdit.model.layers.attention` with scaled_dot_product_attention whatever the length; it has no text mask."""
     batch, queries, hidden = q.shape
     q, k = (F.layer_norm(z, (hidden,), eps=eps).to(v.dtype) for z in (q, k))
     q, k, v = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (q, k, v))
@@ -100,8 +105,6 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, eps: float, key
 
 
 # -- what both are given ---------------------------------------------------------------------------------------------
-
-
 def make_batch(config: dict[str, Any], images: int, micro_batch: int, ragged: bool, text: int | None = None) -> Batch:
     """Made-up samples, the same ones for any micro-batch.
 
@@ -147,8 +150,6 @@ def make_learner(preset: str, input_size: int, mask_ratio: float, device: str) -
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
-
-
 def loss_difference(learner: Learner, reference: Reference, batch: Batch) -> float:
     """Largest relative difference of the losses for equal inputs, in fp32."""
     differences = []

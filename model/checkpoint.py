@@ -1,6 +1,6 @@
 """Weights of MicroDiT in files: `.pt` (a torch state dict, as released) and `.safetensors`, read, written, converted.
 
-`python -m model.checkpoint SOURCE TARGET` converts one into the other. Nothing is ever unpickled but tensors.
+`python -m microdit.model.checkpoint SOURCE TARGET` converts one into the other. Nothing is ever unpickled but tensors.
 """
 
 import json
@@ -15,11 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.hub import reason
-from model.network import PRESETS, MicroDiT
+from microdit.model.network import PRESETS, MicroDiT
+from microdit.model.pretrained.hub import reason
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+
+
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
+
+
 LISTED = 20  # entries of each kind that an error names
 
 
@@ -274,7 +278,10 @@ def _position_scale(table: Tensor) -> float:
 
 def _main(arguments: list[str]) -> int:
     if len(arguments) != 2:
-        print("usage: python -m model.checkpoint SOURCE TARGET   (.pt or .safetensors, either way)", file=sys.stderr)
+        print(
+            "usage: python -m microdit.model.checkpoint SOURCE TARGET   (.pt or .safetensors, either way)",
+            file=sys.stderr,
+        )
         return 2
     try:
         convert(*arguments)

@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model.network import MicroDiT
-from model.samplers import SAMPLERS
+from microdit.model.network import MicroDiT
+from microdit.model.samplers import SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class EDM:
     ) -> Tensor:
         """Turn unit noise `latents` (B, C, H, W) into clean latents, float32. The state is float64.
 
-        sampler: a name of `model.samplers.SAMPLERS`; "heun" is the released one (2 * steps - 1 network calls).
+        sampler: a name of `microdit.model.samplers.SAMPLERS`; "heun" is the released one (2 * steps - 1 network calls).
         guidance_scale: applies above 1 only. guidance_interval: (low, high), guidance only where low < sigma <= high
         (arXiv 2404.07724). callback(step, x): after each step, x the float64 state. negative: as in `denoise`.
         """

@@ -7,8 +7,8 @@ from typing import cast
 
 from torch import nn
 
-from model.layers import Block, Experts, FeedForward, SelfAttention
-from model.network import MicroDiT
+from microdit.model.layers import Block, Experts, FeedForward, SelfAttention
+from microdit.model.network import MicroDiT
 
 # Dense bf16 peaks by the name of a GPU, FLOP/s, from the makers' data sheets (without sparsity).
 PEAKS = {

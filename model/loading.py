@@ -17,33 +17,52 @@ from typing import Any
 
 import torch
 
-from model.autoencoder import Autoencoder
-from model.checkpoint import SUFFIXES, CheckpointError, write_state_dict
-from model.edm import EDM
-from model.hub import ModelFilesError, fetch, new_folder
-from model.network import MicroDiT
-from model.text import TextEncoder
+from microdit.model.checkpoint import SUFFIXES, CheckpointError, write_state_dict
+from microdit.model.edm import EDM
+from microdit.model.network import MicroDiT
+from microdit.model.pretrained.autoencoder import Autoencoder
+from microdit.model.pretrained.hub import ModelFilesError, fetch, new_folder
+from microdit.model.pretrained.text import TextEncoder
 
 STEP_FOLDER = re.compile(r"step-\d+")
+
+
 # owner/name, owner/name/file, or the address of a file's page or download, whatever the host
 ON_HUB = re.compile(
     r"(?:https?://[^/]+/)?(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
     r"(?:(?:/(?:resolve|blob)/(?P<revision>[^/]+))?/(?P<file>[^?]+)(?:\?.*)?)?"
 )
+
+
 INFO = "generate.json"
+
+
 INDEX = "model_index.json"
+
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name, in transformer/
+
+
 PIPELINE = "MicroDiTPipeline"
+
+
 # Nothing that could hold a pickle is ever fetched of a pipeline.
 PIPELINE_FILES = [
     f"{folder}/*.{suffix}"
     for folder in ("transformer", "vae", "text_encoder")
     for suffix in ("json", "txt", "model", "safetensors")
 ]
+
+
 LOADING = ("dtype", "max_tokens", "hidden_layer", "template", "trim")
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+
 RELEASED_REPO = "VSehwag24/MicroDiT"
+
+
 # The autoencoder of each. All: XL/2 at 512 px, text of dfn-clip-h.
 RELEASED = {
     "dit_4_channel_22M_real_only_data.pt": "sdxl",
@@ -51,8 +70,13 @@ RELEASED = {
     "dit_16_channel_37M_real_and_synthetic_data.pt": "ostris",
     "dit_4_channel_0.5B_synthetic_data.pt": "sdxl",
 }
+
+
 RELEASED_TEXT = "dfn-clip-h"
+
+
 RELEASED_CONFIG = {"input_size": 64, "pos_interp_scale": 2.0}
+
 
 _EXPECTED = (
     "expected the out folder of a training run, one of its checkpoints, a pipeline's folder or hub repository "
@@ -101,12 +125,13 @@ def find_parts(
 ) -> Parts:
     """The parts of any of the checkpoints above. What exists on this machine is never looked for on the hub.
 
-    revision: commit, tag or branch of the hub repository. autoencoder, text_encoder: names of `model.autoencoder` and
-    `model.text`, folders or hub repositories, in place of those that the checkpoint names.
+    revision: commit, tag or branch of the hub repository. autoencoder, text_encoder: names of
+    `model.pretrained.autoencoder` and `model.pretrained.text`, folders or hub repositories, in place of those that
+    the checkpoint names.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it does not say what it needs.
-        model.hub.ModelFilesError: its files cannot be had from the hub.
+        microdit.model.pretrained.hub.ModelFilesError: its files cannot be had from the hub.
     """
     named = (
         (Part(autoencoder, autoencoder) if autoencoder else None),
@@ -303,7 +328,7 @@ def write_pipeline(
 
     index = {
         "_class_name": PIPELINE,
-        "transformer": ["model.network", "MicroDiT"],
+        "transformer": ["microdit.model.network", "MicroDiT"],
         "vae": ["diffusers", vae.class_name],
         "text_encoder": ["transformers", text_encoder.class_name],
         "vae_options": options(vae, "autoencoder"),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.layers import (
+from microdit.model.layers import (
     Block,
     CaptionBlock,
     CaptionEmbedder,

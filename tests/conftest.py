@@ -2,13 +2,15 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: more threads move the last bits of bfloat16
-
 import pytest
 
-from tests.s3 import corpus_url, s3_server, s3_url
+from tests.servers.s3 import corpus_url, s3_server, s3_url
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: more threads move the last bits of bfloat16
+
 
 __all__ = ["corpus_url", "s3_server", "s3_url"]
+
 
 pytest.register_assert_rewrite("tests.miniatures", "tests.pipeline")  # what test files share asserts, too
 
@@ -22,11 +24,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # the files of the most seconds first: whoever comes to its end early finds something left to do
 LONG = [
-    *("pipeline/test_engine.py", "tests/test_demo.py", "tests/test_readme.py", "pipeline/test_cluster.py"),
-    *("pipeline/test_shipped_configs.py", "tests/test_benchmarks.py", "pipeline/test_miniatures.py"),
-    *("pipeline/test_cli.py", "trainer/test_train.py", "trainer/test_parallel.py", "trainer/test_recipes.py"),
-    *("trainer/test_drawing.py", "trainer/test_evaluate.py", "trainer/test_compile.py", "pipeline/test_watch.py"),
-    *("model/test_network.py", "model/test_pipeline.py", "pipeline/test_store_faults.py", "pipeline/test_scorers.py"),
+    *("engine/test_build.py", "tests/test_demo.py", "tests/test_readme.py", "engine/test_cluster.py"),
+    *("config/test_shipped_configs.py", "tests/test_benchmarks.py", "sources/test_miniatures.py"),
+    *("cli/test_app.py", "trainer/test_train.py", "trainer/test_sharding.py", "trainer/test_shipped_recipes.py"),
+    *("monitoring/test_sample_sheets.py", "cli/test_demo_evaluation.py", "trainer/test_compile.py"),
+    *("base/test_liveness.py", "model/test_network.py", "model/test_text_to_image.py", "storage/test_bucket.py"),
+    *("scores/test_registry.py",),
 ]
 
 

@@ -154,6 +154,7 @@ def test_regression() -> None:
 
 
 def test_the_trainer_needs_no_ray() -> None:
-    code = "import sys, trainer.train, benchmarks.train_step; print([n for n in ('ray', 'duckdb') if n in sys.modules])"
+    code = "import sys, microdit.trainer.train, benchmarks.train_step\n"
+    code += "print([n for n in ('ray', 'duckdb') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.check import status
-from pipeline.corpus import Corpus
-from pipeline.demo_server import prepare
-from pipeline.verify import verify
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.sources.openmoji.server import prepare
+from microdit.pipeline.upkeep.status import status
+from microdit.pipeline.upkeep.verify import verify
 
 pytestmark = pytest.mark.timeout(600)
 
+
 DRAWINGS = 150
+
+
 TRAIN = [
     "stages.0.batch=64",
     "stages.1.batch=64",
@@ -36,7 +39,7 @@ def start(out: Path, cache: Path) -> subprocess.Popen[bytes]:
     build = ["shard_samples=32", "sources.openmoji.unit_inputs=64", f"sources.openmoji.limit={DRAWINGS}"]
     build.append(f"sources.openmoji.cache={cache}")
     code = (
-        "import sys; from pathlib import Path; from pipeline.demo import run_demo; "
+        "import sys; from pathlib import Path; from microdit.pipeline.cli.demo import run_demo; "
         f"sys.exit(run_demo(Path({str(out)!r}), {build!r}, {TRAIN!r}))"
     )
     return subprocess.Popen(

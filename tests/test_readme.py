@@ -11,10 +11,14 @@ import boto3
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
 BUILD = [
     "shard_samples=16", "max_failures=0.5", "sources.openmoji.unit_inputs=32", "sources.openmoji.limit=32",
     "sources.openmoji.fetch.timeout=4", "sources.openmoji.fetch.idle_timeout=2",
 ]  # fmt: skip
+
+
 TRAIN = [
     "stages.0.images=64",
     "stages.1.images=128",
@@ -23,12 +27,14 @@ TRAIN = [
     "model.dim=64",
     "model.patch_mixer_dim=64",
 ]
+
+
 ELSEWHERE = {  # what runs the commands that are not microdit's
     "make demo": "tests/test_demo.py",  # the demo that it starts
     "make test": ".ci/run",
-    "microdit build configs/microdit-": "tests/pipeline/test_shipped_configs.py",  # on miniatures of the datasets
-    "microdit select s3://my-bucket/microdit-37m": "tests/pipeline/test_choosing.py",  # of sources of that name
-    "hf auth login": "tests/pipeline/test_shipped_configs.py",  # with a token in the environment
+    "microdit build configs/microdit-": "tests/pipeline/config/test_shipped_configs.py",
+    "microdit select s3://my-bucket/microdit-37m": "tests/pipeline/selection/test_selections.py",
+    "hf auth login": "tests/pipeline/config/test_shipped_configs.py",  # with a token in the environment
     "sbatch": "tests/infra/test_slurm.py",
 }
 
@@ -42,7 +48,7 @@ def commands() -> list[str]:
 def test_every_command_runs(tmp_path: Path, s3_server: str) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     boto3.client("s3").create_bucket(Bucket="my-bucket")
-    program = [sys.executable, "-c", "from pipeline.cli import main; main()"]
+    program = [sys.executable, "-c", "from microdit.pipeline.cli.app import main; main()"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     ran = set()
     for command in commands():

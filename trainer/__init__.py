@@ -1,1 +1,1 @@
-"""The torchrun trainer: `torchrun -m trainer RECIPE`."""
+"""The torchrun trainer: `torchrun -m microdit.trainer RECIPE`."""

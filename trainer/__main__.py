@@ -1,17 +1,17 @@
-"""`python -m trainer RECIPE [key=value ...]`, or `torchrun ... -m trainer RECIPE ...` on many GPUs."""
+"""Run a recipe: `python -m microdit.trainer RECIPE [key=value ...]`, or with `torchrun ... -m` on many GPUs."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from model.checkpoint import CheckpointError
-from pipeline.errors import RequestError
-from trainer.recipe import load_recipe
-from trainer.train import train
+from microdit.model.checkpoint import CheckpointError
+from microdit.pipeline.base.errors import RequestError
+from microdit.trainer.recipe import load_recipe
+from microdit.trainer.train import train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainer", description="Train MicroDiT as a recipe says.")
+    parser = argparse.ArgumentParser(prog="python -m microdit.trainer", description="Train MicroDiT as a recipe says.")
     parser.add_argument("recipe", help="a YAML file, e.g. configs/recipes/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. out=runs/a stages.0.images=20000")
     parser.add_argument(

@@ -2,73 +2,26 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from model.checkpoint import load_weights
-from model.edm import EDM
-from model.flops import training_flops
-from model.network import MicroDiT
-from pipeline.errors import RequestError
-from trainer import checkpoint
-from trainer.data import Batch, MicroBatch
-from trainer.parallel import own_part, shard_blocks, shared_as, whole
-from trainer.recipe import AUTO, Recipe, StageRecipe
-from trainer.team import Team
-
-NOISE_EDGES = (-2.0, -1.0, 0.0, 1.0, 2.0)  # ln(sigma) between the bins in which the log splits the loss
-NOISE_BINS = len(NOISE_EDGES) + 1
-CPU_MICRO_BATCH = 32  # what `auto` is on a CPU, where memory is no good measure
-
-
-class Step(NamedTuple):
-    """What a step gave, on the device: its loss, the norm of its gradient, and 1 if that is not finite, else 0.
-
-    noise: (2, NOISE_BINS), sums of the losses and numbers of the samples by noise. flops: of this process.
-    """
-
-    loss: Tensor
-    norm: Tensor
-    bad: Tensor
-    noise: Tensor
-    flops: int
-
-
-class Objective(nn.Module):
-    """The loss of a micro-batch, and its parts by noise (see `Step`), as one module, which is what DDP wraps."""
-
-    edges: Tensor
-
-    def __init__(self, net: MicroDiT, edm: EDM):
-        super().__init__()
-        self.net, self.edm = net, edm
-        self.register_buffer("edges", torch.tensor(NOISE_EDGES), persistent=False)
-
-    def forward(self, batch: MicroBatch, stage: StageRecipe) -> tuple[Tensor, Tensor]:
-        sigma = self.edm.sigma_from_normal(batch.sigma_normal, stage.p_mean, stage.p_std)
-        loss = self.edm.loss(
-            self.net, batch.latents, batch.text, sigma=sigma, noise=batch.noise, text_mask=batch.text_mask,
-            mask_ratio=stage.mask_ratio, permutation=batch.permutation, reduction="none",
-        )  # fmt: skip
-        parts = torch.stack([loss.detach(), torch.ones_like(loss)])
-        noise = parts.new_zeros(2, NOISE_BINS).index_add_(1, torch.bucketize(sigma.log(), self.edges), parts)
-        return loss.mean(), noise
-
-
-def learning_rate(stage: StageRecipe, step: int, length: int, scale: float = 1.0) -> float:
-    """The rate of step `step` of a stage that is `length` steps long; `scale` as in `Progress`."""
-    warmup = math.ceil(stage.warmup * scale / stage.batch)
-    if step < warmup:
-        return stage.learning_rate * (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(length - warmup, 1)
-    left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[stage.schedule]
-    return stage.final_learning_rate * (1 - left) + stage.learning_rate * left
+from microdit.model.checkpoint import load_weights
+from microdit.model.device import has_fast_bf16
+from microdit.model.edm import EDM
+from microdit.model.flops import training_flops
+from microdit.model.network import MicroDiT
+from microdit.trainer.checkpoints import contents as checkpoint
+from microdit.trainer.data.batch import Batch, MicroBatch
+from microdit.trainer.objective import NOISE_BINS, Objective, Step
+from microdit.trainer.processes import Team
+from microdit.trainer.recipe import Recipe, StageRecipe
+from microdit.trainer.sharding import own_part, shard_blocks, shared_as, whole
 
 
 class Learner:
@@ -230,71 +183,8 @@ class Learner:
         return nullcontext()
 
 
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 is the faster way here: every GPU, and CPUs that multiply it (AMX; AVX-512 BF16: twice as fast)."""
-    return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-
-
 def compile_blocks(net: MicroDiT) -> None:
     """Compile each block by itself: minutes less than the whole network, for nearly all of the speed."""
     torch._dynamo.config.recompile_limit = 1024  # every block is of another width, and text comes in several lengths
     for block in (*net.patch_mixer, *net.blocks):
         block.compile()
-
-
-# -- micro_batch: auto -----------------------------------------------------------------------------------------------
-
-
-def with_micro_batch(
-    learner: Learner, stage: StageRecipe, team: Team, latent_shape: tuple[int, int, int], text: tuple[int, int]
-) -> StageRecipe:
-    """The stage with a number where it says `micro_batch: auto`. text: the most tokens, and their width.
-
-    Raises:
-        RequestError: not even one image fits into the memory, or parameters are shared out on GPUs.
-    """
-    if stage.micro_batch != AUTO:
-        return stage
-    own = stage.batch // team.world
-    if team.device.type == "cpu":
-        return stage.model_copy(update={"micro_batch": min(own, CPU_MICRO_BATCH)})
-    if learner.sharded:  # each pass needs all processes: one that runs out of memory would leave the others waiting
-        raise RequestError("micro_batch: auto cannot be tried with parallel = fsdp; give a number")
-    size = largest_that_fits(own, lambda size: _try(learner, stage, size, latent_shape, text))
-    return stage.model_copy(update={"micro_batch": int(-team.largest(-size))})
-
-
-def largest_that_fits(size: int, attempt: Callable[[int], None]) -> int:
-    """The first of size, size / 2, ... with which `attempt` does not run out of memory."""
-    while True:
-        try:
-            attempt(size)
-            return size
-        except torch.OutOfMemoryError as error:
-            if size == 1:
-                raise RequestError(f"micro_batch: not even one image fits into the memory: {error}") from error
-        size = -(-size // 2)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _try(learner: Learner, stage: StageRecipe, size: int, latent_shape: tuple[int, ...], text: tuple[int, int]) -> None:
-    """Forward and backward of made-up samples, beside what the optimizer and the averages will hold."""
-    states = 2 * (not learner.optimizer.state) + len(stage.half_lives) - len(learner.averages)
-    held = [torch.empty_like(p) for p in learner.parameters.values() for _ in range(states)]
-    latents = torch.zeros(size, *latent_shape)
-    tokens = math.prod(latent_shape[1:]) // learner.net.patch_size**2
-    part = MicroBatch(
-        torch.arange(size), latents, torch.zeros(size, *text), torch.ones(size, text[0], dtype=torch.bool),
-        torch.zeros(size), latents, torch.arange(tokens).expand(size, -1) if stage.mask_ratio else None,
-    )  # fmt: skip
-    objective = (
-        learner.objective.module if isinstance(learner.objective, DistributedDataParallel) else learner.objective
-    )
-    try:
-        with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.bf16):
-            loss, _ = objective(part.to(learner.device), stage)
-        loss.backward()
-    finally:
-        learner.optimizer.zero_grad()
-        del held

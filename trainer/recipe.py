@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from pipeline.config import load_yaml
-from pipeline.errors import RequestError
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.config.yaml import load_yaml
 
 AUTO = 0  # as a micro-batch
 

@@ -1,19 +1,87 @@
 """What a run begins with: the network's arguments, and the weights to go on from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from model.checkpoint import CheckpointError, config_from_state_dict, read_config, read_state_dict
-from model.hub import ModelFilesError
-from model.loading import Part, Parts, find_parts
-from model.network import PRESETS, MicroDiT
-from pipeline.errors import RequestError
-from trainer.data import ShardCache, shapes
-from trainer.learner import Learner
-from trainer.recipe import Recipe
-from trainer.samples import RunSamples
+from microdit.model.checkpoint import CheckpointError, config_from_state_dict, read_config, read_state_dict
+from microdit.model.loading import Part, Parts, find_parts
+from microdit.model.network import PRESETS, MicroDiT
+from microdit.model.pretrained.hub import ModelFilesError
+from microdit.pipeline.base.errors import RequestError
+from microdit.trainer.checkpoints.contents import Checkpoint
+from microdit.trainer.data.batches import StageData, shapes
+from microdit.trainer.data.sample_index import RunSamples
+from microdit.trainer.data.shard_cache import ShardCache
+from microdit.trainer.learner import Learner
+from microdit.trainer.recipe import Recipe, identity
+
+
+def begin_message(recipe: Recipe, samples: RunSamples, stages: Sequence[StageData], learner: Learner) -> str:
+    parameters = sum(p.numel() for p in learner.parameters.values())
+    lines = [
+        f"{recipe.name}: {parameters / 1e6:.1f}M parameters, {len(stages[-1].index):,} samples, "
+        f"{len(samples.held)} more held out, {'bf16' if learner.bf16 else 'fp32'} on {learner.device}"
+    ]
+    if samples.missing:
+        selection = recipe.stages[-1].selection or recipe.selection
+        lines.append(f"{samples.missing:,} samples of {selection} are not in all columns, and left out")
+    lines += old_selections(recipe, samples)
+    if (lanes := stages[-1].lanes.count) < recipe.lanes:
+        lines.append(f"{recipe.lanes} lanes are more than there are samples: {lanes} lanes")
+    return "\n".join(lines)
+
+
+def selection_names(recipe: Recipe, samples: RunSamples) -> list[str | None]:
+    """`name@hash` of each stage's selection, None where there is none."""
+    from microdit.pipeline.selection.selections import find_selection  # it brings duckdb
+
+    names = [stage.selection or recipe.selection for stage in recipe.stages]
+    return [None if name is None else find_selection(samples.corpus, name) for name in names]
+
+
+def old_selections(recipe: Recipe, samples: RunSamples) -> list[str]:
+    """What is to be said of selections that were chosen by columns that have other commits now."""
+    from microdit.pipeline.selection.selections import changed_since
+
+    names = dict.fromkeys(name for name in selection_names(recipe, samples) if name is not None)
+    changed = {name: found for name in names if (found := changed_since(samples.corpus, name))}
+    return [
+        f"{name} was chosen before {', '.join(found)} changed: its rows are taken as they are now; to choose anew, "
+        "`microdit select` again"
+        for name, found in changed.items()
+    ]
+
+
+def refuse_other_run(found: Checkpoint, recipe: Recipe, facts: list[dict[str, Any]]) -> None:
+    """Raises RequestError if a checkpoint is of another recipe, or of other samples."""
+    advice = f"put it back, or set out to another folder than {recipe.out}"
+    before, now = identity(Recipe.model_validate(found.state["recipe"])), identity(recipe)
+    for name in now:
+        if before[name] != now[name]:
+            raise RequestError(
+                f"{found.name} was made with {name} = {before[name]}, the recipe says {now[name]}; {advice}"
+            )
+    for old, new in zip(found.state["data"], facts, strict=True):
+        if any(old[name] != new[name] for name in ("latents", "samples", "digest")):
+            raise RequestError(
+                f"{found.name} was made on {old['samples']:,} samples of {old['latents']} ({old['digest']}), the "
+                f"corpus and the selection now give {new['samples']:,} ({new['digest']}); name the selection "
+                f"with its hash, or {advice}"
+            )
+
+
+def generate_info(recipe: Recipe, samples: RunSamples, stage: StageData) -> dict[str, Any]:
+    """What `microdit.model.loading` needs beside the weights; the columns tell text encoder and autoencoder."""
+    return {
+        "name": recipe.name,
+        "latent_shape": stage.latent_shape,
+        "sigma_data": recipe.sigma_data,
+        "guidance_scale": recipe.guidance_scale,
+        "latents": samples.corpus.column(stage.stage.latents).stage,
+        "text": samples.corpus.column(stage.text[0]).stage,
+    }
 
 
 def network_config(
@@ -65,8 +133,6 @@ def built_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # -- weights to start from -------------------------------------------------------------------------------------------
-
-
 class Init:
     """The weights that a recipe starts from (`init`), checked against the columns before they are read.
 

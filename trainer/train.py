@@ -4,32 +4,33 @@ set up -> data -> network -> resume -> (time budget) -> for each stage: for each
 """
 
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.errors import RequestError
-from trainer.budget import TimeBudget
-from trainer.checkpoint import Checkpoint, folder_name, snapshot
-from trainer.data import StageData, in_thread, open_cache, shapes
-from trainer.drawing import Drawing
-from trainer.learner import Learner, learning_rate, with_micro_batch
-from trainer.log import Log, Meter, Progress
-from trainer.places import Saver, load_latest, open_place
-from trainer.recipe import Recipe, identity
-from trainer.samples import RunSamples, open_samples
-from trainer.start import Init, network_config
-from trainer.team import Moments, Signals, Team, joined_team
-from trainer.validation import Validation
-from trainer.watch import LIMIT, NotFinite
-
-WARM_STEPS, TIMED_STEPS = 3, 8  # of a stage, to measure the speed
+from microdit.pipeline.base.errors import RequestError
+from microdit.trainer.checkpoints.contents import folder_name, snapshot
+from microdit.trainer.checkpoints.saver import Saver, load_latest, open_place
+from microdit.trainer.data.ahead import in_thread
+from microdit.trainer.data.batches import StageData, open_cache, shapes
+from microdit.trainer.data.sample_index import open_samples
+from microdit.trainer.learner import Learner
+from microdit.trainer.micro_batch import with_micro_batch
+from microdit.trainer.monitoring.log import Log
+from microdit.trainer.monitoring.meter import Meter
+from microdit.trainer.monitoring.not_finite import LIMIT, NotFinite
+from microdit.trainer.monitoring.sample_sheets import Drawing
+from microdit.trainer.monitoring.validation import Validation
+from microdit.trainer.objective import learning_rate
+from microdit.trainer.processes import Moments, Signals, joined_team
+from microdit.trainer.progress import Progress
+from microdit.trainer.recipe import Recipe
+from microdit.trainer.run import keep_to_budget
+from microdit.trainer.start import Init, begin_message, generate_info, network_config, refuse_other_run, selection_names
+from microdit.trainer.time_budget import TimeBudget, measure_speed
 
 
 # -- the run ---------------------------------------------------------------------------------------------------------
-
-
 def train(recipe: Recipe, resume: bool = True) -> dict[str, Any]:
     """Run a recipe to its end, or go on with it from the newest checkpoint (without `resume` one is refused).
 
@@ -203,96 +204,3 @@ def train(recipe: Recipe, resume: bool = True) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in learner.parameters.values()),
             "signal": signals.received,
         }
-
-
-def begin_message(recipe: Recipe, samples: RunSamples, stages: Sequence[StageData], learner: Learner) -> str:
-    parameters = sum(p.numel() for p in learner.parameters.values())
-    lines = [
-        f"{recipe.name}: {parameters / 1e6:.1f}M parameters, {len(stages[-1].index):,} samples, "
-        f"{len(samples.held)} more held out, {'bf16' if learner.bf16 else 'fp32'} on {learner.device}"
-    ]
-    if samples.missing:
-        selection = recipe.stages[-1].selection or recipe.selection
-        lines.append(f"{samples.missing:,} samples of {selection} are not in all columns, and left out")
-    lines += old_selections(recipe, samples)
-    if (lanes := stages[-1].lanes.count) < recipe.lanes:
-        lines.append(f"{recipe.lanes} lanes are more than there are samples: {lanes} lanes")
-    return "\n".join(lines)
-
-
-def selection_names(recipe: Recipe, samples: RunSamples) -> list[str | None]:
-    """`name@hash` of each stage's selection, None where there is none."""
-    from pipeline.selections import find_selection  # it brings duckdb
-
-    names = [stage.selection or recipe.selection for stage in recipe.stages]
-    return [None if name is None else find_selection(samples.corpus, name) for name in names]
-
-
-def old_selections(recipe: Recipe, samples: RunSamples) -> list[str]:
-    """What is to be said of selections that were chosen by columns that have other commits now."""
-    from pipeline.selections import changed_since
-
-    names = dict.fromkeys(name for name in selection_names(recipe, samples) if name is not None)
-    changed = {name: found for name in names if (found := changed_since(samples.corpus, name))}
-    return [
-        f"{name} was chosen before {', '.join(found)} changed: its rows are taken as they are now; to choose anew, "
-        "`microdit select` again"
-        for name, found in changed.items()
-    ]
-
-
-def measure_speed(recipe: Recipe, config: dict[str, Any], team: Team, stages: Sequence[StageData]) -> list[float]:
-    """Seconds that a step of each stage takes: a few steps of a network that is thrown away."""
-    seconds = []
-    for stage in stages:
-        learner, marks = Learner(recipe, config, team), []
-        with closing(in_thread(stage.batches(0, 0, WARM_STEPS + TIMED_STEPS))) as batches:
-            for batch in batches:
-                taken = learner.step(batch, stage.stage, rate=stage.stage.learning_rate)
-                taken.loss.item()  # waits for the device
-                marks.append(time.perf_counter())
-        seconds.append(team.largest((marks[-1] - marks[WARM_STEPS - 1]) / TIMED_STEPS))
-    return seconds
-
-
-def keep_to_budget(budget: TimeBudget, team: Team, log: Log) -> bool:
-    """Fit what is left of the run into the time left; whether its stages have other lengths now."""
-    progress, before = budget.progress, budget.progress.scale
-    if not budget.fit(-team.largest(-budget.share())):
-        return False
-    if abs(progress.scale - before) > 0.05:
-        log.say(
-            f"time budget: on this machine there is time for {progress.images(budget.stages):,} images, "
-            f"{progress.scale:.0%} of the recipe's"
-        )
-    return True
-
-
-def refuse_other_run(found: Checkpoint, recipe: Recipe, facts: list[dict[str, Any]]) -> None:
-    """Raises RequestError if a checkpoint is of another recipe, or of other samples."""
-    advice = f"put it back, or set out to another folder than {recipe.out}"
-    before, now = identity(Recipe.model_validate(found.state["recipe"])), identity(recipe)
-    for name in now:
-        if before[name] != now[name]:
-            raise RequestError(
-                f"{found.name} was made with {name} = {before[name]}, the recipe says {now[name]}; {advice}"
-            )
-    for old, new in zip(found.state["data"], facts, strict=True):
-        if any(old[name] != new[name] for name in ("latents", "samples", "digest")):
-            raise RequestError(
-                f"{found.name} was made on {old['samples']:,} samples of {old['latents']} ({old['digest']}), the "
-                f"corpus and the selection now give {new['samples']:,} ({new['digest']}); name the selection "
-                f"with its hash, or {advice}"
-            )
-
-
-def generate_info(recipe: Recipe, samples: RunSamples, stage: StageData) -> dict[str, Any]:
-    """What `model.loading` needs beside the weights; the columns tell text encoder and autoencoder."""
-    return {
-        "name": recipe.name,
-        "latent_shape": stage.latent_shape,
-        "sigma_data": recipe.sigma_data,
-        "guidance_scale": recipe.guidance_scale,
-        "latents": samples.corpus.column(stage.stage.latents).stage,
-        "text": samples.corpus.column(stage.text[0]).stage,
-    }

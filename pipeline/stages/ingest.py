@@ -9,15 +9,19 @@ from functools import cache, partial
 from itertools import groupby
 from typing import Any
 
-from pipeline.config import BuildConfig, ImageOptions
-from pipeline.corpus import Attempt, Corpus, ShardRef, UnitCommit, commit_name, shard_name
-from pipeline.images import BadImage, Prepared, prepare
-from pipeline.parallel import threaded
-from pipeline.records import UNITS
-from pipeline.sources import Input, Source
-from pipeline.stages import IMAGES, UnitTask
-from pipeline.stages.careful import Careful
-from pipeline.watch import alive, fail_point
+from microdit.pipeline.base.fail_points import fail_point
+from microdit.pipeline.base.liveness import alive
+from microdit.pipeline.base.threads import threaded
+from microdit.pipeline.config.build import BuildConfig
+from microdit.pipeline.config.images import ImageOptions
+from microdit.pipeline.content.images import BadImage, Prepared, prepare
+from microdit.pipeline.corpus.attempt import Attempt
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import IMAGES, UNITS, commit_name, shard_name
+from microdit.pipeline.corpus.records import ShardRef, UnitCommit
+from microdit.pipeline.sources.source import Input, Source
+from microdit.pipeline.stages.isolated_decode import Careful
+from microdit.pipeline.stages.stage import UnitTask
 
 SCALARS = {
     "caption": "string",
@@ -32,6 +36,7 @@ SCALARS = {
     "sha256": "string",
     "bytes": "int64",
 }
+
 
 Result = Prepared | BadImage | None
 

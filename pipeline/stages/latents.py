@@ -4,90 +4,47 @@ committed tar --a thread--> rows --threads--> a batch's pixels, noise --GPU--> l
 column. A batch is made where the GPU copies it from, by several threads at once, and its place is used again.
 """
 
-import hashlib
 import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
-from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
-from pipeline.config import LatentsColumn, Resources
-from pipeline.corpus import Attempt, Commit, Corpus
-from pipeline.errors import RequestError
-from pipeline.images import SHRINK_MARGIN, Decoded, decode, short_side_size
-from pipeline.parallel import read_ahead, threaded
-from pipeline.shards import array_bytes
-from pipeline.stages import IMAGES, ColumnSpec, Row, Task, attempts, fail_image, image_bytes, latest, read_rows, samples
-from pipeline.stages.models import Batches, Mark, absolute, autoencoder_identity, best_device
+from microdit.model.device import best_device
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.threads import chunks, read_ahead, threaded
+from microdit.pipeline.config.build import Resources
+from microdit.pipeline.config.encoders import LatentsColumn
+from microdit.pipeline.content.crop import squares
+from microdit.pipeline.corpus.arrays import array_bytes
+from microdit.pipeline.corpus.attempt import Attempt
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import IMAGES
+from microdit.pipeline.corpus.records import Commit
+from microdit.pipeline.corpus.rows import Row, latest, read_rows
+from microdit.pipeline.stages.encoding import GPU_THREADS, Batches, Mark
+from microdit.pipeline.stages.identity import absolute, autoencoder_identity
+from microdit.pipeline.stages.latent_batches import Room, Sample, Shared, batched, rows_of_batch
+from microdit.pipeline.stages.rows import attempts, fail_image, image_bytes, samples
+from microdit.pipeline.stages.stage import ColumnSpec, Task, seed_of
 
 T = TypeVar("T")
 
-GPU_THREADS = 8  # that decode beside a GPU at least: those that it does not need sleep
+
 GROUP = 4  # images that change threads together, at most
+
+
 WRITING = 2  # batches that wait for the GPU, or to be written
+
+
 INFINITE = 0x7C00  # the bits of float16's infinity; those of NaN are above, those of every number below
-
-
-class Room:
-    """Where a batch is made ready, and from where a GPU copies it: pinned memory.
-
-    `pixels` uint8 (B, side, side, 3) by side, `noise` of the posteriors, float32 (B, c, h, w), by column. The first
-    `count` rows of them are samples; those behind are black, and have no noise.
-    """
-
-    def __init__(self, size: int, sides: Iterable[int], noise: Mapping[str, tuple[int, ...]], pinned: bool):
-        import torch
-
-        self.count = 0
-        self.pixels = {s: torch.empty(size, s, s, 3, dtype=torch.uint8, pin_memory=pinned) for s in sides}
-        self.noise = {column: torch.empty(size, *shape, pin_memory=pinned) for column, shape in noise.items()}
-
-    def close_ranks(self, places: Sequence[int]) -> None:
-        """Move the samples that are at `places` to the front, in order; what is behind them is blanked."""
-        self.count = len(places)
-        for whole in (*self.pixels.values(), *self.noise.values()):
-            for to, place in enumerate(places):
-                if to != place:
-                    whole[to] = whole[place]
-            whole[len(places) :] = 0
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An image that is ready for the models: row `place` of a room."""
-
-    row: Row
-    room: Room
-    place: int
-
-
-class Shared:
-    """What the shards share that a process has in hand at once; a pickle leaves it behind.
-
-    `feeding`: one reads and decodes, until the last of its rows are on their way. `encoding`: one has the models.
-    """
-
-    def __init__(self) -> None:
-        self.feeding, self.encoding = Lock(), Lock()
-        self._rooms: dict[frozenset[str], deque[Room]] = {}
-
-    def __reduce__(self) -> tuple[type["Shared"], tuple[()]]:
-        return Shared, ()
-
-    def rooms(self, columns: Iterable[str]) -> deque[Room]:
-        """Those that are free of batches for some columns, which are those that most shards are made for."""
-        if (asked := frozenset(columns)) not in self._rooms:
-            self._rooms = {asked: deque()}
-        return self._rooms[asked]
 
 
 class Latents:
@@ -126,7 +83,7 @@ class Latents:
         return {**self.__dict__, "models": {}, "_batches": {}}
 
     def load(self) -> None:
-        from model.autoencoder import load_autoencoder
+        from microdit.model.pretrained.autoencoder import load_autoencoder
 
         if self.models:
             return
@@ -171,7 +128,7 @@ class Latents:
             prepare = partial(self._prepare, made, task.ref.source)
             ahead = (self._batch + 2 * threads) // group
             prepared = stack.enter_context(closing(threaded(prepare, placed, threads, ahead)))
-            batches = _batched(prepared, self._batch // group, free)
+            batches = batched(prepared, self._batch // group, free)
             first = list(islice(batches, 1))  # while the shard before has the models
             writing: deque[Future[None]] = deque()
             waits = self._shared.encoding.locked()
@@ -246,34 +203,11 @@ class Latents:
 
         options, model, room = self._options[column], self.models[column], batch[0].room
         pinned = model.device.type == "cuda"
-        pixels = _rows(room.pixels[options.resolution], batch, size, pinned)
-        noise = _rows(room.noise[column], batch, size, pinned) if column in room.noise else None
+        pixels = rows_of_batch(room.pixels[options.resolution], batch, size, pinned)
+        noise = rows_of_batch(room.noise[column], batch, size, pinned) if column in room.noise else None
         latents = model.encode(pixels, posterior=options.posterior, noise=noise)[: len(batch)].to(torch.float16)
         found = torch.empty(latents.shape, dtype=torch.float16, pin_memory=pinned)
         return list(found.copy_(latents, non_blocking=True).numpy())
-
-
-def _batched(prepared: Iterable[tuple[Room, list[Sample]]], groups: int, free: deque[Room]) -> Iterator[list[Sample]]:
-    """The samples of one room after the other, as soon as all of its groups are there."""
-    for batch in chunks(prepared, groups):
-        room, there = batch[0][0], [sample for _, some in batch for sample in some]
-        room.close_ranks([sample.place for sample in there])
-        if there:
-            yield [replace(sample, place=place) for place, sample in enumerate(there)]
-        else:
-            free.append(room)
-
-
-def _rows(whole: Any, batch: Sequence[Sample], size: int, pinned: bool) -> Any:
-    """The rows of a batch, and zeros behind them up to `size`: without a copy, if they lie so already."""
-    import torch
-
-    first, count = batch[0].place, len(batch)
-    if first + size <= len(whole) and (count == size or first + count == batch[0].room.count):
-        return whole[first : first + size]
-    rows = torch.zeros(size, *whole.shape[1:], dtype=whole.dtype, pin_memory=pinned)
-    rows[:count] = whole[first : first + count]
-    return rows
 
 
 def _now() -> np.ndarray:
@@ -309,60 +243,3 @@ def _write_one(attempt: Attempt, row: Row, latent: np.ndarray | Exception) -> No
         attempt.add(row.row, row.key, {"npy": array_bytes(latent)}, absmax=float(largest.view(np.float16)))
     else:
         attempt.fail(row.row, row.key, "not_finite", "the autoencoder gives NaN, or more than float16 holds")
-
-
-def seed_of(column: str, source: str, key: str) -> int:
-    """The seed of a sample's posterior in a column: 63 bits of the SHA-256 of `<column> LF <source>/<key>`."""
-    digest = hashlib.sha256(f"{column}\n{source}/{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def squares(data: bytes, out: Mapping[int, np.ndarray], max_pixels: int) -> None:
-    """Write `square` of an image for each side of `out` into its array, uint8 (side, side, 3).
-
-    It is decoded once; a JPEG at a fraction of its size where that is enough. That depends on the image and on the side
-    alone, so that no column's numbers depend on which others are made with it. Sides that need other fractions cost a
-    decode each, which is less than to resize what is large.
-
-    Raises:
-        BadImage: as `decode`.
-    """
-    image: Decoded | None = None
-    for side in sorted(out, reverse=True):
-        if image is None or not _serves(image, side):
-            image = decode(data, max_pixels, side)
-        out[side][:] = _centre(image, side)
-
-
-def _serves(image: Decoded, side: int) -> bool:
-    """Whether `decode(data, max_pixels, side)` would give these very pixels: in the next smaller eighth is too few."""
-    short = min(image.width, image.height)
-    if image.format != "jpeg" or not image.plain or short < 2 * side * SHRINK_MARGIN:
-        return image.scale == 1
-    eighths = round(8 * image.scale)
-    return image.scale < 1 and -(-short * (eighths - 1) // 8) < int(side * SHRINK_MARGIN)
-
-
-def square(pixels: np.ndarray, side: int) -> np.ndarray:
-    """(H, W, 3) uint8 to (side, side, 3): the short side resized, bicubic and antialiased, and the centre cut out."""
-    height, width = pixels.shape[:2]
-    return _centre(Decoded(pixels, width, height, "", plain=True), side)
-
-
-def _centre(image: Decoded, side: int) -> np.ndarray:
-    """`square` of an image, which may have been decoded at a fraction of its size."""
-    size = short_side_size(image.width, image.height, side)
-    left, top = ((length - side) // 2 for length in size)
-    if size == (image.pixels.shape[1], image.pixels.shape[0]):
-        return image.pixels[top : top + side, left : left + side]
-    # of a fraction the last row and column may be half beyond the picture
-    across, down = image.width * image.scale, image.height * image.scale
-    x, y = across / size[0], down / size[1]  # pixels for one of the result's; what is cut off is not resized
-    box = (left * x, top * y, min((left + side) * x, across), min((top + side) * y, down))
-    return np.asarray(image.picture.resize((side, side), Image.Resampling.BICUBIC, box))
-
-
-def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    rest = iter(items)
-    while chunk := list(islice(rest, size)):
-        yield chunk

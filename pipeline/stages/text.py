@@ -7,15 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import TextColumn
-from pipeline.corpus import Attempt, Commit, Corpus
-from pipeline.errors import RequestError
-from pipeline.parallel import threaded
-from pipeline.quantise import FORMS, Loss, compared, dequantise, quantise
-from pipeline.shards import array_bytes, arrays_bytes
-from pipeline.stages import ColumnSpec, Row, Task, attempts, commit_all, latest, read_lines, samples
-from pipeline.stages.latents import chunks, seed_of
-from pipeline.stages.models import Batches, absolute, best_device, text_encoder_identity
+from microdit.model.device import best_device
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.threads import chunks, threaded
+from microdit.pipeline.config.encoders import TextColumn
+from microdit.pipeline.corpus.arrays import array_bytes, arrays_bytes
+from microdit.pipeline.corpus.attempt import Attempt
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.quantised import FORMS, Loss, compared, dequantise, quantise
+from microdit.pipeline.corpus.records import Commit
+from microdit.pipeline.corpus.rows import Row, latest, read_lines
+from microdit.pipeline.stages.encoding import Batches
+from microdit.pipeline.stages.identity import absolute, text_encoder_identity
+from microdit.pipeline.stages.rows import attempts, commit_all, samples
+from microdit.pipeline.stages.stage import ColumnSpec, Task, seed_of
 
 WINDOW = 16  # batches that are sorted by length together; more would hold more embeddings in memory
 
@@ -31,7 +36,7 @@ class Embedding:
 class Text:
     """One text column: the embedding of each caption without padding, and its number of `tokens`.
 
-    float16 (tokens, width), or quantised (`pipeline.quantise`). Captions of like length share a batch, inside the
+    float16 (tokens, width), or quantised (`corpus.quantised`). Captions of like length share a batch, inside the
     shard: the same shard gives the same batches. Of a quantised column one sample in a hundred, chosen by its key, is
     compared with what the encoder gave: the commit says what was lost.
     """
@@ -56,7 +61,7 @@ class Text:
         return {**self.__dict__, "_model": None}
 
     def load(self) -> None:
-        from model.text import load_text_encoder
+        from microdit.model.pretrained.text import load_text_encoder
 
         if self._model is not None:
             return

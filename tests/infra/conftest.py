@@ -15,12 +15,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline.corpus import Corpus
-from pipeline.errors import RequestError
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.corpus.corpus import Corpus
 from tests.infra import hosts
 
 ROOT = Path(__file__).parent.parent.parent
+
+
 SHARD = 4  # pictures of a shard; a unit is one shard
+
+
 CONFIG = {
     "name": "pictures",
     "corpus": "given on the command line",

@@ -14,13 +14,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.check import status, verify
-from pipeline.corpus import Corpus
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.upkeep.status import status
+from microdit.pipeline.upkeep.verify import verify
 from tests.infra.conftest import ROOT, Pictures, committed, pictures
 from tests.infra.hosts import Host, network, wait_for
-from tests.s3 import BUCKET, environ, s3_at
+from tests.servers.s3 import BUCKET, environ, s3_at
 
 SHARDS, FREE = 8, 2
+
+
 PROVIDER = {
     "type": "fake_multinode",
     "head_node_id": "fffffffffffffffffffffffffffffffffffffffffffffffffff00000",

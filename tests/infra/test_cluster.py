@@ -15,14 +15,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.check import status, verify
-from pipeline.corpus import Corpus
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.upkeep.status import status
+from microdit.pipeline.upkeep.verify import verify
 from tests.infra.conftest import ROOT, SHARD, Pictures, committed, pictures
 from tests.infra.hosts import Host, network, wait_for
-from tests.s3 import BUCKET, environ, s3_at
+from tests.servers.s3 import BUCKET, environ, s3_at
 
 DASHBOARD = "http://127.0.0.1:8265"  # as `ray dashboard infra/aws.yaml` forwards it
+
+
 SHARDS, FREE = 6, 2
+
+
 QUICK = {  # a silent host is given up after some 20 s, not after minutes
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",

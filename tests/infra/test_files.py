@@ -20,8 +20,14 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from tests.infra.conftest import ROOT
 
 INFRA = ROOT / "infra"
+
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
 BIN = Path(sys.executable).parent
+
+
 WORKER_GROUPS = ("gpu", "cpu")
 
 
@@ -37,8 +43,6 @@ def pinned(package: str) -> str:
 
 
 # -- the container file ------------------------------------------------------------------------------------------------
-
-
 def instructions() -> list[tuple[str, str]]:
     """The container file's instructions, continued lines joined."""
     text = re.sub(r"^\s*#.*\n", "", (INFRA / "Containerfile").read_text(), flags=re.MULTILINE)
@@ -81,8 +85,6 @@ def test_the_image_runs_as_a_user_who_is_not_root() -> None:
 
 
 # -- AWS ---------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def aws() -> dict[str, Any]:
     return yaml.safe_load((INFRA / "aws.yaml").read_text())
@@ -121,8 +123,6 @@ def test_the_token_that_aws_gets_is_the_one_that_ray_looks_for(aws: dict[str, An
 
 
 # -- Kubernetes --------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def kubernetes() -> list[dict[str, Any]]:
     return list(yaml.safe_load_all((INFRA / "kubernetes.yaml").read_text()))
@@ -198,8 +198,6 @@ def test_the_kubernetes_head_is_kept_and_the_workers_are_spot(kubernetes: list[d
 
 
 # -- what all of them share --------------------------------------------------------------------------------------------
-
-
 def test_one_image_serves_all(aws: dict[str, Any], kubernetes: list[dict[str, Any]]) -> None:
     image = f"REGISTRY/microdit:{PROJECT['version']}"
     assert aws["docker"]["image"] == image

@@ -16,17 +16,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.check import verify
-from pipeline.corpus import Corpus
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.upkeep.verify import verify
 from tests.infra.conftest import ROOT, SHARD, committed, pictures
 from tests.infra.hosts import PATIENCE, Host, network, wait_for
-from tests.s3 import BUCKET, environ, s3_at
+from tests.servers.s3 import BUCKET, environ, s3_at
 from tests.trainer.conftest import MODEL, STAGE, build_corpus
 
 SCRIPTS = ROOT / "infra/slurm"
 
-# -- the scripts alone: every command that they call is a stub ---------------------------------------------------------
 
+# -- the scripts alone: every command that they call is a stub ---------------------------------------------------------
 STUBS = {
     "srun": """
         while [[ $1 = --* ]]; do shift; done
@@ -40,6 +40,8 @@ STUBS = {
     "torchrun": 'trap "exit 1" TERM; printf "%s|" "$@" > asked; eval "$WORK"',  # it answers a SIGTERM with 1
     "scontrol": 'echo "$@" > scontrol-asked',
 }
+
+
 ASKED = {
     "build.sbatch": "build|one|two words|192.0.2.1:23456|token|",
     "train.sbatch": "--nnodes=2|--nproc-per-node=8|--max-restarts=3|--rdzv-backend=c10d|"
@@ -99,7 +101,6 @@ def test_a_job_in_which_ray_cannot_start_ends(tmp_path: Path) -> None:
 
 
 # -- on a real Slurm ---------------------------------------------------------------------------------------------------
-
 SLURM_CONF = """
 ClusterName=test
 SlurmctldHost=node1
@@ -232,7 +233,7 @@ def test_a_training_writes_a_checkpoint_before_its_time_is_up_and_goes_on_from_i
     slurm.submit("train.sbatch", "recipe.yaml", "seed=1")
     wait_for(logged, lambda: f"the training did not begin: {slurm.output()}", slurm.running)
     for host in slurm.hosts:
-        assert "-m trainer" in host.processes()  # one training on both nodes
+        assert "-m microdit.trainer" in host.processes()  # one training on both nodes
     slurm.warn_of_the_time_limit()
     (before,) = (run / "checkpoints").iterdir()
     stopped = int(before.name.partition("-")[2])

@@ -10,18 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import BuildConfig
-from pipeline.corpus import Corpus
-from pipeline.plan import Plan
-from pipeline.retries import Retries
-from pipeline.sources import sources_of
-from pipeline.stages import IMAGES, Row, declare, image_bytes, read_rows, stages_of
-from pipeline.stages.ingest import ingest_unit
-from tests.files_server import FilesServer
+from microdit.pipeline.config.build import BuildConfig
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import IMAGES
+from microdit.pipeline.corpus.rows import Row, read_rows
+from microdit.pipeline.engine.plan import Plan
+from microdit.pipeline.engine.retries import Retries
+from microdit.pipeline.sources.registry import sources_of
+from microdit.pipeline.stages.ingest import ingest_unit
+from microdit.pipeline.stages.registry import declare, stages_of
+from microdit.pipeline.stages.rows import image_bytes
 from tests.miniatures import Expected
 from tests.miniatures.real import sa1b_links
+from tests.servers.files_server import FilesServer
 
 NOISE = 4.0  # of 255: what a JPEG, and a second one after a resize, may change on average
+
+
 HOUR = 3600
 
 

@@ -5,13 +5,15 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from model.autoencoder import AUTOENCODERS
-from model.text import TEXT_ENCODERS
-from tests.hub import Hub
-from tests.model.openclip_format import DATA, read_tower, write_model
-from tests.model.text_models import t5_files
+from microdit.model.pretrained.autoencoder import AUTOENCODERS
+from microdit.model.pretrained.text import TEXT_ENCODERS
+from tests.model.pretrained.openclip_format import DATA, read_tower, write_model
+from tests.model.pretrained.text_models import t5_files
+from tests.servers.hub import Hub
 
 CHANNELS = {"sdxl": 4, "ostris": 16}
+
+
 FOUR = 4  # blocks: eight pixels for one latent
 
 

@@ -13,13 +13,15 @@ from tests.miniatures.packing import EMPTY_TAR, json_bytes, json_lines, parquet,
 from tests.miniatures.pictures import Picture, picture
 
 CAPTIONS, MIRROR = "PixArt-alpha/SAM-LLaVA-Captions10M", "hanlincs/InternVL-SA1B-Caption-WebDataset"
+
+
 BLIP3O = "BLIP3o/BLIP3o-Pretrain-Long-Caption"
+
+
 CC12M, LLAVANEXT = "pixparse/cc12m-wds", "CaptionEmporium/conceptual-captions-cc12m-llavanext"
 
 
 # -- SA-1B -------------------------------------------------------------------------------------------------------------
-
-
 def sa1b_links(address: str, expiry: int) -> str:
     """Meta's list of links, with those of an address in place of Meta's own; `expiry` in seconds since 1970."""
     links = layout("sa1b")["links"]
@@ -139,8 +141,6 @@ def _sa1b_mirrors() -> dict[str, Repository]:
 
 
 # -- CC12M -------------------------------------------------------------------------------------------------------------
-
-
 @cache
 def cc12m(caption: str = "cleaned", joined: bool = False) -> Miniature:
     """`caption`: caption (the alt-text as it came), cleaned, long or short; `joined`: the others are fields."""
@@ -208,8 +208,6 @@ def _llavanext_row(sample: dict[str, Any]) -> dict[str, str]:
 
 
 # -- TextCaps and COCO -------------------------------------------------------------------------------------------------
-
-
 @cache
 def textcaps() -> Miniature:
     about = layout("textcaps")

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
-from tests.files_server import FilesServer
-from tests.hub import Hub
 from tests.miniatures import Miniature
+from tests.servers.files_server import FilesServer
+from tests.servers.hub import Hub
 
 REPOSITORY = re.compile("/api/(datasets|models)/")  # the client asks for other things, too
 

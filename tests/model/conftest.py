@@ -1,3 +1,3 @@
-from tests.hub import hub
+from tests.servers.hub import hub
 
 __all__ = ["hub"]

@@ -241,6 +241,8 @@ BASE: dict[str, Any] = {
     "patch_mixer_depth": 2, "patch_mixer_dim": 24, "patch_mixer_qkv_ratio": 1.0, "patch_mixer_mlp_ratio": 4.0,
     "use_bias": False, "num_experts": 4, "expert_capacity": 2.0, "experts_every_n": 2,
 }  # fmt: skip
+
+
 MODELS = {
     "plain": BASE,
     "bias": BASE | {"use_bias": True, "in_channels": 3, "pos_interp_scale": 2.0, "expert_capacity": 1.5},

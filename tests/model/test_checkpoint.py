@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from model.checkpoint import (
+from microdit.model.checkpoint import (
     CheckpointError,
     config_from_state_dict,
     convert,
@@ -21,7 +21,7 @@ from model.checkpoint import (
     read_state_dict,
     write_state_dict,
 )
-from model.network import MicroDiT
+from microdit.model.network import MicroDiT
 from tests.model.parity_format import ParitySet, constructor_config
 
 SMALL = {
@@ -67,7 +67,7 @@ def test_conversion_from_the_command_line(small: MicroDiT, tmp_path: Path) -> No
     write_state_dict(tmp_path / "a.safetensors", small.state_dict(), small.config)
 
     def run(*arguments: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "model.checkpoint", *(str(tmp_path / name) for name in arguments)]
+        command = [sys.executable, "-m", "microdit.model.checkpoint", *(str(tmp_path / name) for name in arguments)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
         assert "Traceback" not in done.stderr
         return done.returncode, done.stderr

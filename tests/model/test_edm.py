@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import sampler as benchmark
-from model.edm import EDM
-from model.samplers import SAMPLERS
+from microdit.model.edm import EDM
+from microdit.model.samplers import SAMPLERS
 from tests.model.test_network import batch, build
 
 MEAN, STD = 0.4, 0.9

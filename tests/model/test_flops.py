@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.edm import EDM
-from model.flops import forward_flops, gpu_peak, training_flops
-from model.network import MicroDiT
+from microdit.model.edm import EDM
+from microdit.model.flops import forward_flops, gpu_peak, training_flops
+from microdit.model.network import MicroDiT
 
 CONFIG = {"dim": 64, "depth": 4, "head_dim": 16, "multiple_of": 16, "patch_mixer_depth": 2, "caption_channels": 24}
 

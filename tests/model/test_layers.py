@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from benchmarks import experts
 from benchmarks.experts import one_hot_experts
-from model import layers
-from model.layers import Experts, attention
+from microdit.model import layers
+from microdit.model.layers import Experts, attention
 
 
 def _experts(dim: int, num_experts: int, capacity: float, dtype: torch.dtype = torch.float64) -> Experts:

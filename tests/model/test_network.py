@@ -12,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.network import PRESETS, MicroDiT, position_embedding
+from microdit.model.network import PRESETS, MicroDiT, position_embedding
 
 ROOT = Path(__file__).parents[2]
+
+
 SMALL: dict[str, Any] = {
     "input_size": 8, "in_channels": 4, "dim": 32, "depth": 3, "head_dim": 8, "multiple_of": 16, "caption_channels": 12,
     "patch_mixer_depth": 2, "patch_mixer_dim": 24, "num_experts": 4,
@@ -296,9 +298,9 @@ class Block:
             raise ModuleNotFoundError(f"blocked: {name}")
 sys.meta_path.insert(0, Block())
 import torch
-from model.checkpoint import load_weights
-from model.edm import EDM
-from model.network import MicroDiT
+from microdit.model.checkpoint import load_weights
+from microdit.model.edm import EDM
+from microdit.model.network import MicroDiT
 net = MicroDiT(input_size=4, dim=16, depth=2, head_dim=8, caption_channels=4, patch_mixer_dim=8, multiple_of=8)
 load_weights(net, net.state_dict())
 assert EDM().sample(net, torch.randn(1, 4, 4, 4), torch.randn(1, 3, 4), num_inference_steps=2).isfinite().all()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.network import MicroDiT
+from microdit.model.network import MicroDiT
 from tests.model import reference
 from tests.model.parity_format import (
     ParitySet,
@@ -25,6 +25,8 @@ from tests.model.parity_format import (
 )
 
 DATA = Path(__file__).parents[1] / "data"
+
+
 pytestmark = pytest.mark.timeout(7200)  # XL on a CPU takes minutes
 
 

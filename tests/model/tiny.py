@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import write_state_dict
-from model.network import MicroDiT
+from microdit.model.checkpoint import write_state_dict
+from microdit.model.network import MicroDiT
 
 SIZES = {
     "input_size": 4, "dim": 32, "depth": 3, "head_dim": 16, "multiple_of": 8, "caption_channels": 384,
     "patch_mixer_depth": 1, "patch_mixer_dim": 32, "num_experts": 2,
 }  # fmt: skip
+
+
 INFO = {
     "latent_shape": [4, 4, 4],
     "sigma_data": 0.9,

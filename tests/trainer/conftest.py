@@ -15,12 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from model.autoencoder import load_autoencoder
-from model.text import load_text_encoder
-from pipeline.corpus import Corpus, ShardRef, shard_name, unit_name
-from pipeline.shards import array_bytes
-from trainer.learner import Learner
-from trainer.recipe import Recipe
+from microdit.model.pretrained.autoencoder import load_autoencoder
+from microdit.model.pretrained.text import load_text_encoder
+from microdit.pipeline.corpus.arrays import array_bytes
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import shard_name, unit_name
+from microdit.pipeline.corpus.records import ShardRef
+from microdit.trainer.learner import Learner
+from microdit.trainer.recipe import Recipe
 
 CAPTIONS = ("source", "long")
 
@@ -86,6 +88,8 @@ MODEL = {
     "dim": 32, "depth": 2, "head_dim": 16, "multiple_of": 8, "patch_mixer_depth": 1, "patch_mixer_dim": 32,
     "num_experts": 2,
 }  # fmt: skip
+
+
 STAGE = {"latents": "latents/demo-32", "batch": 16, "learning_rate": 1e-3, "ema_half_life": 200}
 
 
@@ -148,8 +152,9 @@ def at_step(monkeypatch: pytest.MonkeyPatch):
 
 
 # -- with pictures ----------------------------------------------------------------------------------------------------
-
 NAMES = ("red", "green", "blue", "yellow", "pink", "black")
+
+
 COLOURS = ((220, 30, 30), (30, 180, 30), (30, 30, 220), (230, 220, 30), (240, 150, 200), (10, 10, 10))
 
 
@@ -209,14 +214,12 @@ def short_recipe(corpus: Corpus, out: Path, **fields) -> Recipe:
 
 
 # -- several processes -----------------------------------------------------------------------------------------------
-
-
 def _member(rank: int, environment: dict, recipe: dict, at: tuple[int, int, int] | None, backend: str) -> None:
     """One process of a team. at: (rank, step, signal) that it sends itself before it takes that step."""
     os.environ.update(environment, RANK=str(rank))
-    from trainer import learner
-    from trainer import team as team_module
-    from trainer.train import train
+    from microdit.trainer import learner
+    from microdit.trainer import processes as team_module
+    from microdit.trainer.train import train
 
     torch.set_num_threads(1)
     team_module.SECONDS = 0.0  # they ask each other after every step
@@ -244,7 +247,7 @@ def team() -> Iterator[Callable[..., list[int]]]:
     """Train a recipe with several processes, as torchrun does; gives their exit codes. They are forked from a server
     that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.train", "tests.trainer.conftest"])
+    context.set_forkserver_preload(["microdit.trainer.train", "tests.trainer.conftest"])
     started = []
 
     def run(recipe: Recipe, world: int = 2, at: tuple[int, int, int] | None = None, backend: str = "eager"):

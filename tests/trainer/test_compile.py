@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.backends.registry import lookup_backend
 
+from microdit.trainer.train import train
 from tests.trainer.conftest import STAGE
-from trainer.train import train
 
 STAGES = [
     STAGE | {"steps": 4, "mask_ratio": 0.5, "micro_batch": 6, "ema_half_life": [100, 20]},

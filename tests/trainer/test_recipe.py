@@ -2,9 +2,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline.errors import RequestError
+from microdit.pipeline.base.errors import RequestError
+from microdit.trainer.recipe import StageRecipe, identity, load_recipe
 from tests.trainer.conftest import STAGE
-from trainer.recipe import StageRecipe, identity, load_recipe
 
 
 @pytest.fixture

@@ -13,14 +13,15 @@ import torch
 import yaml
 from torch._dynamo.utils import counters
 
-from model.checkpoint import load_model
-from pipeline.corpus import Corpus
-from pipeline.errors import RequestError
+from microdit.model.checkpoint import load_model
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.trainer.__main__ import main
+from microdit.trainer.micro_batch import largest_that_fits
+from microdit.trainer.objective import learning_rate
+from microdit.trainer.recipe import StageRecipe
+from microdit.trainer.train import train
 from tests.trainer.conftest import STAGE, build_corpus, build_recipe, validations
-from trainer.__main__ import main
-from trainer.learner import largest_that_fits, learning_rate
-from trainer.recipe import StageRecipe
-from trainer.train import train
 
 
 def losses(out: Path) -> dict[int, float]:
@@ -147,7 +148,7 @@ def test_micro_batches_change_nothing_but_rounding(recipe, tmp_path) -> None:
 
 
 def test_steps_with_a_gradient_that_is_not_finite_are_skipped_and_counted(recipe, tmp_path, monkeypatch) -> None:
-    from trainer.data import StageData
+    from microdit.trainer.data.batches import StageData
 
     original = StageData._batch
 
@@ -171,7 +172,7 @@ def test_steps_with_a_gradient_that_is_not_finite_are_skipped_and_counted(recipe
 
 
 def test_a_run_that_learns_nothing_any_more_ends(recipe, tmp_path, monkeypatch) -> None:
-    from trainer.data import StageData
+    from microdit.trainer.data.batches import StageData
 
     original = StageData._batch
 
@@ -335,11 +336,9 @@ def test_learning_rate() -> None:
 
 
 # -- as a command ----------------------------------------------------------------------------------------------------
-
-
 def command(path: Path, *overrides: str, processes: int = 0) -> list[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
-    return [sys.executable, *torchrun, "-m", "trainer", str(path), *overrides]
+    return [sys.executable, *torchrun, "-m", "microdit.trainer", str(path), *overrides]
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Build a latent corpus of image-caption pairs, and train a MicroDiT on it."""

@@ -1,0 +1,1 @@
+"""Models of others: autoencoders, text encoders, captioners, scorers, and their files."""

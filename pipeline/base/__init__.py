@@ -1,0 +1,1 @@
+"""What every folder may use: errors, threads, liveness, signals, progress, fail points."""

@@ -1,0 +1,17 @@
+"""The exceptions that are messages for the user."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text that says something: obstore's go on for pages."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+class RequestError(ValueError):
+    """The request itself is wrong: the message names the thing, its value, what was expected and what to do.
+
+    The command line prints it without a traceback and ends with exit status 2.
+    """
+
+
+class DamagedError(RequestError):
+    """A record of a corpus cannot be understood: what depends on it fails, the rest of a build goes on."""

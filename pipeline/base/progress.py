@@ -1,0 +1,190 @@
+"""How far a build is: figures by stage, drawn live on a terminal and as lines of JSON elsewhere."""
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+RATE_WINDOW = 30.0  # seconds over which images/s are counted
+
+
+LINE_EVERY = 60.0  # seconds between two lines of JSON
+
+
+@dataclass
+class Line:
+    """One stage: `done` of `total` shards (of units, for ingest), and the images of this run.
+
+    `more` says that the total is what is known so far. `rate` is images a second, `bytes_rate` bytes written a second,
+    `busy` the share of their time that its models work, `left` seconds; None if not known.
+    """
+
+    name: str
+    what: str
+    done: int = 0
+    total: int = 0
+    more: bool = False
+    aside: int = 0
+    running: int = 0
+    workers: int = 0
+    samples: int = 0
+    failed: int = 0
+    rate: float | None = None
+    bytes_rate: float | None = None
+    busy: float | None = None
+    left: float | None = None
+    state: str = ""
+
+
+@dataclass
+class Snapshot:
+    """The state of a build: seconds since it began, its stages, and what there is to say since the last one."""
+
+    seconds: float
+    lines: list[Line]
+    notes: list[str] = field(default_factory=list)
+
+
+Progress = Callable[[Snapshot], None]
+
+
+@dataclass
+class Rates:
+    """Shards, images, bytes and seconds of models' work in one second, over the last half minute; None if unknown."""
+
+    jobs: float | None = None
+    samples: float | None = None
+    bytes: float | None = None
+    busy: float | None = None
+
+
+class Tally:
+    """What a stage did in this run, and how fast it is now."""
+
+    def __init__(self) -> None:
+        self.jobs = self.samples = self.failed = 0
+        self.began: float | None = None
+        self._recent: deque[tuple[float, int, int, int, float]] = deque()
+
+    def begin(self) -> None:
+        """The stage has work in hand."""
+        if self.began is None:
+            self.began = time.monotonic()
+
+    def add(self, jobs: int = 0, samples: int = 0, failed: int = 0, size: int = 0, busy: float = 0.0) -> None:
+        self.jobs += jobs
+        self.samples += samples
+        self.failed += failed
+        self._recent.append((time.monotonic(), jobs, samples, size, busy))
+
+    def rates(self) -> Rates:
+        now = time.monotonic()
+        while self._recent and self._recent[0][0] < now - RATE_WINDOW:
+            self._recent.popleft()
+        if self.began is None or not self._recent:
+            return Rates()
+        span = max(now - max(self.began, now - RATE_WINDOW), 1e-3)
+        return Rates(*(sum(entry[i] for entry in self._recent) / span for i in range(1, 5)))
+
+
+def duration(seconds: float | None) -> str:
+    """`0:42`, `12:05`, `3 h 20 min`, `2 d 4 h`."""
+    if seconds is None:
+        return ""
+    seconds = int(seconds)
+    if seconds < 3600:
+        return f"{seconds // 60}:{seconds % 60:02d}"
+    if seconds < 48 * 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    return f"{seconds // 86400} d {seconds % 86400 // 3600} h"
+
+
+def number(value: float | None) -> str:
+    """A figure as people read it: `1,918`, `42`, `3.1`."""
+    if value is None:
+        return ""
+    return f"{value:.1f}" if 0 < value < 10 and value != int(value) else f"{value:,.0f}"
+
+
+def as_table(snapshot: Snapshot) -> Table:
+    """The stages as a table for a terminal."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for name, justify in (("stage", "left"), ("done", "right"), ("", "left"), ("images", "right"), ("failed", "right")):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for name in ("images/s", "MB/s", "busy", "left"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for line in snapshot.lines:
+        state = f"[red]{line.state}[/]" if line.aside else f"[dim]{line.state}[/]"
+        table.add_row(
+            line.name,
+            f"{line.done:,}/{line.total:,}{'+' if line.more else ''}",
+            line.what,
+            number(line.samples),
+            number(line.failed) if line.failed else "",
+            number(line.rate),
+            number(None if line.bytes_rate is None else line.bytes_rate / 1e6),
+            "" if line.busy is None else f"{line.busy:.0%}",
+            duration(line.left),
+            state,
+        )
+    return table
+
+
+def as_json(snapshot: Snapshot) -> str:
+    """A snapshot as one line of JSON: `seconds`, and by `stages` what `Line` has. Rates are per second."""
+
+    def rounded(value: Any) -> Any:
+        return round(value, 3) if isinstance(value, float) else value
+
+    stages = [{name: rounded(value) for name, value in asdict(line).items()} for line in snapshot.lines]
+    return json.dumps({"seconds": round(snapshot.seconds, 1), "stages": stages})
+
+
+@contextmanager
+def shown(console: Console | None = None) -> Iterator[Progress]:
+    """Show a build's progress on a console (standard error if None).
+
+    On a terminal that is a live table; elsewhere lines of JSON, one a minute and a last one, and in between
+    `{"note": ...}` for what there is to say.
+    """
+    console = console or Console(stderr=True)
+    last: list[Snapshot] = []
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=4, transient=True) as live:
+
+            def draw(snapshot: Snapshot) -> None:
+                for note in snapshot.notes:
+                    live.console.print(note, markup=False, highlight=False)
+                if snapshot.lines:
+                    last[:] = [snapshot]
+                live.update(as_table(snapshot))
+
+            yield draw
+        if last:
+            console.print(as_table(last[0]))
+        return
+    printed = -LINE_EVERY
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def write(snapshot: Snapshot) -> None:
+        nonlocal printed
+        for note in snapshot.notes:
+            say(json.dumps({"note": note}, ensure_ascii=False))
+        last[:] = [snapshot] if snapshot.lines else last
+        if snapshot.lines and snapshot.seconds - printed >= LINE_EVERY:
+            printed = snapshot.seconds
+            say(as_json(snapshot))
+
+    yield write
+    if last and last[0].seconds > printed:
+        say(as_json(last[0]))

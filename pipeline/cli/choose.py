@@ -1,0 +1,128 @@
+"""The commands that choose samples: `select`, `dedup`, `decontaminate`."""
+
+from typing import Annotated
+
+import typer
+
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.cli.command import CorpusUrl, Distance, Json, json_answer, open_corpus
+
+
+def select(
+    corpus: CorpusUrl,
+    name: Annotated[str, typer.Argument(help="The selection's name.", show_default=False)],
+    sql: Annotated[
+        str | None, typer.Argument(metavar="SQL", help="One SELECT over the view `samples`.", show_default=False)
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="SHARES", help="How often each source comes: equal, or A=2,B=1. Default: by its size."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Save a selection: the rows (`source`, `shard`, `row`, and `weight` if you like) that a query gives.
+
+    Without SQL it is the query of that name in configs/queries: `clean` (once, safe, sharp, in no test set, little
+    text), `paper` and `paper-512` (the paper's data), `synthetic-only`. With `--weights` a source comes as often as
+    its share says, however many samples it has; a `weight` of the query then counts within its source.
+
+    **Examples**
+
+    - `microdit select my/corpus large "SELECT source, shard, row FROM samples WHERE status = 'ok' AND width >= 128"`
+
+    - `microdit select my/corpus clean --weights cc12m=2,sa1b=1`
+    """
+    from microdit.pipeline.selection.selections import select as select_rows
+    from microdit.pipeline.selection.weights import parse_shares
+
+    with json_answer(as_json) as answer:
+        shares = None if weights is None else parse_shares(weights)
+        chosen = select_rows(open_corpus(corpus), name, sql, shares)
+        answer.update({"name": chosen.name, "hash": chosen.hash, "path": chosen.path, "rows": chosen.rows})
+    if not as_json:
+        print(f"{chosen.name}@{chosen.hash}: {chosen.rows:,} rows")
+
+
+def dedup(
+    corpus: CorpusUrl,
+    distance: Annotated[
+        int | None, typer.Option(metavar="BITS", help="How many of the 64 bits may differ, 0 to 8; 6 if not given.")
+    ] = None,
+    semantic: Annotated[bool, typer.Option("--semantic", help="By embeddings: the same in other pixels.")] = False,
+    similarity: Annotated[
+        float | None, typer.Option(metavar="COSINE", help="With --semantic: at least this near; 0.95 if not given.")
+    ] = None,
+    embedding: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="With --semantic, if there are several: which embeddings.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find pictures that are double or nearly so; remove nothing. For a corpus that has changed run it again.
+
+    By the hashes of `scores/basic`: `samples` gains `duplicate_group` (the id of the one to keep: the largest, then
+    the first), `duplicate_distance` (bits between the two), `duplicate_exact` (the same pixels came before) and
+    `duplicate_keep`. By the embeddings of `scores/embedding`, with `--semantic`: `semantic_group`,
+    `semantic_similarity` (the cosine) and `semantic_keep`, beside the others.
+
+    **Examples**
+
+    - `microdit dedup my/corpus`
+
+    - `microdit dedup my/corpus --semantic --similarity 0.97`
+
+    - `microdit select my/corpus once "SELECT source, shard, row FROM samples WHERE duplicate_keep AND semantic_keep"`
+    """
+    from microdit.pipeline.curation.duplicates import dedup as find
+    from microdit.pipeline.curation.semantic import dedup_semantic
+
+    with json_answer(as_json) as answer:
+        if semantic and distance is not None:
+            raise RequestError("--distance counts bits of hashes; with --semantic give --similarity")
+        if not semantic and (similarity, embedding) != (None, None):
+            raise RequestError("--similarity and --embedding are of embeddings; give --semantic with them")
+        if semantic:
+            answer.update(dedup_semantic(open_corpus(corpus), embedding, 0.95 if similarity is None else similarity))
+        else:
+            answer.update(find(open_corpus(corpus), 6 if distance is None else distance))
+    if as_json:
+        return
+    what = (
+        f"{answer['without_embedding']:,} more have no embedding in {answer['column']}"
+        if semantic
+        else f"{answer['exact']:,} repeat another one's pixels; {answer['without_hash']:,} more have no hash"
+    )
+    print(
+        f"{answer['groups']:,} groups: {answer['kept']:,} of {answer['samples']:,} samples to keep, "
+        f"{answer['dropped']:,} to drop; {what}"
+    )
+
+
+def decontaminate(
+    corpus: CorpusUrl,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CORPUS|FILE", help="An evaluation set: a corpus, or its hash table. May be repeated."),
+    ] = None,
+    distance: Distance = 6,
+    as_json: Json = False,
+) -> None:
+    """Mark pictures that are in an evaluation set, or nearly so; remove nothing.
+
+    Without `--against` that is COCO 2014 val, from the corpus that `microdit build configs/coco-val.yaml` makes here.
+    `samples` gains `contaminated`, `contaminated_by` (whose picture) and `contaminated_distance`.
+
+    **Example**
+
+    - `microdit select my/corpus clean "SELECT source, shard, row FROM samples WHERE NOT contaminated"`
+    """
+    from microdit.pipeline.curation.duplicates import decontaminate as find
+    from microdit.pipeline.curation.duplicates import default_evaluation
+
+    with json_answer(as_json) as answer:
+        answer.update(find(open_corpus(corpus), against or [default_evaluation()], distance))
+    if not as_json:
+        print(
+            f"{answer['contaminated']:,} of {answer['samples']:,} samples are near an evaluation set "
+            f"({', '.join(entry['name'] for entry in answer['against'])}), {answer['exact']:,} of them with the same "
+            f"pixels; {answer['without_hash']:,} more have no hash"
+        )

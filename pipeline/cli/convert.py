@@ -1,0 +1,204 @@
+"""`microdit convert`: MDS folders of the official micro_diffusion code to a corpus, and a corpus to such a folder."""
+
+import json
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from microdit.pipeline.base.errors import RequestError
+
+TO_CORPUS = {"--source", "--captions", "--autoencoder", "--text-encoder", "--as-built", "--repair"}
+
+
+TO_MDS = {"--selection", "--text", "--latents", "--compression"}
+
+
+def convert(
+    origin: Annotated[
+        str, typer.Argument(metavar="FROM", help="A folder of MDS shards, or a corpus.", show_default=False)
+    ],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TO", help="A corpus (it is made if there is none), or a new folder.", show_default=False
+        ),
+    ],
+    source: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="MDS to corpus: what the samples are called there, e.g. `cc12m`."),
+    ] = None,
+    captions: Annotated[
+        str | None, typer.Option(metavar="NAME", help="MDS to corpus: they become `captions/NAME`. Default: `source`.")
+    ] = None,
+    autoencoder: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="MDS to corpus: what made the latents. Default: `sdxl`, of 16 `ostris`."),
+    ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(metavar="NAME", help="MDS to corpus: what made the text. Default: `dfn-clip-h`.")
+    ] = None,
+    as_built: Annotated[
+        bool,
+        typer.Option(
+            "--as-built",
+            help="MDS to corpus: declare latents and text as `microdit build` does, so that a build can add images to "
+            "them. The hub, or its cache, is asked which models those are.",
+        ),
+    ] = False,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="MDS to corpus: read all that is there first; make again what is damaged, lost or stale."
+        ),
+    ] = False,
+    text_shape: Annotated[
+        str, typer.Option(metavar="TOKENSxWIDTH", help="Of a caption's embedding in MDS.")
+    ] = "77x1024",
+    selection: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Corpus to MDS: these samples alone. Default: all.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Corpus to MDS: the text, and so the captions. Default: the only one."),
+    ] = None,
+    latents: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="Corpus to MDS: give it once for each resolution. Default: all."),
+    ] = None,
+    compression: Annotated[
+        str | None, typer.Option(metavar="zstd", help="Corpus to MDS: pack the shards. Default: plain, as official.")
+    ] = None,
+    threads: Annotated[int, typer.Option(metavar="N", min=1, max=64, help="Shards at a time.")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Take over what the official micro_diffusion code has encoded, or give it what is in a corpus.
+
+    FROM says which way it goes. Nothing is encoded again, no model is loaded, and no network is needed. Stopped or
+    killed, the same command goes on; what came of every sample is told at the end, and adds up.
+
+    **MDS to corpus.** FROM is what `precompute.py` wrote (columns `caption`, `caption_latents`, `latents_256`,
+    `latents_512`, and `jpg` if you kept it), plain or packed with zstd, with one folder for each worker or one index
+    for all. One source for each dataset: run it once for each, into one corpus. The files do not say which models
+    made them: the paper's are taken (SDXL's autoencoder, of 16 channels Ostris', and DFN-CLIP-H) unless you name
+    others. A file that is damaged is set aside; mend it, and the same command takes it again.
+
+    **Corpus to MDS.** TO is a new folder, ready for `train.py` when `index.json` is in it. Samples that lack the
+    text or a resolution are left out, and counted. Pictures stay: the official trainer reads none.
+
+    **Examples**
+
+    - `microdit convert datadir/cc12m/mds_latents_sdxl1_dfnclipH14/train my/corpus --source cc12m`
+
+    - `microdit convert datadir/jdb/mds_latents_ostris/train my/other --source journeydb`
+
+    - `microdit convert my/corpus my/mds --selection large`
+
+    - `microdit convert s3://bucket/corpus my/mds --latents latents/sdxl-256 --text text/dfn-clip-h@long`
+    """
+    shape = _shape(text_shape)
+    given: dict[str, Any] = {
+        "--source": source,
+        "--captions": captions,
+        "--autoencoder": autoencoder,
+        "--text-encoder": text_encoder,
+        "--as-built": as_built,
+        "--repair": repair,
+        "--selection": selection,
+        "--text": text,
+        "--latents": latents,
+        "--compression": compression,
+    }
+    names = {name for name, value in given.items() if value}
+    from microdit.pipeline.base.progress import shown
+
+    with _stoppable(), shown() as progress:
+        if _is_mds(origin):
+            _refuse(names & TO_MDS, "FROM is a folder of MDS shards")
+            from microdit.pipeline.mds import to_corpus as from_mds
+            from microdit.pipeline.mds.columns import Naming
+
+            if source is None:
+                raise RequestError("--source: name the samples, e.g. --source cc12m; it becomes part of every name")
+            naming = Naming(source, captions or "source", autoencoder, text_encoder or "dfn-clip-h", shape, as_built)
+            summary = from_mds.to_corpus(Path(origin), target, naming, threads, progress, repair)
+            lines = from_mds.text(summary)
+        else:
+            _refuse(names & TO_CORPUS, "FROM is a corpus")
+            from microdit.pipeline.corpus.corpus import Corpus
+            from microdit.pipeline.mds import from_corpus as to_mds
+
+            if "://" in target:
+                raise RequestError(f"TO {target!r}: MDS is written to a folder of this machine; copy that folder then")
+            if compression not in (None, "zstd"):
+                raise RequestError(f"--compression {compression!r}: expected zstd")
+            export = to_mds.look(
+                Corpus.open(origin),
+                selection=selection,
+                text=text,
+                latents=latents or (),
+                text_shape=shape,
+                compression="zstd" if compression else None,
+            )
+            summary = to_mds.to_mds(export, Path(target).expanduser(), threads, progress)
+            lines = to_mds.text(summary)
+    print(json.dumps(summary, ensure_ascii=False) if as_json else "\n".join(lines))
+    raise typer.Exit(summary["exit_status"])
+
+
+def _is_mds(origin: str) -> bool:
+    """Whether FROM is a folder of MDS shards; if not, it is a corpus.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    from microdit.pipeline.mds.format import is_mds
+    from microdit.pipeline.storage.store import open_store
+
+    if "://" in origin or open_store(origin).exists("corpus.json"):
+        return False
+    folder = Path(origin)
+    if not folder.is_dir():
+        raise RequestError(f"FROM {origin!r}: there is no such folder; expected MDS shards, or a corpus")
+    if not is_mds(folder):
+        raise RequestError(
+            f"FROM {origin!r}: it is no corpus (there is no corpus.json), and no folder of MDS shards (there is no "
+            "index.json in it, nor below it)"
+        )
+    return True
+
+
+def _refuse(names: set[str], because: str) -> None:
+    if names:
+        raise RequestError(f"{', '.join(sorted(names))}: it is for the other way; {because}")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+    if match is None:
+        raise RequestError(f"--text-shape {text!r}: expected tokens and width, as in 77x1024")
+    return int(match[1]), int(match[2])
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends the block as SIGINT does: shards in work are finished, no other is begun."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    from microdit.pipeline.base.signals import Stopped
+
+    def stop(signum: int, frame: object) -> None:
+        raise Stopped(signum)
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,206 @@
+"""`microdit demo`: the whole road, small and real, from URLs to pictures and a page to look at.
+
+Every step is what a user would run, and each goes on where it was stopped: the build from its commits, the selection
+from its hash, the training from its last checkpoint. So running the demo again, after a kill too, is always right.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.progress import shown
+from microdit.pipeline.config.build import load_config
+from microdit.pipeline.config.yaml import HOME
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.engine.build import build
+from microdit.pipeline.report.page import write_report
+from microdit.pipeline.selection.selections import select
+from microdit.pipeline.selection.view import query
+from microdit.pipeline.upkeep.verify import verify
+
+TIME_LIMIT = 8 * 60  # seconds for everything on 2 cores; the training gets what the build left of it, but for
+
+
+AFTER_TRAINING = 60  # the pictures and the page
+
+
+LEAST_TRAINING = 60
+
+
+# glibc keeps what a step has freed: a page fault for each 4 KB of every step is a twelfth of the processor's time. The
+# values are the caller's, if there are some.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+
+
+# Of drawings that look alike only the first is kept: at most 1 of the 64 bits of the perceptual hash differs, and so
+# does hardly the mean colour (flat drawings that differ in colour alone have one hash). Too small ones are left out.
+SELECTION = """
+SELECT source, shard, row FROM samples AS s
+WHERE status = 'ok' AND least(width, height) >= 64
+  AND has_latents_demo_64 AND has_text_minilm_source AND has_text_minilm_long
+  AND NOT EXISTS (
+    SELECT 1 FROM samples AS t
+    WHERE t.status = 'ok' AND least(t.width, t.height) >= 64 AND (t.shard, t.row) < (s.shard, s.row)
+      AND bit_count(xor(('0x' || t.basic_phash)::UBIGINT, ('0x' || s.basic_phash)::UBIGINT)) <= 1
+      AND abs(t.basic_red - s.basic_red) + abs(t.basic_green - s.basic_green) + abs(t.basic_blue - s.basic_blue) < 6)
+"""
+
+
+LOOK = """
+SELECT CASE WHEN status = 'ok' THEN 'ok' ELSE reason END AS outcome, count(*) AS images,
+       round(avg(caption_source_tokens), 1) AS words, round(avg(caption_long_tokens), 1) AS words_long,
+       round(avg(basic_entropy), 2) AS entropy
+FROM samples GROUP BY 1 ORDER BY 2 DESC
+"""
+
+
+def run_demo(out: Path, build_overrides: Sequence[str] = (), train_overrides: Sequence[str] = ()) -> int:
+    """Build, choose, train, draw, verify and report below `out`; the exit status of the command.
+
+    The overrides (`key=value`) change configs/demo.yaml and configs/recipes/demo.yaml, to make it smaller still.
+
+    Raises:
+        RequestError: something about the request is wrong; the message says what.
+    """
+    began = time.monotonic()
+    console = Console(highlight=False)
+    out.mkdir(parents=True, exist_ok=True)
+    say = _Steps(console)
+
+    say.step("building a corpus from a list of URLs", "microdit build configs/demo.yaml")
+    config = load_config("configs/demo.yaml", build_overrides, corpus=str(out / "corpus"))
+    with shown(console) as progress:
+        built = build(config, progress=progress)
+    console.print(built.text(), markup=False, soft_wrap=True)
+    if built.exit_status:
+        return built.exit_status
+    corpus = Corpus.open(config.corpus)
+
+    say.step("looking at it, and choosing by SQL", "microdit query ..., microdit select ...")
+    console.print(_as_table(query(corpus, LOOK).to_pylist()))
+    selection = select(corpus, "demo", SELECTION)
+    console.print(f"selection {selection.name}@{selection.hash}: {selection.rows:,} images, duplicates left out")
+
+    run = out / "run"
+    left = TIME_LIMIT - AFTER_TRAINING - (time.monotonic() - began)
+    say.step("training a small MicroDiT on it", "torchrun -m microdit.trainer configs/recipes/demo.yaml")
+    status = _train(
+        f"corpus={corpus.url}",
+        f"selection={selection.name}@{selection.hash}",
+        f"out={run}",
+        f"time_budget={max(left, LEAST_TRAINING):.0f}",
+        *train_overrides,
+    )
+    if status:
+        return status
+
+    say.step("drawing what it learned, from captions alone", "")
+    figures = _evaluate(run)
+    console.print(_as_table(_figure_rows(figures)))
+    console.print(f"real beside generated: {run / 'grid.png'}")
+
+    say.step("checking every byte", "microdit verify ...")
+    checked = verify(corpus)
+    if checked["problems"]:
+        console.print_json(json.dumps(checked["problems"][:20]))
+        return 1
+    console.print("every object, count, key and lineage is right")
+    report = write_report(corpus, out / "report.html", run)
+
+    say.step(f"done in {(time.monotonic() - began) / 60:.1f} minutes", "")
+    console.print(f"  pictures   {run / 'grid.png'}\n  report     {report}", soft_wrap=True)
+    prompt = "red apple, food fruit"  # of the kind that it was trained on
+    console.print(f"  your turn  microdit generate --checkpoint {run} --prompt '{prompt}'", soft_wrap=True)
+    return 0
+
+
+class _Steps:
+    """Numbered headings, each with the command that does the same."""
+
+    def __init__(self, console: Console):
+        self.console, self.number = console, 0
+
+    def step(self, text: str, command: str) -> None:
+        self.number += 1
+        command = f"   [dim]{command}[/dim]" if command else ""
+        self.console.print(f"\n[bold]{self.number}. {text}[/bold]{command}", soft_wrap=True)
+
+
+def _train(*overrides: str) -> int:
+    """The trainer in processes of its own, with every core unless OMP_NUM_THREADS says less; the exit status."""
+    processes, threads = _processes()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["-m", "microdit.trainer", str(HOME / "configs/recipes/demo.yaml"), *overrides]
+    environment = KEEP_MEMORY | os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the terminal told the trainer too: it saves a checkpoint and ends
+            process.send_signal(signal.SIGINT)
+            return process.wait()
+
+
+def _processes() -> tuple[int, int]:
+    """How many processes train, and the threads of each.
+
+    On a CPU a network as small as the demo's hardly gains by a second thread, but by a second process it does; the
+    samples and their order are the same for any number.
+    """
+    import torch
+
+    cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    processes = 1 if torch.cuda.is_available() else max(n for n in (1, 2, 4) if n <= cores)
+    return processes, max(1, cores // processes)
+
+
+def _evaluate(run: Path) -> dict[str, Any]:
+    """The figures of the newest checkpoint, made if they are not there yet."""
+    from microdit.model.checkpoint import CheckpointError  # these import torch
+    from microdit.model.loading import find_checkpoint
+    from microdit.pipeline.cli.demo_evaluation import evaluate
+
+    path = run / "evaluation.json"
+    try:
+        if path.is_file() and (found := json.loads(path.read_text()))["checkpoint"] == find_checkpoint(run).name:
+            return found
+        return evaluate(run)
+    except CheckpointError as error:
+        raise RequestError(str(error)) from error
+
+
+def _figure_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was learned beside what the network knew before its first step."""
+    untrained, count, held_out = figures["untrained"], figures["count"], figures["held_out_count"]
+
+    def row(text: str, name: str, form: str) -> dict[str, Any]:
+        values = {"trained": figures[name], "untrained": untrained[name]}
+        return {"of pictures generated from captions": text} | {
+            key: "" if value is None else form.format(value) for key, value in values.items()
+        }
+
+    return [
+        row(f"nearest to their own image, of {count}", "nearest_in_count", "{}"),
+        row(f"nearest to their own image, of all {figures['images']:,}", "nearest_in_all", "{}"),
+        row(f"never trained on, nearest to their own, of {held_out}", "held_out_nearest_in_count", "{}"),
+        row("PSNR against their own image, dB", "psnr", "{:.1f}"),
+        row("the same, never trained on, dB", "held_out_psnr", "{:.1f}"),
+    ]
+
+
+def _as_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in rows[0] if rows else []:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    return table

@@ -1,0 +1,97 @@
+"""The commands that look at a corpus: `status`, `report`, `query`, `verify`, `ls`, `gc`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from microdit.pipeline.cli.command import CorpusUrl, Json, Sql, json_answer, open_corpus
+from microdit.pipeline.cli.shown import in_bytes, print_rows, print_status, print_verified
+
+
+def status(corpus: CorpusUrl, as_json: Json = False) -> None:
+    """How far a corpus is: by source and column what is done, failed and left, bytes, and rates.
+
+    `aside` are shards that failed as a whole, with the message below: `microdit build CONFIG --retry-failed` takes them
+    again. `stale` are shards of which an input was made again since: `microdit build CONFIG --repair` mends them.
+    `failed` are single samples; `microdit query` tells the reasons.
+    """
+    from microdit.pipeline.upkeep.status import status as status_of
+
+    with json_answer(as_json) as answer:
+        answer.update(status_of(open_corpus(corpus)))
+    if not as_json:
+        print_status(answer)
+
+
+def report(
+    corpus: CorpusUrl,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Default: report.html here.")] = None,
+    run: Annotated[Path | None, typer.Option(metavar="DIR", help="A training run to show with it.")] = None,
+) -> None:
+    """One self-contained page: what came in, what was dropped and why, pictures, sizes, rates."""
+    from microdit.pipeline.report.page import write_report
+
+    print(write_report(open_corpus(corpus), out, run))
+
+
+def query(corpus: CorpusUrl, sql: Sql, as_json: Json = False) -> None:
+    """Ask the sample table, one line per input, with DuckDB's SQL.
+
+    **Examples**
+
+    - `microdit query my/corpus "SELECT reason, count(*) AS n FROM samples WHERE status = 'failed' GROUP BY 1"`
+
+    - `microdit query my/corpus "SELECT * FROM samples LIMIT 1" --json` shows the columns that there are
+    """
+    from microdit.pipeline.selection.view import query as run_query
+
+    with json_answer(as_json) as answer:
+        table = run_query(open_corpus(corpus), sql)
+        answer.update({"columns": table.column_names, "rows": table.to_pylist()})
+    if not as_json:
+        print_rows(answer["columns"], answer["rows"])
+
+
+def verify(corpus: CorpusUrl, as_json: Json = False) -> None:
+    """Check every object: checksums, counts, keys, lineage, in = out + failed. Exit status 1 if something is wrong.
+
+    Every byte is read, and every fault named. `microdit build CONFIG --repair` makes again what is damaged, lost or
+    stale.
+    """
+    from microdit.pipeline.upkeep.verify import verify as verify_all
+
+    with json_answer(as_json) as answer:
+        answer.update(verify_all(open_corpus(corpus)))
+    if not as_json:
+        print_verified(answer)
+    raise typer.Exit(1 if answer["problems"] else 0)
+
+
+def ls(
+    corpus: CorpusUrl,
+    column: Annotated[str, typer.Argument(help="A column, e.g. latents/demo-64.", show_default=False)],
+) -> None:
+    """The committed objects of a column, one name a line: what webdataset or datasets can read."""
+    from microdit.pipeline.upkeep.status import ls as names_of
+
+    for name in names_of(open_corpus(corpus), column):
+        print(name)
+
+
+def gc(
+    corpus: CorpusUrl,
+    older_than_hours: Annotated[float, typer.Option(metavar="HOURS", help="Leave what is younger.", min=0)] = 48,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove what no commit names: leftovers of killed workers and of lost races."""
+    from microdit.pipeline.upkeep.gc import gc as collect
+
+    with json_answer(as_json) as answer:
+        answer.update(collect(open_corpus(corpus), older_than_hours=older_than_hours, dry_run=dry_run))
+    if not as_json:
+        for name in answer["names"]:
+            print(name)
+        counts = ", ".join(f"{answer[what]:,} {what}" for what in ("attempts", "tables", "unfinished", "uploads"))
+        print(f"{'would remove' if dry_run else 'removed'} {counts}; {in_bytes(answer['bytes'])}")

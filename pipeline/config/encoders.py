@@ -1,0 +1,40 @@
+"""Options of `latents/*` and `text/*` columns."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from microdit.pipeline.config.block import At, Options
+
+
+class LatentsColumn(Options):
+    """`latents/<name>`."""
+
+    autoencoder: str
+    """A name of `microdit.model.pretrained.autoencoder`, a folder, or a hub repository."""
+    revision: str | None = None
+    resolution: int = Field(ge=8, le=4096)
+    posterior: Literal["sample", "mode", "moments"] = "sample"
+    """A sample of the posterior, seeded by key and column; its mode; or its means and standard deviations, twice the
+    channels, of which the trainer draws another sample each time."""
+
+
+class TextColumn(Options):
+    """`text/<name>@<captions>`: what is behind the @ is the captions column that it embeds."""
+
+    encoder: str
+    """A name of `microdit.model.pretrained.text`, a folder, or a hub repository."""
+    revision: str | None = None
+    storage: Literal["float16", "int8", "int4"] = "float16"
+    """int8: half the bytes, int4: a quarter, and some loss, which is measured on one sample in a hundred."""
+    max_loss: float | None = Field(default=None, gt=0)
+    """The relative error of a quantised sample above which the build stops; by default 0.03 (int8), 0.2 (int4)."""
+    trim: bool = False
+    """Of a CLIP text tower, which gives an embedding for the padding too, keep the real tokens alone. The released
+    weights were trained on all 77, in float16."""
+
+    @model_validator(mode="after")
+    def _loses(self) -> "TextColumn":
+        if self.max_loss is not None and self.storage == "float16":
+            raise At(("max_loss",), "it is for storage int8 and int4: float16 is not quantised", self.max_loss)
+        return self

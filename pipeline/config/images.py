@@ -1,0 +1,30 @@
+"""Options of the `images` block: which pictures ingest takes, and how it stores them."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from microdit.pipeline.config.block import Options
+
+PILLOW_MAX_PIXELS = 178_956_970  # above this Pillow itself refuses
+
+
+class ImageOptions(Options):
+    """What ingest takes and how it stores it; all of it is part of what a corpus is made by."""
+
+    min_side: int = Field(default=256, ge=1)
+    """An image whose short side has fewer pixels fails with `too_small`."""
+    max_side: int | None = Field(default=512, ge=8)
+    """A longer short side is reduced to this (bicubic, antialiased); null keeps every size."""
+    max_pixels: int = Field(default=100_000_000, ge=1, le=PILLOW_MAX_PIXELS)
+    """Width times height, read before anything is decoded; more fails with `bomb`."""
+    format: Literal["jpg", "png", "webp"] = "jpg"
+    """The members of the images column. What came in this format is kept byte by byte unless it must be changed."""
+    quality: int = Field(default=95, ge=1, le=100)
+    """Of JPEG (4:4:4) and WebP, where an image must be encoded again."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ImageOptions":
+        if self.max_side is not None and self.max_side < self.min_side:
+            raise ValueError(f"max_side ({self.max_side}) must be at least min_side ({self.min_side})")
+        return self

@@ -1,0 +1,145 @@
+"""Read YAML into pydantic models, with `key=value` overrides and one message per mistake."""
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+import microdit.pipeline
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.config.block import At
+from microdit.pipeline.config.sources import ADAPTERS
+
+HOME = Path(microdit.__file__).parent  # where `configs/` lies, in a checkout and in an installed wheel
+
+
+MISSING = object()
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain types only; a key given twice is an error, not the last one's."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else key_node
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def find_file(path: str | Path) -> Path:
+    """The file itself, or, for a relative path that is not below the current folder, the one beside the package.
+
+    Raises:
+        RequestError: there is neither.
+    """
+    given = Path(path).expanduser()
+    for candidate in (given, HOME / given):
+        if candidate.is_file():
+            return candidate
+    also = "" if given.is_absolute() else f", nor in {HOME}"
+    raise RequestError(f"config {path}: there is no such file{also}; give the path of a YAML file")
+
+
+def load_yaml(path: str | Path, model_class: type[Model], overrides: Sequence[str] = ()) -> Model:
+    """A YAML file as a pydantic model, after the overrides.
+
+    Args:
+        overrides: `key=value`; the key is dotted (`columns.latents/demo-64.resolution=32`, `stages.0.steps=10`), the
+            value is YAML.
+
+    Raises:
+        RequestError: no such file, bad YAML, an override that fits nowhere, or a field is unknown, missing or wrong.
+    """
+    file = find_file(path)
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        raise RequestError(f"config {path}: it cannot be read as YAML: {_yaml_fault(error)}") from None
+    if not isinstance(tree, dict):
+        raise RequestError(f"config {path}: expected `key: value` lines, found {shown_value(tree)}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise RequestError(f"override {shown_value(override)}: expected key=value, as in shard_samples=64")
+        try:
+            value = yaml.load(text, _Loader)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2026-99-99 is a ValueError
+            raise RequestError(
+                f"override {shown_value(override)}: the value is no YAML: {_yaml_fault(error)}"
+            ) from None
+        try:
+            _set(tree, key.strip(), value)
+        except LookupError as error:
+            raise RequestError(f"override {shown_value(override)}: {error.args[0]}") from None
+    try:
+        return model_class.model_validate(tree)
+    except ValidationError as error:
+        lines = []
+        for where, expected, value in map(fault_of, error.errors()[:5]):
+            lines.append(
+                f"config {path}: {'.'.join(map(str, where)) or 'all of it'} = {shown_value(value)}: {expected}"
+            )
+        raise RequestError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _set(tree: Any, path: str, value: Any) -> None:
+    """Set a dotted path; a key of the tree that has dots itself is found before the path is split."""
+    if isinstance(tree, list):
+        index, _, rest = path.partition(".")
+        if not index.isdigit() or int(index) >= len(tree):
+            raise LookupError(f"{index!r} is no place in a list of {len(tree)}; expected 0 to {len(tree) - 1}")
+        if rest:
+            _set(tree[int(index)], rest, value)
+        else:
+            tree[int(index)] = value
+        return
+    if not isinstance(tree, dict):
+        raise LookupError(f"there is nothing below a plain value ({shown_value(tree)}) to set {path!r} in")
+    if path in tree or "." not in path:
+        tree[path] = value
+        return
+    known = max((str(key) for key in tree if path.startswith(f"{key}.")), key=len, default=None)
+    key = path.partition(".")[0] if known is None else known
+    if tree.get(key) is None:
+        tree[key] = {}
+    _set(tree[key], path[len(key) + 1 :], value)
+
+
+def fault_of(error: ErrorDetails) -> tuple[list[str | int], str, Any]:
+    """Where, what was expected, and what was found."""
+    where, value = list(error["loc"]), error["input"]
+    cause = error.get("ctx", {}).get("error")
+    expected = error["msg"].removeprefix("Value error, ")
+    if len(where) > 2 and where[0] == "sources":
+        del where[2]  # the adapter, by which pydantic chose the model
+    if isinstance(cause, At):
+        where, value = [*where, *cause.where], cause.value
+    elif error["type"] == "extra_forbidden":
+        expected = "there is no such field; check the spelling"
+    elif error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        where.append(error["ctx"]["discriminator"].strip("'"))
+        value = value.get(where[-1], MISSING)
+        expected = f"expected one of {error['ctx'].get('expected_tags', ', '.join(ADAPTERS))}"
+    elif error["type"] == "missing":
+        expected, value = "this field is required", MISSING
+    return where, expected[:1].lower() + expected[1:], value
+
+
+def shown_value(value: Any) -> str:
+    text = "nothing" if value is MISSING else repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _yaml_fault(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem

@@ -1,0 +1,1 @@
+"""The content of one sample: decoding, cropping, alt texts, captions that are none."""

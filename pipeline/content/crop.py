@@ -1,0 +1,53 @@
+"""Cut a square of a given size from an image."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image
+
+from microdit.pipeline.content.images import SHRINK_MARGIN, Decoded, decode, short_side_size
+
+
+def squares(data: bytes, out: Mapping[int, np.ndarray], max_pixels: int) -> None:
+    """Write `square` of an image for each side of `out` into its array, uint8 (side, side, 3).
+
+    It is decoded once; a JPEG at a fraction of its size where that is enough. That depends on the image and on the side
+    alone, so that no column's numbers depend on which others are made with it. Sides that need other fractions cost a
+    decode each, which is less than to resize what is large.
+
+    Raises:
+        BadImage: as `decode`.
+    """
+    image: Decoded | None = None
+    for side in sorted(out, reverse=True):
+        if image is None or not _serves(image, side):
+            image = decode(data, max_pixels, side)
+        out[side][:] = _centre(image, side)
+
+
+def _serves(image: Decoded, side: int) -> bool:
+    """Whether `decode(data, max_pixels, side)` would give these very pixels: in the next smaller eighth is too few."""
+    short = min(image.width, image.height)
+    if image.format != "jpeg" or not image.plain or short < 2 * side * SHRINK_MARGIN:
+        return image.scale == 1
+    eighths = round(8 * image.scale)
+    return image.scale < 1 and -(-short * (eighths - 1) // 8) < int(side * SHRINK_MARGIN)
+
+
+def square(pixels: np.ndarray, side: int) -> np.ndarray:
+    """(H, W, 3) uint8 to (side, side, 3): the short side resized, bicubic and antialiased, and the centre cut out."""
+    height, width = pixels.shape[:2]
+    return _centre(Decoded(pixels, width, height, "", plain=True), side)
+
+
+def _centre(image: Decoded, side: int) -> np.ndarray:
+    """`square` of an image, which may have been decoded at a fraction of its size."""
+    size = short_side_size(image.width, image.height, side)
+    left, top = ((length - side) // 2 for length in size)
+    if size == (image.pixels.shape[1], image.pixels.shape[0]):
+        return image.pixels[top : top + side, left : left + side]
+    # of a fraction the last row and column may be half beyond the picture
+    across, down = image.width * image.scale, image.height * image.scale
+    x, y = across / size[0], down / size[1]  # pixels for one of the result's; what is cut off is not resized
+    box = (left * x, top * y, min((left + side) * x, across), min((top + side) * y, down))
+    return np.asarray(image.picture.resize((side, side), Image.Resampling.BICUBIC, box))

@@ -1,0 +1,1 @@
+"""The format of docs/corpus.md: names, records, shard files, reading, and writing exactly once."""

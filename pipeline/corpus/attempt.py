@@ -1,0 +1,168 @@
+"""One try to write one shard of one column (docs/corpus.md, sections 3 and 4)."""
+
+import os
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from microdit.pipeline.base.fail_points import fail_point
+from microdit.pipeline.base.liveness import alive
+from microdit.pipeline.corpus.names import KEY
+from microdit.pipeline.corpus.records import Commit, Declaration, InputRef, ObjectRef, ShardRef
+from microdit.pipeline.corpus.shard_files import TarWriter, sha256_file, sidecar_table, write_table
+
+if TYPE_CHECKING:
+    from microdit.pipeline.corpus.corpus import Corpus
+
+
+MAX_ATTEMPT_HOURS = 12
+
+
+class Attempt:
+    """One try to write one shard of one column: `add` or `fail` every row, then `commit`. Made by `Corpus.attempt`."""
+
+    def __init__(
+        self,
+        corpus: "Corpus",
+        declaration: Declaration,
+        ref: ShardRef,
+        inputs: list[InputRef],
+        generation: int,
+        fingerprint: str,
+        stack: ExitStack,
+    ):
+        self.corpus, self.declaration, self.ref = corpus, declaration, ref
+        self.inputs, self.generation, self.fingerprint = inputs, generation, fingerprint
+        self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.urandom(4).hex()}"
+        self.rows: list[dict[str, Any]] = []
+        self._began, self._worked = (time.monotonic(), time.time()), time.process_time()
+        self._stack = stack
+        base = f"{declaration.name}/{ref.source}/{ref.shard}.{self.id}"
+        self._tar: TarWriter | None = None
+        if declaration.kind == "tar":
+            self._object_name, self._sidecar_name = f"{base}.tar", f"{base}.rows.parquet"
+            self._object_path = stack.enter_context(corpus.store.scratch(self._object_name))
+            self._tar = TarWriter(self._object_path)
+            stack.callback(self._tar.close)
+        else:
+            self._object_name = self._sidecar_name = f"{base}.parquet"
+        self._sidecar_path = stack.enter_context(corpus.store.scratch(self._sidecar_name))
+
+    def add(self, row: int, key: str, members: Mapping[str, bytes] | None = None, **scalars: Any) -> None:
+        """A sample that succeeded: its tar members, `{extension: bytes}` (none in a table), and its scalars.
+
+        Raises:
+            ValueError: the key is not 1 to 80 of `[A-Za-z0-9_-]`, a scalar is a string that UTF-8 cannot write, or the
+                members are none or other ones than the samples' before. Nothing was added then.
+        """
+        alive()
+        fail_point("writing")
+        _check_key(key)
+        for name, value in scalars.items():
+            if isinstance(value, str) and value != _writable(value):
+                raise ValueError(f"sample {key}: {name} has lone surrogates, which UTF-8 cannot write: {value[:80]!r}")
+        line: dict[str, Any] = {"row": row, "key": key, "status": "ok", **scalars}
+        if self._tar is not None:
+            line["offset"], line["size"] = self._tar.add(key, members or {})
+        self.rows.append(line)
+
+    def fail(self, row: int, key: str, reason: str, detail: str = "", **scalars: Any) -> None:
+        """A sample that failed: a short code to group by, and one line for a person.
+
+        Raises:
+            ValueError: the key is not 1 to 80 of `[A-Za-z0-9_-]`.
+        """
+        alive()
+        _check_key(key)
+        line = {"reason": reason, "detail": " ".join(detail.split())[:500], **scalars}
+        line = {name: _writable(value) if isinstance(value, str) else value for name, value in line.items()}
+        self.rows.append({"row": row, "key": key, "status": "failed", **line})
+
+    def commit(self, **timings: float) -> Commit:
+        """Publish the objects, then write the commit.
+
+        If another attempt was faster, its commit is returned and our objects are removed.
+
+        Args:
+            timings: seconds and counts worth keeping; `seconds` and `cpu_seconds` (of the whole process), from the
+                attempt's beginning, are added if absent.
+
+        Raises:
+            ValueError: a row or a key is missing or double, a scalar is not declared, or the attempt is older than
+                12 hours.
+        """
+        store = self.corpus.store
+        table = sidecar_table(self.rows, self.declaration.scalars)
+        write_table(self._sidecar_path, table)
+        sidecar = ObjectRef(
+            name=self._sidecar_name, size=self._sidecar_path.stat().st_size, sha256=sha256_file(self._sidecar_path)
+        )
+        data, paths = sidecar, {self._sidecar_name: self._sidecar_path}
+        if self._tar is not None:
+            self._tar.close()
+            data = ObjectRef(
+                name=self._object_name, size=self._object_path.stat().st_size, sha256=sha256_file(self._object_path)
+            )
+            paths[self._object_name] = self._object_path
+        store.publish(paths)
+        fail_point("written")
+        # a machine that slept has a monotonic clock that stood still
+        age = max(time.monotonic() - self._began[0], time.time() - self._began[1])
+        if age > MAX_ATTEMPT_HOURS * 3600:
+            raise ValueError(
+                f"attempt {self.id} of {self.ref.shard} is {age / 3600:.1f} hours old, "
+                f"at most {MAX_ATTEMPT_HOURS} are allowed"
+            )
+        reasons = Counter(row["reason"] for row in self.rows if row["status"] == "failed")
+        failed = sum(reasons.values())
+        wanted = Commit(
+            column=self.declaration.name,
+            **self.ref.model_dump(),
+            generation=self.generation,
+            attempt=self.id,
+            object=data,
+            sidecar=sidecar,
+            counts={"in": len(self.rows), "out": len(self.rows) - failed, "failed": failed},
+            reasons=dict(reasons),
+            fingerprint=self.fingerprint,
+            inputs=self.inputs,
+            timings={
+                "seconds": round(age, 3),
+                "cpu_seconds": round(time.process_time() - self._worked, 3),
+                **{name: round(float(value), 6) for name, value in timings.items()},
+            },
+            host=socket.gethostname(),
+            device=_device(),
+        )
+        record = Commit.parse(wanted.to_bytes())
+        try:
+            fail_point("committing")
+            store.create(record.name, wanted.to_bytes())
+        except FileExistsError:
+            winner = self.corpus.commit(record.column, record.source, record.shard, record.generation)
+            if winner.attempt != self.id:  # ours, if the answer to our first request was lost and it was sent again
+                store.delete(sorted({data.name, sidecar.name}))
+                winner._ours = False
+            return winner
+        fail_point("committed")
+        return record
+
+
+def _check_key(key: str) -> None:
+    if not KEY.fullmatch(key):
+        raise ValueError(f"key {key!r}: expected 1 to 80 letters, digits, - and _")
+
+
+def _device() -> str:
+    """The GPU that this process works with, or `cpu`; torch is not imported for it."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_initialized() else "cpu"
+
+
+def _writable(text: str) -> str:
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()

@@ -1,0 +1,307 @@
+"""A corpus: declarations, attempts and commits (docs/corpus.md). What this module promises is exactly-once."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from sys import intern
+from typing import Any, BinaryIO, TypeVar
+
+import pyarrow as pa
+from obstore.exceptions import BaseError
+
+from microdit.pipeline.base.errors import DamagedError, RequestError, first_line
+from microdit.pipeline.corpus.attempt import Attempt
+from microdit.pipeline.corpus.names import (
+    COLUMN,
+    COMMIT,
+    RESERVED,
+    SOURCE,
+    UNITS,
+    column_kind,
+    commit_name,
+)
+from microdit.pipeline.corpus.records import (
+    VERSION,
+    Commit,
+    Declaration,
+    Record,
+    ShardRef,
+    UnitCommit,
+    canonical,
+)
+from microdit.pipeline.corpus.shard_files import SCALAR_TYPES, SIDECAR, read_table
+from microdit.pipeline.storage.store import Store, open_store
+
+R = TypeVar("R", bound=Record)
+
+
+class Corpus:
+    """A corpus at a root. `Corpus.create` makes or opens it, `Corpus.open` opens it. Picklable."""
+
+    def __init__(self, store: Store, name: str, shard_samples: int):
+        self.store, self.name, self.shard_samples = store, name, shard_samples
+        self._declarations: dict[str, Declaration] = {}
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    @classmethod
+    def create(cls, url: str | Path, name: str, shard_samples: int = 2048) -> "Corpus":
+        """The corpus at `url`, made if there is none.
+
+        Raises:
+            RequestError: there is one that was made otherwise, or the root cannot be reached.
+        """
+        store = open_store(url)
+        about = {"name": name, "version": VERSION, "shard_samples": shard_samples, "format": "microdit-corpus"}
+        try:
+            store.create("corpus.json", canonical(about))
+        except FileExistsError:
+            corpus = cls.open(url)
+            for field, wanted in (("name", name), ("shard_samples", shard_samples)):
+                if (found := getattr(corpus, field)) != wanted:
+                    raise RequestError(
+                        f"corpus {url}: its {field} is {found!r}, the config says {wanted!r}; "
+                        f"set {field} to {found!r}, or give another corpus folder"
+                    ) from None
+            return corpus
+        except (BaseError, OSError) as error:
+            raise RequestError(
+                f"corpus {url}: it cannot be written: {first_line(error)}; check the path and your rights"
+            ) from error
+        return cls(store, name, shard_samples)
+
+    @classmethod
+    def open(cls, url: str | Path) -> "Corpus":
+        """The corpus at `url`.
+
+        Raises:
+            RequestError: there is none, it cannot be reached, or its `corpus.json` cannot be understood.
+        """
+        store = open_store(url)
+        try:
+            data = store.get("corpus.json")
+        except FileNotFoundError:
+            raise RequestError(
+                f"corpus {url}: there is no corpus.json; expected the root of a corpus that `microdit build` made"
+            ) from None
+        except (BaseError, OSError) as error:
+            raise RequestError(f"corpus {url}: it cannot be reached: {first_line(error)}") from error
+        try:
+            about = json.loads(data)
+            version, name, shard_samples = about["version"], str(about["name"]), int(about["shard_samples"])
+            if shard_samples < 1:
+                raise ValueError(f"shard_samples is {shard_samples}")
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise RequestError(
+                f"corpus {url}: corpus.json is damaged ({first_line(error)}); restore it or begin a new corpus"
+            ) from None
+        if version != VERSION:
+            raise RequestError(
+                f"corpus {url}: its format version is {version!r}, this microdit reads {VERSION}; update microdit"
+            )
+        return cls(store, name, shard_samples)
+
+    # -- declarations --------------------------------------------------------------------------------------------
+
+    def declare_column(
+        self, column: str, stage: Mapping[str, Any], scalars: Mapping[str, str] | None = None
+    ) -> Declaration:
+        """Declare what makes a column, once for ever.
+
+        Raises:
+            RequestError: the column is there and was made by something else; the message tells the difference.
+        """
+        if not COLUMN.fullmatch(column) or column.split("/")[0] in RESERVED:
+            raise RequestError(
+                f"column {column!r}: a name has one or two parts of [A-Za-z0-9_.@-] that begin with no dot, "
+                f"and is none of {sorted(RESERVED)}"
+            )
+        for scalar, kind in (scalars or {}).items():
+            if kind not in SCALAR_TYPES or scalar in SIDECAR.names:
+                raise ValueError(
+                    f"column {column!r}: scalar {scalar!r} of type {kind!r}: types are {sorted(SCALAR_TYPES)}, "
+                    f"names are other than {SIDECAR.names}"
+                )
+        return self._declare(
+            f"columns/{column}.json",
+            Declaration(name=column, kind=column_kind(column), stage=dict(stage), scalars=dict(scalars or {})),
+        )
+
+    def declare_source(self, source: str, stage: Mapping[str, Any]) -> Declaration:
+        """Declare a source; raises `RequestError` as `declare_column` does."""
+        if not SOURCE.fullmatch(source):
+            raise RequestError(
+                f"source {source!r}: a name is lower-case letters, digits, - and _, and begins with no - or _"
+            )
+        return self._declare(f"sources/{source}.json", Declaration(name=source, kind="source", stage=dict(stage)))
+
+    def _declare(self, name: str, wanted: Declaration) -> Declaration:
+        wanted = Declaration.parse(wanted.to_bytes())  # as it will be read back
+        try:
+            self.store.create(name, wanted.to_bytes())
+        except FileExistsError:
+            found = self._declaration(name)
+            if found.fingerprint != wanted.fingerprint or found.scalars != wanted.scalars:
+                changes = "; ".join(differences(found.stage, wanted.stage)) or "its scalars differ"
+                what = "source" if wanted.kind == "source" else "column"
+                raise RequestError(
+                    f"{what} {wanted.name!r} of corpus {self.url} was made otherwise: {changes}. "
+                    f"Put the old value back, or give the {what} a new name"
+                ) from None
+            return found
+        return wanted
+
+    def _declaration(self, name: str) -> Declaration:
+        if name not in self._declarations:
+            self._declarations[name] = self._read(name, Declaration)
+        return self._declarations[name]
+
+    def column(self, column: str) -> Declaration:
+        """The declaration of a column.
+
+        Raises:
+            RequestError: there is no such column.
+        """
+        try:
+            return self._declaration(f"columns/{column}.json")
+        except FileNotFoundError:
+            known = ", ".join(sorted(self.columns())) or "none"
+            raise RequestError(f"column {column!r}: corpus {self.url} has no such column; it has: {known}") from None
+
+    def source(self, source: str) -> Declaration:
+        return self._declaration(f"sources/{source}.json")
+
+    def columns(self) -> dict[str, Declaration]:
+        return self._declared("columns")
+
+    def sources(self) -> dict[str, Declaration]:
+        return self._declared("sources")
+
+    def _declared(self, folder: str) -> dict[str, Declaration]:
+        names = sorted(item.name for item in self.store.list(folder))
+        return {name.removeprefix(f"{folder}/").removesuffix(".json"): self._declaration(name) for name in names}
+
+    # -- commits -------------------------------------------------------------------------------------------------
+
+    def committed(self, column: str, source: str | None = None) -> dict[tuple[str, str], int]:
+        """What is committed of a column, from one listing: {(source, shard): highest generation}."""
+        highest: dict[tuple[str, str], int] = {}
+        for where, generation in self.listed(column, source):
+            highest[where] = max(highest.get(where, 0), generation)
+        return highest
+
+    def listed(self, column: str, source: str | None = None) -> Iterator[tuple[tuple[str, str], int]]:
+        """Every commit of a column, all generations, from one listing: ((source, shard), generation), in no order."""
+        for name in self.store.names(f"commits/{column}/{source}" if source else f"commits/{column}"):
+            match = COMMIT.fullmatch(name)  # what is no commit is for `verify` to tell
+            if match and match[1] == column:  # "captions" lists "captions/long" too
+                yield (intern(match[2]), match[3]), int(match[4])
+
+    def commit(self, column: str, source: str, shard: str, generation: int) -> Commit:
+        """One commit, read.
+
+        Raises:
+            FileNotFoundError: there is none.
+            DamagedError: it cannot be understood.
+        """
+        return self._read(commit_name(column, source, shard, generation), Commit)
+
+    def commits(self, column: str, source: str | None = None) -> list[Commit]:
+        """The commits of the highest generation of every shard of a column, ordered by source and shard.
+
+        Raises:
+            DamagedError: one of them cannot be understood.
+        """
+        found = sorted(self.committed(column, source).items())
+        names = [commit_name(column, source, shard, generation) for (source, shard), generation in found]
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(lambda name: self._read(name, Commit), names))
+
+    def unit(self, source: str, unit: str, generation: int = 0) -> UnitCommit:
+        """One unit's commit; errors as `commit`."""
+        return self._read(commit_name(UNITS, source, unit, generation), UnitCommit)
+
+    def units(self, source: str) -> dict[str, UnitCommit]:
+        """The committed units of a source."""
+        found = sorted(self.committed(UNITS, source).items())
+        names = [commit_name(UNITS, source, unit, generation) for (_, unit), generation in found]
+        with ThreadPoolExecutor(16) as pool:
+            records = list(pool.map(lambda name: self._read(name, UnitCommit), names))
+        return {record.unit: record for record in records}
+
+    def commit_unit(
+        self, source: str, unit: str, inputs: int, shards: Sequence[str], generation: int = 0
+    ) -> UnitCommit:
+        """Record that a unit is complete; a second worker that did the same finds the first one's record.
+
+        Raises:
+            ValueError: the first one counted other inputs or shards.
+        """
+        record = UnitCommit(
+            source=source,
+            unit=unit,
+            generation=generation,
+            inputs=inputs,
+            shards=list(shards),
+            fingerprint=self.source(source).fingerprint,
+        )
+        name = commit_name(UNITS, source, unit, generation)
+        try:
+            self.store.create(name, record.to_bytes())
+        except FileExistsError:
+            found = self.unit(source, unit, generation)
+            if (found.inputs, found.shards) != (record.inputs, record.shards):
+                raise ValueError(
+                    f"unit {unit}: {name} has {found.inputs} inputs in {len(found.shards)} shards, "
+                    f"this worker read {inputs} in {len(shards)}; the source gave other inputs than before"
+                ) from None
+            return found
+        return record
+
+    def _read(self, name: str, kind: type[R]) -> R:
+        data = self.store.get(name)
+        try:
+            return kind.parse(data)
+        except ValueError as error:
+            raise DamagedError(
+                f"corpus {self.url}: {name} is damaged ({first_line(error)}); "
+                f"`microdit verify` lists all damage, `microdit build --repair` mends commits; "
+                f"a declaration must be restored from a copy"
+            ) from None
+
+    # -- reading a shard -----------------------------------------------------------------------------------------
+
+    def sidecar(self, commit: Commit) -> pa.Table:
+        """The sidecar of a commit: one line per row, in row order."""
+        return read_table(self.store.get(commit.sidecar.name))
+
+    def open_object(self, commit: Commit) -> BinaryIO:
+        """The data object of a commit, as a binary file."""
+        return self.store.open(commit.object.name)
+
+    # -- writing a shard -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def attempt(
+        self, column: str, ref: ShardRef, inputs: Iterable[Commit] = (), generation: int = 0
+    ) -> Iterator["Attempt"]:
+        """Begin one try to write one shard of one column; what is not committed when the block ends is dropped."""
+        declaration = self.column(column)
+        maker = self.source(ref.source) if column == "images" else declaration
+        with ExitStack() as stack:
+            yield Attempt(self, declaration, ref, [c.as_input() for c in inputs], generation, maker.fingerprint, stack)
+
+
+def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
+    """What two nested dictionaries differ in, in words: `options.quality: the corpus has 90, the config says 95`."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return [
+            line
+            for key in sorted(found.keys() | wanted.keys())
+            for line in differences(found.get(key), wanted.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if found == wanted else [f"{path}: the corpus has {found!r}, the config says {wanted!r}"]

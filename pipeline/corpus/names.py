@@ -1,0 +1,57 @@
+"""Names of columns, sources, shards, attempts and commits, and what makes one valid."""
+
+import re
+
+Where = tuple[str, str]  # source, and shard or unit
+
+
+KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
+
+
+COLUMN = re.compile(r"[A-Za-z0-9_@-][A-Za-z0-9_.@-]*(/[A-Za-z0-9_@-][A-Za-z0-9_.@-]*)?")
+
+
+SOURCE = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+
+RESERVED = {"units", "commits", "columns", "sources", "tables", "selections", "failures", "probes"}
+
+
+UNITS = "units"
+
+
+PROBES = "probes"
+
+
+COMMIT = re.compile(r"commits/([^/]+(?:/[^/]+)?)/([^/]+)/([^/]+)\.(0|[1-9][0-9]*)\.json")
+
+
+SHARD = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+
+ATTEMPT = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{8}")
+
+
+OBJECT = re.compile(rf"([^/]+(?:/[^/]+)?)/([^/]+)/([^/]+)\.{ATTEMPT.pattern}\.(?:tar|parquet|rows\.parquet)")
+
+
+def column_kind(column: str) -> str:
+    """`table` for captions and scores, `tar` for everything else: embeddings are scores in tars."""
+    family, _, name = column.partition("/")
+    table = family == "captions" or (family == "scores" and name.partition("-")[0] != "embedding")
+    return "table" if table else "tar"
+
+
+def commit_name(column: str, source: str, shard: str, generation: int) -> str:
+    return f"commits/{column}/{source}/{shard}.{generation}.json"
+
+
+def unit_name(source: str, number: int) -> str:
+    return f"{source}-{number:06d}"
+
+
+def shard_name(unit: str, number: int) -> str:
+    return f"{unit}-{number:02d}"
+
+
+IMAGES = "images"

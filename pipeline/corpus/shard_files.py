@@ -1,0 +1,131 @@
+"""The data objects of one shard: tars that stock webdataset reads, and parquet sidecars (docs/corpus.md, section 3)."""
+
+import hashlib
+import io
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+# what every sidecar begins with; the column's own scalars follow
+SIDECAR = pa.schema(
+    [
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("detail", pa.string()),
+        pa.field("offset", pa.int64()),
+        pa.field("size", pa.int64()),
+    ]
+)
+
+
+SCALAR_TYPES = {
+    "string": pa.string(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "float32": pa.float32(),
+    "float64": pa.float64(),
+    "bool": pa.bool_(),
+}
+
+
+def sidecar_schema(scalars: Mapping[str, str]) -> pa.Schema:
+    """The parquet schema of a column's sidecar; `scalars` maps names to type names (`SCALAR_TYPES`)."""
+    return pa.schema([*SIDECAR, *(pa.field(name, SCALAR_TYPES[kind]) for name, kind in scalars.items())])
+
+
+class TarWriter:
+    """A webdataset tar whose bytes depend on nothing but its samples."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("wb")
+        self._extensions: list[str] | None = None
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> tuple[int, int]:
+        """Write one sample's members, `{extension: bytes}`; returns offset and size of the first one's data.
+
+        Raises:
+            ValueError: no members, other extensions than the samples before, or a name above 100 characters.
+        """
+        extensions = list(members)
+        if not extensions or extensions != (self._extensions or extensions):
+            raise ValueError(f"sample {key}: its members are {extensions}, expected {self._extensions or 'some'}")
+        self._extensions = extensions
+        offset, size = 0, -1
+        for extension, data in members.items():
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size = len(data)
+            self._file.write(info.tobuf(tarfile.USTAR_FORMAT))
+            if size < 0:
+                offset, size = self._file.tell(), len(data)
+            self._file.write(data)
+            self._file.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return offset, size
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self._file.write(bytes(2 * tarfile.BLOCKSIZE))  # the end of a tar, and whole records
+            self._file.write(bytes(-self._file.tell() % tarfile.RECORDSIZE))
+            self._file.close()
+
+
+def read_tar(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The samples of a tar in order, as (key, {extension: bytes}); the key ends at the first dot.
+
+    Raises:
+        tarfile.TarError: the tar is damaged.
+        ValueError: a member is no regular file.
+    """
+    key: str | None = None
+    members: dict[str, bytes] = {}
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for info in tar:
+            name, _, extension = info.name.partition(".")
+            if name != key:
+                if key is not None:
+                    yield key, members
+                key, members = name, {}
+            data = tar.extractfile(info) if info.isfile() else None
+            if data is None:
+                raise ValueError(f"{info.name} is no regular file")
+            members[extension] = data.read()
+    if key is not None:
+        yield key, members
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    pq.write_table(table, path, compression="zstd")
+
+
+def read_table(data: bytes) -> pa.Table:
+    return pq.ParquetFile(io.BytesIO(data)).read()
+
+
+def sidecar_table(rows: list[dict[str, Any]], scalars: Mapping[str, str]) -> pa.Table:
+    """Rows (dictionaries; what is absent is null) as a sidecar, ordered by row.
+
+    Raises:
+        ValueError: if the rows are not exactly 0, 1, 2, ..., a key is there twice, or a scalar is not declared.
+    """
+    rows = sorted(rows, key=lambda row: row["row"])
+    numbers = [row["row"] for row in rows]
+    if numbers != list(range(len(rows))):
+        raise ValueError(f"rows must be 0 to {len(rows) - 1} without gap or repetition, got {numbers[:8]}...")
+    keys = Counter(row["key"] for row in rows)
+    if len(keys) != len(rows):
+        raise ValueError(f"key {keys.most_common(1)[0][0]!r} is there {keys.most_common(1)[0][1]} times in one shard")
+    schema = sidecar_schema(scalars)
+    if unknown := {name for row in rows for name in row}.difference(schema.names):
+        raise ValueError(f"scalars {sorted(unknown)} are not declared; declared are {sorted(scalars)}")
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

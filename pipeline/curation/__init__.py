@@ -1,0 +1,1 @@
+"""Jobs over the whole corpus: near-duplicates by hash and by embedding, contamination."""

@@ -1,0 +1,1 @@
+"""Carry out a build on Ray: plan, driver, actors, workers, retries."""

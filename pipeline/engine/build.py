@@ -1,0 +1,163 @@
+"""The engine: a build's plan, carried out with Ray Core.
+
+`build` is what the command line and the demo call. It may be killed at any moment: the same call goes on.
+"""
+
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from microdit.pipeline.base.progress import Progress, Snapshot
+from microdit.pipeline.base.signals import Stopped, stop_signals
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import PROBES
+from microdit.pipeline.engine.plan import Plan
+from microdit.pipeline.engine.retries import Retries
+from microdit.pipeline.engine.summary import BuildSummary, Work, summarize
+from microdit.pipeline.sources.source import Source
+from microdit.pipeline.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from microdit.pipeline.config.build import BuildConfig
+    from microdit.pipeline.engine.workers import Ingest
+
+
+def build(
+    config: "BuildConfig",
+    columns: Collection[str] | None = None,
+    *,
+    retry_failed: bool = False,
+    repair: bool = False,
+    max_attempts: int = 3,
+    progress: Progress | None = None,
+) -> BuildSummary:
+    """Build a corpus, or go on with it: everything that the config asks for and that is not committed.
+
+    Without anything to do it neither starts Ray nor reads a source. With `RAY_ADDRESS` in the environment it works on
+    that cluster, otherwise on this machine alone; a cluster that it starts it also ends.
+
+    Args:
+        columns: make these alone (`images` stands for ingest); None makes all.
+        retry_failed: take again what earlier builds set aside.
+        repair: read everything that is committed first (`verify`), and make again what is damaged, lost or stale, and
+            what is computed from it.
+        max_attempts: tries that a shard or a unit gets before it is set aside.
+        progress: called about four times a second with how far it is.
+
+    Raises:
+        RequestError: the corpus was made otherwise, a column is not in the config, a model cannot be loaded.
+        Stopped: a signal came; what is committed stays.
+    """
+    from microdit.pipeline.sources.registry import sources_of
+    from microdit.pipeline.stages.ingest import ingest_unit
+    from microdit.pipeline.stages.registry import declare, stages_of
+    from microdit.pipeline.stages.stage import UnitTask
+
+    corpus = Corpus.create(config.corpus, config.name, config.shard_samples)
+    declare(corpus, config, lambda note: progress(Snapshot(0.0, [], [note])) if progress is not None else None)
+
+    def ingest(corpus: Corpus, source: Source, task: UnitTask, report: Callable[[dict[str, Any]], None]) -> Any:
+        return ingest_unit(corpus, source, task, config, report)
+
+    return carry_out(
+        corpus,
+        sources_of(config),
+        stages_of(config),
+        ingest,
+        columns,
+        retry_failed=retry_failed,
+        repair=repair,
+        max_attempts=max_attempts,
+        max_failures=config.max_failures,
+        resources=config.resources.model_dump(
+            include={"cpus", "gpus", "cpus_per_task", "cpus_per_actor", "gpus_per_actor"}
+        ),
+        stall_timeout=config.resources.stall_timeout,
+        progress=progress,
+    )
+
+
+def carry_out(
+    corpus: Corpus,
+    sources: Sequence[Source],
+    stages: Sequence[Stage],
+    ingest: "Ingest",
+    columns: Collection[str] | None = None,
+    *,
+    retry_failed: bool = False,
+    repair: bool = False,
+    max_attempts: int = 3,
+    max_failures: float = 1.0,
+    resources: Mapping[str, float] | None = None,
+    stall_timeout: float = 600.0,
+    progress: Progress | None = None,
+) -> BuildSummary:
+    """`build` for any sources and stages whose columns are declared; arguments and errors are those of `build`."""
+    began = time.monotonic()
+    names = [source.name for source in sources]
+    work: dict[str, Work] = {}
+
+    def say(note: str) -> None:
+        if progress is not None:
+            progress(Snapshot(time.monotonic() - began, [], [note]))
+
+    redo = _damage(corpus, say) if repair else {}
+    plan = Plan(corpus, {source.name: source.units() for source in sources}, stages, columns, retry_failed, redo)
+    if not plan.empty():
+        read = {unit.source for unit in plan.units}
+        with ExitStack() as stack:
+            signals = stack.enter_context(stop_signals())
+            for source in sources:
+                say(f"source {source.name}: {source.terms}")
+            for source in sources:
+                if source.name in read:
+                    say(f"source {source.name}: getting ready")
+                    stack.enter_context(source.running(corpus, say))
+            say("starting the workers")
+            from microdit.pipeline.engine.cluster import joined
+
+            stack.enter_context(joined())  # ends before the sources do: no worker shall see them gone
+            from microdit.pipeline.engine.board import Board
+            from microdit.pipeline.engine.driver import Driver
+            from microdit.pipeline.engine.workers import Shared
+
+            board = Board([stage.name for stage in stages], progress)
+            retries = Retries(max_attempts, corpus.shard_samples)
+            shared = Shared(corpus, stack.enter_context(_probe(corpus)), stall_timeout)
+            signals.driver = driver = Driver(corpus, plan, sources, ingest, retries, shared, resources or {}, board)
+            signals.install()  # ray.init put its own handlers there
+            driver.check_nodes()
+            driver.run()
+            work = board.work
+        if driver.stop is not None:
+            raise Stopped(driver.stop)
+    return summarize(corpus, plan, names, work, time.monotonic() - began, max_failures)
+
+
+def _damage(corpus: Corpus, say: Callable[[str], None]) -> Mapping[str, Collection[tuple[str, str]]]:
+    from microdit.pipeline.upkeep.damage import damage
+
+    say("repair: reading everything that is committed")
+    found = damage(corpus)
+    for problem in found.beyond:
+        say(f"repair: beyond a build's power: {problem['kind']}: {problem['what']}: {problem['detail']}")
+    for column, places in found.redo.items():
+        for source, shard in sorted(places):
+            say(f"repair: {column}/{source}/{shard} is made again")
+    return found.redo
+
+
+@contextmanager
+def _probe(corpus: Corpus) -> Iterator[str | None]:
+    """An object that every node must see while the build runs: none on a bucket, which all see."""
+    if corpus.store.root is None:
+        yield None
+        return
+    name = f"{PROBES}/{uuid.uuid4().hex}"
+    corpus.store.create(name, b"")
+    try:
+        yield name
+    finally:
+        corpus.store.delete([name])

@@ -1,0 +1,282 @@
+"""What a build has still to do: found from listings alone, and kept up to date as commits come. No ray here."""
+
+import random
+from collections import Counter, defaultdict, deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
+from typing import TypeVar
+
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.failures import failures
+from microdit.pipeline.corpus.names import IMAGES, UNITS, Where
+from microdit.pipeline.corpus.records import ShardRef
+from microdit.pipeline.stages.stage import Stage
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard for one stage: write just these columns of it, in these generations."""
+
+    stage: int
+    source: str
+    shard: str
+    columns: Mapping[str, int] = field(compare=False)
+
+    @property
+    def ref(self) -> ShardRef:
+        return ShardRef(source=self.source, unit=_unit_of(self.shard), shard=self.shard)
+
+
+@dataclass(frozen=True)
+class UnitJob:
+    """One unit to read; in a repair `redo` are the shards to write again, each with its generation."""
+
+    source: str
+    unit: str
+    redo: Mapping[str, int] | None = field(default=None, compare=False)
+    generation: int = field(default=0, compare=False)
+    """Of the unit's own commit."""
+
+
+class Plan:
+    """The units that are not read and the shards that are not made, by stage.
+
+    A shard is one integer: a bit for every column that is committed, and one for every stage that has it in hand
+    (queued or running), so that a million shards of ten columns fit in a few hundred megabytes. What is there to do at
+    the start is handed out in a random order: two builds of one corpus then seldom take the same.
+
+    Args:
+        sources: `{source: its units}`; commits of other sources of the corpus are left alone.
+        columns: what to make; None makes all. With `images` among them, units are read.
+        retry_failed: take what was set aside as new.
+        redo: what is made again though it is committed, and all that is computed from it: by column (`units` for the
+            commits of units) the (source, shard).
+
+    Raises:
+        RequestError: a column that neither is `images` nor made by a stage.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        sources: Mapping[str, Sequence[str]],
+        stages: Sequence[Stage],
+        columns: Collection[str] | None = None,
+        retry_failed: bool = False,
+        redo: Mapping[str, Collection[Where]] | None = None,
+    ):
+        self.stages = list(stages)
+        made = [column for stage in self.stages for column in stage.columns]
+        for column in columns or ():
+            if column != IMAGES and column not in made:
+                raise RequestError(
+                    f"column {column!r}: this config makes no such column; it makes: {IMAGES}, {', '.join(made)}"
+                )
+        self.columns = [column for column in [IMAGES, *made] if columns is None or column in columns]
+        needed = {column for stage in self.stages for spec in stage.columns.values() for column in spec.inputs}
+        self._bit = {column: 1 << i for i, column in enumerate(sorted({*made, *needed, IMAGES}))}
+        self._busy = [1 << (len(self._bit) + i) for i in range(len(self.stages))]
+        self.targets = [
+            [
+                (column, self._bit[column], sum(self._bit[name] for name in {*spec.inputs, IMAGES}))
+                for column, spec in stage.columns.items()
+                if column in self.columns
+            ]
+            for stage in self.stages
+        ]
+        self.ready: list[deque[Where]] = [deque() for _ in self.stages]
+        self.units: deque[UnitJob] = deque()
+        self.units_total = self.units_done = 0
+        self.aside: dict[str, set[Where]] = {column: set() for column in [UNITS, *self.columns]}
+        self.done: Counter[str] = Counter()
+        self._state: dict[Where, int] = {}
+        self._generation: dict[tuple[str, Where], int] = {}  # of what is made again
+        self._list(corpus, sources, retry_failed, redo or {})
+
+    def _list(
+        self,
+        corpus: Corpus,
+        sources: Mapping[str, Sequence[str]],
+        retry_failed: bool,
+        redo: Mapping[str, Collection[Where]],
+    ) -> None:
+        again = {where for column, places in redo.items() if column != UNITS for where in places}
+        highest: dict[tuple[str, Where], int] = {}
+        lock = Lock()
+
+        def listed(source: str, column: str) -> None:
+            bit, images = self._bit[column], column == IMAGES
+            for where, generation in corpus.listed(column, source):
+                if images or where in self._state:
+                    with lock:
+                        self._state[where] = self._state.get(where, 0) | bit
+                if where in again:
+                    highest[column, where] = max(highest.get((column, where), 0), generation)
+
+        for source, names in sources.items():
+            listed(source, IMAGES)
+            with ThreadPoolExecutor(8) as pool:  # the waiting for pages is shared out, what is found is not kept
+                units = pool.submit(corpus.committed, UNITS, source)
+                failed = {c: pool.submit(failures, corpus, c, source) for c in self.aside}
+                list(pool.map(partial(listed, source), [c for c in self._bit if c != IMAGES]))
+            self._again({where for where in again if where[0] == source}, redo, highest)
+            self._list_units(source, names, units.result(), redo)
+            for column, records in failed.items():
+                for where in records.result():
+                    done = where in units.result() if column == UNITS else self._has(where, column)
+                    if not done and not retry_failed and (column, where) not in self._generation:
+                        self.aside[column].add(where)
+        for shard, state in self._state.items():
+            self.done.update(column for column in self.columns if state & self._bit[column])
+            self._consider(shard)
+        self.units = deque(_shuffled(unit for unit in self.units if (unit.source, unit.unit) not in self.aside[UNITS]))
+        self.ready = [deque(_shuffled(queue)) for queue in self.ready]
+
+    def _again(
+        self,
+        shards: Collection[Where],
+        redo: Mapping[str, Collection[Where]],
+        highest: Mapping[tuple[str, Where], int],
+    ) -> None:
+        """Take the columns that are made again, and those that come from them, for not committed."""
+        specs = {column: spec for stage in self.stages for column, spec in stage.columns.items()}
+        order = [IMAGES]
+        while rest := [c for c in self._bit if c not in order]:
+            order += [c for c in rest if c not in specs or set(specs[c].inputs) <= {*order, IMAGES}] or rest
+        for where in shards:
+            old: set[str] = set()
+            for column in order:
+                if where in redo.get(column, ()) or (column in specs and old & {IMAGES, *specs[column].inputs}):
+                    old.add(column)
+                    if (column, where) in highest:
+                        self._generation[column, where] = highest[column, where] + 1
+                    if where in self._state:
+                        self._state[where] &= ~self._bit[column]
+
+    def _list_units(
+        self, source: str, names: Sequence[str], units: Mapping[Where, int], redo: Mapping[str, Collection[Where]]
+    ) -> None:
+        shards: dict[str, dict[str, int]] = defaultdict(dict)
+        for (column, (of, shard)), generation in self._generation.items():
+            if column == IMAGES and of == source:
+                shards[_unit_of(shard)][shard] = generation
+        damaged = {unit for of, unit in redo.get(UNITS, ()) if of == source}
+        self.units_total += len(names)
+        for name in names:
+            committed, again = (source, name) in units, name in shards or name in damaged
+            self.units_done += committed and not again
+            if IMAGES in self.columns and (again or not committed):
+                generation = units[source, name] + 1 if name in damaged and committed else units.get((source, name), 0)
+                self.units.append(UnitJob(source, name, shards.get(name, {}) if again else None, generation))
+
+    def _has(self, shard: Where, column: str) -> bool:
+        return bool(self._state.get(shard, 0) & self._bit[column])
+
+    def _todo(self, stage: int, shard: Where) -> dict[str, int]:
+        state = self._state[shard]
+        return {
+            column: self._generation.get((column, shard), 0)
+            for column, bit, needs in self.targets[stage]
+            if not state & bit and state & needs == needs and shard not in self.aside[column]
+        }
+
+    def _consider(self, shard: Where) -> None:
+        for stage, busy in enumerate(self._busy):
+            if not self._state[shard] & busy and self._todo(stage, shard):
+                self._state[shard] |= busy
+                self.ready[stage].append(shard)
+
+    # -- asked and told by the engine ------------------------------------------------------------------------------
+
+    @property
+    def shards(self) -> int:
+        """How many shards of images are committed."""
+        return len(self._state)
+
+    def empty(self) -> bool:
+        """True if nothing can be done now."""
+        return not self.units and not any(self.ready)
+
+    def take(self, stage: int) -> Job | None:
+        """The next shard for a stage; it is in hand until `release`, `requeue` or `set_aside`."""
+        while self.ready[stage]:
+            source, shard = where = self.ready[stage].popleft()
+            if columns := self._todo(stage, where):
+                return Job(stage, source, shard, columns)
+            self._state[where] &= ~self._busy[stage]
+        return None
+
+    def requeue(self, job: Job | UnitJob) -> None:
+        """A job was not done: it is handed out again, as the next one."""
+        if isinstance(job, UnitJob):
+            self.units.appendleft(job)
+        else:
+            self.ready[job.stage].appendleft((job.source, job.shard))
+
+    def committed(self, source: str, shard: str, column: str) -> bool:
+        """A commit was made: what waited for it is ready now. False if it was known."""
+        where = (source, shard)
+        state = self._state.get(where, 0)
+        if state & self._bit[column]:
+            return False
+        self._state[where] = state | self._bit[column]
+        self.done[column] += 1
+        self.aside.get(column, set()).discard(where)
+        self._consider(where)
+        return True
+
+    def unit_committed(self, source: str, unit: str) -> None:
+        self.units_done += 1
+        self.aside[UNITS].discard((source, unit))
+
+    def release(self, job: Job) -> None:
+        """A job came to its end, made or set aside; if more of the shard became ready meanwhile, it is queued again."""
+        shard = (job.source, job.shard)
+        self._state[shard] &= ~self._busy[job.stage]
+        self._consider(shard)
+
+    def set_aside(self, job: Job | UnitJob) -> tuple[str, ...]:
+        """Give a job up; returns the columns that it should have made (`units` for a unit)."""
+        if isinstance(job, UnitJob):
+            self.aside[UNITS].add((job.source, job.unit))
+            return (UNITS,)
+        left = tuple(c for c in job.columns if not self._has((job.source, job.shard), c))
+        for column in left:
+            self.aside[column].add((job.source, job.shard))
+        self.release(job)
+        return left
+
+    def upstream(self, stage: int) -> set[int]:
+        """The stages that a stage waits for, directly or not."""
+        makers = {column: i for i, targets in enumerate(self.targets) for column, _, _ in targets}
+        found: set[int] = set()
+        queue = [stage]
+        while queue:
+            current = queue.pop()
+            needs = {
+                name for column, _, _ in self.targets[current] for name in self.stages[current].columns[column].inputs
+            }
+            new = {makers[name] for name in needs & makers.keys()} - found - {stage}
+            found |= new
+            queue.extend(new)
+        return found
+
+    def downstream_first(self) -> list[int]:
+        """The stages in the order in which they are served: what is furthest from the source first."""
+        return sorted(range(len(self.stages)), key=lambda stage: (-len(self.upstream(stage)), stage))
+
+
+def _unit_of(shard: str) -> str:
+    return shard.rpartition("-")[0]
+
+
+def _shuffled(items: Iterable[T]) -> list[T]:
+    found = list(items)
+    random.shuffle(found)
+    return found

@@ -1,0 +1,1 @@
+"""Estimate bytes, hours and money before a build."""

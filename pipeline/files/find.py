@@ -1,0 +1,124 @@
+"""Files to read, wherever they are: on this machine, in a hub repository, in a bucket, on a web server.
+
+`list_files` says which files a pattern of a config stands for, `local_copy` brings one of them to this machine's disk.
+"""
+
+import glob
+import os
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore import exceptions
+
+from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.files.patterns import choose, expand_braces, split_root
+from microdit.pipeline.files.remote_file import Listing, RemoteFile, digest, listing
+from microdit.pipeline.storage.bucket import SCHEMES, open_bucket
+
+
+def list_files(pattern: str, what: str) -> Listing:
+    """The files that a pattern stands for. What the hub and buckets list is kept for the life of the process.
+
+    Args:
+        pattern: a local path, `hf://datasets/OWNER/NAME[@REVISION]/PATH`, `s3://bucket/key` or `https://...`. In it
+            `*`, `?` and `[...]` stand for names within one folder and `**` for folders (but not on web servers, which
+            cannot be listed), `{0000..0099}` and `{a,b}` for everything in the braces, each of which has to be there.
+        what: the field of the config, for messages.
+
+    Raises:
+        RequestError: nothing matches; a repository or revision is unknown; a gated one without access; no connection.
+    """
+    scheme, separator, rest = pattern.partition("://")
+    if not separator:
+        return _list_local(pattern, what)
+    if scheme == "file":
+        return _list_local(unquote(rest), what)
+    if scheme == "hf":
+        from huggingface_hub import constants, get_token
+
+        from microdit.pipeline.files.hub import list_hub
+
+        return list_hub(pattern, what, constants.ENDPOINT, get_token() or "")
+    if scheme in SCHEMES:
+        return _list_bucket(pattern, what, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
+    if scheme in ("http", "https"):
+        return _list_web(pattern, what)
+    known = ", ".join(f"{each}://" for each in ("https", "hf", *SCHEMES))
+    raise RequestError(f"{what} = {pattern!r}: scheme {scheme!r} is not known; give a local path, or one of {known}")
+
+
+def _list_local(pattern: str, what: str) -> Listing:
+    path = Path(pattern).expanduser().absolute()
+    literal = path.exists()
+    root = path.parent if literal else Path(split_root(str(path))[0] or "/")
+    found: dict[str, RemoteFile] = {}
+    for each in [str(path)] if literal else expand_braces(str(path), what):
+        # the pattern is a whole one, not one below a folder
+        paths = [Path(each)] if Path(each).exists() else map(Path, sorted(glob.glob(each, recursive=True)))  # noqa: PTH207
+        folder = None
+        before = len(found)
+        for one in paths:
+            if one.is_dir():
+                folder = one
+                continue
+            try:
+                about = one.stat()
+            except OSError as error:
+                raise RequestError(f"{what} = {pattern!r}: {one}: {error.strerror}") from error
+            name = one.relative_to(root).as_posix()
+            found.setdefault(name, RemoteFile(name, str(one), about.st_size, f"{about.st_size}-{about.st_mtime_ns}"))
+        if len(found) == before and folder is not None:
+            raise RequestError(
+                f"{what} = {pattern!r}: {folder} is a folder; expected files, for example {folder}/*.tar"
+            )
+        if len(found) == before:
+            raise RequestError(f"{what} = {pattern!r}: no file matches {each}; check the path")
+    return listing(found.values(), {"files": digest((file.name, file.size) for file in found.values())})
+
+
+def _list_web(pattern: str, what: str) -> Listing:
+    urls = list(dict.fromkeys(expand_braces(pattern, what)))
+    for url in urls[:1]:
+        parts = urlsplit(url)
+        if not parts.hostname:
+            raise RequestError(f"{what} = {pattern!r}: it names no server; expected https://server/path")
+        if "*" in parts.path or "[" in parts.path:
+            raise RequestError(
+                f"{what} = {pattern!r}: a web server cannot be listed; write the names as in part-{{000..099}}.tar"
+            )
+    root, _ = split_root(pattern.partition("?")[0])
+    names = [unquote(urlsplit(url).path) for url in urls]
+    folder = unquote(urlsplit(root).path).rstrip("/") + "/"
+    names = [name.removeprefix(folder).strip("/") for name in names]
+    if len(set(names)) < len(names) or not all(names):  # they differ in host or query
+        names = [url.partition("://")[2] for url in urls]
+    files = [RemoteFile(name, url) for name, url in zip(names, urls, strict=True)]
+    return listing(files, {"files": digest((file.name,) for file in files)})
+
+
+@lru_cache(maxsize=64)
+def _list_bucket(pattern: str, what: str, endpoint: str | None) -> Listing:
+    scheme, _, rest = pattern.partition("://")
+    bucket, _, path = rest.partition("/")
+    if not bucket or not path or path.endswith("/"):
+        raise RequestError(f"{what} = {pattern!r}: expected {scheme}://bucket/path with the name of files, as *.tar")
+    root, _ = split_root(path)
+    try:
+        pages = obstore.list(open_bucket(f"{scheme}://{bucket}", endpoint), root or None, chunk_size=1000)
+        objects = {item["path"]: item for page in pages for item in page}
+    except exceptions.BaseError as error:
+        raise RequestError(
+            f"{what} = {pattern!r}: the bucket cannot be listed: {first_line(error)}; check its name, the credentials "
+            "(as for boto3) and the connection"
+        ) from error
+    names, without = choose(expand_braces(path, what), list(objects))
+    if without is not None:
+        raise RequestError(f"{what} = {pattern!r}: no object matches {scheme}://{bucket}/{without}; check the path")
+    files = []
+    for key in names:
+        item = objects[key]
+        name = key.removeprefix(f"{root}/") if root else key
+        files.append(RemoteFile(name, f"{scheme}://{bucket}/{key}", item["size"], item["e_tag"] or ""))
+    return listing(files, {"files": digest((file.name, file.size, file.etag) for file in files)})

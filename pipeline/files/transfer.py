@@ -1,0 +1,250 @@
+"""One request for a file from some byte on: on the hub, on a web server, in a bucket. What is tried again and when is
+`microdit.pipeline.files.download`'s business."""
+
+import http.client
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import obstore
+import requests
+import urllib3
+from obstore import exceptions
+
+from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.storage.bucket import SCHEMES, open_bucket
+
+if TYPE_CHECKING:
+    from microdit.pipeline.files.remote_file import RemoteFile
+
+
+CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 60.0  # seconds for a connection; without a byte
+
+
+CHUNK = 1 << 20  # bytes that are taken from a connection at once, at most
+
+
+BLOCK = 16 << 20  # bytes of one request to a bucket
+
+
+PASSING = {408, 425, 429, 500, 502, 503, 504}
+
+
+REFUSED = {401, 403, 410}
+
+
+class PassingError(Exception):
+    """A try that failed, where another one may not. `wait`: seconds that the server asks for, if it does."""
+
+    def __init__(self, message: str, wait: float | None = None):
+        super().__init__(message)
+        self.wait = wait
+
+
+class ChangedError(PassingError):
+    """It is not the file any more that the part on the disk is of."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """What a server says of a file, by which a change between two requests is seen."""
+
+    size: int | None = None
+    etag: str = ""
+    modified: str = ""
+
+    @property
+    def validator(self) -> str:
+        """For If-Range, which takes no weak ETag."""
+        return self.etag if self.etag and not self.etag.startswith("W/") else self.modified
+
+    def differs(self, other: "Version") -> bool:
+        """False where one of the two says nothing."""
+        pairs = ((self.size, other.size), (self.etag, other.etag), (self.modified, other.modified))
+        first = next(((mine, theirs) for mine, theirs in pairs[1:] if mine and theirs), None)
+        sizes = None not in pairs[0] and self.size != other.size
+        return sizes or (first is not None and first[0] != first[1])
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """The answer: bytes from `start` on. A server that knows no ranges gives them from 0."""
+
+    start: int
+    version: Version
+    chunks: Iterator[bytes]
+
+
+@contextmanager
+def transfer(file: "RemoteFile", start: int, known: Version) -> Iterator[Transfer]:
+    """Ask for a file from byte `start` on; `known` is what was said of the part that is there.
+
+    Raises:
+        PassingError: another try may go better. Also from `chunks`.
+        RequestError: the server refuses.
+        OSError: it has no such file, or answers something else.
+    """
+    scheme = urlsplit(file.url).scheme
+    if scheme in SCHEMES:
+        yield _from_bucket(file, start)
+        return
+    url, headers = file.url, {"User-Agent": "microdit"}
+    if scheme == "hf":
+        from microdit.pipeline.files.hub import hub_request
+
+        url, headers = hub_request(file.url)
+    headers = {name.lower(): value for name, value in headers.items()}
+    token = headers.pop("authorization", None)
+    headers["accept-encoding"] = "identity"
+    if start:
+        headers["range"] = f"bytes={start}-"
+        if not file.etag and known.validator:
+            headers["if-range"] = known.validator
+    with requests.Session() as session:
+        try:
+            # as `auth` it is dropped by a redirect to another host, and ~/.netrc does not replace it
+            response = session.get(
+                url, headers=headers, auth=_Token(token), stream=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)
+            )
+        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
+            raise RequestError(f"{file.name}: {shown(file.url)} is no URL that can be fetched: {error}") from error
+        except requests.exceptions.TooManyRedirects as error:
+            raise OSError(f"{file.name}: {shown(file.url)}: {error}") from error
+        except requests.exceptions.RequestException as error:
+            raise PassingError(_reason(error)) from error
+        _check_status(file, response, token is not None)
+        found = _content_range(response) if response.status_code == 206 else (0, _length(response))
+        if found is None or (found[0] != start and found[0] != 0):
+            raise PassingError(f"asked for bytes from {start} on, answered {response.headers.get('Content-Range')!r}")
+        about = Version(found[1], response.headers.get("ETag", ""), response.headers.get("Last-Modified", ""))
+        yield Transfer(found[0], about, _chunks(response))
+
+
+def shown(url: str) -> str:
+    """A URL for messages, without the query: it may hold a signature."""
+    return url.partition("?")[0]
+
+
+def _from_bucket(file: "RemoteFile", start: int) -> Transfer:
+    if file.size is None:
+        raise ValueError(f"{file.url}: the size must be known")
+    return Transfer(start, Version(file.size, file.etag), _blocks(file, start, file.size))
+
+
+def _blocks(file: "RemoteFile", start: int, size: int) -> Iterator[bytes]:
+    parts = urlsplit(file.url)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    bucket = open_bucket(f"{parts.scheme}://{parts.netloc}", endpoint)
+    key = file.url.split("/", 3)[3]
+    for offset in range(start, size, BLOCK):
+        options: dict[str, Any] = {"range": (offset, min(offset + BLOCK, size))}
+        if file.etag:
+            options["if_match"] = file.etag
+        try:
+            block = bytes(obstore.get(bucket, key, options=options).bytes())  # type: ignore[arg-type]
+        except exceptions.PreconditionError as error:
+            raise OSError(f"{file.name}: {file.url} is another file than when it was listed; start again") from error
+        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+            raise RequestError(
+                f"{file.name}: {file.url} is refused: {first_line(error)}; check the credentials (as for boto3)"
+            ) from error
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{file.name}: {file.url} is not there any more") from None
+        except exceptions.BaseError as error:
+            raise PassingError(first_line(error)) from error
+        yield block
+
+
+class _Token(requests.auth.AuthBase):
+    """The hub's token as requests treats passwords."""
+
+    def __init__(self, header: str | None):
+        self._header = header
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._header is not None:
+            request.headers["Authorization"] = self._header
+        return request
+
+
+def _check_status(file: "RemoteFile", response: requests.Response, token: bool) -> None:
+    status = response.status_code
+    if status in (200, 206):
+        return
+    said = f"{status} {response.reason or ''}".strip()
+    where = shown(file.url)
+    from_hub = file.url.startswith("hf://")
+    redirected = urlsplit(response.url).hostname != urlsplit((response.history or [response])[0].url).hostname
+    if status in PASSING or (from_hub and redirected and status in REFUSED):  # its links to the CDN are made anew
+        raise PassingError(f"answered {said}", _retry_after(response))
+    if status == 416:
+        size = response.headers.get("Content-Range", "").rpartition("/")[2]
+        raise ChangedError(f"the file has {size if size.isdecimal() else 'fewer'} bytes only")
+    if status in REFUSED and from_hub:
+        from microdit.pipeline.files.hub import PLACE, gated
+
+        match = PLACE.fullmatch(file.url)
+        assert match is not None
+        raise RequestError(f"{file.name}: the hub refuses it ({said}): {gated(match[1], token)}")
+    if status in REFUSED:
+        raise RequestError(
+            f"{file.name}: {where} is refused ({said}): the link has expired, or is not for you; "
+            "get new links (or a new file of links) from the data set's own page and start again: what is done is kept"
+        )
+    if status == 404:
+        raise FileNotFoundError(f"{file.name}: the server has no {where} (404)")
+    raise OSError(f"{file.name}: {where} is answered with {said}")
+
+
+def _chunks(response: requests.Response) -> Iterator[bytes]:
+    """What comes, as it comes: not decoded, as some servers call a .gz file a compressed answer."""
+    while True:
+        try:
+            chunk = response.raw.read1(CHUNK, decode_content=False)
+        except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
+            raise PassingError(_reason(error)) from error
+        if not chunk:
+            return
+        yield chunk
+
+
+def _content_range(response: requests.Response) -> tuple[int, int | None] | None:
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
+    return (int(match[1]), None if match[2] == "*" else int(match[2])) if match else None
+
+
+def _length(response: requests.Response) -> int | None:
+    length = response.headers.get("Content-Length", "")
+    return int(length) if length.isdecimal() else None
+
+
+def _retry_after(response: requests.Response) -> float | None:
+    """Seconds that the server asks to wait, in any of the ways that servers and the hub say it."""
+    asked = response.headers.get("Retry-After", "").strip()
+    if asked.isdecimal():
+        return float(asked[:9])
+    if asked:
+        try:
+            return max(0.0, (parsedate_to_datetime(asked).astimezone(UTC) - datetime.now(UTC)).total_seconds())
+        except (ValueError, OverflowError):
+            return None
+    window = re.search(r";\s*r=0\s*;\s*t=(\d{1,6})", response.headers.get("RateLimit", ""))
+    return float(window[1]) if window and response.status_code == 429 else None
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause's text: the outer ones repeat the URL with its signature."""
+    inner: Any = error
+    while True:
+        further = getattr(inner, "reason", None) or next((a for a in inner.args if isinstance(a, BaseException)), None)
+        if not isinstance(further, BaseException):
+            break
+        inner = further
+    text = str(inner).strip() or type(inner).__name__
+    return f"{type(inner).__name__}: {text.splitlines()[0]}"[:300]

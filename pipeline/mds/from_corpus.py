@@ -1,0 +1,368 @@
+"""`microdit convert CORPUS MDS`: a corpus as the folder of MDS shards that the official micro_diffusion trainer reads.
+
+`pipeline.mds.columns` says which column becomes which. Each shard of the corpus becomes a sub-folder, which appears as
+a whole or not at all, and in the end one index names the shards of all of them: as the official precompute does it with
+a folder for each of its workers. `convert.json` says what the folder is made of: the same request goes on with it, any
+other one is refused.
+"""
+
+import fcntl
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.fail_points import fail_point
+from microdit.pipeline.base.progress import Line, Progress, Snapshot, Tally
+from microdit.pipeline.base.threads import threaded
+from microdit.pipeline.corpus.arrays import array_from_bytes
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import IMAGES
+from microdit.pipeline.corpus.records import Commit, canonical
+from microdit.pipeline.mds.columns import CAPTION, DOWNSAMPLE, TEXT
+from microdit.pipeline.mds.format import INDEX, SIZE_LIMIT, MdsWriter, merged_index
+from microdit.pipeline.selection.selections import load_selection
+from microdit.pipeline.storage.disk import sync
+from microdit.pipeline.storage.store import open_store
+from microdit.pipeline.tables.commit_table import commit_table, totals
+
+REQUEST, COUNTS = "convert.json", "counts.json"
+
+
+UNFINISHED = ".unfinished-"
+
+
+HASHES = ("sha256",)
+
+
+Where = tuple[str, str]  # source and shard
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is written: columns of the corpus by their MDS names, the commits, and the rows of each shard.
+
+    fields: MDS name to column of arrays; shapes: of each of them. rows: None for all of them. shards: in order.
+    """
+
+    corpus: Corpus
+    captions: str
+    fields: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    commits: dict[str, dict[Where, Commit]]
+    shards: list[Where]
+    rows: dict[Where, np.ndarray] | None
+    compression: Literal["zstd"] | None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that a sample must be in, in the order in which they are computed."""
+        return [IMAGES, self.captions, *self.fields.values()]
+
+
+# -- what there is ---------------------------------------------------------------------------------------------------
+def look(
+    corpus: Corpus,
+    *,
+    selection: str | None = None,
+    text: str | None = None,
+    latents: Sequence[str] = (),
+    text_shape: tuple[int, int] = (77, 1024),
+    compression: Literal["zstd"] | None = None,
+) -> Export:
+    """What to write of a corpus.
+
+    Args:
+        selection: `name` or `name@hash`; None takes every sample.
+        text, latents: columns; without them the corpus has one text column, and latents of one autoencoder.
+        text_shape: what the official trainer reshapes every text to.
+
+    Raises:
+        RequestError: a column or selection is not there, is stale, or is of a shape that the official trainer cannot
+            read.
+    """
+    declared = corpus.columns()
+    fields = {TEXT: _choose_text(declared, text)} | _choose_latents(corpus, declared, latents)
+    captions = f"captions/{fields[TEXT].partition('@')[2]}"
+    used = [IMAGES, captions, *fields.values()]
+    found = totals(commit_table(corpus))
+    for column in used:
+        corpus.column(column)
+        if stale := sum(there.stale for (name, _), there in found.items() if name == column):
+            raise RequestError(
+                f"column {column}: {stale} shards were made from what was made anew since; `microdit build --repair` "
+                "makes them again"
+            )
+    commits = {column: {(c.source, c.shard): c for c in corpus.commits(column)} for column in used}
+    rows = None if selection is None else _selected(corpus, selection)
+    shards = sorted(commits[IMAGES] if rows is None else rows)
+    shapes = {name: _shape(corpus, column, commits[column], shards) for name, column in fields.items()}
+    if shapes[TEXT] != text_shape:
+        raise RequestError(
+            f"column {fields[TEXT]} has texts of {shapes[TEXT]} (tokens, width), but the official trainer reshapes all "
+            f"of them to {text_shape}: take a text column that has all positions, as dfn-clip-h has, or give the "
+            "--text-shape that you train with"
+        )
+    for name, column in fields.items():
+        side = 0 if name == TEXT else int(corpus.column(column).stage["resolution"]) // DOWNSAMPLE
+        if side and (len(shapes[name]) != 3 or shapes[name][1:] != (side, side)):
+            raise RequestError(
+                f"column {column} has latents of {shapes[name]}, but the official trainer takes (channels, {side}, "
+                f"{side}): those of an autoencoder that reduces sides by {DOWNSAMPLE}"
+            )
+    return Export(corpus, captions, fields, shapes, commits, shards, rows, compression)
+
+
+def _choose_text(declared: Mapping[str, Any], text: str | None) -> str:
+    there = sorted(column for column in declared if column.startswith("text/"))
+    chosen = [text] if text else there
+    if len(chosen) != 1 or chosen[0] not in there:
+        what = f"--text {text}: there is no such column" if text else "--text: say which text the samples get"
+        raise RequestError(f"{what}; the corpus has {', '.join(there) or 'no text column'}")
+    return chosen[0]
+
+
+def _choose_latents(corpus: Corpus, declared: Mapping[str, Any], latents: Sequence[str]) -> dict[str, str]:
+    """MDS name to column."""
+    there = sorted(column for column in declared if column.startswith("latents/"))
+    if unknown := sorted(set(latents) - set(there)):
+        raise RequestError(f"--latents {unknown[0]}: there is no such column; the corpus has {', '.join(there)}")
+    fields: dict[str, str] = {}
+    makers = set()
+    for column in latents or there:
+        stage = corpus.column(column).stage
+        if not isinstance(stage.get("resolution"), int):
+            raise RequestError(f"column {column}: its declaration says no resolution, so it cannot be named for MDS")
+        fields.setdefault(f"latents_{stage['resolution']}", column)
+        makers.add(str(stage.get("autoencoder")))
+    if not fields or len(fields) < len(set(latents or there)) or len(makers) > 1:
+        raise RequestError(
+            "--latents: say which latents the samples get, of one autoencoder, at most one of each resolution; the "
+            f"corpus has {', '.join(there) or 'none'}"
+        )
+    return dict(sorted(fields.items(), key=lambda item: (len(item[0]), item[0])))
+
+
+def _selected(corpus: Corpus, selection: str) -> dict[Where, np.ndarray]:
+    """The rows of a selection by source and shard."""
+    table = load_selection(corpus, selection)
+    if len(table) and (table["weight"].to_numpy() != 1).any():
+        raise RequestError(f"selection {selection} has weights, which MDS has no place for; select without weights")
+    grouped = table.group_by(["source", "shard"], use_threads=False).aggregate([("row", "list")])
+    where = zip(grouped["source"].to_pylist(), grouped["shard"].to_pylist(), strict=True)
+    return {place: rows.values.to_numpy() for place, rows in zip(where, grouped["row_list"], strict=True)}
+
+
+def _shape(corpus: Corpus, column: str, commits: Mapping[Where, Commit], shards: Sequence[Where]) -> tuple[int, ...]:
+    """The shape of the first array of a column."""
+    for where in shards:
+        if where in commits and commits[where].counts["out"]:
+            commit = commits[where]
+            line = next(line for line in corpus.sidecar(commit).to_pylist() if line["status"] == "ok")
+            data = corpus.store.get_range(commit.object.name, line["offset"], line["size"])
+            return _array(commit, line["row"], data).shape
+    raise RequestError(f"column {column}: corpus {corpus.url} has no sample of it; build it first")
+
+
+def _array(commit: Commit, row: int, data: bytes) -> np.ndarray:
+    try:
+        return array_from_bytes(data)
+    except ValueError as error:
+        raise RequestError(
+            f"column {commit.column}, shard {commit.shard}, row {row}: {commit.object.name} is damaged ({error}); run "
+            "`microdit verify`, then `microdit build --repair`"
+        ) from error
+
+
+# -- the folder ------------------------------------------------------------------------------------------------------
+def to_mds(export: Export, folder: Path, threads: int = 4, progress: Progress | None = None) -> dict[str, Any]:
+    """Write the folder, or go on with it.
+
+    Args:
+        threads: shards at a time; each holds up to 256 MiB.
+
+    Returns:
+        dict: `corpus`, `folder`; `columns`: where each MDS column comes from; `shards` of the corpus, `mds_shards`;
+        `in` samples, `out` of them written, `left_out`: why the others are not, with in = out + left out; `written`:
+        samples of this run; `seconds`; `exit_status`: 1 if there is no sample in the folder.
+
+    Raises:
+        RequestError: the folder has something else in it, another run writes to it, or an object of the corpus is
+            damaged.
+    """
+    with _begun(export, folder):
+        return _go_on(export, folder, threads, progress)
+
+
+def _go_on(export: Export, folder: Path, threads: int, progress: Progress | None) -> dict[str, Any]:
+    began = time.monotonic()
+    names = [shard for _, shard in export.shards]
+    todo = [where for where in export.shards if not (folder / where[1]).is_dir()]
+    tally = Tally()
+
+    def report() -> None:
+        rates, done = tally.rates(), len(names) - len(todo) + tally.jobs
+        line = Line("convert", "shards", done, len(names), running=min(threads, len(names) - done), workers=threads)
+        line.samples, line.failed, line.rate, line.bytes_rate = tally.samples, tally.failed, rates.samples, rates.bytes
+        line.left = (len(names) - done) / rates.jobs if rates.jobs else None
+        if progress is not None:
+            progress(Snapshot(time.monotonic() - began, [line]))
+
+    tally.begin()
+    report()
+    for counts in threaded(partial(_write_shard, export, folder), todo, threads):
+        tally.add(1, counts["out"], sum(counts["left_out"].values()), counts["bytes"])
+        report()
+    store = open_store(folder)
+    if not store.exists(INDEX):
+        fail_point("indexing")
+        store.create(INDEX, merged_index(folder, names))
+    total, left_out = Counter[str](), Counter[str]()
+    for name in names:
+        counts = json.loads((folder / name / COUNTS).read_bytes())
+        total.update({key: counts[key] for key in ("in", "out", "mds_shards")})
+        left_out.update(counts["left_out"])
+    return {
+        "corpus": export.corpus.url,
+        "folder": str(folder),
+        "columns": {CAPTION: export.captions, **export.fields},
+        "shards": len(names),
+        "mds_shards": total["mds_shards"],
+        "in": total["in"],
+        "out": total["out"],
+        "left_out": dict(left_out.most_common()),
+        "written": tally.samples,
+        "seconds": round(time.monotonic() - began, 3),
+        "exit_status": 0 if total["out"] else 1,
+    }
+
+
+@contextmanager
+def _begun(export: Export, folder: Path) -> Iterator[None]:
+    """The folder, which is new or was begun for the same, for this run alone; what a killed one left is removed."""
+    digest = hashlib.sha256()
+    for where in export.shards:
+        rows = None if export.rows is None else export.rows[where].tolist()
+        hashes = [export.commits[column][where].sha256 for column in export.columns if where in export.commits[column]]
+        digest.update(canonical([*where, hashes, rows]) + b"\n")
+    request = canonical(
+        {
+            "version": 1,
+            "made_of": digest.hexdigest(),
+            "columns": {CAPTION: export.captions, **export.fields},
+            "stages": {column: export.corpus.column(column).stage for column in export.columns},
+            "shapes": export.shapes,
+            "compression": export.compression,
+            "size_limit": SIZE_LIMIT,
+        }
+    )
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"{folder} is no folder; give a new one")
+    store = open_store(folder)
+    other = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if other and not store.exists(REQUEST) and next(store.list(), None) is not None:
+        raise RequestError(f"{folder} has something in it ({other[0]}); give a new folder, nothing is overwritten")
+    try:
+        store.create(REQUEST, request)
+    except FileExistsError:
+        if store.get(REQUEST) != request:
+            raise RequestError(
+                f"{folder} was begun with other samples, columns or options ({REQUEST} in it tells which; the corpus "
+                "may have grown since); give a new folder, or remove that one"
+            ) from None
+    with (folder / REQUEST).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with the process, however that ends
+        except BlockingIOError:
+            raise RequestError(f"{folder}: another microdit is writing to it; wait for it, or stop it") from None
+        for path in folder.glob(f"*{UNFINISHED}*"):
+            shutil.rmtree(path)
+        yield
+
+
+def _write_shard(export: Export, folder: Path, where: Where) -> dict[str, Any]:
+    """One shard's sub-folder: MDS shards, their index, and the counts."""
+    partial_folder = Path(tempfile.mkdtemp(prefix=f"{where[1]}{UNFINISHED}", dir=folder))
+    try:
+        counts = _write_samples(export, partial_folder, where)
+        (partial_folder / COUNTS).write_bytes(canonical(counts))
+        partial_folder.chmod(0o755)
+        for path in (partial_folder / COUNTS, partial_folder):
+            sync(path)
+        fail_point("moving")
+        partial_folder.rename(folder / where[1])
+        sync(folder)
+        return counts
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+
+
+def _write_samples(export: Export, folder: Path, where: Where) -> dict[str, Any]:
+    corpus = export.corpus
+    commits = {column: there[where] for column, there in export.commits.items() if where in there}
+    lines = {column: corpus.sidecar(commit).to_pylist() for column, commit in commits.items()}
+    count = max(map(len, lines.values()), default=0)
+    rows = range(count) if export.rows is None else export.rows[where].tolist()
+    columns = {CAPTION: "str", **dict.fromkeys(export.fields, "bytes")}
+    left_out: Counter[str] = Counter()
+    out = 0
+    writer = MdsWriter(folder, columns, export.compression, HASHES)
+    with ExitStack() as stack:
+        files = {
+            column: stack.enter_context(corpus.open_object(commits[column]))
+            for column in export.fields.values()
+            if column in commits
+        }
+        for row in rows:
+            fault = next((f for column in export.columns if (f := _fault(lines.get(column), column, row))), "")
+            sample = {} if fault else {CAPTION: lines[export.captions][row]["caption"].encode()}
+            for name, column in export.fields.items() if not fault else ():
+                line = lines[column][row]
+                files[column].seek(line["offset"])
+                array = _array(commits[column], row, files[column].read(line["size"]))
+                if array.dtype != np.float16 or array.shape != export.shapes[name]:
+                    fault = f"{column}: wrong_size"
+                    break
+                sample[name] = np.ascontiguousarray(array, "<f2").tobytes()
+            if fault:
+                left_out[fault] += 1
+            else:
+                writer.write(sample)
+                out += 1
+    writer.close()
+    files_written = [path for path in folder.iterdir() if path.name != INDEX]
+    size = sum(path.stat().st_size for path in files_written)
+    return {"in": len(rows), "out": out, "left_out": left_out, "mds_shards": len(files_written), "bytes": size}
+
+
+def _fault(lines: Sequence[Mapping[str, Any]] | None, column: str, row: int) -> str:
+    """Why a row of a column cannot be taken; empty if it can."""
+    if lines is None or row >= len(lines):
+        return f"{column}: not_made"
+    return "" if lines[row]["status"] == "ok" else f"{column}: {lines[row]['reason']}"
+
+
+def text(summary: Mapping[str, Any]) -> Iterator[str]:
+    """A summary of `to_mds` as lines for people."""
+    if not summary["written"] and summary["out"]:
+        yield "nothing to do: all of it is there"
+    lost = summary["in"] - summary["out"]
+    yield (
+        f"{summary['folder']}: {summary['in']:,} samples in = {summary['out']:,} out + {lost:,} left out; "
+        f"{summary['mds_shards']:,} MDS shards of {summary['shards']:,} shards"
+    )
+    for name, column in summary["columns"].items():
+        yield f"  {name} from {column}"
+    for reason, count in summary["left_out"].items():
+        yield f"left out, {count:,} samples: {reason}"

@@ -1,0 +1,1 @@
+"""The SQL view over samples, named queries, weights, and saved keep-lists."""

@@ -1,0 +1,166 @@
+"""Queries that choose samples: the ones that have names (configs/queries/), and what DuckDB's parser finds in one."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import duckdb
+
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.config.yaml import HOME
+from microdit.pipeline.tables.database import connect
+
+FOLDER = HOME / "configs/queries"
+
+
+NOW = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}  # may stand without ()
+
+
+STEADY = {"error"}  # DuckDB calls it volatile, so that it is not left out
+
+
+# -- named queries -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class NamedQuery:
+    """A query of configs/queries: what the comment at its head says, and the SQL behind it."""
+
+    name: str
+    about: str
+    sql: str
+
+
+def named_queries() -> list[NamedQuery]:
+    """The queries that have names, by name."""
+    paths = sorted(FOLDER.glob("*.sql"), key=lambda path: path.stem)
+    return [_read(path.stem, path.read_text(encoding="utf-8")) for path in paths]
+
+
+def named_query(name: str) -> NamedQuery:
+    """Raises RequestError, which lists them, if there is none of that name."""
+    known = {query.name: query for query in named_queries()}
+    if name not in known:
+        lines = "".join(f"\n  {query.name}: {query.about}" for query in known.values())
+        raise RequestError(f"there is no query named {name!r}; give SQL behind the name, or take one of these:{lines}")
+    return known[name]
+
+
+def _read(name: str, text: str) -> NamedQuery:
+    lines = text.strip().splitlines()
+    head = next(number for number, line in enumerate(lines) if not line.startswith("--"))
+    about = " ".join(line.removeprefix("--").strip() for line in lines[:head])
+    return NamedQuery(name, about, "\n".join(lines[head:]))
+
+
+# -- what is in a query ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Parsed:
+    """A SELECT as DuckDB's parser sees it (`json_serialize_sql`)."""
+
+    tree: dict[str, Any]
+
+    @cached_property
+    def columns(self) -> set[str]:
+        """Names, in lower case, that are read as columns; those of aliases and of tables made in the query too."""
+        return {
+            str(part["column_names"][-1]).lower() for part in _parts(self.tree) if part.get("class") == "COLUMN_REF"
+        }
+
+    @cached_property
+    def star(self) -> bool:
+        """Whether all columns are read: `*`, or COLUMNS(...)."""
+        return any(part.get("class") == "STAR" for part in _parts(self.tree))
+
+    def unsteady(self) -> str | None:
+        """What in it may give other rows on another day; None if there is nothing."""
+        with _parser().cursor() as connection:
+            found = connection.sql("SELECT function_name FROM duckdb_functions() WHERE stability <> 'CONSISTENT'")
+            names = {name for (name,) in found.fetchall()} - STEADY
+        for part in _parts(self.tree):
+            name = str(part.get("function_name", "")).lower()
+            if part.get("class") == "FUNCTION" and name in names:
+                return f"{name}()"
+            sample = part.get("sample")
+            if isinstance(sample, dict) and sample.get("seed") == -1:
+                return "SAMPLE without REPEATABLE"
+        return next(iter(sorted(self.columns & NOW)), None)
+
+    def conditions(self) -> "Conditions | None":
+        """What a row must fulfil; None if the query is more than a SELECT of rows of `samples` with a WHERE."""
+        node = self.tree["statements"][0]["node"]
+        table = node.get("from_table") or {}
+        plain = (
+            node["type"] == "SELECT_NODE"
+            and (table.get("type"), str(table.get("table_name")).lower()) == ("BASE_TABLE", "samples")
+            and not any(node[part] for part in ("group_expressions", "having", "qualify", "sample"))
+            and not (table.get("sample") or node["cte_map"]["map"])
+        )
+        if not plain:
+            return None
+        alias = str(table.get("alias") or "samples").replace('"', '""')
+        return Conditions(f'samples AS "{alias}"', _sql(_conjuncts(node["where_clause"])))
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The conditions that a WHERE joins by AND, as DuckDB writes them, and what stands behind FROM."""
+
+    table: str
+    each: list[str]
+
+
+def parse(sql: str) -> Parsed:
+    """Raises RequestError unless this is one SELECT."""
+    with _parser().cursor() as connection:
+        tree = json.loads(_value(connection, "SELECT json_serialize_sql(?::VARCHAR)", sql))
+    if tree["error"]:
+        what = tree["error_message"] if tree["error_type"] == "parser" else "expected one SELECT over the view samples"
+        raise RequestError(f"SQL: {what}")
+    if len(tree["statements"]) != 1:
+        raise RequestError(f"SQL: {len(tree['statements'])} statements; expected one SELECT over the view samples")
+    return Parsed(tree)
+
+
+def _sql(conditions: list[dict[str, Any]]) -> list[str]:
+    """Expressions of a tree as SQL again."""
+    found = []
+    with _parser().cursor() as connection:
+        tree = json.loads(_value(connection, "SELECT json_serialize_sql(?::VARCHAR)", "SELECT 1 WHERE true"))
+        for condition in conditions:
+            tree["statements"][0]["node"]["where_clause"] = condition
+            text = _value(connection, "SELECT json_deserialize_sql(?::JSON)", json.dumps(tree))
+            found.append(text.removeprefix("SELECT 1 WHERE "))
+    return found
+
+
+@lru_cache(maxsize=1)
+def _parser() -> duckdb.DuckDBPyConnection:
+    """One for all, because it takes longer to start than to parse."""
+    return connect()
+
+
+def _value(connection: duckdb.DuckDBPyConnection, sql: str, argument: str) -> str:
+    row = connection.execute(sql, [argument]).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def _conjuncts(condition: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if condition is None:
+        return []
+    if condition.get("type") == "CONJUNCTION_AND":
+        return [part for child in condition["children"] for part in _conjuncts(child)]
+    return [condition]
+
+
+def _parts(tree: Any) -> Iterator[dict[str, Any]]:
+    """Every object of a tree."""
+    waiting = [tree]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            yield part
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part

@@ -1,0 +1,270 @@
+"""Selections: the rows that a query chose, immutable and named by their hash (docs/corpus.md, section 6)."""
+
+import hashlib
+import io
+import json
+import re
+from dataclasses import dataclass
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import COMMIT, commit_name
+from microdit.pipeline.corpus.records import canonical
+from microdit.pipeline.curation.job import reads
+from microdit.pipeline.selection.queries import Parsed, named_queries, named_query, parse
+from microdit.pipeline.selection.view import asked_jobs, connected, jobs_of, run
+from microdit.pipeline.selection.weights import EQUAL, Shares, weigh
+from microdit.pipeline.tables.sample_table import (
+    BASE,
+    JOB_COLUMNS,
+    ROW_GROUP,
+    SampleTable,
+    sample_table,
+    table_fields,
+    table_schema,
+)
+
+SELECTION = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("weight", pa.float32(), nullable=False),
+    ]
+)
+
+
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """An immutable keep-list; `name@hash` identifies it, `path` is its object in the corpus."""
+
+    name: str
+    hash: str
+    path: str
+    rows: int
+    query: str
+    columns: dict[str, str]
+    """The columns that the query reads, with a hash of the commits that they had."""
+
+
+def select(corpus: Corpus, name: str, sql: str | None = None, weights: Shares | None = None) -> Selection:
+    """Save the rows that a query gives as a selection. The same query on the same commits of the
+    columns that it reads gives the same file and hash.
+
+    Args:
+        sql: gives `source`, `shard`, `row` and, if wanted, `weight` (above 0; 1 if not given); other columns of
+            `samples` may stand beside them, so that `SELECT * FROM samples WHERE ...` will do. None: the query of that
+            name (`microdit.pipeline.selection.queries`).
+        weights: how often each source comes, whatever its size; within a source the query's weights count.
+
+    Raises:
+        RequestError: the name or the SQL is wrong, or would give other rows on another day, or the rows are none,
+            double, or not samples with status `ok`, or the weights name other sources than there are.
+    """
+    if not NAME.fullmatch(name):
+        raise RequestError(f"selection {name!r}: a name is letters, digits, - _ and ., and begins with no dot")
+    sql = named_query(name).sql if sql is None else sql
+    parsed = parse(sql)
+    if unsteady := parsed.unsteady():
+        raise RequestError(
+            f"SQL: {unsteady} gives something else every time, a selection must not; to draw 1,000 rows take "
+            "ORDER BY md5(id) LIMIT 1000"
+        )
+    table = sample_table(corpus)
+    with connected(corpus, table, threads=1) as connection:  # which of equal rows a LIMIT takes is no race then
+        jobs = jobs_of(corpus, table)
+        known = {*table_schema(corpus.columns()).names, *JOB_COLUMNS.names, "contaminated"}
+        chosen = _chosen(run(connection, sql), known)
+        connection.register("chosen", chosen)
+        _check(connection, len(chosen))
+        chosen = connection.sql("SELECT * FROM chosen ORDER BY source, shard, row").to_arrow_table()
+    if weights is not None:
+        chosen = weigh(chosen, weights)
+    asked = {folder: jobs[folder].asked() for folder in asked_jobs(sql) if folder in jobs}
+    columns = _pinned(corpus, table, parsed, [*asked])
+    pinned = {"name": name, "query": sql, "rows": len(chosen), "columns": columns}
+    pinned |= {"jobs": asked} if asked else {}
+    pinned |= {"weights": weights if weights == EQUAL else dict(weights)} if weights is not None else {}
+    about = canonical(pinned)
+    chosen = chosen.cast(SELECTION.with_metadata({"microdit": about}))
+    digest = selection_hash(about, chosen)
+    found = Selection(name, digest, _selection_path(name, digest), len(chosen), sql, columns)
+    buffer = io.BytesIO()
+    pq.write_table(chosen.combine_chunks(), buffer, compression="zstd")
+    try:
+        corpus.store.create(found.path, buffer.getvalue())
+    except FileExistsError:
+        load_selection(corpus, f"{name}@{digest}")  # it is the same, or damaged
+    return found
+
+
+def _pinned(corpus: Corpus, table: SampleTable, parsed: Parsed, jobs: list[str]) -> dict[str, str]:
+    """The columns that a query reads, and a hash of the names of the commits that each has in the table."""
+    fields = table_fields(corpus.columns())
+    known = {*BASE.names, *JOB_COLUMNS.names, "contaminated", *(field.name for field in fields)}
+    everything = parsed.star or not parsed.columns <= {name.lower() for name in known}  # a row as a whole, or an alias
+    read = {field.column for field in fields if everything or field.name.lower() in parsed.columns}
+    read |= {column for column in corpus.columns() if any(reads(folder, column) for folder in jobs)}
+    commits: dict[str, list[str]] = {name: [] for name in sorted({"images", *read})}
+    for name in table.names:
+        column = COMMIT.fullmatch(name)
+        if column is not None and column[1] in commits:
+            commits[column[1]].append(name)
+    return {column: _commits_hash(names) for column, names in commits.items()}
+
+
+def _commits_hash(names: list[str]) -> str:
+    return hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
+
+
+def changed_since(corpus: Corpus, selection: str) -> list[str]:
+    """The columns that a selection (`name@hash`) was chosen by and that have other commits now."""
+    name, _, digest = selection.partition("@")
+    before = _read_about(corpus, name, digest).columns
+    now = {
+        column: sorted(commit_name(column, *where, number) for where, number in corpus.committed(column).items())
+        for column in before
+    }
+    return [column for column, found in before.items() if _commits_hash(now[column]) != found]
+
+
+def _chosen(result: pa.Table, known: set[str]) -> pa.Table:
+    """The columns of a selection, in its types."""
+    columns = {name.lower(): name for name in result.column_names}
+    absent, unknown = {"source", "shard", "row"} - columns.keys(), columns.keys() - known - {"weight"}
+    if absent or unknown or len(columns) != result.num_columns:
+        raise RequestError(
+            f"SQL: it gives the columns {result.column_names}; expected source, shard and row, and weight if wanted"
+        )
+    if not len(result):
+        raise RequestError("SQL: it gives no rows; a selection has at least one")
+    arrays = {name: result[columns[name]] for name in columns if name in SELECTION.names}
+    arrays.setdefault("weight", pa.repeat(1.0, len(result)))
+    for field in SELECTION:
+        try:
+            arrays[field.name] = pc.cast(arrays[field.name], field.type, safe=field.name != "weight")
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise RequestError(f"SQL: {field.name} must be {field.type}: {error}") from None
+        if arrays[field.name].null_count:
+            raise RequestError(f"SQL: {field.name} is null in {arrays[field.name].null_count} rows")
+    weight = arrays["weight"]
+    bad = pc.invert(pc.and_(pc.is_finite(weight), pc.greater(weight, 0)))
+    if pc.any(bad).as_py():
+        raise RequestError(f"SQL: a weight is {pc.filter(weight, bad)[0].as_py()}; expected finite numbers above 0")
+    return pa.table([arrays[field.name] for field in SELECTION], names=SELECTION.names)
+
+
+def _check(connection: duckdb.DuckDBPyConnection, rows: int) -> None:
+    """Refuse rows that are no samples, have no image, or are there twice."""
+    bad = connection.execute(
+        "SELECT c.source, c.shard, c.row, s.reason, count(*) OVER () FROM chosen c "
+        "LEFT JOIN samples s USING (source, shard, row) WHERE s.status IS DISTINCT FROM 'ok' ORDER BY ALL LIMIT 1"
+    ).fetchone()
+    if bad:
+        source, shard, row, reason, count = bad
+        raise RequestError(
+            f"SQL: {count} of {rows} rows are no samples with status ok (the first: row {row} of shard {shard} of "
+            f"source {source}: {reason or 'there is no such row'}); add WHERE status = 'ok'"
+        )
+    double = connection.execute(
+        "SELECT source, shard, row, count(*) AS n FROM chosen GROUP BY ALL HAVING n > 1 ORDER BY ALL LIMIT 1"
+    ).fetchone()
+    if double:
+        source, shard, row, count = double
+        raise RequestError(f"SQL: row {row} of shard {shard} of source {source} is there {count} times; expected once")
+
+
+def selection_hash(about: bytes, table: pa.Table) -> str:
+    """The first 16 hex digits of the SHA-256 over the metadata and the rows (docs/corpus.md, section 6)."""
+    digest = hashlib.sha256(about + b"\n")
+    for batch in table.to_batches(max_chunksize=ROW_GROUP):
+        weights = pc.dictionary_encode(batch["weight"])
+        texts = pa.array([f"{weight:.9g}" for weight in weights.dictionary.to_pylist()], pa.string())
+        lines = pc.binary_join_element_wise(
+            batch["source"], batch["shard"], pc.cast(batch["row"], pa.string()), texts.take(weights.indices), "\t"
+        )
+        digest.update("".join(f"{line}\n" for line in lines.to_pylist()).encode())
+    return digest.hexdigest()[:16]
+
+
+def _selection_path(name: str, digest: str) -> str:
+    return f"selections/{name}@{digest}.parquet"
+
+
+def list_selections(corpus: Corpus) -> list[Selection]:
+    """All selections of a corpus, by name and hash."""
+    return [_read_about(corpus, *full.split("@", 1)) for full in _names(corpus)]
+
+
+def _names(corpus: Corpus) -> list[str]:
+    """`name@hash` of all selections, sorted."""
+    found = (item.name for item in corpus.store.list("selections"))
+    return sorted(name.removeprefix("selections/").removesuffix(".parquet") for name in found)
+
+
+def _read_about(corpus: Corpus, name: str, digest: str = "") -> Selection:
+    path = _selection_path(name, digest)
+    with corpus.store.open(path) as file:
+        metadata = pq.read_metadata(file).metadata or {}
+    try:
+        about = json.loads(metadata[b"microdit"])
+        columns = about.get("columns", {})  # those of older selections do not say
+        return Selection(name, digest, path, int(about["rows"]), str(about["query"]), columns)
+    except (ValueError, KeyError, TypeError):
+        raise RequestError(f"{path} is damaged: it does not say what it is; make the selection again") from None
+
+
+def find_selection(corpus: Corpus, selection: str) -> str:
+    """`name@hash` of a selection.
+
+    Args:
+        selection: `name@hash`, or `name` if there is only one of that name.
+
+    Raises:
+        RequestError: there is none, or there are several.
+    """
+    there = _names(corpus)
+    found = [full for full in there if selection in (full, full.partition("@")[0])]
+    if len(found) != 1:
+        what = "there is no such selection" if not found else "there are several of that name"
+        known = not found and selection in {query.name for query in named_queries()}
+        ready = f"; `microdit select {corpus.url} {selection}` makes it" if known else ""
+        raise RequestError(
+            f"selection {selection!r} of corpus {corpus.url}: {what}; "
+            f"give one of: {', '.join(found or there) or 'none, make one with `microdit select`'}{ready}"
+        )
+    return found[0]
+
+
+def load_selection(corpus: Corpus, selection: str) -> pa.Table:
+    """The rows of a selection: `source`, `shard`, `row` (int32), `weight` (float32), ordered by the first three.
+
+    Args:
+        selection: as `find_selection` takes it.
+
+    Raises:
+        RequestError: there is none, there are several, or it is damaged.
+    """
+    name, _, digest = find_selection(corpus, selection).partition("@")
+    path = _selection_path(name, digest)
+    try:
+        table = pq.ParquetFile(io.BytesIO(corpus.store.get(path))).read()
+        damaged = (
+            not table.schema.equals(SELECTION)
+            or selection_hash((table.schema.metadata or {}).get(b"microdit", b""), table) != digest
+        )
+    except (pa.ArrowException, OSError, ValueError):
+        damaged = True
+    if damaged:
+        raise RequestError(
+            f"corpus {corpus.url}: {path} is damaged; restore it from a copy, or remove it and select again"
+        )
+    return table

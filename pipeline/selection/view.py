@@ -1,0 +1,163 @@
+"""SQL over the sample table: the view `samples` (docs/corpus.md, section 6)."""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from pyarrow.fs import LocalFileSystem
+
+from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.curation.duplicates import ContaminatedTable, DuplicatesTable
+from microdit.pipeline.curation.job import CONTAMINATED, DUPLICATES, SEMANTIC, Job, job_base
+from microdit.pipeline.curation.semantic import SemanticTable
+from microdit.pipeline.selection.queries import parse
+from microdit.pipeline.tables.database import connect
+from microdit.pipeline.tables.published import Table, cached
+from microdit.pipeline.tables.sample_table import SampleTable, sample_table
+
+READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI)  # multi is PIVOT
+
+
+CONFINED: dict[str, str | bool | int | float | list[str]] = {  # the SQL may be a stranger's
+    "enable_external_access": False,
+    "python_enable_replacements": False,
+}
+
+
+SCORES = re.compile(
+    r"(nsfw|aesthetic|clip|basic)(_\w+)?$|text_(area|boxes|characters)$|caption_(characters|words|language|repetition)$"
+)
+
+
+JOBS: dict[str, tuple[type[Job], str, str]] = {  # a table job's folder: its record, its command, what the view shows
+    DUPLICATES: (
+        DuplicatesTable,
+        "dedup",
+        "duplicate_group, duplicate_distance, CASE WHEN {present} THEN coalesce(duplicate_exact, false) END AS "
+        "duplicate_exact, CASE WHEN {present} THEN coalesce(duplicate_keep, true) END AS duplicate_keep",
+    ),
+    SEMANTIC: (
+        SemanticTable,
+        "dedup --semantic",
+        "semantic_group, semantic_similarity, CASE WHEN {present} THEN coalesce(semantic_keep, true) END AS "
+        "semantic_keep",
+    ),
+    CONTAMINATED: (
+        ContaminatedTable,
+        "decontaminate",
+        "CASE WHEN {present} THEN contaminated_by IS NOT NULL END AS contaminated, contaminated_by, "
+        "contaminated_distance",
+    ),
+}
+
+
+def query(corpus: Corpus, sql: str) -> pa.Table:
+    """The result of a SQL query over the view `samples`; nothing but that view can be reached.
+
+    Raises:
+        RequestError: the SQL is wrong; the message is DuckDB's.
+    """
+    with connected(corpus, sample_table(corpus)) as connection:
+        return run(connection, sql)
+
+
+@contextmanager
+def connected(
+    corpus: Corpus, table: SampleTable, **config: str | bool | int | float | list[str]
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection that sees the view `samples`, and nothing else.
+
+    Args:
+        config: further settings of DuckDB.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="microdit-sql-") as spill,
+        connect(**CONFINED, **config, temp_directory=spill) as connection,
+    ):
+        jobs = jobs_of(corpus, table)
+        connection.register("sample_rows" if jobs else "samples", _view(corpus, table, Path(spill)))
+        shown, joined = ["sample_rows.*"], "sample_rows"
+        for number, (folder, job) in enumerate(jobs.items()):
+            connection.register(f"job_{number}", _view(corpus, job, Path(spill)))
+            shown.append(JOBS[folder][2].format(present=job.present))
+            joined += f" LEFT JOIN job_{number} USING (source, shard, row)"
+        if jobs:
+            connection.execute(f"CREATE VIEW samples AS SELECT {', '.join(shown)} FROM {joined}")
+        connection.execute("SET lock_configuration=true")
+        yield connection
+
+
+def _view(corpus: Corpus, table: Table, spill: Path) -> ds.FileSystemDataset:
+    """A published table for DuckDB: by a path, never a Python file, which several scans of one query would share; that
+    deadlocks and mixes up reads."""
+    path = spill / Path(table.object.name).name if corpus.store.root is None else corpus.store.root / table.object.name
+    if corpus.store.root is None:
+        with corpus.store.open(table.object.name) as file, path.open("wb") as copy:
+            shutil.copyfileobj(file, copy, 16 << 20)
+    try:
+        fragment = ds.ParquetFileFormat().make_fragment(str(path), LocalFileSystem())
+        return ds.FileSystemDataset([fragment], fragment.physical_schema, fragment.format)
+    except (pa.ArrowException, OSError) as error:
+        raise RequestError(
+            f"corpus {corpus.url}: {table.object.name} is damaged ({first_line(error)}); remove the folder "
+            "tables, it is made again"
+        ) from None
+
+
+def jobs_of(corpus: Corpus, table: SampleTable) -> dict[str, Job]:
+    """The table jobs that read the very commits of this sample table, by folder."""
+    found = {folder: cached(corpus, job_base(folder, table), kind) for folder, (kind, _, _) in JOBS.items()}
+    return {folder: job for folder, job in found.items() if job is not None}
+
+
+def asked_jobs(sql: str) -> list[str]:
+    """The folders of the table jobs whose columns the SQL names."""
+    return [folder for folder in JOBS if folder.removeprefix("tables/").removesuffix("s") in sql.lower()]
+
+
+def run(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
+    """The result of one SELECT.
+
+    Raises:
+        RequestError: the SQL is wrong; with DuckDB's message, and the command that makes a column that is not there.
+    """
+    try:
+        kinds = [statement.type for statement in connection.extract_statements(sql)]
+        if len(kinds) != 1 or kinds[0] not in READING:
+            what = ", ".join(kind.name for kind in kinds) or "nothing"
+            raise RequestError(f"SQL: {what}; expected one SELECT over the view samples")
+        table = connection.sql(sql).to_arrow_table()
+    except duckdb.Error as error:
+        told = str(error)
+        if isinstance(error, duckdb.BinderException):
+            there = {name for name, *_ in connection.sql("DESCRIBE samples").fetchall()}
+            found = makers(parse(sql).columns - there)
+            lines = [f"\n{', '.join(names)}: from {maker}" for maker, names in found.items()]
+            told = "".join([first_line(error), *lines]) if lines else told
+        raise RequestError(f"SQL: {told}") from None
+    for where, field in enumerate(table.schema):
+        if field.type == pa.decimal128(38, 0):  # what DuckDB's 128-bit sums come as
+            with suppress(pa.ArrowInvalid):  # it is larger than 64 bits: it stays
+                table = table.set_column(where, field.name, pc.cast(table[where], pa.int64()))
+    return table
+
+
+def makers(absent: Iterable[str]) -> dict[str, list[str]]:
+    """What makes columns that the view does not have, as far as that is known: which columns, by what makes them."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(absent):
+        jobs = [JOBS[folder][1] for folder in asked_jobs(name)]
+        if jobs:
+            found.setdefault(f"`microdit {jobs[0]}`, run again whenever the corpus has changed", []).append(name)
+        elif scorer := SCORES.match(name):
+            block = f"`scores/{scorer[0].partition('_')[0]}` in the config of the corpus, and `microdit build`"
+            found.setdefault(block, []).append(name)
+    return found

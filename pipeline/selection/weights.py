@@ -1,0 +1,73 @@
+"""How often each source comes in a selection: as its size says, all alike, or as it is told."""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from microdit.pipeline.base.errors import RequestError
+
+EQUAL: Literal["equal"] = "equal"
+
+
+Shares = Literal["equal"] | Mapping[str, float]
+
+
+LEAST, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+
+def parse_shares(text: str) -> Shares:
+    """`equal`, or `cc12m=2,sa1b=1`: by source, how often its samples come, all together, beside those of the others.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    if text.strip() == EQUAL:
+        return EQUAL
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        source, equals, number = (word.strip() for word in part.partition("="))
+        try:
+            share = float(number)
+        except ValueError:
+            share = math.nan
+        if not equals or not source or source in found or not (math.isfinite(share) and share > 0):
+            raise RequestError(
+                f"--weights {text}: {part.strip() or 'nothing'!r} is wrong; expected equal, or each source once with a "
+                "number above 0, as in cc12m=2,sa1b=1"
+            )
+        found[source] = share
+    return found
+
+
+def weigh(chosen: pa.Table, shares: Shares) -> pa.Table:
+    """The rows of a selection with weights by which each source comes as often as its share says; their mean is 1.
+
+    Within a source the weights that the rows had keep their proportions.
+
+    Raises:
+        RequestError: the sources are not those that the shares name.
+    """
+    codes = pc.dictionary_encode(chosen["source"]).combine_chunks()
+    sources = codes.dictionary.to_pylist()
+    given = dict.fromkeys(sources, 1.0) if shares == EQUAL else dict(shares)
+    if given.keys() != set(sources):
+        wrong = [f"there is no row of {source}" for source in sorted(given.keys() - set(sources))]
+        wrong += [f"{source} has no number" for source in sorted(set(sources) - given.keys())]
+        raise RequestError(
+            f"--weights: {', '.join(wrong)}; expected a number for each source that the query gives: "
+            f"{', '.join(sorted(sources))}"
+        )
+    index = codes.indices.to_numpy()
+    weight = chosen["weight"].to_numpy().astype(np.float64)
+    total = np.bincount(index, weight)  # adds up row by row, so that every machine has the same sums
+    share = np.array([given[source] for source in sources])
+    factor = share / math.fsum(share) * len(chosen) / total
+    scaled = factor[index] * weight
+    if not ((scaled >= LEAST) & (scaled <= MOST)).all():
+        raise RequestError("--weights: some weights are too far apart for 32-bit numbers; give shares nearer together")
+    where = chosen.schema.get_field_index("weight")
+    return chosen.set_column(where, chosen.schema.field(where), pa.array(scaled.astype(np.float32)))

@@ -1,0 +1,74 @@
+"""`cc12m`: CC12M's tars as pixparse/cc12m-wds has them, with LLaVA-NeXT's captions if they are asked for."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from microdit.pipeline.config.sources import Cc12mSource
+from microdit.pipeline.content.alt_text import clean_caption
+from microdit.pipeline.files.archives import members, stem
+from microdit.pipeline.files.find import list_files
+from microdit.pipeline.files.remote_file import Listing, RemoteFile
+from microdit.pipeline.sources.file_source import MAX_BYTES, FileSource, Sample
+from microdit.pipeline.sources.members import failed, grouped, is_image, one_line, text_of
+from microdit.pipeline.tables.joins.spec import JoinSpec
+
+LLAVANEXT = {"llavanext_long": "caption_llava", "llavanext_short": "caption_llava_short"}
+
+
+LICENSE = "conceptual-12m"
+
+
+class Cc12m(FileSource):
+    """The adapter `cc12m`. Samples have the dataset's nine digits; fields: `alt` as it came, and LLaVA-NeXT's."""
+
+    adapter = "cc12m"
+
+    def __init__(self, name: str, options: Cc12mSource, scratch: Path):
+        super().__init__(name, options, scratch)
+        self._options = options
+        self.license = options.license or LICENSE
+        self.terms = (
+            "Conceptual 12M: links and alt-texts free for any purpose, acknowledge Google LLC; each image is its "
+            "owner's (https://github.com/google-research-datasets/conceptual-12m)"
+        )
+
+    def listing(self) -> Listing:
+        return list_files(self._options.files, f"sources.{self.name}.files")
+
+    def details(self) -> dict[str, Any]:
+        options = self._options
+        return {"caption": options.caption, "clean": options.clean, "require_caption": options.require_caption}
+
+    def tables(self) -> Sequence[JoinSpec]:
+        return self._tables
+
+    @cached_property
+    def _tables(self) -> list[JoinSpec]:
+        if self._options.llavanext is None:
+            return []
+        found = list_files(self._options.llavanext, f"sources.{self.name}.llavanext")
+        reader = "parquet" if found.files[0].name.endswith(".parquet") else "jsonl"
+        return [JoinSpec(found, reader, "key", LLAVANEXT, what=f"sources.{self.name}.llavanext")]
+
+    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[Sample]:
+        options = self._options
+        table = self.table(0) if self._tables else None
+        found = members(path, lambda name: is_image(name) or stem(name)[1] == "txt", MAX_BYTES)
+        for key, image, others in grouped(found):
+            if image.reason is not None:
+                yield failed(image, key)
+                continue
+            row = (table.get(key) if table is not None else None) or {}
+            captions = {"alt": text_of(others.get("txt")), **{name: one_line(row.get(name)) for name in LLAVANEXT}}
+            fields = {name: text for name, text in captions.items() if text}
+            caption = captions[options.caption]
+            if options.caption == "alt" and options.clean:
+                caption = clean_caption(caption)
+            if caption or not options.require_caption:
+                yield Sample(key, image.data, caption, image.name, fields)
+            else:
+                gone = "; cleaning left nothing of it" if captions[options.caption] else ""
+                detail = f"it has no caption {options.caption!r}{gone}"
+                yield Sample(key, None, "", image.name, fields, "no_caption", detail)

@@ -1,0 +1,148 @@
+"""`webdataset`: tars of images with their texts beside them, whatever their members are called."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from microdit.pipeline.config.sources import WebdatasetSource
+from microdit.pipeline.files.archives import members, stem
+from microdit.pipeline.files.find import list_files
+from microdit.pipeline.files.remote_file import Listing, RemoteFile
+from microdit.pipeline.files.tars import Member
+from microdit.pipeline.sources.file_source import MAX_BYTES, FileSource, Sample
+from microdit.pipeline.sources.joined_fields import as_text, inside, joined, some, tables_of
+from microdit.pipeline.sources.members import IMAGES, failed, text_of, whole_stem
+from microdit.pipeline.tables.joins.spec import JoinSpec
+
+TEXTS = ("txt", "json")
+
+
+MAX_JSON = 8 << 20  # bytes; parsed it takes twenty times as much
+
+
+MAX_MEMBERS = 100  # of a sample; more begin another one
+
+
+@dataclass
+class _Group:
+    """Neighbours in a tar whose names differ in the extension only: the best image of them, and the texts asked for."""
+
+    name: str
+    image: Member | None = None
+    rank: int = 0
+    texts: dict[str, Member] = field(default_factory=dict)
+    met: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        return self.name.rpartition("/")[2]
+
+
+class Webdataset(FileSource):
+    """The adapter `webdataset`. Fields: those of the options, and those of the joined tables.
+
+    A sample fails without an image (`missing`), with json that cannot be read (`damaged_json`), and with whatever its
+    members have failed with. Without a caption it does not.
+    """
+
+    adapter = "webdataset"
+
+    def __init__(self, name: str, options: WebdatasetSource, scratch: Path):
+        super().__init__(name, options, scratch)
+        self._options = options
+        self._images = [extension.lower() for extension in options.image]
+        places = [options.caption, *options.fields.values()]
+        self._texts = {text for text in TEXTS if any(place.partition(".")[0] == text for place in places)}
+
+    def listing(self) -> Listing:
+        return list_files(self._options.files, f"sources.{self.name}.files")
+
+    def details(self) -> dict[str, Any]:
+        options = self._options
+        by = [join.by for join in options.joins]
+        return {**options.model_dump(include={"image", "caption", "fields", "keys"}), "joins": by}
+
+    def tables(self) -> Sequence[JoinSpec]:
+        return self._tables
+
+    @cached_property
+    def _tables(self) -> list[JoinSpec]:
+        return tables_of(self.name, self._options.joins)
+
+    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[Sample]:
+        for group in self._groups(members(path, self._is_read, MAX_BYTES)):
+            yield self._sample(group)
+
+    def _groups(self, found: Iterator[Member]) -> Iterator[_Group]:
+        """The samples of a tar. A place where it is broken is one, too, of no name."""
+        group = _Group("")
+        for member in found:
+            name, extension = whole_stem(member.name), stem(member.name)[1]
+            broken = member.reason == "damaged_archive"
+            again = extension in group.met or len(group.met) == MAX_MEMBERS
+            if broken or again or name != group.name:
+                if group.met:
+                    yield group
+                group = _Group("" if broken else name)
+            group.met.append(extension)
+            rank = 0 if broken else self._rank(extension)
+            if rank is not None and (group.image is None or rank < group.rank):
+                group.image, group.rank = member, rank
+            elif extension in self._texts:
+                group.texts[extension] = member
+        if group.met:
+            yield group
+
+    def _sample(self, group: _Group) -> Sample:
+        image, options = group.image, self._options
+        key = group.key if options.keys == "member" else ""
+        if image is None:
+            wanted = " or ".join(self._images or IMAGES)
+            detail = f"it has no image ({wanted}), but {', '.join(group.met)}"
+            return Sample(key, None, origin=group.name, reason="missing", detail=detail)
+        for member in (image, *group.texts.values()):
+            if member.data is None:
+                return failed(member, key)
+        about, fault = _parsed(group.texts.get("json"))
+        if fault:
+            reason = "damaged_json" if about is None else "too_large"
+            return Sample(key, None, origin=group.texts["json"].name, reason=reason, detail=fault)
+        text = text_of(group.texts.get("txt"))
+
+        def at(place: str) -> object:
+            return text if place == "txt" else inside(about, place.removeprefix("json."))
+
+        fields = some((name, at(place)) for name, place in options.fields.items())
+        fields |= joined(options.joins, self.table, group.key, image.name)
+        caption = as_text(at(options.caption)) if options.caption else ""
+        return Sample(key, image.data, caption, image.name, fields)
+
+    def _is_read(self, name: str) -> bool:
+        # texts that nobody asked for, too: else a sample that has lost its image would not be seen
+        extension = stem(name)[1]
+        return extension in TEXTS or self._rank(extension) is not None
+
+    def _rank(self, extension: str) -> int | None:
+        """Which image of a sample is taken: the lowest; None if it is no image."""
+        if self._images:
+            return self._images.index(extension) if extension in self._images else None
+        if extension in IMAGES:
+            return IMAGES.index(extension)
+        last = extension.rpartition(".")[2]  # of `photo.small.jpg`
+        return len(IMAGES) + IMAGES.index(last) if last in IMAGES else None
+
+
+def _parsed(member: Member | None) -> tuple[dict[str, Any] | None, str]:
+    """A json member's object, and what is wrong with it; without one an empty object."""
+    if member is None or member.data is None:
+        return {}, ""
+    if len(member.data) > MAX_JSON:
+        return {}, f"its json has {len(member.data)} bytes, at most {MAX_JSON} are read"
+    try:
+        found = json.loads(member.data)
+    except (ValueError, RecursionError) as error:
+        return None, f"its json cannot be read: {error}"
+    return (found, "") if isinstance(found, dict) else (None, f"its json is no object: {member.data[:60]!r}")

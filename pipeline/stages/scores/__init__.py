@@ -1,0 +1,1 @@
+"""Stages that score samples: by pixels, by caption, by vision models."""

@@ -1,0 +1,1 @@
+"""Immutable objects by name: one `Store`, on a disk or in a bucket."""

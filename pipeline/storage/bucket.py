@@ -1,0 +1,312 @@
+"""Objects in a bucket (S3, GCS, Azure).
+
+obstore does the work, and what it gives up is tried again here: a bucket that throttles slows a build and does not
+fail it.
+"""
+
+import io
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import urlsplit
+
+import obstore
+from obstore import exceptions
+from obstore.store import from_url
+
+from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.base.threads import side_by_side
+from microdit.pipeline.storage.object_info import ObjectInfo
+
+T = TypeVar("T")
+
+SCHEMES = ("s3", "gs", "az")
+BLOCK = 4 << 20  # bytes that one request reads of a file on a bucket
+PARTS = 3  # parts of an upload at once: each has to get through in READ_TIMEOUT, on a slow line too
+CONNECT_TIMEOUT = 10.0  # seconds
+READ_TIMEOUT = 60.0  # seconds without a byte of an answer, the sending of the request included
+REQUEST_TIMEOUT = 300.0  # seconds for one request as a whole
+PATIENCE = 300.0  # seconds after which a request that fails again and again is given up
+FIRST_PATIENCE = 30.0  # the same until the bucket has answered once: its address may be wrong
+PAUSE, LONGEST_PAUSE = 0.1, 20.0  # seconds before the second try, at most twice as long before each further one
+FINAL = (  # answers that another try would not change; everything else may be throttling, or the network
+    exceptions.AlreadyExistsError,
+    exceptions.InvalidPathError,
+    exceptions.NotSupportedError,
+    exceptions.PermissionDeniedError,
+    exceptions.UnauthenticatedError,
+    exceptions.UnknownConfigurationKeyError,
+)
+SCRATCH, OLD_SCRATCH = "microdit-scratch-", 24 * 3600.0  # seconds: no attempt may be committed that is half as old
+
+
+class Bucket:
+    """Immutable objects under `url`, which is `s3://bucket/prefix`, `gs://...` or `az://...`.
+
+    Raises:
+        RequestError: if the URL names no bucket.
+    """
+
+    root = None  # no folder of this machine
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        self._answered = False
+        scheme = urlsplit(url).scheme
+        options = bucket_options(scheme)
+        try:
+            self._bucket: Any = from_url(self.url, **options)
+            self._once: Any = from_url(self.url, **options | {"retry_config": {"max_retries": 0}})
+        except exceptions.BaseError as error:
+            raise RequestError(
+                f"corpus {url!r}: {first_line(error)}; expected {scheme}://bucket/prefix and its credentials"
+            ) from error
+
+    def __reduce__(self) -> tuple[type["Bucket"], tuple[str], dict[str, bool]]:
+        return Bucket, (self.url,), {"_answered": self._answered}
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def create(self, name: str, data: bytes) -> None:
+        """Write a whole object, durable, if and only if the name is free.
+
+        A request whose answer was lost may have been carried out: then the bucket refuses the next one because of our
+        own bytes, and we have won. If another writer wrote equal bytes meanwhile, both are told so: nothing differs.
+
+        Raises:
+            FileExistsError: somebody wrote it before.
+        """
+        asked = 0
+
+        def put() -> None:
+            nonlocal asked
+            asked += 1
+            try:
+                obstore.put(self._once, name, data, mode="create")
+            except exceptions.AlreadyExistsError:
+                try:
+                    ours = self.get(name) == data
+                except FileNotFoundError:  # S3's 409: requests met, and none has won yet
+                    raise exceptions.GenericError("another request writes it at this moment") from None
+                if asked == 1 or not ours:
+                    raise FileExistsError(name) from None
+
+        self._retry("write", name, put)
+
+    @contextmanager
+    def scratch(self, name: str) -> Iterator[Path]:
+        """Yield a local path to write the object `name` at, before `publish`; it is removed afterwards."""
+        sweep_scratch()
+        path = Path(tempfile.mkdtemp(prefix=SCRATCH)) / Path(name).name
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+    def publish(self, objects: Mapping[str, Path]) -> None:
+        """Upload complete scratch files, by the name of their object, side by side; all are durable on return."""
+        list(side_by_side().map(self._upload, objects, objects.values()))
+
+    def _upload(self, name: str, path: Path) -> None:
+        def put() -> None:
+            try:
+                obstore.put(self._bucket, name, path, max_concurrency=PARTS)
+            except FileNotFoundError as error:  # the answer to the last request of an upload in parts was lost
+                raise exceptions.GenericError(f"the upload in parts is gone: {first_line(error)}") from error
+
+        self._retry("write", name, put)
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Remove objects; one that is already gone is no error."""
+        for start in range(0, len(names), 1000):
+            batch = list(names[start : start + 1000])
+            try:
+                self._retry("delete", batch[0], partial(obstore.delete, self._bucket, batch))
+            except FileNotFoundError:  # GCS and Azure stop at the first one that is gone
+                for name in batch:
+                    with suppress(FileNotFoundError):
+                        self._retry("delete", name, partial(obstore.delete, self._bucket, name))
+
+    def _retry(self, what: str, name: str, request: Callable[[], T]) -> T:
+        """Run a bucket request, retrying transient failures with exponential backoff.
+
+        Raises:
+            OSError: it failed for `PATIENCE`.
+        """
+        began, pause, tries = time.monotonic(), PAUSE, 0
+        while True:
+            tries += 1
+            try:
+                answer = request()
+            except FINAL:
+                raise
+            except exceptions.BaseError as error:
+                waited = time.monotonic() - began
+                if waited + pause > (PATIENCE if self._answered else FIRST_PATIENCE):
+                    raise OSError(
+                        f"{self.url}/{name}: {tries} tries to {what} it failed in {waited:.0f} s, the last with: "
+                        f"{first_line(error)}; check the network, and what the bucket allows"
+                    ) from error
+            else:
+                self._answered = True
+                return answer
+            time.sleep(pause * random.uniform(0.5, 1.0))  # not all workers at once
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def get(self, name: str) -> bytes:
+        """Read the whole object.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        return self._retry("read", name, lambda: bytes(obstore.get(self._bucket, name).bytes()))
+
+    def get_buffer(self, name: str) -> memoryview:
+        """Read the whole object without a copy. Raises as `get`."""
+        return self._retry("read", name, lambda: memoryview(obstore.get(self._bucket, name).bytes()))
+
+    def get_range(self, name: str, start: int, length: int) -> bytes:
+        """Read `length` bytes of an object from `start`.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        return self._retry(
+            "read", name, lambda: bytes(obstore.get_range(self._bucket, name, start=start, length=length))
+        )
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a seekable binary file over the object, read in blocks.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        size = self._retry("read", name, lambda: int(obstore.head(self._bucket, name)["size"]))
+        return cast(BinaryIO, io.BufferedReader(_BucketFile(self, name, size), BLOCK))
+
+    def exists(self, name: str) -> bool:
+        try:
+            self._retry("read", name, lambda: obstore.head(self._bucket, name))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """List all objects below the folder `prefix`, in no order."""
+        for item in self._pages(prefix):
+            yield ObjectInfo(item["path"], item["size"], item["last_modified"])
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """List the names alone."""
+        yield from (item["path"] for item in self._pages(prefix))
+
+    def _pages(self, prefix: str) -> Iterator[Any]:
+        """List in requests of a thousand objects each; after a fault go on behind the last object seen."""
+        pages: Any = None
+        last: str | None = None
+
+        def page() -> Any:
+            nonlocal pages
+            if pages is None:
+                pages = iter(obstore.list(self._bucket, prefix or None, offset=last, chunk_size=1000))
+            try:
+                return next(pages, None)
+            except BaseException:
+                pages = None
+                raise
+
+        while listed := self._retry("list", prefix, page):
+            yield from listed
+            last = listed[-1]["path"]
+
+    def unfinished(self) -> Iterator[Path]:
+        """Yield nothing: killed writers leave no files in a bucket."""
+        return iter(())
+
+
+class _BucketFile(io.RawIOBase):
+    """An object on a bucket as Python's io expects a file: every read is a request of its own."""
+
+    def __init__(self, store: Bucket, name: str, size: int):
+        self._store, self._name, self._size = store, name, size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence], 0)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        length = max(min(len(buffer), self._size - self._at), 0)
+        if length:
+            buffer[:length] = self._store.get_range(self._name, self._at, length)
+            self._at += length
+        return length
+
+    def readall(self) -> bytes:
+        parts = iter(lambda: self.read(BLOCK), b"")
+        return b"".join(parts)
+
+
+@lru_cache(maxsize=16)
+def open_bucket(url: str, endpoint: str | None) -> Any:
+    """The obstore of a whole bucket. `endpoint` is that of the environment, by which different ones are told apart."""
+    return from_url(url, **bucket_options(urlsplit(url).scheme))
+
+
+def bucket_options(scheme: str) -> dict[str, Any]:
+    """What every bucket is opened with by obstore: time limits, its own tries, address and credentials."""
+    options: dict[str, Any] = {
+        "client_options": {
+            "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT),
+            "read_timeout": timedelta(seconds=READ_TIMEOUT),
+            "timeout": timedelta(seconds=REQUEST_TIMEOUT),
+        },
+        "retry_config": {
+            "max_retries": 3,
+            "retry_timeout": timedelta(seconds=60),
+            "backoff": {"init_backoff": timedelta(seconds=PAUSE), "max_backoff": timedelta(seconds=LONGEST_PAUSE)},
+        },
+    }
+    if scheme == "s3":
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if endpoint:
+            options["endpoint"] = endpoint
+            options["client_options"]["allow_http"] = endpoint.startswith("http://")
+        if not os.environ.get("AWS_ACCESS_KEY_ID"):  # profiles and instance roles, as boto3 finds them
+            import boto3
+            from obstore.auth.boto3 import Boto3CredentialProvider
+
+            session = boto3.Session()
+            if session.get_credentials() is not None:
+                options["credential_provider"] = Boto3CredentialProvider(session)
+        if not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
+            options["region"] = "us-east-1"
+    return options
+
+
+@cache
+def sweep_scratch() -> None:
+    """Remove what killed writers left in this machine's temporary folder, once a process."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+        with suppress(OSError):  # another process was faster, or it is another user's
+            if time.time() - folder.stat().st_mtime > OLD_SCRATCH:
+                shutil.rmtree(folder)

@@ -1,0 +1,1 @@
+"""Tables from outside, sorted by key and joined to the samples of a source."""

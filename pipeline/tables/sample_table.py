@@ -1,0 +1,193 @@
+"""The sample table: all sidecars joined, cached in the corpus (docs/corpus.md, section 6)."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.threads import threaded
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import commit_name
+from microdit.pipeline.corpus.records import Declaration, canonical
+from microdit.pipeline.corpus.shard_files import SCALAR_TYPES
+from microdit.pipeline.tables.published import Table, cached, publish
+
+LAYOUT = 1  # of the sample table; a table of another layout is not taken from the cache
+
+
+ROW_GROUP = 65_536
+
+
+JOINS = "tables/joins"  # the folder of `microdit.pipeline.tables.joins.build`
+
+
+BASE = pa.schema(
+    [
+        pa.field("id", pa.string()),
+        pa.field("source", pa.string()),
+        pa.field("unit", pa.string()),
+        pa.field("shard", pa.string()),
+        pa.field("row", pa.int32()),
+        pa.field("key", pa.string()),
+        pa.field("status", pa.string()),
+        pa.field("reason", pa.string()),
+        pa.field("detail", pa.string()),
+    ]
+)
+
+
+JOB_COLUMNS = pa.schema(  # what the table jobs (`microdit.pipeline.curation.job`) add to the view
+    [
+        pa.field("duplicate_group", pa.string()),
+        pa.field("duplicate_distance", pa.int16()),
+        pa.field("duplicate_exact", pa.bool_()),
+        pa.field("duplicate_keep", pa.bool_()),
+        pa.field("semantic_group", pa.string()),
+        pa.field("semantic_similarity", pa.float32()),
+        pa.field("semantic_keep", pa.bool_()),
+        pa.field("contaminated_by", pa.string()),
+        pa.field("contaminated_distance", pa.int16()),
+    ]
+)
+
+
+class Field(NamedTuple):
+    """A column of the sample table: where it comes from. `scalar` is None for `has_...`: is the sample there?"""
+
+    name: str
+    column: str
+    scalar: str | None
+    type: pa.DataType
+
+
+class SampleTable(Table):
+    """The cached sample table: beside the table the commits in it, and the hash of their list."""
+
+    commits: str
+    names: list[str]
+
+
+def sample_table(corpus: Corpus) -> SampleTable:
+    """The table of all samples of the newest commits: one row for each row of each `images` shard.
+
+    It is made if it is not in the corpus's cache: a new commit, generation or column makes another one.
+
+    Raises:
+        RequestError: the corpus has no `images` column, or its commits contradict each other.
+    """
+    declared = corpus.columns()
+    if "images" not in declared:
+        raise RequestError(f"corpus {corpus.url}: it has no images yet; run `microdit build` first")
+    newest = {column: corpus.committed(column) for column in declared}
+    names = sorted(
+        commit_name(column, source, shard, generation)
+        for column, found in newest.items()
+        for (source, shard), generation in found.items()
+    )
+    commits = hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
+    about = canonical({"layout": LAYOUT, "columns": sorted(declared), "commits": commits})
+    base = f"tables/{hashlib.sha256(about).hexdigest()}"
+    if table := cached(corpus, base, SampleTable):
+        return table
+
+    def write(path: Path) -> int:
+        rows = 0
+        with pq.ParquetWriter(path, table_schema(declared), compression="zstd") as writer:
+            for part in _parts(corpus, declared, newest):
+                writer.write_table(part)
+                rows += len(part)
+        return rows
+
+    return publish(
+        corpus, base, write, lambda object, rows: SampleTable(object=object, rows=rows, commits=commits, names=names)
+    )
+
+
+def table_fields(declared: dict[str, Declaration]) -> list[Field]:
+    """The fields of the sample table behind `BASE`.
+
+    Raises:
+        RequestError: two columns would have the same name.
+    """
+    fields = [Field(name, "images", name, SCALAR_TYPES[kind]) for name, kind in declared["images"].scalars.items()]
+    for column, declaration in sorted(declared.items()):
+        kind, _, name = column.partition("/")
+        if column == "images":
+            continue
+        if kind == "captions":
+            prefix = f"caption_{name}"
+        elif kind == "scores" and declaration.kind == "table":
+            prefix = name
+        else:
+            prefix = re.sub(r"[^A-Za-z0-9_]", "_", column)
+            fields.append(Field(f"has_{prefix}", column, None, pa.bool_()))
+        for scalar, type_name in declaration.scalars.items():
+            own = {"captions": "caption", "scores": name.partition("-")[0]}.get(kind)  # what the column is about
+            whole = prefix if scalar == own else f"{prefix}_{scalar}"
+            fields.append(Field(re.sub(r"[^A-Za-z0-9_]", "_", whole), column, scalar, SCALAR_TYPES[type_name]))
+    taken = dict.fromkeys(BASE.names, "images") | dict.fromkeys([*JOB_COLUMNS.names, "contaminated"], "table jobs")
+    for field in fields:
+        if field.name in taken:
+            raise RequestError(
+                f"columns {taken[field.name]!r} and {field.column!r} would both be {field.name!r} in the sample table"
+            )
+        taken[field.name] = field.column
+    return fields
+
+
+def table_schema(declared: dict[str, Declaration]) -> pa.Schema:
+    return pa.schema([*BASE, *(pa.field(field.name, field.type) for field in table_fields(declared))])
+
+
+def _parts(
+    corpus: Corpus, declared: dict[str, Declaration], newest: dict[str, dict[tuple[str, str], int]]
+) -> Iterator[pa.Table]:
+    """The table in parts of at least `ROW_GROUP` rows, ordered by source and shard."""
+    fields, schema = table_fields(declared), table_schema(declared)
+
+    def read(where: tuple[str, str]) -> pa.Table:
+        return _shard_rows(corpus, where, {c: found[where] for c, found in newest.items() if where in found}, fields)
+
+    waiting: list[pa.Table] = []
+    for table in threaded(read, sorted(newest["images"])):
+        waiting.append(table.cast(schema))
+        if sum(map(len, waiting)) >= ROW_GROUP:
+            yield pa.concat_tables(waiting).combine_chunks()
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting).combine_chunks()
+
+
+def _shard_rows(corpus: Corpus, where: tuple[str, str], generations: dict[str, int], fields: list[Field]) -> pa.Table:
+    """One shard's part: the sidecars of all columns side by side, which works because a sidecar has every row."""
+    source, shard = where
+    commits = {column: corpus.commit(column, *where, generation) for column, generation in generations.items()}
+    sidecars = {column: corpus.sidecar(commit) for column, commit in commits.items()}
+    images = sidecars["images"]
+    for column, sidecar in sidecars.items():
+        if not sidecar["row"].equals(images["row"]):
+            raise RequestError(
+                f"{commits[column].name}: its sidecar has {len(sidecar)} rows, that of the images {len(images)}; "
+                "run `microdit verify`"
+            )
+    arrays: dict[str, pa.ChunkedArray | pa.Array] = {
+        "id": pc.binary_join_element_wise(source, images["key"], "/"),
+        "source": pa.repeat(source, len(images)),
+        "unit": pa.repeat(commits["images"].unit, len(images)),
+        "shard": pa.repeat(shard, len(images)),
+    }
+    arrays |= {name: images[name] for name in BASE.names if name not in arrays}
+    for field in fields:
+        sidecar = sidecars.get(field.column)
+        if field.scalar is None:
+            there = pa.repeat(False, len(images)) if sidecar is None else pc.equal(sidecar["status"], "ok")
+            arrays[field.name] = there
+        else:
+            arrays[field.name] = pa.nulls(len(images), field.type) if sidecar is None else sidecar[field.scalar]
+    return pa.table(arrays)

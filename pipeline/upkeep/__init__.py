@@ -1,0 +1,1 @@
+"""Whether a corpus is sound, and what killed writers left in it."""

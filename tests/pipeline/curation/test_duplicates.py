@@ -1,0 +1,179 @@
+"""Table jobs on a small corpus of real pictures: what is double, what is near an evaluation set, and what one sees."""
+
+import hashlib
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import Result
+from PIL import Image
+from typer.testing import CliRunner
+
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.cli.app import app
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import shard_name, unit_name
+from microdit.pipeline.corpus.records import ShardRef
+from microdit.pipeline.curation.duplicates import decontaminate, dedup, hash_table
+from microdit.pipeline.selection.selections import load_selection, select
+from microdit.pipeline.selection.view import query
+from microdit.pipeline.stages.scores.pixels import BasicScores
+from microdit.pipeline.stages.stage import Task
+from tests.pipeline.helpers.small_corpus import IMAGE_SCALARS, SOURCE
+
+UNIT = unit_name(SOURCE, 0)
+
+
+KEEP = "SELECT source, shard, row FROM samples WHERE duplicate_keep"
+
+
+def photo(seed: int, side: int = 96) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 255, (9, 9, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def write(corpus: Corpus, number: int, images: list[Image.Image | None]) -> None:
+    """A shard of pictures, and their scores by the stage itself."""
+    ref = ShardRef(source=SOURCE, unit=UNIT, shard=shard_name(UNIT, number))
+    with corpus.attempt("images", ref) as attempt:
+        for row, image in enumerate(images):
+            key = f"{ref.shard}-{row}"
+            if image is None:
+                attempt.fail(row, key, "http_404", "the server said 404")
+                continue
+            buffer = io.BytesIO()
+            image.save(buffer, "png")
+            data, sizes = buffer.getvalue(), dict(zip(("width", "height"), image.size, strict=True))
+            about = dict.fromkeys(("caption", "origin", "license", "fields"), "") | sizes
+            about |= {f"original_{name}": size for name, size in sizes.items()}
+            about |= {"sha256": hashlib.sha256(data).hexdigest()}
+            attempt.add(row, key, {"png": data, "json": b"{}"}, **about, format="png", bytes=len(data))
+        attempt.commit()
+    stage = BasicScores("scores/basic", 1 << 24)
+    stage.run(corpus, Task(ref, {"scores/basic": 0}))
+
+
+def corpus_of(url: Path, images: list[Image.Image | None]) -> Corpus:
+    corpus = Corpus.create(url, "doubles", shard_samples=8)
+    corpus.declare_source(SOURCE, {"adapter": "made"})
+    corpus.declare_column("images", {"stage": "images"}, IMAGE_SCALARS)
+    spec = BasicScores("scores/basic", 1 << 24).columns["scores/basic"]
+    corpus.declare_column("scores/basic", spec.stage, spec.scalars)
+    write(corpus, 0, images)
+    return corpus
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    """0 = 1 in pixels, 2 is the same larger; 3 is a failed row; 4 and 5 are alone."""
+    return corpus_of(tmp_path / "corpus", [photo(1), photo(1), photo(1, 160), None, photo(2), photo(3)])
+
+
+def rows(corpus: Corpus, what: str) -> list[dict[str, Any]]:
+    return query(corpus, f"SELECT row, {what} FROM samples ORDER BY shard, row").to_pylist()
+
+
+def test_the_largest_of_a_group_is_kept(corpus: Corpus) -> None:
+    found = dedup(corpus)
+    assert {name: found[name] for name in ("samples", "groups", "kept", "dropped", "exact", "without_hash")} == {
+        "samples": 5,
+        "groups": 1,
+        "kept": 3,
+        "dropped": 2,
+        "exact": 1,
+        "without_hash": 0,
+    }
+    lines = rows(corpus, "duplicate_group, duplicate_exact, duplicate_keep, duplicate_distance")
+    assert [line["duplicate_keep"] for line in lines] == [False, False, True, None, True, True]
+    assert [line["duplicate_exact"] for line in lines] == [False, True, False, None, False, False]
+    assert [line["duplicate_group"] for line in lines] == [f"demo/{UNIT}-00-2"] * 3 + [None] * 3
+    assert lines[2]["duplicate_distance"] == 0 and lines[4]["duplicate_distance"] is None
+    chosen = load_selection(corpus, f"once@{select(corpus, 'once', KEEP).hash}")
+    assert chosen["row"].to_pylist() == [2, 4, 5]
+    assert dedup(corpus) == found  # at once
+    assert dedup(corpus, 0)["path"] != found["path"]
+
+
+def test_a_new_commit_asks_for_a_new_table(corpus: Corpus) -> None:
+    first = dedup(corpus)
+    write(corpus, 1, [photo(2)])
+    with pytest.raises(RequestError, match=r"duplicate_keep(.|\n)*`microdit dedup`, run again"):
+        select(corpus, "once", KEEP)
+    second = dedup(corpus)
+    assert second["path"] != first["path"] and (second["groups"], second["dropped"]) == (2, 3)
+    assert [line["duplicate_keep"] for line in rows(corpus, "duplicate_keep")][-3:] == [True, True, False]
+
+
+def test_two_at_once_make_one_table(corpus: Corpus) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(dedup, [corpus, Corpus.open(corpus.url)])
+    assert one == other
+    assert len([name for name in corpus.store.names("tables/duplicates") if name.endswith(".parquet")]) == 1
+
+
+def test_what_is_in_an_evaluation_set(corpus: Corpus, tmp_path: Path) -> None:
+    other = corpus_of(tmp_path / "evaluation", [photo(7), photo(3), None])
+    found = decontaminate(corpus, [other.url])
+    assert (found["contaminated"], found["exact"], found["samples"]) == (1, 1, 5)
+    lines = rows(corpus, "contaminated, contaminated_by")
+    assert [line["contaminated"] for line in lines] == [False, False, False, None, False, True]
+    assert lines[5]["contaminated_by"] == f"demo/{UNIT}-00-1"
+    file = f"{other.url}/{hash_table(other).object.name}"
+    again = decontaminate(corpus, [file])
+    assert (again["contaminated"], again["against"][0]["sha256"]) == (1, found["against"][0]["sha256"])
+    dedup(corpus)  # both at once in the view
+    assert [line["duplicate_keep"] for line in rows(corpus, "contaminated, duplicate_keep")][2:] == [
+        True,
+        None,
+        True,
+        True,
+    ]
+
+
+def test_what_cannot_be_asked(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="distance 9: expected 0 to 8"):
+        dedup(corpus, 9)
+    (tmp_path / "no.parquet").write_bytes(b"nothing")
+    with pytest.raises(RequestError, match=r"--against .*no\.parquet: it cannot be read"):
+        decontaminate(corpus, [str(tmp_path / "no.parquet")])
+    empty = Corpus.create(tmp_path / "empty", "empty")
+    empty.declare_column("images", {"stage": "images"}, IMAGE_SCALARS)
+    with pytest.raises(RequestError, match="it has no scores/basic with hashes"):
+        dedup(empty)
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+def microdit(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_both_commands(corpus: Corpus, tmp_path: Path) -> None:
+    said = microdit("dedup", corpus.url)
+    assert said.exit_code == 0 and "1 groups: 3 of 5 samples to keep, 2 to drop; 1 repeat" in said.stdout
+    assert json.loads(microdit("dedup", corpus.url, "--json").stdout)["groups"] == 1
+    other = corpus_of(tmp_path / "evaluation", [photo(2), photo(9)])
+    said = microdit("decontaminate", corpus.url, "--against", other.url)
+    assert said.exit_code == 0 and said.stdout.startswith("1 of 5 samples are near an evaluation set")
+    found = json.loads(microdit("decontaminate", corpus.url, "--against", other.url, "--json").stdout)
+    assert (found["contaminated"], found["exact"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("dedup", "--distance", 9), "9"),
+        (("decontaminate", "--against", "nowhere"), "nowhere"),
+        (("decontaminate",), "configs/coco-val.yaml"),
+    ],
+)
+def test_a_wrong_request_is_one_message(
+    corpus: Corpus, arguments: tuple[object, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = microdit(arguments[0], corpus.url, *arguments[1:])
+    assert said.exit_code == 2
+    assert words in said.stderr and "Traceback" not in said.output

@@ -1,0 +1,230 @@
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from obstore.exceptions import PermissionDeniedError
+
+from microdit.pipeline.base.errors import DamagedError
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import shard_name, unit_name
+from microdit.pipeline.corpus.records import ShardRef
+from microdit.pipeline.selection.view import query
+from microdit.pipeline.storage.store import Store
+from microdit.pipeline.tables import commit_table as module
+from microdit.pipeline.tables.commit_table import LINE, commit_table, totals
+from microdit.pipeline.upkeep.gc import gc
+from microdit.pipeline.upkeep.status import status
+from microdit.pipeline.upkeep.verify import verify
+from tests.pipeline.helpers.small_corpus import SHARD_SAMPLES, SOURCE, fill, make_corpus, write_column, write_images
+
+UNIT = unit_name(SOURCE, 0)
+
+
+REF = ShardRef(source=SOURCE, unit=UNIT, shard=shard_name(UNIT, 0))
+
+
+TABLES = "tables/commits"
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five commits are enough for a table."""
+    monkeypatch.setattr(module, "LEAST", 5)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the commits that are read one by one."""
+    names: list[str] = []
+    get = Store.get
+
+    def watched(self: Store, name: str) -> bytes:
+        if name.startswith("commits/"):
+            names.append(name)
+        return get(self, name)
+
+    monkeypatch.setattr(Store, "get", watched)
+    yield names
+
+
+def same(first: pa.Table, second: pa.Table) -> bool:
+    return first.sort_by("name").equals(second.sort_by("name"))
+
+
+def test_it_says_what_the_commits_say(corpus_url: str) -> None:
+    corpus = make_corpus(corpus_url)
+    fill(corpus)
+    newer = write_images(corpus, REF, failed=(0, 1), generation=1)
+    table = commit_table(corpus)
+    assert table.schema.equals(LINE)
+    lines = {line["name"]: line for line in table.to_pylist()}
+    assert sorted(lines) == sorted(item.name for item in corpus.store.list("commits"))
+    assert lines[newer.name] == {
+        "name": newer.name,
+        "column": "images",
+        "source": SOURCE,
+        "shard": REF.shard,
+        "generation": 1,
+        "sha256": newer.sha256,
+        "in": 6,
+        "out": 4,
+        "failed": 2,
+        "bytes": newer.object.size + newer.sidecar.size,
+        "seconds": newer.timings["seconds"],
+        "reasons": [{"reason": "http_404", "count": 2}],
+        "inputs": [],
+    }
+    text = corpus.commit("text/minilm@source", SOURCE, REF.shard, 0)
+    assert lines[text.name]["inputs"] == [item.model_dump() for item in text.inputs]
+    assert lines[f"commits/units/{SOURCE}/{UNIT}.0.json"]["in"] == 2 * SHARD_SAMPLES
+
+
+def test_only_what_is_new_is_read_again(corpus_url: str, reads: list[str]) -> None:
+    corpus = make_corpus(corpus_url)
+    fill(corpus)
+    first = commit_table(corpus)
+    assert len(reads) == len(first) == 11
+    reads.clear()
+    assert same(commit_table(Corpus.open(corpus_url)), first) and not reads
+    newer = write_images(corpus, REF, generation=1)
+    second = commit_table(corpus)
+    assert reads == [newer.name] and len(second) == 12
+    commit_table(corpus)
+    assert reads == [newer.name] * 2  # one is not worth a table
+    assert len([item for item in corpus.store.list(TABLES) if item.name.endswith(".json")]) == 1
+
+
+def test_what_was_read_before_a_stop_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[str]
+) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus)
+    for name, value in {"AT_ONCE": 1, "BATCH": 2, "SAVE_EVERY": 4}.items():
+        monkeypatch.setattr(module, name, value)
+    get = Store.get
+
+    def stopped(self: Store, name: str) -> bytes:
+        if name.startswith("commits/") and len(reads) >= 8:
+            raise KeyboardInterrupt
+        return get(self, name)
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(module, "threaded", lambda function, items: map(function, items))
+        context.setattr(Store, "get", stopped)
+        commit_table(corpus)
+    reads.clear()
+    assert len(commit_table(corpus)) == 11 and len(reads) == 11 - 8
+
+
+def test_what_is_not_listed_any_more_is_not_told(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus)
+    whole = commit_table(corpus)
+    gone = f"commits/scores/basic/{SOURCE}/{REF.shard}.0.json"
+    corpus.store.delete([gone])
+    assert set(whole["name"].to_pylist()) - set(commit_table(corpus)["name"].to_pylist()) == {gone}
+
+
+@pytest.mark.parametrize("damage", ["manifest", "object", "no object", "other lines", "nothing"])
+def test_the_cache_may_be_damaged_or_deleted(tmp_path: Path, damage: str, reads: list[str]) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus)
+    whole = commit_table(corpus)
+    (manifest,) = (tmp_path / TABLES).glob("*.json")
+    (data,) = (tmp_path / TABLES).glob("*.parquet")
+    if damage == "manifest":
+        manifest.write_bytes(b"\xff{")
+    elif damage == "object":
+        data.write_bytes(data.read_bytes()[:-9] + b"something")
+    elif damage == "no object":
+        data.unlink()
+    elif damage == "other lines":
+        module.pq.write_table(whole.drop_columns(["inputs"]), data)
+        about = json.loads(manifest.read_bytes())
+        about["object"] |= {"sha256": module.hashlib.sha256(data.read_bytes()).hexdigest()}
+        manifest.write_text(json.dumps(about))
+    else:
+        manifest.unlink()
+    reads.clear()
+    assert same(commit_table(corpus), whole) and len(reads) == len(whole)
+    reads.clear()
+    assert same(commit_table(corpus), whole) and not reads  # it was published again
+
+
+def test_who_may_not_write_still_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus)
+    whole = commit_table(corpus)
+    gc(corpus, older_than_hours=0)
+    for path in (tmp_path / TABLES).iterdir():
+        path.unlink()
+    for error in (PermissionError("no"), PermissionDeniedError("no")):
+
+        def refuse(*given: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(Store, "publish", refuse)
+        assert same(commit_table(corpus), whole)
+        assert not list(corpus.store.list(TABLES))
+
+
+def test_a_damaged_commit_is_named_until_there_is_a_newer_one(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus)
+    name = f"commits/scores/basic/{SOURCE}/{REF.shard}.0.json"
+    (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(DamagedError, match=name):
+        commit_table(corpus)
+    damage: list[str] = []
+    assert len(commit_table(corpus, damage)) > 0
+    assert len(damage) == 1 and name in damage[0]
+    newer = write_column(corpus, "scores/basic", {"images": corpus.commits("images")[0]}, generation=1)
+    names = commit_table(corpus)["name"].to_pylist()
+    assert newer.name in names and name not in names
+
+
+def test_totals_count_the_newest_commits(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus)
+    before = totals(commit_table(corpus))
+    assert before["units", SOURCE].done == 1 and before["units", SOURCE].inputs == 2 * SHARD_SAMPLES
+    newer = write_images(corpus, REF, failed=(0, 1), generation=1)
+    after = totals(commit_table(corpus))
+    images = after["images", SOURCE]
+    assert (images.done, images.inputs, images.out, images.failed) == (2, 12, 9, 3)
+    assert images.reasons == {"http_404": 3}
+    assert {where[0]: found.stale for where, found in after.items()} == {
+        "images": 0,
+        "units": 0,
+        "captions/source": 1,
+        "scores/basic": 1,
+        "latents/demo-64": 1,
+        "text/minilm@source": 1,
+    }
+    write_column(corpus, "scores/basic", {"images": newer}, generation=1)
+    assert totals(commit_table(corpus))["scores/basic", SOURCE].stale == 0
+    assert totals(LINE.empty_table()) == {}
+
+
+def test_gc_and_verify_know_both_kinds_of_tables(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus)
+    for number in range(2):
+        status(corpus)
+        query(corpus, "SELECT 1")
+        fill(corpus, units=2 + number)
+    status(corpus)
+    query(corpus, "SELECT 1")
+    manifests = sorted((tmp_path / "tables").rglob("*.json"), key=lambda path: path.stat().st_mtime)
+    assert len(manifests) == 6
+    assert verify(corpus)["problems"] == []
+    removed = gc(corpus, older_than_hours=0)
+    assert removed["tables"] == 8
+    assert sorted((tmp_path / "tables").rglob("*.json")) == sorted(manifests[-2:])
+    os.truncate(next((tmp_path / TABLES).glob("*.parquet")), 100)
+    assert [(problem["kind"], problem["what"].rpartition("/")[0]) for problem in verify(corpus)["problems"]] == [
+        ("table", TABLES)
+    ]

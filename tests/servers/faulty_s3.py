@@ -1,0 +1,190 @@
+"""A proxy that gives an S3 server bad days: 500 and 503, resets, stalls, uploads and answers cut in the middle."""
+
+import contextlib
+import http.client
+import os
+import random
+import socket
+import struct
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+KINDS = ("error_500", "error_503", "reset", "stall", "cut_upload", "cut_answer")
+
+
+BAD_DAY = {"error_500": 0.025, "error_503": 0.025, "reset": 0.02, "stall": 0.02, "cut_upload": 0.02, "cut_answer": 0.02}
+
+
+CODES = {"error_500": (500, "InternalError"), "error_503": (503, "SlowDown")}
+
+
+READS = ("GET", "HEAD")
+
+
+HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong with one request: one of `KINDS`, and whether the server has carried the request out before."""
+
+    kind: str
+    done: bool = False
+
+
+class FaultyS3:
+    """Passes requests on to `upstream`, and counts them; a share of them meets a fault. A context manager.
+
+    Args:
+        rates: the share of requests that meet each kind. A cut happens only to a request, or an answer, with a body.
+        stall_seconds: how long a stall lasts, one of these; then the request goes on.
+    """
+
+    def __init__(
+        self, upstream: str, seed: int, rates: Mapping[str, float] = BAD_DAY, stall_seconds: Sequence[float] = (1.0,)
+    ):
+        self.upstream = urlsplit(upstream).netloc
+        self.seed, self.rates, self.stall_seconds = seed, dict(rates), stall_seconds
+        self.script: deque[Fault | None] = deque()
+        """For the next requests, in place of chance."""
+        self.requests: Counter[str] = Counter()
+        """By method; listings are counted as `LIST`."""
+        self.faults: Counter[str] = Counter()
+        self.lost_answers = 0
+        """Writes that were carried out, and whose answer was an error or none."""
+        self.retries = 0
+        """Requests that repeat one that met a fault."""
+        self._unlucky: Counter[tuple[str, str]] = Counter()
+        self._random, self._lock = random.Random(seed), threading.Lock()
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.proxy = self
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> "FaultyS3":
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def admit(self, method: str, path: str) -> tuple[Fault | None, float]:
+        """Count a request; says what shall happen to it, and how many seconds a stall would last."""
+        with self._lock:
+            self.requests["LIST" if "list-type=2" in path else method] += 1
+            if self._unlucky[method, path] > 0:
+                self._unlucky[method, path] -= 1
+                self.retries += 1
+            stall = self._random.choice(self.stall_seconds)
+            if self.script:
+                return self.script.popleft(), stall
+            chance, done = self._random.random(), self._random.random() < 0.5
+            for kind, rate in self.rates.items():
+                chance -= rate
+                if chance < 0:
+                    return Fault(kind, done), stall
+            return None, stall
+
+    def fired(self, fault: Fault, method: str, path: str) -> None:
+        """Count a fault that has happened."""
+        with self._lock:
+            self.faults[fault.kind] += 1
+            self._unlucky[method, path] += 1
+            self.lost_answers += fault.done and fault.kind not in ("stall", "cut_upload") and method not in READS
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+    proxy: FaultyS3
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client or a server that hangs up is what this is about."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: _Server
+
+    def _any(self) -> None:
+        proxy, where = self.server.proxy, (self.command, self.path)
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        fault, stall = proxy.admit(*where)
+        kind = fault.kind if fault else None
+        if fault is None or (kind == "cut_upload" and not body):
+            self._answer(*self._forward(body))
+            return
+        if kind == "cut_answer":
+            status, headers, answer = self._forward(body)
+            if self.command == "HEAD" or len(answer) < 2:
+                self._answer(status, headers, answer)
+                return
+            proxy.fired(Fault("cut_answer", True), *where)
+            self._answer(status, headers, answer, cut=True)
+            return
+        proxy.fired(fault, *where)
+        if kind == "cut_upload":
+            self._forward(body, cut=True)
+            self._reset()
+        elif kind == "stall":
+            if not fault.done:
+                time.sleep(stall)
+            answered = self._forward(body)
+            if fault.done:
+                time.sleep(stall)
+            self._answer(*answered)
+        else:
+            if fault.done:
+                self._forward(body)
+            if kind == "reset":
+                self._reset()
+            else:
+                status, code = CODES[fault.kind]
+                text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>on purpose</Message></Error>".encode()
+                self._answer(status, [("Content-Type", "application/xml")], text)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _any
+
+    def _forward(self, body: bytes, cut: bool = False) -> tuple[int, list[tuple[str, str]], bytes]:
+        """What the server answers; cut, it gets half of the body, and nobody waits for an answer."""
+        connection = http.client.HTTPConnection(self.server.proxy.upstream, timeout=120)
+        with contextlib.closing(connection):
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() not in HOP:
+                    connection.putheader(name, value)
+            connection.putheader("Content-Length", str(len(body)))
+            connection.endheaders(body[: len(body) // 2] if cut else body)
+            if cut:
+                return 0, [], b""
+            answer = connection.getresponse()
+            headers = [(name, value) for name, value in answer.getheaders() if name.lower() not in HOP]
+            if self.command == "HEAD":
+                headers.append(("Content-Length", answer.getheader("content-length", "0")))
+            return answer.status, headers, answer.read()
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes, cut: bool = False) -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        if self.command != "HEAD":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[: len(body) // 2] if cut else body)
+        self.close_connection = cut
+
+    def _reset(self) -> None:
+        """End the connection with RST: what was sent and not read yet is lost."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(self.connection.detach())  # without the FIN that the server would send first
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass

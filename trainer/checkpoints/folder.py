@@ -1,0 +1,67 @@
+"""Checkpoints in a folder of this machine."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from microdit.model.loading import checkpoint_folders
+from microdit.pipeline.storage.disk import sync
+from microdit.trainer.checkpoints.contents import Checkpoint, Snapshot, folder_name, read, state_text
+
+
+class Folder:
+    """Checkpoints as folders below `root`."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def names(self) -> list[str]:
+        """Those that are there, the newest first."""
+        return [folder.name for folder in checkpoint_folders(self.root)]
+
+    def state(self, name: str) -> dict[str, Any]:
+        return dict(json.loads((self.root / name / "state.json").read_text()))
+
+    def read(self, name: str) -> Checkpoint:
+        return read(self.root / name, str(self.root / name))
+
+    def write(self, step: int, tensors: Snapshot, state: Mapping[str, Any], generate: Mapping[str, Any]) -> None:
+        """Write the checkpoint of a step, durable when this returns. A kill, or a full disk, leaves those before.
+
+        Raises:
+            OSError: it cannot be written; nothing of it is left.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        for left in self.root.glob("step-*.partial"):  # of a kill
+            shutil.rmtree(left)
+        final = self.root / folder_name(step)
+        partial = self.root / f"{final.name}.partial"
+        partial.mkdir()
+        try:
+            for name in tensors.files:
+                tensors.write(name, partial / name)
+            (partial / "generate.json").write_text(json.dumps(generate, indent=1))
+            (partial / "state.json").write_text(state_text(step, state))
+            for path in (*partial.iterdir(), partial):
+                sync(path)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise error if isinstance(error, OSError) else OSError(str(error)) from error
+        if final.exists():  # of a run that went back to an older checkpoint because this one could not be read
+            shutil.rmtree(final)
+        partial.rename(final)
+        sync(self.root)
+
+    def remove(self, name: str) -> None:
+        # renamed first, so that a kill leaves no half folder under a checkpoint's name
+        shutil.rmtree((self.root / name).rename(self.root / f"{name}.partial"))
+
+    def sweep(self) -> None:
+        """`write` has done it."""

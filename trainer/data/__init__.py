@@ -1,0 +1,1 @@
+"""Which sample comes when, from which shard, in which batch."""

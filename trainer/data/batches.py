@@ -1,0 +1,256 @@
+"""The batches of a stage, and how they get there.
+
+    SampleIndex --> Lanes (order.py) --> rows of batch n --ShardCache (shards.py)--> Batch
+
+Everything random about row i of step s (noise, sigma, dropout, caption, patches kept) is a function of (seed, s, i).
+A sample that turns out broken is replaced from its own lane, so that the processes need not agree on anything.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.trainer.data.batch import Batch, Field, MicroBatch, pad_text
+from microdit.trainer.data.buffers import Buffers
+from microdit.trainer.data.disk_cache import DiskCache
+from microdit.trainer.data.order import Lanes
+from microdit.trainer.data.randomness import Draw, Noise
+from microdit.trainer.data.sample_index import RunSamples, SampleIndex
+from microdit.trainer.data.shard_cache import WHOLE, BrokenError, ShardCache
+from microdit.trainer.recipe import Recipe, StageRecipe
+
+AHEAD = 4  # batches before it is used, a shard is asked for at least
+
+
+MOST_TRIES = 1000  # samples of a lane that are asked for in place of a broken one
+
+
+class StageData:
+    """The batches of one stage of a recipe, for one of `world` processes.
+
+    index: what the stage trains on. Raises RequestError if processes and lanes, or text columns, do not agree.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: StageRecipe,
+        index: SampleIndex,
+        cache: ShardCache,
+        patch_size: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.recipe, self.stage, self.index, self.cache, self.rank, self.world = (
+            recipe,
+            stage,
+            index,
+            cache,
+            rank,
+            world,
+        )
+        self.lanes = Lanes(index, recipe.lanes, recipe.seed, recipe.shuffle_window)
+        if self.lanes.count % world:
+            raise RequestError(
+                f"{world} processes share {self.lanes.count} lanes of {len(index)} samples: "
+                f"the number of processes must divide {self.lanes.count}"
+            )
+        self.text = sorted(recipe.text)  # what is drawn depends on no order in the file
+        self.text_bounds = np.cumsum([recipe.text[name] for name in self.text]) / sum(recipe.text.values())
+        self.latent_shape, self.text_width = shapes(cache, index, stage.latents, self.text)
+        self.moments = holds_moments(cache.corpus, stage.latents)
+        self._nothing, self._counted = np.zeros((1, self.text_width), dtype=np.float16), 0
+        self._buffers, self._spread = Buffers(), self._room()
+        self.tokens = math.prod(self.latent_shape[1:]) // patch_size**2 if stage.mask_ratio > 0 else None
+
+    def batches(self, step: int, seen: int, count: int) -> Iterator[Batch]:
+        """`count` batches from step `step` of the run, after `seen` samples."""
+        own = self.lanes.count // self.world
+        each, start = self.stage.batch // self.lanes.count, seen // self.lanes.count
+        ahead = {}  # batches before it is used, a lane's shard is asked for
+        for i in range(own):
+            lane = self.rank * own + i
+            # all lanes begin their windows at about the same time; to read them all then would be to wait
+            ahead[lane] = AHEAD + int(self._spread * (i + 1) / own * self.lanes.window_size(lane, start) / each)
+            self._request(lane, start, min(AHEAD, count) * each)
+        for lane, first in ahead.items():
+            self._request(lane, start + AHEAD * each, (min(first, count) - AHEAD) * each)
+        for s in range(count):
+            for lane, first in ahead.items():
+                if s + first < count:
+                    self._request(lane, start + (s + first) * each, each)
+            yield self._batch(step + s, seen + s * self.stage.batch)
+            self.cache.trim()
+
+    def _request(self, lane: int, start: int, count: int) -> None:
+        """Begin to read the shards of some samples of a lane, in their order."""
+        if count <= 0:
+            return
+        shards = self.index.shard[self.lanes.samples(lane, start, count)]
+        for shard in dict.fromkeys(shards.tolist()):
+            where = self.index.shards[shard]
+            for column in (self.stage.latents, *self.text):
+                if self.cache.broken.why(column, where) is None:
+                    self.cache.request(column, where)
+
+    def _room(self) -> float:
+        """How much of another window there is room for, beside the one that is read: 0 to 1.
+
+        Raises:
+            RequestError: there is no room for one, and it would come from a bucket again and again.
+        """
+        if self.cache.corpus.store.root is not None:
+            return 1.0
+        sizes = [[c.size for c in self.cache.columns[column].values()] for column in (self.stage.latents, *self.text)]
+        own = self.lanes.count // self.world
+        window = own * min(self.lanes.window, -(-len(self.index.shards) // self.lanes.count) + 1)
+        needed = sum(min(sum(found), window * sum(found) / len(found)) for found in sizes)
+        name, room, advice = "cache_mb", float(self.cache.max_bytes), ""
+        if self.cache.disk is not None:
+            name, room = "cache_gb", float(self.cache.disk.max_bytes)
+            needed *= int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        else:
+            advice = "give cache_folder, a folder of this machine's disk, or "
+        if needed > room:
+            unit = {"cache_mb": 1 << 20, "cache_gb": 1e9}[name]
+            raise RequestError(
+                f"{name} = {room / unit:g}: {own} lanes of a process read {window} shards at a time, for which this "
+                f"machine needs {needed / 1e9:.3g} GB, and would ask the bucket for them again and again; {advice}"
+                f"set {name} to {math.ceil(needed / unit)} or more, or lower shuffle_window or lanes"
+            )
+        return min(room / needed - 1, 1.0)
+
+    def _batch(self, step: int, seen: int) -> Batch:
+        rows, positions = self.lanes.batch(seen, self.stage.batch, self.rank, self.world)
+        draw = Draw.of(self.recipe.seed, step, self.stage.batch, rows)
+        positions, latents, texts = self._samples(seen, rows, positions, draw)
+        size = self.stage.micro_batch or len(rows)
+        order = np.arange(len(rows))
+        if size < len(rows):  # texts of like length together: less padding
+            order = np.argsort([len(text) for text in texts], kind="stable")
+        parts = [order[start : start + size].tolist() for start in range(0, len(rows), size)]
+        return Batch(positions, [self._micro_batch(step, rows, latents, texts, draw, part) for part in parts])
+
+    def _samples(
+        self, seen: int, rows: np.ndarray, positions: np.ndarray, draw: Draw
+    ) -> tuple[np.ndarray, list[Field], list[Field]]:
+        """Positions, latents and texts of these rows; a dropped caption is one token of zeros."""
+        latents, texts, taken = [], [], positions.tolist()
+        columns = np.searchsorted(self.text_bounds, draw.caption, side="right").clip(max=len(self.text) - 1)
+        dropped = draw.dropout < self.recipe.caption_dropout
+        for i, (row, number, drop) in enumerate(zip(rows.tolist(), columns.tolist(), dropped.tolist(), strict=True)):
+            column, tries = None if drop else self.text[number], 0
+            while True:
+                try:
+                    latent, text = self._sample(taken[i], column)
+                    break
+                except BrokenError as error:
+                    self._refuse_too_many()
+                    tries += 1
+                    if tries > MOST_TRIES:
+                        raise RequestError(
+                            f"lane {row % self.lanes.count}: no sample of it can be read, the last because {error}; "
+                            "run `microdit verify`, then `microdit build --repair`"
+                        ) from None
+                    taken[i] = self.lanes.replacement(*self.lanes.place(seen, row), tries)
+            latents.append(latent)
+            texts.append(text)
+        return np.array(taken), latents, texts
+
+    def _sample(self, position: int, column: str | None) -> tuple[Field, Field]:
+        """Latent and text (zeros without a column) of a sample; raises BrokenError if one of them cannot be read."""
+        where, row = self.index.shards[self.index.shard[position]], int(self.index.row[position])
+        channels, *sides = self.latent_shape
+        wanted = (2 * channels if self.moments else channels, *sides)
+        latent = self.cache.field(self.stage.latents, where, row)
+        if latent.shape != wanted:
+            self._broken(self.stage.latents, where, row, f"its shape is {latent.shape}, the others' is {wanted}")
+        if column is None:
+            return latent, self._nothing
+        text = self.cache.field(column, where, row)
+        if len(text.shape) != 2 or not len(text) or text.shape[1] != self.text_width:
+            self._broken(column, where, row, f"its shape is {text.shape}, expected (tokens, {self.text_width})")
+        return latent, text
+
+    def _broken(self, column: str, where: tuple[str, str], row: int, why: str) -> None:
+        self.cache.broken.add(column, where, row, why)
+        raise BrokenError(why)
+
+    def _refuse_too_many(self) -> None:
+        """Raises RequestError once more of this stage's samples are broken than the recipe allows."""
+        broken = self.cache.broken
+        if len(broken) == self._counted:
+            return
+        self._counted = len(broken)
+        count, most = broken.samples(self.index, (self.stage.latents, *self.text)), self.recipe.max_broken
+        if count > most * len(self.index):
+            column, _, shard, row, why = broken.listed()[-1]
+            raise RequestError(
+                f"{count:,} of {len(self.index):,} samples are broken, more than max_broken = {most:g} allows, such as "
+                f"column {column}, shard {shard}{'' if row == WHOLE else f', row {row}'}: {why}; "
+                "run `microdit verify`, then `microdit build --repair`, or raise max_broken"
+            )
+
+    def _micro_batch(
+        self, step: int, rows: np.ndarray, latents: list[Field], texts: list[Field], draw: Draw, part: list[int]
+    ) -> MicroBatch:
+        text, mask = pad_text([texts[i] for i in part], self.recipe.text_lengths, self._buffers)
+        stacked = self._buffers((len(part), *latents[part[0]].shape), latents[part[0]].dtype)
+        for out, i in zip(stacked.numpy(), part, strict=True):
+            out[...] = latents[i]
+        drawn = Noise.of(
+            self.recipe.seed, step, rows[part], self.latent_shape, self.tokens, self.moments, self._buffers
+        )
+        if drawn.posterior is not None:
+            mean, deviation = stacked.float().chunk(2, dim=1)
+            stacked = mean + deviation * drawn.posterior
+        return MicroBatch(
+            rows=torch.from_numpy(rows[part]),
+            latents=stacked,
+            text=text,
+            text_mask=mask,
+            sigma_normal=draw.sigma_normal[part],
+            noise=drawn.noise,
+            permutation=drawn.permutation,
+        )
+
+
+def open_cache(recipe: Recipe, samples: RunSamples) -> ShardCache:
+    """What a run reads its shards through."""
+    disk = None if recipe.cache_folder is None else DiskCache(recipe.cache_folder, int(recipe.cache_gb * 1e9))
+    return ShardCache(samples.corpus, samples.columns, recipe.cache_mb << 20, disk)
+
+
+def shapes(
+    cache: ShardCache, index: SampleIndex, latents: str, text: Sequence[str]
+) -> tuple[tuple[int, int, int], int]:
+    """Shape of a latent (C, H, W) and width of a caption embedding, from the first sample that can be read.
+
+    Raises:
+        RequestError: text columns of different widths, which one network cannot read; or none can be read.
+    """
+    firsts = np.flatnonzero(np.diff(index.shard, prepend=-1))  # of each shard
+    for position in firsts[:MOST_TRIES].tolist():
+        where, row = index.shards[index.shard[position]], int(index.row[position])
+        try:
+            widths = {column: cache.field(column, where, row).shape[1] for column in text}
+            channels, height, width = cache.field(latents, where, row).shape
+        except (BrokenError, IndexError) as error:
+            last = error
+            continue
+        if len(set(widths.values())) > 1:
+            raise RequestError(f"text: the columns differ in width: {widths}; take columns of one text encoder")
+        if holds_moments(cache.corpus, latents):
+            channels //= 2
+        return (channels, height, width), widths[text[0]]
+    raise RequestError(f"column {latents}: no sample can be read, the last because {last}; run `microdit verify`")
+
+
+def holds_moments(corpus: Corpus, latents: str) -> bool:
+    """Whether a latents column holds means and standard deviations (2C, H, W), of which each step draws a sample."""
+    return bool(corpus.column(latents).stage.get("posterior") == "moments")

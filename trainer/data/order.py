@@ -1,0 +1,131 @@
+"""Which sample is when in a batch: a pure function of (seed, samples, batch size), for any number of processes.
+
+Shards in a seeded order, their rows concatenated and cut into C lanes of equal size. Row i of a global batch belongs to
+lane i mod C, and the n-th sample of a lane is a function of (seed, lane, n) alone. A process owns whole lanes.
+
+With weights the lanes are of equal weight: a sample on the border of two belongs to both, with a part of its weight in
+each. In an epoch of a lane, as long as N / C, a sample of r times the mean weight comes floor(r) times or once more.
+"""
+
+import math
+
+import numpy as np
+
+from microdit.trainer.data.sample_index import SampleIndex
+
+
+def _raw(n: int, *seed: int) -> np.ndarray:
+    return np.random.PCG64(np.random.SeedSequence(seed)).random_raw(n)
+
+
+def _shuffled(n: int, *seed: int) -> np.ndarray:
+    """A permutation of range(n); raw bits and a stable sort, because numpy may change `permutation` but not these."""
+    return np.argsort(_raw(n, *seed), kind="stable")
+
+
+class Lanes:
+    """The order of the samples of an index.
+
+    lanes: wished for; with fewer samples it is the largest divisor of it that leaves none empty.
+    window: shards of a lane among which rows are shuffled.
+    """
+
+    def __init__(self, index: SampleIndex, lanes: int, seed: int, window: int):
+        self.index, self.seed, self.window = index, seed, window
+        self.count = max(d for d in range(1, lanes + 1) if lanes % d == 0 and d <= len(index))
+        bounds = np.searchsorted(index.shard, np.arange(len(index.shards) + 1))
+        by_shard = [np.arange(bounds[s], bounds[s + 1]) for s in _shuffled(len(index.shards), seed, 0)]
+        self._samples = np.concatenate(by_shard)
+        self._bounds = [len(index) * lane // self.count for lane in range(self.count + 1)]
+        self._ends = None if index.weight is None else np.cumsum(index.weight[self._samples].astype(np.float64))
+        self._epochs: dict[int, dict[int, tuple[int, np.ndarray]]] = {}  # by lane, then by number
+
+    def size(self, lane: int) -> int:
+        """Samples in an epoch of a lane."""
+        if self._ends is not None:
+            return max(round(len(self.index) / self.count), 1)
+        return self._bounds[lane + 1] - self._bounds[lane]
+
+    def samples(self, lane: int, start: int, count: int) -> np.ndarray:
+        """Positions in the index of samples start, start + 1, ... of a lane, without end."""
+        parts = []
+        while count > 0:
+            epoch, offset = divmod(start, self.size(lane))
+            part = self._epoch(lane, epoch)[1][offset : offset + count]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return np.concatenate(parts)
+
+    def window_size(self, lane: int, n: int) -> float:
+        """Mean number of samples in the windows of the epoch of a lane's n-th sample."""
+        size = self.size(lane)
+        return size / self._epoch(lane, n // size)[0]
+
+    def replacement(self, lane: int, n: int, tries: int) -> int:
+        """Position of the sample that takes the place of a lane's n-th, the first `tries - 1` of them being broken too.
+
+        It stands a window further on, which is read soon anyway, so that a broken shard's samples find other ones.
+        """
+        epoch, offset = divmod(n, size := self.size(lane))
+        windows, order = self._epoch(lane, epoch)
+        return int(order[(offset + tries * (size // windows) + tries // windows) % size])  # after a round, the next one
+
+    def _epoch(self, lane: int, epoch: int) -> tuple[int, np.ndarray]:
+        """How many windows an epoch of a lane has, and its samples in order."""
+        known = self._epochs.setdefault(lane, {})
+        if epoch not in known:
+            own = self._drawn(lane, epoch)
+            pieces = np.split(own, np.flatnonzero(np.diff(self.index.shard[own])) + 1)
+            order = _shuffled(len(pieces), self.seed, 1, lane, epoch)
+            windows = []
+            for number, first in enumerate(range(0, len(pieces), self.window)):
+                rows = np.concatenate([pieces[p] for p in order[first : first + self.window]])
+                windows.append(rows[_shuffled(len(rows), self.seed, 2, lane, epoch, number)])
+            for old in sorted(known)[:-1]:  # where one ends and the next is asked for ahead, both are there
+                del known[old]
+            known[epoch] = len(windows), np.concatenate(windows)
+        return known[epoch]
+
+    def _drawn(self, lane: int, epoch: int) -> np.ndarray:
+        """The samples of an epoch of a lane, shard by shard, as often as they come."""
+        if self._ends is None:
+            return self._samples[self._bounds[lane] : self._bounds[lane + 1]]
+        low, high = (self._ends[-1] * border / self.count for border in (lane, lane + 1))
+        first = int(np.searchsorted(self._ends, low, side="right"))
+        last = min(int(np.searchsorted(self._ends, high, side="left")), len(self._ends) - 1)
+        parts = np.diff(np.concatenate([[low], self._ends[first:last], [high]]))
+        # systematic sampling: marks at every whole number along the samples' weights, in an order of this epoch
+        order, size = _shuffled(len(parts), self.seed, 4, lane, epoch), self.size(lane)
+        ends = np.cumsum(parts[order])
+        ends *= size / ends[-1]
+        ends[-1] = size
+        start = float(_raw(1, self.seed, 5, lane, epoch)[0] >> np.uint64(44)) / 2**20
+        times = np.empty(len(parts), dtype=np.int64)
+        times[order] = np.diff(np.floor(ends + start), prepend=0)
+        return np.repeat(self._samples[first : last + 1], times)
+
+    def batch(self, seen: int, batch: int, rank: int = 0, world: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """A rank's part of the global batch after `seen` samples: (rows in that batch, positions in the index)."""
+        each, own = batch // self.count, self.count // world
+        lanes = np.arange(rank * own, (rank + 1) * own)
+        positions = np.stack([self.samples(lane, seen // self.count, each) for lane in lanes.tolist()], axis=1)
+        return (np.arange(each)[:, None] * self.count + lanes).ravel(), positions.ravel()
+
+    def place(self, seen: int, row: int) -> tuple[int, int]:
+        """Lane, and number in it, of a row of the global batch after `seen` samples."""
+        return row % self.count, seen // self.count + row // self.count
+
+
+def shuffle_quality(order: np.ndarray, group: np.ndarray) -> float:
+    """Mean distance in a sequence between a sample and the next one of its group, by what a uniform shuffle gives.
+
+    order: positions in the sequence's order; group: of each position. 1 is as good as uniform, less is clumped.
+    """
+    found = group[order]
+    places = np.argsort(found, kind="stable")
+    gaps = np.diff(places)[np.diff(found[places]) == 0]
+    counts = np.bincount(found)
+    counts = counts[counts > 1]
+    # of n places drawn from N the mean distance between neighbours is (N + 1) / (n + 1)
+    uniform = ((len(order) + 1) / (counts + 1) * (counts - 1)).sum() / (counts - 1).sum()
+    return math.nan if not len(gaps) else float(gaps.mean() / uniform)

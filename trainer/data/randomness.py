@@ -1,0 +1,73 @@
+"""The random numbers of a batch: everything random about row i of step s is a function of (seed, s, i)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from microdit.trainer.data.buffers import Buffers
+from microdit.trainer.data.sample_index import splitmix
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The small random numbers of some rows of a global batch: those that say what is read. (n,) each."""
+
+    sigma_normal: Tensor
+    caption: np.ndarray
+    dropout: np.ndarray
+
+    @classmethod
+    def of(cls, seed: int, step: int, batch: int, rows: np.ndarray) -> "Draw":
+        """Drawn for all `batch` rows by one generator, so that no process's depend on the others."""
+        generator = torch.Generator().manual_seed(_seed(seed, step))
+        normal = torch.randn(batch, generator=generator)
+        caption, dropout = (torch.rand(batch, generator=generator).numpy() for _ in range(2))
+        return cls(normal[torch.from_numpy(rows)], caption[rows], dropout[rows])
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The large ones: each row has a generator of its own, so that a process draws its own rows alone."""
+
+    noise: Tensor
+    permutation: Tensor | None
+    posterior: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        seed: int,
+        step: int,
+        rows: np.ndarray,
+        latent_shape: Sequence[int],
+        tokens: int | None,
+        moments: bool = False,
+        buffer: Buffers | None = None,
+    ) -> "Noise":
+        """tokens: length of the permutations of patches; None without masking. moments: latents are drawn as well."""
+        new, shape, single = buffer or Buffers(), (len(rows), *latent_shape), np.dtype(np.float32)
+        noise, posterior = new(shape, single), new(shape, single) if moments else None
+        order = None if tokens is None else torch.empty(len(rows), tokens)
+        generator = torch.Generator()
+        for i, row in enumerate(_row_seeds(seed, step, rows).tolist()):
+            generator.manual_seed(row)
+            noise[i].normal_(generator=generator)
+            if order is not None:
+                order[i].uniform_(generator=generator)
+            if posterior is not None:  # the last one, so that the others are the same for every kind of latents
+                posterior[i].normal_(generator=generator)
+        return cls(noise, None if order is None else order.argsort(dim=1), posterior)
+
+
+def _seed(seed: int, step: int) -> int:
+    """Of a step's generator, 63 bits."""
+    words = np.random.SeedSequence((seed, 3, step)).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))
+
+
+def _row_seeds(seed: int, step: int, rows: np.ndarray) -> np.ndarray:
+    """Of the rows' generators, 63 bits each."""
+    return splitmix(rows.astype(np.uint64), np.uint64(_seed(seed, step))) >> np.uint64(1)

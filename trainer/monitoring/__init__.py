@@ -1,0 +1,1 @@
+"""What a run reports: log, speed, validation loss, pictures, gradients that are not finite."""

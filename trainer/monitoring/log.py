@@ -1,0 +1,146 @@
+"""Where a run is, and what it tells: log.jsonl, TensorBoard, and one line on the terminal."""
+
+import importlib
+import json
+import secrets
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from microdit.pipeline.base.errors import RequestError
+from microdit.trainer.objective import NOISE_EDGES
+from microdit.trainer.progress import Progress
+
+NOISE_NAMES = [
+    f"{low:g}..{high:g}" for low, high in zip((-float("inf"), *NOISE_EDGES), (*NOISE_EDGES, float("inf")), strict=True)
+]
+
+
+PLAIN_STATUS_SECONDS = 10.0  # without a terminal the status line is printed this often
+
+
+class Log:
+    """Writes only where `active` (the first process). Every number of a `line` goes to TensorBoard too.
+
+    wandb: a project of W&B that gets them as well.
+
+    Raises:
+        RequestError: that is not installed, or one cannot log in there and it is not to be offline.
+    """
+
+    def __init__(self, out: Path, active: bool, wandb: str | None = None, name: str | None = None):
+        self.path, self.active, self.name = out / "log.jsonl", active, name
+        self._project, self._run = wandb, None
+        self._wandb = _wandb_ready(wandb) if wandb is not None and active else None
+        self._writer: SummaryWriter | None = None
+        self._terminal = sys.stdout.isatty()
+        self._told = -PLAIN_STATUS_SECONDS
+
+    def open(self, step: int, progress: "Progress") -> None:
+        """Begin, or go on after `step`: lines of later steps, written before a kill, are dropped.
+
+        Raises:
+            RequestError: W&B does not take the run.
+        """
+        if not self.active:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [text for text in _lines(self.path) if json.loads(text)["step"] <= step]
+        self.path.write_text("".join(f"{text}\n" for text in kept))
+        if self._wandb is not None:
+            progress.wandb_run = progress.wandb_run or secrets.token_hex(4)
+            names = {"project": self._project, "name": self.name, "id": progress.wandb_run}
+            try:
+                self._run = self._wandb.init(**names, dir=str(self.path.parent), resume="allow")
+            except self._wandb.Error as error:
+                raise RequestError(f"wandb = {self._project}: {error}; or set WANDB_MODE=offline") from error
+        self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
+
+    def line(self, step: int, **values: Any) -> None:
+        """A value may be a dictionary of numbers, or of such; None stands for what is not known."""
+        if self._writer is None:
+            return
+        numbers = _flat(values)
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+            for key, number in numbers.items():
+                self._writer.add_scalar(key, number, step)
+        except OSError as error:  # a full disk stops no run; the next line may find room
+            self.say(f"step {step}: a line of {self.path} is lost: {error}")
+        if self._run is not None:
+            self._run.log(numbers, step=step)
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        """A sheet of pictures, to TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+        if self._run is not None and self._wandb is not None:
+            self._run.log({"samples": self._wandb.Image(picture)}, step=step)
+
+    def status(self, text: str, last: bool = False) -> None:
+        """Replace the status line; `last`: it stays."""
+        now = time.monotonic()
+        if not self.active or not (self._terminal or last or now - self._told >= PLAIN_STATUS_SECONDS):
+            return
+        self._told = now
+        print(
+            f"\r\x1b[2K{text}" if self._terminal else text, end="" if self._terminal and not last else "\n", flush=True
+        )
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self.active:
+            print(f"\r\x1b[2K{text}" if self._terminal else text, flush=True)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        if self._run is not None:
+            self._run.finish()
+
+
+def _wandb_ready(project: str) -> Any:
+    """The module of W&B, with somebody logged in or offline. Raises RequestError."""
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise RequestError(f'wandb = {project}: pip install "microdit[wandb]" first ({error})') from error
+    try:
+        if wandb.setup().settings.mode == "online":
+            wandb.login()  # asks, where there is a terminal
+    except wandb.Error as error:
+        raise RequestError(
+            f"wandb = {project}: cannot log in there ({error}); or set WANDB_MODE=offline, and `wandb sync` later"
+        ) from error
+    return wandb
+
+
+def by_noise(sums: Sequence[float], counts: Sequence[float]) -> dict[str, float | None]:
+    """Mean losses by noise, from sums and numbers of samples."""
+    return {name: loss / n if n else None for name, loss, n in zip(NOISE_NAMES, sums, counts, strict=True)}
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of nested dictionaries, by names with slashes."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= {f"{name}/{key}": number for key, number in _flat(value).items()}
+        elif value is not None:
+            found[name] = value
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a log; a kill may have cut the last one."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return text[: text.rfind("\n") + 1].splitlines()

@@ -1,0 +1,96 @@
+"""Measure speed and losses between two lines of the log."""
+
+import resource
+import time
+from collections.abc import Iterator
+
+import torch
+
+from microdit.model.flops import gpu_peak
+from microdit.trainer.data.batch import Batch
+from microdit.trainer.monitoring.log import Log, by_noise
+from microdit.trainer.objective import NOISE_BINS, Step
+from microdit.trainer.processes import Team
+from microdit.trainer.progress import Progress
+
+
+class Meter:
+    """Loss, speed and waiting of the steps since the last line of the log; no synchronisation until it is asked."""
+
+    def __init__(self, progress: Progress, team: Team, log: Log):
+        self.progress, self.team, self.log = progress, team, log
+        # the sum of the losses, and the sums by noise
+        self.sums = torch.tensor([progress.loss_sum, *progress.noise], dtype=torch.float64, device=team.device)
+        self.loss_steps = torch.tensor(progress.loss_steps, device=team.device)
+        self.skipped = torch.tensor(progress.skipped, device=team.device)
+        self.norm = torch.zeros((), device=team.device)
+        self.settled = self.marked = time.perf_counter()
+        self.marked_seen, self.waited, self.flops = progress.seen, 0.0, 0
+        self.speed = 0.0  # images a second, up to the last line
+        self.peak = gpu_peak(torch.cuda.get_device_name()) if team.device.type == "cuda" else None
+
+    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the time until each is there counts as waited."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def pause(self, seconds: float) -> None:
+        """So much time went by beside the training, and does not count as slow."""
+        self.marked += seconds
+
+    def add(self, step: Step) -> None:
+        found = torch.cat([step.loss.reshape(1), step.noise.flatten()])
+        self.sums += torch.where(step.bad > 0, 0.0, found)
+        self.loss_steps += (step.bad == 0).long()
+        self.skipped += step.bad.long()
+        self.norm = step.norm
+        self.flops += step.flops
+
+    def settle(self) -> None:
+        """Bring `progress` up to date."""
+        now = time.perf_counter()
+        self.progress.seconds += now - self.settled
+        self.settled = now
+        means = self.team.means(self.sums)
+        self.sums.copy_(torch.tensor(means, dtype=torch.float64))
+        self.progress.loss_sum, self.progress.noise = means[0], means[1:]
+        self.progress.loss_steps, self.progress.skipped = int(self.loss_steps), int(self.skipped)
+
+    def write(self, stage: int, rate: float, images_left: int) -> None:
+        """A line of the log."""
+        self.settle()
+        progress, seconds = self.progress, time.perf_counter() - self.marked
+        self.speed = speed = (progress.seen - self.marked_seen) / seconds
+        progress.loss = progress.loss_sum / max(progress.loss_steps, 1)
+        sums, counts = progress.noise[:NOISE_BINS], progress.noise[NOISE_BINS:]
+        self.log.line(
+            progress.step, images=progress.seen, stage=stage + 1, loss=progress.loss,
+            loss_by_noise=by_noise(sums, counts), learning_rate=rate, grad_norm=self.norm.item(),
+            images_per_second=round(speed, 2),
+            data_wait=round(self.waited / seconds, 4), mfu=self.peak and round(self.flops / seconds / self.peak, 4),
+            peak_memory_mb=peak_memory_mb(self.team.device), skipped=progress.skipped,
+            seconds=round(progress.seconds, 3), seconds_left=round(images_left / speed, 1),
+        )  # fmt: skip
+        minutes, rest = divmod(round(images_left / speed), 60)
+        validation = "" if progress.validation is None else f"  validation {progress.validation:.4f}"
+        self.log.status(
+            f"stage {stage + 1}/{len(progress.lengths)}  step {progress.step}/{sum(progress.lengths)}  "
+            f"loss {progress.loss:.4f}{validation}  {speed:,.0f} images/s  {minutes}:{rest:02d} left"
+            + (f"  {progress.skipped} steps skipped" if progress.skipped else ""),
+            last=images_left == 0,
+        )
+        self.sums.zero_()
+        self.loss_steps.zero_()
+        self.marked, self.marked_seen, self.waited, self.flops = time.perf_counter(), progress.seen, 0.0, 0
+
+
+def peak_memory_mb(device: torch.device) -> int:
+    """The most that this process has held so far: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

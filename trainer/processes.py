@@ -1,0 +1,135 @@
+"""This process among those of a run (torchrun's), and the signals that end it."""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+SECONDS = 2.0  # between the moments when all processes agree on whether a signal came: a stall of each GPU
+
+
+MOST_STEPS = 64  # between two of them
+
+
+PATIENCE = 5.0  # seconds after a signal in which another one is taken for the same wish
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Team:
+    rank: int
+    world: int
+    device: torch.device
+
+    def means(self, values: torch.Tensor) -> list[float]:
+        """Of float64 (n,), over the processes."""
+        if self.world > 1:
+            values = values.clone()
+            dist.all_reduce(values, dist.ReduceOp.SUM)
+            values /= self.world
+        return values.tolist()
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank."""
+        found: list[Any] = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(found, value)
+        return found
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What `work` gives to the first process alone, told to all; what it raises there is raised by all."""
+        found: Any = None
+        if self.rank == 0:
+            try:
+                found = work()
+            except (ValueError, OSError) as error:
+                found = error
+        if self.world > 1:
+            box = [found]
+            dist.broadcast_object_list(box, 0)
+            found = box[0]
+        if isinstance(found, Exception):
+            raise found
+        return cast(T, found)
+
+    def largest(self, value: float) -> float:
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.item()
+
+
+class Moments:
+    """The steps between which the processes ask each other: about every `SECONDS`, and all count the same ones."""
+
+    def __init__(self, team: Team):
+        self.team, self._next = team, 0
+        self._asked: tuple[int, float] | None = None
+
+    def now(self, step: int) -> bool:
+        """Whether they ask after this step; alone, always."""
+        if self.team.world == 1 or (self._asked is not None and step == self._asked[0]):
+            return True
+        if step < self._next:
+            return False
+        now, ahead = time.monotonic(), 1
+        if self._asked is not None:
+            steps, seconds = step - self._asked[0], self.team.largest(now - self._asked[1])
+            ahead = max(1, min(MOST_STEPS, int(steps * SECONDS / max(seconds, 1e-9))))
+        self._asked, self._next = (step, now), step + ahead
+        return True
+
+
+@contextmanager
+def joined_team() -> Iterator[Team]:
+    """The processes that torchrun started; one alone without it."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Team(int(os.environ.get("RANK", 0)), world, device)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+class Signals:
+    """While it is entered, the first SIGTERM or SIGINT is noted in `received`; one that comes much later acts as usual.
+
+    (After ctrl-C the terminal and torchrun both send one.)
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._since = math.inf
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > PATIENCE:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
