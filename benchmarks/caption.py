@@ -32,6 +32,7 @@ from microdit.pipeline.config.captions import CaptionsColumn
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.content.caption_faults import fault
 from microdit.pipeline.content.images import decode_within, prepare
+from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.records import Commit, ShardRef
@@ -44,8 +45,6 @@ from microdit.pipeline.stages.stage import Task
 from tests.model.pretrained.captioner_models import vision_folder
 
 GOAL = 0.9
-
-
 COLUMN = "captions/long"
 
 
@@ -56,7 +55,7 @@ def make_corpus(root: Path, images: int, side: int) -> tuple[Corpus, ShardRef]:
     corpus.declare_column(IMAGES, {"stage": "ingest", "version": 1}, SCALARS)
     corpus.declare_source("drawn", {"adapter": "drawn"})
     ref = ShardRef(source="drawn", unit="drawn-000000", shard="drawn-000000-00")
-    with corpus.attempt(IMAGES, ref) as attempt:
+    with begin_attempt(corpus, IMAGES, ref) as attempt:
         for row in range(images):
             prepared = prepare(photograph(rng), ImageOptions(max_side=side, min_side=1))
             sizes = {"width": prepared.width, "height": prepared.height}

@@ -59,25 +59,12 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # of the cluster, which nobo
 
 
 UNIT_INPUTS, SHARD_SAMPLES = 48, 12
-
-
 KILL_EVERY = 6.0  # seconds, on average, while there is something at work; a third of it in short runs
-
-
 KILLS = {"worker": 4, "actor": 3, "driver": 1}
-
-
 STALLS = (0.5, 0.5, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 8.0)  # seconds, of as many stalls one each
-
-
 DEAD = 90.0  # one more, longer than a store waits; not in short runs
-
-
 SHORT = 5.0  # minutes
-
-
 MOST_DRIVERS = 100  # for one build
-
 
 CONFIG = {
     "name": "chaos",

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import ShardRef
@@ -52,7 +53,7 @@ def shard(folder: Path) -> Iterator[None]:
     corpus, unit, number = Corpus.open(folder / "corpus"), unit_name("bench", int(uuid.uuid4()) % 10**9), 0
     while True:
         ref, number = ShardRef(source="bench", unit=unit, shard=shard_name(unit, number)), number + 1
-        with corpus.attempt("scores/bench", ref) as attempt:
+        with begin_attempt(corpus, "scores/bench", ref) as attempt:
             for row in range(ROWS):
                 attempt.add(row, f"{ref.shard}-{row}", x=0.5)
             attempt.commit()

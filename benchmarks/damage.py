@@ -31,11 +31,7 @@ from microdit.pipeline.sources.members import is_image
 from microdit.pipeline.stages.isolated_decode import Careful
 
 BOUND = 30.0  # seconds for one item
-
-
 IMAGE_REASONS = {"not_an_image", "truncated", "damaged", "bomb", "too_small", "too_long", "animated"}
-
-
 MEMBER_REASONS = {"too_large", "not_a_file", "encrypted", "unsupported", "damaged_member", "bomb", "damaged_archive"}
 
 

@@ -19,17 +19,9 @@ from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.sources.members import IMAGES
 
 OPTIONS = ImageOptions(min_side=32, max_side=96)  # small, so that every way through `prepare` is taken
-
-
 PER_ARCHIVE = 50
-
-
 VARIANTS = 6  # pictures of each kind
-
-
 NUMBERS = (0, 1, 2, 7, 255, 256, 4095, 10_000, 16_384, 32_768, 65_500, 65_535)
-
-
 LARGE = (0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
 
 
@@ -69,7 +61,6 @@ def _frames(image: Image.Image) -> dict[str, Any]:
 
 # each: how the picture is changed before it is saved, and the saving's options
 Kind = tuple[str, Callable[[Image.Image], Image.Image], dict[str, Any]]
-
 
 KINDS: dict[str, Kind] = {
     "jpeg": ("JPEG", lambda image: image, {"quality": 90}),

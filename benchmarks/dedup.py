@@ -41,11 +41,7 @@ from microdit.pipeline.sources.openmoji.drawings import catalogue, rasterise
 from microdit.pipeline.stages.scores.pixels import basic_scores
 
 GOALS = {"hash_seconds": 600, "hash_memory_mb": 8000, "hash_recall": 0.99}
-
-
 FLAT, FLAT_SHARE, COPIES = 500, 0.2, 0.01
-
-
 ASKED = 500  # hashes that the reference compares with all
 
 

@@ -29,41 +29,17 @@ from torch import Tensor
 from microdit.pipeline.sources.openmoji import drawings as openmoji
 
 SIZES = (64, 128)
-
-
 VARIANTS = {64: 6, 128: 4}  # rasters of each drawing to train on: one as it is, the others moved, turned and scaled
-
-
 BATCH = {64: 16, 128: 4}  # images per step; both sizes cost about the same
-
-
 HELD_OUT = 0.05
-
-
 SPLIT_SEED = 2411
-
-
 LATENT_STD = 0.9  # what EDM calls sigma_data: latents leave the autoencoder with this standard deviation
-
-
 KL_WEIGHT = 1e-5
-
-
 LOG_FLOOR = 5e-4  # the loss is the mean of log(MSE + this): PSNR itself, until an image is about 39 dB good
-
-
 ROUGHNESS_WEIGHT = 0.3  # of the log of how much neighbouring latents differ
-
-
 NOISY_WEIGHT, NOISE = 0.5, (0.2, 0.8)  # of the loss from noisy latents; the noise, in deviations of their channel
-
-
 EMA_DECAY = 0.998
-
-
 WARM_UP_STEPS = 200
-
-
 MAX_FOLDER_BYTES = 4_000_000
 
 

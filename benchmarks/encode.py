@@ -53,14 +53,8 @@ from microdit.pipeline.stages.stage import Task
 from microdit.pipeline.stages.text import Text
 
 GOALS = {"ratio_ceiling": 0.95, "ratio_common": 2.0, "ratio_feed": 0.85}
-
-
 TOLERANCE = 0.05  # mean difference by mean magnitude: half precision, and resizing that rounds otherwise
-
-
 NOT_MEASURED = "not measured"
-
-
 DEFAULT = {"cuda": ["sdxl", "t5-xxl", "dfn-clip-h"], "cpu": ["demo", "minilm", "t5-small"]}
 
 

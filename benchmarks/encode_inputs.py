@@ -15,17 +15,14 @@ import torch
 from benchmarks.ingest import photograph
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.content.images import prepare
+from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, shard_name, unit_name
 from microdit.pipeline.corpus.records import ShardRef
 from microdit.pipeline.stages.ingest import SCALARS
 
 SIZES = {"demo": (64, 128), "sdxl": (256, 512)}  # of the autoencoders: the columns that are made together
-
-
 CAPTIONS = "captions/source"
-
-
 WORDS = [a + b + c for a, b, c in itertools.product("bcdfglmnprst", ("a", "ee", "o", "u", "ai"), ("", "n", "rt", "st"))]
 
 
@@ -60,12 +57,12 @@ def make_corpus(root: Path, shards: int, samples: int, unique: int) -> Corpus:
     unit = unit_name("made", 0)
     for shard in range(shards):
         ref = ShardRef(source="made", unit=unit, shard=shard_name(unit, shard))
-        with corpus.attempt(IMAGES, ref) as attempt:
+        with begin_attempt(corpus, IMAGES, ref) as attempt:
             for row in range(samples):
                 data, width, height = images[(shard * samples + row) % len(images)]
                 attempt.add(row, f"k{shard}-{row}", {"jpg": data, "json": b"{}"}, width=width, height=height)
             made = attempt.commit()
-        with corpus.attempt(CAPTIONS, ref, [made]) as attempt:
+        with begin_attempt(corpus, CAPTIONS, ref, [made]) as attempt:
             for row in range(samples):
                 attempt.add(row, f"k{shard}-{row}", caption=texts[shard * samples + row], tokens=0)
             attempt.commit()

@@ -25,11 +25,7 @@ from torch.utils._pytree import tree_leaves
 from microdit.model.layers import Experts
 
 WIDTHS = {"xl": (1024, 2304), "tiny": (512, 1024)}  # width and expert width of a block in the middle
-
-
 TOKENS = (64, 256, 1024, 4096)
-
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -11,8 +11,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 ROOT = Path()
-
-
 RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 

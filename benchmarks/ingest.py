@@ -39,11 +39,7 @@ from microdit.pipeline.stages.registry import declare
 from microdit.pipeline.stages.stage import UnitTask
 
 GOAL = 0.85
-
-
 OPTIONS = ImageOptions()
-
-
 GRAINS = (2, 4, 8, 16, 32, 64, 128)  # pixels
 
 

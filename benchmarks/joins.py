@@ -31,17 +31,9 @@ from microdit.pipeline.tables.joins.lookup import Joined
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
 PART, UNIT, UNITS = 1000, 11_186, 3
-
-
 CHUNK = 100_000
-
-
 TEXT = "a red apple on the old wooden table of my aunt, oil on canvas, trending in 1890, highly detailed"
-
-
 WORDS = np.array(TEXT.split())
-
-
 KNOWN = ("prompt", "width", "height", "image_nsfw", "prompt_nsfw")
 
 

@@ -37,6 +37,7 @@ import webdataset
 
 from benchmarks.loader_streaming import batched, drain
 from microdit.pipeline.corpus.arrays import array_bytes
+from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import ShardRef
@@ -47,17 +48,9 @@ from microdit.trainer.recipe import Recipe
 from tests.servers.s3 import environ, environment
 
 GOAL = 2.0
-
-
 LENGTHS = [16, 32, 40, 48, 56, 64, 72]
-
-
 BATCH, LANES, WINDOW, SHARD = 128, 2, 2, 256
-
-
 LATENTS, CAPTIONS = "latents/sdxl-256", "captions/source"
-
-
 HERE = Path(__file__).parent
 
 
@@ -84,11 +77,11 @@ def write(root: Path, tars: Path, samples: int, width: int) -> None:
             latent = noise[at + 72 * width :][:4096].reshape(4, 32, 32)
             arrays = (array_bytes(array) for array in (latent, ragged, padded))
             rows.append((f"{shard}-{row}", *arrays, f"picture {number} {row}"))
-        with corpus.attempt("images", ref) as attempt:
+        with begin_attempt(corpus, "images", ref) as attempt:
             for row, (key, *_) in enumerate(rows):
                 attempt.add(row, key, {"png": b"-", "json": b"{}"})
             images = attempt.commit()
-        with corpus.attempt(CAPTIONS, ref, [images]) as attempt:
+        with begin_attempt(corpus, CAPTIONS, ref, [images]) as attempt:
             for row, parts in enumerate(rows):
                 attempt.add(row, parts[0], caption=parts[-1])
             captions = attempt.commit()
@@ -97,7 +90,7 @@ def write(root: Path, tars: Path, samples: int, width: int) -> None:
             (2, "text/ragged@source", captions),
             (3, "text/padded@source", captions),
         ):
-            with corpus.attempt(column, ref, [made]) as attempt:
+            with begin_attempt(corpus, column, ref, [made]) as attempt:
                 for row, parts in enumerate(rows):
                     attempt.add(row, parts[0], {"npy": parts[place]})
                 attempt.commit()

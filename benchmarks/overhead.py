@@ -28,8 +28,6 @@ from microdit.pipeline.stages.stage import Task, UnitTask
 from tests.pipeline.helpers.fake_stages import Pictures, Words, ingest, open_corpus, spec
 
 COLUMN = "captions/slept"
-
-
 CPUS, WARM = 1, 24  # shards before the first round: all workers have started then
 
 

@@ -28,8 +28,6 @@ from microdit.pipeline.sources.openmoji.server import DemoSource, serve
 from microdit.pipeline.sources.openmoji.source import Openmoji
 
 GOALS = {"bytes": 0.03, "time": 0.25}
-
-
 UNIT_INPUTS = 512
 
 

@@ -25,14 +25,8 @@ from microdit.pipeline.sources.openmoji.drawings import catalogue
 from microdit.pipeline.sources.openmoji.server import long_caption
 
 GOALS = {("dfn-clip-h", "int8"): 3.5, ("t5-xxl", "int8"): 5.8, ("t5-xxl", "int4"): 9.0}
-
-
 PADDED = {"minilm": 128, "dfn-clip-h": 77, "t5-xxl": 120}
-
-
 TOKENS = 40
-
-
 OUTLIERS, LARGER = 4, 40.0
 
 

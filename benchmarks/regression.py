@@ -33,11 +33,7 @@ from microdit.trainer.recipe import load_recipe
 from microdit.trainer.train import train
 
 RECIPE = "configs/recipes/regression.yaml"
-
-
 COLUMNS = ["images", "captions/source", "captions/long", "latents/demo-64", "text/minilm@source", "text/minilm@long"]
-
-
 STATED, TOLERANCE = 0.4047, 0.02  # measured: docs/measurements.md
 
 

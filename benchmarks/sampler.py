@@ -25,11 +25,7 @@ from microdit.model.network import MicroDiT
 from microdit.model.samplers import SAMPLERS
 
 REFERENCE_STEPS = 200
-
-
 STEPS = {"heun": (5, 8, 12, 18, 30, 50), "other": (8, 12, 16, 20, 24, 30, 40, 60)}
-
-
 CAPTIONS = 8
 
 

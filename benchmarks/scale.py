@@ -28,6 +28,7 @@ import boto3
 
 from microdit.pipeline.base.progress import Snapshot
 from microdit.pipeline.base.signals import Stopped
+from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, UNITS, commit_name, shard_name, unit_name
 from microdit.pipeline.corpus.records import Commit, ObjectRef, ShardRef, UnitCommit, canonical
@@ -40,8 +41,6 @@ from tests.servers.faulty_s3 import FaultyS3
 from tests.servers.s3 import BUCKET, environment, serve
 
 SOURCE, COLUMN, UNIT_SHARDS = "made", "captions/nothing", 100
-
-
 ON_S3 = 2_500  # shards there: more than two pages of each column
 
 
@@ -59,7 +58,7 @@ class Nothing:
 
     def run(self, corpus: Corpus, task: Task) -> list[Commit]:
         inputs = [latest(corpus, IMAGES, task.ref)]
-        with corpus.attempt(COLUMN, task.ref, inputs, task.columns[COLUMN]) as attempt:
+        with begin_attempt(corpus, COLUMN, task.ref, inputs, task.columns[COLUMN]) as attempt:
             attempt.add(0, task.ref.shard, caption="nothing", tokens=1)
             return [attempt.commit()]
 

@@ -44,11 +44,7 @@ from microdit.trainer.processes import Team
 from microdit.trainer.recipe import Recipe, StageRecipe
 
 GOALS = {"cuda": 1.9, "cpu": 1.2}
-
-
 TEXT = 77  # what the reference pads to
-
-
 LENGTHS = [16, 24, 32, 48, 64, TEXT]
 
 

@@ -19,11 +19,7 @@ from microdit.model.network import PRESETS, MicroDiT
 from microdit.model.pretrained.hub import reason
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
-
-
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
-
-
 LISTED = 20  # entries of each kind that an error names
 
 

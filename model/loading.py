@@ -33,16 +33,9 @@ ON_HUB = re.compile(
     r"(?:(?:/(?:resolve|blob)/(?P<revision>[^/]+))?/(?P<file>[^?]+)(?:\?.*)?)?"
 )
 
-
 INFO = "generate.json"
-
-
 INDEX = "model_index.json"
-
-
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name, in transformer/
-
-
 PIPELINE = "MicroDiTPipeline"
 
 
@@ -53,13 +46,8 @@ PIPELINE_FILES = [
     for suffix in ("json", "txt", "model", "safetensors")
 ]
 
-
 LOADING = ("dtype", "max_tokens", "hidden_layer", "template", "trim")
-
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 RELEASED_REPO = "VSehwag24/MicroDiT"
 
 
@@ -71,12 +59,8 @@ RELEASED = {
     "dit_4_channel_0.5B_synthetic_data.pt": "sdxl",
 }
 
-
 RELEASED_TEXT = "dfn-clip-h"
-
-
 RELEASED_CONFIG = {"input_size": 64, "pos_interp_scale": 2.0}
-
 
 _EXPECTED = (
     "expected the out folder of a training run, one of its checkpoints, a pipeline's folder or hub repository "

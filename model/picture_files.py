@@ -14,8 +14,6 @@ from PIL.PngImagePlugin import PngInfo
 from microdit.model.text_to_image import MicroDiTPipeline
 
 SHEET = 100  # pictures on a sheet at most
-
-
 NUMBER = re.compile(r"(\d+)-.*\.png")
 
 

@@ -11,11 +11,7 @@ from itertools import pairwise
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, float], Tensor]
-
-
 Callback = Callable[[int, Tensor], None] | None
-
-
 Sampler = Callable[[Denoiser, Tensor, Sequence[float], Callback], Tensor]
 
 

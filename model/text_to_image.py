@@ -32,11 +32,7 @@ from microdit.model.pretrained.text import TextEncoder, load_text_encoder
 
 # Image tokens that go through the network together: a GPU is busy with them, and a CPU gains nothing from more.
 GPU_TOKENS, CPU_TOKENS = 32_768, 4_096
-
-
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-
 Source = int | torch.Generator | None  # what noise is drawn from: a seed, a generator, torch's global generator
 
 

@@ -18,10 +18,7 @@ from microdit.pipeline.upkeep.status import status
 from microdit.pipeline.upkeep.verify import verify
 
 pytestmark = pytest.mark.timeout(600)
-
-
 DRAWINGS = 150
-
 
 TRAIN = [
     "stages.0.batch=64",

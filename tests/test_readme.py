@@ -12,12 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-
 BUILD = [
     "shard_samples=16", "max_failures=0.5", "sources.openmoji.unit_inputs=32", "sources.openmoji.limit=32",
     "sources.openmoji.fetch.timeout=4", "sources.openmoji.fetch.idle_timeout=2",
 ]  # fmt: skip
-
 
 TRAIN = [
     "stages.0.images=64",
@@ -27,7 +25,6 @@ TRAIN = [
     "model.dim=64",
     "model.patch_mixer_dim=64",
 ]
-
 
 ELSEWHERE = {  # what runs the commands that are not microdit's
     "make demo": "tests/test_demo.py",  # the demo that it starts

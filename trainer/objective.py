@@ -12,8 +12,6 @@ from microdit.trainer.data.batch import MicroBatch
 from microdit.trainer.recipe import StageRecipe
 
 NOISE_EDGES = (-2.0, -1.0, 0.0, 1.0, 2.0)  # ln(sigma) between the bins in which the log splits the loss
-
-
 NOISE_BINS = len(NOISE_EDGES) + 1
 
 

@@ -14,14 +14,8 @@ import torch
 import torch.distributed as dist
 
 SECONDS = 2.0  # between the moments when all processes agree on whether a signal came: a stall of each GPU
-
-
 MOST_STEPS = 64  # between two of them
-
-
 PATIENCE = 5.0  # seconds after a signal in which another one is taken for the same wish
-
-
 T = TypeVar("T")
 
 

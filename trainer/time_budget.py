@@ -30,11 +30,7 @@ def measure_speed(recipe: Recipe, config: dict[str, Any], team: Team, stages: Se
 
 
 RESERVE = 0.03  # of the time left: checkpoints take a little
-
-
 SMOOTHING = 0.3  # share of the newest speed in what is believed
-
-
 LEAST_CHANGE = 0.03  # of the steps left: smaller changes are not worth a new plan
 
 

@@ -49,19 +49,14 @@ AUTOENCODERS = {
     "flux2": Entry("black-forest-labs/FLUX.2-klein-4B", "vae", "e7b7dc27f91deacad38e78976d1f2b499d76a294"),
 }
 
-
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLFlux2")
-
-
 DETERMINISTIC = ("AutoencoderDC",)
-
 
 WEIGHTS = (
     ("diffusion_pytorch_model.safetensors",),
     ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model-?????-of-?????.safetensors"),
     ("diffusion_pytorch_model.bin",),
 )
-
 
 CPU_PIXELS = 4 * 128 * 128  # images that go through a CPU together: with more, activations leave its caches
 

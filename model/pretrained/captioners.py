@@ -46,28 +46,19 @@ CAPTIONERS = {
     "llava-1.5-7b": Captioner("llava-hf/llava-1.5-7b-hf"),
 }
 
-
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-
-
 FAMILIES = (*QWEN, "internvl", "llava", "florence2", "blip")
 """The `model_type` of what can be loaded. A LLaVA-NeXT is another kind, and is not among them."""
 
 
 CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json", "generation_config.json")
-
-
 IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-
-
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
-
 
 TEXTS = (
     *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
     "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
-
 
 WEIGHTS = (
     ("model.safetensors",),
@@ -75,7 +66,6 @@ WEIGHTS = (
     ("pytorch_model.bin",),
     ("pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin"),
 )
-
 
 KEPT = (  # of a model's generation config: its tokens, and what keeps it from repeating itself
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",

@@ -17,11 +17,7 @@ from PIL import Image
 from microdit.model.pretrained.captioners import Answer, fetch_captioner
 
 NOT_THERE = ("blip", "florence2")  # in vLLM
-
-
 MOST_TOKENS = 32768  # of a request; an image of 4096 pixels a side has up to 21,316. What there must be memory for
-
-
 MEMORY = 0.9  # of the GPU, for weights and cache
 
 

@@ -18,8 +18,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
 _BEGINNING = re.compile(r"[0-9a-f]{7,39}")  # of a commit's hash
 
 

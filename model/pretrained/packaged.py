@@ -30,14 +30,8 @@ if TYPE_CHECKING:
 
 
 YAHOO, RAPIDOCR, EFFICIENTNET, PY3LANGID = "yahoo", "rapidocr", "efficientnet", "py3langid"
-
-
 TEXT_SIDE = 512  # the short side that text is looked for at; a larger picture is reduced to it
-
-
 FEATURES = 1280  # of EfficientNet-Lite0
-
-
 SIDE, CROP, MEAN, STD = 256, 224, 127 / 255, 128 / 255  # what it sees: the middle of a picture, (x - 127) / 128
 
 

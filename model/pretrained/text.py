@@ -56,10 +56,7 @@ def _minilm_folder() -> Path:
 
 # The prompts are those of the models' chat templates. Z-Image takes Qwen3's layer -2, Lumina 2 that of Gemma 2.
 _QWEN_CHAT = "<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n"
-
-
 _GEMMA_CHAT = "<start_of_turn>user\n{caption}<end_of_turn>\n<start_of_turn>model\n"
-
 
 TEXT_ENCODERS = {
     "minilm": Entry(_minilm_folder, 128, torch.float32),
@@ -94,37 +91,22 @@ TEXT_ENCODERS = {
     ),
 }
 
-
 MAX_TOKENS = 128  # of an encoder without a name here
-
-
 LENGTHS = (*range(8, 65, 8), *range(96, 1025, 32))  # tokens to which a batch is filled up: few shapes for the GPU
-
-
 T5 = ("t5", "mt5", "umt5")
-
-
 BERT = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta-v2", "mpnet", "modernbert")
-
-
 COUNT_BEHIND_PAD = ("roberta", "xlm-roberta", "mpnet")  # their positions begin behind the pad token's id
-
-
 CONFIGS = ("config.json", "open_clip_config.json")
-
 
 VOCABULARIES = (
     "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"
 )  # fmt: skip
 
-
 OF_CLIP = ("merges.txt", "tokenizer.json")  # what `read_merges` takes
-
 
 TOKENIZER = (
     *VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
-
 
 WEIGHTS = (
     ("model.safetensors",),

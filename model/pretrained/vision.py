@@ -28,20 +28,14 @@ from microdit.model.pretrained.packaged import EFFICIENTNET, carried, load_effic
 from microdit.model.pretrained.text import TOKENIZER, VOCABULARIES
 
 Task = Literal["classify", "aesthetic", "embed", "compare"]
-
-
 CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
-
 
 WEIGHTS = (
     ("model.safetensors",),
     ("model.safetensors.index.json", "model-?????-of-?????.safetensors"),
 )
 
-
 HEAD = "AestheticsPredictorV2"  # how the classes of CLIP towers with LAION's head are called
-
-
 HALF = ("clip", "siglip")  # model types that float16 holds, which rounds an eighth as much as bfloat16
 
 

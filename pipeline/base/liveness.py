@@ -8,17 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _timeout = 0.0
-
-
 _wound = 0.0
-
-
 _watched = 0
-
-
 _watch = threading.Lock()
-
-
 _orphan_watch = threading.Lock()
 
 

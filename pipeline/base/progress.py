@@ -13,8 +13,6 @@ from rich.live import Live
 from rich.table import Table
 
 RATE_WINDOW = 30.0  # seconds over which images/s are counted
-
-
 LINE_EVERY = 60.0  # seconds between two lines of JSON
 
 

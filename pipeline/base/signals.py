@@ -2,12 +2,9 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from microdit.pipeline.engine.driver import Driver
+from typing import Any
 
 
 class Stopped(KeyboardInterrupt):
@@ -19,10 +16,16 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """What SIGINT and SIGTERM do: ask the driver to stop; before it runs, or the second time, end at once."""
+    """Handle SIGINT and SIGTERM: the first one calls `stop`; one before `stop` is set, and the second, end at once.
+
+    Attributes:
+        stop: called with the first signal's number; None as long as there is nothing to end cleanly.
+        received: the number of the signal that `stop` was called with, None before it.
+    """
 
     def __init__(self) -> None:
-        self.driver: Driver | None = None
+        self.stop: Callable[[int], None] | None = None
+        self.received: int | None = None
 
     def install(self) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -30,13 +33,15 @@ class StopSignals:
                 signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, frame: Any) -> None:
-        if self.driver is None or self.driver.stop is not None:
+        if self.stop is None or self.received is not None:
             raise Stopped(signum)
-        self.driver.stop = signum
+        self.received = signum
+        self.stop(signum)
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
+    """Handle signals inside the block; the handlers from before it come back at its end."""
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     signals = StopSignals()
     signals.install()

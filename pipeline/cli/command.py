@@ -39,15 +39,9 @@ CorpusUrl = Annotated[
     str, typer.Argument(metavar="CORPUS", help="A folder, or s3://bucket/prefix (gs://, az://).", show_default=False)
 ]
 
-
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-
-
 Sql = Annotated[str, typer.Argument(metavar="SQL", help="One SELECT over the view `samples`.", show_default=False)]
-
-
 Distance = Annotated[int, typer.Option(metavar="BITS", help="How many of the 64 bits may differ, 0 to 8.")]
-
 
 Overrides = Annotated[
     list[str] | None,

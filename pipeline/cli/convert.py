@@ -14,8 +14,6 @@ import typer
 from microdit.pipeline.base.errors import RequestError
 
 TO_CORPUS = {"--source", "--captions", "--autoencoder", "--text-encoder", "--as-built", "--repair"}
-
-
 TO_MDS = {"--selection", "--text", "--latents", "--compression"}
 
 

@@ -29,11 +29,7 @@ from microdit.pipeline.selection.view import query
 from microdit.pipeline.upkeep.verify import verify
 
 TIME_LIMIT = 8 * 60  # seconds for everything on 2 cores; the training gets what the build left of it, but for
-
-
 AFTER_TRAINING = 60  # the pictures and the page
-
-
 LEAST_TRAINING = 60
 
 
@@ -54,7 +50,6 @@ WHERE status = 'ok' AND least(width, height) >= 64
       AND bit_count(xor(('0x' || t.basic_phash)::UBIGINT, ('0x' || s.basic_phash)::UBIGINT)) <= 1
       AND abs(t.basic_red - s.basic_red) + abs(t.basic_green - s.basic_green) + abs(t.basic_blue - s.basic_blue) < 6)
 """
-
 
 LOOK = """
 SELECT CASE WHEN status = 'ok' THEN 'ok' ELSE reason END AS outcome, count(*) AS images,

@@ -17,7 +17,6 @@ from microdit.pipeline.corpus.names import COLUMN, RESERVED, SOURCE
 
 ColumnOptions = CaptionsColumn | AnyScores | LatentsColumn | TextColumn
 
-
 COLUMN_KINDS: dict[str, type[CaptionsColumn | ScoresColumn | LatentsColumn | TextColumn]] = {
     "captions": CaptionsColumn,
     "scores": ScoresColumn,

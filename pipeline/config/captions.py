@@ -8,31 +8,17 @@ from pydantic import Field, field_validator, model_validator
 from microdit.pipeline.config.block import At, Options
 
 Origin = tuple[str, str | None, str, int]  # captioner, revision, engine, image side
-
-
 ORIGINS = ("field", "join", "vlm", "endpoint", "tags")
-
-
 CAPTIONERS = ("vlm", "endpoint", "tags")
 """Those that look at the images."""
 
 
 # the fields of each origin, which mean nothing elsewhere
 OF_TEXTS = ("clean",)
-
-
 OF_VLM = ("engine",)
-
-
 OF_ASKED = ("prompt", "max_tokens", "temperature", "image_side", "language")
-
-
 OF_ENDPOINT = ("model", "api_key_env", "concurrency", "price_in", "price_out", "max_spend")
-
-
 OF_TAGS = ("top", "probability")
-
-
 MAX_TOKENS = {"alt": 96, "short": 96, "long": 384, "tags": 128}
 
 

@@ -9,20 +9,10 @@ from pydantic import Field, model_validator
 from microdit.pipeline.config.block import At, Options
 
 SA1B_CAPTIONS = "hf://datasets/PixArt-alpha/SAM-LLaVA-Captions10M/SA1B_caption.tar.gz"
-
-
 TEXTCAPS_IMAGES = "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"
-
-
 TEXTCAPS_CAPTIONS = "https://dl.fbaipublicfiles.com/textvqa/data/textcaps/TextCaps_0.1_{split}.json"
-
-
 COCO_IMAGES = "http://images.cocodataset.org/zips/val2014.zip"
-
-
 COCO_CAPTIONS = "http://images.cocodataset.org/annotations/annotations_trainval2014.zip"
-
-
 BESIDE = re.compile(r"txt|json(\.[^.]+)+")  # where a text of a webdataset comes from
 
 
@@ -299,6 +289,5 @@ SourceOptions = Annotated[
     | CocoSource,
     Field(discriminator="adapter"),
 ]
-
 
 ADAPTERS = [get_args(kind.model_fields["adapter"].annotation)[0] for kind in get_args(get_args(SourceOptions)[0])]

@@ -14,11 +14,7 @@ from microdit.pipeline.config.block import At
 from microdit.pipeline.config.sources import ADAPTERS
 
 HOME = Path(microdit.__file__).parent  # where `configs/` lies, in a checkout and in an installed wheel
-
-
 MISSING = object()
-
-
 Model = TypeVar("Model", bound=BaseModel)
 
 

@@ -12,11 +12,7 @@ from urllib.parse import unquote_plus
 import ftfy
 
 MAX_LENGTH = 4096  # characters; no caption that says anything is longer, and hostile markup costs the square of it
-
-
 _URL = r"\b(?:https?://|www\.)[^\s<>\"']{1,2000}"
-
-
 _HOST = r"\b[a-z0-9-]{1,63}(?:\.[a-z0-9-]{1,63}){0,4}\.(?:com|co|ru|net|org|edu|gov|it|info)\b(?:/[^\s]{0,2000})?"
 
 
@@ -26,7 +22,6 @@ _FIRST = (
     (_URL, "", "addresses of pages"),
     (_HOST, "", "the same without a scheme"),
 )
-
 
 _RULES = (
     (r"@[\w]{1,100}\b", "", "names of accounts"),
@@ -50,7 +45,6 @@ _RULES = (
     (r" \. ", " ", "a lone dot"),
 )  # fmt: skip
 
-
 _LAST = (
     (r"\b[a-z]{1,3}\d{3,15}\b", "", "codes: jc6640"),
     (r"\b[a-z]{1,30}\d{1,30}[a-z]{1,30}\b", "", "codes: jc6640vc"),
@@ -67,16 +61,9 @@ _LAST = (
     (r"\s{1,10000}", " ", "white space"),
 )
 
-
 _QUOTED = re.compile(r"^[\"'](.{1,4096})[\"']$", re.DOTALL)
-
-
 _ENDS = re.compile(r"^[\'_,\-:]{1,100}|[\'_,\-:+]{1,100}$|^\.\S{1,100}$")
-
-
 _TAG = re.compile(r"""<(?:[/?]?[a-z]|![a-z[])(?:[^<>"']|"[^"]*"|'[^']*')*+>""")
-
-
 _MANY_DASHES = re.compile(r"[-_]")
 
 

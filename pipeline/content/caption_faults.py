@@ -11,7 +11,6 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 # each letter of what is written without spaces is a word
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+(?:['’]\w+)*")
 
-
 REFUSAL = re.compile(
     r"""\W*(?:(?:i['’]?m|i\ am)\ (?:really\ |very\ |so\ )?sorry\b
     | (?:sorry|apologies),?\ (?:but\ )?i\b
@@ -22,19 +21,10 @@ REFUSAL = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
-
 SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’»)\]]*$")
-
-
 REPEATS = 4  # of a phrase, one behind the other: people write `very, very, very`
-
-
 LONGEST_PHRASE = 40  # words
-
-
 GRAM, LEAST_WORDS, LEAST_NEW = 4, 40, 0.5  # of so many words or more, the share of four-word phrases that are new
-
-
 MARGIN = 20.0
 """How much likelier (natural logarithm) another language must be: 3 of 1,000 English names, of the length of `Alaskan
 Malamute`, are taken for another language with it; a sentence of five words in one is found."""

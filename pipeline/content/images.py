@@ -19,20 +19,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from microdit.pipeline.config.images import ImageOptions
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP")
-
-
 MEMBER_FORMATS = {"jpg": "jpeg", "png": "png", "webp": "webp"}
-
-
 LONGEST = {"jpg": 65_500, "png": 2**31 - 1, "webp": 16_383}  # pixels of a side that each can write
-
-
 ORIENTATION = 0x0112
-
-
 MAX_SCANS = 200  # of a progressive JPEG, which has about ten; each one costs a pass over the whole picture
-
-
 SHRINK_MARGIN = 1.25  # how much larger than what it is resized to a JPEG is decoded at least
 
 

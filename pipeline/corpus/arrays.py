@@ -13,11 +13,7 @@ import numpy as np
 from microdit.pipeline.corpus.quantised import Quantised, dequantise
 
 ZIP_MEMBER = b"PK\3\4"
-
-
 MOST_HEADER = 10_012  # bytes: numpy itself reads no `.npy` header longer than 10,000
-
-
 _parser = threading.Lock()  # Python 3.11's parser counts its depth wrongly when threads take turns in it
 
 

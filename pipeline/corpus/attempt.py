@@ -1,34 +1,75 @@
-"""One try to write one shard of one column (docs/corpus.md, sections 3 and 4)."""
+"""Write to a corpus: an attempt is one try to write one shard of one column (docs/corpus.md, sections 3 and 4).
+
+Guarantee: each generation of a shard, and of a unit, is committed exactly once.
+"""
 
 import os
 import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from microdit.pipeline.base.fail_points import fail_point
 from microdit.pipeline.base.liveness import alive
-from microdit.pipeline.corpus.names import KEY
-from microdit.pipeline.corpus.records import Commit, Declaration, InputRef, ObjectRef, ShardRef
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import KEY, UNITS, commit_name
+from microdit.pipeline.corpus.records import Commit, Declaration, InputRef, ObjectRef, ShardRef, UnitCommit
 from microdit.pipeline.corpus.shard_files import TarWriter, sha256_file, sidecar_table, write_table
-
-if TYPE_CHECKING:
-    from microdit.pipeline.corpus.corpus import Corpus
-
 
 MAX_ATTEMPT_HOURS = 12
 
 
+@contextmanager
+def begin_attempt(
+    corpus: Corpus, column: str, ref: ShardRef, inputs: Iterable[Commit] = (), generation: int = 0
+) -> Iterator["Attempt"]:
+    """Begin one try to write one shard of one column; what is not committed when the block ends is dropped."""
+    declaration = corpus.column(column)
+    maker = corpus.source(ref.source) if column == "images" else declaration
+    with ExitStack() as stack:
+        yield Attempt(corpus, declaration, ref, [c.as_input() for c in inputs], generation, maker.fingerprint, stack)
+
+
+def commit_unit(
+    corpus: Corpus, source: str, unit: str, inputs: int, shards: Sequence[str], generation: int = 0
+) -> UnitCommit:
+    """Record that a unit is complete; a second worker that did the same finds the first one's record.
+
+    Raises:
+        ValueError: the first one counted other inputs or shards.
+    """
+    record = UnitCommit(
+        source=source,
+        unit=unit,
+        generation=generation,
+        inputs=inputs,
+        shards=list(shards),
+        fingerprint=corpus.source(source).fingerprint,
+    )
+    name = commit_name(UNITS, source, unit, generation)
+    try:
+        corpus.store.create(name, record.to_bytes())
+    except FileExistsError:
+        found = corpus.unit(source, unit, generation)
+        if (found.inputs, found.shards) != (record.inputs, record.shards):
+            raise ValueError(
+                f"unit {unit}: {name} has {found.inputs} inputs in {len(found.shards)} shards, "
+                f"this worker read {inputs} in {len(shards)}; the source gave other inputs than before"
+            ) from None
+        return found
+    return record
+
+
 class Attempt:
-    """One try to write one shard of one column: `add` or `fail` every row, then `commit`. Made by `Corpus.attempt`."""
+    """One try to write one shard of one column: `add` or `fail` every row, then `commit`. Made by `begin_attempt`."""
 
     def __init__(
         self,
-        corpus: "Corpus",
+        corpus: Corpus,
         declaration: Declaration,
         ref: ShardRef,
         inputs: list[InputRef],

@@ -1,9 +1,8 @@
-"""A corpus: declarations, attempts and commits (docs/corpus.md). What this module promises is exactly-once."""
+"""Read a corpus: its declarations, commits and shards (docs/corpus.md). `attempt` writes."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from sys import intern
 from typing import Any, BinaryIO, TypeVar
@@ -12,7 +11,6 @@ import pyarrow as pa
 from obstore.exceptions import BaseError
 
 from microdit.pipeline.base.errors import DamagedError, RequestError, first_line
-from microdit.pipeline.corpus.attempt import Attempt
 from microdit.pipeline.corpus.names import (
     COLUMN,
     COMMIT,
@@ -27,7 +25,6 @@ from microdit.pipeline.corpus.records import (
     Commit,
     Declaration,
     Record,
-    ShardRef,
     UnitCommit,
     canonical,
 )
@@ -233,35 +230,6 @@ class Corpus:
             records = list(pool.map(lambda name: self._read(name, UnitCommit), names))
         return {record.unit: record for record in records}
 
-    def commit_unit(
-        self, source: str, unit: str, inputs: int, shards: Sequence[str], generation: int = 0
-    ) -> UnitCommit:
-        """Record that a unit is complete; a second worker that did the same finds the first one's record.
-
-        Raises:
-            ValueError: the first one counted other inputs or shards.
-        """
-        record = UnitCommit(
-            source=source,
-            unit=unit,
-            generation=generation,
-            inputs=inputs,
-            shards=list(shards),
-            fingerprint=self.source(source).fingerprint,
-        )
-        name = commit_name(UNITS, source, unit, generation)
-        try:
-            self.store.create(name, record.to_bytes())
-        except FileExistsError:
-            found = self.unit(source, unit, generation)
-            if (found.inputs, found.shards) != (record.inputs, record.shards):
-                raise ValueError(
-                    f"unit {unit}: {name} has {found.inputs} inputs in {len(found.shards)} shards, "
-                    f"this worker read {inputs} in {len(shards)}; the source gave other inputs than before"
-                ) from None
-            return found
-        return record
-
     def _read(self, name: str, kind: type[R]) -> R:
         data = self.store.get(name)
         try:
@@ -282,18 +250,6 @@ class Corpus:
     def open_object(self, commit: Commit) -> BinaryIO:
         """The data object of a commit, as a binary file."""
         return self.store.open(commit.object.name)
-
-    # -- writing a shard -----------------------------------------------------------------------------------------
-
-    @contextmanager
-    def attempt(
-        self, column: str, ref: ShardRef, inputs: Iterable[Commit] = (), generation: int = 0
-    ) -> Iterator["Attempt"]:
-        """Begin one try to write one shard of one column; what is not committed when the block ends is dropped."""
-        declaration = self.column(column)
-        maker = self.source(ref.source) if column == "images" else declaration
-        with ExitStack() as stack:
-            yield Attempt(self, declaration, ref, [c.as_input() for c in inputs], generation, maker.fingerprint, stack)
 
 
 def differences(found: Any, wanted: Any, path: str = "") -> list[str]:

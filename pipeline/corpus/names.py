@@ -3,35 +3,15 @@
 import re
 
 Where = tuple[str, str]  # source, and shard or unit
-
-
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
-
-
 COLUMN = re.compile(r"[A-Za-z0-9_@-][A-Za-z0-9_.@-]*(/[A-Za-z0-9_@-][A-Za-z0-9_.@-]*)?")
-
-
 SOURCE = re.compile(r"[a-z0-9][a-z0-9_-]*")
-
-
 RESERVED = {"units", "commits", "columns", "sources", "tables", "selections", "failures", "probes"}
-
-
 UNITS = "units"
-
-
 PROBES = "probes"
-
-
 COMMIT = re.compile(r"commits/([^/]+(?:/[^/]+)?)/([^/]+)/([^/]+)\.(0|[1-9][0-9]*)\.json")
-
-
 SHARD = re.compile(r"[a-z0-9][a-z0-9_-]*")
-
-
 ATTEMPT = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{8}")
-
-
 OBJECT = re.compile(rf"([^/]+(?:/[^/]+)?)/([^/]+)/([^/]+)\.{ATTEMPT.pattern}\.(?:tar|parquet|rows\.parquet)")
 
 

@@ -32,8 +32,6 @@ class Form:
 
 
 FORMS: dict[Storage, Form] = {"int8": Form(127, 128, 0.03), "int4": Form(7, 32, 0.2)}
-
-
 TINY = 2.0**-24  # the smallest float16 above 0
 
 

@@ -24,7 +24,6 @@ SIDECAR = pa.schema(
     ]
 )
 
-
 SCALAR_TYPES = {
     "string": pa.string(),
     "int32": pa.int32(),

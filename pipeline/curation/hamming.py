@@ -21,32 +21,14 @@ import numpy as np
 from microdit.pipeline.base.threads import threaded
 
 MAX_DISTANCE = 8
-
-
 WINDOW = 512  # others of its bucket that a hash is compared with
-
-
 GLANCES, GLANCE = 8, 4  # tables and neighbours of the first look, which is for what is dense
-
-
 ROUND = 4  # tables of the first whole round; each other one has twice as many
-
-
 CHUNK = 1 << 18  # hashes at a time: a few megabytes
-
-
 PAIRS = 1 << 18  # compared at a time
-
-
 SAMPLE = 1 << 18  # hashes that the number of blocks is chosen by
-
-
 MORE_BLOCKS = 5  # at most so many blocks agree
-
-
 SORT_COST, PAIR_COST = 100.0, 5.0  # nanoseconds, about: to move and sort a hash, to compare two
-
-
 Fields = Sequence[tuple[int, int]]  # of a hash, from its top: (lowest bit, bits)
 
 

@@ -17,10 +17,7 @@ from microdit.pipeline.tables.published import Table, cached
 from microdit.pipeline.tables.sample_table import JOB_COLUMNS, ROW_GROUP, SampleTable
 
 LAYOUT = 1
-
-
 BASIC, EMBEDDING = "scores/basic", "scores/embedding"
-
 
 DUPLICATES, SEMANTIC, CONTAMINATED, HASHES = (
     "tables/duplicates",
@@ -28,7 +25,6 @@ DUPLICATES, SEMANTIC, CONTAMINATED, HASHES = (
     "tables/contaminated",
     "tables/hashes",
 )
-
 
 PLACE = [pa.field("source", pa.string()), pa.field("shard", pa.string()), pa.field("row", pa.int32())]
 

@@ -47,29 +47,13 @@ from microdit.pipeline.tables.published import publish
 from microdit.pipeline.tables.sample_table import SampleTable, sample_table
 
 CLUSTER = 2048  # vectors of a cluster, about, each vector in one
-
-
 NEAREST = 2  # clusters of a vector
-
-
 LARGEST = 8192  # vectors that are compared with each other at a time
-
-
 TRAINING = 64  # vectors of the training sample for each cluster, about
-
-
 TRAINING_BYTES = 1 << 30
-
-
 ROUNDS = 10  # of k-means
-
-
 PART = 1 << 16  # vectors at a time
-
-
 BLOCK = 256  # of a cluster's vectors, compared with all of it at a time
-
-
 SEED = 0
 
 

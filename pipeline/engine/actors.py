@@ -4,11 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 IDLE_SECONDS = 30.0  # a stage that waits for work longer than this gives its model's place back
-
-
 CROWDED_SECONDS = 10.0  # the same while another stage has waited as long for a place
-
-
 PER_ACTOR = 2  # shards with an actor: one running, one waiting, or already decoding (`at_once` of a stage)
 
 

@@ -11,8 +11,6 @@ from microdit.pipeline.engine.plan import Job, Plan, UnitJob
 from microdit.pipeline.engine.summary import Work
 
 EVERY = 0.25  # seconds between two pictures of it
-
-
 INGEST = "ingest"
 
 

@@ -126,7 +126,8 @@ def carry_out(
             board = Board([stage.name for stage in stages], progress)
             retries = Retries(max_attempts, corpus.shard_samples)
             shared = Shared(corpus, stack.enter_context(_probe(corpus)), stall_timeout)
-            signals.driver = driver = Driver(corpus, plan, sources, ingest, retries, shared, resources or {}, board)
+            driver = Driver(corpus, plan, sources, ingest, retries, shared, resources or {}, board)
+            signals.stop = driver.ask_to_stop
             signals.install()  # ray.init put its own handlers there
             driver.check_nodes()
             driver.run()

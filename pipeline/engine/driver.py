@@ -29,11 +29,7 @@ from microdit.pipeline.engine.retries import Retries
 from microdit.pipeline.sources.source import Source
 
 GRACE_SECONDS = 15.0  # for the shards in flight when a signal comes
-
-
 RESOURCES_EVERY = 5.0  # seconds between two looks at the cluster's size
-
-
 LOOK_SECONDS = 60.0  # for every node to say that it sees the corpus
 
 
@@ -110,6 +106,10 @@ class Driver:
                 continue  # the node is gone; its successor looks when it works for the first time
             if "error" in message:
                 raise RequestError(message["error"]["message"])
+
+    def ask_to_stop(self, signum: int) -> None:
+        """End `run` soon, because this signal came."""
+        self.stop = signum
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 

@@ -9,18 +9,12 @@ from microdit.pipeline.engine.plan import Job, UnitJob
 from microdit.pipeline.stages.stage import Task, UnitTask
 
 BACKOFF_SECONDS = 2.0  # before the second attempt; four times as long before each further one
-
-
 DEATHS = 2  # of processes on a shard before one of its samples is suspected
-
-
 MAX_ASIDE = 16  # samples of a shard that may be set aside; with more it is not the samples
-
 
 MAX_LOST = (
     10  # nodes that a job may lose: it is no fault of its, but one that ends every node must not go round for ever
 )
-
 
 MAX_SEARCHES = 2  # that find nothing
 

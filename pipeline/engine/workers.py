@@ -25,14 +25,8 @@ from microdit.pipeline.sources.source import Source
 from microdit.pipeline.stages.stage import Stage, Task, UnitTask
 
 Message = dict[str, Any]
-
-
 Ingest = Callable[[Corpus, Source, UnitTask, Callable[[Message], None]], UnitCommit]
-
-
 _stages: dict[str, Stage] = {}
-
-
 _seen: set[str] = set()
 
 

@@ -16,20 +16,10 @@ from microdit.pipeline.estimate.past_build import Earlier, Size
 from microdit.pipeline.estimate.source_sizes import Expected
 
 TOKENS_A_WORD = 1.4
-
-
 TAR_SAMPLE = 512 + 256  # bytes of a member beside its data: the header, and half a block of padding
-
-
 NPY_HEADER, ZIP = 128, 202
-
-
 EMBEDDING = 1_024
-
-
 ROW, TABLE_ROW, SHARD = 60.0, 150.0, 8_000.0  # bytes of a sidecar's row, of a table's, and of a shard besides
-
-
 IMAGE_JSON, JPEG_PIXEL, ASPECT = 1_024.0, 0.6, 4 / 3  # bytes; bytes a pixel at quality 95; sides of an image
 
 

@@ -31,11 +31,7 @@ from microdit.pipeline.estimate.past_build import Earlier
 from microdit.pipeline.estimate.source_sizes import Expected, expected
 
 INGEST = "ingest"
-
-
 CPUS_A_GPU = 16
-
-
 START_SECONDS = 25.0
 """Until the first shards are at work: Python, Ray, a small model's load, on two cores."""
 

@@ -25,14 +25,8 @@ from microdit.pipeline.corpus.records import Commit, UnitCommit
 from microdit.pipeline.stages.ingest import ingest_stage
 
 T = TypeVar("T")
-
-
 MOST = 256  # shards that are read of a column and source, and units of a source
-
-
 TAR_END = 5_888  # bytes: two empty blocks, and the padding to 10,240, which is 4,864 in the mean
-
-
 WARM = 4  # shards from which on the first one counts no time: its process was still importing
 
 

@@ -19,8 +19,6 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.block import Options
 
 CPU = "cpu"
-
-
 UTILISATION = 0.5
 """The part of a GPU's peak that arithmetic takes a model to reach: assumed, nowhere measured."""
 

@@ -51,23 +51,15 @@ class Dataset:
 # CC12M: the hub's counts; 504.1 GiB in 996 tars that were counted. JourneyDB: its card; 3.29 TB for 4.69 million.
 # DiffusionDB: its card; of 14 million, 10 or 11 are left below the paper's NSFW scores. COCO: 6 GB, 40,504 images.
 SA1B = Dataset(1_000, 11_185_362, 11.3e12, failed=0.106)
-
-
 CC12M = Dataset(2_176, 10_968_539, 1.18e12)
-
 
 JOURNEYDB = {
     "train": Dataset(200, 4_453_193, 3.12e12, failed=0.059),
     "valid": Dataset(200, 234_156, 0.164e12, failed=0.059),
 }
 
-
 DIFFUSIONDB = {"2m": Dataset(2_000, 2_000_000, 1.6e12, 0.25), "large": Dataset(14_000, 14_000_000, 6.5e12, 0.25)}
-
-
 TEXTCAPS = {"train": 21_953, "val": 3_166}
-
-
 COCO = Dataset(1, 40_504, 6e9)
 
 

@@ -32,32 +32,14 @@ if TYPE_CHECKING:
 
 
 PREFIX = "microdit-"
-
-
 OLD = 48 * 3600.0  # seconds after which a leftover is swept
-
-
 TRIES = 8  # in a row without headway, before a download is given up
-
-
 HEADWAY = 64 << 10  # bytes
-
-
 PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the second try, twice as many before each further one
-
-
 LONGEST_WAIT = 900.0  # seconds that a server may ask for
-
-
 SLOW_SECONDS, SLOW_BYTES = 60.0, 60 << 10  # a connection that brings less in that time is replaced
-
-
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 POLL = 0.2  # seconds between two looks at a lock
-
-
 BLOCK = 4 << 20
 
 

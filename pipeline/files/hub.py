@@ -11,14 +11,8 @@ from microdit.pipeline.files.patterns import choose, expand_braces, split_root
 from microdit.pipeline.files.remote_file import Listing, RemoteFile, digest, listing
 
 PLACE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@(refs/(?:pr|convert)/[^/]+|[^/]+))?/(.+)")
-
-
 BEGINNING = re.compile(r"[0-9a-f]{7,39}")  # of a commit's hash, which the hub itself takes only whole
-
-
 TRIES, PAUSE = 4, 1.0  # of a request; seconds before the second, twice as many before each further one
-
-
 T = TypeVar("T")
 
 

@@ -8,8 +8,6 @@ from typing import Any
 from microdit.pipeline.base.errors import RequestError
 
 MOST_FILES = 1_000_000  # that braces may stand for
-
-
 WILD = re.compile(r"[*?\[{]")
 
 

@@ -13,29 +13,13 @@ import pyarrow as pa
 from microdit.pipeline.base.liveness import alive
 
 BLOCK = 512
-
-
 CHUNK = 1 << 20
-
-
 MAX_HEADERS = 1 << 20  # bytes of long names and pax records before one member
-
-
 MAX_PADDING = 64 << 20  # bytes of zeros behind the end of a tar
-
-
 MAX_RATIO = 200  # bytes unpacked for one that is packed; texts have 10 at most
-
-
 FREE_BYTES = 256 << 20  # unpacked before the ratio counts
-
-
 XZ_MEMORY = 256 << 20
-
-
 MAX_EMPTY = 1000  # packed streams, one after the other in a file, with nothing in them
-
-
 GZIP, BZIP2, XZ, ZSTD = PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 
 

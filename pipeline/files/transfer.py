@@ -25,17 +25,9 @@ if TYPE_CHECKING:
 
 
 CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 60.0  # seconds for a connection; without a byte
-
-
 CHUNK = 1 << 20  # bytes that are taken from a connection at once, at most
-
-
 BLOCK = 16 << 20  # bytes of one request to a bucket
-
-
 PASSING = {408, 425, 429, 500, 502, 503, 504}
-
-
 REFUSED = {401, 403, 410}
 
 

@@ -14,29 +14,13 @@ from microdit.pipeline.base.liveness import alive
 from microdit.pipeline.files.tars import FREE_BYTES, MAX_RATIO, Broken, Member
 
 END = struct.Struct("<4s4H2LH")
-
-
 END64 = struct.Struct("<4sQ2H2L4Q")
-
-
 LOCATOR = struct.Struct("<4sLQL")
-
-
 ENTRY = struct.Struct("<4s4B4HL2L5H2L")
-
-
 LOCAL = struct.Struct("<4s2B4HL2L2H")
-
-
 MAX_DIRECTORY = 256 << 20  # bytes; some two million members
-
-
 FREE_MEMBER = 16 << 20  # bytes unpacked of one member before the ratio counts
-
-
 STORED, DEFLATED = 0, 8
-
-
 ENCRYPTED, DESCRIPTOR, UTF8 = 0x1, 0x8, 0x800
 
 

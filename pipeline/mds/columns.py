@@ -26,23 +26,11 @@ from microdit.pipeline.stages.captions.given import Captions
 from microdit.pipeline.stages.stage import ColumnSpec
 
 CAPTION, TEXT, PICTURE = "caption", "caption_latents", "jpg"
-
-
 LATENTS = re.compile(r"latents_([1-9][0-9]{0,3})")
-
-
 ENCODINGS = {CAPTION: ("str",), PICTURE: ("jpeg", "png", "bytes")}  # of all others: bytes
-
-
 DOWNSAMPLE = 8  # of every autoencoder that the official code knows
-
-
 BY_CHANNELS = {4: "sdxl", 16: "ostris"}
-
-
 CHANNELS = {"sdxl": 4, "sdxl-fp16-fix": 4, "ostris": 16}
-
-
 PICTURES = ImageOptions(min_side=1, max_side=None)  # as they are: somebody else has chosen and resized them
 
 

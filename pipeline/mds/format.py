@@ -27,20 +27,10 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from microdit.pipeline.base.errors import RequestError, first_line
 
 INDEX = "index.json"
-
-
 MOST_INDEX = 1 << 28  # bytes of an index; a shard takes six hundred
-
-
 MOST_SAMPLE = 1 << 26  # bytes of one sample; with an image of 512 px it has half a million
-
-
 SIZE_LIMIT = 1 << 28  # bytes of a shard that is written: what the official scripts ask for
-
-
 UINT32 = np.dtype("<u4")
-
-
 BLOCK = 1 << 20
 
 

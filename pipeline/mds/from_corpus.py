@@ -38,14 +38,8 @@ from microdit.pipeline.storage.store import open_store
 from microdit.pipeline.tables.commit_table import commit_table, totals
 
 REQUEST, COUNTS = "convert.json", "counts.json"
-
-
 UNFINISHED = ".unfinished-"
-
-
 HASHES = ("sha256",)
-
-
 Where = tuple[str, str]  # source and shard
 
 

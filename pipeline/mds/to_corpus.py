@@ -22,6 +22,7 @@ from microdit.pipeline.base.progress import Line, Progress, Snapshot, Tally
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.content.images import BadImage, prepare
 from microdit.pipeline.corpus.arrays import array_bytes
+from microdit.pipeline.corpus.attempt import begin_attempt, commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.failures import write_failure
 from microdit.pipeline.corpus.names import IMAGES, UNITS, commit_name, shard_name, unit_name
@@ -47,8 +48,6 @@ from microdit.pipeline.tables.commit_table import commit_table, totals
 from microdit.pipeline.upkeep.damage import damage
 
 MOST_FAILED = 0.1  # the share of a column's samples that may fail before the exit status is 1
-
-
 Redo = dict[str, set[str]]  # by column the shards, and with the column `units` the units, that are made again
 
 
@@ -207,7 +206,7 @@ def convert_unit(corpus: Corpus, conversion: Conversion, number: int, redo: Redo
         return Done(number, message=str(error))
     fail_point("committing-unit")
     if (generation := _generation(corpus, UNITS, source, unit, redo)) is not None:
-        corpus.commit_unit(source, unit, info.samples, names, generation)
+        commit_unit(corpus, source, unit, info.samples, names, generation)
     return Done(number, samples, failed, size)
 
 
@@ -248,7 +247,7 @@ class _Part:
 
     def _images(self, generation: int) -> Commit:
         end = min(self.first + self.corpus.shard_samples, self.file.info.samples)
-        with self.corpus.attempt(IMAGES, self.ref, generation=generation) as attempt:
+        with begin_attempt(self.corpus, IMAGES, self.ref, generation=generation) as attempt:
             for row, i in enumerate(range(self.first, end)):
                 key, about = f"{self.number:06d}-{i:06d}", {"origin": f"{self.file.info.raw_data.basename}#{i}"}
                 try:
@@ -282,7 +281,7 @@ class _Part:
         (upstream,) = column.spec.inputs
         inputs = latest(self.corpus, upstream, self.ref)
         task = Task(self.ref, {name: generation})
-        with self.corpus.attempt(name, self.ref, [inputs], generation) as attempt:
+        with begin_attempt(self.corpus, name, self.ref, [inputs], generation) as attempt:
             for row in samples(read_lines(self.corpus, inputs), {name: attempt}, task, upstream):
                 data, scalars, reason, detail = self._array(row, column)
                 if reason:

@@ -18,28 +18,13 @@ from microdit.pipeline.selection.view import connected, makers, run
 from microdit.pipeline.tables.sample_table import Field, sample_table
 
 SCORES = 16  # so many scores are shown with examples, the first ones
-
-
 ENDS = {"low": 0.01, "middle": 0.5, "high": 0.99}  # quantiles, because the outermost are often broken
-
-
 EXAMPLES = 3  # pictures of each end of a score
-
-
 DROPPED = 5  # pictures of what a filter would drop
-
-
 GROUPS = 3  # groups of duplicates that are the largest, and as many drawn of the others
-
-
 MEMBERS = 5  # pictures of a group
-
-
 OK = "status = 'ok'"
-
-
 PICTURE = "{'id': id, 'source': source, 'shard': shard, 'row': \"row\"}"
-
 
 WORDS = {  # the conditions of `clean`, by a column in them
     "duplicate_keep": "Nearly the same as another",
@@ -50,7 +35,6 @@ WORDS = {  # the conditions of `clean`, by a column in them
     "width": "Small",
     "basic_sharpness": "Blurred",
 }
-
 
 LINKS = {  # kinds of groups: the number that says how near, and its words
     "duplicate": ("duplicate_distance", lambda value: f"{value} bit{'' if value == 1 else 's'} apart"),

@@ -20,20 +20,13 @@ from microdit.pipeline.tables.sample_table import Field
 
 # Failures of `images` by the step at which an input was lost; what is not named here was lost on the way to us.
 UNDECODABLE = {"not_an_image", "truncated", "damaged", "bomb", "animated"}
-
-
 UNWANTED = {"too_small"}
 
 
 # scores that the images' own histograms show already
 SIZE_SCALARS = {"width", "height", "aspect", "short_side"}
-
-
 NUMERIC = {pa.int32(), pa.float32(), pa.float64()}  # 64-bit integers are hashes and byte counts
-
-
 BINS = 28
-
 
 GROUPS = (
     ("Image sizes", "How large the kept images are, and how far from square."),
@@ -41,7 +34,6 @@ GROUPS = (
     ("Scores", "What the scorers say of each image; a selection can cut anywhere."),
     ("Latents", "The largest magnitude in each latent; a far outlier is worth a look."),
 )
-
 
 IDLE = 2.0  # seconds without work that still count as working: attempts are dated to the second
 

@@ -22,23 +22,11 @@ from microdit.pipeline.selection.view import query
 from microdit.pipeline.tables.sample_table import Field
 
 PICTURES = 15
-
-
 SEED = "report"  # another word, another sample
-
-
 BESIDE = 10  # pictures whose captions stand side by side, if there are several captions columns
-
-
 THUMBNAIL = 120  # pixels of the long side
-
-
 SIDE = 256  # larger pictures are scaled down to this many pixels
-
-
 BATCH_LATENTS = 4096  # places (h x w) of the latents that are decoded at a time: 16 images of 128 px, 1 of 512 px
-
-
 MAX_CAPTION = 420  # characters shown of a caption
 
 

@@ -14,14 +14,8 @@ from microdit.pipeline.report import charts
 from microdit.pipeline.report.pictures import data_uri
 
 MAX_LOG = 256 << 20  # bytes of a log that are read
-
-
 MAX_GRID = 64 << 20  # bytes of a picture that is opened
-
-
 GRID_SIDE = 1600  # a larger grid is scaled down to this many pixels
-
-
 SHEETS, SHEET_SIDE = 3, 800  # sheets of pictures that are shown, and their most pixels
 
 

@@ -13,11 +13,7 @@ from microdit.pipeline.config.yaml import HOME
 from microdit.pipeline.tables.database import connect
 
 FOLDER = HOME / "configs/queries"
-
-
 NOW = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}  # may stand without ()
-
-
 STEADY = {"error"}  # DuckDB calls it volatile, so that it is not left out
 
 

@@ -38,7 +38,6 @@ SELECTION = pa.schema(
     ]
 )
 
-
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 

@@ -25,17 +25,14 @@ from microdit.pipeline.tables.sample_table import SampleTable, sample_table
 
 READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI)  # multi is PIVOT
 
-
 CONFINED: dict[str, str | bool | int | float | list[str]] = {  # the SQL may be a stranger's
     "enable_external_access": False,
     "python_enable_replacements": False,
 }
 
-
 SCORES = re.compile(
     r"(nsfw|aesthetic|clip|basic)(_\w+)?$|text_(area|boxes|characters)$|caption_(characters|words|language|repetition)$"
 )
-
 
 JOBS: dict[str, tuple[type[Job], str, str]] = {  # a table job's folder: its record, its command, what the view shows
     DUPLICATES: (

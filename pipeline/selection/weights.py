@@ -11,11 +11,7 @@ import pyarrow.compute as pc
 from microdit.pipeline.base.errors import RequestError
 
 EQUAL: Literal["equal"] = "equal"
-
-
 Shares = Literal["equal"] | Mapping[str, float]
-
-
 LEAST, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 

@@ -29,8 +29,6 @@ MAX_BYTES = 64 << 20
 
 
 LONGEST_KEY = 80
-
-
 NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]")
 
 

@@ -13,8 +13,6 @@ from microdit.pipeline.tables.joins.lookup import Joined
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
 Plain = str | int | float | bool | None
-
-
 READERS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl"}
 
 

@@ -19,20 +19,10 @@ import aiohttp
 from microdit.pipeline.config.sources import FetchOptions
 
 WINDOW = 2048  # questions that may be under way or answered ahead of the one that is waited for
-
-
 MAX_HELD = 256 << 20  # bytes of answers that may wait for their turn; what is under way then may still come
-
-
 BACKOFF = (0.2, 0.6)  # seconds before the one retry, drawn between these
-
-
 PASSING = {408, 425, 429, 500, 502, 503, 504}
-
-
 CHUNK = 64 << 10
-
-
 T = TypeVar("T")
 
 

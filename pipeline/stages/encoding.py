@@ -7,11 +7,7 @@ from typing import Any, TypeVar
 from microdit.pipeline.base.liveness import alive
 
 GPU_THREADS = 8  # that decode beside a GPU at least: those that it does not need sleep
-
-
 T = TypeVar("T")
-
-
 R = TypeVar("R")
 
 

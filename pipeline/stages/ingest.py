@@ -15,7 +15,7 @@ from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.config.build import BuildConfig
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.content.images import BadImage, Prepared, prepare
-from microdit.pipeline.corpus.attempt import Attempt
+from microdit.pipeline.corpus.attempt import Attempt, begin_attempt, commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, UNITS, commit_name, shard_name
 from microdit.pipeline.corpus.records import ShardRef, UnitCommit
@@ -36,7 +36,6 @@ SCALARS = {
     "sha256": "string",
     "bytes": "int64",
 }
-
 
 Result = Prepared | BadImage | None
 
@@ -96,7 +95,7 @@ def ingest_unit(
                 continue
             began = time.monotonic()
             ref = ShardRef(source=source.name, unit=unit, shard=shard)
-            with corpus.attempt(IMAGES, ref, generation=(redo or {}).get(shard, 0)) as attempt:
+            with begin_attempt(corpus, IMAGES, ref, generation=(redo or {}).get(shard, 0)) as attempt:
                 fail_point("fetching")
                 for sample, image in samples:
                     _write(attempt, source.name, sample, image, corpus.shard_samples, config.images.format)
@@ -108,7 +107,7 @@ def ingest_unit(
                 seconds = time.monotonic() - began
                 progress({"shard": shard, **commit.counts, "seconds": seconds, "bytes": commit.size})
     fail_point("committing-unit")
-    record = corpus.commit_unit(source.name, unit, inputs, shards, task.generation)
+    record = commit_unit(corpus, source.name, unit, inputs, shards, task.generation)
     fail_point("committed-unit")
     return record
 

@@ -36,14 +36,8 @@ from microdit.pipeline.stages.rows import attempts, fail_image, image_bytes, sam
 from microdit.pipeline.stages.stage import ColumnSpec, Task, seed_of
 
 T = TypeVar("T")
-
-
 GROUP = 4  # images that change threads together, at most
-
-
 WRITING = 2  # batches that wait for the GPU, or to be written
-
-
 INFINITE = 0x7C00  # the bits of float16's infinity; those of NaN are above, those of every number below
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 
 from microdit.pipeline.content.images import BadImage
-from microdit.pipeline.corpus.attempt import Attempt
+from microdit.pipeline.corpus.attempt import Attempt, begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.corpus.rows import Row
@@ -22,7 +22,7 @@ def attempts(stack: ExitStack, corpus: Corpus, task: Task, inputs: Iterable[Comm
     """An attempt for each of a task's columns; what is not committed when the stack ends is dropped."""
     inputs = list(inputs)
     return {
-        column: stack.enter_context(corpus.attempt(column, task.ref, inputs, generation))
+        column: stack.enter_context(begin_attempt(corpus, column, task.ref, inputs, generation))
         for column, generation in task.columns.items()
     }
 

@@ -28,25 +28,12 @@ from microdit.pipeline.tables.database import connect
 from microdit.pipeline.tables.published import Table, publish
 
 Where = tuple[str, str, str, int]  # column, source, shard or unit, generation
-
-
 FOLDER = "tables/commits"
-
-
 LAYOUT = 1
-
-
 LEAST = 1000  # commits that were read one by one before a table is worth its writing; later a tenth of all
-
-
 AT_ONCE, BATCH = 32, 50_000  # commits that a thread reads in one go, and lines of a part of the table
-
-
 SAVE_EVERY = 500_000  # commits that were read: who is stopped in the minutes that millions take goes on from there
-
-
 FORBIDDEN = (PermissionDeniedError, PermissionError)
-
 
 LINE = pa.schema(
     [
@@ -225,17 +212,14 @@ WHERE m.generation > 0 AND m.generation > l.generation;
 CREATE TEMP VIEW newest AS SELECT * FROM lines ANTI JOIN replaced USING (name)
 """
 
-
 COUNTS = """
 SELECT "column", source, count(*), sum("in"), sum(out), sum(failed), sum(bytes), sum(seconds) FROM newest GROUP BY ALL
 """
-
 
 REASONS = """
 SELECT "column", source, r.reason, sum(r.count)
 FROM (SELECT "column", source, unnest(reasons) AS r FROM newest) GROUP BY ALL
 """
-
 
 STALE = """
 SELECT c."column", c.source, count(DISTINCT c.shard)

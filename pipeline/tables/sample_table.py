@@ -19,13 +19,8 @@ from microdit.pipeline.corpus.shard_files import SCALAR_TYPES
 from microdit.pipeline.tables.published import Table, cached, publish
 
 LAYOUT = 1  # of the sample table; a table of another layout is not taken from the cache
-
-
 ROW_GROUP = 65_536
-
-
 JOINS = "tables/joins"  # the folder of `microdit.pipeline.tables.joins.build`
-
 
 BASE = pa.schema(
     [
@@ -40,7 +35,6 @@ BASE = pa.schema(
         pa.field("detail", pa.string()),
     ]
 )
-
 
 JOB_COLUMNS = pa.schema(  # what the table jobs (`microdit.pipeline.curation.job`) add to the view
     [

@@ -19,8 +19,6 @@ from microdit.pipeline.corpus.records import Commit, Declaration, ObjectRef
 from microdit.pipeline.corpus.shard_files import read_table, sidecar_schema
 
 BLOCK = 1 << 20
-
-
 Where = tuple[str, str]  # source and shard
 
 

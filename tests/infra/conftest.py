@@ -20,10 +20,7 @@ from microdit.pipeline.corpus.corpus import Corpus
 from tests.infra import hosts
 
 ROOT = Path(__file__).parent.parent.parent
-
-
 SHARD = 4  # pictures of a shard; a unit is one shard
-
 
 CONFIG = {
     "name": "pictures",

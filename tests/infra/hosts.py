@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 INIT = "trap : TERM; while :; do sleep 600 & wait; done"  # the first process of a host: reaps what others leave behind
-
-
 PATIENCE = 300.0  # seconds that anything may take: the machine may be busy
 
 

@@ -23,7 +23,6 @@ from tests.servers.s3 import BUCKET, environ, s3_at
 
 SHARDS, FREE = 8, 2
 
-
 PROVIDER = {
     "type": "fake_multinode",
     "head_node_id": "fffffffffffffffffffffffffffffffffffffffffffffffffff00000",

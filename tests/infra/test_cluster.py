@@ -23,10 +23,7 @@ from tests.infra.hosts import Host, network, wait_for
 from tests.servers.s3 import BUCKET, environ, s3_at
 
 DASHBOARD = "http://127.0.0.1:8265"  # as `ray dashboard infra/aws.yaml` forwards it
-
-
 SHARDS, FREE = 6, 2
-
 
 QUICK = {  # a silent host is given up after some 20 s, not after minutes
     "RAY_health_check_initial_delay_ms": "1000",

@@ -20,14 +20,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from tests.infra.conftest import ROOT
 
 INFRA = ROOT / "infra"
-
-
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-
-
 BIN = Path(sys.executable).parent
-
-
 WORKER_GROUPS = ("gpu", "cpu")
 
 

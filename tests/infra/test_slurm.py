@@ -41,7 +41,6 @@ STUBS = {
     "scontrol": 'echo "$@" > scontrol-asked',
 }
 
-
 ASKED = {
     "build.sbatch": "build|one|two words|192.0.2.1:23456|token|",
     "train.sbatch": "--nnodes=2|--nproc-per-node=8|--max-restarts=3|--rdzv-backend=c10d|"

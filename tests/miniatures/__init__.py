@@ -16,11 +16,7 @@ import yaml
 from tests.miniatures.pictures import Picture
 
 LAYOUTS = Path(__file__).parent.parent / "data" / "layouts"
-
-
 ABOUT = {".gitattributes": b"*.tar filter=lfs diff=lfs merge=lfs -text\n", "LICENSE": b""}
-
-
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 

@@ -25,8 +25,6 @@ from tests.miniatures.real import sa1b_links
 from tests.servers.files_server import FilesServer
 
 NOISE = 4.0  # of 255: what a JPEG, and a second one after a resize, may change on average
-
-
 HOUR = 3600
 
 

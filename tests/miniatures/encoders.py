@@ -12,8 +12,6 @@ from tests.model.pretrained.text_models import t5_files
 from tests.servers.hub import Hub
 
 CHANNELS = {"sdxl": 4, "ostris": 16}
-
-
 FOUR = 4  # blocks: eight pixels for one latent
 
 

@@ -12,17 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 Members = Iterable[tuple[str, bytes]]
-
-
 EMPTY_TAR = bytes(1024)
-
-
 EMPTY_TGZ = gzip.compress(EMPTY_TAR, mtime=0)
-
-
 EMPTY_ZIP = b"PK\5\6" + bytes(18)
-
-
 DAY = (2023, 4, 5, 12, 0, 0)
 
 

@@ -9,14 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIDE = 512  # what a longer short side is reduced to, and the least that is taken: facts 0.3
-
-
 LEAST = 256
-
-
 GRAY = "/gray"  # behind the names of those without colours
-
-
 TURNED = 6  # EXIF: to be turned by 90 degrees clockwise
 
 

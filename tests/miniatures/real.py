@@ -13,11 +13,7 @@ from tests.miniatures.packing import EMPTY_TAR, json_bytes, json_lines, parquet,
 from tests.miniatures.pictures import Picture, picture
 
 CAPTIONS, MIRROR = "PixArt-alpha/SAM-LLaVA-Captions10M", "hanlincs/InternVL-SA1B-Caption-WebDataset"
-
-
 BLIP3O = "BLIP3o/BLIP3o-Pretrain-Long-Caption"
-
-
 CC12M, LLAVANEXT = "pixparse/cc12m-wds", "CaptionEmporium/conceptual-captions-cc12m-llavanext"
 
 

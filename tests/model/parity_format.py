@@ -19,8 +19,6 @@ from microdit.model.edm import EDM
 from microdit.model.network import PRESETS, MicroDiT
 
 TRACE_NAMES = {"x_embed_before_pos": "x_embedder", "t_embed": "t_embedder", "pooled_y": "pooled_y_emb_process"}
-
-
 STEP_NAMES = ("num_inference_steps", "num_steps", "n_steps", "steps", "n")
 
 

@@ -242,7 +242,6 @@ BASE: dict[str, Any] = {
     "use_bias": False, "num_experts": 4, "expert_capacity": 2.0, "experts_every_n": 2,
 }  # fmt: skip
 
-
 MODELS = {
     "plain": BASE,
     "bias": BASE | {"use_bias": True, "in_channels": 3, "pos_interp_scale": 2.0, "expert_capacity": 1.5},

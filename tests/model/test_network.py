@@ -16,7 +16,6 @@ from microdit.model.network import PRESETS, MicroDiT, position_embedding
 
 ROOT = Path(__file__).parents[2]
 
-
 SMALL: dict[str, Any] = {
     "input_size": 8, "in_channels": 4, "dim": 32, "depth": 3, "head_dim": 8, "multiple_of": 16, "caption_channels": 12,
     "patch_mixer_depth": 2, "patch_mixer_dim": 24, "num_experts": 4,

@@ -25,8 +25,6 @@ from tests.model.parity_format import (
 )
 
 DATA = Path(__file__).parents[1] / "data"
-
-
 pytestmark = pytest.mark.timeout(7200)  # XL on a CPU takes minutes
 
 

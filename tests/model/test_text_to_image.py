@@ -28,11 +28,7 @@ from tests.model.tiny import INFO, SIZES, network, write_run
 from tests.servers.hub import Hub
 
 ROOT = Path(__file__).parent.parent.parent
-
-
 PROMPTS = ["red apple", "a very long caption about a lighthouse in the fog that goes on", "dog"]
-
-
 PRESET = {name: size for name, size in SIZES.items() if name not in ("input_size", "caption_channels")}
 
 

@@ -14,7 +14,6 @@ SIZES = {
     "patch_mixer_depth": 1, "patch_mixer_dim": 32, "num_experts": 2,
 }  # fmt: skip
 
-
 INFO = {
     "latent_shape": [4, 4, 4],
     "sigma_data": 0.9,

@@ -15,17 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 KINDS = ("error_500", "error_503", "reset", "stall", "cut_upload", "cut_answer")
-
-
 BAD_DAY = {"error_500": 0.025, "error_503": 0.025, "reset": 0.02, "stall": 0.02, "cut_upload": 0.02, "cut_answer": 0.02}
-
-
 CODES = {"error_500": (500, "InternalError"), "error_503": (503, "SlowDown")}
-
-
 READS = ("GET", "HEAD")
-
-
 HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect"}
 
 

@@ -23,15 +23,11 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import pytest
 
 TOKEN = "hf_member"  # of an account that has accepted every licence
-
-
 LARGE = (".safetensors", ".bin", ".tar", ".parquet", ".zip", ".tgz", ".gz")  # what the hub keeps in its object store
-
 
 SIBLINGS = re.compile(
     r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|refs|commits)(?:/([^/]+))?(?:/(.+))?)?"
 )
-
 
 RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 

@@ -13,7 +13,6 @@ import pytest
 
 BUCKET = "microdit-test"
 
-
 SERVER = """
 import sys
 import io

@@ -18,6 +18,7 @@ from PIL import Image
 from microdit.model.pretrained.autoencoder import load_autoencoder
 from microdit.model.pretrained.text import load_text_encoder
 from microdit.pipeline.corpus.arrays import array_bytes
+from microdit.pipeline.corpus.attempt import begin_attempt, commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import ShardRef
@@ -31,7 +32,7 @@ def write_shard(corpus: Corpus, column: str, ref: ShardRef, inputs: list, genera
     """One shard of a column: rows of `failed` are failed. Latents and texts hold numbers that tell shard and row."""
     size = size or corpus.shard_samples
     number = int(ref.shard[-2:]) + 10 * int(ref.unit[-6:])
-    with corpus.attempt(column, ref, inputs, generation) as attempt:
+    with begin_attempt(corpus, column, ref, inputs, generation) as attempt:
         for row in range(size):
             key = f"k{number}-{row}"
             rng = np.random.default_rng([number, row, len(column)])
@@ -80,7 +81,7 @@ def build_corpus(
                 write_shard(
                     corpus, f"text/tiny@{captions}", ref, [made], failed=failed.get(f"text/tiny@{captions}", ())
                 )
-        corpus.commit_unit("art", unit, shards * shard_samples, names)
+        commit_unit(corpus, "art", unit, shards * shard_samples, names)
     return corpus
 
 
@@ -88,7 +89,6 @@ MODEL = {
     "dim": 32, "depth": 2, "head_dim": 16, "multiple_of": 8, "patch_mixer_depth": 1, "patch_mixer_dim": 32,
     "num_experts": 2,
 }  # fmt: skip
-
 
 STAGE = {"latents": "latents/demo-32", "batch": 16, "learning_rate": 1e-3, "ema_half_life": 200}
 
@@ -153,8 +153,6 @@ def at_step(monkeypatch: pytest.MonkeyPatch):
 
 # -- with pictures ----------------------------------------------------------------------------------------------------
 NAMES = ("red", "green", "blue", "yellow", "pink", "black")
-
-
 COLOURS = ((220, 30, 30), (30, 180, 30), (30, 30, 220), (230, 220, 30), (240, 150, 200), (10, 10, 10))
 
 
@@ -182,23 +180,23 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     for shard in range(3):
         ref = ShardRef(source="art", unit="art-000000", shard=f"art-000000-{shard:02d}")
         rows = [(row, f"k{12 * shard + row}", *picture(12 * shard + row)) for row in range(12)]
-        with corpus.attempt("images", ref) as attempt:
+        with begin_attempt(corpus, "images", ref) as attempt:
             for row, key, _, pixels in rows:
                 buffer = io.BytesIO()
                 Image.fromarray(pixels).save(buffer, "PNG")
                 attempt.add(row, key, {"png": buffer.getvalue(), "json": b"{}"})
             images = attempt.commit()
-        with corpus.attempt("captions/source", ref, [images]) as attempt:
+        with begin_attempt(corpus, "captions/source", ref, [images]) as attempt:
             for row, key, caption, _ in rows:
                 attempt.add(row, key, caption=caption, tokens=3)
             captions = attempt.commit()
         latents = autoencoder.encode(np.stack([pixels[8:40] for *_, pixels in rows]), posterior="mode").numpy()
-        with corpus.attempt("latents/demo-32", ref, [images]) as attempt:
+        with begin_attempt(corpus, "latents/demo-32", ref, [images]) as attempt:
             for row, key, *_ in rows:
                 attempt.add(row, key, {"npy": array_bytes(latents[row].astype(np.float16))})
             attempt.commit()
         text, lengths = encoder.encode([caption for _, _, caption, _ in rows])
-        with corpus.attempt("text/minilm@source", ref, [captions]) as attempt:
+        with begin_attempt(corpus, "text/minilm@source", ref, [captions]) as attempt:
             for row, key, *_ in rows:
                 attempt.add(row, key, {"npy": array_bytes(text[row, : lengths[row]].numpy().astype(np.float16))})
             attempt.commit()

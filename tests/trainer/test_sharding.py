@@ -18,12 +18,10 @@ STAGES = [
     STAGE | {"steps": 4, "micro_batch": 5, "ema_half_life": [100, 20], "clip": 0.01},
 ]
 
-
 FIELDS = {
     "model": MODEL | {"num_experts": 3},  # which two processes cannot share evenly
     "stages": STAGES, "checkpoint_every": 3, "checkpoint_keep": 9, "parallel": "fsdp",
 }  # fmt: skip
-
 
 FILES = ("model", "ema", "ema-2", "optimizer")
 

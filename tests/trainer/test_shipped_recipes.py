@@ -15,6 +15,7 @@ from microdit.model.network import MicroDiT
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.build import load_config
 from microdit.pipeline.corpus.arrays import array_bytes
+from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import ShardRef
 from microdit.pipeline.selection.selections import select
@@ -32,7 +33,6 @@ TABLE = [
     (50_000, 0.75, 8e-5, 8e-5, 500, 0.5, 0.0, 0.6, 0.99975, 25_000),
     (5_000, 0.0, 8e-5, 8e-5, 0, 0.5, 0.0, 0.6, 0.9975, 1_000),
 ]
-
 
 CORPORA = {"sdxl": "microdit-37m", "ostris": "microdit-37m-ostris", "synthetic": "microdit-synthetic"}
 
@@ -107,7 +107,6 @@ def test_a_run_tells_its_selections_and_that_the_corpus_has_changed(recipe, tmp_
 # -- runs ------------------------------------------------------------------------------------------------------------
 RELEASED = "dit_4_channel_37M_real_and_synthetic_data.pt"
 
-
 SMALL = {"input_size": 64, "pos_interp_scale": 2.0, "caption_channels": 12} | MODEL | {"dim": 512, "head_dim": 32,
          "depth": 16, "patch_mixer_dim": 64, "qkv_multipliers": [0.125], "ffn_multipliers": [0.125]}  # fmt: skip
 
@@ -119,7 +118,9 @@ def write_corpus(root, columns: dict[str, tuple[dict, tuple[int, ...]]], rows: i
     rng = np.random.default_rng(0)
     for name, (stage, shape) in columns.items():
         corpus.declare_column(name, stage)
-        with corpus.attempt(name, ShardRef(source="art", unit="art-000000", shard="art-000000-00"), []) as attempt:
+        with begin_attempt(
+            corpus, name, ShardRef(source="art", unit="art-000000", shard="art-000000-00"), []
+        ) as attempt:
             for row in range(rows):
                 attempt.add(row, f"k{row}", {"npy": array_bytes(rng.normal(size=shape).astype(np.float16))})
             attempt.commit()

@@ -38,20 +38,10 @@ from microdit.trainer.checkpoints.contents import (
 )
 
 OLD = timedelta(hours=6)  # what no state names by then is a killed process's, or of a write that failed
-
-
 RANGE = 32 << 20  # bytes of one request for a part of a file
-
-
 READERS = 8  # requests at once
-
-
 UNREADABLE = (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged state raises
-
-
 HASHED = re.compile(r"[0-9a-f]{64}")
-
-
 ATTEMPT = re.compile(r"(step-\d+)-[0-9a-f]{16}/[^/]+")
 
 

@@ -26,8 +26,6 @@ from microdit.trainer.processes import Team
 from microdit.trainer.sharding import shared_as, whole
 
 VERSION = 1
-
-
 OPTIMIZER = "optimizer.safetensors"
 
 

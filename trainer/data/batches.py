@@ -25,8 +25,6 @@ from microdit.trainer.data.shard_cache import WHOLE, BrokenError, ShardCache
 from microdit.trainer.recipe import Recipe, StageRecipe
 
 AHEAD = 4  # batches before it is used, a shard is asked for at least
-
-
 MOST_TRIES = 1000  # samples of a lane that are asked for in place of a broken one
 
 

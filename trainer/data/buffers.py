@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 MOST_FREE = 12  # that wait for a batch
-
-
 LARGER = 2  # times as large as asked for may one be that is given again
 
 

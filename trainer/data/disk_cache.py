@@ -13,11 +13,7 @@ from pathlib import Path
 from microdit.pipeline.corpus.records import ObjectRef
 
 FOLDER = "microdit-objects"  # below the folder that is given; nothing outside of it is ever touched
-
-
 OWN = re.compile(r"[0-9a-f]{64}(#\d+)?")  # a copy is named by its bytes' hash; `#...` is one that is being written
-
-
 OLD = 3600.0  # seconds after which an unfinished copy is a killed process's
 
 

@@ -33,8 +33,6 @@ from microdit.trainer.data.disk_cache import DiskCache
 from microdit.trainer.data.sample_index import SampleIndex, Where
 
 WHOLE = -1  # in place of a row
-
-
 MOST_FILES = 16_384  # open at once
 
 

@@ -21,7 +21,6 @@ NOISE_NAMES = [
     f"{low:g}..{high:g}" for low, high in zip((-float("inf"), *NOISE_EDGES), (*NOISE_EDGES, float("inf")), strict=True)
 ]
 
-
 PLAIN_STATUS_SECONDS = 10.0  # without a terminal the status line is printed this often
 
 

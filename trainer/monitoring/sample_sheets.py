@@ -30,14 +30,8 @@ from microdit.trainer.processes import Team
 from microdit.trainer.recipe import Recipe
 
 CAPTIONS = 8  # of the held-out samples, if the recipe gives no prompts
-
-
 SAMPLER, STEPS = "unipc", 20
-
-
 SEED = 1  # of the first picture's noise
-
-
 PATIENCE = timedelta(hours=6)  # of the others: models may have to be downloaded
 
 

@@ -15,8 +15,6 @@ from microdit.pipeline.sources.members import failed, grouped, is_image, one_lin
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
 LLAVANEXT = {"llavanext_long": "caption_llava", "llavanext_short": "caption_llava_short"}
-
-
 LICENSE = "conceptual-12m"
 
 

@@ -27,14 +27,8 @@ from microdit.pipeline.sources.file_source import MAX_BYTES, FileSource, Sample
 from microdit.pipeline.sources.members import failed, is_image, one_line
 
 LICENSE = "CC-BY-4.0 (captions); images: Flickr Terms of Use"
-
-
 CAPTIONS = "captions_val2014.json"
-
-
 MAX_CAPTIONS = 1 << 30  # bytes
-
-
 NUMBER = re.compile(r"(\d+)$")
 
 

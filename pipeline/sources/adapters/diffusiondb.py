@@ -17,23 +17,11 @@ from microdit.pipeline.sources.members import failed, is_image, one_line
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
 LICENSE = "CC0-1.0"
-
-
 ZIPS = {"2m": "images/part-*.zip", "large": "diffusiondb-large-part-{1,2}/part-*.zip"}
-
-
 METADATA = {"2m": "metadata.parquet", "large": "metadata-large.parquet"}
-
-
 KNOWN = ("image_nsfw", "prompt_nsfw", "width", "height")
-
-
 BLURRED = 2.0  # Stable Diffusion's own filter had seen the image first
-
-
 PLAIN = (int, float, str)
-
-
 PARAMETERS = {"se": "seed", "c": "cfg", "st": "steps", "sa": "sampler"}
 
 

@@ -16,24 +16,14 @@ from microdit.pipeline.sources.members import failed, is_image, one_line
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
 PAGE = "https://huggingface.co/datasets/JourneyDB/JourneyDB"
-
-
 LICENSE = "JourneyDB Terms of Usage"
-
-
 FIELDS = {"prompt": "prompt", "task2": "Task2.Caption"}
-
-
 FEW_WORDS = 3
-
-
 _ALONE = "tile|hd|testp?|creative|upbeta|uplight|upanime|video|turbo|fast|relax"  # flags without a value
-
 
 _DASHED = (
     "ar|aspect|v|version|q|quality|s|stylize|niji|no|seed|c|chaos|iw|stop|style|w|h"  # what phones write with a dash
 )
-
 
 FLAG = re.compile(
     rf"\s*(?:--|—(?=(?:{_DASHED})\b))"

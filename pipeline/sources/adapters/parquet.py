@@ -18,14 +18,8 @@ from microdit.pipeline.sources.joined_fields import as_text, joined, plain, some
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
 ROWS = 16  # read at once: each is an image of 0.1 to 4 MB
-
-
 BUFFER = 1 << 20  # bytes read ahead; else, or with pre_buffer, a row group is read as a whole, 1 GB and more
-
-
 NAMED = 40  # columns in a message
-
-
 Place = tuple[str, ...]  # a column, and the fields inside of it
 
 

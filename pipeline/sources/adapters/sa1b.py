@@ -26,11 +26,7 @@ from microdit.pipeline.sources.members import failed, grouped, is_image, one_lin
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
 PAGE = "https://ai.meta.com/datasets/segment-anything-downloads/"
-
-
 SHARD = re.compile(r"sa_\d{6}\.tar")
-
-
 LICENSE = "SA-1B Dataset Research License"
 
 

@@ -19,8 +19,6 @@ from microdit.pipeline.sources.source import Input
 from microdit.pipeline.sources.url_fetcher import fetch_all
 
 MAX_LINE = 64 << 10
-
-
 BLOCK = 8 << 20
 
 

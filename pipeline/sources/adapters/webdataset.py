@@ -18,11 +18,7 @@ from microdit.pipeline.sources.members import IMAGES, failed, text_of, whole_ste
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
 TEXTS = ("txt", "json")
-
-
 MAX_JSON = 8 << 20  # bytes; parsed it takes twenty times as much
-
-
 MAX_MEMBERS = 100  # of a sample; more begin another one
 
 

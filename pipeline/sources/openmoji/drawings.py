@@ -25,32 +25,18 @@ import resvg_py
 from PIL import Image
 
 LICENSE = "CC BY-SA 4.0"
-
-
 LICENSE_URL = "https://creativecommons.org/licenses/by-sa/4.0/"
-
 
 ATTRIBUTION = (
     "All emojis designed by OpenMoji, the open-source emoji and icon project (https://openmoji.org). "
     f"License: {LICENSE} ({LICENSE_URL})"
 )
 
-
 _VARIATION_SELECTOR = "\ufe0f"  # asks for the colour picture; OpenMoji writes it in some file names and not in others
-
-
 _SKIN_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
-
-
 _REGIONAL = frozenset(map(chr, range(0x1F1E6, 0x1F200)))  # two of these letters make a country's flag
-
-
 _Job = TypeVar("_Job")
-
-
 _Result = TypeVar("_Result")
-
-
 GROUPS = Path(__file__).with_name("groups.txt")
 
 

@@ -25,29 +25,13 @@ from microdit.pipeline.sources.openmoji import drawings as openmoji
 from microdit.pipeline.sources.openmoji.drawings import Emoji
 
 FORMAT = 4  # of the prepared folder: raise it when the same packages give another list or other files
-
-
 SEED = 12
-
-
 SIZE = 256  # pixels of both sides
-
-
 TINY = 10
-
-
 BOMB_SIDE = 30_000
-
-
 BAD_SHARE = 0.03
-
-
 KINDS = ("not_found", "hang", "html", "truncated", "tiny", "bomb", "duplicate")
-
-
 LIST, CAPTIONS, MANIFEST = "urls.tsv", "captions.jsonl", "source.json"
-
-
 HTML = b"<!doctype html><html><head><title>Moved</title></head><body><p>This picture has moved.</p></body></html>\n"
 
 

@@ -10,8 +10,6 @@ from microdit.pipeline.corpus.attempt import Attempt
 from microdit.pipeline.stages.captions.pictures import Ready
 
 SCALARS = {"caption": "string", "tokens": "int32"}
-
-
 AGAIN = 0.7  # the temperature, at least, with which a model is asked once more
 
 

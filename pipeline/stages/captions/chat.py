@@ -14,20 +14,10 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.liveness import alive
 
 TRIES = 6
-
-
 FIRST_WAIT = 1.0  # seconds before the second try; twice as long before each further one
-
-
 LONGEST_WAIT = 60.0  # also where the server asks for more
-
-
 REQUEST_SECONDS = 180.0
-
-
 MOST_BYTES = 1 << 20  # of an answer
-
-
 PASSING = (408, 409, 425, 429, *range(500, 600))  # these statuses may be others a moment later
 
 

@@ -32,8 +32,6 @@ from microdit.pipeline.stages.rows import attempts, commit_all
 from microdit.pipeline.stages.stage import ColumnSpec, Task, seed_of
 
 QUALITY = 90  # of the JPEGs that are sent
-
-
 UNANSWERED, LEAST = 0.05, 3  # of a shard's samples: with more the server is at fault, and the shard is tried again
 
 

@@ -25,11 +25,7 @@ SCALARS = {
 
 # where no spaces are written every letter is a word: else a loop of them would be one long word
 DENSE = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
-
-
 WORDS = regex.compile(rf"{DENSE}\p{{M}}*|(?:(?!{DENSE})[\p{{L}}\p{{M}}\p{{N}}'’])+")
-
-
 N = 3
 
 

@@ -30,10 +30,7 @@ SCALARS = {
     "phash": "string",
 }
 
-
 HASH_MARGIN = 2.0
-
-
 SHARPNESS_SIDE = 512  # the long side of the version that sharpness is measured on, so that sizes can be compared
 
 

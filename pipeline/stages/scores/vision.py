@@ -17,7 +17,7 @@ from microdit.pipeline.config.build import Resources
 from microdit.pipeline.config.scores import AestheticScores, ClipScores, EmbeddingScores, NsfwScores, scorer_of
 from microdit.pipeline.content.images import decode
 from microdit.pipeline.corpus.arrays import array_bytes
-from microdit.pipeline.corpus.attempt import Attempt
+from microdit.pipeline.corpus.attempt import Attempt, begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, column_kind
 from microdit.pipeline.corpus.records import Commit
@@ -28,13 +28,8 @@ from microdit.pipeline.stages.rows import commit_all, fail_image, image_bytes, s
 from microdit.pipeline.stages.stage import ColumnSpec, Task
 
 Texts = Mapping[str, Mapping[int, str]]  # captions by column and row
-
-
 VisionOptions = AestheticScores | ClipScores | EmbeddingScores | NsfwScores
-
-
 Does = Literal["classify", "aesthetic", "embed", "compare"]
-
 
 DOES: dict[type, Does] = {
     AestheticScores: "aesthetic",
@@ -108,7 +103,7 @@ class VisionScores:
             made: dict[str, Attempt] = {}
             for column, generation in task.columns.items():
                 inputs = [images, *([captions[column]] if column in captions else ())]
-                made[column] = stack.enter_context(corpus.attempt(column, task.ref, inputs, generation))
+                made[column] = stack.enter_context(begin_attempt(corpus, column, task.ref, inputs, generation))
             texts = {
                 column: {
                     row.row: row.scalars["caption"]

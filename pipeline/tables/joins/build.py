@@ -27,11 +27,7 @@ from microdit.pipeline.tables.joins.spec import JoinSpec, JoinTable
 from microdit.pipeline.tables.published import cached, publish
 
 ROW_GROUP = 20_480  # rows that a look-up reads at once: some 10 MB of captions
-
-
 SORT_MEMORY = "600MB"  # of DuckDB; what does not fit goes to the scratch folder
-
-
 SPILL, OLD_SPILL = "microdit-join-", 48 * 3600.0  # what killed builds leave in the scratch folder, and seconds
 
 

@@ -22,14 +22,8 @@ from microdit.pipeline.files.tars import tar_chunks, tar_members
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
 BATCH = 8192
-
-
 MAX_LINE, MAX_TEXT = 4 << 20, 256 << 10
-
-
 EXAMPLES = 3
-
-
 SAY_EVERY = 5.0  # seconds
 
 

@@ -30,17 +30,13 @@ from transformers import (
 from tests.model.pretrained.text_models import SENTENCES
 
 FAMILIES = ("blip", "florence2", "llava", "internvl", "qwen2_5_vl", "qwen3_vl")
-
-
 VOCABULARY = 400
-
 
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% for part in message.content %}{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
 
 IMAGES = {
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
@@ -49,7 +45,6 @@ IMAGES = {
     "llava": "<image>\n",
 }
 
-
 SPECIAL = {
     "blip": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]"],
     "florence2": ["<s>", "<pad>", "</s>", "<unk>", "<image>"],
@@ -57,9 +52,7 @@ SPECIAL = {
     "internvl": ["<pad>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"],
 }
 
-
 QWEN = ["<pad>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-
 
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -69,7 +62,6 @@ TEXT: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-
 
 TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -22,7 +22,6 @@ KL: dict[str, Any] = {
     "sample_size": 64,
 }
 
-
 DC: dict[str, Any] = {
     "latent_channels": 8,
     "attention_head_dim": 8,
@@ -36,7 +35,6 @@ DC: dict[str, Any] = {
     "decoder_qkv_multiscales": ((), (), ()),
     "scaling_factor": 0.41407,
 }
-
 
 MEAN, STD = [0.1, -0.2, 0.3, 0.4], [1.5, 0.5, 2.0, 0.7]
 

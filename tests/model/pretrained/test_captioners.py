@@ -22,7 +22,6 @@ from tests.servers.hub import Hub
 
 PROMPT = "a red apple"
 
-
 PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "blip": ("BlipProcessor", {}),
     "florence2": ("Florence2Processor", {}),

@@ -21,8 +21,6 @@ from tests.model.pretrained.vllm_captions import COLUMNS, PROMPT, SIDES, TOKENS
 from tests.pipeline.helpers.stage_outputs import check_rows, lines, start
 
 PYTHON = os.environ.get("MICRODIT_VLLM_PYTHON") or (sys.executable if find_spec("vllm") else "")
-
-
 pytestmark = [pytest.mark.skipif(not PYTHON, reason="vLLM is not here"), pytest.mark.timeout(900)]
 
 

@@ -14,8 +14,6 @@ from microdit.model.pretrained.hub import ModelFilesError, fetch, require
 from tests.servers.hub import TOKEN, Hub
 
 WEIGHTS = (("model.safetensors",), ("model.safetensors.index.json", "model-?????-of-?????.safetensors"), ("model.bin",))
-
-
 CONFIG = b'{"a": 1}'
 
 

@@ -33,13 +33,8 @@ from tests.model.pretrained.text_models import CAPTIONS, bert_files, clip_files,
 from tests.servers.hub import TOKEN, Hub
 
 Files = dict[str, bytes]
-
-
 FP32 = torch.float32
-
-
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}  # of float32 through layers whose padding and batch differ
-
 
 NAMED: dict[str, tuple[Callable[..., Files], type, list[str]]] = {
     "t5-xxl": (

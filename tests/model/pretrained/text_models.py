@@ -38,12 +38,8 @@ WORDS = (
     "on", "in", "of", "with", "under",
 )  # fmt: skip
 
-
 SENTENCES = [" ".join(pair) for pair in itertools.product(WORDS, repeat=2)]
-
-
 CAPTIONS = ["red apple", "a dog under the boat in the fog with a café ☕", "", "cat"]
-
 
 DECODER: dict[str, Any] = {
     "hidden_size": 32,

@@ -24,14 +24,8 @@ from microdit.model.pretrained.clip import END, START, ClipTokenizer, read_merge
 from tests.model.pretrained.text_models import bert_files, clip_files, with_norms
 
 SIDE = 32
-
-
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
 EXACT = {"height": SIDE, "width": SIDE}
-
-
 LABELS = {0: "normal", 1: "nsfw", 2: "drawing"}
 
 

@@ -17,11 +17,7 @@ from microdit.pipeline.stages.stage import Task
 from tests.model.pretrained.captioner_models import noise
 
 COLUMNS = ("captions/long", "captions/short")
-
-
 PROMPT, TOKENS = "a red apple", 24
-
-
 SIDES = [(64, 96), (72, 96), (96, 64), (50, 120)] * 8
 
 

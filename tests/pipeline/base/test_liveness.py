@@ -14,7 +14,6 @@ from microdit.pipeline.stages.isolated_decode import Careful
 
 ROOT = Path(__file__).parents[3]
 
-
 HANG = """
 import time
 from microdit.pipeline.base.liveness import alive, watched
@@ -30,7 +29,6 @@ with watched(0.5):
         time.sleep(60)
     hang()
 """
-
 
 POINT = """
 from microdit.pipeline.base.fail_points import fail_point

@@ -21,10 +21,7 @@ from typer.testing import CliRunner, Result
 from microdit.pipeline.cli.app import app
 
 ROOT = Path(__file__).parents[3]
-
-
 COUNT, SHARD, BAD = 24, 4, (5, 17)
-
 
 CONFIG = """
 name: small

@@ -21,8 +21,6 @@ from tests.model.tiny import SIZES, network, write_run
 from tests.servers.hub import Hub, hub
 
 __all__ = ["hub"]
-
-
 RELEASED = "VSehwag24/MicroDiT/ckpts/dit_4_channel_37M_real_and_synthetic_data.pt"
 
 

@@ -219,7 +219,6 @@ KEYS = st.lists(
     st.sampled_from([*TREE, *TREE["columns"], "web", "images", "min_side", "resolution", "0", "", "x"]), max_size=4
 ).map(".".join)
 
-
 VALUES = st.one_of(
     st.text(max_size=12),
     st.recursive(

@@ -28,11 +28,7 @@ from tests.servers.files_server import FilesServer, files_server
 from tests.servers.hub import TOKEN, Hub, hub
 
 __all__ = ["files_server", "hub", "links"]
-
-
 NO_ROOM = shutil._ntuple_diskusage(1000, 1000, 0)
-
-
 CONFIGS = sorted(path.name for path in (Path(__file__).parents[3] / "configs").glob("microdit-*.yaml"))
 
 

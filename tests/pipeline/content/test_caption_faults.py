@@ -7,8 +7,6 @@ from hypothesis import strategies as st
 from microdit.pipeline.content.caption_faults import LONGEST_PHRASE, REPEATS, fault, known_languages, repeated
 
 CAPTION = "A man in a blue jacket rides his bicycle along a river at dusk, and two dogs follow him."
-
-
 WORDS = st.lists(st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=8), min_size=1, max_size=60)
 
 

@@ -15,11 +15,7 @@ from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.content.images import BadImage, _scans, decode, encode, prepare, resize, short_side_size
 
 OPTIONS = ImageOptions(min_side=8, max_side=64)
-
-
 PIXELS = 1_000_000
-
-
 REASONS = {"not_an_image", "truncated", "damaged", "bomb", "too_small", "too_long", "animated"}
 
 

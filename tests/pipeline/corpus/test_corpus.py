@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus import attempt as attempts
+from microdit.pipeline.corpus.attempt import begin_attempt, commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import Commit, Declaration, InputRef, ObjectRef, ShardRef, UnitCommit, canonical
@@ -30,19 +31,10 @@ from tests.pipeline.helpers.small_corpus import (
 )
 
 SPAWN = multiprocessing.get_context("spawn")
-
-
 RACERS, SHARDS = 3, 4
-
-
 REF = ShardRef(source=SOURCE, unit=unit_name(SOURCE, 0), shard=shard_name(unit_name(SOURCE, 0), 0))
-
-
 ROUND_TRIP = settings(max_examples=100, deadline=None, print_blob=True)
-
-
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
-
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
@@ -50,16 +42,9 @@ JSON = st.recursive(
     max_leaves=8,
 )
 
-
 HASHES = st.binary(min_size=32, max_size=32).map(bytes.hex)
-
-
 COUNTS = st.integers(0, 10**6)
-
-
 COLUMNS = st.sampled_from(["images", "captions/source", "scores/basic", "latents/sdxl-256", "text/t5-xxl@long"])
-
-
 SOURCES = st.from_regex(r"[a-z0-9][a-z0-9_-]{0,8}", fullmatch=True)
 
 
@@ -304,10 +289,10 @@ def _named(corpus: Corpus) -> set[str]:
 
 def test_what_is_not_committed_is_dropped(corpus_url: str) -> None:
     corpus = make_corpus(corpus_url)
-    with pytest.raises(RuntimeError), corpus.attempt("images", REF) as attempt:
+    with pytest.raises(RuntimeError), begin_attempt(corpus, "images", REF) as attempt:
         attempt.fail(0, "a", "http_404")
         raise RuntimeError
-    with pytest.raises(ValueError, match="rows must be"), corpus.attempt("images", REF) as attempt:
+    with pytest.raises(ValueError, match="rows must be"), begin_attempt(corpus, "images", REF) as attempt:
         attempt.fail(1, "a", "http_404")
         attempt.commit()
     assert corpus.committed("images") == {} and _objects(corpus) == set() and not list(corpus.store.unfinished())
@@ -315,7 +300,7 @@ def test_what_is_not_committed_is_dropped(corpus_url: str) -> None:
 
 def test_the_loser_gets_the_winners_commit_and_drops_its_objects(corpus_url: str) -> None:
     corpus = make_corpus(corpus_url)
-    with corpus.attempt("images", REF) as slow:
+    with begin_attempt(corpus, "images", REF) as slow:
         slow.fail(0, "a", "timeout")
         fast = write_images(corpus, REF)
         lost = slow.commit()
@@ -344,7 +329,7 @@ def test_of_many_attempts_one_is_the_shard(corpus_url: str) -> None:
 @pytest.mark.parametrize("clock", ["monotonic", "time"])
 def test_an_old_attempt_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: str) -> None:
     corpus = make_corpus(tmp_path)
-    with corpus.attempt("images", REF) as attempt:
+    with begin_attempt(corpus, "images", REF) as attempt:
         attempt.fail(0, "a", "timeout")
         now = getattr(time, clock)()
         monkeypatch.setattr(attempts.time, clock, lambda: now + 12.1 * 3600)
@@ -370,7 +355,7 @@ def test_a_lost_answer_is_no_lost_race(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("key", ["", "a.b", "a/b", "é", "a b", "x" * 81])
 def test_bad_keys(tmp_path: Path, key: str) -> None:
     corpus = make_corpus(tmp_path)
-    with corpus.attempt("images", REF) as attempt:
+    with begin_attempt(corpus, "images", REF) as attempt:
         with pytest.raises(ValueError, match="expected 1 to 80"):
             attempt.add(0, key, {"jpg": b"x"})
         with pytest.raises(ValueError, match="expected 1 to 80"):
@@ -379,7 +364,7 @@ def test_bad_keys(tmp_path: Path, key: str) -> None:
 
 def test_text_that_utf8_cannot_write_fails_the_sample_only(corpus_url: str) -> None:
     corpus = make_corpus(corpus_url)
-    with corpus.attempt("captions/source", REF) as attempt:
+    with begin_attempt(corpus, "captions/source", REF) as attempt:
         with pytest.raises(ValueError, match="sample a: caption has lone surrogates"):
             attempt.add(0, "a", caption="\ud800", tokens=1)
         attempt.fail(0, "a", "bad_text", "bad \ud800\n text", caption="x\udfff")
@@ -391,7 +376,7 @@ def test_text_that_utf8_cannot_write_fails_the_sample_only(corpus_url: str) -> N
 
 def test_timings_and_reasons_are_kept(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path)
-    with corpus.attempt("captions/source", REF) as attempt:
+    with begin_attempt(corpus, "captions/source", REF) as attempt:
         attempt.fail(0, "a", "timeout")
         attempt.fail(1, "b", "timeout")
         attempt.fail(2, "c", "bomb")
@@ -421,6 +406,6 @@ def test_units(corpus_url: str) -> None:
     assert list(units) == [unit_name(SOURCE, 0), unit_name(SOURCE, 1)]
     assert units[REF.unit].shards == [REF.shard] and units[REF.unit].inputs == SHARD_SAMPLES
     assert units[REF.unit].fingerprint == corpus.source(SOURCE).fingerprint
-    assert corpus.commit_unit(SOURCE, REF.unit, SHARD_SAMPLES, [REF.shard]) == units[REF.unit]
+    assert commit_unit(corpus, SOURCE, REF.unit, SHARD_SAMPLES, [REF.shard]) == units[REF.unit]
     with pytest.raises(ValueError, match="the source gave other inputs than before"):
-        corpus.commit_unit(SOURCE, REF.unit, SHARD_SAMPLES + 1, [REF.shard])
+        commit_unit(corpus, SOURCE, REF.unit, SHARD_SAMPLES + 1, [REF.shard])

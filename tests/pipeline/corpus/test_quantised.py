@@ -15,8 +15,6 @@ from microdit.pipeline.corpus.arrays import array_bytes, array_from_bytes, array
 from microdit.pipeline.corpus.quantised import FORMS, Loss, Storage, compared, dequantise, groups_of, quantise
 
 PAGE = Path(__file__).parents[3] / "docs/corpus.md"
-
-
 STORAGES: list[Storage] = ["int8", "int4"]
 
 

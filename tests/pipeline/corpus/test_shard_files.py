@@ -23,8 +23,6 @@ from microdit.pipeline.corpus.shard_files import (
 )
 
 KEYS = st.from_regex(r"[A-Za-z0-9_-]{1,80}", fullmatch=True)
-
-
 ROUND_TRIP = settings(max_examples=60, deadline=None, print_blob=True)
 
 

@@ -15,6 +15,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from microdit.pipeline.corpus.attempt import commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import ShardRef
@@ -31,17 +32,9 @@ from tests.pipeline.helpers.small_corpus import (
 )
 
 PAGE = Path(__file__).parents[3] / "docs/corpus.md"
-
-
 SHARDS = 3
-
-
 ALIVE = [row for row in range(SHARD_SAMPLES) if row not in FAILED]
-
-
 UNIT = unit_name(SOURCE, 0)
-
-
 SHARD = [shard_name(UNIT, number) for number in range(SHARDS)]
 
 
@@ -62,7 +55,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         newest = {"images": write_images(made, ShardRef(source=SOURCE, unit=UNIT, shard=shard))}
         for column in COLUMNS:
             newest[column] = write_column(made, column, newest)
-    made.commit_unit(SOURCE, UNIT, SHARDS * SHARD_SAMPLES, SHARD)
+    commit_unit(made, SOURCE, UNIT, SHARDS * SHARD_SAMPLES, SHARD)
     assert made_before < set(made.committed("images"))
     return made
 

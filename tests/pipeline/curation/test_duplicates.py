@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.cli.app import app
+from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import ShardRef
@@ -26,8 +27,6 @@ from microdit.pipeline.stages.stage import Task
 from tests.pipeline.helpers.small_corpus import IMAGE_SCALARS, SOURCE
 
 UNIT = unit_name(SOURCE, 0)
-
-
 KEEP = "SELECT source, shard, row FROM samples WHERE duplicate_keep"
 
 
@@ -39,7 +38,7 @@ def photo(seed: int, side: int = 96) -> Image.Image:
 def write(corpus: Corpus, number: int, images: list[Image.Image | None]) -> None:
     """A shard of pictures, and their scores by the stage itself."""
     ref = ShardRef(source=SOURCE, unit=UNIT, shard=shard_name(UNIT, number))
-    with corpus.attempt("images", ref) as attempt:
+    with begin_attempt(corpus, "images", ref) as attempt:
         for row, image in enumerate(images):
             key = f"{ref.shard}-{row}"
             if image is None:

@@ -9,8 +9,6 @@ from microdit.pipeline.curation import hamming as near
 from microdit.pipeline.curation.hamming import MAX_DISTANCE, Forest, groups, nearest
 
 BITS = st.integers(0, 2**64 - 1)
-
-
 distances = st.integers(0, MAX_DISTANCE)
 
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageEnhance
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.arrays import array_bytes
+from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import ShardRef
@@ -26,8 +27,6 @@ from tests.pipeline.curation.test_duplicates import microdit, photo, write
 from tests.pipeline.helpers.small_corpus import IMAGE_SCALARS, SOURCE
 
 UNIT = unit_name(SOURCE, 0)
-
-
 COLUMN = "scores/embedding"
 
 
@@ -108,7 +107,7 @@ def embed(
     corpus.declare_column(column, {"stage": "test/gray"})
     ref = ShardRef(source=SOURCE, unit=UNIT, shard=shard_name(UNIT, 0))
     read = corpus.commit("images", SOURCE, ref.shard, 0)
-    with corpus.attempt(column, ref, [read]) as attempt:
+    with begin_attempt(corpus, column, ref, [read]) as attempt:
         for row, image in enumerate(images):
             key = f"{ref.shard}-{row}"
             if image is None:

@@ -38,8 +38,6 @@ from tests.pipeline.helpers.fake_stages import (
 from tests.pipeline.helpers.small_corpus import write_images
 
 ROOT = Path(__file__).parents[3]
-
-
 MADE = ("captions/source", "captions/upper", "captions/lower")
 
 

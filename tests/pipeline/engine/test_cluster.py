@@ -26,27 +26,15 @@ from tests.pipeline.helpers.fake_stages import ROWS, ingest, open_corpus
 from tests.pipeline.helpers.small_corpus import Hashes, hashes, named_objects
 
 Process = subprocess.Popen[str]
-
-
 ROOT = Path(__file__).parents[3]
-
-
 COLUMNS = ("images", "captions/source", "captions/upper", "captions/lower")
-
-
 UNITS, SHARDS = 8, 16
-
-
 NODE = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 100 << 20}
-
-
 PLACES = Places.on(3, 0, 1)
 
 
 # shards that may be worked on at one moment: a task for each CPU, what each actor has, and what ingest writes
 IN_FLIGHT = PLACES.tasks + PLACES.gpu_models.count * PER_ACTOR
-
-
 pytestmark = pytest.mark.timeout(600)
 
 

@@ -13,14 +13,8 @@ from microdit.pipeline.stages.stage import UnitTask
 from tests.pipeline.helpers.fake_stages import Pictures, ingest, open_corpus, source_words, upper_words
 
 SOURCE = Pictures(count=2)
-
-
 UNITS = {SOURCE.name: SOURCE.units()}
-
-
 STAGES = [source_words(), upper_words()]
-
-
 SHARDS = ["pictures-000000-00", "pictures-000000-01", "pictures-000001-00", "pictures-000001-01"]
 
 

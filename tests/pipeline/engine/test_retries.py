@@ -6,11 +6,7 @@ from microdit.pipeline.engine.plan import Job, UnitJob
 from microdit.pipeline.engine.retries import BACKOFF_SECONDS, MAX_ASIDE, MAX_LOST, Retries, Search
 
 JOB = Job(0, "pictures", "pictures-000000-00", {"captions/a": 0})
-
-
 UNIT = UnitJob("pictures", "pictures-000000")
-
-
 ERROR = {"message": "no", "traceback": "..."}
 
 

@@ -23,6 +23,7 @@ from microdit.pipeline.cli.app import app
 from microdit.pipeline.config.build import BuildConfig, load_config
 from microdit.pipeline.corpus import attempt as attempts
 from microdit.pipeline.corpus.arrays import array_bytes, arrays_bytes
+from microdit.pipeline.corpus.attempt import begin_attempt, commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.quantised import Storage, quantise
@@ -39,10 +40,7 @@ from microdit.pipeline.upkeep.status import status
 from tests.pipeline.helpers.dataset_archives import write_tar
 
 INPUTS = 60  # of a tar
-
-
 WORDS = ["red", "green", "small", "old", "round", "a", "the", "of", "with", "house", "tree", "boat", "river", "sky"]
-
 
 COLUMNS: dict[str, Any] = {
     "captions/source": {},
@@ -197,11 +195,11 @@ def timed(folder: Path, **timings: float) -> Corpus:
         ref = ShardRef(source="own", unit=unit, shard=f"{unit}-00")
         for column in (IMAGES, "latents/x"):
             inputs = [] if column == IMAGES else [corpus.commit(IMAGES, "own", ref.shard, 0)]
-            with corpus.attempt(column, ref, inputs) as attempt:
+            with begin_attempt(corpus, column, ref, inputs) as attempt:
                 for row in range(10):
                     attempt.add(row, f"k{row}", {"npy": b"x" * 1000})
                 attempt.commit(**timings if column == IMAGES else timings | {"wait_seconds": 0.0})
-        corpus.commit_unit("own", unit, 10, [f"{unit}-00"])
+        commit_unit(corpus, "own", unit, 10, [f"{unit}-00"])
     return corpus
 
 

@@ -27,7 +27,6 @@ from microdit.pipeline.files.zips import zip_members
 
 MOST = 1 << 20
 
-
 REASONS = {
     "too_large", "not_a_file", "encrypted", "unsupported", "damaged_member", "bomb", "damaged_archive", None,
 }  # fmt: skip
@@ -70,7 +69,6 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {
     "xz": lzma.compress,
     "zst": zstd,
 }
-
 
 FILES = {f"a/{i:03d}.jpg": random.Random(i).randbytes(700 * i) for i in range(12)}
 

@@ -31,13 +31,8 @@ from tests.servers.hub import Hub, hub
 from tests.servers.s3 import BUCKET
 
 __all__ = ["files_server", "hasty", "hub", "scratch"]
-
-
 ROOT = Path(__file__).parents[3]
-
-
 OTHER = random.Random(6).randbytes(1_000_003)
-
 
 COPY = """
 import hashlib, sys

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from microdit.pipeline.corpus.attempt import commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import commit_name, shard_name, unit_name
 from microdit.pipeline.corpus.records import Commit, ShardRef, UnitCommit
@@ -67,7 +68,7 @@ def ingest(corpus: Corpus, source: Pictures, task: UnitTask, report: Callable[[d
             commit = write_images(corpus, ref, rows=ROWS, generation=generation)
             if commit.ours:
                 report({"shard": name, **commit.counts, "seconds": 0.0, "bytes": commit.size})
-    return corpus.commit_unit(source.name, unit, ROWS * source.shards, names, task.generation)
+    return commit_unit(corpus, source.name, unit, ROWS * source.shards, names, task.generation)
 
 
 @dataclass

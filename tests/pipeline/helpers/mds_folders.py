@@ -19,20 +19,10 @@ from microdit.pipeline.mds.to_corpus import to_corpus
 from tests.data.mds import make
 
 ROOT = Path(__file__).parents[3]
-
-
 OFFICIAL, WORKERS = ROOT / "tests/data/mds/official", ROOT / "tests/data/mds/workers"
-
-
 SMALL = Naming("small", text_shape=(77, 8))
-
-
 TEXT = "text/dfn-clip-h@source"
-
-
 COLUMNS = [IMAGES, "captions/source", TEXT, "latents/sdxl-64", "latents/sdxl-128"]
-
-
 Sample = dict[str, Any]
 
 

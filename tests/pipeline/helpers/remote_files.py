@@ -11,8 +11,6 @@ from microdit.pipeline.files.download import local_copy
 from microdit.pipeline.files.remote_file import RemoteFile
 
 DATA = random.Random(5).randbytes(1_000_003)
-
-
 REPO = "pixparse/cc12m-wds"
 
 

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 
 from microdit.pipeline.corpus.arrays import array_bytes
+from microdit.pipeline.corpus.attempt import begin_attempt, commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import ShardRef
@@ -19,17 +20,12 @@ from tests.pipeline.helpers.small_corpus import IMAGE_SCALARS
 
 SHARDS, ROWS, SIDE = 2, 16, 96
 
-
 SAFE = (
     "SELECT s.source, s.shard, s.row FROM samples s WHERE s.status = 'ok' AND (nsfw <= 0.5 AND duplicate_keep) LIMIT 9"
 )
 
-
 HOSTILE = "<script>window.hurt = true</script><img src=x onerror='window.hurt = true'> & \"so on\""
-
-
 LONG = "averyverylongwordwithoutanyspaceinit" * 12
-
 
 FAILURES = {
     1: ("http_404", f"HTTP 404 for http://127.0.0.1/{HOSTILE}"),
@@ -39,19 +35,10 @@ FAILURES = {
     21: ("too_small", "10x10; the short side must have 32 pixels"),
 }
 
-
 BROKEN_LATENT = 12
-
-
 SAME = [{2, 3, 4, 6, 7, 8, 13}, {20, 22}, {30, 31}]  # what a hash is the same of
-
-
 UNSCORED = {10, 11}
-
-
 HASHES = np.random.default_rng(0).integers(0, 2**63, SHARDS * ROWS).tolist()
-
-
 KEPT = SHARDS * ROWS - len(FAILURES)
 
 
@@ -103,13 +90,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder: Path) -
     unit = unit_name("made", 0)
     for number in range(SHARDS):
         write_shard(corpus, ShardRef(source="made", unit=unit, shard=shard_name(unit, number)), number * ROWS)
-    corpus.commit_unit("made", unit, SHARDS * ROWS, [shard_name(unit, number) for number in range(SHARDS)])
+    commit_unit(corpus, "made", unit, SHARDS * ROWS, [shard_name(unit, number) for number in range(SHARDS)])
     return corpus
 
 
 def write_shard(corpus: Corpus, ref: ShardRef, first: int) -> None:
     numbers = range(first, first + ROWS)
-    with corpus.attempt("images", ref) as attempt:
+    with begin_attempt(corpus, "images", ref) as attempt:
         for row, number in enumerate(numbers):
             if number in FAILURES:
                 attempt.fail(row, f"k{number}", *FAILURES[number])
@@ -124,7 +111,7 @@ def write_shard(corpus: Corpus, ref: ShardRef, first: int) -> None:
         images = attempt.commit()
     rng = np.random.default_rng(first)
     for column in [name for name in corpus.columns() if name not in ("images", "text/minilm@later")]:
-        with corpus.attempt(column, ref, [images]) as attempt:
+        with begin_attempt(corpus, column, ref, [images]) as attempt:
             for row, number in enumerate(numbers):
                 words = caption(number) + (" in many more words" if column == "captions/long" else "")
                 latent = rng.standard_normal((4, 8, 8)).astype(np.float16)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from microdit.pipeline.corpus.arrays import array_bytes
+from microdit.pipeline.corpus.attempt import begin_attempt, commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import Commit, ShardRef
@@ -29,31 +30,14 @@ IMAGE_SCALARS = {
     "bytes": "int64",
 }
 
-
 COLUMNS = ("captions/source", "scores/basic", "latents/demo-64", "text/minilm@source")
-
-
 SOURCE = "demo"
-
-
 SHARD_SAMPLES = 6
-
-
 Hashes = dict[tuple[str, str], tuple[str, str]]
-
-
 FAILED = (2,)  # rows of every shard whose image cannot be had
-
-
 UNIT = unit_name(SOURCE, 0)
-
-
 REF = ShardRef(source=SOURCE, unit=UNIT, shard=shard_name(UNIT, 0))
-
-
 NEXT = ShardRef(source=SOURCE, unit=UNIT, shard=shard_name(UNIT, 1))
-
-
 LATENTS = "latents/demo-64"
 
 
@@ -78,7 +62,7 @@ def fill(corpus: Corpus, units: int = 1, shards: int = 2, columns: Sequence[str]
             newest = {"images": write_images(corpus, ref)}
             for column in columns:
                 newest[column] = write_column(corpus, column, newest)
-        corpus.commit_unit(SOURCE, unit, SHARD_SAMPLES * shards, names)
+        commit_unit(corpus, SOURCE, unit, SHARD_SAMPLES * shards, names)
 
 
 def keys_of(ref: ShardRef, rows: int = SHARD_SAMPLES) -> list[str]:
@@ -95,7 +79,7 @@ def write_images(
     keys: Sequence[str] | None = None,
 ) -> Commit:
     """One shard of images; the captions of even rows are empty."""
-    with corpus.attempt("images", ref, generation=generation) as attempt:
+    with begin_attempt(corpus, "images", ref, generation=generation) as attempt:
         for row, key in enumerate(keys or keys_of(ref, rows)):
             if row in failed:
                 attempt.fail(row, key, "http_404", "the server said 404")
@@ -125,7 +109,7 @@ def write_column(corpus: Corpus, column: str, newest: dict[str, Commit], generat
     """One shard of a computed column, from the images' sidecar alone; failed rows are inherited."""
     images = newest["images"]
     inputs = [newest[name] for name in ("images", "captions/source") if name in newest and name != column]
-    with corpus.attempt(column, images.ref, inputs, generation) as attempt:
+    with begin_attempt(corpus, column, images.ref, inputs, generation) as attempt:
         for line in corpus.sidecar(images).to_pylist():
             row, key = line["row"], line["key"]
             if line["status"] == "failed":

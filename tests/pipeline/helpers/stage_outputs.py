@@ -27,7 +27,6 @@ from microdit.pipeline.tables.joins.build import build
 
 SHARD = 8
 
-
 CAPTIONS = [
     "a red apple",
     "",

@@ -26,11 +26,7 @@ from microdit.pipeline.stages.stage import Stage
 from microdit.pipeline.tables.sample_table import sample_table
 
 UNITS, INPUTS, SHARD = 2, 10, 4
-
-
 SHARDS = UNITS * -(-INPUTS // SHARD)
-
-
 COLUMNS = (IMAGES, "captions/source", "scores/basic")
 
 

@@ -31,14 +31,8 @@ from microdit.pipeline.mds.format import (
 from tests.data.mds import make
 
 ROOT = Path(__file__).parents[3]
-
-
 DATA = ROOT / "tests/data/mds"
-
-
 ROUND_TRIP = settings(max_examples=40, deadline=None, print_blob=True)
-
-
 Sample = dict[str, bytes]
 
 

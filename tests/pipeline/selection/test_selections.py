@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.cli.choose import select as command
+from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import ShardRef
@@ -29,20 +30,14 @@ from microdit.pipeline.selection.weights import parse_shares, weigh
 from tests.pipeline.helpers.small_corpus import IMAGE_SCALARS
 
 ROOT = Path(__file__).parents[3]
-
-
 ROWS = 4
-
-
 OK = "SELECT source, shard, row FROM samples WHERE status = 'ok'"
-
 
 SCORES = {
     "scores/basic": {"sharpness": "float32", "phash": "string", "pixels_sha256": "string"},
     "scores/nsfw": {"nsfw": "float32"},
     "scores/text": {"area": "float32"},
 }
-
 
 BAD = {  # what is wrong with a row
     0: {"phash": 5},  # nothing
@@ -81,7 +76,7 @@ def make(
             shards.append((ref, range(first, min(first + ROWS, rows))))
     random.Random(order).shuffle(shards)
     for ref, numbers in shards:
-        with corpus.attempt("images", ref) as attempt:
+        with begin_attempt(corpus, "images", ref) as attempt:
             for row, number in enumerate(numbers):
                 found = sample(number)
                 about = {"width": found["width"], "height": found["height"], "fields": fields(ref.source, number)}
@@ -90,7 +85,7 @@ def make(
                 attempt.add(row, f"k{number}", {"jpg": b"-", "json": b"{}"}, **about, **texts, format="jpeg", bytes=1)
             images = attempt.commit()
         for column in columns:
-            with corpus.attempt(column, ref, [images]) as attempt:
+            with begin_attempt(corpus, column, ref, [images]) as attempt:
                 for row, number in enumerate(numbers):
                     found = sample(number)
                     found["phash"], found["pixels_sha256"] = f"{found['phash']:016x}", f"{number:064x}"
@@ -179,8 +174,6 @@ def test_sources_come_as_often_as_they_shall(tmp_path: Path, weights: str | None
 
 
 SHARE = st.floats(0.01, 100)
-
-
 WEIGHT = st.floats(0.125, 8, width=32)
 
 

@@ -62,8 +62,6 @@ def test_pictures_differ_by_more_than_noise():
 
 # -- each source -------------------------------------------------------------------------------------------------------
 JOURNEYDB_UNITS = ["train/000.tgz", "train/001.tgz", "train/199.tgz", "valid/000.tgz", "valid/001.tgz"]
-
-
 Made = tuple[Miniature, dict[str, Any]]
 
 

@@ -37,17 +37,9 @@ from microdit.pipeline.stages.stage import Task, seed_of
 from tests.pipeline.helpers.small_corpus import IMAGE_SCALARS, write_images
 
 ROOT = Path(__file__).parents[3]
-
-
 REF = ShardRef(source="demo", unit="demo-000000", shard="demo-000000-00")
-
-
 ROWS = 30  # sides of 64 to 93 pixels
-
-
 FAILED = (2, 11)
-
-
 KEYS = [f"{REF.shard}-{row}" for row in range(ROWS)]
 
 

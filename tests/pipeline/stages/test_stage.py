@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.content.images import decode
+from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.rows import latest, read_rows
 from microdit.pipeline.stages.ingest import SCALARS
@@ -212,7 +213,7 @@ def test_the_perceptual_hash_knows_a_picture_again():
 # -- all -------------------------------------------------------------------------------------------------------------
 def test_stages_read_the_latest_generation(corpus: Corpus):
     first = corpus.commits("images")[0]
-    with corpus.attempt("images", first.ref, generation=1) as attempt:
+    with begin_attempt(corpus, "images", first.ref, generation=1) as attempt:
         for row in read_rows(corpus, first):
             if row.ok and row.row != 0:
                 scalars = {name: row.scalars[name] for name in SCALARS}

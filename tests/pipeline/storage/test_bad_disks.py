@@ -16,8 +16,6 @@ from tests.pipeline.helpers.small_disks import grow, small_disk
 from tests.pipeline.helpers.whole_build import COLUMNS, SHARDS, build_whole
 
 ROOT = Path(__file__).parents[3]
-
-
 LIMITED = "import sys; from tests.pipeline.helpers.whole_build import build_whole; build_whole(sys.argv[1])"
 
 

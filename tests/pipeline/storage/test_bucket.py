@@ -14,8 +14,6 @@ from tests.servers.faulty_s3 import BAD_DAY, KINDS, Fault, FaultyS3
 from tests.servers.s3 import BUCKET
 
 BIG = random.Random(1).randbytes(6 << 20)  # above the size at which uploads go in parts
-
-
 NAMES = [f"many/{number:04d}" for number in range(1010)]  # more than a page
 
 
@@ -106,13 +104,8 @@ def delete(url: str, filled: str) -> None:
 
 
 READING = [get, get_range, open_and_read, exists, listing, get_what_is_not_there]
-
-
 WRITING = [create, create_what_another_wrote, publish, publish_in_parts, delete]
-
-
 FAULTS = [Fault(kind, done) for kind in ("error_500", "error_503", "reset") for done in (False, True)]
-
 
 CASES = [
     *((operation, fault) for operation in [*READING, *WRITING] for fault in FAULTS),

@@ -16,8 +16,6 @@ from microdit.pipeline.storage.store import open_store
 from tests.pipeline.helpers.racing_writers import create_all, write_for_ever
 
 RACERS, NAMES = 4, 25
-
-
 SPAWN = multiprocessing.get_context("spawn")
 
 

@@ -21,11 +21,7 @@ from microdit.pipeline.upkeep.verify import verify
 from tests.pipeline.helpers.small_corpus import SHARD_SAMPLES, SOURCE, fill, make_corpus, write_column, write_images
 
 UNIT = unit_name(SOURCE, 0)
-
-
 REF = ShardRef(source=SOURCE, unit=UNIT, shard=shard_name(UNIT, 0))
-
-
 TABLES = "tables/commits"
 
 

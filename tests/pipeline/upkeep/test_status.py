@@ -16,6 +16,7 @@ import boto3
 import pytest
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.corpus.attempt import begin_attempt, commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.failures import write_failure
 from microdit.pipeline.corpus.names import unit_name
@@ -80,7 +81,7 @@ def test_status_says_when_no_images_are_left(tmp_path: Path) -> None:
     corpus.declare_source("demo", {"units": 2})
     assert status(corpus)["columns"]["images"]["demo"]["left"] is None
     for number in range(2):
-        corpus.commit_unit("demo", unit_name("demo", number), 0, [])
+        commit_unit(corpus, "demo", unit_name("demo", number), 0, [])
     assert status(corpus)["columns"]["images"]["demo"]["left"] == 0
 
 
@@ -131,7 +132,7 @@ def test_gc_lists_before_it_reads_the_commits(tmp_path: Path, monkeypatch: pytes
     """An attempt that is committed while gc runs stays: at the moment of the listing no commit named it."""
     corpus = make_corpus(tmp_path)
     create, waiting = corpus.store.create, []
-    with corpus.attempt("scores/basic", REF) as attempt, monkeypatch.context() as patch:
+    with begin_attempt(corpus, "scores/basic", REF) as attempt, monkeypatch.context() as patch:
         for row, key in enumerate(keys_of(REF)):
             attempt.add(row, key, sharpness=1.0)
         patch.setattr(corpus.store, "create", lambda *commit: waiting.append(commit))

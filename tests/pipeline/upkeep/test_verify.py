@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microdit.pipeline.corpus.arrays import array_bytes
+from microdit.pipeline.corpus.attempt import commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import Commit, ShardRef, canonical
@@ -367,7 +368,7 @@ def test_a_failed_sample_may_come_again_in_a_retry_unit(tmp_path: Path) -> None:
     fill(corpus, shards=1, columns=[])
     retry = ShardRef(source=SOURCE, unit=f"{UNIT}-r1", shard=shard_name(f"{UNIT}-r1", 0))
     write_images(corpus, retry, failed=(), keys=[keys_of(REF)[2]])
-    corpus.commit_unit(SOURCE, retry.unit, 1, [retry.shard])
+    commit_unit(corpus, SOURCE, retry.unit, 1, [retry.shard])
     assert problems(corpus) == []
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.arrays import array_bytes, array_from_bytes
+from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.trainer.data import shard_cache as shards
 from microdit.trainer.data.ahead import in_thread
@@ -337,7 +338,7 @@ def test_text_columns_of_different_widths_are_refused(tmp_path, stage_data) -> N
     corpus = build_corpus(tmp_path / "c", units=1, shards=1)
     corpus.declare_column("text/wide@source", {"stage": "text"})
     (source,) = corpus.commits("captions/source")
-    with corpus.attempt("text/wide@source", source.ref, [source]) as attempt:
+    with begin_attempt(corpus, "text/wide@source", source.ref, [source]) as attempt:
         for row in range(16):
             attempt.add(row, f"k0-{row}", {"npy": array_bytes(np.zeros((2, 24), np.float16))})
         attempt.commit()
@@ -422,7 +423,7 @@ def test_a_row_that_is_no_array_is_replaced_alone(tmp_path, stage_data) -> None:
     corpus = build_corpus(tmp_path / "c", units=1, shards=2)
     corpus.declare_column("latents/bad-32", {"stage": "latents", "resolution": 32})
     for images in corpus.commits("images"):
-        with corpus.attempt("latents/bad-32", images.ref, [images]) as attempt:
+        with begin_attempt(corpus, "latents/bad-32", images.ref, [images]) as attempt:
             for row in range(16):
                 good = array_bytes(np.ones((4, 4, 4), np.float16))
                 bad = {5: b"no array", 6: array_bytes(np.ones((4, 2, 4), np.float16))}.get(row, good)

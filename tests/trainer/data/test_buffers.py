@@ -8,8 +8,6 @@ import torch
 from microdit.trainer.data.buffers import MOST_FREE, Buffers
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there torch keeps pinned memory by itself")
-
-
 HALF = np.dtype(np.float16)
 
 

@@ -14,7 +14,6 @@ def row(image: float | None, prompt: float | None, width: int = 512, height: int
 
 NAMES = ["safe", "edge", "unsafe", "blurred", "prompt", "unscored", "nan", "small", "unknown", "silent"]
 
-
 TABLE = {
     "1/safe.webp": row(0.1, 0.0),
     "1/edge.webp": row(0.2, 0.2),

@@ -15,7 +15,6 @@ TRAIN = {
     "000/cc": {"prompt": "--tile", "task2": "ok"},
 }
 
-
 VALID = {"000/dd": {"prompt": "a fish", "task2": "A fish swims."}}
 
 

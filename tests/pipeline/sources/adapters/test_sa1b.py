@@ -11,8 +11,6 @@ from microdit.pipeline.sources.adapters.sa1b import Sa1b, check_expiry, expires,
 from tests.pipeline.helpers.dataset_archives import by_key, empty, write_tar
 
 LINK = "https://scontent.example/m1/sa.tar?_nc_sid=0a&oh=00_Ab&oe="
-
-
 TABLE = {"sa_1": {"joined": "a  red\nbus"}, "sa_30": {"joined": None}}
 
 

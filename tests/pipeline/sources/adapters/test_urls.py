@@ -21,8 +21,6 @@ from microdit.pipeline.sources.adapters.urls import MAX_LINE, Urls, index_list
 from microdit.pipeline.sources.source import Input
 
 QUICK = FetchOptions(concurrency=8, timeout=6, idle_timeout=1, max_bytes=100_000, max_redirects=3, retry_after=1)
-
-
 MEGABYTE = b"\0" * 1_000_000
 
 

@@ -28,8 +28,6 @@ from microdit.pipeline.stages.registry import stages_of
 from tests.pipeline.helpers.stage_outputs import check_rows, config, lines, make, start
 
 GOOD = "A square of many colours lies on a table, seen from above."
-
-
 KEY = "TEST_ENDPOINT_KEY"
 
 

@@ -18,6 +18,7 @@ from microdit.model.pretrained.vision import load_vision_model
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.build import BuildConfig, load_config
 from microdit.pipeline.content.images import decode
+from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import column_kind
 from microdit.pipeline.corpus.records import Commit
@@ -38,7 +39,6 @@ from tests.pipeline.helpers.stage_outputs import SHARD, Photos, arrays, check_ro
 from tests.servers.hub import Hub, hub
 
 __all__ = ["hub"]
-
 
 CAPTIONS = [
     "a cat, a cat, a cat and a cat",
@@ -231,7 +231,7 @@ def test_a_clip_compares_each_captions_column(corpus: Corpus, tmp_path: Path) ->
 def test_a_picture_that_fails_fails_alone(corpus: Corpus, tmp_path: Path) -> None:
     """The bytes of one picture are damaged, of another one there is none."""
     first = corpus.commits("images")[0]
-    with corpus.attempt("images", first.ref, generation=1) as attempt:
+    with begin_attempt(corpus, "images", first.ref, generation=1) as attempt:
         for row in read_rows(corpus, first):
             scalars = {name: row.scalars[name] for name in SCALARS}
             if not row.ok:
