@@ -223,7 +223,7 @@ def measure(options: argparse.Namespace, pixels: int, mask_ratio: float) -> dict
     }
     if options.compile:
         forms["reference_compiled"] = Reference(learner.net, stage, learner.bf16, compiled=True).step
-    runs = {}
+    runs: dict[tuple[str, int], Callable[[], Any]] = {}
     for micro_batch in options.micro_batches:
         for name, form in forms.items():
             batch = make_batch(config, images, micro_batch, ragged=name == "ours")
