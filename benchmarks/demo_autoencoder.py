@@ -1,7 +1,7 @@
 """Train the demo's autoencoder: a diffusers AutoencoderKL (f8, 4 latent channels) small enough to ship, on OpenMoji.
 
     python benchmarks/demo_autoencoder.py --minutes 60 --out model/pretrained/demo_autoencoder
-    python benchmarks/demo_autoencoder.py --minutes 0 --init model/pretrained/demo_autoencoder --json      # measure, train nothing
+    python benchmarks/demo_autoencoder.py --minutes 0 --init model/pretrained/demo_autoencoder --json   # only measures
 
 Figures are for drawings that training never sees (a seeded 5% of those that have names, skin tones of them included):
 mean over images of the PSNR of the uint8 image, at 64 and at 128 pixels, from the posterior's mean and from a sample.
