@@ -143,7 +143,7 @@ class Corpus:
         except FileExistsError:
             found = self._declaration(name)
             if found.fingerprint != wanted.fingerprint or found.scalars != wanted.scalars:
-                changes = "; ".join(differences(found.stage, wanted.stage)) or "its scalars differ"
+                changes = "; ".join(differences(found.made_by, wanted.made_by)) or "its scalars differ"
                 what = "source" if wanted.kind == "source" else "column"
                 raise RequestError(
                     f"{what} {wanted.name!r} of corpus {self.url} was made otherwise: {changes}. "

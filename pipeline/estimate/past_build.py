@@ -142,7 +142,7 @@ class Earlier:
 
     def inputs_of_a_unit(self, source: str) -> float | None:
         """The mean; None if none of the source is complete, or if only a part of each was taken (`limit`)."""
-        if source not in self.sources or "limit" in self.corpus.source(source).stage:
+        if source not in self.sources or "limit" in self.corpus.source(source).made_by:
             return None
         units = self._units_of(source)
         return sum(unit.inputs for unit in units) / len(units) if units else None
@@ -157,12 +157,12 @@ class Earlier:
         """The columns of a config that this corpus has under the same name and made otherwise, and what differs."""
         found = {}
         for source in self.sources:
-            made = self.corpus.source(source).stage.get("images")
+            made = self.corpus.source(source).made_by.get("images")
             if isinstance(made, dict) and (note := _differs(made, ingest_stage(config.images))):
                 found[IMAGES] = f"images.{note}"
         for name, options in config.columns.items():
             if name in self.columns:
-                made, asked = self.columns[name].stage, {}
+                made, asked = self.columns[name].made_by, {}
                 if isinstance(options, LatentsColumn):
                     asked = options.model_dump()
                 if isinstance(options, TextColumn):  # whose declaration leaves out what is usual

@@ -109,7 +109,7 @@ def look(
             "--text-shape that you train with"
         )
     for name, column in fields.items():
-        side = 0 if name == TEXT else int(corpus.column(column).stage["resolution"]) // DOWNSAMPLE
+        side = 0 if name == TEXT else int(corpus.column(column).made_by["resolution"]) // DOWNSAMPLE
         if side and (len(shapes[name]) != 3 or shapes[name][1:] != (side, side)):
             raise RequestError(
                 f"column {column} has latents of {shapes[name]}, but the official trainer takes (channels, {side}, "
@@ -135,7 +135,7 @@ def _choose_latents(corpus: Corpus, declared: Mapping[str, Any], latents: Sequen
     fields: dict[str, str] = {}
     makers = set()
     for column in latents or there:
-        stage = corpus.column(column).stage
+        stage = corpus.column(column).made_by
         if not isinstance(stage.get("resolution"), int):
             raise RequestError(f"column {column}: its declaration says no resolution, so it cannot be named for MDS")
         fields.setdefault(f"latents_{stage['resolution']}", column)
@@ -255,7 +255,7 @@ def _begun(export: Export, folder: Path) -> Iterator[None]:
             "version": 1,
             "made_of": digest.hexdigest(),
             "columns": {CAPTION: export.captions, **export.fields},
-            "stages": {column: export.corpus.column(column).stage for column in export.columns},
+            "stages": {column: export.corpus.column(column).made_by for column in export.columns},
             "shapes": export.shapes,
             "compression": export.compression,
             "size_limit": SIZE_LIMIT,

@@ -108,7 +108,7 @@ def incomplete_units(corpus: Corpus) -> list[dict[str, Any]]:
     """Sources of which units are known to be missing, by what their declarations say."""
     found = []
     for name, declaration in corpus.sources().items():
-        expected, done = declaration.stage.get("units"), len(corpus.units(name))
+        expected, done = declaration.made_by.get("units"), len(corpus.units(name))
         if isinstance(expected, int) and done < expected:
             found.append({"source": name, "done": done, "expected": expected})
     return found

@@ -101,7 +101,7 @@ def test_folders_of_workers_become_one_source_without_pictures(small: Corpus) ->
     assert [note["caption"] for note in notes] == [sample["caption"] for sample in wanted]
     assert {tuple(row.members) for c in small.commits(IMAGES) for row in read_rows(small, c)} == {("json",)}
     assert {(note["width"], note["original_height"], note["sha256"]) for note in notes} == {(0, 0, "")}
-    assert len(small.units("small")) == small.source("small").stage["units"] == 5
+    assert len(small.units("small")) == small.source("small").made_by["units"] == 5
     assert verify(small)["problems"] == []
 
 
@@ -122,7 +122,7 @@ def test_what_reads_pictures_says_that_there_are_none(tmp_path: Path, small: Cor
 
 def test_declarations_name_the_models_and_claim_no_more(small: Corpus) -> None:
     """What `generate` reads of them is a named autoencoder and text encoder, and nothing to compare them with."""
-    latents, text = small.column("latents/sdxl-64").stage, small.column(TEXT).stage
+    latents, text = small.column("latents/sdxl-64").made_by, small.column(TEXT).made_by
     assert (latents["stage"], latents["resolution"], latents["posterior"]) == ("mds", 64, "sample")
     assert (latents["shape"], text["shape"], text["captions"]) == ([4, 8, 8], [77, 8], "captions/source")
     assert trained_part(latents, "autoencoder") == Part("sdxl", "sdxl", {"revision": None})
@@ -148,7 +148,7 @@ def test_as_built_a_build_can_add_to_the_columns(tmp_path: Path) -> None:
     ]
     for stage in stages:
         for column, spec in stage.columns.items():
-            assert corpus.declare_column(column, spec.stage, spec.scalars).stage == spec.stage
+            assert corpus.declare_column(column, spec.stage, spec.scalars).made_by == spec.stage
 
 
 def test_the_same_again_writes_nothing(tmp_path: Path, small: Corpus) -> None:
