@@ -2,7 +2,7 @@
 
 import re
 
-Where = tuple[str, str]  # source, and shard or unit
+ShardId = tuple[str, str]  # source, and shard or unit: what is one in any column
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 COLUMN = re.compile(r"[A-Za-z0-9_@-][A-Za-z0-9_.@-]*(/[A-Za-z0-9_@-][A-Za-z0-9_.@-]*)?")
 SOURCE = re.compile(r"[a-z0-9][a-z0-9_-]*")
