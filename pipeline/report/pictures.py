@@ -19,7 +19,7 @@ from microdit.pipeline.corpus.arrays import array_from_bytes
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import Commit, Declaration
 from microdit.pipeline.selection.view import query
-from microdit.pipeline.tables.sample_table import Field
+from microdit.pipeline.tables.sample_table import TableField
 
 PICTURES = 15
 SEED = "report"  # another word, another sample
@@ -34,7 +34,7 @@ def pictures(
     corpus: Corpus,
     columns: Mapping[str, Declaration],
     commits: Mapping[str, Sequence[Commit]],
-    fields: Sequence[Field],
+    fields: Sequence[TableField],
     complete: Iterable[str],
 ) -> dict[str, Any]:
     """Samples with `id`, `captions`, `views` (the image, then one of each latents column), and the mean PSNR by column;

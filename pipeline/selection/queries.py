@@ -88,7 +88,7 @@ class Parsed:
         return next(iter(sorted(self.columns & NOW)), None)
 
     def conditions(self) -> "Conditions | None":
-        """Split its WHERE into conditions; None if the query is more than a SELECT of rows of `samples` with a WHERE."""
+        """Split its WHERE into conditions; None if it is more than a SELECT of rows of `samples` with a WHERE."""
         node = self.tree["statements"][0]["node"]
         table = node.get("from_table") or {}
         plain = (
