@@ -28,7 +28,7 @@ MAX_ATTEMPT_HOURS = 12
 def begin_attempt(
     corpus: Corpus, column: str, ref: ShardRef, inputs: Iterable[Commit] = (), generation: int = 0
 ) -> Iterator["Attempt"]:
-    """Begin one try to write one shard of one column; what is not committed when the block ends is dropped."""
+    """Begin one try to write one shard of one column; it is dropped if the block ends without a commit."""
     declaration = corpus.column(column)
     maker = corpus.source(ref.source) if column == "images" else declaration
     with ExitStack() as stack:
@@ -38,10 +38,10 @@ def begin_attempt(
 def commit_unit(
     corpus: Corpus, source: str, unit: str, inputs: int, shards: Sequence[str], generation: int = 0
 ) -> UnitCommit:
-    """Record that a unit is complete; a second worker that did the same finds the first one's record.
+    """Record that a unit is complete; returns the record of the worker that was first.
 
     Raises:
-        ValueError: the first one counted other inputs or shards.
+        ValueError: that worker counted other inputs or shards.
     """
     record = UnitCommit(
         source=source,
@@ -96,11 +96,11 @@ class Attempt:
         self._sidecar_path = stack.enter_context(corpus.store.scratch(self._sidecar_name))
 
     def add(self, row: int, key: str, members: Mapping[str, bytes] | None = None, **scalars: Any) -> None:
-        """A sample that succeeded: its tar members, `{extension: bytes}` (none in a table), and its scalars.
+        """Add a sample that succeeded: its tar members, `{extension: bytes}` (none in a table), and its scalars.
 
         Raises:
-            ValueError: the key is not 1 to 80 of `[A-Za-z0-9_-]`, a scalar is a string that UTF-8 cannot write, or the
-                members are none or other ones than the samples' before. Nothing was added then.
+            ValueError: the key is not 1 to 80 of `[A-Za-z0-9_-]`, a scalar is a string that UTF-8 cannot encode, or
+                there are no members or others than of the samples before. Nothing was added then.
         """
         alive()
         fail_point("writing")
@@ -114,7 +114,7 @@ class Attempt:
         self.rows.append(line)
 
     def fail(self, row: int, key: str, reason: str, detail: str = "", **scalars: Any) -> None:
-        """A sample that failed: a short code to group by, and one line for a person.
+        """Add a sample that failed: a short code to group by, and one line for a person.
 
         Raises:
             ValueError: the key is not 1 to 80 of `[A-Za-z0-9_-]`.
@@ -216,10 +216,11 @@ def _check_key(key: str) -> None:
 
 
 def _device() -> str:
-    """The GPU that this process works with, or `cpu`; torch is not imported for it."""
+    """Name the GPU that this process works with, or `cpu`; torch is not imported for it."""
     torch = sys.modules.get("torch")
     return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_initialized() else "cpu"
 
 
 def _writable(text: str) -> str:
+    """Replace lone surrogates, which UTF-8 cannot encode."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()

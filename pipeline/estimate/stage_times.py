@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from microdit.pipeline.config.build import BuildConfig, ColumnOptions
-from microdit.pipeline.config.captions import CAPTIONERS, CaptionsColumn, origin_of
+from microdit.pipeline.config.captions import CAPTIONERS, CaptionsColumn, pass_key
 from microdit.pipeline.config.encoders import LatentsColumn, TextColumn
 from microdit.pipeline.config.scores import ClipScores, ScoresColumn, device_of, scorer_of
 from microdit.pipeline.corpus.names import IMAGES
@@ -267,7 +267,7 @@ def stage_name(config: BuildConfig, column: str) -> str:
         return next(name for name, other in others if (other.model, other.revision) == model)
     if isinstance(options, CaptionsColumn) and options.vlm is not None:
         asked = ((name, o) for name, o in config.columns.items() if isinstance(o, CaptionsColumn))
-        column = next(name for name, other in asked if origin_of(other) == origin_of(options))
+        column = next(name for name, other in asked if pass_key(other) == pass_key(options))
     models = isinstance(options, TextColumn | CaptionsColumn) and _device(options) is not None
     return column.replace("/", ":", 1) if models else column
 
