@@ -79,8 +79,8 @@ def generate_info(recipe: Recipe, samples: RunSamples, stage: StageData) -> dict
         "latent_shape": stage.latent_shape,
         "sigma_data": recipe.sigma_data,
         "guidance_scale": recipe.guidance_scale,
-        "latents": samples.corpus.column(stage.stage.latents).stage,
-        "text": samples.corpus.column(stage.text[0]).stage,
+        "latents": samples.corpus.column(stage.stage.latents).made_by,
+        "text": samples.corpus.column(stage.text[0]).made_by,
     }
 
 
@@ -171,10 +171,10 @@ def refuse_other_models(name: str, parts: Parts, recipe: Recipe, samples: RunSam
     wrong = []
     for stage in recipe.stages:
         wrong += _difference(
-            parts.autoencoder, stage.latents, samples.corpus.column(stage.latents).stage, "autoencoder"
+            parts.autoencoder, stage.latents, samples.corpus.column(stage.latents).made_by, "autoencoder"
         )
     for column in recipe.text:
-        declared = samples.corpus.column(column).stage
+        declared = samples.corpus.column(column).made_by
         wrong += _difference(parts.text_encoder, column, declared, "encoder")
         if parts.text_encoder.trained_with is None:  # a released one: all 77 positions, in float16
             if declared.get("model", {}).get("trim") and not parts.text_encoder.options.get("trim"):

@@ -100,8 +100,7 @@ def plan(
 
     machines = Machines(cpus, gpus, gpu, bandwidth, gpu_price, cpu_price, storage_price)
     with json_answer(as_json) as answer:
-        answer.update(
-            estimate(load_config(config, overrides or ()), machines, learn_from, parse_samples(samples or ()))
-        )
+        estimated = estimate(load_config(config, overrides or ()), machines, learn_from, parse_samples(samples or ()))
+        answer.update(estimated.to_json())
     if not as_json:
-        show(answer, console(), in_bytes)
+        show(estimated, console(), in_bytes)

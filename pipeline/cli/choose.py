@@ -81,9 +81,10 @@ def dedup(
         if not semantic and (similarity, embedding) != (None, None):
             raise RequestError("--similarity and --embedding are of embeddings; give --semantic with them")
         if semantic:
-            answer.update(dedup_semantic(open_corpus(corpus), embedding, 0.95 if similarity is None else similarity))
+            found = dedup_semantic(open_corpus(corpus), embedding, 0.95 if similarity is None else similarity)
+            answer.update(found.to_json())
         else:
-            answer.update(find(open_corpus(corpus), 6 if distance is None else distance))
+            answer.update(find(open_corpus(corpus), 6 if distance is None else distance).to_json())
     if as_json:
         return
     what = (
@@ -119,7 +120,7 @@ def decontaminate(
     from microdit.pipeline.curation.duplicates import default_evaluation
 
     with json_answer(as_json) as answer:
-        answer.update(find(open_corpus(corpus), against or [default_evaluation()], distance))
+        answer.update(find(open_corpus(corpus), against or [default_evaluation()], distance).to_json())
     if not as_json:
         print(
             f"{answer['contaminated']:,} of {answer['samples']:,} samples are near an evaluation set "

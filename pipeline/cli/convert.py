@@ -7,11 +7,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from microdit.pipeline.base.errors import RequestError
+
+if TYPE_CHECKING:
+    from microdit.pipeline.mds.summary import ExportSummary, ImportSummary
 
 TO_CORPUS = {"--source", "--captions", "--autoencoder", "--text-encoder", "--as-built", "--repair"}
 TO_MDS = {"--selection", "--text", "--latents", "--compression"}
@@ -118,24 +121,23 @@ def convert(
     with _stoppable(), shown() as progress:
         if _is_mds(origin):
             _refuse(names & TO_MDS, "FROM is a folder of MDS shards")
-            from microdit.pipeline.mds import to_corpus as from_mds
             from microdit.pipeline.mds.columns import Naming
+            from microdit.pipeline.mds.to_corpus import to_corpus
 
             if source is None:
                 raise RequestError("--source: name the samples, e.g. --source cc12m; it becomes part of every name")
             naming = Naming(source, captions or "source", autoencoder, text_encoder or "dfn-clip-h", shape, as_built)
-            summary = from_mds.to_corpus(Path(origin), target, naming, threads, progress, repair)
-            lines = from_mds.text(summary)
+            summary: ImportSummary | ExportSummary = to_corpus(Path(origin), target, naming, threads, progress, repair)
         else:
             _refuse(names & TO_CORPUS, "FROM is a corpus")
             from microdit.pipeline.corpus.corpus import Corpus
-            from microdit.pipeline.mds import from_corpus as to_mds
+            from microdit.pipeline.mds.from_corpus import plan_export, to_mds
 
             if "://" in target:
                 raise RequestError(f"TO {target!r}: MDS is written to a folder of this machine; copy that folder then")
             if compression not in (None, "zstd"):
                 raise RequestError(f"--compression {compression!r}: expected zstd")
-            export = to_mds.look(
+            export = plan_export(
                 Corpus.open(origin),
                 selection=selection,
                 text=text,
@@ -143,10 +145,9 @@ def convert(
                 text_shape=shape,
                 compression="zstd" if compression else None,
             )
-            summary = to_mds.to_mds(export, Path(target).expanduser(), threads, progress)
-            lines = to_mds.text(summary)
-    print(json.dumps(summary, ensure_ascii=False) if as_json else "\n".join(lines))
-    raise typer.Exit(summary["exit_status"])
+            summary = to_mds(export, Path(target).expanduser(), threads, progress)
+    print(json.dumps(summary.to_json(), ensure_ascii=False) if as_json else "\n".join(summary.lines()))
+    raise typer.Exit(summary.exit_status)
 
 
 def _is_mds(origin: str) -> bool:

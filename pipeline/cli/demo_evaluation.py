@@ -76,7 +76,7 @@ def evaluate(
         for kind, some in (("trained", index), ("held_out", samples.held))
         if len(some)
     }
-    side = samples.corpus.column(recipe.stages[-1].latents).stage["resolution"]
+    side = samples.corpus.column(recipe.stages[-1].latents).made_by["resolution"]
     real = {kind: read_images(samples.corpus, some, side) for kind, some in drawn.items()}
     everything = read_images(samples.corpus, index, side) | read_images(samples.corpus, samples.held, side)
     captions = {kind: read_captions(samples.corpus, recipe.main_text, some) for kind, some in drawn.items()}

@@ -1,63 +1,63 @@
 """A plan for people: tables of sources, columns and stages, what it comes to, and everything that was assumed."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from microdit.pipeline.estimate.result import Estimate
 
-def show(found: Mapping[str, Any], console: Console, size: Callable[[float], str]) -> None:
-    """Print what `estimate` gave; `size` writes bytes."""
+
+def show(estimate: Estimate, console: Console, size: Callable[[float], str]) -> None:
+    """Print an estimate; `size` formats bytes."""
 
     def say(text: str = "") -> None:
         console.print(text, markup=False, soft_wrap=True)
 
-    machines, totals, money = found["machines"], found["totals"], found["money"]
-    gpus = f", {machines['gpus']} GPUs ({machines['gpu']})" if machines["gpus"] else ", no GPU"
-    say(f"plan of {found['name']}: shards of {found['shard_samples']:,}, {machines['cpus']:g} CPUs{gpus}")
-    say(f"learned from {found['learned_from'] or 'no earlier build: name one with --from CORPUS for better numbers'}")
+    machines, time, money = estimate.machines, estimate.time, estimate.money
+    gpus = f", {machines.gpus} GPUs ({machines.gpu})" if machines.gpus else ", no GPU"
+    say(f"plan of {estimate.name}: shards of {estimate.shard_samples:,}, {machines.cpus:g} CPUs{gpus}")
+    say(f"learned from {estimate.learned_from or 'no earlier build: name one with --from CORPUS for better numbers'}")
     _table(
         console,
         ("source", "units", "inputs", "shards", "fetched", "known from"),
         [
-            (name, f"{one['units']:,}", f"{one['inputs']:,}", f"{one['shards']:,}",
-             "" if one["fetched_bytes"] is None else size(one["fetched_bytes"]), one["origin"])
-            for name, one in found["sources"].items()
+            (name, f"{one.units:,}", f"{one.inputs:,}", f"{one.shards:,}",
+             "" if one.fetched_bytes is None else size(one.fetched_bytes), one.origin)
+            for name, one in estimate.sources.items()
         ],
     )  # fmt: skip
     _table(
         console,
         ("column", "good", "failed", "bytes", "known from"),
         [
-            (name, f"{one['out']:,}", f"{one['failed']:,}", size(one["bytes"]), one["origin"])
-            for name, one in found["columns"].items()
+            (name, f"{one.out:,}", f"{one.failed:,}", size(one.bytes), one.origin)
+            for name, one in estimate.columns.items()
         ],
     )
     _table(
         console,
         ("stage", "on", "at once", "CPU time", "GPU time", "alone", "inputs/s", "known from"),
         [
-            (name, one["device"], f"{one['workers']:g}", duration(one["cpu_seconds"]),
-             "" if one["device"] == "cpu" else duration(one["gpu_seconds"]), duration(one["seconds"]),
-             "?" if one["rate"] is None else f"{one['rate']:,.1f}", one["origin"])
-            for name, one in found["stages"].items()
+            (name, str(one.device), f"{one.workers:g}", duration(one.cpu_seconds),
+             "" if one.device == "cpu" else duration(one.gpu_seconds), duration(one.seconds),
+             "?" if one.rate is None else f"{one.rate:,.1f}", one.origin)
+            for name, one in estimate.stages.items()
         ],
     )  # fmt: skip
     say()
-    missing = totals["not_measured"]
-    least = "at least " if missing else ""
-    say(f"bytes   {size(totals['bytes'])} in {totals['shards']:,} shards of {len(found['columns'])} columns")
-    say(f"time    {least}{duration(totals['seconds'])}; the narrowest place: {totals['narrowest']}")
-    if missing:
-        say(f"        not measured, and not in it: {', '.join(missing)}")
-    if guessed := [name for name, one in found["stages"].items() if "by arithmetic" in one["origin"]]:
+    least = "at least " if time.not_measured else ""
+    say(f"bytes   {size(estimate.bytes)} in {estimate.shards:,} shards of {len(estimate.columns)} columns")
+    say(f"time    {least}{duration(time.seconds)}; the narrowest place: {time.narrowest}")
+    if time.not_measured:
+        say(f"        not measured, and not in it: {', '.join(time.not_measured)}")
+    if guessed := [name for name, one in estimate.stages.items() if "by arithmetic" in one.origin]:
         say(f"        in it by arithmetic, not measured: {', '.join(guessed)}")
-    gpu = "?" if money["gpus"] is None else f"${money['gpus']:,.2f}"
-    build = f"{least}${money['build']:,.2f}" if money["build"] is not None else "not known"
-    say(f"money   {build} (GPUs {gpu}, CPUs ${money['cpus']:,.2f}); kept: ${money['storage_a_month']:,.2f} a month")
+    gpu = "?" if money.gpus is None else f"${money.gpus:,.2f}"
+    build = f"{least}${money.build:,.2f}" if money.build is not None else "not known"
+    say(f"money   {build} (GPUs {gpu}, CPUs ${money.cpus:,.2f}); kept: ${money.storage_a_month:,.2f} a month")
     say("\nassumed:")
-    for line in found["assumptions"]:
+    for line in estimate.assumptions:
         say(f"  - {line}")
 
 

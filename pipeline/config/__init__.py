@@ -1,1 +1,1 @@
-"""What the YAML of a build may say: one file for each block."""
+"""The YAML of a build: one file for each block, and the reader."""

@@ -1,4 +1,4 @@
-"""What the blocks of a config have in common."""
+"""The base of every block of a config."""
 
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -6,12 +6,12 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, model_validator
 
 
-class At(ValueError):
-    """A fault at a place deeper than the validator that found it."""
+class FieldError(ValueError):
+    """A fault of a field below the one whose validator raises it; `path` leads there."""
 
-    def __init__(self, where: Sequence[str | int], message: str, value: Any):
+    def __init__(self, path: Sequence[str | int], message: str, value: Any):
         super().__init__(message)
-        self.where, self.value = tuple(where), value
+        self.path, self.value = tuple(path), value
 
 
 class Options(BaseModel):
@@ -21,11 +21,11 @@ class Options(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_bool_as_number(cls, given: Any) -> Any:
+    def _refuse_bool_as_number(cls, given: Any) -> Any:
         for name, value in given.items() if isinstance(given, dict) else ():
             field = cls.model_fields.get(name)
             if isinstance(value, bool) and field is not None:
                 kinds = {field.annotation, *get_args(field.annotation)}
                 if kinds & {int, float} and bool not in kinds:
-                    raise At((name,), "expected a number", value)
+                    raise FieldError((name,), "expected a number", value)
         return given

@@ -1,4 +1,4 @@
-"""What a build is asked to do: YAML, checked by pydantic, with `key=value` overrides. Imports neither ray nor torch."""
+"""The config of a build: `configs/*.yaml`, with `key=value` overrides. Imports neither ray nor torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from microdit.pipeline.config.block import At, Options
+from microdit.pipeline.config.block import FieldError, Options
 from microdit.pipeline.config.captions import CaptionsColumn
 from microdit.pipeline.config.encoders import LatentsColumn, TextColumn
 from microdit.pipeline.config.images import ImageOptions
@@ -26,7 +26,7 @@ COLUMN_KINDS: dict[str, type[CaptionsColumn | ScoresColumn | LatentsColumn | Tex
 
 
 class Resources(Options):
-    """How the work is laid out on the machines. No part of any fingerprint."""
+    """The layout of the work on the machines. No part of any fingerprint."""
 
     cpus: float | None = Field(default=None, gt=0)
     """CPUs that the cluster may grow to, where an autoscaler adds nodes; by default those that it has."""
@@ -44,18 +44,18 @@ class Resources(Options):
     text_batch: int = Field(default=32, ge=1)
     """Captions per call of a text encoder; as above."""
     captions_batch: int = Field(default=16, ge=1)
-    """Images per call of a captioner; as above, and what is said may turn on the last bits."""
+    """Images per call of a captioner; as above, and the last bits may change a caption."""
     scores_batch: int = Field(default=32, ge=1)
     """Images per call of a scorer's model; as above."""
     stall_timeout: float = Field(default=600.0, gt=0)
-    """Seconds without a finished sample after which a worker is taken for hung: more than the slowest batch needs."""
+    """Seconds without a finished sample after which a worker counts as hung: more than the slowest batch takes."""
     scratch: str | None = None
-    """A folder of each machine for the file that a worker reads from: room for the largest file of the sources, times
-    the workers. By default `microdit-<user id>` in the system's folder for temporary files."""
+    """A folder of each machine for the files that workers read from: it must hold the largest file of the sources once
+    for each worker. By default `microdit-<user id>` in the system's folder for temporary files."""
 
 
 class BuildConfig(Options):
-    """A corpus to build: `configs/*.yaml`."""
+    """A corpus to build."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     corpus: str
@@ -70,50 +70,53 @@ class BuildConfig(Options):
 
     @field_validator("sources")
     @classmethod
-    def _source_names(cls, sources: dict[str, Any]) -> dict[str, Any]:
+    def _check_source_names(cls, sources: dict[str, Any]) -> dict[str, Any]:
         for name in sources:
             if not SOURCE.fullmatch(name):
-                raise At((name,), "a source's name is lower-case letters, digits, - and _", name)
+                raise FieldError((name,), "a source's name is lower-case letters, digits, - and _", name)
         return sources
 
     @field_validator("columns", mode="before")
     @classmethod
-    def _columns_by_kind(cls, columns: Any) -> Any:
-        """Each column is read as what the first part of its name says that it is."""
+    def _read_columns(cls, columns: Any) -> Any:
+        """Read each column as the kind that the first part of its name says."""
         if not isinstance(columns, dict):
             return columns
-        found: dict[str, Any] = {}
+        read: dict[str, Any] = {}
         for name, value in columns.items():
             kind, _, rest = str(name).partition("/")
             if kind not in COLUMN_KINDS or not rest or not COLUMN.fullmatch(str(name)) or kind in RESERVED:
                 known = ", ".join(f"{k}/..." for k in COLUMN_KINDS)
-                raise At((str(name),), f"no such kind of column; expected one of {known}", name)
+                raise FieldError((str(name),), f"no such kind of column; expected one of {known}", name)
             options = SCORERS.get(scorer_of(str(name))) if kind == "scores" else COLUMN_KINDS[kind]
             if options is None:
                 known = ", ".join(f"{kind}/{scorer}" for scorer in SCORERS)
-                raise At((str(name),), f"no such scorer; expected one of {known}, with -NAME behind it or not", name)
+                raise FieldError(
+                    (str(name),), f"no such scorer; expected one of {known}, with -NAME behind it or not", name
+                )
             try:
-                found[name] = options.model_validate({} if value is None else value)
+                read[name] = options.model_validate({} if value is None else value)
             except ValidationError as error:
-                where, expected, value = fault_of(error.errors()[0])
-                raise At((str(name), *where), expected, value) from None
-        return found
+                fault = fault_of(error.errors()[0])
+                raise FieldError((str(name), *fault.path), fault.expected, fault.value) from None
+        return read
 
     @model_validator(mode="after")
-    def _inputs_exist(self) -> "BuildConfig":
+    def _check_inputs(self) -> "BuildConfig":
+        """Refuse columns whose captions column the config does not have."""
         for name, options in self.columns.items():
             if isinstance(options, TextColumn):
                 _, at, captions = name.partition("@")
                 if not at or f"captions/{captions}" not in self.columns:
                     known = ", ".join(c.removeprefix("captions/") for c in self.columns if c.startswith("captions/"))
-                    raise At(
+                    raise FieldError(
                         ("columns", name),
                         f"the name must end in @ and one of the captions columns of this config ({known or 'none'})",
                         name,
                     )
             if isinstance(options, ClipScores | CaptionScores) and f"captions/{options.captions}" not in self.columns:
                 known = ", ".join(c.removeprefix("captions/") for c in self.columns if c.startswith("captions/"))
-                raise At(
+                raise FieldError(
                     ("columns", name, "captions"),
                     f"expected the name of one of the captions columns of this config ({known or 'none'})",
                     options.captions,
@@ -122,6 +125,6 @@ class BuildConfig(Options):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), corpus: str | None = None) -> BuildConfig:
-    """A build's config; `corpus` replaces the root that the file names. Raises `RequestError` as `load_yaml` does."""
+    """Load a build's config; `corpus` replaces the root that the file names. Raises as `load_yaml` does."""
     config = load_yaml(path, BuildConfig, overrides)
     return config if corpus is None else config.model_copy(update={"corpus": str(corpus)})

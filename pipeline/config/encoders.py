@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from microdit.pipeline.config.block import At, Options
+from microdit.pipeline.config.block import FieldError, Options
 
 
 class LatentsColumn(Options):
@@ -20,21 +20,21 @@ class LatentsColumn(Options):
 
 
 class TextColumn(Options):
-    """`text/<name>@<captions>`: what is behind the @ is the captions column that it embeds."""
+    """`text/<name>@<captions>`: the captions column that it embeds follows the @."""
 
     encoder: str
     """A name of `microdit.model.pretrained.text`, a folder, or a hub repository."""
     revision: str | None = None
     storage: Literal["float16", "int8", "int4"] = "float16"
-    """int8: half the bytes, int4: a quarter, and some loss, which is measured on one sample in a hundred."""
+    """int8 takes half the bytes, int4 a quarter; the loss is measured on one sample in a hundred."""
     max_loss: float | None = Field(default=None, gt=0)
     """The relative error of a quantised sample above which the build stops; by default 0.03 (int8), 0.2 (int4)."""
     trim: bool = False
-    """Of a CLIP text tower, which gives an embedding for the padding too, keep the real tokens alone. The released
-    weights were trained on all 77, in float16."""
+    """Keep the real tokens of a CLIP text tower, without the embeddings of its padding. The released weights were
+    trained on all 77 positions, in float16."""
 
     @model_validator(mode="after")
-    def _loses(self) -> "TextColumn":
+    def _check_max_loss(self) -> "TextColumn":
         if self.max_loss is not None and self.storage == "float16":
-            raise At(("max_loss",), "it is for storage int8 and int4: float16 is not quantised", self.max_loss)
+            raise FieldError(("max_loss",), "it is for storage int8 and int4: float16 is not quantised", self.max_loss)
         return self

@@ -10,7 +10,7 @@ PILLOW_MAX_PIXELS = 178_956_970  # above this Pillow itself refuses
 
 
 class ImageOptions(Options):
-    """What ingest takes and how it stores it; all of it is part of what a corpus is made by."""
+    """Images that ingest accepts, and how it stores them; part of a source's fingerprint."""
 
     min_side: int = Field(default=256, ge=1)
     """An image whose short side has fewer pixels fails with `too_small`."""
@@ -19,12 +19,12 @@ class ImageOptions(Options):
     max_pixels: int = Field(default=100_000_000, ge=1, le=PILLOW_MAX_PIXELS)
     """Width times height, read before anything is decoded; more fails with `bomb`."""
     format: Literal["jpg", "png", "webp"] = "jpg"
-    """The members of the images column. What came in this format is kept byte by byte unless it must be changed."""
+    """The format of the images column's members. An image of this format is stored byte by byte if it need not change."""
     quality: int = Field(default=95, ge=1, le=100)
-    """Of JPEG (4:4:4) and WebP, where an image must be encoded again."""
+    """Quality of JPEG (4:4:4) and WebP, where an image is encoded again."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> "ImageOptions":
+    def _check_sides(self) -> "ImageOptions":
         if self.max_side is not None and self.max_side < self.min_side:
             raise ValueError(f"max_side ({self.max_side}) must be at least min_side ({self.min_side})")
         return self

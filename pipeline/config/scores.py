@@ -1,14 +1,14 @@
-"""The scorers: `scores/<scorer>`, or `scores/<scorer>-<name>` where there are several of one kind."""
+"""Options of `scores/<scorer>` columns, or `scores/<scorer>-<name>` where there are several of one kind."""
 
 from pydantic import model_validator
 
-from microdit.pipeline.config.block import At, Options
+from microdit.pipeline.config.block import FieldError, Options
 
 YAHOO = "yahoo"
 
 
 class ScoresColumn(Options):
-    """What the options of all scorers are."""
+    """The base of all scorers' options."""
 
 
 class BasicScores(ScoresColumn):
@@ -16,20 +16,22 @@ class BasicScores(ScoresColumn):
 
 
 class NsfwScores(ScoresColumn):
-    """`scores/nsfw`: how likely the picture is not safe for work, 0 to 1."""
+    """`scores/nsfw`: the probability that the picture is not safe for work, 0 to 1."""
 
     model: str = YAHOO
     """`yahoo`, which the extra `scorers` brings along; or an image classifier, as a folder or a hub repository."""
     revision: str | None = None
     label: str | None = None
-    """Of a classifier, the label that is unsafe."""
+    """The label of a classifier that is unsafe."""
 
     @model_validator(mode="after")
-    def _labelled(self) -> "NsfwScores":
+    def _check_label(self) -> "NsfwScores":
         if self.model == YAHOO and (self.label is not None or self.revision is not None):
-            raise At(("model",), "yahoo has neither label nor revision: they are for models of the hub", self.model)
+            raise FieldError(
+                ("model",), "yahoo has neither label nor revision: they are for models of the hub", self.model
+            )
         if self.model != YAHOO and self.label is None:
-            raise At(("label",), f"which label of {self.model} is unsafe? Often it is nsfw", self.label)
+            raise FieldError(("label",), f"which label of {self.model} is unsafe? Often it is nsfw", self.label)
         return self
 
 
@@ -38,13 +40,13 @@ class TextScores(ScoresColumn):
 
 
 class AestheticScores(ScoresColumn):
-    """`scores/aesthetic`: how much people would like the picture, on the model's own scale."""
+    """`scores/aesthetic`: an aesthetic score of the picture, on the model's own scale."""
 
     model: str
     """A folder or a hub repository: a CLIP image tower with the head of LAION's predictor V2, or a classifier."""
     revision: str | None = None
     label: str | None = None
-    """Of a classifier with several labels, the one whose probability is the score."""
+    """The label of a classifier with several whose probability is the score."""
 
 
 class EmbeddingScores(ScoresColumn):
@@ -83,12 +85,12 @@ SCORERS: dict[str, type[ScoresColumn]] = {
 }
 
 
-# every class by itself: what is written of a config has the fields of the class that is named
+# every class, not the base: a dumped config has the fields of the classes that are named here
 AnyScores = BasicScores | NsfwScores | TextScores | AestheticScores | ClipScores | EmbeddingScores | CaptionScores
 
 
 def scorer_of(column: str) -> str:
-    """`clip` for `scores/clip` and `scores/clip-long`; whether it is known or not."""
+    """The scorer of a column, known or not: `clip` for `scores/clip` and `scores/clip-long`."""
     return column.partition("/")[2].partition("-")[0]
 
 

@@ -1,4 +1,4 @@
-"""The options of the sources: the blocks under `sources:` of a config."""
+"""Options of the sources: the blocks under `sources:` of a config."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,18 +6,18 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from microdit.pipeline.config.block import At, Options
+from microdit.pipeline.config.block import FieldError, Options
 
 SA1B_CAPTIONS = "hf://datasets/PixArt-alpha/SAM-LLaVA-Captions10M/SA1B_caption.tar.gz"
 TEXTCAPS_IMAGES = "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"
 TEXTCAPS_CAPTIONS = "https://dl.fbaipublicfiles.com/textvqa/data/textcaps/TextCaps_0.1_{split}.json"
 COCO_IMAGES = "http://images.cocodataset.org/zips/val2014.zip"
 COCO_CAPTIONS = "http://images.cocodataset.org/annotations/annotations_trainval2014.zip"
-BESIDE = re.compile(r"txt|json(\.[^.]+)+")  # where a text of a webdataset comes from
+TEXT_MEMBER = re.compile(r"txt|json(\.[^.]+)+")  # where a text of a webdataset comes from
 
 
 class FetchOptions(Options):
-    """How URLs are fetched; of all this only `max_bytes` is part of what a corpus is made by."""
+    """How URLs are fetched; `max_bytes` alone is part of a source's fingerprint."""
 
     concurrency: int = Field(default=64, ge=1, le=4096)
     """Requests in flight per worker."""
@@ -29,7 +29,7 @@ class FetchOptions(Options):
     """A longer answer is refused (`too_large`)."""
     max_redirects: int = Field(default=5, ge=0, le=20)
     retry_after: float = Field(default=10.0, ge=0, le=600)
-    """The longest wait that a server may ask for (`Retry-After`) and get; if it asks for more, there is no retry."""
+    """The longest `Retry-After` that is waited for; if a server asks for more, there is no retry."""
     user_agent: str = "Mozilla/5.0 (compatible; microdit/0.1)"
 
 
@@ -41,7 +41,7 @@ class UrlsSource(Options):
     """The file with the list."""
     license: str = ""
     unit_inputs: int = Field(default=4096, ge=1, le=1_000_000)
-    """Lines of a unit: what one worker fetches in one go."""
+    """Lines of a unit, which one worker fetches."""
     limit: int | None = Field(default=None, ge=1)
     """Take the first lines only, to try things."""
     fetch: FetchOptions = FetchOptions()
@@ -63,45 +63,48 @@ class OpenmojiSource(Options):
 # A pattern of files is a path or a glob of this machine, `hf://datasets/OWNER/NAME[@REVISION]/GLOB`,
 # `s3://bucket/prefix/GLOB`, or `https://host/name-{0000..0099}.tar`.
 class FileOptions(Options):
-    """What all sources share whose units are files: tars, zips, parquet files."""
+    """Options of all sources whose units are files: tars, zips, parquet files."""
 
     limit: int | None = Field(default=None, ge=1)
     """Take so many inputs in all, evenly from the units, to try things."""
     units: int | list[str] | None = None
     """Read the first so many files only, or those of these names. A build with more goes on from there."""
     shuffle: int | None = None
-    """A seed: the order in which files are read, and which ones `units: 10` are."""
+    """A seed for the order in which files are read, and so for the ones that `units: 10` takes."""
     license: str = ""
-    """Goes into every sample; by default what the dataset is published under."""
+    """The licence of every sample; by default the one that the dataset is published under."""
 
     @model_validator(mode="after")
-    def _some_units(self) -> "FileOptions":
+    def _check_units(self) -> "FileOptions":
         if self.units == [] or (isinstance(self.units, int) and self.units < 1):
-            raise At(("units",), "expected a number of files, or their names", self.units)
+            raise FieldError(("units",), "expected a number of files, or their names", self.units)
         return self
 
 
 class JoinOptions(Options):
-    """A table with more about the samples."""
+    """A table that is joined to the samples."""
 
     file: str
     """A pattern of .parquet or .jsonl(.gz) files."""
     key: str
-    """Its column that says which sample a row is about."""
+    """The table's column with the key of a sample."""
     fields: dict[str, str] = Field(min_length=1)
     """Names of the sample's new fields, and the columns that they are taken from (dotted inside of structs)."""
     by: Literal["key", "origin"] = "key"
-    """What of the sample is looked up: its key in the dataset (of a webdataset the name of its members), or its place
-    in the file: the member with the image, a row's key, or without one `row-<number>`."""
+    """What the table's key is matched with: the sample's key in the dataset (of a webdataset the name of its members),
+    or its origin in the file: the member with the image, a row's key, or without one `row-<number>`."""
 
 
-def _names_once(fields: Mapping[str, str], joins: Sequence[JoinOptions]) -> None:
-    met = set(fields)
+def _check_names(fields: Mapping[str, str], joins: Sequence[JoinOptions]) -> None:
+    """Refuse a name that several fields have."""
+    taken = set(fields)
     for number, join in enumerate(joins):
         for name in join.fields:
-            if name in met:
-                raise At(("joins", number, "fields", name), "a field of this name is there already", join.fields[name])
-            met.add(name)
+            if name in taken:
+                raise FieldError(
+                    ("joins", number, "fields", name), "a field of this name is there already", join.fields[name]
+                )
+            taken.add(name)
 
 
 class WebdatasetSource(FileOptions):
@@ -111,26 +114,26 @@ class WebdatasetSource(FileOptions):
     files: str
     """A pattern of tars."""
     image: list[str] = Field(default=[])
-    """Extensions that are the image, the first that is there; by default all image formats that are read."""
+    """Extensions of the image, of which the first that a sample has is taken; by default all formats that are read."""
     caption: str = "txt"
     """`txt`, or `json.FIELD` for a field of the json member, or empty for none."""
     fields: dict[str, str] = Field(default={})
-    """More about a sample: names, and `txt` or `json.FIELD`, where they come from."""
+    """Further fields of a sample: by name `txt` or `json.FIELD`, where they come from."""
     keys: Literal["number", "member"] = "number"
-    """A sample's key: numbers of file and sample, which differ whatever a dataset's names are; or its members' name."""
+    """A sample's key: the numbers of file and sample, which are always unique; or the name of its members."""
     joins: list[JoinOptions] = Field(default=[])
 
     @model_validator(mode="after")
-    def _places(self) -> "WebdatasetSource":
+    def _check_members(self) -> "WebdatasetSource":
         for number, extension in enumerate(self.image):
             if extension != extension.strip("./ \t") or not extension:
-                raise At(("image", number), "expected an extension such as jpg", extension)
-        if self.caption and not BESIDE.fullmatch(self.caption):
-            raise At(("caption",), "expected txt, json.FIELD or nothing", self.caption)
-        for name, place in self.fields.items():
-            if not BESIDE.fullmatch(place):
-                raise At(("fields", name), "expected txt or json.FIELD", place)
-        _names_once(self.fields, self.joins)
+                raise FieldError(("image", number), "expected an extension such as jpg", extension)
+        if self.caption and not TEXT_MEMBER.fullmatch(self.caption):
+            raise FieldError(("caption",), "expected txt, json.FIELD or nothing", self.caption)
+        for name, member in self.fields.items():
+            if not TEXT_MEMBER.fullmatch(member):
+                raise FieldError(("fields", name), "expected txt or json.FIELD", member)
+        _check_names(self.fields, self.joins)
         return self
 
 
@@ -141,56 +144,60 @@ class ParquetSource(FileOptions):
     files: str
     """A pattern of parquet files."""
     image: str | None = None
-    """The column with the image: bytes, or a struct of bytes and path; by default the only one that can be it."""
+    """The column with the image: bytes, or a struct of bytes and path; by default the only such column."""
     caption: str = ""
     """The column with the caption, dotted inside of structs; empty for none."""
     fields: dict[str, str] = Field(default={})
-    """More about a sample: names, and the columns that they come from."""
+    """Further fields of a sample: names, and the columns that they come from."""
     key: str | None = None
     """The column with a sample's key; by default the numbers of file and row."""
     joins: list[JoinOptions] = Field(default=[])
 
     @model_validator(mode="after")
-    def _joins_have_keys(self) -> "ParquetSource":
+    def _check_joins(self) -> "ParquetSource":
         for number, join in enumerate(self.joins):
             if join.by == "key" and self.key is None:
-                raise At(("joins", number, "by"), "there is no key to look up; give key, or by: origin", join.by)
-        _names_once(self.fields, self.joins)
+                raise FieldError(
+                    ("joins", number, "by"), "there is no key to look up; give key, or by: origin", join.by
+                )
+        _check_names(self.fields, self.joins)
         return self
 
 
 # -- datasets by name ------------------------------------------------------------------------------------------------
 class Sa1bSource(FileOptions):
-    """SA-1B: from Meta, by the list of links that one gets with its licence, or from a mirror of tars."""
+    """SA-1B: from Meta, by the list of links that comes with its licence, or from a mirror of tars."""
 
     adapter: Literal["sa1b"]
     links: str | None = None
-    """Meta's list: `file_name<TAB>cdn_link` lines. The links in it expire; then get a new list and go on."""
+    """Meta's list: `file_name<TAB>cdn_link` lines. Its links expire; then get a new list and go on."""
     files: str | None = None
-    """Instead of `links`: a pattern of tars with `sa_<number>.jpg` in them, and perhaps captions as `.txt`."""
+    """Instead of `links`: a pattern of tars with `sa_<number>.jpg` members, and perhaps captions as `.txt`."""
     captions: str | None = SA1B_CAPTIONS
-    """The captions: a tar.gz of `sa_<number>.txt`, or .parquet or .jsonl(.gz) tables; null: those in the tars alone."""
+    """The captions: a tar.gz of `sa_<number>.txt`, or .parquet or .jsonl(.gz) tables; null: only those in the tars."""
     captions_key: str = "__key__"
-    """In a caption table the column with `sa_<number>`."""
+    """The column of a caption table with `sa_<number>`."""
     captions_text: str = "txt"
-    """In a caption table the column with the caption."""
+    """The column of a caption table with the caption."""
     caption: Literal["joined", "txt"] = "joined"
     """The sample's caption: the joined one (LLaVA's, in the paper), or the one in the tar. Both are fields, too."""
     require_caption: bool = True
-    """An image without that caption fails (`no_caption`), as in the paper, where it is left out. LLaVA's captions
-    are of 10 of the 11 million images."""
+    """An image without that caption fails (`no_caption`); the paper leaves it out, too. LLaVA's captions are of 10 of
+    the 11 million images."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> "Sa1bSource":
+    def _check_origin(self) -> "Sa1bSource":
         if (self.links is None) == (self.files is None):
-            raise At(("links",), "give either links (Meta's list) or files (a mirror)", self.links)
+            raise FieldError(("links",), "give either links (Meta's list) or files (a mirror)", self.links)
         if self.caption == "joined" and self.captions is None:
-            raise At(("caption",), "there are no captions to join; give captions, or caption: txt", self.caption)
+            raise FieldError(
+                ("caption",), "there are no captions to join; give captions, or caption: txt", self.caption
+            )
         return self
 
 
 class Cc12mSource(FileOptions):
-    """CC12M as pixparse/cc12m-wds has it: 10,968,539 images in 2,176 tars."""
+    """CC12M as published in pixparse/cc12m-wds: 10,968,539 images in 2,176 tars."""
 
     adapter: Literal["cc12m"]
     files: str = "hf://datasets/pixparse/cc12m-wds/cc12m-train-*.tar"
@@ -199,40 +206,40 @@ class Cc12mSource(FileOptions):
     """A pattern of the table with LLaVA-NeXT's captions, which become the fields `llavanext_long` and
     `llavanext_short`: hf://datasets/CaptionEmporium/conceptual-captions-cc12m-llavanext/train.jsonl.gz"""
     caption: Literal["alt", "llavanext_long", "llavanext_short"] = "alt"
-    """The sample's caption: the alt-text of the page where the image was, or one of LLaVA-NeXT's."""
+    """The sample's caption: the image's alt-text, or one of LLaVA-NeXT's."""
     clean: bool = False
-    """Clean the alt-text as the paper does; as it came it stays in the field `alt`."""
+    """Clean the alt-text as the paper does; the field `alt` keeps it uncleaned."""
     require_caption: bool = True
     """An image without that caption fails (`no_caption`)."""
 
     @model_validator(mode="after")
-    def _table_is_there(self) -> "Cc12mSource":
+    def _check_caption(self) -> "Cc12mSource":
         if self.caption != "alt" and self.llavanext is None:
-            raise At(("caption",), "this caption is in a table; give llavanext, where it is", self.caption)
+            raise FieldError(("caption",), "this caption is in a table; give llavanext, where it is", self.caption)
         return self
 
 
 class JourneydbSource(FileOptions):
-    """JourneyDB: Midjourney's images, behind terms that one accepts on the hub."""
+    """JourneyDB: Midjourney's images; its terms must be accepted on the hub."""
 
     adapter: Literal["journeydb"]
     root: str = "hf://datasets/JourneyDB/JourneyDB"
-    """Where `data/train/imgs` and the others are."""
+    """The folder with `data/train/imgs` and the others."""
     splits: list[Literal["train", "valid"]] = Field(default=["train"], min_length=1)
-    """Which of its parts, in this order; the test images have no prompts."""
+    """The splits to take, in this order; the test images have no prompts."""
     caption: Literal["prompt", "task2"] = "prompt"
-    """The sample's caption: what Midjourney was asked, or the caption that GPT-3.5 made of it. Both are fields, too."""
+    """The sample's caption: the prompt, or the caption that GPT-3.5 made of it. Both are fields, too."""
     prompt_fallback: bool = False
-    """Where the caption should be task2 and it has none, or one of less than three words, take the prompt."""
+    """Take the prompt for an image whose task2 caption is missing or has fewer than three words."""
     strip_flags: bool = False
     """Cut Midjourney's flags (`--ar 16:9 --v 5`) off the prompt."""
     require_caption: bool = True
     """An image without that caption fails (`no_caption`): about 6% of them are in no table."""
 
     @model_validator(mode="after")
-    def _splits_once(self) -> "JourneydbSource":
+    def _check_splits(self) -> "JourneydbSource":
         if len(set(self.splits)) < len(self.splits):
-            raise At(("splits",), "expected each split once", self.splits)
+            raise FieldError(("splits",), "expected each split once", self.splits)
         return self
 
 
@@ -241,11 +248,11 @@ class DiffusiondbSource(FileOptions):
 
     adapter: Literal["diffusiondb"]
     root: str = "hf://datasets/poloclub/diffusiondb"
-    """Where `metadata-large.parquet` and the folders of zips are."""
+    """The folder with `metadata-large.parquet` and the folders of zips."""
     subset: Literal["2m", "large"] = "large"
     """2m: 2 million PNGs; large: 14 million WebPs, those 2 million among them."""
     image_nsfw: float | None = Field(default=0.2, ge=0)
-    """An image with a higher score fails (`nsfw`); 2 is one that was blurred already. Null: any score, and no table."""
+    """An image with a higher score fails (`nsfw`); 2 is one that is blurred. Null: any score, and no table is read."""
     prompt_nsfw: float | None = Field(default=0.2, ge=0)
     """The same for the prompt's score."""
 
@@ -259,7 +266,7 @@ class TextcapsSource(FileOptions):
     captions: str = TEXTCAPS_CAPTIONS
     """The json with the captions; `{split}` stands for the split's name."""
     splits: list[Literal["train", "val"]] = Field(default=["train", "val"], min_length=1)
-    """Which splits. Images of others in the zip are passed over."""
+    """The splits to take. Images of others in the zip are skipped."""
 
 
 class CocoSource(FileOptions):
@@ -271,9 +278,9 @@ class CocoSource(FileOptions):
     captions: str = COCO_CAPTIONS
     """The zip with `captions_val2014.json` in it, or that file."""
     choose: int | None = Field(default=30_000, ge=1)
-    """So many of the 40,504 images, chosen by `seed`; null takes all."""
+    """How many of the 40,504 images to take, chosen by `seed`; null takes all."""
     seed: int = 2014
-    """Chosen are the images whose sha256 of `<seed>:<image id>` is smallest: everyone's 30,000 are the same."""
+    """The images with the smallest sha256 of `<seed>:<image id>` are chosen, so that everyone has the same."""
 
 
 SourceOptions = Annotated[

@@ -1,6 +1,7 @@
 """Read YAML into pydantic models, with `key=value` overrides and one message per mistake."""
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,16 +11,16 @@ from pydantic_core import ErrorDetails
 
 import microdit.pipeline
 from microdit.pipeline.base.errors import RequestError
-from microdit.pipeline.config.block import At
+from microdit.pipeline.config.block import FieldError
 from microdit.pipeline.config.sources import ADAPTERS
 
-HOME = Path(microdit.__file__).parent  # where `configs/` lies, in a checkout and in an installed wheel
+HOME = Path(microdit.__file__).parent  # the folder of `configs/`, in a checkout and in an installed wheel
 MISSING = object()
 Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain types only; a key given twice is an error, not the last one's."""
+    """Read YAML's plain types only; a key that is given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -32,7 +33,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def find_file(path: str | Path) -> Path:
-    """The file itself, or, for a relative path that is not below the current folder, the one beside the package.
+    """Resolve a file's path; a relative one that does not exist below the current folder is taken in `HOME`.
 
     Raises:
         RequestError: there is neither.
@@ -46,7 +47,7 @@ def find_file(path: str | Path) -> Path:
 
 
 def load_yaml(path: str | Path, model_class: type[Model], overrides: Sequence[str] = ()) -> Model:
-    """A YAML file as a pydantic model, after the overrides.
+    """Load a YAML file as a pydantic model, with overrides.
 
     Args:
         overrides: `key=value`; the key is dotted (`columns.latents/demo-64.resolution=32`, `stages.0.steps=10`), the
@@ -79,20 +80,16 @@ def load_yaml(path: str | Path, model_class: type[Model], overrides: Sequence[st
     try:
         return model_class.model_validate(tree)
     except ValidationError as error:
-        lines = []
-        for where, expected, value in map(fault_of, error.errors()[:5]):
-            lines.append(
-                f"config {path}: {'.'.join(map(str, where)) or 'all of it'} = {shown_value(value)}: {expected}"
-            )
+        lines = [f"config {path}: {fault}" for fault in map(fault_of, error.errors()[:5])]
         raise RequestError("\n".join(dict.fromkeys(lines))) from None
 
 
 def _set(tree: Any, path: str, value: Any) -> None:
-    """Set a dotted path; a key of the tree that has dots itself is found before the path is split."""
+    """Set a dotted path; a key of the tree that has dots itself is matched before the path is split."""
     if isinstance(tree, list):
         index, _, rest = path.partition(".")
         if not index.isdigit() or int(index) >= len(tree):
-            raise LookupError(f"{index!r} is no place in a list of {len(tree)}; expected 0 to {len(tree) - 1}")
+            raise LookupError(f"{index!r} is no index of a list of {len(tree)}; expected 0 to {len(tree) - 1}")
         if rest:
             _set(tree[int(index)], rest, value)
         else:
@@ -110,32 +107,46 @@ def _set(tree: Any, path: str, value: Any) -> None:
     _set(tree[key], path[len(key) + 1 :], value)
 
 
-def fault_of(error: ErrorDetails) -> tuple[list[str | int], str, Any]:
-    """Where, what was expected, and what was found."""
-    where, value = list(error["loc"]), error["input"]
+@dataclass(frozen=True)
+class Fault:
+    """A mistake in a config: the path of the field, its value, and what was expected."""
+
+    path: list[str | int]
+    value: Any
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{'.'.join(map(str, self.path)) or 'all of it'} = {shown_value(self.value)}: {self.expected}"
+
+
+def fault_of(error: ErrorDetails) -> Fault:
+    """Translate an error of pydantic's."""
+    path, value = list(error["loc"]), error["input"]
     cause = error.get("ctx", {}).get("error")
     expected = error["msg"].removeprefix("Value error, ")
-    if len(where) > 2 and where[0] == "sources":
-        del where[2]  # the adapter, by which pydantic chose the model
-    if isinstance(cause, At):
-        where, value = [*where, *cause.where], cause.value
+    if len(path) > 2 and path[0] == "sources":
+        del path[2]  # the adapter, by which pydantic chose the model
+    if isinstance(cause, FieldError):
+        path, value = [*path, *cause.path], cause.value
     elif error["type"] == "extra_forbidden":
         expected = "there is no such field; check the spelling"
     elif error["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        where.append(error["ctx"]["discriminator"].strip("'"))
-        value = value.get(where[-1], MISSING)
+        path.append(error["ctx"]["discriminator"].strip("'"))
+        value = value.get(path[-1], MISSING)
         expected = f"expected one of {error['ctx'].get('expected_tags', ', '.join(ADAPTERS))}"
     elif error["type"] == "missing":
         expected, value = "this field is required", MISSING
-    return where, expected[:1].lower() + expected[1:], value
+    return Fault(path, value, expected[:1].lower() + expected[1:])
 
 
 def shown_value(value: Any) -> str:
+    """Format a value for a message, shortened."""
     text = "nothing" if value is MISSING else repr(value)
     return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _yaml_fault(error: Exception) -> str:
+    """Say what is wrong with YAML that cannot be read, and where."""
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or " ".join(str(error).split())
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem

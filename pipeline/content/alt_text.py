@@ -1,8 +1,8 @@
-"""Alt-texts of web pages, cleaned as the paper does it for CC12M: what DeepFloyd-IF's caption processor takes out.
+"""Clean alt-texts of web pages as the paper does for CC12M, with the rules of DeepFloyd-IF's caption processor.
 
 Written from what that processor is known to do: markup, addresses, ids, file names, shop phrases and odd punctuation
-go; the rest is lower-case words. The order matters: what an earlier rule leaves is what a later one sees. Every pattern
-is bounded or free of nested repeats, so that a hostile text costs no more than its length.
+are removed; the rest is lower-case words. The rules apply in order, each to the result of the one before. Every pattern
+is bounded or free of nested repeats, so that a hostile text takes time linear in its length.
 """
 
 import html
@@ -11,14 +11,14 @@ from urllib.parse import unquote_plus
 
 import ftfy
 
-MAX_LENGTH = 4096  # characters; no caption that says anything is longer, and hostile markup costs the square of it
+MAX_LENGTH = 4096  # characters; no useful caption is longer, and hostile markup takes time in the square of it
 _URL = r"\b(?:https?://|www\.)[^\s<>\"']{1,2000}"
 _HOST = r"\b[a-z0-9-]{1,63}(?:\.[a-z0-9-]{1,63}){0,4}\.(?:com|co|ru|net|org|edu|gov|it|info)\b(?:/[^\s]{0,2000})?"
 
 
-# pattern, what takes its place, why
+# pattern, replacement, reason
 _FIRST = (
-    (r"<person>", "person", "CC12M's mark in place of a name"),
+    (r"<person>", "person", "CC12M's replacement of a name"),
     (_URL, "", "addresses of pages"),
     (_HOST, "", "the same without a scheme"),
 )
@@ -40,8 +40,8 @@ _RULES = (
     (r"\b\d{6,50}\b", "", "ids"),
     (r"\b[\S]{1,200}\.(?:png|jpe?g|bmp|webp|eps|pdf|apk|mp4)\b", "", "names of files"),
     (r"[\"']{2,10000}", '"', "runs of quotes"),
-    (r"\.{2,10000}", " ", "dots that stand for more"),
-    (r"[#®•©™&@·º½¾¿¡§~()\[\]}{|\\/*]{1,10000}", " ", "signs that nobody says"),
+    (r"\.{2,10000}", " ", "ellipses"),
+    (r"[#®•©™&@·º½¾¿¡§~()\[\]}{|\\/*]{1,10000}", " ", "signs that are not spoken"),
     (r" \. ", " ", "a lone dot"),
 )  # fmt: skip
 
@@ -56,7 +56,7 @@ _LAST = (
     (r"\bpage\s{1,5}\d{1,10}\b", "", "page 7"),
     (r"\b\d{0,10}[a-z]{1,10}\d{1,10}[a-z]{1,10}\d{1,10}[a-z0-9]{0,50}", " ", "codes: j2d1a2a"),
     (r"\b\d{1,10}\.?\d{0,10}[xх×]\d{1,10}\.?\d{0,10}\b", "", "sizes: 1000x1000"),
-    (r"\b\s{1,20}:\s{1,20}", ": ", "a colon that hangs in the air"),
+    (r"\b\s{1,20}:\s{1,20}", ": ", "white space before a colon"),
     (r"(\D[,./])\b", r"\1 ", "no space behind punctuation"),
     (r"\s{1,10000}", " ", "white space"),
 )
@@ -68,7 +68,7 @@ _MANY_DASHES = re.compile(r"[-_]")
 
 
 def clean_caption(text: str) -> str:
-    """The caption in lower-case words; empty if nothing is left. The rules are applied twice, as in the paper."""
+    """Reduce a caption to lower-case words; empty if nothing is left. The rules are applied twice, as in the paper."""
     text = text[:MAX_LENGTH].encode("utf-8", "replace").decode()
     return _once(_once(text))
 
@@ -85,15 +85,15 @@ def _once(text: str) -> str:
 
 
 def _apply(rules: tuple[tuple[str, str, str], ...], text: str) -> str:
-    for pattern, instead, _ in rules:
-        text = re.sub(pattern, instead, text)
+    for pattern, replacement, _ in rules:
+        text = re.sub(pattern, replacement, text)
     return text
 
 
 def _without_markup(text: str) -> str:
-    """The text of a piece of HTML; what is no whole tag stays.
+    """Remove the tags of a piece of HTML; incomplete ones stay.
 
-    Not the standard library's parser: it raises at `<![x[`, and takes seconds for tags that are never closed.
+    The standard library's parser raises at `<![x[`, and takes seconds for tags that are never closed.
     """
     parts, at = [], 0
     while (start := text.find("<", at)) >= 0:

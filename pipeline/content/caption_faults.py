@@ -1,4 +1,4 @@
-"""What a captioner says that is no caption: empty, a refusal, a loop, in another language, cut off."""
+"""Detect answers of a captioner that are no captions: empty, refusals, loops, in another language, cut off."""
 
 import re
 from collections import Counter
@@ -8,7 +8,7 @@ from functools import lru_cache
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-# each letter of what is written without spaces is a word
+# each letter of a script without spaces is a word
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+(?:['’]\w+)*")
 
 REFUSAL = re.compile(
@@ -22,22 +22,24 @@ REFUSAL = re.compile(
 )
 
 SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’»)\]]*$")
-REPEATS = 4  # of a phrase, one behind the other: people write `very, very, very`
+REPEATS = 4  # of a phrase, one after the other: people write `very, very, very`
 LONGEST_PHRASE = 40  # words
-GRAM, LEAST_WORDS, LEAST_NEW = 4, 40, 0.5  # of so many words or more, the share of four-word phrases that are new
+GRAM, LEAST_WORDS, LEAST_NEW = 4, 40, 0.5  # from so many words on, the share of four-word phrases that are new
 MARGIN = 20.0
-"""How much likelier (natural logarithm) another language must be: 3 of 1,000 English names, of the length of `Alaskan
-Malamute`, are taken for another language with it; a sentence of five words in one is found."""
+"""How much likelier (natural logarithm) another language must be: with it 3 of 1,000 English names of the length of
+`Alaskan Malamute` are taken for another language, and a sentence of five words in another language is detected."""
 
 
 def fault(text: str, finished: bool, kind: str, language: str) -> tuple[str, str] | None:
-    """What is wrong with an answer: a code to group by (`empty`, `not_text`, `refusal`, `loop`, `wrong_language`,
-    `cut_off`) and one line for a person; None if it is a caption.
+    """Judge an answer; None if it is a caption.
 
     Args:
-        finished: the model ended by itself. One that did not may end with a sentence all the same.
-        kind: of `tags` the last one may be half of a word.
+        finished: the model ended by itself. One that was cut off may still end with a whole sentence.
+        kind: of the caption; the last of `tags` may be half of a word.
         language: a code of `known_languages`.
+
+    Returns:
+        A code to group by (`empty`, `not_text`, `refusal`, `loop`, `wrong_language`, `cut_off`), one line for a person.
     """
     words = WORD.findall(text)
     shown = text if len(text) <= 200 else f"{text[:200]}..."
@@ -49,15 +51,15 @@ def fault(text: str, finished: bool, kind: str, language: str) -> tuple[str, str
         return "refusal", shown
     if phrase := repeated([word.lower() for word in words]):
         return "loop", f"{phrase[:60]!r} again and again: {shown}"
-    if (found := other_language(text, language)) is not None:
-        return "wrong_language", f"{found}, expected {language}: {shown}"
+    if (other := other_language(text, language)) is not None:
+        return "wrong_language", f"{other}, expected {language}: {shown}"
     if not finished and (kind == "tags" or not SENTENCE_END.search(text)):
         return "cut_off", f"no end after {len(words)} words: ...{text[-100:]}"
     return None
 
 
 def repeated(words: Sequence[str]) -> str:
-    """A phrase that is there `REPEATS` times, one behind the other; or the commonest of a text that says little new."""
+    """Find a phrase that occurs `REPEATS` times in a row, or the commonest one of a text with few new phrases."""
     for length in range(1, min(LONGEST_PHRASE, len(words) // REPEATS) + 1):
         run = 0
         for i in range(len(words) - length):
@@ -73,17 +75,17 @@ def repeated(words: Sequence[str]) -> str:
 
 
 def other_language(text: str, wanted: str) -> str | None:
-    """The language that a text is in, if it is much likelier than the wanted one."""
+    """Detect the language of a text if it is much likelier than the wanted one; else None."""
     from py3langid import rank
 
-    found = rank(text)
-    likeliest, score = found[0]
-    return str(likeliest) if score - dict(found)[wanted] > MARGIN else None
+    ranked = rank(text)
+    likeliest, score = ranked[0]
+    return str(likeliest) if score - dict(ranked)[wanted] > MARGIN else None
 
 
 @lru_cache(maxsize=1)
 def known_languages() -> frozenset[str]:
-    """Codes of ISO 639."""
+    """The ISO 639 codes of the languages that are detected."""
     from py3langid import rank
 
     return frozenset(str(language) for language, _ in rank("a"))

@@ -1,4 +1,4 @@
-"""Cut a square of a given size from an image."""
+"""Crop a square of a given size from an image."""
 
 from collections.abc import Mapping
 
@@ -11,9 +11,9 @@ from microdit.pipeline.content.images import SHRINK_MARGIN, Decoded, decode, sho
 def squares(data: bytes, out: Mapping[int, np.ndarray], max_pixels: int) -> None:
     """Write `square` of an image for each side of `out` into its array, uint8 (side, side, 3).
 
-    It is decoded once; a JPEG at a fraction of its size where that is enough. That depends on the image and on the side
-    alone, so that no column's numbers depend on which others are made with it. Sides that need other fractions cost a
-    decode each, which is less than to resize what is large.
+    The image is decoded once, a JPEG at a fraction of its size where that is enough. The fraction depends on the image
+    and the side alone, so that no column's numbers depend on which others are made with it. Sides that need another
+    fraction cost a decode each, which is cheaper than resizing a large picture.
 
     Raises:
         BadImage: as `decode`.
@@ -26,7 +26,7 @@ def squares(data: bytes, out: Mapping[int, np.ndarray], max_pixels: int) -> None
 
 
 def _serves(image: Decoded, side: int) -> bool:
-    """Whether `decode(data, max_pixels, side)` would give these very pixels: in the next smaller eighth is too few."""
+    """Check that `decode(data, max_pixels, side)` would give these very pixels: one eighth smaller is too small."""
     short = min(image.width, image.height)
     if image.format != "jpeg" or not image.plain or short < 2 * side * SHRINK_MARGIN:
         return image.scale == 1
@@ -35,7 +35,7 @@ def _serves(image: Decoded, side: int) -> bool:
 
 
 def square(pixels: np.ndarray, side: int) -> np.ndarray:
-    """(H, W, 3) uint8 to (side, side, 3): the short side resized, bicubic and antialiased, and the centre cut out."""
+    """Resize the short side of (H, W, 3) uint8, bicubic and antialiased, and crop the centre: (side, side, 3)."""
     height, width = pixels.shape[:2]
     return _centre(Decoded(pixels, width, height, "", plain=True), side)
 
@@ -46,8 +46,8 @@ def _centre(image: Decoded, side: int) -> np.ndarray:
     left, top = ((length - side) // 2 for length in size)
     if size == (image.pixels.shape[1], image.pixels.shape[0]):
         return image.pixels[top : top + side, left : left + side]
-    # of a fraction the last row and column may be half beyond the picture
+    # at a fraction the last row and column may be half beyond the picture
     across, down = image.width * image.scale, image.height * image.scale
-    x, y = across / size[0], down / size[1]  # pixels for one of the result's; what is cut off is not resized
+    x, y = across / size[0], down / size[1]  # pixels for one of the result's; only the crop is resized
     box = (left * x, top * y, min((left + side) * x, across), min((top + side) * y, down))
     return np.asarray(image.picture.resize((side, side), Image.Resampling.BICUBIC, box))

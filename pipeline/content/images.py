@@ -1,8 +1,8 @@
-"""Untrusted bytes to pixels, and pixels to what is stored. Everything is bounded before it is decoded.
+"""Decode untrusted bytes to pixels, and encode pixels for storage. Everything is bounded before it is decoded.
 
-What is taken: JPEG, PNG, WebP, AVIF, GIF and BMP with one picture in them. EXIF rotation is applied, palettes are
-resolved, transparency is laid on white, CMYK, gray and 16-bit become 8-bit RGB. Animations are refused: no frame of
-one is what its caption speaks of. ICC profiles are not applied.
+Accepted are JPEG, PNG, WebP, AVIF, GIF and BMP with one picture in them. EXIF rotation is applied, palettes are
+resolved, transparency is laid on white, CMYK, gray and 16-bit become 8-bit RGB. Animations are refused: their captions
+describe no single frame. ICC profiles are not applied.
 """
 
 import io
@@ -20,14 +20,14 @@ from microdit.pipeline.config.images import ImageOptions
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP")
 MEMBER_FORMATS = {"jpg": "jpeg", "png": "png", "webp": "webp"}
-LONGEST = {"jpg": 65_500, "png": 2**31 - 1, "webp": 16_383}  # pixels of a side that each can write
+LONGEST = {"jpg": 65_500, "png": 2**31 - 1, "webp": 16_383}  # pixels of a side that each format can hold
 ORIENTATION = 0x0112
-MAX_SCANS = 200  # of a progressive JPEG, which has about ten; each one costs a pass over the whole picture
-SHRINK_MARGIN = 1.25  # how much larger than what it is resized to a JPEG is decoded at least
+MAX_SCANS = 200  # of a progressive JPEG, which has about ten; each costs a pass over the whole picture
+SHRINK_MARGIN = 1.25  # a JPEG is decoded at least this much larger than the size that it is resized to
 
 
 class BadImage(ValueError):
-    """An image that is not taken: `reason` is a short code to group by, the message one line for a person."""
+    """An image that is refused: `reason` is a short code to group by, the message one line for a person."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
@@ -39,7 +39,7 @@ class Decoded:
     """A picture, upright.
 
     `width` and `height` are those of the whole picture; `pixels` (H, W, 3), uint8, RGB, is `scale` times as large.
-    `plain`: other decoders, too, make these pixels of the bytes: nothing was rotated, laid on white or converted.
+    `plain`: any decoder gives these pixels: nothing was rotated, laid on white or converted.
     """
 
     pixels: np.ndarray
@@ -57,7 +57,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What ingest stores of an image. Sizes are those of the upright picture."""
+    """An image as ingest stores it. Sizes are those of the upright picture."""
 
     data: bytes
     width: int
@@ -65,11 +65,11 @@ class Prepared:
     original_width: int
     original_height: int
     format: str
-    """What came: `jpeg`, `png`, `webp`, `avif`, `gif` or `bmp`."""
+    """Of the bytes that came: `jpeg`, `png`, `webp`, `avif`, `gif` or `bmp`."""
 
 
 def prepare(data: bytes, options: ImageOptions) -> Prepared:
-    """Decode an image whole, and make of it what is stored: the bytes as they came where nothing must be changed.
+    """Decode an image whole and encode it for storage; bytes that need no change are kept as they came.
 
     Raises:
         BadImage: as `decode` does, and with `too_small` or `too_long`.
@@ -80,7 +80,7 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
         raise BadImage("too_small", f"{image.width}x{image.height}; the short side must have {options.min_side} pixels")
     if options.max_side is not None and short > options.max_side:
         size = short_side_size(image.width, image.height, options.max_side)
-        # a JPEG of 750 rows decoded at a quarter has 188 rows, of which the last one is half beyond the picture
+        # a JPEG of 750 rows decoded at a quarter has 188 rows, the last of which is half beyond the picture
         box = (0.0, 0.0, image.width * image.scale, image.height * image.scale)
         pixels = np.asarray(Image.fromarray(image.pixels).resize(size, Image.Resampling.BICUBIC, box))
     elif image.plain and image.format == MEMBER_FORMATS[options.format]:
@@ -111,10 +111,10 @@ def decode(data: bytes, max_pixels: int, shrink_to: int | None = None) -> Decode
             _bound(image.width, image.height, max_pixels)
             if getattr(image, "is_animated", False):
                 raise BadImage("animated", f"{image.format} with several frames; expected one picture")
-            found = _decode_pillow(image, str(image.format).lower())
+            decoded = _decode_pillow(image, str(image.format).lower())
             if image.format == "PNG" and _may_lack_rows(image):
                 _check_png_rows(data)
-            return found
+            return decoded
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
@@ -129,19 +129,19 @@ def decode(data: bytes, max_pixels: int, shrink_to: int | None = None) -> Decode
 
 
 def short_side_size(width: int, height: int, side: int) -> tuple[int, int]:
-    """Width and height when the short side has `side` pixels; the long side is rounded down."""
+    """Scale width and height to a short side of `side` pixels; the long side is rounded down."""
     return (side, side * height // width) if width <= height else (side * width // height, side)
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 to `size` (width, height): bicubic, antialiased."""
+    """Resize (H, W, 3) uint8 to `size` (width, height): bicubic, antialiased."""
     if size == (pixels.shape[1], pixels.shape[0]):
         return pixels
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
 def decode_within(data: bytes, max_pixels: int, side: int) -> np.ndarray:
-    """(H, W, 3) uint8 of an image whose long side, if it has more pixels, is reduced to `side`: bicubic, antialiased.
+    """Decode to (H, W, 3) uint8, a longer long side reduced to `side` pixels: bicubic, antialiased.
 
     Raises:
         BadImage: as `decode`.
@@ -156,7 +156,7 @@ def decode_within(data: bytes, max_pixels: int, side: int) -> np.ndarray:
 
 
 def encode(pixels: np.ndarray, options: ImageOptions) -> bytes:
-    """(H, W, 3) uint8 as a member of the images column. The same pixels give the same bytes."""
+    """Encode (H, W, 3) uint8 as a member of the images column. The same pixels give the same bytes."""
     if options.format == "jpg":
         pixels = np.ascontiguousarray(pixels)
         return simplejpeg.encode_jpeg(pixels, quality=options.quality, colorspace="RGB", colorsubsampling="444")
@@ -191,27 +191,27 @@ def _decode_jpeg(data: bytes, max_pixels: int, shrink_to: int | None) -> Decoded
 
 
 def _scans(data: bytes) -> int:
-    """How often the marker of a scan, FF DA, is in the bytes. `bytes.count` takes a tenth of the decoding."""
+    """Count the markers of scans, FF DA. `bytes.count` would take a tenth of the decoding's time."""
     pairs = (np.frombuffer(data, "<u2", (len(data) - first) // 2, first) for first in (0, 1) if len(data) > first + 1)
     return sum(int(np.count_nonzero(pair == 0xDAFF)) for pair in pairs)
 
 
 def _orientation(data: bytes) -> int:
-    """EXIF's word on how a JPEG is rotated, 1 to 8; 1 (upright) if there is none or it cannot be read."""
+    """Read the EXIF orientation of a JPEG, 1 to 8; 1 (upright) if there is none or it cannot be read."""
     if not _has_exif(data):
         return 1
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-            found = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # a damaged note about a whole picture
+            orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged EXIF data; the picture may be whole
         return 1
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
 def _has_exif(data: bytes) -> bool:
-    """Whether a segment before a JPEG's picture is EXIF's."""
+    """Search the segments before a JPEG's picture for EXIF data."""
     at = 2
-    while data.startswith(b"\xff", at) and at + 4 <= len(data) and data[at + 1] != 0xDA:  # where the picture begins
+    while data.startswith(b"\xff", at) and at + 4 <= len(data) and data[at + 1] != 0xDA:  # the picture begins there
         if data[at + 1] == 0xFF:  # filling
             at += 1
             continue
@@ -249,13 +249,13 @@ def _decode_pillow(image: Image.Image, format_name: str) -> Decoded:
 
 
 def _may_lack_rows(image: Image.Image) -> bool:
-    """Whether a PNG's last pixel is as if it had never been written; an interlaced one has its last ones elsewhere."""
+    """Check for a last pixel of zeros, as of missing rows, or an interlaced PNG, whose rows come in another order."""
     last: Any = image.getpixel((image.width - 1, image.height - 1))
     return bool(image.info.get("interlace")) or not any(last if isinstance(last, tuple) else (last,))
 
 
 def _check_png_rows(data: bytes) -> None:
-    """Refuse a PNG whose header tells of more rows than are packed in it: Pillow leaves those black, and is content."""
+    """Refuse a PNG with fewer rows than its header says, which Pillow leaves black without an error."""
     width, height, depth, colours, _, _, interlaced = struct.unpack_from(">2I5B", data, 16)
     bits = depth * {2: 3, 4: 2, 6: 4}.get(colours, 1)
     if interlaced:  # x and y of the first pixel of each pass, and the steps from there
@@ -282,7 +282,7 @@ def _bound(width: int, height: int, max_pixels: int) -> None:
 
 
 def _known(data: bytes) -> bool:
-    """Whether the bytes begin like an image of one of the formats."""
+    """Check that the bytes begin like an image of one of the formats."""
     return (
         data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM"))
         or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
@@ -291,7 +291,7 @@ def _known(data: bytes) -> bool:
 
 
 def _fault(data: bytes) -> str:
-    """`truncated` if the format says that more should come, else `damaged`."""
+    """Classify damage: `truncated` if the format says that bytes are missing at the end, else `damaged`."""
     if data.startswith(b"\x89PNG"):
         cut = b"IEND" not in data[-32:]
     elif data.startswith(b"RIFF"):

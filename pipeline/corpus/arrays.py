@@ -18,14 +18,14 @@ _parser = threading.Lock()  # Python 3.11's parser counts its depth wrongly when
 
 
 def array_bytes(array: np.ndarray) -> bytes:
-    """An array as the bytes of a `.npy` file."""
+    """Encode an array as a `.npy` file."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
 def arrays_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Arrays as the bytes of a `.npz` file, not compressed; equal arrays give equal bytes."""
+    """Encode arrays as a `.npz` file, not compressed; equal arrays give equal bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
@@ -34,9 +34,9 @@ def arrays_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def array_from_bytes(data: bytes) -> np.ndarray:
-    """The array of any field of a sample: of a `.npy` file as it is, of a `.npz` file (quantised text) as float16.
+    """Decode any field of a sample: a `.npy` file as it is, a `.npz` file (quantised text) as float16.
 
-    Never unpickles, and allocates no more than a few times what the file is long.
+    Never unpickles, and allocates no more than a few times the file's length.
 
     Raises:
         ValueError: this is no such file, or its headers and its length disagree.
@@ -46,25 +46,26 @@ def array_from_bytes(data: bytes) -> np.ndarray:
 
 
 def array_view(data: memoryview) -> np.ndarray | Quantised:
-    """As `array_from_bytes`, without a copy: the array, or the parts of quantised text, lie in `data`."""
+    """Decode as `array_from_bytes`, without a copy: the array, or the parts of quantised text, lie in `data`."""
     return Quantised.of(_npz_arrays(data)) if data[:4] == ZIP_MEMBER else _npy_array(data)
 
 
 def _npz_arrays(data: memoryview) -> dict[str, np.ndarray]:
-    """What a zip of `.npy` files holds, as `arrays_bytes` writes it: stored one behind the other."""
-    found, at = {}, 0
+    """Decode a zip of `.npy` files, as `arrays_bytes` writes it: stored one after the other."""
+    arrays, at = {}, 0
     while data[at : at + 4] == ZIP_MEMBER and at + 30 <= len(data):
         flags, method, size, full, name, extra = struct.unpack_from("<2H8x2I2H", data, at + 6)
         start = at + 30 + name + extra
         if flags & 9 or method or size != full or start + size > len(data):
             raise ValueError(f"npz: the member at {at} is not stored plainly, or is cut")
         member = bytes(data[at + 30 : at + 30 + name]).decode("ascii", "replace").removesuffix(".npy")
-        found[member] = _npy_array(data[start : start + size])
+        arrays[member] = _npy_array(data[start : start + size])
         at = start + size
-    return found
+    return arrays
 
 
 def _npy_array(data: memoryview) -> np.ndarray:
+    """Decode a `.npy` file without a copy."""
     start = 12 if data[6:8] == b"\x02\x00" else 10
     start += int.from_bytes(data[8:start], "little")
     shape, fortran_order, dtype = _array_header(bytes(data[: min(start, MOST_HEADER)]))
@@ -75,9 +76,9 @@ def _npy_array(data: memoryview) -> np.ndarray:
     return array.reshape(shape, order="F" if fortran_order else "C")
 
 
-@lru_cache(maxsize=256)  # a shard has a few different ones
+@lru_cache(maxsize=256)  # a shard has few different headers
 def _array_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and dtype that the beginning of a `.npy` file tells."""
+    """Parse shape, order and dtype from the header of a `.npy` file."""
     buffer = io.BytesIO(header)
     try:
         with _parser:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from microdit.pipeline.base.fail_points import fail_point
@@ -27,7 +28,7 @@ MAX_ATTEMPT_HOURS = 12
 def begin_attempt(
     corpus: Corpus, column: str, ref: ShardRef, inputs: Iterable[Commit] = (), generation: int = 0
 ) -> Iterator["Attempt"]:
-    """Begin one try to write one shard of one column; what is not committed when the block ends is dropped."""
+    """Begin one try to write one shard of one column; it is dropped if the block ends without a commit."""
     declaration = corpus.column(column)
     maker = corpus.source(ref.source) if column == "images" else declaration
     with ExitStack() as stack:
@@ -37,10 +38,10 @@ def begin_attempt(
 def commit_unit(
     corpus: Corpus, source: str, unit: str, inputs: int, shards: Sequence[str], generation: int = 0
 ) -> UnitCommit:
-    """Record that a unit is complete; a second worker that did the same finds the first one's record.
+    """Record that a unit is complete; returns the record of the worker that was first.
 
     Raises:
-        ValueError: the first one counted other inputs or shards.
+        ValueError: that worker counted other inputs or shards.
     """
     record = UnitCommit(
         source=source,
@@ -54,13 +55,13 @@ def commit_unit(
     try:
         corpus.store.create(name, record.to_bytes())
     except FileExistsError:
-        found = corpus.unit(source, unit, generation)
-        if (found.inputs, found.shards) != (record.inputs, record.shards):
+        first = corpus.unit(source, unit, generation)
+        if (first.inputs, first.shards) != (record.inputs, record.shards):
             raise ValueError(
-                f"unit {unit}: {name} has {found.inputs} inputs in {len(found.shards)} shards, "
+                f"unit {unit}: {name} has {first.inputs} inputs in {len(first.shards)} shards, "
                 f"this worker read {inputs} in {len(shards)}; the source gave other inputs than before"
             ) from None
-        return found
+        return first
     return record
 
 
@@ -95,11 +96,11 @@ class Attempt:
         self._sidecar_path = stack.enter_context(corpus.store.scratch(self._sidecar_name))
 
     def add(self, row: int, key: str, members: Mapping[str, bytes] | None = None, **scalars: Any) -> None:
-        """A sample that succeeded: its tar members, `{extension: bytes}` (none in a table), and its scalars.
+        """Add a sample that succeeded: its tar members, `{extension: bytes}` (none in a table), and its scalars.
 
         Raises:
-            ValueError: the key is not 1 to 80 of `[A-Za-z0-9_-]`, a scalar is a string that UTF-8 cannot write, or the
-                members are none or other ones than the samples' before. Nothing was added then.
+            ValueError: the key is not 1 to 80 of `[A-Za-z0-9_-]`, a scalar is a string that UTF-8 cannot encode, or
+                there are no members or others than of the samples before. Nothing was added then.
         """
         alive()
         fail_point("writing")
@@ -113,7 +114,7 @@ class Attempt:
         self.rows.append(line)
 
     def fail(self, row: int, key: str, reason: str, detail: str = "", **scalars: Any) -> None:
-        """A sample that failed: a short code to group by, and one line for a person.
+        """Add a sample that failed: a short code to group by, and one line for a person.
 
         Raises:
             ValueError: the key is not 1 to 80 of `[A-Za-z0-9_-]`.
@@ -137,21 +138,32 @@ class Attempt:
             ValueError: a row or a key is missing or double, a scalar is not declared, or the attempt is older than
                 12 hours.
         """
-        store = self.corpus.store
-        table = sidecar_table(self.rows, self.declaration.scalars)
-        write_table(self._sidecar_path, table)
-        sidecar = ObjectRef(
-            name=self._sidecar_name, size=self._sidecar_path.stat().st_size, sha256=sha256_file(self._sidecar_path)
-        )
-        data, paths = sidecar, {self._sidecar_name: self._sidecar_path}
+        data, sidecar = self._publish()
+        fail_point("written")
+        stored = self._record(data, sidecar, self._check_age(), timings).to_bytes()
+        commit = Commit.parse(stored)
+        try:
+            fail_point("committing")
+            self.corpus.store.create(commit.name, stored)
+        except FileExistsError:
+            return self._lost_to(self.corpus.commit(commit.column, commit.source, commit.shard, commit.generation))
+        fail_point("committed")
+        return commit
+
+    def _publish(self) -> tuple[ObjectRef, ObjectRef]:
+        """Make the objects complete and durable; returns data object and sidecar, which are one in a table."""
+        write_table(self._sidecar_path, sidecar_table(self.rows, self.declaration.scalars))
+        data = sidecar = _object_ref(self._sidecar_name, self._sidecar_path)
+        paths = {self._sidecar_name: self._sidecar_path}
         if self._tar is not None:
             self._tar.close()
-            data = ObjectRef(
-                name=self._object_name, size=self._object_path.stat().st_size, sha256=sha256_file(self._object_path)
-            )
+            data = _object_ref(self._object_name, self._object_path)
             paths[self._object_name] = self._object_path
-        store.publish(paths)
-        fail_point("written")
+        self.corpus.store.publish(paths)
+        return data, sidecar
+
+    def _check_age(self) -> float:
+        """Seconds since the attempt began; raises ValueError if it is too old to be committed."""
         # a machine that slept has a monotonic clock that stood still
         age = max(time.monotonic() - self._began[0], time.time() - self._began[1])
         if age > MAX_ATTEMPT_HOURS * 3600:
@@ -159,9 +171,13 @@ class Attempt:
                 f"attempt {self.id} of {self.ref.shard} is {age / 3600:.1f} hours old, "
                 f"at most {MAX_ATTEMPT_HOURS} are allowed"
             )
+        return age
+
+    def _record(self, data: ObjectRef, sidecar: ObjectRef, seconds: float, timings: Mapping[str, float]) -> Commit:
+        """The commit of what was published."""
         reasons = Counter(row["reason"] for row in self.rows if row["status"] == "failed")
         failed = sum(reasons.values())
-        wanted = Commit(
+        return Commit(
             column=self.declaration.name,
             **self.ref.model_dump(),
             generation=self.generation,
@@ -173,25 +189,25 @@ class Attempt:
             fingerprint=self.fingerprint,
             inputs=self.inputs,
             timings={
-                "seconds": round(age, 3),
+                "seconds": round(seconds, 3),
                 "cpu_seconds": round(time.process_time() - self._worked, 3),
                 **{name: round(float(value), 6) for name, value in timings.items()},
             },
             host=socket.gethostname(),
             device=_device(),
         )
-        record = Commit.parse(wanted.to_bytes())
-        try:
-            fail_point("committing")
-            store.create(record.name, wanted.to_bytes())
-        except FileExistsError:
-            winner = self.corpus.commit(record.column, record.source, record.shard, record.generation)
-            if winner.attempt != self.id:  # ours, if the answer to our first request was lost and it was sent again
-                store.delete(sorted({data.name, sidecar.name}))
-                winner._ours = False
-            return winner
-        fail_point("committed")
-        return record
+
+    def _lost_to(self, winner: Commit) -> Commit:
+        """The commit that is there already. Our objects are removed, unless it is ours: a request whose answer was lost
+        is sent again."""
+        if winner.attempt != self.id:
+            self.corpus.store.delete(sorted({self._object_name, self._sidecar_name}))
+            winner._ours = False
+        return winner
+
+
+def _object_ref(name: str, path: Path) -> ObjectRef:
+    return ObjectRef(name=name, size=path.stat().st_size, sha256=sha256_file(path))
 
 
 def _check_key(key: str) -> None:
@@ -200,10 +216,11 @@ def _check_key(key: str) -> None:
 
 
 def _device() -> str:
-    """The GPU that this process works with, or `cpu`; torch is not imported for it."""
+    """Name the GPU that this process works with, or `cpu`; torch is not imported for it."""
     torch = sys.modules.get("torch")
     return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_initialized() else "cpu"
 
 
 def _writable(text: str) -> str:
+    """Replace lone surrogates, which UTF-8 cannot encode."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()

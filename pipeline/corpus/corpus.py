@@ -17,6 +17,7 @@ from microdit.pipeline.corpus.names import (
     RESERVED,
     SOURCE,
     UNITS,
+    ShardId,
     column_kind,
     commit_name,
 )
@@ -35,7 +36,7 @@ R = TypeVar("R", bound=Record)
 
 
 class Corpus:
-    """A corpus at a root. `Corpus.create` makes or opens it, `Corpus.open` opens it. Picklable."""
+    """A corpus, for reading and declaring; `Corpus.create` makes or opens it, `Corpus.open` opens it. Picklable."""
 
     def __init__(self, store: Store, name: str, shard_samples: int):
         self.store, self.name, self.shard_samples = store, name, shard_samples
@@ -47,10 +48,10 @@ class Corpus:
 
     @classmethod
     def create(cls, url: str | Path, name: str, shard_samples: int = 2048) -> "Corpus":
-        """The corpus at `url`, made if there is none.
+        """Open the corpus at `url`, or make it if there is none.
 
         Raises:
-            RequestError: there is one that was made otherwise, or the root cannot be reached.
+            RequestError: there is one of another name or shard size, or the root cannot be reached.
         """
         store = open_store(url)
         about = {"name": name, "version": VERSION, "shard_samples": shard_samples, "format": "microdit-corpus"}
@@ -59,10 +60,10 @@ class Corpus:
         except FileExistsError:
             corpus = cls.open(url)
             for field, wanted in (("name", name), ("shard_samples", shard_samples)):
-                if (found := getattr(corpus, field)) != wanted:
+                if (present := getattr(corpus, field)) != wanted:
                     raise RequestError(
-                        f"corpus {url}: its {field} is {found!r}, the config says {wanted!r}; "
-                        f"set {field} to {found!r}, or give another corpus folder"
+                        f"corpus {url}: its {field} is {present!r}, the config says {wanted!r}; "
+                        f"set {field} to {present!r}, or give another corpus folder"
                     ) from None
             return corpus
         except (BaseError, OSError) as error:
@@ -73,7 +74,7 @@ class Corpus:
 
     @classmethod
     def open(cls, url: str | Path) -> "Corpus":
-        """The corpus at `url`.
+        """Open the corpus at `url`.
 
         Raises:
             RequestError: there is none, it cannot be reached, or its `corpus.json` cannot be understood.
@@ -105,12 +106,12 @@ class Corpus:
     # -- declarations --------------------------------------------------------------------------------------------
 
     def declare_column(
-        self, column: str, stage: Mapping[str, Any], scalars: Mapping[str, str] | None = None
+        self, column: str, made_by: Mapping[str, Any], scalars: Mapping[str, str] | None = None
     ) -> Declaration:
         """Declare what makes a column, once for ever.
 
         Raises:
-            RequestError: the column is there and was made by something else; the message tells the difference.
+            RequestError: the column was declared with other options; the message lists the differences.
         """
         if not COLUMN.fullmatch(column) or column.split("/")[0] in RESERVED:
             raise RequestError(
@@ -125,31 +126,31 @@ class Corpus:
                 )
         return self._declare(
             f"columns/{column}.json",
-            Declaration(name=column, kind=column_kind(column), stage=dict(stage), scalars=dict(scalars or {})),
+            Declaration(name=column, kind=column_kind(column), stage=dict(made_by), scalars=dict(scalars or {})),
         )
 
-    def declare_source(self, source: str, stage: Mapping[str, Any]) -> Declaration:
+    def declare_source(self, source: str, made_by: Mapping[str, Any]) -> Declaration:
         """Declare a source; raises `RequestError` as `declare_column` does."""
         if not SOURCE.fullmatch(source):
             raise RequestError(
                 f"source {source!r}: a name is lower-case letters, digits, - and _, and begins with no - or _"
             )
-        return self._declare(f"sources/{source}.json", Declaration(name=source, kind="source", stage=dict(stage)))
+        return self._declare(f"sources/{source}.json", Declaration(name=source, kind="source", stage=dict(made_by)))
 
     def _declare(self, name: str, wanted: Declaration) -> Declaration:
         wanted = Declaration.parse(wanted.to_bytes())  # as it will be read back
         try:
             self.store.create(name, wanted.to_bytes())
         except FileExistsError:
-            found = self._declaration(name)
-            if found.fingerprint != wanted.fingerprint or found.scalars != wanted.scalars:
-                changes = "; ".join(differences(found.stage, wanted.stage)) or "its scalars differ"
+            declared = self._declaration(name)
+            if declared.fingerprint != wanted.fingerprint or declared.scalars != wanted.scalars:
+                changes = "; ".join(differences(declared.made_by, wanted.made_by)) or "its scalars differ"
                 what = "source" if wanted.kind == "source" else "column"
                 raise RequestError(
                     f"{what} {wanted.name!r} of corpus {self.url} was made otherwise: {changes}. "
                     f"Put the old value back, or give the {what} a new name"
                 ) from None
-            return found
+            return declared
         return wanted
 
     def _declaration(self, name: str) -> Declaration:
@@ -158,7 +159,7 @@ class Corpus:
         return self._declarations[name]
 
     def column(self, column: str) -> Declaration:
-        """The declaration of a column.
+        """Read the declaration of a column.
 
         Raises:
             RequestError: there is no such column.
@@ -170,12 +171,15 @@ class Corpus:
             raise RequestError(f"column {column!r}: corpus {self.url} has no such column; it has: {known}") from None
 
     def source(self, source: str) -> Declaration:
+        """Read the declaration of a source; raises FileNotFoundError if there is none."""
         return self._declaration(f"sources/{source}.json")
 
     def columns(self) -> dict[str, Declaration]:
+        """Read all declared columns."""
         return self._declared("columns")
 
     def sources(self) -> dict[str, Declaration]:
+        """Read all declared sources."""
         return self._declared("sources")
 
     def _declared(self, folder: str) -> dict[str, Declaration]:
@@ -184,22 +188,22 @@ class Corpus:
 
     # -- commits -------------------------------------------------------------------------------------------------
 
-    def committed(self, column: str, source: str | None = None) -> dict[tuple[str, str], int]:
-        """What is committed of a column, from one listing: {(source, shard): highest generation}."""
-        highest: dict[tuple[str, str], int] = {}
-        for where, generation in self.listed(column, source):
-            highest[where] = max(highest.get(where, 0), generation)
+    def committed(self, column: str, source: str | None = None) -> dict[ShardId, int]:
+        """List the committed shards of a column: {(source, shard): highest generation}."""
+        highest: dict[ShardId, int] = {}
+        for shard_id, generation in self.listed(column, source):
+            highest[shard_id] = max(highest.get(shard_id, 0), generation)
         return highest
 
-    def listed(self, column: str, source: str | None = None) -> Iterator[tuple[tuple[str, str], int]]:
-        """Every commit of a column, all generations, from one listing: ((source, shard), generation), in no order."""
+    def listed(self, column: str, source: str | None = None) -> Iterator[tuple[ShardId, int]]:
+        """List every commit of a column, all generations: ((source, shard), generation), in no order."""
         for name in self.store.names(f"commits/{column}/{source}" if source else f"commits/{column}"):
-            match = COMMIT.fullmatch(name)  # what is no commit is for `verify` to tell
+            match = COMMIT.fullmatch(name)  # `verify` reports other names
             if match and match[1] == column:  # "captions" lists "captions/long" too
                 yield (intern(match[2]), match[3]), int(match[4])
 
     def commit(self, column: str, source: str, shard: str, generation: int) -> Commit:
-        """One commit, read.
+        """Read one commit.
 
         Raises:
             FileNotFoundError: there is none.
@@ -208,24 +212,24 @@ class Corpus:
         return self._read(commit_name(column, source, shard, generation), Commit)
 
     def commits(self, column: str, source: str | None = None) -> list[Commit]:
-        """The commits of the highest generation of every shard of a column, ordered by source and shard.
+        """Read the commits of the highest generation of every shard of a column, ordered by source and shard.
 
         Raises:
             DamagedError: one of them cannot be understood.
         """
-        found = sorted(self.committed(column, source).items())
-        names = [commit_name(column, source, shard, generation) for (source, shard), generation in found]
+        newest = sorted(self.committed(column, source).items())
+        names = [commit_name(column, source, shard, generation) for (source, shard), generation in newest]
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(lambda name: self._read(name, Commit), names))
 
     def unit(self, source: str, unit: str, generation: int = 0) -> UnitCommit:
-        """One unit's commit; errors as `commit`."""
+        """Read one unit's commit; raises as `commit` does."""
         return self._read(commit_name(UNITS, source, unit, generation), UnitCommit)
 
     def units(self, source: str) -> dict[str, UnitCommit]:
-        """The committed units of a source."""
-        found = sorted(self.committed(UNITS, source).items())
-        names = [commit_name(UNITS, source, unit, generation) for (_, unit), generation in found]
+        """Read the newest commits of the units of a source."""
+        newest = sorted(self.committed(UNITS, source).items())
+        names = [commit_name(UNITS, source, unit, generation) for (_, unit), generation in newest]
         with ThreadPoolExecutor(16) as pool:
             records = list(pool.map(lambda name: self._read(name, UnitCommit), names))
         return {record.unit: record for record in records}
@@ -244,20 +248,20 @@ class Corpus:
     # -- reading a shard -----------------------------------------------------------------------------------------
 
     def sidecar(self, commit: Commit) -> pa.Table:
-        """The sidecar of a commit: one line per row, in row order."""
+        """Read the sidecar of a commit: one line per row, in row order."""
         return read_table(self.store.get(commit.sidecar.name))
 
     def open_object(self, commit: Commit) -> BinaryIO:
-        """The data object of a commit, as a binary file."""
+        """Open the data object of a commit as a binary file."""
         return self.store.open(commit.object.name)
 
 
-def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
-    """What two nested dictionaries differ in, in words: `options.quality: the corpus has 90, the config says 95`."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
+def differences(declared: Any, wanted: Any, path: str = "") -> list[str]:
+    """List how two nested dictionaries differ, in words: `options.quality: the corpus has 90, the config says 95`."""
+    if isinstance(declared, dict) and isinstance(wanted, dict):
         return [
             line
-            for key in sorted(found.keys() | wanted.keys())
-            for line in differences(found.get(key), wanted.get(key), f"{path}.{key}" if path else key)
+            for key in sorted(declared.keys() | wanted.keys())
+            for line in differences(declared.get(key), wanted.get(key), f"{path}.{key}" if path else key)
         ]
-    return [] if found == wanted else [f"{path}: the corpus has {found!r}, the config says {wanted!r}"]
+    return [] if declared == wanted else [f"{path}: the corpus has {declared!r}, the config says {wanted!r}"]

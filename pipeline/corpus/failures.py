@@ -1,17 +1,18 @@
-"""Shards and units that were tried often enough and set aside, with what went wrong (docs/corpus.md, section 8)."""
+"""Records of shards and units that failed too often and were set aside (docs/corpus.md, section 8)."""
 
 import re
 import socket
 from datetime import UTC, datetime
 
 from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import ShardId
 from microdit.pipeline.corpus.records import Record
 
 FAILURE = re.compile(r"failures/([^/]+(?:/[^/]+)?)/([^/]+)/([^/]+)\.(0|[1-9][0-9]*)\.json")
 
 
 class Failure(Record):
-    """Why one shard of one column, or with the column `units` one unit, could not be made."""
+    """The record of one shard of one column, or with the column `units` of one unit, that could not be made."""
 
     version: int = 1
     column: str
@@ -25,22 +26,22 @@ class Failure(Record):
     time: str
 
 
-def failures(corpus: Corpus, column: str, source: str | None = None) -> dict[tuple[str, str], int]:
-    """What was set aside, from one listing: {(source, shard or unit): number of its newest record}.
+def failures(corpus: Corpus, column: str, source: str | None = None) -> dict[ShardId, int]:
+    """List what was set aside: {(source, shard or unit): number of its newest record}.
 
-    A shard that was committed later has its record still: what is committed is not failed.
+    A shard that was committed later still has its record; it is not set aside any more.
     """
-    newest: dict[tuple[str, str], int] = {}
+    newest: dict[ShardId, int] = {}
     for item in corpus.store.list(f"failures/{column}/{source}" if source else f"failures/{column}"):
         match = FAILURE.fullmatch(item.name)
         if match and match[1] == column:  # "captions" lists "captions/long" too
-            where = (match[2], match[3])
-            newest[where] = max(newest.get(where, 0), int(match[4]))
+            shard_id = (match[2], match[3])
+            newest[shard_id] = max(newest.get(shard_id, 0), int(match[4]))
     return newest
 
 
 def read_failure(corpus: Corpus, column: str, source: str, shard: str, number: int) -> Failure:
-    """One record.
+    """Read one record.
 
     Raises:
         FileNotFoundError: there is none.
@@ -51,7 +52,7 @@ def read_failure(corpus: Corpus, column: str, source: str, shard: str, number: i
 def write_failure(
     corpus: Corpus, column: str, source: str, shard: str, *, stage: str, attempts: int, message: str, traceback: str
 ) -> Failure:
-    """Record that a shard (or a unit) is set aside: under the first number that is free."""
+    """Record that a shard (or a unit) is set aside, under the first free number."""
     record = Failure(
         column=column,
         source=source,

@@ -1,12 +1,13 @@
-"""Names of columns, sources, shards, attempts and commits, and what makes one valid."""
+"""Names of columns, sources, shards, attempts and commits, and the patterns that make one valid."""
 
 import re
 
-Where = tuple[str, str]  # source, and shard or unit
+ShardId = tuple[str, str]  # source, and shard or unit
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 COLUMN = re.compile(r"[A-Za-z0-9_@-][A-Za-z0-9_.@-]*(/[A-Za-z0-9_@-][A-Za-z0-9_.@-]*)?")
 SOURCE = re.compile(r"[a-z0-9][a-z0-9_-]*")
 RESERVED = {"units", "commits", "columns", "sources", "tables", "selections", "failures", "probes"}
+IMAGES = "images"
 UNITS = "units"
 PROBES = "probes"
 COMMIT = re.compile(r"commits/([^/]+(?:/[^/]+)?)/([^/]+)/([^/]+)\.(0|[1-9][0-9]*)\.json")
@@ -16,22 +17,22 @@ OBJECT = re.compile(rf"([^/]+(?:/[^/]+)?)/([^/]+)/([^/]+)\.{ATTEMPT.pattern}\.(?
 
 
 def column_kind(column: str) -> str:
-    """`table` for captions and scores, `tar` for everything else: embeddings are scores in tars."""
+    """Tell whether a column is a `table` (captions and scores) or a `tar` (all others, and embeddings)."""
     family, _, name = column.partition("/")
     table = family == "captions" or (family == "scores" and name.partition("-")[0] != "embedding")
     return "table" if table else "tar"
 
 
 def commit_name(column: str, source: str, shard: str, generation: int) -> str:
+    """Name a commit's object."""
     return f"commits/{column}/{source}/{shard}.{generation}.json"
 
 
 def unit_name(source: str, number: int) -> str:
+    """Name a unit by its number in the source."""
     return f"{source}-{number:06d}"
 
 
 def shard_name(unit: str, number: int) -> str:
+    """Name a shard by its number in the unit."""
     return f"{unit}-{number:02d}"
-
-
-IMAGES = "images"

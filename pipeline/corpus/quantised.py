@@ -24,11 +24,14 @@ Storage = Literal["int8", "int4"]
 
 @dataclass(frozen=True)
 class Form:
-    """How a storage counts. `loss`: a relative error above which a build stops by default."""
+    """The parameters of a storage."""
 
     largest: int
+    """The largest integer."""
     group: int
+    """Channels of a group, at most."""
     loss: float
+    """The relative error above which a build stops by default."""
 
 
 FORMS: dict[Storage, Form] = {"int8": Form(127, 128, 0.03), "int4": Form(7, 32, 0.2)}
@@ -36,14 +39,14 @@ TINY = 2.0**-24  # the smallest float16 above 0
 
 
 def groups_of(width: int, storage: Storage) -> int:
-    """How many scales a token has."""
+    """Number of scales of a token."""
     return -(-width // FORMS[storage].group)
 
 
 def quantise(embeddings: "Tensor", storage: Storage) -> dict[str, "Tensor"]:
-    """Embeddings, float (..., width), as the arrays of a sample: `q` or `q4`, and `scale`.
+    """Quantise embeddings, float (..., width), to the arrays of a sample: `q` or `q4`, and `scale`.
 
-    What is more than float16 holds, or not finite, gives a scale that is not finite.
+    Values beyond float16, and values that are not finite, give a scale that is not finite.
 
     Raises:
         ValueError: int4 of an odd width.
@@ -78,7 +81,11 @@ class Quantised:
 
     @classmethod
     def of(cls, arrays: dict[str, np.ndarray]) -> "Quantised":
-        """Raises ValueError if the arrays are not what `quantise` gives."""
+        """Unpack the arrays of a sample.
+
+        Raises:
+            ValueError: they are not what `quantise` gives.
+        """
         scale, packed = arrays.get("scale"), arrays.get("q4")
         if packed is not None and packed.dtype == np.uint8 and packed.ndim == 2:
             pairs = np.stack([packed & 15, packed >> 4], -1).astype(np.int8) - np.int8(8)
@@ -88,9 +95,9 @@ class Quantised:
         fits = q.ndim == 2 and q.dtype == np.int8
         fits = fits and scale is not None and scale.ndim == 2 and scale.dtype == np.float16
         if not fits or scale is None or len(scale) != len(q) or not 0 < scale.shape[1] <= q.shape[1]:
-            found = {name: f"{array.dtype} {array.shape}" for name, array in arrays.items()}
+            given = {name: f"{array.dtype} {array.shape}" for name, array in arrays.items()}
             raise ValueError(
-                f"npz: expected q (int8) or q4 (uint8), and scale (float16), of as many tokens; found {found}"
+                f"npz: expected q (int8) or q4 (uint8), and scale (float16), of as many tokens; found {given}"
             )
         return cls(q, scale)
 
@@ -106,7 +113,7 @@ class Quantised:
         return len(self.q)
 
     def write(self, out: np.ndarray) -> None:
-        """The numbers into `out`, contiguous float16 (tokens, width)."""
+        """Dequantise into `out`, contiguous float16 (tokens, width)."""
         q, groups = self.q, self.scale.astype(np.float32)
         if q.shape[1] % groups.shape[1] == 0:  # several times as fast
             parts = (*groups.shape, q.shape[1] // groups.shape[1])
@@ -116,7 +123,7 @@ class Quantised:
 
 
 def dequantise(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The arrays of one sample back to float16 (tokens, width).
+    """Dequantise the arrays of one sample to float16 (tokens, width).
 
     Raises:
         ValueError: they are not what `quantise` gives.
@@ -127,10 +134,10 @@ def dequantise(arrays: dict[str, np.ndarray]) -> np.ndarray:
     return numbers
 
 
-# -- what it costs -----------------------------------------------------------------------------------------------------
+# -- loss --------------------------------------------------------------------------------------------------------------
 @dataclass
 class Loss:
-    """What quantising lost on the samples that were compared, token by token."""
+    """The loss of quantising, measured on some samples token by token."""
 
     cosines: list[np.ndarray]
     errors: list[np.ndarray]
@@ -163,6 +170,6 @@ class Loss:
 
 
 def compared(hashes: Sequence[int]) -> set[int]:
-    """Places of the one in a hundred (rounded up) with the smallest hashes."""
+    """Indices of the one in a hundred (rounded up) with the smallest hashes."""
     order = sorted(range(len(hashes)), key=hashes.__getitem__)
     return set(order[: -(-len(hashes) // 100)])

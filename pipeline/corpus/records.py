@@ -1,10 +1,10 @@
-"""The records of a corpus and the grammar of its names (docs/corpus.md, sections 1, 2 and 4)."""
+"""The JSON records of a corpus: declarations, commits, references (docs/corpus.md, sections 1, 4 and 5)."""
 
 import hashlib
 import json
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from microdit.pipeline.corpus.names import ATTEMPT, COLUMN, SHARD, SOURCE, column_kind, commit_name
 
@@ -12,15 +12,17 @@ VERSION: Literal[1] = 1
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    """An immutable object of the corpus, stored as JSON."""
+
+    model_config = ConfigDict(frozen=True, serialize_by_alias=True)
 
     def to_bytes(self) -> bytes:
-        """The record as it is stored: JSON with sorted keys and no white space, so that its hash is well defined."""
+        """Encode as stored: JSON with sorted keys and no white space, so that its hash is well defined."""
         return canonical(self.model_dump(mode="json"))
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
-        """The record that was stored.
+        """Decode what `to_bytes` encoded.
 
         Raises:
             ValueError: the bytes are no such record.
@@ -29,7 +31,7 @@ class Record(BaseModel):
 
 
 class ShardRef(Record):
-    """Which shard: its source, its unit and its name."""
+    """A shard's source, unit and name."""
 
     source: str
     unit: str
@@ -37,25 +39,33 @@ class ShardRef(Record):
 
 
 class Declaration(Record):
-    """What a column or a source is made by. `scalars` maps the sidecar's own columns to type names."""
+    """The declaration of a column or a source (docs/corpus.md, section 5)."""
 
     name: str
     kind: str
-    stage: dict[str, Any]
+    """`tar` or `table`, or `source`."""
+    made_by: dict[str, Any] = Field(alias="stage")
+    """What makes the numbers: name and version of a stage or adapter, options, models with revisions or hashes."""
     scalars: dict[str, str] = {}
+    """The sidecar's own columns, by type name."""
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(canonical(self.stage)).hexdigest()
+        """SHA-256 of `made_by`, which every commit of the column repeats."""
+        return hashlib.sha256(canonical(self.made_by)).hexdigest()
 
 
 class ObjectRef(Record):
+    """An object of the corpus, with size in bytes and hash."""
+
     name: str
     size: int
     sha256: str
 
 
 class InputRef(Record):
+    """A commit that an attempt read; `sha256` is that of its stored bytes."""
+
     column: str
     generation: int
     sha256: str
@@ -92,7 +102,7 @@ class Commit(Record):
 
     @model_validator(mode="after")
     def _names_agree(self) -> Self:
-        """A commit can name no other objects than those of its attempt: nothing outside the corpus is ever opened."""
+        """Refuse a commit that names other objects than its attempt's: nothing outside the corpus is ever opened."""
         if not (COLUMN.fullmatch(self.column) and SOURCE.fullmatch(self.source) and SHARD.fullmatch(self.shard)):
             raise ValueError(f"{self.column!r}, {self.source!r}, {self.shard!r} are no column, source and shard")
         base = f"{self.column}/{self.source}/{self.shard}.{self.attempt}"
@@ -113,25 +123,29 @@ class Commit(Record):
 
     @property
     def ours(self) -> bool:
-        """False of what `Attempt.commit` gives back if another attempt was faster."""
+        """False if `Attempt.commit` returned the commit of another attempt that was faster."""
         return self._ours
 
     @property
     def size(self) -> int:
-        """Size of its objects."""
+        """Bytes of its objects together."""
         return sum({ref.name: ref.size for ref in (self.object, self.sidecar)}.values())
 
     @property
     def sha256(self) -> str:
-        """Hash of the bytes that are stored, which another writer may have written in its own way."""
+        """Hash of the stored bytes, whose JSON another writer may have formatted differently."""
         return self._stored or hashlib.sha256(self.to_bytes()).hexdigest()
 
     def as_input(self) -> InputRef:
+        """Refer to this commit from a commit that was computed from it."""
         return InputRef(column=self.column, generation=self.generation, sha256=self.sha256)
 
 
 class UnitCommit(Record):
-    """The record that all shards of a unit are committed; `inputs` is the unit's number of inputs."""
+    """The record that all shards of a unit are committed.
+
+    `inputs` is the number of inputs of the unit: the sum of its shards' `in`.
+    """
 
     version: Literal[1] = VERSION
     source: str
@@ -143,4 +157,5 @@ class UnitCommit(Record):
 
 
 def canonical(value: Any) -> bytes:
+    """Encode as UTF-8 JSON with sorted keys and no white space; NaN and infinity are refused."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

@@ -12,7 +12,7 @@ from microdit.pipeline.corpus.shard_files import read_tar
 
 @dataclass(frozen=True)
 class Row:
-    """One sample of a shard: its whole line of the sidecar, and its members (none in a table, or if it failed)."""
+    """One sample of a shard: its line of the sidecar, and its members (none in a table, or if it failed)."""
 
     row: int
     key: str
@@ -22,27 +22,27 @@ class Row:
 
 
 def latest(corpus: Corpus, column: str, ref: ShardRef) -> Commit:
-    """The commit of the highest generation of a shard.
+    """Read the commit of the highest generation of a shard.
 
     Raises:
         FileNotFoundError: the shard is not committed.
         DamagedError: that commit cannot be understood.
     """
     generation = 0
-    # a generation is always the one before plus one; what the lower ones say does not matter
+    # generations count up without a gap; the content of lower ones does not matter
     while corpus.store.exists(commit_name(column, ref.source, ref.shard, generation + 1)):
         generation += 1
     return corpus.commit(column, ref.source, ref.shard, generation)
 
 
 def read_lines(corpus: Corpus, commit: Commit) -> Iterator[Row]:
-    """All rows of a committed shard, in row order, without their members: the sidecar alone is read."""
+    """Read all rows of a committed shard, in row order, without their members: the sidecar alone is read."""
     for line in corpus.sidecar(commit).to_pylist():
         yield Row(line["row"], line["key"], line["status"] == "ok", line, {})
 
 
 def read_rows(corpus: Corpus, commit: Commit) -> Iterator[Row]:
-    """All rows of a committed shard, in row order, the failed ones too; a tar is read as a stream.
+    """Read all rows of a committed shard, in row order, the failed ones too; a tar is read as a stream.
 
     Raises:
         ValueError: the tar and the sidecar disagree.
@@ -51,12 +51,12 @@ def read_rows(corpus: Corpus, commit: Commit) -> Iterator[Row]:
         yield from read_lines(corpus, commit)
         return
     with corpus.open_object(commit) as file:
-        found = read_tar(file)
+        samples = read_tar(file)
         for row in read_lines(corpus, commit):
             if not row.ok:
                 yield row
                 continue
-            key, members = next(found, ("", {}))
+            key, members = next(samples, ("", {}))
             if key != row.key:
                 raise ValueError(f"{commit.object.name}: row {row.row} is {row.key!r}, the tar has {key!r}")
             yield replace(row, members=members)

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# what every sidecar begins with; the column's own scalars follow
+# the first columns of every sidecar; the column's own scalars follow
 SIDECAR = pa.schema(
     [
         pa.field("row", pa.int32(), nullable=False),
@@ -35,12 +35,12 @@ SCALAR_TYPES = {
 
 
 def sidecar_schema(scalars: Mapping[str, str]) -> pa.Schema:
-    """The parquet schema of a column's sidecar; `scalars` maps names to type names (`SCALAR_TYPES`)."""
+    """Build the parquet schema of a column's sidecar; `scalars` maps names to type names (`SCALAR_TYPES`)."""
     return pa.schema([*SIDECAR, *(pa.field(name, SCALAR_TYPES[kind]) for name, kind in scalars.items())])
 
 
 class TarWriter:
-    """A webdataset tar whose bytes depend on nothing but its samples."""
+    """Write a webdataset tar whose bytes depend on nothing but its samples."""
 
     def __init__(self, path: Path):
         self._file = path.open("wb")
@@ -68,14 +68,15 @@ class TarWriter:
         return offset, size
 
     def close(self) -> None:
+        """Write the end of the tar; a second call does nothing."""
         if not self._file.closed:
-            self._file.write(bytes(2 * tarfile.BLOCKSIZE))  # the end of a tar, and whole records
+            self._file.write(bytes(2 * tarfile.BLOCKSIZE))  # the end mark, then padding to whole records
             self._file.write(bytes(-self._file.tell() % tarfile.RECORDSIZE))
             self._file.close()
 
 
 def read_tar(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The samples of a tar in order, as (key, {extension: bytes}); the key ends at the first dot.
+    """Read the samples of a tar in order, as (key, {extension: bytes}); the key ends at the first dot.
 
     Raises:
         tarfile.TarError: the tar is damaged.
@@ -99,18 +100,20 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
+    """Write a sidecar, or the object of a table, as Parquet."""
     pq.write_table(table, path, compression="zstd")
 
 
 def read_table(data: bytes) -> pa.Table:
+    """Read Parquet bytes."""
     return pq.ParquetFile(io.BytesIO(data)).read()
 
 
 def sidecar_table(rows: list[dict[str, Any]], scalars: Mapping[str, str]) -> pa.Table:
-    """Rows (dictionaries; what is absent is null) as a sidecar, ordered by row.
+    """Build a sidecar of rows, ordered by row; a name that is absent from a row is null there.
 
     Raises:
-        ValueError: if the rows are not exactly 0, 1, 2, ..., a key is there twice, or a scalar is not declared.
+        ValueError: the rows are not exactly 0, 1, 2, ..., a key is there twice, or a scalar is not declared.
     """
     rows = sorted(rows, key=lambda row: row["row"])
     numbers = [row["row"] for row in rows]
@@ -126,5 +129,6 @@ def sidecar_table(rows: list[dict[str, Any]], scalars: Mapping[str, str]) -> pa.
 
 
 def sha256_file(path: Path) -> str:
+    """Hash a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

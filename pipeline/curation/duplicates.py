@@ -1,12 +1,12 @@
-"""Table jobs over the hashes of `scores/basic`: which samples are double, and which are near an evaluation set.
+"""Table jobs over the hashes of `scores/basic`: near-duplicates, and contamination by evaluation sets.
 
-`dedup` groups samples whose pictures are near-equal, `decontaminate` marks those near somebody else's pictures. Nothing
-is removed: `microdit select` decides.
+`dedup` groups samples whose pictures are near-equal, `decontaminate` marks those near an evaluation set's pictures.
+Nothing is removed: `microdit select` decides.
 """
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,18 @@ from obstore.exceptions import BaseError
 
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.curation import hamming as near
+from microdit.pipeline.corpus.records import Record
+from microdit.pipeline.curation.hamming import MAX_DISTANCE, groups, nearest
 from microdit.pipeline.curation.job import (
     BASIC,
     CONTAMINATED,
     DUPLICATES,
     HASHES,
-    Job,
+    TableJob,
     batches,
+    cached_job,
     job_base,
     keepers,
-    made,
     texts,
     write_rows,
 )
@@ -40,10 +41,13 @@ from microdit.pipeline.tables.sample_table import SampleTable, sample_table
 HASH_TABLE = pa.schema([("key", pa.string()), ("pixels_sha256", pa.string()), ("phash", pa.string())])
 
 
-class HashJob(Job):
+class HashJob(TableJob):
+    """A table job over perceptual hashes."""
+
     distance: int
+    """Bits that may differ."""
     without_hash: int
-    """Samples that are ok and have none, because `scores/basic` is not made yet or failed."""
+    """Samples that are ok and have no hash, because `scores/basic` is not made yet or failed."""
 
     @property
     def present(self) -> str:
@@ -54,30 +58,81 @@ class HashJob(Job):
 
 
 class DuplicatesTable(HashJob):
+    """The record of `dedup`."""
+
     groups: int
+    """Of two or more samples."""
     exact: int
-    """Samples of which another one has the same pixels and comes before it."""
+    """Samples whose pixels an earlier sample has."""
     cut: int
     """`microdit.pipeline.curation.hamming.Groups.cut`."""
 
 
+class EvaluationSet(Record):
+    """A set to keep away from: its name, and number and hash of its hashes."""
+
+    name: str
+    rows: int
+    sha256: str
+
+
 class ContaminatedTable(HashJob):
-    against: list[dict[str, Any]]
-    """Of each evaluation set: `name`, `rows`, `sha256` (of its hashes)."""
+    """The record of `decontaminate`."""
+
+    against: list[EvaluationSet]
     exact: int
-    """Samples whose pixels are those of one of its images."""
+    """Samples whose pixels are those of an image of an evaluation set."""
 
     def asked(self) -> dict[str, Any]:
-        return {"distance": self.distance, "against": self.against}
+        return {"distance": self.distance, "against": [each.model_dump() for each in self.against]}
+
+
+@dataclass(frozen=True)
+class Deduplication:
+    """Result of `dedup`: `samples` (with a hash) = `kept` + `dropped`."""
+
+    path: str
+    """Of the table."""
+    distance: int
+    samples: int
+    without_hash: int
+    groups: int
+    """Of two or more samples."""
+    dropped: int
+    kept: int
+    exact: int
+    """Samples, dropped or kept, whose pixels an earlier sample has."""
+    cut: int
+    """`microdit.pipeline.curation.hamming.Groups.cut`."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Decontamination:
+    """Result of `decontaminate`: `contaminated` of `samples` (with a hash)."""
+
+    path: str
+    """Of the table."""
+    distance: int
+    samples: int
+    without_hash: int
+    contaminated: int
+    exact: int
+    """Contaminated samples with the very pixels of an image of an evaluation set."""
+    against: list[EvaluationSet]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "against": [each.model_dump() for each in self.against]}
 
 
 @dataclass(frozen=True)
 class Hashed:
     """The samples of a corpus that have hashes, in the order of the sample table."""
 
-    table: SampleTable
-    place: np.ndarray
-    """(n,) int64: which line of the sample table."""
+    line: np.ndarray
+    """(n,) int64: the line of the sample table."""
     phash: np.ndarray
     """(n,) uint64"""
     pixels: np.ndarray
@@ -85,18 +140,15 @@ class Hashed:
     area: np.ndarray
     """(n,) int64: pixels of the picture as it came."""
     without: int
+    """Samples that are ok and have no hash."""
 
 
 # -- the jobs ----------------------------------------------------------------------------------------------------------
-def dedup(corpus: Corpus, distance: int = 6) -> dict[str, Any]:
-    """Group the samples whose 64-bit hashes are linked by steps of at most `distance` bits; at once if it was done.
+def dedup(corpus: Corpus, distance: int = 6) -> Deduplication:
+    """Group the samples whose 64-bit hashes are linked by steps of at most `distance` bits.
 
     Of a group the sample with the largest picture, as it came, is kept, of several the first one in the order of the
-    sample table. Another distance replaces the table.
-
-    Returns:
-        dict: `samples` (with a hash) = `kept` + `dropped`; `groups` (of two or more); `exact` of the dropped or kept
-        have the pixels of one before them; `without_hash`; `distance`; `path` of the table; `cut`.
+    sample table. Returns immediately if the table exists; another distance replaces it.
 
     Raises:
         RequestError: the corpus has no `scores/basic`, or the distance is out of bounds.
@@ -104,19 +156,19 @@ def dedup(corpus: Corpus, distance: int = 6) -> dict[str, Any]:
     _check_distance(distance)
     table = _scored(corpus)
     base = job_base(DUPLICATES, table)
-    found = made(corpus, base, DuplicatesTable, lambda job: job.distance == distance)
-    if found is None:
+    job = cached_job(corpus, base, DuplicatesTable, lambda job: job.distance == distance)
+    if job is None:
         hashed = _hashed(corpus, table)
-        grouped = near.groups(hashed.phash, distance)
+        grouped = groups(hashed.phash, distance)
         keeper, size = keepers(grouped.labels, hashed.area)
         exact = _repeated(hashed.pixels)
         members = np.flatnonzero(size > 1)
 
         def write(path: Path) -> int:
-            ids = texts(corpus, table, "id", hashed.place[keeper[members]])
+            ids = texts(corpus, table, "id", hashed.line[keeper[members]])
             away = np.bitwise_count(hashed.phash[members] ^ hashed.phash[keeper[members]])
             columns = [ids, pa.array(away, pa.int16()), pa.array(exact[members]), pa.array(keeper[members] == members)]
-            return write_rows(corpus, table, path, hashed.place[members], columns, "duplicate_")
+            return write_rows(corpus, table, path, hashed.line[members], columns, "duplicate_")
 
         record = partial(
             DuplicatesTable,
@@ -127,39 +179,44 @@ def dedup(corpus: Corpus, distance: int = 6) -> dict[str, Any]:
             exact=int(exact.sum()),
             cut=grouped.cut,
         )
-        found = publish(corpus, base, write, lambda object, rows: record(object=object, rows=rows))
-    dropped = found.rows - found.groups
-    return {**_told(found), "groups": found.groups, "dropped": dropped, "kept": found.samples - dropped} | {
-        "exact": found.exact,
-        "cut": found.cut,
-    }
+        job = publish(corpus, base, write, lambda object, rows: record(object=object, rows=rows))
+    dropped = job.rows - job.groups
+    return Deduplication(
+        path=job.object.name,
+        distance=job.distance,
+        samples=job.samples,
+        without_hash=job.without_hash,
+        groups=job.groups,
+        dropped=dropped,
+        kept=job.samples - dropped,
+        exact=job.exact,
+        cut=job.cut,
+    )
 
 
-def decontaminate(corpus: Corpus, against: Sequence[str], distance: int = 6) -> dict[str, Any]:
-    """Mark the samples at most `distance` bits from an image of an evaluation set; at once if it was done.
+def decontaminate(corpus: Corpus, against: Sequence[str], distance: int = 6) -> Decontamination:
+    """Mark the samples at most `distance` bits from an image of an evaluation set.
+
+    Returns immediately if the table exists; other sets or another distance replace it.
 
     Args:
-        against: corpora, or hash tables (`hash_table`) as .parquet files. Another list replaces the table.
-
-    Returns:
-        dict: `contaminated` of `samples` (with a hash), `exact` of them with equal pixels, `by` evaluation set;
-        `without_hash`; `distance`; `path` of the table; `against`.
+        against: corpora, or hash tables (`hash_table`) as .parquet files.
 
     Raises:
         RequestError: as `dedup`, or an evaluation set cannot be read.
     """
     _check_distance(distance)
     table = _scored(corpus)
-    sets = [_evaluation(where) for where in against]
+    sets = [_evaluation(url) for url in against]
     about = [
-        {"name": where, "rows": len(found), "sha256": _sha256(found)}
-        for where, found in zip(against, sets, strict=True)
+        EvaluationSet(name=name, rows=len(hashes), sha256=_sha256(hashes))
+        for name, hashes in zip(against, sets, strict=True)
     ]
     base = job_base(CONTAMINATED, table)
-    found = made(corpus, base, ContaminatedTable, lambda job: (job.distance, job.against) == (distance, about))
-    if found is None:
+    job = cached_job(corpus, base, ContaminatedTable, lambda job: (job.distance, job.against) == (distance, about))
+    if job is None:
         hashed, others = _hashed(corpus, table), pa.concat_tables(sets).combine_chunks()
-        index, away = near.nearest(hashed.phash, _numbers(others["phash"], 1)[:, 0], distance)
+        index, away = nearest(hashed.phash, _numbers(others["phash"], 1)[:, 0], distance)
         members = np.flatnonzero(index >= 0)
         theirs = _numbers(others["pixels_sha256"], 4)[:, :2]
         known = {tuple(pair) for pair in theirs[np.unique(index[members])].tolist()}  # equal pixels have equal hashes
@@ -167,7 +224,7 @@ def decontaminate(corpus: Corpus, against: Sequence[str], distance: int = 6) -> 
 
         def write(path: Path) -> int:
             columns = [others["key"].take(pa.array(index[members])), pa.array(away[members], pa.int16())]
-            return write_rows(corpus, table, path, hashed.place[members], columns, "contaminated_")
+            return write_rows(corpus, table, path, hashed.line[members], columns, "contaminated_")
 
         record = partial(
             ContaminatedTable,
@@ -177,13 +234,23 @@ def decontaminate(corpus: Corpus, against: Sequence[str], distance: int = 6) -> 
             against=about,
             exact=exact,
         )
-        found = publish(corpus, base, write, lambda object, rows: record(object=object, rows=rows))
-    return {**_told(found), "contaminated": found.rows, "exact": found.exact, "against": found.against}
+        job = publish(corpus, base, write, lambda object, rows: record(object=object, rows=rows))
+    return Decontamination(
+        path=job.object.name,
+        distance=job.distance,
+        samples=job.samples,
+        without_hash=job.without_hash,
+        contaminated=job.rows,
+        exact=job.exact,
+        against=job.against,
+    )
 
 
 def hash_table(corpus: Corpus) -> Table:
-    """The hashes of a corpus's pictures as a table of its own, made once: `key` (the sample's id), `pixels_sha256`,
-    `phash`. It is all that others need to keep away from these pictures."""
+    """Publish the hashes of a corpus's pictures, once: all that others need to keep away from these pictures.
+
+    Its columns are `key` (the sample's id), `pixels_sha256` and `phash`.
+    """
     table = _scored(corpus)
 
     def write(path: Path) -> int:
@@ -203,11 +270,12 @@ def hash_table(corpus: Corpus) -> Table:
 
 # -- what both do ------------------------------------------------------------------------------------------------------
 def _check_distance(distance: int) -> None:
-    if not 0 <= distance <= near.MAX_DISTANCE:
-        raise RequestError(f"distance {distance}: expected 0 to {near.MAX_DISTANCE} of the 64 bits")
+    if not 0 <= distance <= MAX_DISTANCE:
+        raise RequestError(f"distance {distance}: expected 0 to {MAX_DISTANCE} of the 64 bits")
 
 
 def _scored(corpus: Corpus) -> SampleTable:
+    """The sample table of a corpus that has hashes."""
     declared = corpus.columns()
     if BASIC not in declared or not {"phash", "pixels_sha256"} <= declared[BASIC].scalars.keys():
         raise RequestError(
@@ -217,38 +285,30 @@ def _scored(corpus: Corpus) -> SampleTable:
     return sample_table(corpus)
 
 
-def _told(found: HashJob) -> dict[str, Any]:
-    return {
-        "path": found.object.name,
-        "distance": found.distance,
-        "samples": found.samples,
-        "without_hash": found.without_hash,
-    }
-
-
 def _hashed(corpus: Corpus, table: SampleTable) -> Hashed:
+    """Read the hashes of all samples that have them."""
     names = ["status", "original_width", "original_height", "basic_phash", "basic_pixels_sha256"]
-    places, hashes, pixels, areas = [], [], [], []
+    lines, hashes, pixels, areas = [], [], [], []
     number = ok = 0
     for batch in batches(corpus, table, names):
-        there = pc.is_valid(batch["basic_phash"])
+        has_hash = pc.is_valid(batch["basic_phash"])
         ok += pc.sum(pc.equal(batch["status"], "ok")).as_py() or 0
-        places.append(np.flatnonzero(there.to_numpy()) + number)
-        kept = batch.filter(there)
+        lines.append(np.flatnonzero(has_hash.to_numpy()) + number)
+        kept = batch.filter(has_hash)
         hashes.append(_numbers(kept["basic_phash"], 1)[:, 0])
         pixels.append(_numbers(kept["basic_pixels_sha256"], 4)[:, :2])
         area = pc.multiply(kept["original_width"].cast(pa.int64()), kept["original_height"].cast(pa.int64()))
         areas.append(pc.fill_null(area, 0).to_numpy())
         number += len(batch)
-    place = np.concatenate([np.empty(0, np.int64), *places])
+    line = np.concatenate([np.empty(0, np.int64), *lines])
     phash = np.concatenate([np.empty(0, np.uint64), *hashes])
     whole = np.concatenate([np.empty((0, 2), np.uint64), *pixels])
     area = np.concatenate([np.empty(0, np.int64), *areas])
-    return Hashed(table, place, phash, whole, area, ok - len(place))
+    return Hashed(line, phash, whole, area, ok - len(line))
 
 
 def _numbers(texts: pa.ChunkedArray, words: int) -> np.ndarray:
-    """Texts of 16 hex digits a word as (n, words) uint64.
+    """Parse texts of 16 hex digits a word as (n, words) uint64.
 
     Raises:
         RequestError: one is something else.
@@ -262,7 +322,7 @@ def _numbers(texts: pa.ChunkedArray, words: int) -> np.ndarray:
 
 
 def _repeated(pixels: np.ndarray) -> np.ndarray:
-    """Which (n, 2) pixel hashes were there before."""
+    """Mark the (n, 2) pixel hashes that occur at a smaller index, too."""
     order = np.lexsort((pixels[:, 1], pixels[:, 0]))
     repeated = np.zeros(len(order), bool)
     repeated[order[1:]] = (pixels[order[1:]] == pixels[order[:-1]]).all(1)
@@ -270,31 +330,31 @@ def _repeated(pixels: np.ndarray) -> np.ndarray:
 
 
 # -- evaluation sets ---------------------------------------------------------------------------------------------------
-def _evaluation(where: str) -> pa.Table:
-    """The hash table of an evaluation set: a file, or that of a corpus."""
-    if where.endswith(".parquet"):
-        folder, _, name = where.rpartition("/")
+def _evaluation(url: str) -> pa.Table:
+    """Read the hash table of an evaluation set: of a file, or of a corpus."""
+    if url.endswith(".parquet"):
+        folder, _, name = url.rpartition("/")
         store = open_store(folder or ".")
     else:
-        corpus = Corpus.open(where)
+        corpus = Corpus.open(url)
         store, name = corpus.store, hash_table(corpus).object.name
     try:
         with store.open(name) as file:
-            found = pq.ParquetFile(file).read(HASH_TABLE.names).cast(HASH_TABLE)
+            hashes = pq.ParquetFile(file).read(HASH_TABLE.names).cast(HASH_TABLE)
     except (pa.ArrowException, OSError, BaseError, KeyError, ValueError) as error:
         raise RequestError(
-            f"--against {where}: it cannot be read ({first_line(error)}); expected a corpus, or the hash table of one: "
+            f"--against {url}: it cannot be read ({first_line(error)}); expected a corpus, or the hash table of one: "
             "a Parquet file with key, pixels_sha256 and phash"
         ) from None
-    if not len(found):
-        raise RequestError(f"--against {where}: it has no hashes; build its {BASIC} first")
-    _numbers(found["phash"], 1)
-    _numbers(found["pixels_sha256"], 4)
-    return found
+    if not len(hashes):
+        raise RequestError(f"--against {url}: it has no hashes; build its {BASIC} first")
+    _numbers(hashes["phash"], 1)
+    _numbers(hashes["pixels_sha256"], 4)
+    return hashes
 
 
 def default_evaluation() -> str:
-    """The corpus of `configs/coco-val.yaml`.
+    """The root of the corpus of `configs/coco-val.yaml`.
 
     Raises:
         RequestError: it is not built.
@@ -310,8 +370,8 @@ def default_evaluation() -> str:
     return url
 
 
-def _sha256(found: pa.Table) -> str:
+def _sha256(hashes: pa.Table) -> str:
     digest = hashlib.sha256()
     for name in HASH_TABLE.names:
-        digest.update("".join(f"{text}\n" for text in found[name].to_pylist()).encode())
+        digest.update("".join(f"{text}\n" for text in hashes[name].to_pylist()).encode())
     return digest.hexdigest()

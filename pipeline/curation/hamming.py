@@ -1,13 +1,13 @@
-"""Near 64-bit hashes among millions: multi-index look-up by Hamming distance, in numpy and bounded memory.
+"""Near-duplicate search among millions of 64-bit hashes: multi-index hashing by Hamming distance, in bounded memory.
 
 The 64 bits are cut into m blocks. Two hashes at most d bits apart agree wholly in at least m - d blocks (pigeonhole),
-so for each choice of m - d blocks the hashes are sorted by those bits, and only those that agree in them (a bucket) are
-compared.
+so for each choice of m - d blocks (a table) the hashes are sorted by those bits, and only those that agree in them (a
+bucket) are compared.
 
-Real hashes are skewed: drawings on white, flat colours. Equal hashes are one. Bits that are nearly always the same are
-dealt to all blocks evenly, and m is chosen by how often the hashes at hand collide. What is linked already is not
-compared again, so that a thousand white pages cost little; a hash is compared with the next `WINDOW` others of its
-bucket alone, and how often that cut something off is told.
+Real hashes are skewed: drawings on white, flat colours. Equal hashes are merged first. Bits that are nearly always the
+same are dealt to all blocks evenly, and m is chosen by how often a sample of the hashes collides. Hashes that are
+linked already are not compared again, so that a thousand white pages cost little; a hash is compared with the next
+`WINDOW` others of its bucket at most, and the hashes that have more are counted.
 """
 
 import math
@@ -22,28 +22,30 @@ from microdit.pipeline.base.threads import threaded
 
 MAX_DISTANCE = 8
 WINDOW = 512  # others of its bucket that a hash is compared with
-GLANCES, GLANCE = 8, 4  # tables and neighbours of the first look, which is for what is dense
+DENSE_TABLES, DENSE_WINDOW = 8, 4  # of the first round, which links dense groups
 ROUND = 4  # tables of the first whole round; each other one has twice as many
 CHUNK = 1 << 18  # hashes at a time: a few megabytes
 PAIRS = 1 << 18  # compared at a time
 SAMPLE = 1 << 18  # hashes that the number of blocks is chosen by
-MORE_BLOCKS = 5  # at most so many blocks agree
+MORE_BLOCKS = 5  # blocks that agree, at most
 SORT_COST, PAIR_COST = 100.0, 5.0  # nanoseconds, about: to move and sort a hash, to compare two
-Fields = Sequence[tuple[int, int]]  # of a hash, from its top: (lowest bit, bits)
+BitFields = Sequence[tuple[int, int]]  # of a hash, from its top: (lowest bit, number of bits)
 
 
 @dataclass(frozen=True)
 class Groups:
-    """`labels`, (n,) int64: the smallest index that a hash is linked to. `cut`: how many hashes had more others in
-    their bucket, not yet linked to them, than were compared, summed over the `tables` (the choices of blocks)."""
+    """Result of `groups`."""
 
     labels: np.ndarray
+    """(n,) int64: the smallest index that a hash is linked to."""
     cut: int
+    """How many hashes had more others in their bucket, not yet linked to them, than were compared; over all tables."""
     tables: int
+    """How many choices of blocks there are."""
 
 
 def groups(hashes: np.ndarray, distance: int, threads: int = 2) -> Groups:
-    """Which of (n,) uint64 hashes belong together: linked by steps of at most `distance` bits.
+    """Group (n,) uint64 hashes that are linked by steps of at most `distance` bits.
 
     Raises:
         ValueError: the distance is not within 0 to `MAX_DISTANCE`.
@@ -57,8 +59,8 @@ def groups(hashes: np.ndarray, distance: int, threads: int = 2) -> Groups:
     for some, window in _rounds(tables):
         labels = forest.labels()
         order = np.argsort(labels, kind="stable")
-        look = partial(_table, values[order], labels[order], blocks, distance, window)
-        for pairs, more in threaded(look, some, threads, ahead=threads):
+        search = partial(_pairs_of_table, values[order], labels[order], blocks, distance, window)
+        for pairs, more in threaded(search, some, threads, ahead=threads):
             forest.join(*order[pairs])
             cut += more if window == WINDOW else 0
     smallest = np.full(len(values), len(hashes), np.int64)
@@ -68,7 +70,7 @@ def groups(hashes: np.ndarray, distance: int, threads: int = 2) -> Groups:
 
 
 def nearest(hashes: np.ndarray, others: np.ndarray, distance: int, threads: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """For each of (n,) uint64 hashes the nearest of (m,) others, at most `distance` bits away. Nothing is cut off.
+    """Find for each of (n,) uint64 hashes the nearest of (m,) others, at most `distance` bits away, without `WINDOW`.
 
     Returns:
         (n,) int64, an index into the others or -1; (n,) int16, the distance or -1.
@@ -78,26 +80,37 @@ def nearest(hashes: np.ndarray, others: np.ndarray, distance: int, threads: int 
     """
     _check(hashes, distance)
     _check(others, distance)
-    found = np.full(len(hashes), -1, np.int64)
-    best = np.full(len(hashes), distance + 1, np.int16)
+    best = Nearest(np.full(len(hashes), -1, np.int64), np.full(len(hashes), distance + 1, np.int16))
     if len(hashes) and len(others):
         dealt, blocks = _plan(np.concatenate([others, hashes]), len(others), distance)
         values, first = np.unique(dealt[: len(others)], return_index=True)
-        mine = dealt[len(others) :]
+        queries = dealt[len(others) :]
         for chosen in _tables(len(blocks), distance):
             fields, bits = _fields(blocks, chosen)
-            there = _move(values, fields)
-            order = np.argsort(there)
-            there, index = there[order], first[order]
+            moved = _move(values, fields)
+            order = np.argsort(moved)
+            moved, index = moved[order], first[order]
 
-            def look(start: int, fields=fields, bits=bits, there=there, index=index) -> None:
+            def search(start: int, fields=fields, bits=bits, moved=moved, index=index) -> None:
                 part = slice(start, start + CHUNK)
-                _nearest(_move(mine[part], fields), there, index, bits, found[part], best[part])
+                _improve(best.part(part), _move(queries[part], fields), moved, index, bits)
 
-            for _ in threaded(look, range(0, len(mine), CHUNK), threads):
+            for _ in threaded(search, range(0, len(queries), CHUNK), threads):
                 pass
-    best[found < 0] = -1
-    return found, best
+    best.distance[best.index < 0] = -1
+    return best.index, best.distance
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest hashes so far: (n,) int64 `index` of each, or -1; (n,) int16 `distance`. Changed in place."""
+
+    index: np.ndarray
+    distance: np.ndarray
+
+    def part(self, part: slice) -> "Nearest":
+        """View a slice of the hashes."""
+        return Nearest(self.index[part], self.distance[part])
 
 
 class Forest:
@@ -107,6 +120,7 @@ class Forest:
         self._parent = np.arange(count)
 
     def join(self, ones: np.ndarray, others: np.ndarray) -> None:
+        """Link the members of each pair."""
         while len(ones):
             ones, others = self._roots(ones), self._roots(others)
             apart = ones != others
@@ -114,6 +128,7 @@ class Forest:
             np.minimum.at(self._parent, np.maximum(ones, others), np.minimum(ones, others))
 
     def labels(self) -> np.ndarray:
+        """The root of every member."""
         return self._roots(np.arange(len(self._parent)))
 
     def _roots(self, members: np.ndarray) -> np.ndarray:
@@ -132,8 +147,8 @@ def _check(hashes: np.ndarray, distance: int) -> None:
 
 
 # -- blocks of bits ----------------------------------------------------------------------------------------------------
-def _plan(hashes: np.ndarray, partners: float, distance: int) -> tuple[np.ndarray, Fields]:
-    """The hashes with their bits dealt to blocks, and the blocks: as many as cost least.
+def _plan(hashes: np.ndarray, partners: float, distance: int) -> tuple[np.ndarray, BitFields]:
+    """Deal the bits of the hashes to the number of blocks that costs least; returns the hashes so, and the blocks.
 
     partners: with how many each hash would be compared if there were one block.
     """
@@ -150,8 +165,8 @@ def _plan(hashes: np.ndarray, partners: float, distance: int) -> tuple[np.ndarra
         moved, collisions = _move(sample, dealt), 0.0
         for chosen in (tables[0], tables[len(tables) // 2], tables[-1]):
             fields, bits = _fields(blocks, chosen)
-            _, sizes_met = np.unique(_move(moved, fields) >> np.uint64(64 - bits), return_counts=True)
-            collisions += float((sizes_met * (sizes_met - 1.0)).sum()) / max(1, len(sample)) ** 2 / 3
+            _, bucket_sizes = np.unique(_move(moved, fields) >> np.uint64(64 - bits), return_counts=True)
+            collisions += float((bucket_sizes * (bucket_sizes - 1.0)).sum()) / max(1, len(sample)) ** 2 / 3
         cost = len(tables) * (SORT_COST + PAIR_COST * collisions * partners)
         if cost < cheapest:
             cheapest, plan = cost, (dealt, blocks)
@@ -159,11 +174,12 @@ def _plan(hashes: np.ndarray, partners: float, distance: int) -> tuple[np.ndarra
 
 
 def _tables(blocks: int, distance: int) -> list[tuple[int, ...]]:
+    """Choose the blocks that agree in every possible way."""
     return list(combinations(range(blocks), blocks - distance))
 
 
-def _fields(blocks: Fields, chosen: tuple[int, ...]) -> tuple[list[tuple[int, int]], int]:
-    """The chosen blocks, then the others, neighbours as one; and how many bits the chosen ones have."""
+def _fields(blocks: BitFields, chosen: tuple[int, ...]) -> tuple[list[tuple[int, int]], int]:
+    """Order the chosen blocks before the others, neighbours merged; second: how many bits the chosen ones have."""
     rest = [number for number in range(len(blocks)) if number not in chosen]
     fields: list[tuple[int, int]] = []
     for low, bits in (blocks[number] for number in (*chosen, *rest)):
@@ -174,17 +190,8 @@ def _fields(blocks: Fields, chosen: tuple[int, ...]) -> tuple[list[tuple[int, in
     return fields, sum(blocks[number][1] for number in chosen)
 
 
-def _inverse(fields: Fields) -> list[tuple[int, int]]:
-    """The fields that move everything back."""
-    low, there = 64, []
-    for start, bits in fields:
-        low -= bits
-        there.append((start, low, bits))
-    return [(low, bits) for _, low, bits in sorted(there, reverse=True)]
-
-
-def _move(hashes: np.ndarray, fields: Fields) -> np.ndarray:
-    """The hashes with these fields side by side, the first one on top; one dimension."""
+def _move(hashes: np.ndarray, fields: BitFields) -> np.ndarray:
+    """Move these bit fields of the hashes side by side, the first one to the top; the result has one dimension."""
     flat = hashes.ravel()
     moved = np.empty_like(flat)
     for start in range(0, len(flat), CHUNK // 4):
@@ -202,96 +209,102 @@ def _move(hashes: np.ndarray, fields: Fields) -> np.ndarray:
 
 # -- comparing ---------------------------------------------------------------------------------------------------------
 def _rounds(tables: list[tuple[int, ...]]) -> Iterator[tuple[list[tuple[int, ...]], int]]:
-    """The tables in rounds, and how many neighbours to compare with: what a round links, the next ones spare.
+    """Divide the tables into rounds, each with its window: what a round links, the next ones need not compare.
 
-    A glance at some tables comes first: it finds what is dense, before anything is compared with hundreds.
+    The first round takes a few tables with a small window: it links dense groups before anything is compared with
+    hundreds of others.
     """
     if tables:
-        yield tables[:: -(-len(tables) // GLANCES)], GLANCE
+        yield tables[:: -(-len(tables) // DENSE_TABLES)], DENSE_WINDOW
     start, size = 0, ROUND
     while start < len(tables):
         yield tables[start : start + size], WINDOW
         start, size = start + size, 2 * size
 
 
-def _table(
-    values: np.ndarray, labels: np.ndarray, blocks: Fields, distance: int, window: int, chosen: tuple[int, ...]
+def _pairs_of_table(
+    values: np.ndarray, labels: np.ndarray, blocks: BitFields, distance: int, window: int, chosen: tuple[int, ...]
 ) -> tuple[np.ndarray, int]:
-    """Near pairs, as (2, p) places in `values`, of those that agree in the chosen blocks and differ in their label.
+    """Find near pairs of values that agree in the chosen blocks and differ in their label.
 
-    Each one is compared with the `window` next ones alone. Second: how many had more.
+    Each value is compared with the `window` next ones of its bucket at most.
 
-    labels: sorted, so that in each bucket, too, equal ones lie side by side and are stepped over.
+    labels: sorted, so that in each bucket, too, equal ones lie side by side and are skipped.
+
+    Returns:
+        (2, p) indices into `values`; how many values had more than `window` to be compared with.
     """
     fields, bits = _fields(blocks, chosen)
-    low = max(1, (len(values) - 1).bit_length())  # a number: the key, and below it the place
+    index_bits = max(1, (len(values) - 1).bit_length())  # a packed number: the key, and below it the index
+    index_mask = np.uint64((1 << index_bits) - 1)
     packed = _move(values, fields)
-    packed >>= np.uint64(max(64 - bits, low + 1))  # of a long key the top will do
-    packed <<= np.uint64(low)
+    packed >>= np.uint64(max(64 - bits, index_bits + 1))  # of a long key its top is enough
+    packed <<= np.uint64(index_bits)
     packed |= np.arange(len(values), dtype=np.uint64)
     packed.sort()
-    found, cut, start = [np.empty((2, 0), np.int64)], 0, 0
+    pairs, cut, start = [np.empty((2, 0), np.int64)], 0, 0
     while start < len(packed):
         end = min(start + CHUNK, len(packed))
-        end += int(np.searchsorted(packed[end:], packed[end - 1] | np.uint64((1 << low) - 1), "right"))  # whole buckets
-        keys, place = packed[start:end] >> np.uint64(low), packed[start:end] & np.uint64((1 << low) - 1)
-        new = _changes(keys)
-        begins, ends = _ends(new | _changes(labels[place])), _ends(new)
+        end += int(np.searchsorted(packed[end:], packed[end - 1] | index_mask, "right"))  # whole buckets
+        keys, index = packed[start:end] >> np.uint64(index_bits), packed[start:end] & index_mask
+        new_key = _changes(keys)
+        begins, ends = _ends(new_key | _changes(labels[index])), _ends(new_key)
         partners = ends - begins
         cut += int((partners > window).sum())
-        found.append(place[_near(values[place], begins, np.minimum(partners, window), distance)].astype(np.int64))
+        pairs.append(index[_near(values[index], begins, np.minimum(partners, window), distance)].astype(np.int64))
         start = end
-    return np.concatenate(found, axis=1), cut
+    return np.concatenate(pairs, axis=1), cut
 
 
 def _changes(values: np.ndarray) -> np.ndarray:
-    """Behind which of them another value comes, or none."""
+    """Mark the last value of each run of equal ones."""
     return np.append(values[1:] != values[:-1], True)
 
 
 def _ends(changes: np.ndarray) -> np.ndarray:
-    """For each one where its run ends."""
+    """For each value the end of its run."""
     ends = np.flatnonzero(changes) + 1
     return np.repeat(ends, np.diff(ends, prepend=0))
 
 
 def _near(values: np.ndarray, begins: np.ndarray, partners: np.ndarray, distance: int) -> np.ndarray:
-    """Near pairs, as (2, p) places, of each value and its `partners`, which lie side by side from its `begins` on."""
+    """Compare each value with its `partners` next ones from its `begins` on; returns near pairs as (2, p) indices."""
     ones = np.flatnonzero(partners)
     begins, partners = begins[ones], partners[ones]
     stops = np.cumsum(partners)
-    found, done = [np.empty((2, 0), np.int64)], 0
+    pairs, done = [np.empty((2, 0), np.int64)], 0
     while done < len(ones):
         before = stops[done] - partners[done]
         some = slice(done, max(done + 1, int(np.searchsorted(stops, before + PAIRS, "right"))))
         pair_stops = stops[some] - before
         others = np.repeat(begins[some] - pair_stops + partners[some], partners[some])
         others += np.arange(len(others))
-        apart = np.repeat(values[ones[some]], partners[some])
-        apart ^= values[others]
-        near = np.flatnonzero(np.bitwise_count(apart) <= distance)
+        differing = np.repeat(values[ones[some]], partners[some])
+        differing ^= values[others]
+        near = np.flatnonzero(np.bitwise_count(differing) <= distance)
         if len(near):
-            found.append(np.stack([ones[some][np.searchsorted(pair_stops, near, "right")], others[near]]))
+            pairs.append(np.stack([ones[some][np.searchsorted(pair_stops, near, "right")], others[near]]))
         done = some.stop
-    return np.concatenate(found, axis=1)
+    return np.concatenate(pairs, axis=1)
 
 
-def _nearest(
-    hashes: np.ndarray, there: np.ndarray, index: np.ndarray, bits: int, found: np.ndarray, best: np.ndarray
-) -> None:
-    """Better `found` and `best` of the hashes by those sorted ones `there` that agree in the top bits."""
-    limit = np.uint64(1 << (64 - bits))
-    place = np.searchsorted(there, hashes & ~(limit - np.uint64(1)))
+def _improve(best: Nearest, hashes: np.ndarray, others: np.ndarray, index: np.ndarray, bits: int) -> None:
+    """Compare hashes with those of the sorted others that agree in the top bits, and keep what is nearer than `best`.
+
+    index: of each of the others, as `best` has it.
+    """
+    bucket = np.uint64(1 << (64 - bits))  # numbers that agree in the top bits
+    other = np.searchsorted(others, hashes & ~(bucket - np.uint64(1)))
     at = np.arange(len(hashes))
     while True:
-        inside = place < len(there)
-        at, place = at[inside], place[inside]
-        apart = hashes[at] ^ there[place]
-        agree = apart < limit
-        at, place, apart = at[agree], place[agree], apart[agree]
+        inside = other < len(others)
+        at, other = at[inside], other[inside]
+        differing = hashes[at] ^ others[other]
+        agree = differing < bucket
+        at, other, differing = at[agree], other[agree], differing[agree]
         if not len(at):
             return
-        away = np.bitwise_count(apart).astype(np.int16)
-        better = away < best[at]
-        best[at[better]], found[at[better]] = away[better], index[place[better]]
-        place = place + 1
+        away = np.bitwise_count(differing).astype(np.int16)
+        better = away < best.distance[at]
+        best.distance[at[better]], best.index[at[better]] = away[better], index[other[better]]
+        other = other + 1

@@ -1,5 +1,8 @@
-"""Table jobs: what all of them share. A job reads the newest commits of some columns and writes one small table, of the
-samples that it found (docs/corpus.md, section 6); `pipeline.selection.view` shows it as columns of every sample."""
+"""What table jobs share: records, names, and access to the sample table (docs/corpus.md, section 6).
+
+A table job reads the newest commits of some columns and writes one small table about some of the samples;
+`pipeline.selection.view` shows it as columns of every sample.
+"""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -26,62 +29,70 @@ DUPLICATES, SEMANTIC, CONTAMINATED, HASHES = (
     "tables/hashes",
 )
 
-PLACE = [pa.field("source", pa.string()), pa.field("shard", pa.string()), pa.field("row", pa.int32())]
+ROW_ID = [pa.field("source", pa.string()), pa.field("shard", pa.string()), pa.field("row", pa.int32())]
 
 
-class Job(Table):
-    """The record of a table job: what it was asked, and what it counted."""
+class TableJob(Table):
+    """The record of a table job: its parameters and its counts."""
 
     samples: int
-    """Those that it could read."""
+    """Samples that have what the job reads."""
 
     @property
     def present(self) -> str:
-        """Which samples those are, as a condition on the sample table."""
+        """Those samples, as a condition on the sample table."""
         raise NotImplementedError
 
     def asked(self) -> dict[str, Any]:
-        """What its result depends on, beside the commits that it read."""
+        """The parameters: what the result depends on, beside the commits that were read."""
         raise NotImplementedError
 
 
-J = TypeVar("J", bound=Job)
+J = TypeVar("J", bound=TableJob)
 
 
 def is_embedding(column: str) -> bool:
-    """`scores/embedding`, or `scores/embedding-<name>`."""
+    """Recognise `scores/embedding` and `scores/embedding-<name>`."""
     return column == EMBEDDING or column.startswith(f"{EMBEDDING}-")
 
 
 def reads(folder: str, column: str) -> bool:
-    """Whether the table job of this folder reads the commits of a column."""
+    """Tell whether the table job of this folder reads the commits of a column."""
     return column == "images" or (is_embedding(column) if folder == SEMANTIC else column == BASIC)
 
 
 def job_base(folder: str, table: SampleTable) -> str:
-    """What the objects of a table job begin with: its folder, and the hash of the commits that it reads."""
-    names = [name for name in table.names if (found := COMMIT.fullmatch(name)) and reads(folder, found[1])]
+    """Name the objects of a table job: its folder, and the hash of the commits that it reads."""
+    names = [name for name in table.names if (commit := COMMIT.fullmatch(name)) and reads(folder, commit[1])]
     return f"{folder}/{hashlib.sha256(canonical({'layout': LAYOUT, 'commits': names})).hexdigest()}"
 
 
-def made(corpus: Corpus, base: str, kind: type[J], alike: Callable[[J], bool]) -> J | None:
-    """The table if it was made in this way; one that was made otherwise makes room."""
-    found = cached(corpus, base, kind)
-    if found is not None and not alike(found):
-        corpus.store.delete([f"{base}.json", found.object.name])
+def cached_job(corpus: Corpus, base: str, kind: type[J], same: Callable[[J], bool]) -> J | None:
+    """The cached table if it was built with the same parameters. One built with others is deleted."""
+    job = cached(corpus, base, kind)
+    if job is not None and not same(job):
+        corpus.store.delete([f"{base}.json", job.object.name])
         return None
-    return found
+    return job
 
 
 def batches(corpus: Corpus, table: SampleTable, columns: list[str]) -> Iterator[pa.Table]:
+    """Read columns of the sample table in row groups."""
     with corpus.store.open(table.object.name) as file:
         for batch in pq.ParquetFile(file).iter_batches(ROW_GROUP, columns=columns):
             yield pa.Table.from_batches([batch])
 
 
 def keepers(labels: np.ndarray, area: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each sample the one of its group that is kept, and the size of its group."""
-    order = np.lexsort((-area, labels))  # stable: of equal ones the first
+    """Choose the sample to keep of each group, the largest and then the first.
+
+    Args:
+        labels, area: (n,) the group and the area in pixels of each sample.
+
+    Returns:
+        (n,) int64, the index of the sample that is kept of each one's group; (n,) int64, the size of its group.
+    """
+    order = np.lexsort((-area, labels))  # stable: of equal areas the first
     begins = np.ones(len(order), bool)
     begins[1:] = labels[order][1:] != labels[order][:-1]
     starts = np.flatnonzero(begins)
@@ -91,9 +102,9 @@ def keepers(labels: np.ndarray, area: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return keeper, size
 
 
-def texts(corpus: Corpus, table: SampleTable, column: str, places: np.ndarray) -> pa.Array:
-    """A column of the sample table at these lines, read once."""
-    wanted, back = np.unique(places, return_inverse=True)
+def texts(corpus: Corpus, table: SampleTable, column: str, lines: np.ndarray) -> pa.Array:
+    """Take a column of the sample table at these lines, in one pass."""
+    wanted, back = np.unique(lines, return_inverse=True)
     parts: list[pa.ChunkedArray] = [pa.chunked_array([], pa.string())]
     number = 0
     for batch in batches(corpus, table, [column]):
@@ -104,18 +115,24 @@ def texts(corpus: Corpus, table: SampleTable, column: str, places: np.ndarray) -
 
 
 def write_rows(
-    corpus: Corpus, table: SampleTable, path: Path, places: np.ndarray, columns: list[Any], prefix: str
+    corpus: Corpus, table: SampleTable, path: Path, lines: np.ndarray, columns: list[Any], prefix: str
 ) -> int:
-    """The table: source, shard and row of the places (in order), then the columns in the order of `JOB_COLUMNS`."""
+    """Write the table of a job; returns its number of rows.
+
+    Args:
+        lines: of the sample table, in order, from which source, shard and row are taken.
+        columns: the job's own, in the order of `JOB_COLUMNS`.
+        prefix: of their names.
+    """
     fields = [field for field in JOB_COLUMNS if field.name.startswith(prefix)]
-    found = pa.table(columns, schema=pa.schema(fields))
+    values = pa.table(columns, schema=pa.schema(fields))
     number = done = 0
-    with pq.ParquetWriter(path, pa.schema([*PLACE, *fields]), compression="zstd") as writer:
-        for batch in batches(corpus, table, [field.name for field in PLACE]):
-            end = int(np.searchsorted(places, number + len(batch)))
+    with pq.ParquetWriter(path, pa.schema([*ROW_ID, *fields]), compression="zstd") as writer:
+        for batch in batches(corpus, table, [field.name for field in ROW_ID]):
+            end = int(np.searchsorted(lines, number + len(batch)))
             if end > done:
-                part = batch.take(pa.array(places[done:end] - number))
-                rows = found.slice(done, end - done)
+                part = batch.take(pa.array(lines[done:end] - number))
+                rows = values.slice(done, end - done)
                 for field in fields:
                     part = part.append_column(field, rows[field.name])
                 writer.write_table(part)

@@ -1,8 +1,8 @@
-"""The table job over embeddings: which samples show the same thing, though their pixels differ.
+"""The table job over embeddings: near-duplicates by what they show, though their pixels differ.
 
 Vectors of unit length are near if their cosine is at least the similarity asked for. To compare each with all would
 take weeks for tens of millions; so they are clustered (spherical k-means by faiss, trained on a sample), and compared
-within clusters alone, as SemDeDup does (arXiv 2303.09540); here each one belongs to its two nearest clusters. A pair
+within clusters alone, as SemDeDup does (arXiv 2303.09540); here each vector belongs to its two nearest clusters. A pair
 whose members share no cluster is missed, unless others between them link it.
 
 The vectors lie in one file of the temporary folder: in memory are the training sample, two clusters at a time, and some
@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tarfile import TarError
@@ -27,19 +27,19 @@ from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.threads import read_ahead, threaded
 from microdit.pipeline.corpus.arrays import array_from_bytes
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import COMMIT
+from microdit.pipeline.corpus.names import COMMIT, ShardId
 from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.corpus.rows import read_rows
 from microdit.pipeline.curation.hamming import Forest
 from microdit.pipeline.curation.job import (
     EMBEDDING,
     SEMANTIC,
-    Job,
+    TableJob,
     batches,
+    cached_job,
     is_embedding,
     job_base,
     keepers,
-    made,
     texts,
     write_rows,
 )
@@ -57,12 +57,16 @@ BLOCK = 256  # of a cluster's vectors, compared with all of it at a time
 SEED = 0
 
 
-class SemanticTable(Job):
+class SemanticTable(TableJob):
+    """The record of `dedup_semantic`."""
+
     column: str
     similarity: float
+    """The least cosine of a link."""
     without_embedding: int
-    """Samples that are ok and have none, because the column is not made yet or failed."""
+    """Samples that are ok and have no embedding, because the column is not made yet or failed."""
     groups: int
+    """Of two or more samples."""
     clusters: int
     cut: int
     """Vectors in clusters that were too large to be compared as one, summed over the clusters."""
@@ -76,33 +80,52 @@ class SemanticTable(Job):
 
 
 @dataclass(frozen=True)
+class SemanticDeduplication:
+    """Result of `dedup_semantic`: `samples` (with an embedding) = `kept` + `dropped`."""
+
+    path: str
+    """Of the table."""
+    column: str
+    similarity: float
+    samples: int
+    without_embedding: int
+    groups: int
+    """Of two or more samples."""
+    dropped: int
+    kept: int
+    clusters: int
+    cut: int
+    """`SemanticTable.cut`."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Embedded:
     """The samples of a corpus that have an embedding, in the order of the sample table."""
 
-    place: np.ndarray
-    """(n,) int64: which line of the sample table."""
+    line: np.ndarray
+    """(n,) int64: the line of the sample table."""
     vectors: np.ndarray
     """(n, width) float16, in a file"""
     area: np.ndarray
     """(n,) int64: pixels of the picture as it came."""
     without: int
+    """Samples that are ok and have no embedding."""
 
 
-def dedup_semantic(corpus: Corpus, column: str | None = None, similarity: float = 0.95) -> dict[str, Any]:
-    """Group the samples whose embeddings are linked by steps of at least this cosine; at once if it was done.
+def dedup_semantic(corpus: Corpus, column: str | None = None, similarity: float = 0.95) -> SemanticDeduplication:
+    """Group the samples whose embeddings are linked by steps of at least this cosine.
 
     Of a group the sample with the largest picture, as it came, is kept, of several the first one in the order of the
-    sample table. Another column or similarity replaces the table.
+    sample table. Returns immediately if the table exists; another column or similarity replaces it.
 
     Args:
-        column: `scores/embedding` or `scores/embedding-<name>`; it need not be said if there is one.
-
-    Returns:
-        dict: `samples` (with an embedding) = `kept` + `dropped`; `groups` (of two or more); `without_embedding`;
-        `column`; `similarity`; `path` of the table; `clusters`; `cut`.
+        column: `scores/embedding` or `scores/embedding-<name>`; None if the corpus has just one.
 
     Raises:
-        RequestError: there is no such column, or several and none is said; the similarity is out of bounds; an
+        RequestError: there is no such column, or several and none is given; the similarity is out of bounds; an
             embedding is damaged; or the temporary folder has too little room.
     """
     if not 0 < similarity <= 1:
@@ -110,25 +133,27 @@ def dedup_semantic(corpus: Corpus, column: str | None = None, similarity: float 
     column = _column(corpus, column)
     table = sample_table(corpus)
     base = job_base(SEMANTIC, table)
-    found = made(corpus, base, SemanticTable, lambda job: (job.column, job.similarity) == (column, similarity))
-    if found is None:
+    job = cached_job(corpus, base, SemanticTable, lambda job: (job.column, job.similarity) == (column, similarity))
+    if job is None:
         with tempfile.TemporaryDirectory(prefix="microdit-semantic-") as folder:
-            found = _find(corpus, table, base, column, similarity, Path(folder) / "vectors")
-    dropped = found.rows - found.groups
-    return {
-        "path": found.object.name,
-        **found.asked(),
-        "samples": found.samples,
-        "without_embedding": found.without_embedding,
-        "groups": found.groups,
-        "dropped": dropped,
-        "kept": found.samples - dropped,
-        "clusters": found.clusters,
-        "cut": found.cut,
-    }
+            job = _run(corpus, table, base, column, similarity, Path(folder) / "vectors")
+    dropped = job.rows - job.groups
+    return SemanticDeduplication(
+        path=job.object.name,
+        column=job.column,
+        similarity=job.similarity,
+        samples=job.samples,
+        without_embedding=job.without_embedding,
+        groups=job.groups,
+        dropped=dropped,
+        kept=job.samples - dropped,
+        clusters=job.clusters,
+        cut=job.cut,
+    )
 
 
-def _find(corpus: Corpus, table: SampleTable, base: str, column: str, similarity: float, spill: Path) -> SemanticTable:
+def _run(corpus: Corpus, table: SampleTable, base: str, column: str, similarity: float, spill: Path) -> SemanticTable:
+    """Run the job and publish its table; the vectors are spilled to a file."""
     embedded = _embedded(corpus, table, column, spill)
     labels, clusters, cut = groups(embedded.vectors, similarity)
     keeper, size = keepers(labels, embedded.area)
@@ -136,16 +161,16 @@ def _find(corpus: Corpus, table: SampleTable, base: str, column: str, similarity
     kept = keeper[members]
 
     def write(path: Path) -> int:
-        ids = texts(corpus, table, "id", embedded.place[kept])
-        away = _cosines(embedded.vectors, members, kept)
-        columns = [ids, pa.array(away, pa.float32()), pa.array(kept == members)]
-        return write_rows(corpus, table, path, embedded.place[members], columns, "semantic_")
+        ids = texts(corpus, table, "id", embedded.line[kept])
+        cosines = _cosines(embedded.vectors, members, kept)
+        columns = [ids, pa.array(cosines, pa.float32()), pa.array(kept == members)]
+        return write_rows(corpus, table, path, embedded.line[members], columns, "semantic_")
 
     record = partial(
         SemanticTable,
         column=column,
         similarity=similarity,
-        samples=len(embedded.place),
+        samples=len(embedded.line),
         without_embedding=embedded.without,
         groups=int((kept == members).sum()),
         clusters=clusters,
@@ -156,28 +181,29 @@ def _find(corpus: Corpus, table: SampleTable, base: str, column: str, similarity
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 def _column(corpus: Corpus, column: str | None) -> str:
-    there = sorted(name for name in corpus.columns() if is_embedding(name))
-    if column in there:
+    """Check the column that is asked for, or choose the only one."""
+    available = sorted(name for name in corpus.columns() if is_embedding(name))
+    if column in available:
         return str(column)
-    if column is None and len(there) == 1:
-        return there[0]
-    what = f"it has no {column or EMBEDDING}" if column or not there else "it has several embeddings"
+    if column is None and len(available) == 1:
+        return available[0]
+    what = f"it has no {column or EMBEDDING}" if column or not available else "it has several embeddings"
     advice = (
-        f"give one of: {', '.join(there)}"
-        if there
+        f"give one of: {', '.join(available)}"
+        if available
         else f"add `{EMBEDDING}` to the columns of its config and run `microdit build` again"
     )
     raise RequestError(f"corpus {corpus.url}: {what}; {advice}")
 
 
 def _embedded(corpus: Corpus, table: SampleTable, column: str, spill: Path) -> Embedded:
-    """The vectors of the commits that the sample table was made from, spilled shard by shard."""
+    """Read the vectors of the commits that the sample table was made from, spilled shard by shard."""
     begins, areas, ok = _lines(corpus, table)
-    commits = [found for name in table.names if (found := COMMIT.fullmatch(name)) and found[1] == column]
-    shards = sorted((found[2], found[3], int(found[4])) for found in commits)
-    places, width, count = [np.empty(0, np.int64)], 0, 0
+    commits = [match for name in table.names if (match := COMMIT.fullmatch(name)) and match[1] == column]
+    shards = sorted((match[2], match[3], int(match[4])) for match in commits)
+    lines, width, count = [np.empty(0, np.int64)], 0, 0
     with spill.open("wb") as file:
-        for where, (rows, vectors) in zip(
+        for (source, shard, _), (rows, vectors) in zip(
             shards, threaded(lambda shard: _read(corpus, corpus.commit(column, *shard)), shards, 4), strict=True
         ):
             if not len(rows):
@@ -187,15 +213,15 @@ def _embedded(corpus: Corpus, table: SampleTable, column: str, spill: Path) -> E
                 _check_room(spill.parent, 2 * width * ok)
             if vectors.shape[1] != width:
                 raise RequestError(
-                    f"{column}: shard {where[1]} of source {where[0]} has vectors of {vectors.shape[1]} numbers, those "
+                    f"{column}: shard {shard} of source {source} has vectors of {vectors.shape[1]} numbers, those "
                     f"before it {width}; run `microdit verify`"
                 )
             file.write(vectors.tobytes())
-            places.append(begins[where[:2]] + rows)
+            lines.append(begins[source, shard] + rows)
             count += len(rows)
-    place = np.concatenate(places)
+    line = np.concatenate(lines)
     vectors = np.memmap(spill, np.float16, "r", shape=(count, width)) if count else np.empty((0, 1), np.float16)
-    return Embedded(place, vectors, areas[place], ok - count)
+    return Embedded(line, vectors, areas[line], ok - count)
 
 
 def _check_room(folder: Path, wanted: int) -> None:
@@ -207,9 +233,9 @@ def _check_room(folder: Path, wanted: int) -> None:
         )
 
 
-def _lines(corpus: Corpus, table: SampleTable) -> tuple[dict[tuple[str, str], int], np.ndarray, int]:
-    """The first line of each shard in the sample table; (lines,) areas of the pictures; how many samples are ok."""
-    begins: dict[tuple[str, str], int] = {}
+def _lines(corpus: Corpus, table: SampleTable) -> tuple[dict[ShardId, int], np.ndarray, int]:
+    """Read the first line of each shard in the sample table; (lines,) areas of pictures; the number of ok samples."""
+    begins: dict[ShardId, int] = {}
     areas, ok, number = [np.empty(0, np.int64)], 0, 0
     for batch in batches(corpus, table, ["source", "shard", "status", "original_width", "original_height"]):
         names = pc.binary_join_element_wise(batch["source"], batch["shard"], "/").to_numpy()
@@ -224,7 +250,7 @@ def _lines(corpus: Corpus, table: SampleTable) -> tuple[dict[tuple[str, str], in
 
 
 def _read(corpus: Corpus, commit: Commit) -> tuple[np.ndarray, np.ndarray]:
-    """One shard: (k,) rows and (k, width) float16 vectors.
+    """Read one shard: (k,) rows and (k, width) float16 vectors.
 
     Raises:
         RequestError: it is damaged.
@@ -247,7 +273,7 @@ def _read(corpus: Corpus, commit: Commit) -> tuple[np.ndarray, np.ndarray]:
 
 # -- comparing ---------------------------------------------------------------------------------------------------------
 def groups(vectors: np.ndarray, similarity: float) -> tuple[np.ndarray, int, int]:
-    """Which of (n, width) vectors of unit length belong together; the same vectors give the same answer.
+    """Group (n, width) vectors of unit length that are linked; the same vectors give the same groups.
 
     Returns:
         (n,) int64, the smallest index that a vector is linked to; the number of clusters; `SemanticTable.cut`.
@@ -256,20 +282,25 @@ def groups(vectors: np.ndarray, similarity: float) -> tuple[np.ndarray, int, int
     members, ends = _clusters(vectors)
     begins = np.append(0, ends[:-1])
     full = [(int(begin), int(end)) for begin, end in zip(begins, ends, strict=True) if end - begin > 1]
-    for some, found in read_ahead(((some, _unit(vectors[some])) for some in (members[b:e] for b, e in full)), 1):
-        for part in _pieces(found):
-            forest.join(some[part], some[part[_linked(found[part], similarity)]])
+    for some, units in read_ahead(((some, _unit(vectors[some])) for some in (members[b:e] for b, e in full)), 1):
+        for part in _pieces(units):
+            forest.join(some[part], some[part[_linked(units[part], similarity)]])
         cut += len(some) if len(some) > LARGEST else 0
     return forest.labels(), len(ends), cut
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Scale float32 copies to unit length, which float16 rounded."""
     exact = vectors.astype(np.float32)
     return exact / np.linalg.norm(exact, axis=1, keepdims=True)
 
 
 def _clusters(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The members of all clusters, one cluster behind the other, each in ascending order; and where each one ends."""
+    """Cluster the vectors.
+
+    Returns:
+        The members of all clusters, one cluster behind the other, each in ascending order; the end of each cluster.
+    """
     count, width = vectors.shape
     clusters = max(1, round(count / CLUSTER))
     if clusters == 1:
@@ -296,9 +327,9 @@ def _clusters(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pieces(vectors: np.ndarray) -> Iterator[np.ndarray]:
-    """The places of a cluster's vectors in pieces of `LARGEST`, which overlap by half if there are several.
+    """Divide the indices of a cluster's vectors into pieces of `LARGEST`, which overlap by half if there are several.
 
-    Vectors near each other are about as near to the mean: they are ordered by that.
+    Vectors near each other are about equally near to the mean: they are ordered by that.
     """
     if len(vectors) <= LARGEST:
         yield np.arange(len(vectors))
@@ -309,21 +340,21 @@ def _pieces(vectors: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _linked(vectors: np.ndarray, similarity: float) -> np.ndarray:
-    """For each vector the smallest place that it is linked to, each compared with each."""
+    """Compare each vector with each; returns for each the smallest index that it is linked to."""
     forest = Forest(len(vectors))
     for start in range(0, len(vectors), BLOCK):
         labels = forest.labels()
         near = vectors[start : start + BLOCK] @ vectors[start:].T >= similarity
-        near &= labels[start : start + BLOCK, None] != labels[start:]  # a thousand white pages are linked soon
+        near &= labels[start : start + BLOCK, None] != labels[start:]  # linked already
         ones, others = np.nonzero(near)
         forest.join(ones + start, others + start)
     return forest.labels()
 
 
 def _cosines(vectors: np.ndarray, ones: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Of pairs of vectors, (p,) float32."""
-    found = np.empty(len(ones), np.float32)
+    """Cosines of pairs of vectors, (p,) float32."""
+    cosines = np.empty(len(ones), np.float32)
     for start in range(0, len(ones), PART):
         part = slice(start, start + PART)
-        found[part] = (_unit(vectors[ones[part]]) * _unit(vectors[others[part]])).sum(1)
-    return np.minimum(found, 1)
+        cosines[part] = (_unit(vectors[ones[part]]) * _unit(vectors[others[part]])).sum(1)
+    return np.minimum(cosines, 1)

@@ -12,7 +12,8 @@ from typing import TypeVar
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.failures import failures
-from microdit.pipeline.corpus.names import IMAGES, UNITS, Where
+from microdit.pipeline.corpus.names import IMAGES, UNITS
+from microdit.pipeline.corpus.names import ShardId as Where
 from microdit.pipeline.corpus.records import ShardRef
 from microdit.pipeline.stages.stage import Stage
 

@@ -1,8 +1,7 @@
-"""How many shards and bytes a build would come to: learned, from shapes, or assumed; each number says which."""
+"""Bytes of each column: learned from a past build, from shapes, or assumed; each figure says which."""
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from microdit.model.pretrained.packaged import EFFICIENTNET, FEATURES
 from microdit.pipeline.base.errors import RequestError
@@ -12,8 +11,9 @@ from microdit.pipeline.config.scores import EmbeddingScores
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.quantised import groups_of
 from microdit.pipeline.estimate import rates
-from microdit.pipeline.estimate.past_build import Earlier, Size
-from microdit.pipeline.estimate.source_sizes import Expected
+from microdit.pipeline.estimate.past_build import PastBuild, ShardSize
+from microdit.pipeline.estimate.result import EstimatedColumn
+from microdit.pipeline.estimate.source_sizes import SourceSize
 
 TOKENS_A_WORD = 1.4
 TAR_SAMPLE = 512 + 256  # bytes of a member beside its data: the header, and half a block of padding
@@ -23,46 +23,51 @@ ROW, TABLE_ROW, SHARD = 60.0, 150.0, 8_000.0  # bytes of a sidecar's row, of a t
 IMAGE_JSON, JPEG_PIXEL, ASPECT = 1_024.0, 0.6, 4 / 3  # bytes; bytes a pixel at quality 95; sides of an image
 
 
-class Sizes:
-    """Of the sources that are expected.
+class ColumnSizes:
+    """Sizes of the columns of a config.
 
     Args:
-        otherwise: columns of which the earlier build tells nothing, because it made them otherwise.
-        assume: takes a line for people.
+        otherwise: columns of which the past build tells nothing, because it made them otherwise.
+        assume: receives lines for people.
     """
 
     def __init__(
         self,
         config: BuildConfig,
-        sources: Mapping[str, Expected],
-        earlier: Earlier | None,
+        sources: Mapping[str, SourceSize],
+        past: PastBuild | None,
         otherwise: Mapping[str, str],
         assume: Callable[[str], None],
     ):
-        self.config, self.sources, self.earlier = config, sources, earlier
+        self.config, self.sources, self.past = config, sources, past
         self.otherwise, self.assume = otherwise, assume
         self.shards = {name: source.shards(config.shard_samples) for name, source in sources.items()}
 
-    def columns(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def columns(self) -> dict[str, EstimatedColumn]:
+        """Estimate every column, over all sources."""
+        estimated: dict[str, EstimatedColumn] = {}
         good: dict[tuple[str, str], float] = {}
         for column in [IMAGES, *sorted(self.config.columns, key=lambda name: "@" in name)]:
-            entry: dict[str, Any] = {"in": 0, "out": 0, "bytes": 0}
+            out = size = 0
             origins: dict[str, str] = {}
             for name, source in self.sources.items():
-                size, origin = self._size(column, name, source, good)
-                good[column, name] = size.out
-                entry["in"] += source.inputs
-                entry["out"] += round(source.inputs * size.out)
-                entry["bytes"] += round(size.bytes(source.inputs, self.shards[name]))
-                origins[name] = origin
-            entry["failed"] = entry["in"] - entry["out"]
-            found[column] = entry | {"origin": by_origin(origins)}
-        return {name: found[name] for name in [IMAGES, *self.config.columns]}
+                shard_size, origins[name] = self._size(column, name, source, good)
+                good[column, name] = shard_size.out
+                out += round(source.inputs * shard_size.out)
+                size += round(shard_size.bytes(source.inputs, self.shards[name]))
+            inputs = sum(source.inputs for source in self.sources.values())
+            estimated[column] = EstimatedColumn(inputs, out, size, by_origin(origins))
+        return {name: estimated[name] for name in [IMAGES, *self.config.columns]}
 
-    def _size(self, column: str, name: str, source: Expected, good: Mapping[Any, float]) -> tuple[Size, str]:
-        if self.earlier is not None and column not in self.otherwise and (found := self.earlier.size(column, name)):
-            return found, f"earlier build, {found.shards:,} shards"
+    def _size(
+        self, column: str, name: str, source: SourceSize, good: Mapping[tuple[str, str], float]
+    ) -> tuple[ShardSize, str]:
+        """The size of a column's shards of one source, and its origin.
+
+        good: the share of samples that are good, by column and source, of the columns before.
+        """
+        if self.past is not None and column not in self.otherwise and (learned := self.past.size(column, name)):
+            return learned, f"earlier build, {learned.shards:,} shards"
         options = self.config.columns.get(column)
         above = f"captions/{column.partition('@')[2]}" if isinstance(options, TextColumn) else IMAGES
         out = good.get((above, name), 1 - source.failed)
@@ -70,25 +75,25 @@ class Sizes:
             if source.failed:
                 self.assume(f"{source.failed:.0%} of {name}'s inputs have no caption or are unwanted, as is written")
             sample, origin = self._image(name, source)
-            return Size(0, out, sample + 2 * TAR_SAMPLE + IMAGE_JSON, 3 * TABLE_ROW, SHARD), origin
+            return ShardSize(0, out, sample + 2 * TAR_SAMPLE + IMAGE_JSON, 3 * TABLE_ROW, SHARD), origin
         if isinstance(options, LatentsColumn):
             channels, down = self._autoencoder(column, options)
             sample = channels * (options.resolution / down) ** 2 * (4 if options.posterior == "moments" else 2)
-            return Size(0, out, _blocks(sample + NPY_HEADER), ROW, SHARD), "shapes"
+            return ShardSize(0, out, _blocks(sample + NPY_HEADER), ROW, SHARD), "shapes"
         if isinstance(options, TextColumn):
             tokens, width, origin = self.tokens(column, name, options)
-            return Size(0, out, _blocks(_text_bytes(tokens, width, options)), ROW, SHARD), origin
+            return ShardSize(0, out, _blocks(_text_bytes(tokens, width, options)), ROW, SHARD), origin
         if isinstance(options, EmbeddingScores):
             known = options.model == EFFICIENTNET
             if not known:
                 self.assume(f"{column}: {EMBEDDING:,} features, as a large model has")
             sample = _blocks(2 * (FEATURES if known else EMBEDDING) + NPY_HEADER)
-            return Size(0, out, sample, ROW, SHARD), "shapes" if known else "assumed"
+            return ShardSize(0, out, sample, ROW, SHARD), "shapes" if known else "assumed"
         self.assume(f"{TABLE_ROW:.0f} bytes a row of captions and scores that no earlier build has")
-        return Size(0, out, 0.0, TABLE_ROW, SHARD), "assumed"
+        return ShardSize(0, out, 0.0, TABLE_ROW, SHARD), "assumed"
 
-    def _image(self, name: str, source: Expected) -> tuple[float, str]:
-        """Bytes of one as it is stored."""
+    def _image(self, name: str, source: SourceSize) -> tuple[float, str]:
+        """Bytes of an image as it is stored, and their origin."""
         side = self.config.images.max_side
         each = source.fetched / source.inputs if source.fetched is not None else None
         if side is None:
@@ -110,7 +115,7 @@ class Sizes:
         return rates.AUTOENCODERS[options.autoencoder]
 
     def tokens(self, column: str, name: str, options: TextColumn) -> tuple[float, int, str]:
-        """Tokens of a caption in the mean, or at most; the width of one."""
+        """Mean number of tokens of a caption (or the most), the width of a token, and the origin of both."""
         encoder = rates.ENCODERS.get(options.encoder)
         if encoder is None:
             raise RequestError(
@@ -121,8 +126,8 @@ class Sizes:
             return encoder.tokens, encoder.width, "shapes"
         captions = f"captions/{column.partition('@')[2]}"
         words = None
-        if self.earlier is not None and captions not in self.otherwise:
-            words = self.earlier.words(captions, name)
+        if self.past is not None and captions not in self.otherwise:
+            words = self.past.words(captions, name)
         if words is None:
             self.assume(f"{column}: every caption has the {encoder.tokens} tokens that {options.encoder} keeps at most")
             return encoder.tokens, encoder.width, f"shapes, at most ({encoder.tokens} tokens)"
@@ -132,7 +137,7 @@ class Sizes:
 
 
 def by_origin(origins: Mapping[str, str]) -> str:
-    """Where numbers come from, by source: said once if it is the same for all."""
+    """Join the origins of all sources: one alone if it is the same for all."""
     sources: dict[str, list[str]] = {}
     for name, origin in origins.items():
         sources.setdefault(origin, []).append(name)
@@ -142,7 +147,7 @@ def by_origin(origins: Mapping[str, str]) -> str:
 
 
 def _text_bytes(tokens: float, width: int, options: TextColumn) -> float:
-    """Of the member of a caption: fp16, or the arrays of a quantised one and the zip around them."""
+    """Bytes of a caption's embedding: float16, or the arrays of a quantised one and the zip around them."""
     if options.storage == "float16":
         return tokens * width * 2 + NPY_HEADER
     bits = {"int8": 8, "int4": 4}[options.storage]
@@ -150,5 +155,5 @@ def _text_bytes(tokens: float, width: int, options: TextColumn) -> float:
 
 
 def _blocks(size: float) -> float:
-    """Bytes of a member of a tar: its header, and its data in whole blocks."""
+    """Bytes of a tar's member: its header, and its data in whole blocks."""
     return 512 + math.ceil(size / 512) * 512

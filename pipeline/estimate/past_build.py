@@ -1,14 +1,14 @@
-"""What an earlier build tells about the next one: bytes, failures and times by column, source and stage, from commits.
+"""Learn from the commits of a past build: bytes, failures and times by column, source and stage.
 
-Of many shards some are read, evenly spread. No object is opened but one sidecar for each column.
+Of many shards some are read, evenly spaced. No object is opened but one sidecar for each column.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,8 +20,8 @@ from microdit.pipeline.config.captions import CAPTIONERS, CaptionsColumn
 from microdit.pipeline.config.encoders import LatentsColumn, TextColumn
 from microdit.pipeline.config.scores import ScoresColumn
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import IMAGES, UNITS, column_kind
-from microdit.pipeline.corpus.records import Commit, UnitCommit
+from microdit.pipeline.corpus.names import IMAGES, UNITS, ShardId, column_kind
+from microdit.pipeline.corpus.records import Commit, Declaration, UnitCommit
 from microdit.pipeline.stages.ingest import ingest_stage
 
 T = TypeVar("T")
@@ -31,21 +31,22 @@ WARM = 4  # shards from which on the first one counts no time: its process was s
 
 
 @dataclass(frozen=True)
-class Size:
-    """What a column's shards take, in bytes. A shard of `rows` with `out` good samples takes the sum of the three."""
+class ShardSize:
+    """Bytes of a column's shards: so many for each good sample, each row and each shard."""
 
     shards: int
-    """How many were looked at."""
+    """How many were read to learn it."""
     out: float
     """The share of the inputs that were good."""
     sample: float
-    """Of the object, for each good sample; 0 in a table, which is its own sidecar."""
+    """Bytes of the object for each good sample; 0 in a table, which is its own sidecar."""
     row: float
-    """Of the sidecar, for each row."""
+    """Bytes of the sidecar for each row."""
     shard: float
-    """What each shard costs besides: ends and footers of its two files."""
+    """Bytes for each shard besides: ends and footers of its two files."""
 
     def bytes(self, inputs: float, shards: float) -> float:
+        """Bytes of all shards of a source together."""
         return inputs * (self.out * self.sample + self.row) + shards * self.shard
 
 
@@ -54,21 +55,23 @@ class Pace:
     """What an input costs a stage, in seconds of one worker."""
 
     shards: int
+    """How many were read to learn it."""
     seconds: float
     """By the clock. Of ingest the mean, with all waits for servers; of others the median of the shards, because the
     first ones of a short build compete with models that are being loaded."""
     unit_seconds: float
-    """Of ingest, for each unit besides: until its first input is there, which for a file is the way to this machine."""
+    """Of ingest, for each unit besides: until its first input has come; for a file that is its download."""
     cpu_seconds: float
-    """Of processors; without a note of it in the commits all of the time."""
+    """Of processors; all of the time where the commits do not say it."""
     model_share: float
     """The part of the time that was the model's."""
     devices: frozenset[str]
     """What the stage worked with: `cpu`, or GPUs' names; empty where the commits do not say it."""
     has_cpu: bool
+    """The commits say the CPU seconds."""
 
 
-class Earlier:
+class PastBuild:
     """A corpus to learn from.
 
     Raises:
@@ -87,19 +90,19 @@ class Earlier:
         return sorted(self.corpus.sources())
 
     @cached_property
-    def columns(self) -> dict[str, Any]:
+    def columns(self) -> dict[str, Declaration]:
         return self.corpus.columns()
 
-    def size(self, column: str, source: str) -> Size | None:
-        """Of a column; None if it was not built of this source."""
-        commits = self._of(column, source)
+    def size(self, column: str, source: str) -> ShardSize | None:
+        """Learn the size of a column's shards; None if it was not built of this source."""
+        commits = self._commits_of(column, source)
         inputs, out = (sum(commit.counts[what] for commit in commits) for what in ("in", "out"))
         if not inputs:
             return None
         footer, tar = self._footer(max(commits, key=lambda c: c.counts["in"])), column_kind(column) == "tar"
         sidecars = sum(commit.sidecar.size for commit in commits) - len(commits) * footer
         objects = sum(commit.object.size for commit in commits) - len(commits) * TAR_END if tar else 0
-        return Size(
+        return ShardSize(
             shards=len(commits),
             out=out / inputs,
             sample=max(objects, 0) / max(out, 1),
@@ -108,14 +111,14 @@ class Earlier:
         )
 
     def pace(self, columns: Sequence[str], source: str) -> Pace | None:
-        """Of the stage that makes these columns together; None if it has not made them all.
+        """Learn the pace of the stage that makes these columns together; None if it has not made them all.
 
-        Of another source's shards if there are none of this one's, but for ingest: images differ, and so do servers.
+        Without shards of this source those of others count, but not for ingest: images differ, and so do servers.
         """
-        sources = [source] if IMAGES in columns or self._of(IMAGES, source) else self.sources
+        sources = [source] if IMAGES in columns or self._commits_of(IMAGES, source) else self.sources
         by_shard: dict[str, list[Commit]] = {}
         for column in columns:
-            if not (commits := [commit for name in sources for commit in self._of(column, name)]):
+            if not (commits := [commit for name in sources for commit in self._commits_of(column, name)]):
                 return None
             for commit in commits:
                 by_shard.setdefault(f"{commit.source}/{commit.shard}", []).append(commit)
@@ -141,31 +144,31 @@ class Earlier:
         )
 
     def inputs_of_a_unit(self, source: str) -> float | None:
-        """The mean; None if none of the source is complete, or if only a part of each was taken (`limit`)."""
-        if source not in self.sources or "limit" in self.corpus.source(source).stage:
+        """Mean number of inputs of a unit; None if no unit is complete, or if only a part was taken (`limit`)."""
+        if source not in self.sources or "limit" in self.corpus.source(source).made_by:
             return None
         units = self._units_of(source)
         return sum(unit.inputs for unit in units) / len(units) if units else None
 
     def words(self, column: str, source: str) -> float | None:
-        """The mean number of words of a caption of a captions column; None if it was not built of this source."""
-        commits = self._of(column, source)
+        """Mean number of words of a caption; None if the captions column was not built of this source."""
+        commits = self._commits_of(column, source)
         counts = [n for c in commits[:8] for n in self.corpus.sidecar(c)["tokens"].to_pylist() if n is not None]
         return sum(counts) / len(counts) if counts else None
 
     def otherwise(self, config: BuildConfig) -> dict[str, str]:
-        """The columns of a config that this corpus has under the same name and made otherwise, and what differs."""
-        found = {}
+        """Find columns that this corpus made with other options than the config, and the first that differs."""
+        notes = {}
         for source in self.sources:
-            made = self.corpus.source(source).stage.get("images")
+            made = self.corpus.source(source).made_by.get("images")
             if isinstance(made, dict) and (note := _differs(made, ingest_stage(config.images))):
-                found[IMAGES] = f"images.{note}"
+                notes[IMAGES] = f"images.{note}"
         for name, options in config.columns.items():
             if name in self.columns:
-                made, asked = self.columns[name].stage, {}
+                made, asked = self.columns[name].made_by, {}
                 if isinstance(options, LatentsColumn):
                     asked = options.model_dump()
-                if isinstance(options, TextColumn):  # whose declaration leaves out what is usual
+                if isinstance(options, TextColumn):  # whose declaration leaves out defaults
                     asked = options.model_dump(include={"encoder", "storage", "trim"})
                     made = {"storage": "float16", "trim": "trim" in (made.get("model") or {}), **made}
                 if isinstance(options, CaptionsColumn) and options.field is not None:
@@ -176,12 +179,12 @@ class Earlier:
                     asked = {"name": options.model}
                 asked.pop("revision", None)  # another one has the same shapes
                 if note := _differs(made, asked):
-                    found[name] = note
-        return found
+                    notes[name] = note
+        return notes
 
     # -- commits -------------------------------------------------------------------------------------------------------
 
-    def _of(self, column: str, source: str) -> list[Commit]:
+    def _commits_of(self, column: str, source: str) -> list[Commit]:
         if (column, source) not in self._commits:
             listed = spread([(shard, number) for (_, shard), number in self._listed(column, source)])
             read = threaded(lambda item: self.corpus.commit(column, source, *item), listed)
@@ -194,30 +197,31 @@ class Earlier:
             self._units[source] = list(threaded(lambda item: self.corpus.unit(source, *item), listed))
         return self._units[source]
 
-    def _listed(self, column: str, source: str) -> list[tuple[tuple[str, str], int]]:
+    def _listed(self, column: str, source: str) -> list[tuple[ShardId, int]]:
         return sorted(self.corpus.committed(column, source).items())
 
     def _footer(self, commit: Commit) -> float:
-        """Bytes that a sidecar costs beside its rows: what one more of them would come to, were it cut in two."""
+        """Measure the bytes of a sidecar beside its rows: how many more it has if it is cut in two."""
         table = self.corpus.sidecar(commit)
         half = len(table) // 2
         return max(_written(table[:half]) + _written(table[half:]) - _written(table), 0.0)
 
 
 def spread(items: Sequence[T], most: int = MOST) -> list[T]:
-    """At most so many of the items, evenly spread, the first among them."""
+    """Take up to `most` items, evenly spaced, including the first."""
     step = max(len(items) / most, 1.0)
     return [items[int(i * step)] for i in range(min(len(items), most))]
 
 
 def _written(table: pa.Table) -> int:
+    """Bytes of the table as a parquet file."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.tell()
 
 
-def _differs(made: dict[str, Any], asked: dict[str, Any]) -> str:
-    """The first option that was another one; empty if none was."""
+def _differs(made: Mapping[str, object], asked: Mapping[str, object]) -> str:
+    """Name the first option that differs, with both values; empty if none does."""
     for name, value in asked.items():
         if made.get(name) != value:
             return f"{name} was {made.get(name)!r}, is {value!r}"

@@ -1,4 +1,4 @@
-"""What is known of models and machines beside a build of one's own: shapes, work, GPUs, and the measured table.
+"""Known figures of models and machines: shapes, arithmetic work, GPUs, and the table of measured rates.
 
 `rates.json` is that table. An entry is one figure of one benchmark: `stage` (`ingest`, `captions`, `scores`, `latents`,
 `text`), `model` and `resolutions` (all that are made together) where it has them, `device` (`cpu`, or a kind of
@@ -20,7 +20,7 @@ from microdit.pipeline.config.block import Options
 
 CPU = "cpu"
 UTILISATION = 0.5
-"""The part of a GPU's peak that arithmetic takes a model to reach: assumed, nowhere measured."""
+"""The part of a GPU's peak that a model is assumed to reach in estimates by arithmetic; not measured."""
 
 
 class Rate(Options):
@@ -38,20 +38,24 @@ class Rate(Options):
 
     @property
     def origin(self) -> str:
+        """Where the figure comes from, in words."""
         note = f", {self.note}" if self.note else ""
         return f"measured table: `{self.command}`, {self.machine}{note}, {self.date}"
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU: dense bfloat16 TFLOP/s of its data sheet, and the price of an hour that a plan assumes."""
+    """A kind of GPU."""
 
     tflops: float
+    """Dense bfloat16 TFLOP/s of its data sheet."""
     price: float | None = None
+    """Dollars of an hour that an estimate assumes,"""
     why: str = ""
+    """and their source."""
 
 
-# Prices are what others report to have paid, no quotes.
+# Prices are reported by others, no quotes.
 GPUS = {
     "a100": Gpu(312),
     "h100": Gpu(989, 3.75, "what the paper's authors count for an hour of theirs, 2024"),
@@ -62,19 +66,22 @@ GPUS = {
 }
 
 
-# channels, and pixels of an image's side for one of the latents'
+# channels, and the factor by which the sides are reduced
 AUTOENCODERS = {"demo": (4, 8), "sdxl": (4, 8), "sdxl-fp16-fix": (4, 8), "ostris": (16, 8), "flux2": (128, 16)}
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A text encoder: width of a token, the most tokens that it keeps; billions of weights that each token meets."""
+    """A text encoder."""
 
     width: int
+    """Of a token."""
     tokens: int
+    """Of a caption, at most."""
     always: bool = False
     """Every caption has so many tokens."""
     weights: float | None = None
+    """Billions of weights that each token is multiplied with."""
 
 
 ENCODERS = {
@@ -89,25 +96,26 @@ ENCODERS = {
 }
 
 
-# of encoding one image, in TFLOP, by resolution
+# TFLOP of encoding one image, by resolution
 AUTOENCODER_TFLOP = {"sdxl": {256: 0.273, 512: 1.117}, "sdxl-fp16-fix": {256: 0.273, 512: 1.117}}
 
 
 @cache
 def table() -> tuple[Rate, ...]:
-    found = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-    return tuple(TypeAdapter(list[Rate]).validate_python(found))
+    """Read the measured table."""
+    entries = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+    return tuple(TypeAdapter(list[Rate]).validate_python(entries))
 
 
 def measured(stage: str, device: str, model: str = "", resolutions: Sequence[int] = ()) -> Rate | None:
-    """The newest figure for just this."""
-    asked = (stage, device, model, sorted(resolutions))
-    found = [rate for rate in table() if (rate.stage, rate.device, rate.model, sorted(rate.resolutions)) == asked]
-    return max(found, key=lambda rate: rate.date, default=None)
+    """Find the newest figure of exactly these; None if nobody measured it."""
+    key = (stage, device, model, sorted(resolutions))
+    matching = [rate for rate in table() if (rate.stage, rate.device, rate.model, sorted(rate.resolutions)) == key]
+    return max(matching, key=lambda rate: rate.date, default=None)
 
 
 def gpu_kind(name: str) -> str:
-    """A kind of the table by what a user calls it.
+    """Find the kind of GPU by a user's name for it.
 
     Raises:
         RequestError: it is not known.
@@ -119,6 +127,6 @@ def gpu_kind(name: str) -> str:
 
 
 def is_kind(device: str, kind: str) -> bool:
-    """Whether a device's own name (`NVIDIA H100 80GB HBM3`) is of a kind."""
+    """Match a device's own name (`NVIDIA H100 80GB HBM3`) with a kind."""
     name = re.sub(r"(?<=[a-z])(?=\d)", "[ -]?", kind)
     return re.search(rf"(?<![a-z0-9]){name}(?![a-z0-9])", device.lower()) is not None

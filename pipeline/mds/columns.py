@@ -1,4 +1,4 @@
-"""The columns of the official micro_diffusion code in MDS, and what becomes of them in a corpus.
+"""The columns of the official micro_diffusion code in MDS, and the columns of a corpus that they become.
 
 caption           captions/<name>              str
 caption_latents   text/<encoder>@<captions>    float16 (1, tokens, width), as bytes
@@ -31,14 +31,14 @@ ENCODINGS = {CAPTION: ("str",), PICTURE: ("jpeg", "png", "bytes")}  # of all oth
 DOWNSAMPLE = 8  # of every autoencoder that the official code knows
 BY_CHANNELS = {4: "sdxl", 16: "ostris"}
 CHANNELS = {"sdxl": 4, "sdxl-fp16-fix": 4, "ostris": 16}
-PICTURES = ImageOptions(min_side=1, max_side=None)  # as they are: somebody else has chosen and resized them
+PICTURES = ImageOptions(min_side=1, max_side=None)  # as they are: they were chosen and resized before
 
 
 @dataclass(frozen=True)
 class Naming:
-    """What the files do not say.
+    """Names and models of a conversion, which the MDS files do not say.
 
-    source, captions: names of the source and of the captions column. autoencoder: None tells it by the channels.
+    source, captions: names of the source and of the captions column. autoencoder: None infers it from the channels.
     text_shape: tokens and width of a caption's embedding. as_built: declare the columns as `microdit build` does, so
     that it can add to them; that asks the hub (or its cache) for the models' configs.
     """
@@ -53,7 +53,7 @@ class Naming:
 
 @dataclass(frozen=True)
 class Arrays:
-    """A column of arrays: the MDS column that it comes from, the shape, and the column that it hangs on."""
+    """A column of arrays: the MDS column that it comes from, the shape of a sample, and how it is declared."""
 
     field: str
     shape: tuple[int, ...]
@@ -62,7 +62,7 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Conversion:
-    """An MDS folder, read as far as its index and the first shard, and the columns that come of it."""
+    """An MDS folder, read as far as its index and the first shard, and the columns to make of it."""
 
     folder: Path
     naming: Naming
@@ -75,12 +75,18 @@ class Conversion:
 
     @property
     def columns(self) -> list[str]:
+        """The columns of the corpus, each after those that it is computed from."""
         return [IMAGES, self.captions.name, *self.arrays]
 
+    @property
+    def specs(self) -> dict[str, ColumnSpec]:
+        """How the columns but `images` are declared."""
+        return self.captions.columns | {column: array.spec for column, array in self.arrays.items()}
 
-# -- what there is ---------------------------------------------------------------------------------------------------
-def look(folder: Path, naming: Naming) -> Conversion:
-    """What can be made of an MDS folder.
+
+# -- planning a conversion -------------------------------------------------------------------------------------------
+def plan_conversion(folder: Path, naming: Naming) -> Conversion:
+    """Plan the columns of an MDS folder from its index and its first shard.
 
     Raises:
         RequestError: its index or columns are other than expected, or a name or a shape does not fit.
@@ -108,14 +114,14 @@ def look(folder: Path, naming: Naming) -> Conversion:
         column = f"latents/{last(autoencoder)}-{shape[1] * DOWNSAMPLE}"
         arrays[column] = Arrays(name, shape, _latents_spec(column, autoencoder, shape, naming))
     if len({array.shape[0] for array in arrays.values() if array.field != TEXT}) > 1:
-        found = {array.field: array.shape for array in arrays.values() if array.field != TEXT}
-        raise RequestError(f"{folder}: the latents have other channels at other resolutions: {found}")
+        shapes = {array.field: array.shape for array in arrays.values() if array.field != TEXT}
+        raise RequestError(f"{folder}: the latents have other channels at other resolutions: {shapes}")
     left_out = sorted({name for shard in shards for name in shard.columns} - set(taken))
     return Conversion(folder, naming, shards, PICTURE in taken, Captions(captions, CaptionsColumn()), arrays, left_out)
 
 
 def _check_columns(folder: Path, shards: Sequence[ShardInfo], taken: Sequence[str]) -> None:
-    """Every shard has the same columns, at least a caption and something with it, in encodings that are plain bytes."""
+    """Check that all shards have the same columns: captions and something with them, in encodings of plain bytes."""
     if CAPTION not in taken or len(taken) < 2:
         names = sorted({name for shard in shards for name in shard.columns})
         raise RequestError(
@@ -143,7 +149,7 @@ def _check_columns(folder: Path, shards: Sequence[ShardInfo], taken: Sequence[st
 
 
 def _sizes(folder: Path, shards: Sequence[ShardInfo], names: Sequence[str]) -> dict[str, int]:
-    """The usual size of each column in the first shard that can be read."""
+    """The commonest size in bytes of each column in the first shard that can be read."""
     if not names:
         return {}
     fault = ""
@@ -153,17 +159,17 @@ def _sizes(folder: Path, shards: Sequence[ShardInfo], names: Sequence[str]) -> d
             with open_shard(folder, shard) as file:
                 for i in range(shard.samples):
                     try:
-                        found = file.sizes(i)
+                        sizes = file.sizes(i)
                     except DamagedSample as error:
                         fault = fault or str(error)
                     else:
                         for name in names:
-                            counted[name][found[name]] += 1
+                            counted[name][sizes[name]] += 1
         except DamagedShard as error:
             fault = fault or str(error)
         else:
             if all(counted.values()):
-                return {name: sizes.most_common(1)[0][0] for name, sizes in counted.items()}
+                return {name: counts.most_common(1)[0][0] for name, counts in counted.items()}
     raise RequestError(f"{folder}: none of its {len(shards)} shards can be read; the first fault: {fault}")
 
 
@@ -177,7 +183,7 @@ def _check_text(size: int, naming: Naming) -> None:
 
 
 def _latent_shape(name: str, size: int, autoencoder: str | None) -> tuple[int, int, int]:
-    """(C, side, side) of a latents column, by its resolution and its size in bytes."""
+    """Infer (C, side, side) of a latents column from its resolution and its size in bytes."""
     match = LATENTS.fullmatch(name)
     assert match is not None
     side = int(match[1]) // DOWNSAMPLE
@@ -194,7 +200,7 @@ def _latent_shape(name: str, size: int, autoencoder: str | None) -> tuple[int, i
 
 
 def last(name: str) -> str:
-    """What a model is called in the name of a column: `owner/name` and folders by their last part."""
+    """Name a model in a column's name: `owner/name` and folders by their last part."""
     return name.rstrip("/").rpartition("/")[2]
 
 
@@ -204,7 +210,7 @@ def _latents_spec(column: str, autoencoder: str, shape: tuple[int, int, int], na
         from microdit.pipeline.stages.latents import Latents
 
         return Latents({column: options}, PICTURES.max_pixels, Resources()).columns[column]
-    # without `model`: which files made them nobody has noted, and so nobody can compare
+    # without `model`: nothing records which files made them, so there is nothing to compare
     return ColumnSpec(
         {"stage": "mds", "version": 1, "shape": list(shape), **options.model_dump()}, {"absmax": "float32"}, (IMAGES,)
     )
@@ -216,16 +222,16 @@ def _text_spec(column: str, captions: str, naming: Naming) -> ColumnSpec:
         from microdit.pipeline.stages.text import Text
 
         return Text(column, options, Resources().text_batch).columns[column]
-    stage = {"stage": "mds", "version": 1, "shape": list(naming.text_shape), "captions": captions}
-    stage |= options.model_dump()
-    return ColumnSpec(stage, {"tokens": "int32"}, (captions,))
+    made_by = {"stage": "mds", "version": 1, "shape": list(naming.text_shape), "captions": captions}
+    made_by |= options.model_dump()
+    return ColumnSpec(made_by, {"tokens": "int32"}, (captions,))
 
 
 def float16_array(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    """The float16 array of a `bytes` column, which says nothing of its shape.
+    """Read a `bytes` column, which does not hold its shape, as float16.
 
     Raises:
-        ValueError: there are more or fewer bytes.
+        ValueError: the number of bytes does not fit the shape.
     """
     if (wanted := 2 * math.prod(shape)) != len(data):
         raise ValueError(f"{len(data)} bytes; float16 {shape} has {wanted}")

@@ -8,7 +8,7 @@ names. A shard may be packed with zstd as a whole. The library itself needs an o
 no dependency; what is written here has the bytes that it writes (tests/data/mds).
 
 Nothing that is read is trusted: files lie below the folder, sizes are checked before anything is allocated, and values
-are bytes. What they hold is for the caller to say, who takes `pkl` for nothing.
+are bytes. Decoding them is left to the caller, who refuses `pkl`.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ class FileInfo(BaseModel):
 
 
 class ShardInfo(BaseModel):
-    """What the index says of a shard."""
+    """A shard's entry of the index."""
 
     version: Literal[2]
     format: Literal["mds"]
@@ -84,11 +84,11 @@ class ShardInfo(BaseModel):
 
     @property
     def columns(self) -> dict[str, str]:
-        """The encoding of each column."""
+        """Encoding by column."""
         return dict(zip(self.column_names, self.column_encodings, strict=True))
 
     def below(self, folder: str) -> "ShardInfo":
-        """The same, of an index one folder further up."""
+        """The same entry in the index of a folder that has this one's as its sub-folder `folder`."""
         moved = {
             name: info.model_copy(update={"basename": f"{folder}/{info.basename}"})
             for name in ("raw_data", "zip_data")
@@ -98,24 +98,24 @@ class ShardInfo(BaseModel):
 
 
 def is_mds(folder: Path) -> bool:
-    """Whether there is an index in the folder, or in one of its sub-folders."""
+    """Check for an index in the folder, or below it."""
     return folder.is_dir() and next(folder.rglob(INDEX), None) is not None
 
 
 def read_index(folder: Path) -> list[ShardInfo]:
-    """The shards of a folder, in the index's order. Without an index of its own: those of all folders below it.
+    """Read the shards of a folder, in the index's order; without an index of its own, those of all folders below it.
 
     Raises:
         RequestError: there is no index, it is damaged, or it lacks a folder below it that has one.
     """
-    there = sorted(path.parent.relative_to(folder) for path in folder.rglob(INDEX))
-    if not there:
+    indexed = sorted(path.parent.relative_to(folder) for path in folder.rglob(INDEX))
+    if not indexed:
         raise RequestError(f"{folder}: there is no {INDEX} in it, nor below it; expected a folder of MDS shards")
-    if there[0] != Path():
-        return [shard.below(where.as_posix()) for where in there for shard in _read_index(folder / where / INDEX)]
+    if indexed[0] != Path():
+        return [shard.below(where.as_posix()) for where in indexed for shard in _read_index(folder / where / INDEX)]
     shards = _read_index(folder / INDEX)
     named = {PurePosixPath(shard.raw_data.basename).parent.as_posix() for shard in shards}
-    for where in there[1:]:
+    for where in indexed[1:]:
         if where.as_posix() not in named and _read_index(folder / where / INDEX):
             raise RequestError(
                 f"{folder / INDEX} names no shard of {where}, which has an index of its own: merge the indexes again, "
@@ -128,10 +128,10 @@ def _read_index(path: Path) -> list[ShardInfo]:
     try:
         if (size := path.stat().st_size) > MOST_INDEX:
             raise ValueError(f"{size} bytes, at most {MOST_INDEX} are read")
-        found = json.loads(path.read_bytes())
-        if not isinstance(found, dict) or found.get("version") != 2 or not isinstance(found.get("shards"), list):
+        index = json.loads(path.read_bytes())
+        if not isinstance(index, dict) or index.get("version") != 2 or not isinstance(index.get("shards"), list):
             raise ValueError("it is no object with version 2 and a list of shards")
-        return [ShardInfo.model_validate(shard) for shard in found["shards"]]
+        return [ShardInfo.model_validate(shard) for shard in index["shards"]]
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"])) or "a shard"
@@ -141,8 +141,8 @@ def _read_index(path: Path) -> list[ShardInfo]:
 
 
 # -- reading a shard -------------------------------------------------------------------------------------------------
-class Shard:
-    """A shard that is open. Made by `open_shard`."""
+class MdsShard:
+    """An open shard. Made by `open_shard`."""
 
     def __init__(self, file: BinaryIO, info: ShardInfo):
         self.info, self._file, self._size = info, file, info.raw_data.bytes
@@ -156,10 +156,10 @@ class Shard:
         self._start, self._offsets = start, head[1:]
 
     def sizes(self, i: int) -> dict[str, int]:
-        """Bytes of each column of sample i.
+        """Read the size in bytes of each column of sample i.
 
         Raises:
-            DamagedSample: the sample's place or its sizes do not fit.
+            DamagedSample: the sample's offsets or its sizes do not fit.
         """
         begin, end = (int(offset) for offset in self._offsets[i : i + 2])
         head = 4 * len(self._dynamic)
@@ -170,12 +170,12 @@ class Shard:
         sizes = [int(size or 0) for size in self.info.column_sizes]
         for column, size in zip(self._dynamic, np.frombuffer(self._read(begin, head), UINT32).tolist(), strict=True):
             sizes[column] = size
-        if (told := head + sum(sizes)) != end - begin:
-            raise DamagedSample(f"sample {i} has {end - begin} bytes, its columns tell of {told}")
+        if (wanted := head + sum(sizes)) != end - begin:
+            raise DamagedSample(f"sample {i} has {end - begin} bytes, its columns tell of {wanted}")
         return dict(zip(self.info.column_names, sizes, strict=True))
 
     def read(self, i: int, columns: Sequence[str]) -> list[bytes]:
-        """Some columns of sample i, as bytes.
+        """Read some columns of sample i, as bytes.
 
         Raises:
             DamagedSample: as `sizes` does.
@@ -183,11 +183,11 @@ class Shard:
         """
         sizes = self.sizes(i)
         at = int(self._offsets[i]) + 4 * len(self._dynamic)
-        places = {}
+        offsets = {}
         for name, size in sizes.items():
-            places[name] = at
+            offsets[name] = at
             at += size
-        return [self._read(places[name], sizes[name]) for name in columns]
+        return [self._read(offsets[name], sizes[name]) for name in columns]
 
     def _read(self, offset: int, size: int) -> bytes:
         try:
@@ -200,8 +200,8 @@ class Shard:
 
 
 @contextmanager
-def open_shard(folder: Path, info: ShardInfo) -> Iterator[Shard]:
-    """A shard, its sizes and hashes checked. A packed one is unpacked into a temporary file.
+def open_shard(folder: Path, info: ShardInfo) -> Iterator[MdsShard]:
+    """Open a shard and check its size and hashes. A packed one is unpacked into a temporary file.
 
     Raises:
         DamagedShard: the message names the file, and says what is wrong.
@@ -221,23 +221,23 @@ def open_shard(folder: Path, info: ShardInfo) -> Iterator[Shard]:
                 raise DamagedShard(f"it has {size} bytes, the index says {info_of_file.bytes}")
             _check_hashes(file, info_of_file)
             if info_of_file is raw:
-                yield Shard(file, info)
+                yield MdsShard(file, info)
                 return
             with tempfile.TemporaryFile() as unpacked:
                 _unpack(path, info, unpacked)
                 _check_hashes(unpacked, raw)
-                yield Shard(unpacked, info)
+                yield MdsShard(unpacked, info)
     except DamagedShard as error:
         raise DamagedShard(f"{info_of_file.basename}: {error}") from error
 
 
 def _unpack(path: Path, info: ShardInfo, target: BinaryIO) -> None:
-    """No byte more than the index says is taken of what a packed file holds."""
+    """Unpack a packed file, and never more bytes than the index says."""
     if (info.compression or "").partition(":")[0] != "zstd":
         raise DamagedShard(f"it is packed with {info.compression!r}; only zstd is read, unpack it beside it")
     left = info.raw_data.bytes
     with pa.CompressedInputStream(pa.OSFile(str(path)), "zstd") as stream:
-        while block := _block(stream, min(BLOCK, left + 1)):
+        while block := _read_block(stream, min(BLOCK, left + 1)):
             left -= len(block)
             if left < 0:
                 raise DamagedShard(f"unpacked it has more than the {info.raw_data.bytes} bytes of the index")
@@ -247,7 +247,7 @@ def _unpack(path: Path, info: ShardInfo, target: BinaryIO) -> None:
     target.flush()
 
 
-def _block(file: Any, size: int) -> bytes:
+def _read_block(file: Any, size: int) -> bytes:
     try:
         data: bytes = file.read(size)
     except (OSError, pa.ArrowException) as error:
@@ -256,20 +256,20 @@ def _block(file: Any, size: int) -> bytes:
 
 
 def _check_hashes(file: BinaryIO, info: FileInfo) -> None:
-    found = {name: make() for name in info.hashes if (make := hasher(name)) is not None}
-    if not found:
+    digests = {name: make() for name in info.hashes if (make := hasher(name)) is not None}
+    if not digests:
         return
     file.seek(0)
-    while block := _block(file, BLOCK):
-        for digest in found.values():
+    while block := _read_block(file, BLOCK):
+        for digest in digests.values():
             digest.update(block)
-    for name, digest in found.items():
+    for name, digest in digests.items():
         if digest.hexdigest() != info.hashes[name].lower():
             raise DamagedShard(f"its {name} is {digest.hexdigest()}, the index says {info.hashes[name]}")
 
 
 def hasher(name: str) -> Callable[[], Any] | None:
-    """What makes a hash of that name; None if it cannot be made here (xxhash is there where `datasets` is)."""
+    """A constructor of the hash of that name; None if it is not available (xxhash comes with `datasets`)."""
     if name in hashlib.algorithms_guaranteed and not name.startswith("shake_"):
         return lambda: hashlib.new(name)
     try:
@@ -281,13 +281,13 @@ def hasher(name: str) -> Callable[[], Any] | None:
 
 # -- writing ---------------------------------------------------------------------------------------------------------
 class MdsWriter:
-    """Writes shards `shard.00000.mds`, ... into a folder that is there; `close` adds the index.
+    """Write shards `shard.00000.mds`, ... into an existing folder; `close` adds the index.
 
     Args:
         columns: encoding by name, of no fixed size: `str`, `bytes`, `jpeg`.
         compression: None or `zstd`.
         hashes: names of hashlib, in alphabetical order.
-        size_limit: bytes of a shard that are not exceeded, but by one sample that is larger.
+        size_limit: bytes of a shard at most; only a shard of one sample may be larger.
     """
 
     def __init__(
@@ -298,7 +298,7 @@ class MdsWriter:
         hashes: Sequence[str] = (),
         size_limit: int = SIZE_LIMIT,
     ):
-        self.folder, self._hashes = folder, list(hashes)
+        self.folder, self._hashes, self._size_limit = folder, list(hashes), size_limit
         self._names = sorted(columns)
         self._config = {
             "version": 2,
@@ -328,7 +328,7 @@ class MdsWriter:
         if (most := size + len(self._head) + 12) >= 2**32:
             raise ValueError(f"a sample of {size} bytes makes a shard of {most}; expected less than {2**32}")
         data = np.array([len(value) for value in values], UINT32).tobytes() + b"".join(values)
-        if self._samples and self._size() + len(data) + 4 > self._config["size_limit"]:  # type: ignore[operator]
+        if self._samples and self._size() + len(data) + 4 > self._size_limit:
             self._flush()
         self._samples.append(data)
         self._bytes += len(data)
@@ -338,9 +338,10 @@ class MdsWriter:
         if self._samples:
             self._flush()
         index = json.dumps({"version": 2, "shards": self._shards}, sort_keys=True).encode()
-        _write(self.folder / INDEX, [index])
+        _write_durably(self.folder / INDEX, [index])
 
     def _size(self) -> int:
+        """Bytes of the shard that the samples so far would make."""
         return 8 + 4 * len(self._samples) + len(self._head) + self._bytes
 
     def _flush(self) -> None:
@@ -349,28 +350,28 @@ class MdsWriter:
         offsets = np.cumsum([start, *sizes]).astype(UINT32)
         parts = [np.array([len(sizes)], UINT32).tobytes(), offsets.tobytes(), self._head, *self._samples]
         name = f"shard.{len(self._shards):05}.mds"
-        entry = {**self._config, "samples": len(sizes), "raw_data": self._about(name, parts), "zip_data": None}
+        entry = {**self._config, "samples": len(sizes), "raw_data": self._file_info(name, parts), "zip_data": None}
         if self._config["compression"]:
             name += ".zstd"
             packed = pa.Codec("zstd", compression_level=3).compress(b"".join(parts), asbytes=True)
             parts = [packed]
-            entry["zip_data"] = self._about(name, parts)
-        _write(self.folder / name, parts)
+            entry["zip_data"] = self._file_info(name, parts)
+        _write_durably(self.folder / name, parts)
         self._shards.append(entry)
         self._samples, self._bytes = [], 0
 
-    def _about(self, name: str, parts: Sequence[bytes]) -> dict[str, Any]:
+    def _file_info(self, name: str, parts: Sequence[bytes]) -> dict[str, Any]:
         hashes = {}
         for algorithm in self._hashes:
             digest = hashlib.new(algorithm)
             for part in parts:
                 digest.update(part)
             hashes[algorithm] = digest.hexdigest()
-        return {"basename": name, "bytes": sum(map(len, parts)), "hashes": hashes}
+        return FileInfo(basename=name, bytes=sum(map(len, parts)), hashes=hashes).model_dump()
 
 
 def merged_index(folder: Path, parts: Sequence[str]) -> bytes:
-    """The index of a folder whose sub-folders have one each."""
+    """Merge the indexes of a folder's sub-folders into the folder's own."""
     shards = []
     for part in parts:
         for shard in json.loads((folder / part / INDEX).read_bytes())["shards"]:
@@ -381,8 +382,8 @@ def merged_index(folder: Path, parts: Sequence[str]) -> bytes:
     return json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode()
 
 
-def _write(path: Path, parts: Sequence[bytes]) -> None:
-    """A file whose bytes are on the disk when this returns."""
+def _write_durably(path: Path, parts: Sequence[bytes]) -> None:
+    """Write a new file; its bytes are on the disk when this returns."""
     with path.open("xb") as file:
         file.writelines(parts)
         file.flush()

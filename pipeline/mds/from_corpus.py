@@ -24,14 +24,16 @@ import numpy as np
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.fail_points import fail_point
-from microdit.pipeline.base.progress import Line, Progress, Snapshot, Tally
+from microdit.pipeline.base.progress import Progress
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.arrays import array_from_bytes
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import IMAGES
-from microdit.pipeline.corpus.records import Commit, canonical
+from microdit.pipeline.corpus.names import IMAGES, ShardId
+from microdit.pipeline.corpus.records import Commit, Declaration, canonical
 from microdit.pipeline.mds.columns import CAPTION, DOWNSAMPLE, TEXT
 from microdit.pipeline.mds.format import INDEX, SIZE_LIMIT, MdsWriter, merged_index
+from microdit.pipeline.mds.progress import ConversionProgress
+from microdit.pipeline.mds.summary import ExportSummary
 from microdit.pipeline.selection.selections import load_selection
 from microdit.pipeline.storage.disk import sync
 from microdit.pipeline.storage.store import open_store
@@ -40,23 +42,24 @@ from microdit.pipeline.tables.commit_table import commit_table, totals
 REQUEST, COUNTS = "convert.json", "counts.json"
 UNFINISHED = ".unfinished-"
 HASHES = ("sha256",)
-Where = tuple[str, str]  # source and shard
 
 
 @dataclass(frozen=True)
 class Export:
-    """What is written: columns of the corpus by their MDS names, the commits, and the rows of each shard.
-
-    fields: MDS name to column of arrays; shapes: of each of them. rows: None for all of them. shards: in order.
-    """
+    """The part of a corpus that is written."""
 
     corpus: Corpus
     captions: str
     fields: dict[str, str]
+    """MDS column to column of arrays."""
     shapes: dict[str, tuple[int, ...]]
-    commits: dict[str, dict[Where, Commit]]
-    shards: list[Where]
-    rows: dict[Where, np.ndarray] | None
+    """MDS column to the shape of a sample's array."""
+    commits: dict[str, dict[ShardId, Commit]]
+    """By column."""
+    shards: list[ShardId]
+    """In the order of the MDS index."""
+    rows: dict[ShardId, np.ndarray] | None
+    """The rows of each shard; None for all of them."""
     compression: Literal["zstd"] | None
 
     @property
@@ -65,8 +68,38 @@ class Export:
         return [IMAGES, self.captions, *self.fields.values()]
 
 
-# -- what there is ---------------------------------------------------------------------------------------------------
-def look(
+@dataclass(frozen=True)
+class ShardCounts:
+    """Samples of one shard: `inputs` = `out` + those that were `left_out`; MDS shards, and their `size` in bytes."""
+
+    inputs: int
+    out: int
+    left_out: Mapping[str, int]
+    """By the column and reason for it."""
+    mds_shards: int
+    size: int
+
+    def to_bytes(self) -> bytes:
+        """Encode as `counts.json`."""
+        return canonical(
+            {
+                "in": self.inputs,
+                "out": self.out,
+                "left_out": self.left_out,
+                "mds_shards": self.mds_shards,
+                "bytes": self.size,
+            }
+        )
+
+    @classmethod
+    def parse(cls, data: bytes) -> "ShardCounts":
+        """Decode `counts.json`."""
+        counts = json.loads(data)
+        return cls(counts["in"], counts["out"], counts["left_out"], counts["mds_shards"], counts["bytes"])
+
+
+# -- planning an export ----------------------------------------------------------------------------------------------
+def plan_export(
     corpus: Corpus,
     *,
     selection: str | None = None,
@@ -75,7 +108,7 @@ def look(
     text_shape: tuple[int, int] = (77, 1024),
     compression: Literal["zstd"] | None = None,
 ) -> Export:
-    """What to write of a corpus.
+    """Choose the columns, shards and rows of a corpus to write.
 
     Args:
         selection: `name` or `name@hash`; None takes every sample.
@@ -87,13 +120,13 @@ def look(
             read.
     """
     declared = corpus.columns()
-    fields = {TEXT: _choose_text(declared, text)} | _choose_latents(corpus, declared, latents)
+    fields = {TEXT: _choose_text(declared, text)} | _choose_latents(declared, latents)
     captions = f"captions/{fields[TEXT].partition('@')[2]}"
     used = [IMAGES, captions, *fields.values()]
-    found = totals(commit_table(corpus))
+    counted = totals(commit_table(corpus))
     for column in used:
         corpus.column(column)
-        if stale := sum(there.stale for (name, _), there in found.items() if name == column):
+        if stale := sum(counts.stale for (name, _), counts in counted.items() if name == column):
             raise RequestError(
                 f"column {column}: {stale} shards were made from what was made anew since; `microdit build --repair` "
                 "makes them again"
@@ -109,7 +142,7 @@ def look(
             "--text-shape that you train with"
         )
     for name, column in fields.items():
-        side = 0 if name == TEXT else int(corpus.column(column).stage["resolution"]) // DOWNSAMPLE
+        side = 0 if name == TEXT else int(corpus.column(column).made_by["resolution"]) // DOWNSAMPLE
         if side and (len(shapes[name]) != 3 or shapes[name][1:] != (side, side)):
             raise RequestError(
                 f"column {column} has latents of {shapes[name]}, but the official trainer takes (channels, {side}, "
@@ -118,51 +151,53 @@ def look(
     return Export(corpus, captions, fields, shapes, commits, shards, rows, compression)
 
 
-def _choose_text(declared: Mapping[str, Any], text: str | None) -> str:
-    there = sorted(column for column in declared if column.startswith("text/"))
-    chosen = [text] if text else there
-    if len(chosen) != 1 or chosen[0] not in there:
+def _choose_text(declared: Mapping[str, Declaration], text: str | None) -> str:
+    available = sorted(column for column in declared if column.startswith("text/"))
+    chosen = [text] if text else available
+    if len(chosen) != 1 or chosen[0] not in available:
         what = f"--text {text}: there is no such column" if text else "--text: say which text the samples get"
-        raise RequestError(f"{what}; the corpus has {', '.join(there) or 'no text column'}")
+        raise RequestError(f"{what}; the corpus has {', '.join(available) or 'no text column'}")
     return chosen[0]
 
 
-def _choose_latents(corpus: Corpus, declared: Mapping[str, Any], latents: Sequence[str]) -> dict[str, str]:
-    """MDS name to column."""
-    there = sorted(column for column in declared if column.startswith("latents/"))
-    if unknown := sorted(set(latents) - set(there)):
-        raise RequestError(f"--latents {unknown[0]}: there is no such column; the corpus has {', '.join(there)}")
+def _choose_latents(declared: Mapping[str, Declaration], latents: Sequence[str]) -> dict[str, str]:
+    """Choose the columns of latents, by their MDS names."""
+    available = sorted(column for column in declared if column.startswith("latents/"))
+    if unknown := sorted(set(latents) - set(available)):
+        raise RequestError(f"--latents {unknown[0]}: there is no such column; the corpus has {', '.join(available)}")
     fields: dict[str, str] = {}
-    makers = set()
-    for column in latents or there:
-        stage = corpus.column(column).stage
-        if not isinstance(stage.get("resolution"), int):
+    autoencoders = set()
+    for column in latents or available:
+        made_by = declared[column].made_by
+        if not isinstance(made_by.get("resolution"), int):
             raise RequestError(f"column {column}: its declaration says no resolution, so it cannot be named for MDS")
-        fields.setdefault(f"latents_{stage['resolution']}", column)
-        makers.add(str(stage.get("autoencoder")))
-    if not fields or len(fields) < len(set(latents or there)) or len(makers) > 1:
+        fields.setdefault(f"latents_{made_by['resolution']}", column)
+        autoencoders.add(str(made_by.get("autoencoder")))
+    if not fields or len(fields) < len(set(latents or available)) or len(autoencoders) > 1:
         raise RequestError(
             "--latents: say which latents the samples get, of one autoencoder, at most one of each resolution; the "
-            f"corpus has {', '.join(there) or 'none'}"
+            f"corpus has {', '.join(available) or 'none'}"
         )
     return dict(sorted(fields.items(), key=lambda item: (len(item[0]), item[0])))
 
 
-def _selected(corpus: Corpus, selection: str) -> dict[Where, np.ndarray]:
-    """The rows of a selection by source and shard."""
+def _selected(corpus: Corpus, selection: str) -> dict[ShardId, np.ndarray]:
+    """Read the rows of a selection by shard."""
     table = load_selection(corpus, selection)
     if len(table) and (table["weight"].to_numpy() != 1).any():
         raise RequestError(f"selection {selection} has weights, which MDS has no place for; select without weights")
     grouped = table.group_by(["source", "shard"], use_threads=False).aggregate([("row", "list")])
-    where = zip(grouped["source"].to_pylist(), grouped["shard"].to_pylist(), strict=True)
-    return {place: rows.values.to_numpy() for place, rows in zip(where, grouped["row_list"], strict=True)}
+    shard_ids = zip(grouped["source"].to_pylist(), grouped["shard"].to_pylist(), strict=True)
+    return {shard_id: rows.values.to_numpy() for shard_id, rows in zip(shard_ids, grouped["row_list"], strict=True)}
 
 
-def _shape(corpus: Corpus, column: str, commits: Mapping[Where, Commit], shards: Sequence[Where]) -> tuple[int, ...]:
-    """The shape of the first array of a column."""
-    for where in shards:
-        if where in commits and commits[where].counts["out"]:
-            commit = commits[where]
+def _shape(
+    corpus: Corpus, column: str, commits: Mapping[ShardId, Commit], shards: Sequence[ShardId]
+) -> tuple[int, ...]:
+    """Read the shape of the first array of a column."""
+    for shard_id in shards:
+        if shard_id in commits and commits[shard_id].counts["out"]:
+            commit = commits[shard_id]
             line = next(line for line in corpus.sidecar(commit).to_pylist() if line["status"] == "ok")
             data = corpus.store.get_range(commit.object.name, line["offset"], line["size"])
             return _array(commit, line["row"], data).shape
@@ -179,17 +214,12 @@ def _array(commit: Commit, row: int, data: bytes) -> np.ndarray:
         ) from error
 
 
-# -- the folder ------------------------------------------------------------------------------------------------------
-def to_mds(export: Export, folder: Path, threads: int = 4, progress: Progress | None = None) -> dict[str, Any]:
+# -- writing the folder ----------------------------------------------------------------------------------------------
+def to_mds(export: Export, folder: Path, threads: int = 4, progress: Progress | None = None) -> ExportSummary:
     """Write the folder, or go on with it.
 
     Args:
         threads: shards at a time; each holds up to 256 MiB.
-
-    Returns:
-        dict: `corpus`, `folder`; `columns`: where each MDS column comes from; `shards` of the corpus, `mds_shards`;
-        `in` samples, `out` of them written, `left_out`: why the others are not, with in = out + left out; `written`:
-        samples of this run; `seconds`; `exit_status`: 1 if there is no sample in the folder.
 
     Raises:
         RequestError: the folder has something else in it, another run writes to it, or an object of the corpus is
@@ -199,68 +229,41 @@ def to_mds(export: Export, folder: Path, threads: int = 4, progress: Progress | 
         return _go_on(export, folder, threads, progress)
 
 
-def _go_on(export: Export, folder: Path, threads: int, progress: Progress | None) -> dict[str, Any]:
+def _go_on(export: Export, folder: Path, threads: int, progress: Progress | None) -> ExportSummary:
+    """Write the shards that are not in the folder yet, then the index, and add up the counts of all."""
     began = time.monotonic()
     names = [shard for _, shard in export.shards]
-    todo = [where for where in export.shards if not (folder / where[1]).is_dir()]
-    tally = Tally()
-
-    def report() -> None:
-        rates, done = tally.rates(), len(names) - len(todo) + tally.jobs
-        line = Line("convert", "shards", done, len(names), running=min(threads, len(names) - done), workers=threads)
-        line.samples, line.failed, line.rate, line.bytes_rate = tally.samples, tally.failed, rates.samples, rates.bytes
-        line.left = (len(names) - done) / rates.jobs if rates.jobs else None
-        if progress is not None:
-            progress(Snapshot(time.monotonic() - began, [line]))
-
-    tally.begin()
-    report()
+    todo = [shard_id for shard_id in export.shards if not (folder / shard_id[1]).is_dir()]
+    reporter = ConversionProgress(progress, began, len(names), len(names) - len(todo), threads)
+    reporter.begin()
     for counts in threaded(partial(_write_shard, export, folder), todo, threads):
-        tally.add(1, counts["out"], sum(counts["left_out"].values()), counts["bytes"])
-        report()
+        reporter.add(counts.out, sum(counts.left_out.values()), counts.size)
     store = open_store(folder)
     if not store.exists(INDEX):
         fail_point("indexing")
         store.create(INDEX, merged_index(folder, names))
-    total, left_out = Counter[str](), Counter[str]()
-    for name in names:
-        counts = json.loads((folder / name / COUNTS).read_bytes())
-        total.update({key: counts[key] for key in ("in", "out", "mds_shards")})
-        left_out.update(counts["left_out"])
-    return {
-        "corpus": export.corpus.url,
-        "folder": str(folder),
-        "columns": {CAPTION: export.captions, **export.fields},
-        "shards": len(names),
-        "mds_shards": total["mds_shards"],
-        "in": total["in"],
-        "out": total["out"],
-        "left_out": dict(left_out.most_common()),
-        "written": tally.samples,
-        "seconds": round(time.monotonic() - began, 3),
-        "exit_status": 0 if total["out"] else 1,
-    }
+    written = [ShardCounts.parse((folder / name / COUNTS).read_bytes()) for name in names]
+    left_out = Counter[str]()
+    for counts in written:
+        left_out.update(counts.left_out)
+    return ExportSummary(
+        corpus=export.corpus.url,
+        folder=str(folder),
+        columns={CAPTION: export.captions, **export.fields},
+        shards=len(names),
+        mds_shards=sum(counts.mds_shards for counts in written),
+        inputs=sum(counts.inputs for counts in written),
+        out=sum(counts.out for counts in written),
+        left_out=dict(left_out.most_common()),
+        written=reporter.samples,
+        seconds=round(time.monotonic() - began, 3),
+    )
 
 
 @contextmanager
 def _begun(export: Export, folder: Path) -> Iterator[None]:
-    """The folder, which is new or was begun for the same, for this run alone; what a killed one left is removed."""
-    digest = hashlib.sha256()
-    for where in export.shards:
-        rows = None if export.rows is None else export.rows[where].tolist()
-        hashes = [export.commits[column][where].sha256 for column in export.columns if where in export.commits[column]]
-        digest.update(canonical([*where, hashes, rows]) + b"\n")
-    request = canonical(
-        {
-            "version": 1,
-            "made_of": digest.hexdigest(),
-            "columns": {CAPTION: export.captions, **export.fields},
-            "stages": {column: export.corpus.column(column).stage for column in export.columns},
-            "shapes": export.shapes,
-            "compression": export.compression,
-            "size_limit": SIZE_LIMIT,
-        }
-    )
+    """Lock the folder, which is new or was begun for the same export, and remove what a killed run left in it."""
+    request = _request(export)
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is no folder; give a new one")
     store = open_store(folder)
@@ -277,7 +280,7 @@ def _begun(export: Export, folder: Path) -> Iterator[None]:
             ) from None
     with (folder / REQUEST).open("rb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with the process, however that ends
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
         except BlockingIOError:
             raise RequestError(f"{folder}: another microdit is writing to it; wait for it, or stop it") from None
         for path in folder.glob(f"*{UNFINISHED}*"):
@@ -285,29 +288,52 @@ def _begun(export: Export, folder: Path) -> Iterator[None]:
         yield
 
 
-def _write_shard(export: Export, folder: Path, where: Where) -> dict[str, Any]:
-    """One shard's sub-folder: MDS shards, their index, and the counts."""
-    partial_folder = Path(tempfile.mkdtemp(prefix=f"{where[1]}{UNFINISHED}", dir=folder))
+def _request(export: Export) -> bytes:
+    """Encode what a folder is made of: equal requests write equal folders."""
+    digest = hashlib.sha256()
+    for shard_id in export.shards:
+        rows = None if export.rows is None else export.rows[shard_id].tolist()
+        hashes = [
+            export.commits[column][shard_id].sha256 for column in export.columns if shard_id in export.commits[column]
+        ]
+        digest.update(canonical([*shard_id, hashes, rows]) + b"\n")
+    return canonical(
+        {
+            "version": 1,
+            "made_of": digest.hexdigest(),
+            "columns": {CAPTION: export.captions, **export.fields},
+            "stages": {column: export.corpus.column(column).made_by for column in export.columns},
+            "shapes": export.shapes,
+            "compression": export.compression,
+            "size_limit": SIZE_LIMIT,
+        }
+    )
+
+
+def _write_shard(export: Export, folder: Path, shard_id: ShardId) -> ShardCounts:
+    """Write one shard's sub-folder: MDS shards, their index, and the counts."""
+    partial_folder = Path(tempfile.mkdtemp(prefix=f"{shard_id[1]}{UNFINISHED}", dir=folder))
     try:
-        counts = _write_samples(export, partial_folder, where)
-        (partial_folder / COUNTS).write_bytes(canonical(counts))
+        counts = _write_samples(export, partial_folder, shard_id)
+        (partial_folder / COUNTS).write_bytes(counts.to_bytes())
         partial_folder.chmod(0o755)
         for path in (partial_folder / COUNTS, partial_folder):
             sync(path)
         fail_point("moving")
-        partial_folder.rename(folder / where[1])
+        partial_folder.rename(folder / shard_id[1])
         sync(folder)
         return counts
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
 
 
-def _write_samples(export: Export, folder: Path, where: Where) -> dict[str, Any]:
+def _write_samples(export: Export, folder: Path, shard_id: ShardId) -> ShardCounts:
+    """Write the samples of one shard that are whole, and count the others by what they lack."""
     corpus = export.corpus
-    commits = {column: there[where] for column, there in export.commits.items() if where in there}
+    commits = {column: by_shard[shard_id] for column, by_shard in export.commits.items() if shard_id in by_shard}
     lines = {column: corpus.sidecar(commit).to_pylist() for column, commit in commits.items()}
     count = max(map(len, lines.values()), default=0)
-    rows = range(count) if export.rows is None else export.rows[where].tolist()
+    rows = range(count) if export.rows is None else export.rows[shard_id].tolist()
     columns = {CAPTION: "str", **dict.fromkeys(export.fields, "bytes")}
     left_out: Counter[str] = Counter()
     out = 0
@@ -335,28 +361,13 @@ def _write_samples(export: Export, folder: Path, where: Where) -> dict[str, Any]
                 writer.write(sample)
                 out += 1
     writer.close()
-    files_written = [path for path in folder.iterdir() if path.name != INDEX]
-    size = sum(path.stat().st_size for path in files_written)
-    return {"in": len(rows), "out": out, "left_out": left_out, "mds_shards": len(files_written), "bytes": size}
+    mds_files = [path for path in folder.iterdir() if path.name != INDEX]
+    size = sum(path.stat().st_size for path in mds_files)
+    return ShardCounts(inputs=len(rows), out=out, left_out=left_out, mds_shards=len(mds_files), size=size)
 
 
 def _fault(lines: Sequence[Mapping[str, Any]] | None, column: str, row: int) -> str:
-    """Why a row of a column cannot be taken; empty if it can."""
+    """Name the reason why a row of a column cannot be written; empty if it can."""
     if lines is None or row >= len(lines):
         return f"{column}: not_made"
     return "" if lines[row]["status"] == "ok" else f"{column}: {lines[row]['reason']}"
-
-
-def text(summary: Mapping[str, Any]) -> Iterator[str]:
-    """A summary of `to_mds` as lines for people."""
-    if not summary["written"] and summary["out"]:
-        yield "nothing to do: all of it is there"
-    lost = summary["in"] - summary["out"]
-    yield (
-        f"{summary['folder']}: {summary['in']:,} samples in = {summary['out']:,} out + {lost:,} left out; "
-        f"{summary['mds_shards']:,} MDS shards of {summary['shards']:,} shards"
-    )
-    for name, column in summary["columns"].items():
-        yield f"  {name} from {column}"
-    for reason, count in summary["left_out"].items():
-        yield f"left out, {count:,} samples: {reason}"

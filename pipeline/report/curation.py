@@ -15,7 +15,7 @@ from microdit.pipeline.report.pictures import Reader, thumbnail
 from microdit.pipeline.selection.queries import named_query, parse
 from microdit.pipeline.selection.selections import Selection, changed_since, load_selection
 from microdit.pipeline.selection.view import connected, makers, run
-from microdit.pipeline.tables.sample_table import Field, sample_table
+from microdit.pipeline.tables.sample_table import TableField, sample_table
 
 SCORES = 16  # so many scores are shown with examples, the first ones
 ENDS = {"low": 0.01, "middle": 0.5, "high": 0.99}  # quantiles, because the outermost are often broken
@@ -45,7 +45,7 @@ LINKS = {  # kinds of groups: the number that says how near, and its words
 def curation(
     corpus: Corpus,
     commits: Mapping[str, Sequence[Commit]],
-    fields: Sequence[Field],
+    fields: Sequence[TableField],
     complete: Sequence[str],
     selections: Sequence[Selection],
 ) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class _Asked:
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------
-def scores(asked: _Asked, fields: Sequence[Field]) -> list[dict[str, Any]]:
+def scores(asked: _Asked, fields: Sequence[TableField]) -> list[dict[str, Any]]:
     """Of each score the pictures nearest to a low, the middle and a high quantile: `title`, `ends`."""
     found = []
     numeric = [field for field in fields if field.column.startswith("scores/") and field.type in NUMERIC]

@@ -16,7 +16,7 @@ from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.report import charts
 from microdit.pipeline.selection.selections import Selection, list_selections
 from microdit.pipeline.selection.view import query
-from microdit.pipeline.tables.sample_table import Field
+from microdit.pipeline.tables.sample_table import TableField
 
 # Failures of `images` by the step at which an input was lost; what is not named here was lost on the way to us.
 UNDECODABLE = {"not_an_image", "truncated", "damaged", "bomb", "animated"}
@@ -108,7 +108,7 @@ def incomplete_units(corpus: Corpus) -> list[dict[str, Any]]:
     """Sources of which units are known to be missing, by what their declarations say."""
     found = []
     for name, declaration in corpus.sources().items():
-        expected, done = declaration.stage.get("units"), len(corpus.units(name))
+        expected, done = declaration.made_by.get("units"), len(corpus.units(name))
         if isinstance(expected, int) and done < expected:
             found.append({"source": name, "done": done, "expected": expected})
     return found
@@ -156,7 +156,7 @@ class Bins:
     whole: bool
 
 
-def histograms(corpus: Corpus, fields: Sequence[Field]) -> list[dict[str, Any]]:
+def histograms(corpus: Corpus, fields: Sequence[TableField]) -> list[dict[str, Any]]:
     """Groups of histograms: `title`, `sentence`, `charts`. Two queries, however many there are."""
     spreads = _spreads(fields)
     stats = query(
@@ -188,7 +188,7 @@ def histograms(corpus: Corpus, fields: Sequence[Field]) -> list[dict[str, Any]]:
     ]
 
 
-def _spreads(fields: Sequence[Field]) -> list[Spread]:
+def _spreads(fields: Sequence[TableField]) -> list[Spread]:
     found = [
         Spread("Image sizes", "Short side", "least(width, height)", "px"),
         Spread("Image sizes", "Width to height", "log2(width / height)", words=_ratio),
@@ -319,7 +319,7 @@ def _busy_time(busy: Sequence[tuple[float, float]], at: float) -> float:
 
 
 # -- the sample table ----------------------------------------------------------------------------------------------
-def complete_samples(fields: Sequence[Field], columns: Iterable[str]) -> dict[str, str]:
+def complete_samples(fields: Sequence[TableField], columns: Iterable[str]) -> dict[str, str]:
     """By column, SQL that is true of the samples that have it."""
     found = {}
     for column in columns:

@@ -130,7 +130,7 @@ def licences(corpus: Corpus) -> list[dict[str, Any]]:
 
 
 def _attributions(sources: Iterable[Declaration]) -> list[str]:
-    return list(dict.fromkeys(str(s.stage["attribution"]) for s in sources if s.stage.get("attribution")))
+    return list(dict.fromkeys(str(s.made_by["attribution"]) for s in sources if s.made_by.get("attribution")))
 
 
 def commands(corpus: Corpus, selections: Sequence[Selection]) -> list[tuple[str, str]]:
@@ -156,7 +156,7 @@ def commands(corpus: Corpus, selections: Sequence[Selection]) -> list[tuple[str,
 
 
 def _lineage(declaration: Declaration, commits: Sequence[Commit]) -> dict[str, Any]:
-    stage = declaration.stage
+    stage = declaration.made_by
     model = next((stage[k] for k in ("autoencoder", "encoder", "model", "captioner", "adapter") if k in stage), "")
     return {
         "name": declaration.name,

@@ -19,7 +19,7 @@ from microdit.pipeline.corpus.arrays import array_from_bytes
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import Commit, Declaration
 from microdit.pipeline.selection.view import query
-from microdit.pipeline.tables.sample_table import Field
+from microdit.pipeline.tables.sample_table import TableField
 
 PICTURES = 15
 SEED = "report"  # another word, another sample
@@ -34,7 +34,7 @@ def pictures(
     corpus: Corpus,
     columns: Mapping[str, Declaration],
     commits: Mapping[str, Sequence[Commit]],
-    fields: Sequence[Field],
+    fields: Sequence[TableField],
     complete: Iterable[str],
 ) -> dict[str, Any]:
     """Samples with `id`, `captions`, `views` (the image, then one of each latents column), and the mean PSNR by column;
@@ -103,8 +103,8 @@ def _add_decoded(reader: "Reader", declaration: Declaration, samples: Sequence[d
         return math.nan
     import torch  # slow to import, and not needed by a corpus without latents
 
-    model = declaration.stage.get("model", {})
-    autoencoder = _autoencoder(str(declaration.stage["autoencoder"]), model.get("revision"))
+    model = declaration.made_by.get("model", {})
+    autoencoder = _autoencoder(str(declaration.made_by["autoencoder"]), model.get("revision"))
     if any(autoencoder.fingerprint.get(name) != value for name, value in model.items()):
         raise ValueError(f"the autoencoder {autoencoder.name!r} that is here is not the one that made them")
     decoded: list[np.ndarray] = []
@@ -112,7 +112,7 @@ def _add_decoded(reader: "Reader", declaration: Declaration, samples: Sequence[d
         some = [latent for _, latent in there[len(decoded) :]]
         some = some[: max(1, BATCH_LATENTS // some[0][0].size)]
         stacked = torch.from_numpy(np.stack(some))
-        if declaration.stage.get("posterior") == "moments":
+        if declaration.made_by.get("posterior") == "moments":
             stacked = stacked[:, : autoencoder.channels]  # the means
         decoded += list(autoencoder.decode(stacked).numpy())
     found = []

@@ -1,4 +1,4 @@
-"""Queries that choose samples: the ones that have names (configs/queries/), and what DuckDB's parser finds in one."""
+"""Queries that choose samples: the named ones (configs/queries/), and the analysis of one by DuckDB's parser."""
 
 import json
 from collections.abc import Iterator
@@ -15,12 +15,13 @@ from microdit.pipeline.tables.database import connect
 FOLDER = HOME / "configs/queries"
 NOW = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}  # may stand without ()
 STEADY = {"error"}  # DuckDB calls it volatile, so that it is not left out
+Node = dict[str, Any]  # an object of a syntax tree
 
 
 # -- named queries -----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class NamedQuery:
-    """A query of configs/queries: what the comment at its head says, and the SQL behind it."""
+    """A query of configs/queries: the comment at its head, and its SQL."""
 
     name: str
     about: str
@@ -28,13 +29,17 @@ class NamedQuery:
 
 
 def named_queries() -> list[NamedQuery]:
-    """The queries that have names, by name."""
+    """Read all named queries, in the order of their names."""
     paths = sorted(FOLDER.glob("*.sql"), key=lambda path: path.stem)
     return [_read(path.stem, path.read_text(encoding="utf-8")) for path in paths]
 
 
 def named_query(name: str) -> NamedQuery:
-    """Raises RequestError, which lists them, if there is none of that name."""
+    """Read one named query.
+
+    Raises:
+        RequestError: there is none of that name; the message lists them.
+    """
     known = {query.name: query for query in named_queries()}
     if name not in known:
         lines = "".join(f"\n  {query.name}: {query.about}" for query in known.values())
@@ -49,30 +54,30 @@ def _read(name: str, text: str) -> NamedQuery:
     return NamedQuery(name, about, "\n".join(lines[head:]))
 
 
-# -- what is in a query ------------------------------------------------------------------------------------------------
+# -- analysing a query -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Parsed:
-    """A SELECT as DuckDB's parser sees it (`json_serialize_sql`)."""
+    """The syntax tree of a SELECT, from DuckDB's parser (`json_serialize_sql`)."""
 
-    tree: dict[str, Any]
+    tree: Node
 
     @cached_property
     def columns(self) -> set[str]:
-        """Names, in lower case, that are read as columns; those of aliases and of tables made in the query too."""
+        """Names, in lower case, that are read as columns; also aliases, and columns of tables made in the query."""
         return {
             str(part["column_names"][-1]).lower() for part in _parts(self.tree) if part.get("class") == "COLUMN_REF"
         }
 
     @cached_property
     def star(self) -> bool:
-        """Whether all columns are read: `*`, or COLUMNS(...)."""
+        """All columns are read: `*`, or COLUMNS(...)."""
         return any(part.get("class") == "STAR" for part in _parts(self.tree))
 
     def unsteady(self) -> str | None:
-        """What in it may give other rows on another day; None if there is nothing."""
+        """Name what may give other rows on another day; None if there is nothing."""
         with _parser().cursor() as connection:
-            found = connection.sql("SELECT function_name FROM duckdb_functions() WHERE stability <> 'CONSISTENT'")
-            names = {name for (name,) in found.fetchall()} - STEADY
+            functions = connection.sql("SELECT function_name FROM duckdb_functions() WHERE stability <> 'CONSISTENT'")
+            names = {name for (name,) in functions.fetchall()} - STEADY
         for part in _parts(self.tree):
             name = str(part.get("function_name", "")).lower()
             if part.get("class") == "FUNCTION" and name in names:
@@ -83,7 +88,7 @@ class Parsed:
         return next(iter(sorted(self.columns & NOW)), None)
 
     def conditions(self) -> "Conditions | None":
-        """What a row must fulfil; None if the query is more than a SELECT of rows of `samples` with a WHERE."""
+        """Split its WHERE into conditions; None if it is more than a SELECT of rows of `samples` with a WHERE."""
         node = self.tree["statements"][0]["node"]
         table = node.get("from_table") or {}
         plain = (
@@ -100,14 +105,19 @@ class Parsed:
 
 @dataclass(frozen=True)
 class Conditions:
-    """The conditions that a WHERE joins by AND, as DuckDB writes them, and what stands behind FROM."""
+    """The conditions that a WHERE joins by AND, as DuckDB writes them."""
 
     table: str
+    """What follows FROM."""
     each: list[str]
 
 
 def parse(sql: str) -> Parsed:
-    """Raises RequestError unless this is one SELECT."""
+    """Parse one SELECT.
+
+    Raises:
+        RequestError: the SQL is wrong, or something else.
+    """
     with _parser().cursor() as connection:
         tree = json.loads(_value(connection, "SELECT json_serialize_sql(?::VARCHAR)", sql))
     if tree["error"]:
@@ -118,21 +128,21 @@ def parse(sql: str) -> Parsed:
     return Parsed(tree)
 
 
-def _sql(conditions: list[dict[str, Any]]) -> list[str]:
-    """Expressions of a tree as SQL again."""
-    found = []
+def _sql(conditions: list[Node]) -> list[str]:
+    """Write expressions of a tree as SQL."""
+    texts = []
     with _parser().cursor() as connection:
         tree = json.loads(_value(connection, "SELECT json_serialize_sql(?::VARCHAR)", "SELECT 1 WHERE true"))
         for condition in conditions:
             tree["statements"][0]["node"]["where_clause"] = condition
             text = _value(connection, "SELECT json_deserialize_sql(?::JSON)", json.dumps(tree))
-            found.append(text.removeprefix("SELECT 1 WHERE "))
-    return found
+            texts.append(text.removeprefix("SELECT 1 WHERE "))
+    return texts
 
 
 @lru_cache(maxsize=1)
 def _parser() -> duckdb.DuckDBPyConnection:
-    """One for all, because it takes longer to start than to parse."""
+    """The one connection for parsing: it takes longer to start than to parse."""
     return connect()
 
 
@@ -142,7 +152,8 @@ def _value(connection: duckdb.DuckDBPyConnection, sql: str, argument: str) -> st
     return str(row[0])
 
 
-def _conjuncts(condition: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _conjuncts(condition: Node | None) -> list[Node]:
+    """Split a condition at its ANDs."""
     if condition is None:
         return []
     if condition.get("type") == "CONJUNCTION_AND":
@@ -150,8 +161,8 @@ def _conjuncts(condition: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [condition]
 
 
-def _parts(tree: Any) -> Iterator[dict[str, Any]]:
-    """Every object of a tree."""
+def _parts(tree: object) -> Iterator[Node]:
+    """Walk every object of a tree."""
     waiting = [tree]
     while waiting:
         part = waiting.pop()

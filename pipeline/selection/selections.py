@@ -43,7 +43,7 @@ NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True)
 class Selection:
-    """An immutable keep-list; `name@hash` identifies it, `path` is its object in the corpus."""
+    """An immutable keep-list, identified by `name@hash`; `path` is its object in the corpus."""
 
     name: str
     hash: str
@@ -51,12 +51,13 @@ class Selection:
     rows: int
     query: str
     columns: dict[str, str]
-    """The columns that the query reads, with a hash of the commits that they had."""
+    """By column that the query reads, a hash of the commits that it had."""
 
 
 def select(corpus: Corpus, name: str, sql: str | None = None, weights: Shares | None = None) -> Selection:
-    """Save the rows that a query gives as a selection. The same query on the same commits of the
-    columns that it reads gives the same file and hash.
+    """Save the rows of a query as a selection.
+
+    The same query on the same commits of the columns that it reads gives the same file and hash.
 
     Args:
         sql: gives `source`, `shard`, `row` and, if wanted, `weight` (above 0; 1 if not given); other columns of
@@ -95,18 +96,18 @@ def select(corpus: Corpus, name: str, sql: str | None = None, weights: Shares | 
     about = canonical(pinned)
     chosen = chosen.cast(SELECTION.with_metadata({"microdit": about}))
     digest = selection_hash(about, chosen)
-    found = Selection(name, digest, _selection_path(name, digest), len(chosen), sql, columns)
+    selection = Selection(name, digest, _selection_path(name, digest), len(chosen), sql, columns)
     buffer = io.BytesIO()
     pq.write_table(chosen.combine_chunks(), buffer, compression="zstd")
     try:
-        corpus.store.create(found.path, buffer.getvalue())
+        corpus.store.create(selection.path, buffer.getvalue())
     except FileExistsError:
         load_selection(corpus, f"{name}@{digest}")  # it is the same, or damaged
-    return found
+    return selection
 
 
 def _pinned(corpus: Corpus, table: SampleTable, parsed: Parsed, jobs: list[str]) -> dict[str, str]:
-    """The columns that a query reads, and a hash of the names of the commits that each has in the table."""
+    """Find the columns that a query reads, and hash the names of the commits that each has in the table."""
     fields = table_fields(corpus.columns())
     known = {*BASE.names, *JOB_COLUMNS.names, "contaminated", *(field.name for field in fields)}
     everything = parsed.star or not parsed.columns <= {name.lower() for name in known}  # a row as a whole, or an alias
@@ -125,18 +126,18 @@ def _commits_hash(names: list[str]) -> str:
 
 
 def changed_since(corpus: Corpus, selection: str) -> list[str]:
-    """The columns that a selection (`name@hash`) was chosen by and that have other commits now."""
+    """Find the columns that a selection (`name@hash`) was chosen by and that have other commits now."""
     name, _, digest = selection.partition("@")
     before = _read_about(corpus, name, digest).columns
     now = {
-        column: sorted(commit_name(column, *where, number) for where, number in corpus.committed(column).items())
+        column: sorted(commit_name(column, *shard_id, number) for shard_id, number in corpus.committed(column).items())
         for column in before
     }
-    return [column for column, found in before.items() if _commits_hash(now[column]) != found]
+    return [column for column, digest in before.items() if _commits_hash(now[column]) != digest]
 
 
 def _chosen(result: pa.Table, known: set[str]) -> pa.Table:
-    """The columns of a selection, in its types."""
+    """Convert a query's result to the columns and types of a selection."""
     columns = {name.lower(): name for name in result.column_names}
     absent, unknown = {"source", "shard", "row"} - columns.keys(), columns.keys() - known - {"weight"}
     if absent or unknown or len(columns) != result.num_columns:
@@ -182,7 +183,7 @@ def _check(connection: duckdb.DuckDBPyConnection, rows: int) -> None:
 
 
 def selection_hash(about: bytes, table: pa.Table) -> str:
-    """The first 16 hex digits of the SHA-256 over the metadata and the rows (docs/corpus.md, section 6)."""
+    """Hash the metadata and the rows: the first 16 hex digits of a SHA-256 (docs/corpus.md, section 6)."""
     digest = hashlib.sha256(about + b"\n")
     for batch in table.to_batches(max_chunksize=ROW_GROUP):
         weights = pc.dictionary_encode(batch["weight"])
@@ -199,14 +200,14 @@ def _selection_path(name: str, digest: str) -> str:
 
 
 def list_selections(corpus: Corpus) -> list[Selection]:
-    """All selections of a corpus, by name and hash."""
+    """List all selections of a corpus, by name and hash."""
     return [_read_about(corpus, *full.split("@", 1)) for full in _names(corpus)]
 
 
 def _names(corpus: Corpus) -> list[str]:
     """`name@hash` of all selections, sorted."""
-    found = (item.name for item in corpus.store.list("selections"))
-    return sorted(name.removeprefix("selections/").removesuffix(".parquet") for name in found)
+    names = (item.name for item in corpus.store.list("selections"))
+    return sorted(name.removeprefix("selections/").removesuffix(".parquet") for name in names)
 
 
 def _read_about(corpus: Corpus, name: str, digest: str = "") -> Selection:
@@ -222,7 +223,7 @@ def _read_about(corpus: Corpus, name: str, digest: str = "") -> Selection:
 
 
 def find_selection(corpus: Corpus, selection: str) -> str:
-    """`name@hash` of a selection.
+    """Resolve the name of a selection to `name@hash`.
 
     Args:
         selection: `name@hash`, or `name` if there is only one of that name.
@@ -230,21 +231,21 @@ def find_selection(corpus: Corpus, selection: str) -> str:
     Raises:
         RequestError: there is none, or there are several.
     """
-    there = _names(corpus)
-    found = [full for full in there if selection in (full, full.partition("@")[0])]
-    if len(found) != 1:
-        what = "there is no such selection" if not found else "there are several of that name"
-        known = not found and selection in {query.name for query in named_queries()}
+    names = _names(corpus)
+    matching = [full for full in names if selection in (full, full.partition("@")[0])]
+    if len(matching) != 1:
+        what = "there is no such selection" if not matching else "there are several of that name"
+        known = not matching and selection in {query.name for query in named_queries()}
         ready = f"; `microdit select {corpus.url} {selection}` makes it" if known else ""
         raise RequestError(
             f"selection {selection!r} of corpus {corpus.url}: {what}; "
-            f"give one of: {', '.join(found or there) or 'none, make one with `microdit select`'}{ready}"
+            f"give one of: {', '.join(matching or names) or 'none, make one with `microdit select`'}{ready}"
         )
-    return found[0]
+    return matching[0]
 
 
 def load_selection(corpus: Corpus, selection: str) -> pa.Table:
-    """The rows of a selection: `source`, `shard`, `row` (int32), `weight` (float32), ordered by the first three.
+    """Load the rows of a selection: `source`, `shard`, `row` (int32), `weight` (float32), ordered by the first three.
 
     Args:
         selection: as `find_selection` takes it.

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
@@ -16,7 +17,7 @@ from pyarrow.fs import LocalFileSystem
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.curation.duplicates import ContaminatedTable, DuplicatesTable
-from microdit.pipeline.curation.job import CONTAMINATED, DUPLICATES, SEMANTIC, Job, job_base
+from microdit.pipeline.curation.job import CONTAMINATED, DUPLICATES, SEMANTIC, TableJob, job_base
 from microdit.pipeline.curation.semantic import SemanticTable
 from microdit.pipeline.selection.queries import parse
 from microdit.pipeline.tables.database import connect
@@ -34,20 +35,32 @@ SCORES = re.compile(
     r"(nsfw|aesthetic|clip|basic)(_\w+)?$|text_(area|boxes|characters)$|caption_(characters|words|language|repetition)$"
 )
 
-JOBS: dict[str, tuple[type[Job], str, str]] = {  # a table job's folder: its record, its command, what the view shows
-    DUPLICATES: (
+
+@dataclass(frozen=True)
+class JobView:
+    """How the view shows a table job's table."""
+
+    record: type[TableJob]
+    command: str
+    """Of `microdit`, which makes it."""
+    columns: str
+    """SQL; `{present}` is the condition that a sample has what the job reads."""
+
+
+JOBS = {  # by the job's folder
+    DUPLICATES: JobView(
         DuplicatesTable,
         "dedup",
         "duplicate_group, duplicate_distance, CASE WHEN {present} THEN coalesce(duplicate_exact, false) END AS "
         "duplicate_exact, CASE WHEN {present} THEN coalesce(duplicate_keep, true) END AS duplicate_keep",
     ),
-    SEMANTIC: (
+    SEMANTIC: JobView(
         SemanticTable,
         "dedup --semantic",
         "semantic_group, semantic_similarity, CASE WHEN {present} THEN coalesce(semantic_keep, true) END AS "
         "semantic_keep",
     ),
-    CONTAMINATED: (
+    CONTAMINATED: JobView(
         ContaminatedTable,
         "decontaminate",
         "CASE WHEN {present} THEN contaminated_by IS NOT NULL END AS contaminated, contaminated_by, "
@@ -57,7 +70,7 @@ JOBS: dict[str, tuple[type[Job], str, str]] = {  # a table job's folder: its rec
 
 
 def query(corpus: Corpus, sql: str) -> pa.Table:
-    """The result of a SQL query over the view `samples`; nothing but that view can be reached.
+    """Run a SQL query over the view `samples`; nothing but that view can be reached.
 
     Raises:
         RequestError: the SQL is wrong; the message is DuckDB's.
@@ -70,7 +83,7 @@ def query(corpus: Corpus, sql: str) -> pa.Table:
 def connected(
     corpus: Corpus, table: SampleTable, **config: str | bool | int | float | list[str]
 ) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection that sees the view `samples`, and nothing else.
+    """Connect to the view `samples`, and nothing else.
 
     Args:
         config: further settings of DuckDB.
@@ -84,7 +97,7 @@ def connected(
         shown, joined = ["sample_rows.*"], "sample_rows"
         for number, (folder, job) in enumerate(jobs.items()):
             connection.register(f"job_{number}", _view(corpus, job, Path(spill)))
-            shown.append(JOBS[folder][2].format(present=job.present))
+            shown.append(JOBS[folder].columns.format(present=job.present))
             joined += f" LEFT JOIN job_{number} USING (source, shard, row)"
         if jobs:
             connection.execute(f"CREATE VIEW samples AS SELECT {', '.join(shown)} FROM {joined}")
@@ -93,8 +106,10 @@ def connected(
 
 
 def _view(corpus: Corpus, table: Table, spill: Path) -> ds.FileSystemDataset:
-    """A published table for DuckDB: by a path, never a Python file, which several scans of one query would share; that
-    deadlocks and mixes up reads."""
+    """Open a published table for DuckDB, by a path.
+
+    Several scans of one query would share a Python file, which deadlocks and mixes up reads.
+    """
     path = spill / Path(table.object.name).name if corpus.store.root is None else corpus.store.root / table.object.name
     if corpus.store.root is None:
         with corpus.store.open(table.object.name) as file, path.open("wb") as copy:
@@ -109,22 +124,22 @@ def _view(corpus: Corpus, table: Table, spill: Path) -> ds.FileSystemDataset:
         ) from None
 
 
-def jobs_of(corpus: Corpus, table: SampleTable) -> dict[str, Job]:
-    """The table jobs that read the very commits of this sample table, by folder."""
-    found = {folder: cached(corpus, job_base(folder, table), kind) for folder, (kind, _, _) in JOBS.items()}
-    return {folder: job for folder, job in found.items() if job is not None}
+def jobs_of(corpus: Corpus, table: SampleTable) -> dict[str, TableJob]:
+    """Find the table jobs that read the very commits of this sample table, by folder."""
+    jobs = {folder: cached(corpus, job_base(folder, table), view.record) for folder, view in JOBS.items()}
+    return {folder: job for folder, job in jobs.items() if job is not None}
 
 
 def asked_jobs(sql: str) -> list[str]:
-    """The folders of the table jobs whose columns the SQL names."""
+    """Find the folders of the table jobs whose columns the SQL names."""
     return [folder for folder in JOBS if folder.removeprefix("tables/").removesuffix("s") in sql.lower()]
 
 
 def run(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
-    """The result of one SELECT.
+    """Run one SELECT.
 
     Raises:
-        RequestError: the SQL is wrong; with DuckDB's message, and the command that makes a column that is not there.
+        RequestError: the SQL is wrong; with DuckDB's message, and the commands that make missing columns.
     """
     try:
         kinds = [statement.type for statement in connection.extract_statements(sql)]
@@ -133,28 +148,28 @@ def run(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
             raise RequestError(f"SQL: {what}; expected one SELECT over the view samples")
         table = connection.sql(sql).to_arrow_table()
     except duckdb.Error as error:
-        told = str(error)
+        message = str(error)
         if isinstance(error, duckdb.BinderException):
-            there = {name for name, *_ in connection.sql("DESCRIBE samples").fetchall()}
-            found = makers(parse(sql).columns - there)
-            lines = [f"\n{', '.join(names)}: from {maker}" for maker, names in found.items()]
-            told = "".join([first_line(error), *lines]) if lines else told
-        raise RequestError(f"SQL: {told}") from None
-    for where, field in enumerate(table.schema):
-        if field.type == pa.decimal128(38, 0):  # what DuckDB's 128-bit sums come as
-            with suppress(pa.ArrowInvalid):  # it is larger than 64 bits: it stays
-                table = table.set_column(where, field.name, pc.cast(table[where], pa.int64()))
+            available = {name for name, *_ in connection.sql("DESCRIBE samples").fetchall()}
+            commands = makers(parse(sql).columns - available)
+            lines = [f"\n{', '.join(names)}: from {command}" for command, names in commands.items()]
+            message = "".join([first_line(error), *lines]) if lines else message
+        raise RequestError(f"SQL: {message}") from None
+    for i, field in enumerate(table.schema):
+        if field.type == pa.decimal128(38, 0):  # the type of DuckDB's 128-bit sums
+            with suppress(pa.ArrowInvalid):  # larger than 64 bits: it stays
+                table = table.set_column(i, field.name, pc.cast(table[i], pa.int64()))
     return table
 
 
-def makers(absent: Iterable[str]) -> dict[str, list[str]]:
-    """What makes columns that the view does not have, as far as that is known: which columns, by what makes them."""
-    found: dict[str, list[str]] = {}
-    for name in sorted(absent):
-        jobs = [JOBS[folder][1] for folder in asked_jobs(name)]
+def makers(missing: Iterable[str]) -> dict[str, list[str]]:
+    """Map each command that could produce a missing column to the columns that it would produce."""
+    columns: dict[str, list[str]] = {}
+    for name in sorted(missing):
+        jobs = [JOBS[folder].command for folder in asked_jobs(name)]
         if jobs:
-            found.setdefault(f"`microdit {jobs[0]}`, run again whenever the corpus has changed", []).append(name)
+            columns.setdefault(f"`microdit {jobs[0]}`, run again whenever the corpus has changed", []).append(name)
         elif scorer := SCORES.match(name):
             block = f"`scores/{scorer[0].partition('_')[0]}` in the config of the corpus, and `microdit build`"
-            found.setdefault(block, []).append(name)
-    return found
+            columns.setdefault(block, []).append(name)
+    return columns

@@ -1,4 +1,4 @@
-"""How often each source comes in a selection: as its size says, all alike, or as it is told."""
+"""Weights of sources in a selection: by their sizes, equal, or as given."""
 
 import math
 from collections.abc import Mapping
@@ -16,31 +16,31 @@ LEAST, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 def parse_shares(text: str) -> Shares:
-    """`equal`, or `cc12m=2,sa1b=1`: by source, how often its samples come, all together, beside those of the others.
+    """Parse `equal`, or `cc12m=2,sa1b=1`: how often the samples of a source come, all together, relative to others'.
 
     Raises:
         RequestError: it is neither.
     """
     if text.strip() == EQUAL:
         return EQUAL
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for part in text.split(","):
         source, equals, number = (word.strip() for word in part.partition("="))
         try:
             share = float(number)
         except ValueError:
             share = math.nan
-        if not equals or not source or source in found or not (math.isfinite(share) and share > 0):
+        if not equals or not source or source in shares or not (math.isfinite(share) and share > 0):
             raise RequestError(
                 f"--weights {text}: {part.strip() or 'nothing'!r} is wrong; expected equal, or each source once with a "
                 "number above 0, as in cc12m=2,sa1b=1"
             )
-        found[source] = share
-    return found
+        shares[source] = share
+    return shares
 
 
 def weigh(chosen: pa.Table, shares: Shares) -> pa.Table:
-    """The rows of a selection with weights by which each source comes as often as its share says; their mean is 1.
+    """Weight the rows of a selection so that each source comes as often as its share says; the mean weight is 1.
 
     Within a source the weights that the rows had keep their proportions.
 
@@ -65,5 +65,5 @@ def weigh(chosen: pa.Table, shares: Shares) -> pa.Table:
     scaled = factor[index] * weight
     if not ((scaled >= LEAST) & (scaled <= MOST)).all():
         raise RequestError("--weights: some weights are too far apart for 32-bit numbers; give shares nearer together")
-    where = chosen.schema.get_field_index("weight")
-    return chosen.set_column(where, chosen.schema.field(where), pa.array(scaled.astype(np.float32)))
+    column = chosen.schema.get_field_index("weight")
+    return chosen.set_column(column, chosen.schema.field(column), pa.array(scaled.astype(np.float32)))

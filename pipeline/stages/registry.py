@@ -40,7 +40,7 @@ def stages_of(config: "BuildConfig") -> list[Stage]:
 
 def _captions(name: str, options: "CaptionsColumn", config: "BuildConfig") -> list[Stage]:
     """The stage of a captions column; with the first of those that a model makes in one pass comes that of all."""
-    from microdit.pipeline.config.captions import CaptionsColumn, origin_of
+    from microdit.pipeline.config.captions import CaptionsColumn, pass_key
     from microdit.pipeline.stages.captions.endpoint import Endpoint
     from microdit.pipeline.stages.captions.given import Captions
     from microdit.pipeline.stages.captions.tags import Tags
@@ -49,7 +49,7 @@ def _captions(name: str, options: "CaptionsColumn", config: "BuildConfig") -> li
     max_pixels, resources = config.images.max_pixels, config.resources
     if options.vlm is not None:
         asked = {n: o for n, o in config.columns.items() if isinstance(o, CaptionsColumn) and o.vlm is not None}
-        same = {n: o for n, o in asked.items() if origin_of(o) == origin_of(options)}
+        same = {n: o for n, o in asked.items() if pass_key(o) == pass_key(options)}
         return [Vlm(same, max_pixels, resources)] if next(iter(same)) == name else []
     if options.endpoint is not None:
         return [Endpoint(name, options, max_pixels, resources)]

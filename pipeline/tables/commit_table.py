@@ -1,7 +1,7 @@
-"""The commit table: what all commits say, in one object, so that nobody reads a million small ones twice.
+"""The commit table: all commits as lines of one object, so that nobody reads a million small ones twice.
 
-It is a cache like the sample table (docs/corpus.md, section 6): what it lacks is read from the commits themselves, and
-when that was much, a new table is published.
+It is a cache like the sample table (docs/corpus.md, section 6): commits that it lacks are read one by one, and when
+those were many, a new table is published.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,12 +27,12 @@ from microdit.pipeline.corpus.names import COMMIT, UNITS, commit_name
 from microdit.pipeline.tables.database import connect
 from microdit.pipeline.tables.published import Table, publish
 
-Where = tuple[str, str, str, int]  # column, source, shard or unit, generation
 FOLDER = "tables/commits"
 LAYOUT = 1
 LEAST = 1000  # commits that were read one by one before a table is worth its writing; later a tenth of all
 AT_ONCE, BATCH = 32, 50_000  # commits that a thread reads in one go, and lines of a part of the table
-SAVE_EVERY = 500_000  # commits that were read: who is stopped in the minutes that millions take goes on from there
+SAVE_EVERY = 500_000  # commits that were read: a run that is stopped goes on from there (millions take minutes)
+Line = dict[str, Any]  # of the table, by the names of `LINE`
 FORBIDDEN = (PermissionDeniedError, PermissionError)
 
 LINE = pa.schema(
@@ -57,13 +57,22 @@ LINE = pa.schema(
 )
 
 
+class CommitId(NamedTuple):
+    """What names a commit; of a unit's commit the column is `units`, and the unit stands for the shard."""
+
+    column: str
+    source: str
+    shard: str
+    generation: int
+
+
 def commit_table(corpus: Corpus, damage: list[str] | None = None) -> pa.Table:
-    """One line (`LINE`) for every commit that is listed, of every generation, in no order.
+    """Read one line (`LINE`) for every commit that is listed, of every generation, in no order.
 
     A unit's commit has `units` for its column, the unit for its shard, and its inputs as `in`.
 
     Args:
-        damage: given, a commit that cannot be understood is told there, and left out.
+        damage: if given, commits that cannot be understood are reported there, and left out.
 
     Raises:
         DamagedError: a commit cannot be understood, and none of its shard is newer.
@@ -73,15 +82,15 @@ def commit_table(corpus: Corpus, damage: list[str] | None = None) -> pa.Table:
     missing = names.filter(pc.invert(pc.is_in(names, value_set=known["name"].combine_chunks())))
     if len(names) - len(missing) < len(known):
         known = known.filter(pc.is_in(known["name"], value_set=names))  # some are not listed any more
-    damaged: dict[Where, DamagedError] = {}
+    damaged: dict[CommitId, DamagedError] = {}
     table, saved = known, len(known)
-    for part in _told(_read(corpus, missing, damaged), len(missing)):
+    for part in _with_progress(_read(corpus, missing, damaged), len(missing)):
         table = pa.concat_tables([table, part])
         if len(table) - saved >= SAVE_EVERY:
             _publish(corpus, table)
             saved = len(table)
-    for where, error in damaged.items():
-        if not _newer(table, where):
+    for commit_id, error in damaged.items():
+        if not _has_newer(table, commit_id):
             if damage is None:
                 raise error
             damage.append(str(error))
@@ -90,8 +99,8 @@ def commit_table(corpus: Corpus, damage: list[str] | None = None) -> pa.Table:
     return table
 
 
-def _told(parts: Iterator[pa.Table], total: int) -> Iterator[pa.Table]:
-    """The same parts; where there are many lines a bar on the terminal, beside what is printed, tells how many."""
+def _with_progress(parts: Iterator[pa.Table], total: int) -> Iterator[pa.Table]:
+    """Pass the parts on; if there are many lines, a bar on the terminal (standard error) shows how many are read."""
     console = Console(stderr=True)
     with Progress(
         TextColumn("reading commits"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -104,13 +113,13 @@ def _told(parts: Iterator[pa.Table], total: int) -> Iterator[pa.Table]:
 
 
 def _newest(corpus: Corpus) -> pa.Table:
-    """The table that was published last; an empty one if there is none. What is damaged makes room for another."""
+    """Open the table that was published last; an empty one if there is none. Damaged tables are deleted."""
     manifests = sorted(corpus.store.list(FOLDER), key=lambda item: item.modified, reverse=True)
     for name in [item.name for item in manifests if item.name.endswith(".json")]:
         try:
-            about = Table.parse(corpus.store.get(name))
-            data = corpus.store.get(about.object.name)
-            if hashlib.sha256(data).hexdigest() == about.object.sha256:
+            record = Table.parse(corpus.store.get(name))
+            data = corpus.store.get(record.object.name)
+            if hashlib.sha256(data).hexdigest() == record.object.sha256:
                 table = pq.read_table(io.BytesIO(data))
                 if table.schema.equals(LINE):
                     return table
@@ -123,34 +132,34 @@ def _newest(corpus: Corpus) -> pa.Table:
     return LINE.empty_table()
 
 
-def _newer(table: pa.Table, where: Where) -> bool:
-    """Is there a newer commit of a shard?"""
-    column, source, shard, generation = where
-    found = pc.and_(pc.equal(table["shard"], shard), pc.equal(table["column"], column))
-    found = pc.and_(found, pc.and_(pc.equal(table["source"], source), pc.greater(table["generation"], generation)))
-    return bool(pc.any(found).as_py())
+def _has_newer(table: pa.Table, commit_id: CommitId) -> bool:
+    """Check for a commit of a higher generation of the same shard."""
+    column, source, shard, generation = commit_id
+    same = pc.and_(pc.equal(table["shard"], shard), pc.equal(table["column"], column))
+    newer = pc.and_(pc.equal(table["source"], source), pc.greater(table["generation"], generation))
+    return bool(pc.any(pc.and_(same, newer)).as_py())
 
 
-def _read(corpus: Corpus, names: pa.Array, damaged: dict[Where, DamagedError]) -> Iterator[pa.Table]:
-    """What commits say, in tables of many lines; those that cannot be understood are told in `damaged`."""
+def _read(corpus: Corpus, names: pa.Array, damaged: dict[CommitId, DamagedError]) -> Iterator[pa.Table]:
+    """Read commits, in tables of many lines; those that cannot be understood are added to `damaged`."""
 
-    def read(name: pa.StringScalar) -> dict[str, Any] | None:
+    def read(name: pa.StringScalar) -> Line | None:
         match = COMMIT.fullmatch(name.as_py())
-        if match is None:  # that is for `verify` to tell
+        if match is None:  # `verify` reports it
             return None
-        where = match[1], match[2], match[3], int(match[4])
+        commit_id = CommitId(match[1], match[2], match[3], int(match[4]))
         try:
-            return _line(corpus, where)
+            return _line(corpus, commit_id)
         except FileNotFoundError:  # gone since the listing
             return None
         except DamagedError as error:
-            damaged[where] = error
+            damaged[commit_id] = error
             return None
 
-    def read_some(start: int) -> list[dict[str, Any]]:
+    def read_some(start: int) -> list[Line]:
         return [line for name in names[start : start + AT_ONCE] if (line := read(name)) is not None]
 
-    lines: list[dict[str, Any]] = []
+    lines: list[Line] = []
     for some in threaded(read_some, range(0, len(names), AT_ONCE)):
         lines += some
         if len(lines) >= BATCH:
@@ -159,11 +168,12 @@ def _read(corpus: Corpus, names: pa.Array, damaged: dict[Where, DamagedError]) -
     yield pa.Table.from_pylist(lines, LINE)
 
 
-def _line(corpus: Corpus, where: Where) -> dict[str, Any]:
-    line = dict(zip(("column", "source", "shard", "generation"), where, strict=True)) | {"name": commit_name(*where)}
-    if where[0] == UNITS:
-        return line | {"in": corpus.unit(*where[1:]).inputs}
-    commit = corpus.commit(*where)
+def _line(corpus: Corpus, commit_id: CommitId) -> Line:
+    """Read one commit as a line."""
+    line = commit_id._asdict() | {"name": commit_name(*commit_id)}
+    if commit_id.column == UNITS:
+        return line | {"in": corpus.unit(*commit_id[1:]).inputs}
+    commit = corpus.commit(*commit_id)
     return line | {
         **commit.counts,
         "sha256": commit.sha256,
@@ -175,6 +185,7 @@ def _line(corpus: Corpus, where: Where) -> dict[str, Any]:
 
 
 def _publish(corpus: Corpus, table: pa.Table) -> None:
+    """Publish the table, if there is the right to write."""
     table = table.sort_by("name")
     digest = hashlib.sha256(f"{LAYOUT}\n".encode())
     for chunk in table["name"].chunks:
@@ -184,18 +195,18 @@ def _publish(corpus: Corpus, table: pa.Table) -> None:
         pq.write_table(table, path, compression="zstd")
         return len(table)
 
-    with suppress(*FORBIDDEN):  # to look at a corpus the right to read it is enough
+    with suppress(*FORBIDDEN):  # the right to read is enough to inspect a corpus
         publish(corpus, f"{FOLDER}/{digest.hexdigest()}", write, lambda object, rows: Table(object=object, rows=rows))
 
 
-# -- what it adds up to ------------------------------------------------------------------------------------------------
+# -- totals ------------------------------------------------------------------------------------------------------------
 @dataclass
 class Totals:
-    """The newest commits of one column and source added up; of `units`, `inputs` alone is counted."""
+    """Sums over the newest commits of one column and source; of `units`, `done` and `inputs` alone are counted."""
 
     done: int = 0
     stale: int = 0
-    """Shards of which an input was committed again since."""
+    """Shards with an input that was committed again since."""
     inputs: int = 0
     out: int = 0
     failed: int = 0
@@ -204,7 +215,7 @@ class Totals:
     reasons: Counter[str] = field(default_factory=Counter)
 
 
-# few shards have a second generation: to look for those alone is much less than a window over all
+# few shards have a second generation: to search for those alone is much cheaper than a window over all
 NEWEST = """
 CREATE TEMP TABLE replaced AS
 SELECT DISTINCT l.name FROM lines AS l JOIN lines AS m USING ("column", source, shard)
@@ -231,16 +242,16 @@ GROUP BY ALL
 
 
 def totals(table: pa.Table) -> dict[tuple[str, str], Totals]:
-    """A commit table added up, by column and source."""
-    found: dict[tuple[str, str], Totals] = {}
+    """Add up a commit table, by column and source."""
+    added: dict[tuple[str, str], Totals] = {}
     with connect() as connection:
         connection.register("lines", table)
         connection.execute(NEWEST)
         for column, source, *sums in connection.execute(COUNTS).fetchall():
             done, inputs, out, failed, size, seconds = (value or 0 for value in sums)
-            found[column, source] = Totals(done, 0, int(inputs), int(out), int(failed), int(size), float(seconds))
+            added[column, source] = Totals(done, 0, int(inputs), int(out), int(failed), int(size), float(seconds))
         for column, source, reason, count in connection.execute(REASONS).fetchall():
-            found[column, source].reasons[reason] = int(count)
+            added[column, source].reasons[reason] = int(count)
         for column, source, count in connection.execute(STALE).fetchall():
-            found[column, source].stale = count
-    return found
+            added[column, source].stale = count
+    return added

@@ -1,4 +1,4 @@
-"""DuckDB in memory."""
+"""Connections to DuckDB in memory."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import duckdb
 
 
 def connect(**config: Any) -> duckdb.DuckDBPyConnection:
-    """A connection that prints nothing: in `python -c` DuckDB takes itself for interactive, and draws a bar."""
+    """Connect without a progress bar, which DuckDB draws in `python -c`: it takes that for interactive."""
     connection = duckdb.connect(":memory:", config=config)
     connection.execute("SET enable_progress_bar = false")
     return connection

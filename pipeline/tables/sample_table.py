@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import commit_name
+from microdit.pipeline.corpus.names import ShardId, commit_name
 from microdit.pipeline.corpus.records import Declaration, canonical
 from microdit.pipeline.corpus.shard_files import SCALAR_TYPES
 from microdit.pipeline.tables.published import Table, cached, publish
 
-LAYOUT = 1  # of the sample table; a table of another layout is not taken from the cache
+LAYOUT = 1  # of the sample table; a cached table of another layout is not used
 ROW_GROUP = 65_536
 JOINS = "tables/joins"  # the folder of `microdit.pipeline.tables.joins.build`
 
@@ -51,8 +51,11 @@ JOB_COLUMNS = pa.schema(  # what the table jobs (`microdit.pipeline.curation.job
 )
 
 
-class Field(NamedTuple):
-    """A column of the sample table: where it comes from. `scalar` is None for `has_...`: is the sample there?"""
+class TableField(NamedTuple):
+    """A column of the sample table, and the column and scalar that it comes from.
+
+    `scalar` is None for `has_...`: the sample is ok in that column.
+    """
 
     name: str
     column: str
@@ -61,16 +64,18 @@ class Field(NamedTuple):
 
 
 class SampleTable(Table):
-    """The cached sample table: beside the table the commits in it, and the hash of their list."""
+    """The record of the cached sample table."""
 
     commits: str
+    """Hash of `names`."""
     names: list[str]
+    """Of the commits in it."""
 
 
 def sample_table(corpus: Corpus) -> SampleTable:
-    """The table of all samples of the newest commits: one row for each row of each `images` shard.
+    """Open or make the table of all samples of the newest commits: one row for each row of each `images` shard.
 
-    It is made if it is not in the corpus's cache: a new commit, generation or column makes another one.
+    It is cached in the corpus; a new commit, generation or column makes another one.
 
     Raises:
         RequestError: the corpus has no `images` column, or its commits contradict each other.
@@ -81,8 +86,8 @@ def sample_table(corpus: Corpus) -> SampleTable:
     newest = {column: corpus.committed(column) for column in declared}
     names = sorted(
         commit_name(column, source, shard, generation)
-        for column, found in newest.items()
-        for (source, shard), generation in found.items()
+        for column, generations in newest.items()
+        for (source, shard), generation in generations.items()
     )
     commits = hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
     about = canonical({"layout": LAYOUT, "columns": sorted(declared), "commits": commits})
@@ -103,13 +108,13 @@ def sample_table(corpus: Corpus) -> SampleTable:
     )
 
 
-def table_fields(declared: dict[str, Declaration]) -> list[Field]:
-    """The fields of the sample table behind `BASE`.
+def table_fields(declared: dict[str, Declaration]) -> list[TableField]:
+    """Name the fields of the sample table that follow `BASE`.
 
     Raises:
         RequestError: two columns would have the same name.
     """
-    fields = [Field(name, "images", name, SCALAR_TYPES[kind]) for name, kind in declared["images"].scalars.items()]
+    fields = [TableField(name, "images", name, SCALAR_TYPES[kind]) for name, kind in declared["images"].scalars.items()]
     for column, declaration in sorted(declared.items()):
         kind, _, name = column.partition("/")
         if column == "images":
@@ -120,11 +125,11 @@ def table_fields(declared: dict[str, Declaration]) -> list[Field]:
             prefix = name
         else:
             prefix = re.sub(r"[^A-Za-z0-9_]", "_", column)
-            fields.append(Field(f"has_{prefix}", column, None, pa.bool_()))
+            fields.append(TableField(f"has_{prefix}", column, None, pa.bool_()))
         for scalar, type_name in declaration.scalars.items():
             own = {"captions": "caption", "scores": name.partition("-")[0]}.get(kind)  # what the column is about
             whole = prefix if scalar == own else f"{prefix}_{scalar}"
-            fields.append(Field(re.sub(r"[^A-Za-z0-9_]", "_", whole), column, scalar, SCALAR_TYPES[type_name]))
+            fields.append(TableField(re.sub(r"[^A-Za-z0-9_]", "_", whole), column, scalar, SCALAR_TYPES[type_name]))
     taken = dict.fromkeys(BASE.names, "images") | dict.fromkeys([*JOB_COLUMNS.names, "contaminated"], "table jobs")
     for field in fields:
         if field.name in taken:
@@ -136,32 +141,34 @@ def table_fields(declared: dict[str, Declaration]) -> list[Field]:
 
 
 def table_schema(declared: dict[str, Declaration]) -> pa.Schema:
+    """The schema of the sample table of these columns."""
     return pa.schema([*BASE, *(pa.field(field.name, field.type) for field in table_fields(declared))])
 
 
 def _parts(
-    corpus: Corpus, declared: dict[str, Declaration], newest: dict[str, dict[tuple[str, str], int]]
+    corpus: Corpus, declared: dict[str, Declaration], newest: dict[str, dict[ShardId, int]]
 ) -> Iterator[pa.Table]:
-    """The table in parts of at least `ROW_GROUP` rows, ordered by source and shard."""
+    """Read the table in parts of at least `ROW_GROUP` rows, ordered by source and shard."""
     fields, schema = table_fields(declared), table_schema(declared)
 
-    def read(where: tuple[str, str]) -> pa.Table:
-        return _shard_rows(corpus, where, {c: found[where] for c, found in newest.items() if where in found}, fields)
+    def read(shard_id: ShardId) -> pa.Table:
+        generations = {column: by_shard[shard_id] for column, by_shard in newest.items() if shard_id in by_shard}
+        return _shard_rows(corpus, shard_id, generations, fields)
 
-    waiting: list[pa.Table] = []
+    pending: list[pa.Table] = []
     for table in threaded(read, sorted(newest["images"])):
-        waiting.append(table.cast(schema))
-        if sum(map(len, waiting)) >= ROW_GROUP:
-            yield pa.concat_tables(waiting).combine_chunks()
-            waiting = []
-    if waiting:
-        yield pa.concat_tables(waiting).combine_chunks()
+        pending.append(table.cast(schema))
+        if sum(map(len, pending)) >= ROW_GROUP:
+            yield pa.concat_tables(pending).combine_chunks()
+            pending = []
+    if pending:
+        yield pa.concat_tables(pending).combine_chunks()
 
 
-def _shard_rows(corpus: Corpus, where: tuple[str, str], generations: dict[str, int], fields: list[Field]) -> pa.Table:
-    """One shard's part: the sidecars of all columns side by side, which works because a sidecar has every row."""
-    source, shard = where
-    commits = {column: corpus.commit(column, *where, generation) for column, generation in generations.items()}
+def _shard_rows(corpus: Corpus, shard_id: ShardId, generations: dict[str, int], fields: list[TableField]) -> pa.Table:
+    """Join the sidecars of all columns of one shard, row by row: each of them has every row."""
+    source, shard = shard_id
+    commits = {column: corpus.commit(column, *shard_id, generation) for column, generation in generations.items()}
     sidecars = {column: corpus.sidecar(commit) for column, commit in commits.items()}
     images = sidecars["images"]
     for column, sidecar in sidecars.items():
@@ -180,8 +187,8 @@ def _shard_rows(corpus: Corpus, where: tuple[str, str], generations: dict[str, i
     for field in fields:
         sidecar = sidecars.get(field.column)
         if field.scalar is None:
-            there = pa.repeat(False, len(images)) if sidecar is None else pc.equal(sidecar["status"], "ok")
-            arrays[field.name] = there
+            is_ok = pa.repeat(False, len(images)) if sidecar is None else pc.equal(sidecar["status"], "ok")
+            arrays[field.name] = is_ok
         else:
             arrays[field.name] = pa.nulls(len(images), field.type) if sidecar is None else sidecar[field.scalar]
     return pa.table(arrays)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from microdit.pipeline.base.errors import DamagedError
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import COMMIT, IMAGES, OBJECT, UNITS, Where
+from microdit.pipeline.corpus.names import COMMIT, IMAGES, OBJECT, UNITS, ShardId
 from microdit.pipeline.upkeep.verify import verify
 
 
@@ -14,7 +14,7 @@ from microdit.pipeline.upkeep.verify import verify
 class Damage:
     """What `verify` found, as work."""
 
-    redo: dict[str, set[Where]] = field(default_factory=lambda: defaultdict(set))
+    redo: dict[str, set[ShardId]] = field(default_factory=lambda: defaultdict(set))
     """By column the (source, shard) that are made again; `units`: (source, unit) whose commit is written again."""
     beyond: list[dict[str, str]] = field(default_factory=list)
     """Problems of `verify` that no rebuilding mends."""

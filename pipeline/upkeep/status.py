@@ -27,7 +27,7 @@ def status(corpus: Corpus) -> dict[str, Any]:
     found = totals(table)
     sources = {}
     for name in sorted(corpus.sources()):
-        units, expected = found.get((UNITS, name), Totals()), corpus.source(name).stage.get("units")
+        units, expected = found.get((UNITS, name), Totals()), corpus.source(name).made_by.get("units")
         sources[name] = {
             "units": expected if isinstance(expected, int) else None,
             "units_done": units.done,

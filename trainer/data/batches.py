@@ -251,4 +251,4 @@ def shapes(
 
 def holds_moments(corpus: Corpus, latents: str) -> bool:
     """Whether a latents column holds means and standard deviations (2C, H, W), of which each step draws a sample."""
-    return bool(corpus.column(latents).stage.get("posterior") == "moments")
+    return bool(corpus.column(latents).made_by.get("posterior") == "moments")

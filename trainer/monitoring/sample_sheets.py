@@ -75,8 +75,8 @@ class Drawing:
             samples.corpus, recipe.main_text, samples.held.take(samples.held.lowest(CAPTIONS, recipe.seed + 1))
         )
         encoder, self.autoencoder = load_encoders(
-            trained_part(samples.corpus.column(recipe.main_text).stage, "encoder"),
-            trained_part(samples.corpus.column(recipe.stages[-1].latents).stage, "autoencoder"),
+            trained_part(samples.corpus.column(recipe.main_text).made_by, "encoder"),
+            trained_part(samples.corpus.column(recipe.stages[-1].latents).made_by, "autoencoder"),
             self.team.device,
         )
         self.texts = _Encoded(encoder, self.prompts)

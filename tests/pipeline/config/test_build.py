@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from microdit.model.pretrained.captioners import CAPTIONERS
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.build import BuildConfig, load_config
-from microdit.pipeline.config.captions import CaptionsColumn, origin_of
+from microdit.pipeline.config.captions import CaptionsColumn, pass_key
 from microdit.pipeline.config.encoders import LatentsColumn, TextColumn
 from microdit.pipeline.config.sources import OpenmojiSource, UrlsSource
 from microdit.pipeline.config.yaml import HOME, find_file, load_yaml
@@ -62,7 +62,7 @@ def test_the_config_that_captions_anew():
         "captions/long": "vlm",
         "captions/short": "vlm",
     }
-    assert origin_of(captions["captions/long"]) == origin_of(captions["captions/short"])  # one pass
+    assert pass_key(captions["captions/long"]) == pass_key(captions["captions/short"])  # one pass
     assert captions["captions/long"].vlm in CAPTIONERS
 
 

@@ -78,7 +78,8 @@ def rows(corpus: Corpus, what: str) -> list[dict[str, Any]]:
 
 def test_the_largest_of_a_group_is_kept(corpus: Corpus) -> None:
     found = dedup(corpus)
-    assert {name: found[name] for name in ("samples", "groups", "kept", "dropped", "exact", "without_hash")} == {
+    counts = ("samples", "groups", "kept", "dropped", "exact", "without_hash")
+    assert {name: found.to_json()[name] for name in counts} == {
         "samples": 5,
         "groups": 1,
         "kept": 3,
@@ -94,7 +95,7 @@ def test_the_largest_of_a_group_is_kept(corpus: Corpus) -> None:
     chosen = load_selection(corpus, f"once@{select(corpus, 'once', KEEP).hash}")
     assert chosen["row"].to_pylist() == [2, 4, 5]
     assert dedup(corpus) == found  # at once
-    assert dedup(corpus, 0)["path"] != found["path"]
+    assert dedup(corpus, 0).path != found.path
 
 
 def test_a_new_commit_asks_for_a_new_table(corpus: Corpus) -> None:
@@ -103,7 +104,7 @@ def test_a_new_commit_asks_for_a_new_table(corpus: Corpus) -> None:
     with pytest.raises(RequestError, match=r"duplicate_keep(.|\n)*`microdit dedup`, run again"):
         select(corpus, "once", KEEP)
     second = dedup(corpus)
-    assert second["path"] != first["path"] and (second["groups"], second["dropped"]) == (2, 3)
+    assert second.path != first.path and (second.groups, second.dropped) == (2, 3)
     assert [line["duplicate_keep"] for line in rows(corpus, "duplicate_keep")][-3:] == [True, True, False]
 
 
@@ -117,13 +118,13 @@ def test_two_at_once_make_one_table(corpus: Corpus) -> None:
 def test_what_is_in_an_evaluation_set(corpus: Corpus, tmp_path: Path) -> None:
     other = corpus_of(tmp_path / "evaluation", [photo(7), photo(3), None])
     found = decontaminate(corpus, [other.url])
-    assert (found["contaminated"], found["exact"], found["samples"]) == (1, 1, 5)
+    assert (found.contaminated, found.exact, found.samples) == (1, 1, 5)
     lines = rows(corpus, "contaminated, contaminated_by")
     assert [line["contaminated"] for line in lines] == [False, False, False, None, False, True]
     assert lines[5]["contaminated_by"] == f"demo/{UNIT}-00-1"
     file = f"{other.url}/{hash_table(other).object.name}"
     again = decontaminate(corpus, [file])
-    assert (again["contaminated"], again["against"][0]["sha256"]) == (1, found["against"][0]["sha256"])
+    assert (again.contaminated, again.against[0].sha256) == (1, found.against[0].sha256)
     dedup(corpus)  # both at once in the view
     assert [line["duplicate_keep"] for line in rows(corpus, "contaminated, duplicate_keep")][2:] == [
         True,

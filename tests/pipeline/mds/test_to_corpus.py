@@ -22,7 +22,7 @@ from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.rows import read_rows
-from microdit.pipeline.mds.columns import Naming, look
+from microdit.pipeline.mds.columns import Naming, plan_conversion
 from microdit.pipeline.mds.format import INDEX, MdsWriter, read_index
 from microdit.pipeline.mds.to_corpus import to_corpus
 from microdit.pipeline.selection.view import query
@@ -57,8 +57,8 @@ __all__ = ["small"]
 def test_official_files_become_a_corpus(tmp_path: Path) -> None:
     found = to_corpus(OFFICIAL, str(tmp_path / "corpus"), Naming("cc12m"))
     corpus, wanted = Corpus.open(tmp_path / "corpus"), all_samples("official")
-    assert (found["exit_status"], found["inputs"], found["unread"], found["left_out"]) == (0, 3, 0, [])
-    assert {name: (c["in"], c["out"], c["failed"]) for name, c in found["columns"].items()} == dict.fromkeys(
+    assert (found.exit_status, found.inputs, found.unread, found.left_out) == (0, 3, 0, [])
+    assert {name: (c.inputs, c.out, c.failed) for name, c in found.columns.items()} == dict.fromkeys(
         [IMAGES, "captions/source", TEXT, "latents/sdxl-256", "latents/sdxl-512"], (3, 3, 0)
     )
     for column, field in (
@@ -101,7 +101,7 @@ def test_folders_of_workers_become_one_source_without_pictures(small: Corpus) ->
     assert [note["caption"] for note in notes] == [sample["caption"] for sample in wanted]
     assert {tuple(row.members) for c in small.commits(IMAGES) for row in read_rows(small, c)} == {("json",)}
     assert {(note["width"], note["original_height"], note["sha256"]) for note in notes} == {(0, 0, "")}
-    assert len(small.units("small")) == small.source("small").stage["units"] == 5
+    assert len(small.units("small")) == small.source("small").made_by["units"] == 5
     assert verify(small)["problems"] == []
 
 
@@ -122,7 +122,7 @@ def test_what_reads_pictures_says_that_there_are_none(tmp_path: Path, small: Cor
 
 def test_declarations_name_the_models_and_claim_no_more(small: Corpus) -> None:
     """What `generate` reads of them is a named autoencoder and text encoder, and nothing to compare them with."""
-    latents, text = small.column("latents/sdxl-64").stage, small.column(TEXT).stage
+    latents, text = small.column("latents/sdxl-64").made_by, small.column(TEXT).made_by
     assert (latents["stage"], latents["resolution"], latents["posterior"]) == ("mds", 64, "sample")
     assert (latents["shape"], text["shape"], text["captions"]) == ([4, 8, 8], [77, 8], "captions/source")
     assert trained_part(latents, "autoencoder") == Part("sdxl", "sdxl", {"revision": None})
@@ -148,14 +148,14 @@ def test_as_built_a_build_can_add_to_the_columns(tmp_path: Path) -> None:
     ]
     for stage in stages:
         for column, spec in stage.columns.items():
-            assert corpus.declare_column(column, spec.stage, spec.scalars).stage == spec.stage
+            assert corpus.declare_column(column, spec.stage, spec.scalars).made_by == spec.stage
 
 
 def test_the_same_again_writes_nothing(tmp_path: Path, small: Corpus) -> None:
     shutil.copytree(small.url, tmp_path / "corpus")
     before = tree(tmp_path / "corpus")
     found = to_corpus(WORKERS, str(tmp_path / "corpus"), SMALL)
-    assert (found["written"], found["exit_status"], found["columns"][TEXT]["out"]) == (0, 0, 8)
+    assert (found.written, found.exit_status, found.columns[TEXT].out) == (0, 0, 8)
     assert tree(tmp_path / "corpus").items() >= before.items()
     assert {
         name for name in tree(tmp_path / "corpus").keys() - before.keys() if not name.startswith("tables/")
@@ -166,7 +166,7 @@ def test_shards_are_cut_where_the_corpus_cuts_them(tmp_path: Path) -> None:
     corpus = Corpus.create(tmp_path / "corpus", "made", shard_samples=2)
     write(tmp_path / "mds", all_samples("workers"))
     found = to_corpus(tmp_path / "mds", corpus.url, SMALL)
-    assert found["columns"][TEXT] == {"in": 8, "out": 8, "failed": 0, "reasons": {}}
+    assert found.columns[TEXT].to_json() == {"in": 8, "out": 8, "failed": 0, "reasons": {}}
     assert sorted(shard for _, shard in corpus.committed(TEXT)) == [f"small-000000-{i:02}" for i in range(4)]
     assert [a.tobytes() for a in arrays(corpus, TEXT)] == [
         s["caption_latents"].tobytes() for s in all_samples("workers")
@@ -201,7 +201,7 @@ def test_bad_samples_fail_with_a_reason_and_no_others(tmp_path: Path) -> None:
     }
     samples = [sample | changes.get(i, {}) for i, sample in enumerate(wanted)]
     found = to_corpus(write(tmp_path / "mds", samples), str(tmp_path / "corpus"), SMALL)
-    reasons = {name: column["reasons"] for name, column in found["columns"].items()}
+    reasons = {name: column.reasons for name, column in found.columns.items()}
     assert reasons == {
         IMAGES: {"not_text": 1},
         "captions/source": {"upstream": 1, "no_caption": 1},
@@ -209,10 +209,10 @@ def test_bad_samples_fail_with_a_reason_and_no_others(tmp_path: Path) -> None:
         "latents/sdxl-64": {"upstream": 1, "not_finite": 1},
         "latents/sdxl-128": {"upstream": 1, "wrong_size": 1},
     }
-    for column in found["columns"].values():
-        assert column["in"] == 8 == column["out"] + column["failed"]
-        assert sum(column["reasons"].values()) == column["failed"]
-    assert found["exit_status"] == 1  # more than a tenth of a column
+    for column in found.columns.values():
+        assert column.inputs == 8 == column.out + column.failed
+        assert sum(column.reasons.values()) == column.failed
+    assert found.exit_status == 1  # more than a tenth of a column
     corpus = Corpus.open(tmp_path / "corpus")
     details = [line["detail"] for line in corpus.sidecar(corpus.commits(TEXT)[0]).to_pylist()]
     assert details[6] == "caption_latents: 0 bytes; float16 (77, 8) has 1232"
@@ -223,8 +223,8 @@ def test_pictures_that_cannot_be_read_fail(tmp_path: Path) -> None:
     jpegs = [make.jpeg("a"), make.jpeg("b")[:200], b"", make.jpeg("d")]
     samples = [s | {"jpg": jpeg} for s, jpeg in zip(all_samples("workers"), jpegs, strict=False)]
     found = to_corpus(write(tmp_path / "mds", samples, jpg="jpeg"), str(tmp_path / "corpus"), SMALL)
-    assert found["columns"][IMAGES]["reasons"] == {"truncated": 1, "not_an_image": 1}
-    assert found["columns"][TEXT]["reasons"] == {"upstream": 2}
+    assert found.columns[IMAGES].reasons == {"truncated": 1, "not_an_image": 1}
+    assert found.columns[TEXT].reasons == {"upstream": 2}
     assert verify(Corpus.open(tmp_path / "corpus"))["problems"] == []
 
 
@@ -280,7 +280,7 @@ def test_merging_the_indexes_later_changes_nothing(tmp_path: Path, small: Corpus
     shutil.copytree(small.url, tmp_path / "corpus")
     shutil.copytree(WORKERS, tmp_path / "mds")
     (tmp_path / "mds" / INDEX).unlink()
-    assert to_corpus(tmp_path / "mds", str(tmp_path / "corpus"), SMALL)["written"] == 0
+    assert to_corpus(tmp_path / "mds", str(tmp_path / "corpus"), SMALL).written == 0
 
 
 @pytest.mark.parametrize("point", ["written:8", "committing-unit:3"])
@@ -365,20 +365,20 @@ def test_columns_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     writer.write({name: value if isinstance(value, bytes) else value.encode() for name, value in no_caption[0].items()})
     writer.close()
     with pytest.raises(RequestError, match=r"its columns are \['caption', 'x'\]; expected caption and some of"):
-        look(tmp_path / "bare", SMALL)
+        plan_conversion(tmp_path / "bare", SMALL)
     write(tmp_path / "mixed/a", wanted[:2])
     write(tmp_path / "mixed/b", [s | {"jpg": b"1"} for s in wanted[2:4]], jpg="jpeg")
     with pytest.raises(RequestError, match="convert such folders one by one"):
-        look(tmp_path / "mixed", SMALL)
+        plan_conversion(tmp_path / "mixed", SMALL)
     write(tmp_path / "odd", [s | {"latents_64": b"123"} for s in wanted])
     with pytest.raises(RequestError, match="latents_64 has 3 bytes, which is no float16"):
-        look(tmp_path / "odd", SMALL)
+        plan_conversion(tmp_path / "odd", SMALL)
     write(tmp_path / "eight", [s | {"latents_64": bytes(8 * 8 * 8 * 2)} for s in wanted])
     with pytest.raises(RequestError, match="latents_64 has 8 channels; name the --autoencoder"):
-        look(tmp_path / "eight", SMALL)
+        plan_conversion(tmp_path / "eight", SMALL)
     write(tmp_path / "empty", [])
     with pytest.raises(RequestError, match="there is no sample in its 0 shards"):
-        look(tmp_path / "empty", SMALL)
+        plan_conversion(tmp_path / "empty", SMALL)
 
 
 def test_columns_that_are_not_taken_are_told(tmp_path: Path) -> None:
@@ -392,4 +392,4 @@ def test_columns_that_are_not_taken_are_told(tmp_path: Path) -> None:
 def test_sixteen_channels_are_ostris(tmp_path: Path) -> None:
     latents = {"latents_64": bytes(16 * 8 * 8 * 2), "latents_128": bytes(16 * 16 * 16 * 2)}
     write(tmp_path / "mds", [s | latents for s in all_samples("workers")])
-    assert list(look(tmp_path / "mds", SMALL).arrays) == [TEXT, "latents/ostris-64", "latents/ostris-128"]
+    assert list(plan_conversion(tmp_path / "mds", SMALL).arrays) == [TEXT, "latents/ostris-64", "latents/ostris-128"]

@@ -300,7 +300,7 @@ def test_the_ingest_options_are_part_of_the_source(tmp_path: Path):
     )
     corpus = Corpus.create(asked.corpus, asked.name, asked.shard_samples)
     declare(corpus, asked)
-    assert corpus.source("given").stage["images"]["max_side"] == 512
+    assert corpus.source("given").made_by["images"]["max_side"] == 512
     other = asked.model_copy(update={"images": ImageOptions(min_side=32, max_side=400)})
     with pytest.raises(ValueError, match=r"images\.max_side: the corpus has 512, the config says 400"):
         declare(corpus, other)
@@ -333,7 +333,7 @@ def test_the_demo_source_from_end_to_end(tmp_path: Path):
     }  # fmt: skip
     reasons = {url: wanted[kind] for kind, urls in source.prepared.bad.items() for url in urls}
     assert {url: line["reason"] for url, line in found.items()} == {url: reasons.get(url) for url in found}
-    assert corpus.source("openmoji").stage["attribution"].startswith("All emojis designed by OpenMoji")
+    assert corpus.source("openmoji").made_by["attribution"].startswith("All emojis designed by OpenMoji")
     assert found[next(iter(found))]["license"] == "CC BY-SA 4.0"
     # the list, and so the declaration, is the same whatever port the server has
     assert Openmoji("openmoji", options).stage() == source.stage()

@@ -140,7 +140,7 @@ def test_a_clip_tower_without_its_padding(corpus: Corpus, clip: str):
 
 def test_generation_trims_as_the_column_did(corpus: Corpus, clip: str):
     make(corpus, {"captions/source": {}, "text/again@source": {"encoder": clip, "trim": True}})
-    part = trained_part(json.loads(json.dumps(corpus.column("text/again@source").stage)), "encoder")
+    part = trained_part(json.loads(json.dumps(corpus.column("text/again@source").made_by)), "encoder")
     encoder = load_text_encoder(part.where, **part.options)
     assert encoder.fingerprint == part.trained_with
     assert encoder.encode(["x"])[1].tolist() == [3]

@@ -1,7 +1,10 @@
+"""The commit table: what is read once, and what a cache that is stale, damaged or missing costs."""
+
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -12,6 +15,8 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import ShardRef
 from microdit.pipeline.selection.view import query
+from microdit.pipeline.storage.bucket import Bucket
+from microdit.pipeline.storage.disk import Disk
 from microdit.pipeline.storage.store import Store
 from microdit.pipeline.tables import commit_table as module
 from microdit.pipeline.tables.commit_table import LINE, commit_table, totals
@@ -35,14 +40,14 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The names of the commits that are read one by one."""
     names: list[str] = []
-    get = Store.get
+    for kind in (Disk, Bucket):
 
-    def watched(self: Store, name: str) -> bytes:
-        if name.startswith("commits/"):
-            names.append(name)
-        return get(self, name)
+        def watched(self: Store, name: str, get: Callable[[Any, str], bytes] = kind.get) -> bytes:
+            if name.startswith("commits/"):
+                names.append(name)
+            return get(self, name)
 
-    monkeypatch.setattr(Store, "get", watched)
+        monkeypatch.setattr(kind, "get", watched)
     yield names
 
 
@@ -100,16 +105,16 @@ def test_what_was_read_before_a_stop_is_not_read_again(
     fill(corpus)
     for name, value in {"AT_ONCE": 1, "BATCH": 2, "SAVE_EVERY": 4}.items():
         monkeypatch.setattr(module, name, value)
-    get = Store.get
+    get = Disk.get
 
-    def stopped(self: Store, name: str) -> bytes:
+    def stopped(self: Disk, name: str) -> bytes:
         if name.startswith("commits/") and len(reads) >= 8:
             raise KeyboardInterrupt
         return get(self, name)
 
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
         context.setattr(module, "threaded", lambda function, items: map(function, items))
-        context.setattr(Store, "get", stopped)
+        context.setattr(Disk, "get", stopped)
         commit_table(corpus)
     reads.clear()
     assert len(commit_table(corpus)) == 11 and len(reads) == 11 - 8
@@ -162,7 +167,7 @@ def test_who_may_not_write_still_gets_it(tmp_path: Path, monkeypatch: pytest.Mon
         def refuse(*given: object, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr(Store, "publish", refuse)
+        monkeypatch.setattr(Disk, "publish", refuse)
         assert same(commit_table(corpus), whole)
         assert not list(corpus.store.list(TABLES))
 

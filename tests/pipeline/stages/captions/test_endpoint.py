@@ -137,7 +137,7 @@ def test_every_image_is_asked_about_with_few_requests_at_once(
             assert picture.format == "JPEG" and max(picture.size) == 48
         seeds.add(body["seed"])
     assert len(seeds) == 10  # one for each key
-    stage = corpus.column("captions/vl").stage
+    stage = corpus.column("captions/vl").made_by
     assert (stage["captioner"], stage["prompt"], stage["kind"]) == ("some-vl", "What is this?", "long")
     assert server.url not in json.dumps(stage) and "sesame" not in json.dumps(stage)
 
@@ -147,7 +147,7 @@ def test_where_it_runs_and_how_much_at_once_is_no_part_of_a_column(corpus: Corpu
     more = {"concurrency": 2, "price_in": 1, "price_out": 1, "max_spend": 9}
     for stage in stages_of(config(Path(corpus.url), asked(Server(url="https://elsewhere/v1"), **more))):
         for column, spec in stage.columns.items():
-            assert spec.stage == corpus.column(column).stage
+            assert spec.stage == corpus.column(column).made_by
 
 
 def test_what_passes_is_tried_again(corpus: Corpus, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,5 +49,5 @@ def test_a_column_of_tags(tmp_path: Path, tagger: Tagger) -> None:
     assert captions and {tag for caption in captions for tag in caption.split(", ")} <= set(tagger.names)
     unsure = lines(corpus, made["captions/sure"])
     assert {line["reason"] for line in unsure if line["reason"] != "upstream"} == {"no_tag"}
-    stage = corpus.column("captions/tags").stage
+    stage = corpus.column("captions/tags").made_by
     assert stage["model"] == tagger_fingerprint("efficientnet-lite0") and stage["kind"] == "tags"

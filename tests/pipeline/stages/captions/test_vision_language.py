@@ -116,7 +116,7 @@ def test_long_and_short_come_of_one_pass_over_the_images(
         assert sum(commit.timings["again"] for commit in made[column]) > 0
     assert "" in reasons and "cut_off" in reasons  # a random model seldom ends, and sometimes does
     assert told(corpus, made["captions/long"]) != told(corpus, made["captions/short"])
-    stages = [corpus.column(column).stage for column in columns]
+    stages = [corpus.column(column).made_by for column in columns]
     assert [stage["prompt"] for stage in stages] == ["a red apple", "the dog runs"]
     assert [stage["kind"] for stage in stages] == ["long", "short"]
     assert stages[0]["captioner"] == folder and stages[0]["model"]["folder"] == "blip"

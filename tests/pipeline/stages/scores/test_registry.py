@@ -379,7 +379,7 @@ def test_embeddings_are_in_tars_and_other_scores_in_tables(column: str, kind: st
 
 
 def test_the_config_that_curates_can_be_planned() -> None:
-    found = estimate(load_config("configs/curate.yaml"), Machines(cpus=16, gpus=1, gpu="h100"))
+    found = estimate(load_config("configs/curate.yaml"), Machines(cpus=16, gpus=1, gpu="h100")).to_json()
     scored = [column for column in found["columns"] if column.startswith("scores/")]
     assert {column.partition("/")[2].partition("-")[0] for column in scored} == {
         "basic", "nsfw", "text", "aesthetic", "clip", "embedding", "caption"
