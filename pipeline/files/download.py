@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ from urllib.parse import unquote, urlsplit
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.liveness import alive
+from microdit.pipeline.base.retry import Backoff
 from microdit.pipeline.files.transfer import ChangedError, PassingError, Version, shown, transfer
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def _fetch(file: "RemoteFile", path: Path) -> None:
 
 
 def _receive_all(file: "RemoteFile", part: "_Part") -> None:
-    failures, most = 0, part.have
+    backoff, most = Backoff(PAUSE, LONGEST_PAUSE, jitter=(0.5, 1.0), tries=TRIES), part.have
     while True:
         try:
             _receive(file, part)
@@ -212,16 +212,17 @@ def _receive_all(file: "RemoteFile", part: "_Part") -> None:
             if isinstance(error, ChangedError):
                 part.restart()
             # a part that is begun again makes headway only where it was not before: so this ends
-            failures = 1 if part.most >= most + HEADWAY else failures + 1
+            if part.most >= most + HEADWAY:
+                backoff.reset()
             most = max(most, part.most)
-            if failures >= TRIES:
+            pause = backoff.next_pause()
+            if pause is None:
                 total = part.version.size or file.size
                 raise OSError(
                     f"{file.name}: {shown(file.url)} is given up after {TRIES} tries without headway, with {part.have} "
                     f"of {'?' if total is None else total} bytes; the last one: {error}; check the connection"
                 ) from error
-            wait = min(PAUSE * 2 ** (failures - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
-            _pause(wait if error.wait is None else min(max(error.wait, wait), LONGEST_WAIT))
+            _pause(pause if error.wait is None else min(max(error.wait, pause), LONGEST_WAIT))
 
 
 def _receive(file: "RemoteFile", part: "_Part") -> None:

@@ -7,12 +7,15 @@ from functools import lru_cache
 from typing import TypeVar
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.retry import Backoff, retry_after
 from microdit.pipeline.files.patterns import choose, expand_braces, split_root
 from microdit.pipeline.files.remote_file import Listing, RemoteFile, digest, listing
 
 PLACE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@(refs/(?:pr|convert)/[^/]+|[^/]+))?/(.+)")
 BEGINNING = re.compile(r"[0-9a-f]{7,39}")  # of a commit's hash, which the hub itself takes only whole
 TRIES, PAUSE = 4, 1.0  # of a request; seconds before the second, twice as many before each further one
+LONGEST_WAIT = 600.0  # seconds that the hub may ask for
+PASSING = (408, 429, 500, 502, 503, 504)
 T = TypeVar("T")
 
 
@@ -39,12 +42,12 @@ def list_hub(pattern: str, what: str, endpoint: str, token: str) -> Listing:
     root, _ = split_root(path)
     try:
         if BEGINNING.fullmatch(revision):
-            commits = _patiently(lambda: [c.commit_id for c in api.list_repo_commits(repo, repo_type="dataset")])
+            commits = _retry(lambda: [c.commit_id for c in api.list_repo_commits(repo, repo_type="dataset")])
             revision = next((commit for commit in commits if commit.startswith(revision)), revision)
-        about = _patiently(lambda: api.dataset_info(repo, revision=revision, expand=["sha", "gated"]))
+        about = _retry(lambda: api.dataset_info(repo, revision=revision, expand=["sha", "gated"]))
         commit = about.sha or revision
         try:
-            tree = _patiently(
+            tree = _retry(
                 lambda: list(
                     api.list_repo_tree(repo, root or None, recursive=True, revision=commit, repo_type="dataset")
                 )
@@ -60,7 +63,7 @@ def list_hub(pattern: str, what: str, endpoint: str, token: str) -> Listing:
             )
         if about.gated:
             first = hf_hub_url(repo, names[0], repo_type="dataset", revision=commit, endpoint=endpoint)
-            _patiently(lambda: get_hf_file_metadata(first, token=token or False, endpoint=endpoint))
+            _retry(lambda: get_hf_file_metadata(first, token=token or False, endpoint=endpoint))
     except errors.GatedRepoError as error:
         raise RequestError(f"{what} = {pattern!r}: {gated(repo, bool(token))}") from error
     except errors.RepositoryNotFoundError as error:
@@ -116,21 +119,20 @@ def gated(repo: str, token: bool) -> str:
     )
 
 
-def _patiently(request: Callable[[], T]) -> T:
-    """A request's answer; one that fails in passing is made again, after the time that the hub asks for."""
-    for tries in range(1, TRIES + 1):
+def _retry(request: Callable[[], T]) -> T:
+    """Run a request to the hub, retrying transient failures, after the time that the hub asks for if it does."""
+    backoff = Backoff(PAUSE, tries=TRIES)
+    while True:
         try:
             return request()
         except Exception as error:
             response = getattr(error, "response", None)
-            passing = (
-                _of_the_network(error) if response is None else response.status_code in (408, 429, 500, 502, 503, 504)
-            )
-            if tries == TRIES or not passing:
+            passing = _of_the_network(error) if response is None else response.status_code in PASSING
+            pause = backoff.next_pause() if passing else None
+            if pause is None:
                 raise
-            asked = response.headers.get("Retry-After", "") if response is not None else ""
-            time.sleep(min(float(asked), 600.0) if asked.isdecimal() else PAUSE * 2 ** (tries - 1))
-    raise AssertionError("unreachable")
+            asked = retry_after(response.headers.get("Retry-After")) if response is not None else None
+        time.sleep(pause if asked is None else min(asked, LONGEST_WAIT))
 
 
 def _of_the_network(error: Exception) -> bool:

@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -18,6 +16,7 @@ import urllib3
 from obstore import exceptions
 
 from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.base.retry import retry_after
 from microdit.pipeline.storage.bucket import SCHEMES, open_bucket
 
 if TYPE_CHECKING:
@@ -174,7 +173,7 @@ def _check_status(file: "RemoteFile", response: requests.Response, token: bool) 
     from_hub = file.url.startswith("hf://")
     redirected = urlsplit(response.url).hostname != urlsplit((response.history or [response])[0].url).hostname
     if status in PASSING or (from_hub and redirected and status in REFUSED):  # its links to the CDN are made anew
-        raise PassingError(f"answered {said}", _retry_after(response))
+        raise PassingError(f"answered {said}", _asked_wait(response))
     if status == 416:
         size = response.headers.get("Content-Range", "").rpartition("/")[2]
         raise ChangedError(f"the file has {size if size.isdecimal() else 'fewer'} bytes only")
@@ -216,16 +215,10 @@ def _length(response: requests.Response) -> int | None:
     return int(length) if length.isdecimal() else None
 
 
-def _retry_after(response: requests.Response) -> float | None:
-    """Seconds that the server asks to wait, in any of the ways that servers and the hub say it."""
-    asked = response.headers.get("Retry-After", "").strip()
-    if asked.isdecimal():
-        return float(asked[:9])
-    if asked:
-        try:
-            return max(0.0, (parsedate_to_datetime(asked).astimezone(UTC) - datetime.now(UTC)).total_seconds())
-        except (ValueError, OverflowError):
-            return None
+def _asked_wait(response: requests.Response) -> float | None:
+    """Return the seconds that the server asks to wait: by Retry-After, or by the hub's RateLimit header."""
+    if header := response.headers.get("Retry-After", "").strip():
+        return retry_after(header)
     window = re.search(r";\s*r=0\s*;\s*t=(\d{1,6})", response.headers.get("RateLimit", ""))
     return float(window[1]) if window and response.status_code == 429 else None
 

@@ -3,24 +3,23 @@
 import asyncio
 import contextlib
 import queue
-import random
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import aiohttp
 
+from microdit.pipeline.base.retry import Backoff, retry_after
 from microdit.pipeline.config.sources import FetchOptions
 
 WINDOW = 2048  # questions that may be under way or answered ahead of the one that is waited for
 MAX_HELD = 256 << 20  # bytes of answers that may wait for their turn; what is under way then may still come
-BACKOFF = (0.2, 0.6)  # seconds before the one retry, drawn between these
+TRIES = 2
+PAUSE, JITTER = 0.4, (0.5, 1.5)  # seconds before the retry, and the range of their random factor
 PASSING = {408, 425, 429, 500, 502, 503, 504}
 CHUNK = 64 << 10
 T = TypeVar("T")
@@ -36,11 +35,11 @@ class Answer:
 
 
 class _Failed(Exception):
-    """One try that failed; `retry_in` is how long to wait before another one makes sense, None if it makes none."""
+    """One try that failed. `transient`: another one may succeed, after `asked` seconds if the server says so."""
 
-    def __init__(self, reason: str, detail: str, retry_in: float | None = None):
+    def __init__(self, reason: str, detail: str, transient: bool = False, asked: float = 0.0):
         super().__init__(detail)
-        self.reason, self.detail, self.retry_in = reason, detail, retry_in
+        self.reason, self.detail, self.transient, self.asked = reason, detail, transient, asked
 
 
 def fetch_all(questions: Iterable[tuple[T, str | None]], options: FetchOptions) -> Iterator[tuple[T, Answer | None]]:
@@ -151,9 +150,10 @@ class _Fetcher:
                 self.asked.put((what, None))
 
     async def _answer(self, session: aiohttp.ClientSession, url: str) -> Answer:
-        """At most two tries within the time of one URL; aiohttp itself resends at once where a connection breaks."""
+        """Fetch a URL in at most `TRIES` within its time; aiohttp itself resends at once where a connection breaks."""
         end = time.monotonic() + self._options.timeout
-        for last in (False, True):
+        backoff = Backoff(PAUSE, jitter=JITTER, tries=TRIES)
+        while True:
             try:
                 async with asyncio.timeout(end - time.monotonic()):
                     return Answer(await self._get(session, url))
@@ -163,20 +163,21 @@ class _Fetcher:
                 failed = error
             except Exception as error:  # whatever a server can provoke fails its own image and no other
                 failed = _Failed("connection", f"{type(error).__name__}: {error}")
-            if last or failed.retry_in is None or time.monotonic() + failed.retry_in >= end:
-                break
-            await asyncio.sleep(failed.retry_in)
-        return Answer(None, failed.reason, failed.detail)
+            pause = backoff.next_pause() if failed.transient else None
+            if pause is None or time.monotonic() + max(failed.asked, pause) >= end:
+                return Answer(None, failed.reason, failed.detail)
+            await asyncio.sleep(max(failed.asked, pause))
 
     async def _get(self, session: aiohttp.ClientSession, url: str) -> bytes:
         options = self._options
-        soon = random.uniform(*BACKOFF)
         try:
             # aiohttp gives up at this number, not after it, and takes 0 for no bound
             async with session.get(url, max_redirects=options.max_redirects + 1) as response:
                 if response.status != 200:
-                    retry_in = self._retry_in(response, soon) if response.status in PASSING else None
-                    raise _Failed(f"http_{response.status}", f"{response.status} {response.reason or ''}", retry_in)
+                    asked = retry_after(response.headers.get("Retry-After")) or 0.0
+                    transient = response.status in PASSING and asked <= options.retry_after
+                    detail = f"{response.status} {response.reason or ''}"
+                    raise _Failed(f"http_{response.status}", detail, transient, asked)
                 if (response.content_length or 0) > options.max_bytes:
                     raise _Failed("too_large", f"{response.content_length} bytes, at most {options.max_bytes} are read")
                 data = bytearray()
@@ -187,31 +188,17 @@ class _Fetcher:
                 return bytes(data)
         except aiohttp.ServerTimeoutError as error:
             detail = str(error) or f"silent for {options.idle_timeout:g} seconds"
-            raise _Failed("timeout", detail, soon) from None
+            raise _Failed("timeout", detail, transient=True) from None
         except aiohttp.TooManyRedirects:
             raise _Failed("redirects", f"more than {options.max_redirects} redirects") from None
         except aiohttp.ClientConnectorDNSError as error:
             passing = getattr(error.os_error, "errno", None) == socket.EAI_AGAIN
-            raise _Failed("dns", str(error), soon if passing else None) from None
+            raise _Failed("dns", str(error), passing) from None
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
             raise _Failed("bad_url", f"{type(error).__name__}: {error}") from None
         except aiohttp.ClientPayloadError as error:
-            raise _Failed("truncated", f"the transfer broke off: {error}", soon) from None
+            raise _Failed("truncated", f"the transfer broke off: {error}", transient=True) from None
         except (aiohttp.ClientConnectionError, OSError) as error:
-            raise _Failed("connection", f"{type(error).__name__}: {error}", soon) from None
+            raise _Failed("connection", f"{type(error).__name__}: {error}", transient=True) from None
         except aiohttp.ClientError as error:
             raise _Failed("connection", f"{type(error).__name__}: {error}") from None
-
-    def _retry_in(self, response: aiohttp.ClientResponse, soon: float) -> float | None:
-        """Seconds to wait before the retry; None if the server asks for more than we grant."""
-        asked = response.headers.get("Retry-After", "").strip()
-        seconds = 0.0
-        if asked.isdecimal():
-            seconds = float(asked[:9])
-        elif asked:
-            try:
-                when = parsedate_to_datetime(asked)
-                seconds = (when.astimezone(UTC) - datetime.now(UTC)).total_seconds()
-            except (ValueError, OverflowError):
-                seconds = 0.0
-        return None if seconds > self._options.retry_after else max(seconds, soon)

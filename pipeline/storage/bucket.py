@@ -6,7 +6,6 @@ fail it.
 
 import io
 import os
-import random
 import shutil
 import tempfile
 import time
@@ -23,6 +22,7 @@ from obstore import exceptions
 from obstore.store import from_url
 
 from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.base.retry import Backoff
 from microdit.pipeline.base.threads import side_by_side
 from microdit.pipeline.storage.object_info import ObjectInfo
 
@@ -141,25 +141,23 @@ class Bucket:
         Raises:
             OSError: it failed for `PATIENCE`.
         """
-        began, pause, tries = time.monotonic(), PAUSE, 0
+        backoff = Backoff(PAUSE, LONGEST_PAUSE, jitter=(0.5, 1.0))
         while True:
-            tries += 1
             try:
                 answer = request()
             except FINAL:
                 raise
             except exceptions.BaseError as error:
-                waited = time.monotonic() - began
-                if waited + pause > (PATIENCE if self._answered else FIRST_PATIENCE):
+                pause = backoff.next_pause(PATIENCE if self._answered else FIRST_PATIENCE)
+                if pause is None:
                     raise OSError(
-                        f"{self.url}/{name}: {tries} tries to {what} it failed in {waited:.0f} s, the last with: "
-                        f"{first_line(error)}; check the network, and what the bucket allows"
+                        f"{self.url}/{name}: {backoff.failures} tries to {what} it failed in {backoff.waited:.0f} s, "
+                        f"the last with: {first_line(error)}; check the network, and what the bucket allows"
                     ) from error
             else:
                 self._answered = True
                 return answer
-            time.sleep(pause * random.uniform(0.5, 1.0))  # not all workers at once
-            pause = min(2 * pause, LONGEST_PAUSE)
+            time.sleep(pause)
 
     # -- reading -------------------------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ COPY = """
 import hashlib, sys
 from pathlib import Path
 from microdit.pipeline.files.remote_file import RemoteFile
-from microdit.pipeline.files.find import local_copy
+from microdit.pipeline.files.download import local_copy
 name, url, size, etag, scratch = sys.argv[1:]
 with local_copy(RemoteFile(name, url, int(size) if size else None, etag), Path(scratch)) as path:
     print(hashlib.sha256(path.read_bytes()).hexdigest(), flush=True)
