@@ -171,8 +171,8 @@ def _retry(request: Callable[[], T]) -> T:
             return request()
         except Exception as error:
             response = getattr(error, "response", None)
-            passing = _of_the_network(error) if response is None else response.status_code in PASSING
-            pause = backoff.next_pause() if passing else None
+            transient = _of_the_network(error) if response is None else response.status_code in PASSING
+            pause = backoff.next_pause() if transient else None
             if pause is None:
                 raise
             asked = retry_after(response.headers.get("Retry-After")) if response is not None else None

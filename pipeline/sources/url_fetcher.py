@@ -197,8 +197,8 @@ class _Fetcher:
         except aiohttp.TooManyRedirects:
             raise _Failed("redirects", f"more than {options.max_redirects} redirects") from None
         except aiohttp.ClientConnectorDNSError as error:
-            passing = getattr(error.os_error, "errno", None) == socket.EAI_AGAIN
-            raise _Failed("dns", str(error), passing) from None
+            transient = getattr(error.os_error, "errno", None) == socket.EAI_AGAIN
+            raise _Failed("dns", str(error), transient) from None
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
             raise _Failed("bad_url", f"{type(error).__name__}: {error}") from None
         except aiohttp.ClientPayloadError as error:
