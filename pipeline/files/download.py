@@ -26,7 +26,7 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.liveness import alive
 from microdit.pipeline.base.retry import Backoff
 from microdit.pipeline.files.remote_file import RemoteFile
-from microdit.pipeline.files.transfer import ChangedError, PassingError, Version, shown, transfer
+from microdit.pipeline.files.transfer import ChangedError, TransientError, Version, shown, transfer
 
 PREFIX = "microdit-"
 OLD = 48 * 3600.0  # seconds after which a leftover is swept
@@ -86,20 +86,25 @@ def _scratch_name(file: RemoteFile) -> str:
 
 
 def _make(scratch: Path) -> None:
+    """Make the scratch folder.
+
+    Raises:
+        RequestError: it cannot be made or written, or is another user's.
+    """
     advice = "set resources.scratch to a folder of your own"
     try:
         scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
-        about = scratch.stat()
+        owner = scratch.stat().st_uid
     except OSError as error:
         raise RequestError(f"scratch folder {scratch}: it cannot be made ({error.strerror}); {advice}") from error
-    if not os.access(scratch, os.W_OK | os.X_OK) or (scratch == scratch_folder(None) and about.st_uid != os.getuid()):
+    if not os.access(scratch, os.W_OK | os.X_OK) or (scratch == scratch_folder(None) and owner != os.getuid()):
         raise RequestError(f"scratch folder {scratch}: it is another user's, or cannot be written; {advice}")
 
 
 @cache
 def _sweep(scratch: Path) -> None:
     """Remove old copies that no process holds, once a process. Other files of the folder are left alone."""
-    for path in {_whole(each) for each in scratch.iterdir() if re.match(PREFIX + "[0-9a-f]{24}-", each.name)}:
+    for path in {_copy_of(each) for each in scratch.iterdir() if re.match(PREFIX + "[0-9a-f]{24}-", each.name)}:
         with suppress(OSError):  # another process was faster
             if time.time() - max(each.stat().st_mtime for each in _all(path) if each.exists()) > OLD:
                 descriptor = _open_lock(path)
@@ -110,7 +115,8 @@ def _sweep(scratch: Path) -> None:
                     os.close(descriptor)
 
 
-def _whole(path: Path) -> Path:
+def _copy_of(path: Path) -> Path:
+    """Return the path of the copy that a file of the scratch folder belongs to."""
     return path.with_suffix("") if path.suffix in (".part", ".about", ".lock") else path
 
 
@@ -160,6 +166,7 @@ def _open_lock(path: Path) -> int:
 
 
 def _flock(descriptor: int, kind: int) -> bool:
+    """Lock without waiting; False if another process holds the lock."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -210,7 +217,7 @@ def _receive_all(file: RemoteFile, part: "_PartialFile") -> None:
             _receive(file, part)
             part.check()
             return
-        except PassingError as error:
+        except TransientError as error:
             if isinstance(error, ChangedError):
                 part.restart()
             # bytes that a part had before its restart are no progress: so this ends
@@ -231,7 +238,7 @@ def _receive(file: RemoteFile, part: "_PartialFile") -> None:
     """Make one request for the rest of the file and write what comes.
 
     Raises:
-        PassingError: a transient failure, or the file was changed.
+        TransientError: a transient failure, or the file was changed.
     """
     total = part.version.size
     if total is not None and part.have >= total and file.etag and part.have:
@@ -241,7 +248,7 @@ def _receive(file: RemoteFile, part: "_PartialFile") -> None:
     with transfer(file, start, part.version) as answer:
         if file.size is not None and answer.version.size not in (None, file.size):
             part.restart()
-            raise PassingError(f"{file.size} bytes were expected, the server says {answer.version.size}")
+            raise TransientError(f"{file.size} bytes were expected, the server says {answer.version.size}")
         if answer.start == 0 or not part.have:
             part.restart(answer.version)
         elif not file.etag and part.version.differs(answer.version):
@@ -255,7 +262,7 @@ def _receive(file: RemoteFile, part: "_PartialFile") -> None:
                 since += len(chunk)
                 if (now := time.monotonic()) - began > SLOW_SECONDS:
                     if since < SLOW_BYTES:
-                        raise PassingError(f"{since} bytes in {now - began:.0f} seconds")
+                        raise TransientError(f"{since} bytes in {now - began:.0f} seconds")
                     began, since = now, 0
 
 
@@ -301,7 +308,7 @@ class _PartialFile:
         size = self.version.size
         if size is not None and self.have + len(data) > size:
             self.restart()
-            raise PassingError(f"more came than the {size} bytes that were announced")
+            raise TransientError(f"more came than the {size} bytes that were announced")
         if self._hashed == self.have:
             self._hash.update(data)
             self._hashed += len(data)
@@ -316,16 +323,16 @@ class _PartialFile:
         """Check the size and, if it is listed, the sha256.
 
         Raises:
-            PassingError: bytes are missing, or they are others.
+            TransientError: bytes are missing, or they are others.
         """
         size = self._file.size if self._file.size is not None else self.version.size
         if size is not None and self.have < size:
-            raise PassingError(f"the transfer broke off after {self.have} of {size} bytes")
+            raise TransientError(f"the transfer broke off after {self.have} of {size} bytes")
         if not self._path.exists():  # an empty file
             self.restart()
         if re.fullmatch(r"[0-9a-f]{64}", self._file.etag) and self._sha256() != self._file.etag:
             self.restart()
-            raise PassingError("its sha256 is not the one that the hub lists")
+            raise TransientError("its sha256 is not the one that the hub lists")
 
     def _sha256(self) -> str:
         if self._hashed != self.have:

@@ -19,7 +19,7 @@ ADDRESS = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@(refs/(?:pr|convert)/[
 SHORT_COMMIT = re.compile(r"[0-9a-f]{7,39}")  # the hub itself takes whole hashes only
 TRIES, PAUSE = 4, 1.0  # of a request; seconds before the second, twice as many before each further one
 LONGEST_WAIT = 600.0  # seconds that the hub may ask for
-PASSING = (408, 429, 500, 502, 503, 504)
+TRANSIENT = (408, 429, 500, 502, 503, 504)
 T = TypeVar("T")
 
 
@@ -171,7 +171,7 @@ def _retry(request: Callable[[], T]) -> T:
             return request()
         except Exception as error:
             response = getattr(error, "response", None)
-            transient = _of_the_network(error) if response is None else response.status_code in PASSING
+            transient = _of_the_network(error) if response is None else response.status_code in TRANSIENT
             pause = backoff.next_pause() if transient else None
             if pause is None:
                 raise

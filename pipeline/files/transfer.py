@@ -23,11 +23,11 @@ from microdit.pipeline.storage.bucket import SCHEMES, open_bucket
 CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 60.0  # seconds for a connection; without a byte
 CHUNK = 1 << 20  # bytes that are taken from a connection at once, at most
 BLOCK = 16 << 20  # bytes of one request to a bucket
-PASSING = {408, 425, 429, 500, 502, 503, 504}
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 REFUSED = {401, 403, 410}
 
 
-class PassingError(Exception):
+class TransientError(Exception):
     """A try failed for a transient reason. `wait`: the seconds that the server asks for, if it does."""
 
     def __init__(self, message: str, wait: float | None = None):
@@ -35,7 +35,7 @@ class PassingError(Exception):
         self.wait = wait
 
 
-class ChangedError(PassingError):
+class ChangedError(TransientError):
     """The server's file is no longer the one whose beginning is on the disk."""
 
 
@@ -74,7 +74,7 @@ def transfer(file: RemoteFile, start: int, known: Version) -> Iterator[Transfer]
     """Request a file from byte `start` on; `known` is the version of the part that is on the disk.
 
     Raises:
-        PassingError: a transient failure. Also from `chunks`.
+        TransientError: a transient failure. Also from `chunks`.
         RequestError: the server refuses.
         OSError: it has no such file, or the response is none to such a request.
     """
@@ -93,11 +93,11 @@ def transfer(file: RemoteFile, start: int, known: Version) -> Iterator[Transfer]
         except requests.exceptions.TooManyRedirects as error:
             raise OSError(f"{file.name}: {shown(file.url)}: {error}") from error
         except requests.exceptions.RequestException as error:
-            raise PassingError(_reason(error)) from error
+            raise TransientError(_reason(error)) from error
         _check_status(file, response, token is not None)
         sent = _content_range(response) if response.status_code == 206 else (0, _length(response))
         if sent is None or (sent[0] != start and sent[0] != 0):
-            raise PassingError(f"asked for bytes from {start} on, answered {response.headers.get('Content-Range')!r}")
+            raise TransientError(f"asked for bytes from {start} on, answered {response.headers.get('Content-Range')!r}")
         first_byte, size = sent
         version = Version(size, response.headers.get("ETag", ""), response.headers.get("Last-Modified", ""))
         yield Transfer(first_byte, version, _chunks(response))
@@ -149,7 +149,7 @@ def _blocks(file: RemoteFile, start: int, size: int) -> Iterator[bytes]:
         except FileNotFoundError:
             raise FileNotFoundError(f"{file.name}: {file.url} is not there any more") from None
         except exceptions.BaseError as error:
-            raise PassingError(first_line(error)) from error
+            raise TransientError(first_line(error)) from error
         yield block
 
 
@@ -173,8 +173,8 @@ def _check_status(file: RemoteFile, response: requests.Response, token: bool) ->
     where = shown(file.url)
     from_hub = file.url.startswith("hf://")
     redirected = urlsplit(response.url).hostname != urlsplit((response.history or [response])[0].url).hostname
-    if status in PASSING or (from_hub and redirected and status in REFUSED):  # its links to the CDN are made again
-        raise PassingError(f"answered {said}", _asked_wait(response))
+    if status in TRANSIENT or (from_hub and redirected and status in REFUSED):  # its links to the CDN are made again
+        raise TransientError(f"answered {said}", _asked_wait(response))
     if status == 416:
         size = response.headers.get("Content-Range", "").rpartition("/")[2]
         raise ChangedError(f"the file has {size if size.isdecimal() else 'fewer'} bytes only")
@@ -197,7 +197,7 @@ def _chunks(response: requests.Response) -> Iterator[bytes]:
         try:
             chunk = response.raw.read1(CHUNK, decode_content=False)
         except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
-            raise PassingError(_reason(error)) from error
+            raise TransientError(_reason(error)) from error
         if not chunk:
             return
         yield chunk

@@ -151,13 +151,13 @@ class FileSource:
                 alive()
                 key, duplicate = keys.next(sample.key, ordinal)
                 origin = sample.origin if "://" in sample.origin else before + sample.origin
-                texts = (origin, sample.caption, self.license, sample.fields)
+                common = (origin, sample.caption, self.license, sample.fields)
                 if duplicate and sample.reason is None:
                     detail = f"{sample.key!r} is there a second time in {file.name}"
-                    yield Input(ordinal, key, None, *texts, reason="duplicate_key", detail=detail)
+                    yield Input(ordinal, key, None, *common, reason="duplicate_key", detail=detail)
                 else:
                     data = sample.data if wanted(ordinal) else None
-                    yield Input(ordinal, key, data, *texts, reason=sample.reason, detail=sample.detail)
+                    yield Input(ordinal, key, data, *common, reason=sample.reason, detail=sample.detail)
 
     # -- choice of files -------------------------------------------------------------------------------------------
 

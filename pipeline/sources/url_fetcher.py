@@ -20,7 +20,7 @@ WINDOW = 2048  # requests that may be running or completed ahead of the one that
 MAX_HELD = 256 << 20  # bytes of completed requests that may wait for their turn; running ones may add to them
 TRIES = 2
 PAUSE, JITTER = 0.4, (0.5, 1.5)  # seconds before the retry, and the range of their random factor
-PASSING = {408, 425, 429, 500, 502, 503, 504}
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 CHUNK = 64 << 10
 T = TypeVar("T")
 
@@ -150,7 +150,7 @@ class _Fetcher:
                 self.started.put((what, None))
 
     async def _fetch(self, session: aiohttp.ClientSession, url: str) -> Fetched:
-        """Fetch a URL in at most `TRIES` within its time; aiohttp itself resends at once where a connection breaks."""
+        """Fetch a URL in at most `TRIES` tries within its time; aiohttp itself resends at once where a connection breaks."""
         end = time.monotonic() + self._options.timeout
         backoff = Backoff(PAUSE, jitter=JITTER, tries=TRIES)
         while True:
@@ -180,7 +180,7 @@ class _Fetcher:
             async with session.get(url, max_redirects=options.max_redirects + 1) as response:
                 if response.status != 200:
                     asked = retry_after(response.headers.get("Retry-After")) or 0.0
-                    transient = response.status in PASSING and asked <= options.retry_after
+                    transient = response.status in TRANSIENT and asked <= options.retry_after
                     detail = f"{response.status} {response.reason or ''}"
                     raise _Failed(f"http_{response.status}", detail, transient, asked)
                 if (response.content_length or 0) > options.max_bytes:
