@@ -150,7 +150,7 @@ class _Fetcher:
                 self.started.put((what, None))
 
     async def _fetch(self, session: aiohttp.ClientSession, url: str) -> Fetched:
-        """Fetch a URL in at most `TRIES` tries within its time; aiohttp itself resends at once where a connection breaks."""
+        """Fetch a URL in at most `TRIES` tries within its time; aiohttp itself resends where a connection breaks."""
         end = time.monotonic() + self._options.timeout
         backoff = Backoff(PAUSE, jitter=JITTER, tries=TRIES)
         while True:

@@ -111,7 +111,7 @@ class Parquet(FileSource):
     def _sample(self, batch: pa.RecordBatch, index: int, columns: _Columns, row: int) -> FileSample:
         """Make the sample of row `index` of a batch, which is row `row` of the file."""
         options, origin = self._options, f"row-{row}"
-        values: dict[str, Any] = {}
+        values: dict[str, object] = {}
         for option, path in columns.others.items():
             try:
                 value = _cell(batch, path, index)

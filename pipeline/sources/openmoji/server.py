@@ -35,8 +35,15 @@ LIST, CAPTIONS, MANIFEST = "urls.tsv", "captions.jsonl", "source.json"
 HTML = b"<!doctype html><html><head><title>Moved</title></head><body><p>This picture has moved.</p></body></html>\n"
 
 
-# path of the SVG, pixels of both sides, file to write, quality (JPEG and WebP), share of the bytes to keep
-_Job = tuple[Path, int, Path, int, float]
+@dataclass(frozen=True)
+class _ImageJob:
+    """An image to draw: `size` pixels of both sides, with `quality` as JPEG or WebP, of which `share` is kept."""
+
+    svg: Path
+    file: Path
+    size: int = SIZE
+    quality: int = 92
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,7 @@ class _Server:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
-def _plan(out: Path, limit: int | None) -> tuple[list[tuple[str, Emoji]], list[_Job], dict[str, tuple[str, ...]]]:
+def _plan(out: Path, limit: int | None) -> tuple[list[tuple[str, Emoji]], list[_ImageJob], dict[str, tuple[str, ...]]]:
     """Plan the lines of the list (URL and the drawing it claims to show), the files to draw, the bad URLs by kind."""
     rng = random.Random(SEED)
     drawings = list(openmoji.catalogue())
@@ -196,7 +203,7 @@ def _plan(out: Path, limit: int | None) -> tuple[list[tuple[str, Emoji]], list[_
     for number, drawing in enumerate(drawings):
         name = f"images/{drawing.code}.{('png', 'webp')[number % 10] if number % 10 < 2 else 'jpg'}"
         good.append((name, drawing))
-        jobs.append((drawing.svg, SIZE, out / name, 92, 1.0))
+        jobs.append(_ImageJob(drawing.svg, out / name))
     bad: dict[str, tuple[str, ...]] = {}
     broken = []
     for kind in KINDS:
@@ -210,28 +217,27 @@ def _plan(out: Path, limit: int | None) -> tuple[list[tuple[str, Emoji]], list[_
             broken.append((url, drawings[victim]))
             svg, file = drawings[victim].svg, out / url
             if kind == "truncated":
-                jobs.append((svg, SIZE, file, 92, 0.5))
+                jobs.append(_ImageJob(svg, file, share=0.5))
             elif kind == "tiny":
-                jobs.append((svg, TINY, file, 92, 1.0))
+                jobs.append(_ImageJob(svg, file, size=TINY))
             elif kind == "duplicate":
-                jobs.append((svg, SIZE, file, 80, 1.0))
+                jobs.append(_ImageJob(svg, file, quality=80))
     rng.shuffle(broken)
     bad_lines = set(rng.sample(range(len(good) + len(broken)), len(broken)))
     lines = [broken.pop() if line in bad_lines else good.pop() for line in range(len(good) + len(broken))]
     return lines, jobs, bad
 
 
-def _write_image(job: _Job) -> None:
-    svg, size, file, quality, share = job
-    image = openmoji.rasterise(svg.read_text(), size)
+def _write_image(job: _ImageJob) -> None:
+    image = openmoji.rasterise(job.svg.read_text(), job.size)
     data = io.BytesIO()
-    if file.suffix == ".png":
+    if job.file.suffix == ".png":
         image.save(data, "PNG")
-    elif file.suffix == ".webp":
-        image.save(data, "WEBP", quality=quality)
+    elif job.file.suffix == ".webp":
+        image.save(data, "WEBP", quality=job.quality)
     else:
-        image.save(data, "JPEG", quality=quality, subsampling="4:4:4")
-    _write(file, data.getvalue()[: int(share * data.tell())])
+        image.save(data, "JPEG", quality=job.quality, subsampling="4:4:4")
+    _write(job.file, data.getvalue()[: int(job.share * data.tell())])
 
 
 def _bomb() -> bytes:

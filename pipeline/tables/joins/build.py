@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -72,9 +71,8 @@ def _write_sorted(spec: JoinSpec, scratch: Path, tally: JoinTally, path: Path) -
     scratch.mkdir(parents=True, exist_ok=True)
     _sweep_spills(scratch)
     with TemporaryDirectory(dir=scratch, prefix=SPILL) as spill:
-        options: dict[str, Any] = {"memory_limit": SORT_MEMORY, "temp_directory": spill, "threads": 1}
         schema, batches = read_table(spec, scratch, tally)
-        with connect(**options) as database:
+        with connect(memory_limit=SORT_MEMORY, temp_directory=spill, threads=1) as database:
             database.register("rows", pa.RecordBatchReader.from_batches(schema, record_error(batches, tally)))
             names = ", ".join(["key", *(f"f{i}" for i in range(len(spec.fields)))])
             try:

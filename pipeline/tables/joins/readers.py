@@ -261,7 +261,7 @@ class _JsonRows:
             missing = ", ".join(map(repr, sorted(self._unseen)))
             raise _no_column(self._spec, self._name, missing, self._columns)
 
-    def _parse(self, line: bytes) -> dict[str, Any] | None:
+    def _parse(self, line: bytes) -> dict[str, object] | None:
         """Parse one line; None if it is blank or no JSON object."""
         self._number += 1
         if not line.strip():
@@ -277,7 +277,7 @@ class _JsonRows:
         self._note_columns(row)
         return row
 
-    def _note_columns(self, row: dict[str, Any]) -> None:
+    def _note_columns(self, row: dict[str, object]) -> None:
         self._unseen -= row.keys()
         self._columns = list(row)
         self._has_key = self._has_key or self._key_parts[0].split(".")[0] in row

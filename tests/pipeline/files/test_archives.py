@@ -1,4 +1,4 @@
-"""Archives of any kind: all of a whole one, what is before the damage of another one, and a reason."""
+"""Archives of any kind: intact ones are read whole, damaged ones up to the damage, with a reason."""
 
 import gzip
 import random

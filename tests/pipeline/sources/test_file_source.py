@@ -1,4 +1,4 @@
-"""What all sources of files share: which files are read, how much of each, keys, the declaration, what is wanted."""
+"""The base of file sources: choice of files, limits, keys, the declaration, unwanted samples."""
 
 import re
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from tests.pipeline.helpers.dataset_archives import read_all
 
 
 class Lines(FileSource):
-    """Files of lines: each is a sample's key and, behind a space, its origin; `!` before it is a failed one."""
+    """Files of lines: a sample's key and, behind a space, its origin; `!` marks a failed one."""
 
     adapter = "lines"
 

@@ -37,7 +37,7 @@ def filled(s3_server: str) -> str:
 
 @pytest.fixture
 def proxy(s3_server: str, filled: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    """A proxy that does nothing yet, and a store that tries again at once."""
+    """A proxy without faults yet, and a store with short pauses."""
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     monkeypatch.setattr(bucket_store, "PAUSE", 0.01)
