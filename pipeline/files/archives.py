@@ -1,8 +1,8 @@
-"""Members of tars and zips that nobody vouches for: streamed, every size bounded, names never taken for paths.
+"""Read the members of untrusted tars and zips: streamed, every size bounded, names never used as paths.
 
-What cannot be given is a member with a reason: `too_large`, `not_a_file` (a link, a device), `encrypted`,
-`unsupported`, `damaged_member`, `bomb`. A place behind which nothing can be read gives a last member without a name,
-`damaged_archive`, and what came before it counts. Only errors of this machine's disk are exceptions.
+A member that cannot be read has a reason instead of bytes: `too_large`, `not_a_file` (a link, a device), `encrypted`,
+`unsupported`, `damaged_member`, `bomb`. Where the archive is damaged and nothing further can be read, the last member
+has no name and the reason `damaged_archive`; those before it count. Only errors of this machine's disk are exceptions.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,10 +13,10 @@ from microdit.pipeline.files.zips import is_zip, zip_members
 
 
 def members(path: Path, wanted: Callable[[str], bool], max_bytes: int) -> Iterator[Member]:
-    """The members of a tar, packed or not, or of a zip: the file's bytes tell which, not its name.
+    """Read the members of a tar, compressed or not, or of a zip, as told apart by their first bytes.
 
     Args:
-        wanted: whether a name's bytes are asked for; other members are passed over.
+        wanted: predicate on names; other members are skipped.
         max_bytes: of a member; a longer one fails with `too_large`.
     """
     with path.open("rb") as file:
@@ -25,6 +25,6 @@ def members(path: Path, wanted: Callable[[str], bool], max_bytes: int) -> Iterat
 
 
 def stem(name: str) -> tuple[str, str]:
-    """Webdataset's rule: the last part of a name up to its first dot, and the extension behind it, lower case."""
+    """Split a member's base name at its first dot, as webdataset does; the extension in lower case."""
     base, _, extension = name.rpartition("/")[2].partition(".")
     return base, extension.lower()

@@ -1,7 +1,4 @@
-"""Files to read, wherever they are: on this machine, in a hub repository, in a bucket, on a web server.
-
-`list_files` says which files a pattern of a config stands for, `local_copy` brings one of them to this machine's disk.
-"""
+"""List the files that a pattern of a config stands for: local ones, of the hub, of a bucket, of a web server."""
 
 import glob
 import os
@@ -13,13 +10,14 @@ import obstore
 from obstore import exceptions
 
 from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.files.hub import list_hub
 from microdit.pipeline.files.patterns import choose, expand_braces, split_root
 from microdit.pipeline.files.remote_file import Listing, RemoteFile, digest, listing
 from microdit.pipeline.storage.bucket import SCHEMES, open_bucket
 
 
 def list_files(pattern: str, what: str) -> Listing:
-    """The files that a pattern stands for. What the hub and buckets list is kept for the life of the process.
+    """List the files that a pattern stands for. Listings of the hub and of buckets are cached by the process.
 
     Args:
         pattern: a local path, `hf://datasets/OWNER/NAME[@REVISION]/PATH`, `s3://bucket/key` or `https://...`. In it
@@ -36,11 +34,7 @@ def list_files(pattern: str, what: str) -> Listing:
     if scheme == "file":
         return _list_local(unquote(rest), what)
     if scheme == "hf":
-        from huggingface_hub import constants, get_token
-
-        from microdit.pipeline.files.hub import list_hub
-
-        return list_hub(pattern, what, constants.ENDPOINT, get_token() or "")
+        return list_hub(pattern, what)
     if scheme in SCHEMES:
         return _list_bucket(pattern, what, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
     if scheme in ("http", "https"):
@@ -53,29 +47,29 @@ def _list_local(pattern: str, what: str) -> Listing:
     path = Path(pattern).expanduser().absolute()
     literal = path.exists()
     root = path.parent if literal else Path(split_root(str(path))[0] or "/")
-    found: dict[str, RemoteFile] = {}
+    files: dict[str, RemoteFile] = {}
     for each in [str(path)] if literal else expand_braces(str(path), what):
         # the pattern is a whole one, not one below a folder
         paths = [Path(each)] if Path(each).exists() else map(Path, sorted(glob.glob(each, recursive=True)))  # noqa: PTH207
         folder = None
-        before = len(found)
+        before = len(files)
         for one in paths:
             if one.is_dir():
                 folder = one
                 continue
             try:
-                about = one.stat()
+                stat = one.stat()
             except OSError as error:
                 raise RequestError(f"{what} = {pattern!r}: {one}: {error.strerror}") from error
             name = one.relative_to(root).as_posix()
-            found.setdefault(name, RemoteFile(name, str(one), about.st_size, f"{about.st_size}-{about.st_mtime_ns}"))
-        if len(found) == before and folder is not None:
+            files.setdefault(name, RemoteFile(name, str(one), stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}"))
+        if len(files) == before and folder is not None:
             raise RequestError(
                 f"{what} = {pattern!r}: {folder} is a folder; expected files, for example {folder}/*.tar"
             )
-        if len(found) == before:
+        if len(files) == before:
             raise RequestError(f"{what} = {pattern!r}: no file matches {each}; check the path")
-    return listing(found.values(), {"files": digest((file.name, file.size) for file in found.values())})
+    return listing(files.values(), {"files": digest((file.name, file.size) for file in files.values())})
 
 
 def _list_web(pattern: str, what: str) -> Listing:
@@ -113,9 +107,9 @@ def _list_bucket(pattern: str, what: str, endpoint: str | None) -> Listing:
             f"{what} = {pattern!r}: the bucket cannot be listed: {first_line(error)}; check its name, the credentials "
             "(as for boto3) and the connection"
         ) from error
-    names, without = choose(expand_braces(path, what), list(objects))
-    if without is not None:
-        raise RequestError(f"{what} = {pattern!r}: no object matches {scheme}://{bucket}/{without}; check the path")
+    names, unmatched = choose(expand_braces(path, what), list(objects))
+    if unmatched is not None:
+        raise RequestError(f"{what} = {pattern!r}: no object matches {scheme}://{bucket}/{unmatched}; check the path")
     files = []
     for key in names:
         item = objects[key]

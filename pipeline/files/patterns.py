@@ -1,4 +1,4 @@
-"""Patterns that stand for many files: braces, wildcards, and the order of what they find."""
+"""Patterns that stand for many files: braces, wildcards, and the natural order of names."""
 
 import itertools
 import re
@@ -12,7 +12,7 @@ WILD = re.compile(r"[*?\[{]")
 
 
 def expand_braces(pattern: str, what: str) -> list[str]:
-    """Everything that a pattern with `{0000..0099}` and `{a,b}` stands for, in order; numbers keep their zeros.
+    """Expand the braces of a pattern, `{0000..0099}` and `{a,b}`, in order; numbers keep their zeros.
 
     Raises:
         RequestError: a range that runs backwards, or too many files; `what` is the field of the config.
@@ -39,14 +39,14 @@ def expand_braces(pattern: str, what: str) -> list[str]:
 
 
 def split_root(pattern: str) -> tuple[str, str]:
-    """The folder above the first wildcard or brace, and the rest; of a plain path its folder and its name."""
+    """Split a pattern into the folder above the first wildcard or brace and the rest; a plain path before its name."""
     parts = pattern.split("/")
     first = next((index for index, part in enumerate(parts) if WILD.search(part)), len(parts) - 1)
     return "/".join(parts[:first]), "/".join(parts[first:])
 
 
 def matcher(pattern: str) -> re.Pattern[str]:
-    """`*`, `?` and `[...]` match within one folder, `**/` any number of folders, `**` at the end all that is below."""
+    """Compile wildcards: `*`, `?` and `[...]` match within one folder, `**/` any folders, a final `**` all below."""
     regex, at = "", 0
     while at < len(pattern):
         if pattern.startswith("**/", at):
@@ -66,13 +66,13 @@ def matcher(pattern: str) -> re.Pattern[str]:
 
 
 def natural(name: str) -> tuple[list[Any], str]:
-    """A sorting key by which numbers are numbers: part-2 comes before part-10."""
+    """Make a sorting key that compares numbers as numbers: part-2 comes before part-10."""
     parts = re.split(r"([0-9]+)", name)
     return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
 
 
 def choose(patterns: Sequence[str], names: Sequence[str]) -> tuple[list[str], str | None]:
-    """Those of the names that match any of the patterns, each once, and the first pattern that none matches."""
+    """Select the names that match any of the patterns, each once; return them and the first pattern without a match."""
     known, chosen = set(names), dict[str, None]()
     for pattern in patterns:
         if pattern in known:
@@ -84,8 +84,8 @@ def choose(patterns: Sequence[str], names: Sequence[str]) -> tuple[list[str], st
             fits = matcher(pattern)
         except re.error:  # [z-a]
             return list(chosen), pattern
-        found = [name for name in names if fits.fullmatch(name)]
-        if not found:
+        matches = [name for name in names if fits.fullmatch(name)]
+        if not matches:
             return list(chosen), pattern
-        chosen.update(dict.fromkeys(found))
+        chosen.update(dict.fromkeys(matches))
     return list(chosen), None

@@ -1,4 +1,4 @@
-"""Members of tars, packed or not, with the bounds and reasons of `archives`."""
+"""Read the members of tars, compressed or not, with the bounds and reasons of `archives`."""
 
 import bz2
 import lzma
@@ -16,48 +16,48 @@ BLOCK = 512
 CHUNK = 1 << 20
 MAX_HEADERS = 1 << 20  # bytes of long names and pax records before one member
 MAX_PADDING = 64 << 20  # bytes of zeros behind the end of a tar
-MAX_RATIO = 200  # bytes unpacked for one that is packed; texts have 10 at most
-FREE_BYTES = 256 << 20  # unpacked before the ratio counts
+MAX_RATIO = 200  # decompressed bytes for a compressed one; texts have 10 at most
+FREE_BYTES = 256 << 20  # decompressed before the ratio counts
 XZ_MEMORY = 256 << 20
-MAX_EMPTY = 1000  # packed streams, one after the other in a file, with nothing in them
-GZIP, BZIP2, XZ, ZSTD = PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+MAX_EMPTY = 1000  # empty compressed streams, one after the other in a file
+GZIP, BZIP2, XZ, ZSTD = COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 
 
 @dataclass(frozen=True)
 class Member:
-    """A member of an archive: its bytes, or a short code and one line for a person why there are none."""
+    """A member of an archive: its bytes, or a reason (a short code) and one line of detail why there are none."""
 
     name: str
-    """As the archive has it; bytes that are no UTF-8 are lone surrogates."""
+    """As in the archive; bytes that are not UTF-8 are lone surrogates."""
     data: bytes | None
     reason: str | None = None
     detail: str = ""
 
 
-class Broken(Exception):
-    """From here on nothing can be read; the message says what was found."""
+class ArchiveError(Exception):
+    """An archive, or a member of it, is damaged from here on; the message says how."""
 
 
 def tar_members(path: Path, wanted: Callable[[str], bool], max_bytes: int) -> Iterator[Member]:
-    """The wanted members of a tar, in order; packed with gzip, bzip2, xz or zstd or not at all. Arguments as `members`.
+    """Read the wanted members of a tar, plain or compressed with gzip, bzip2, xz or zstd; arguments as `members`.
 
-    A tar whose end marker is missing counts as cut: it may be so between two members.
+    A tar without an end marker counts as truncated: it may have been cut between two members.
     """
     with path.open("rb") as file:
         tar = _Tar(_Stream(file), wanted, max_bytes)
         try:
             yield from tar.members()
-        except Broken as error:
+        except ArchiveError as error:
             behind = f", behind {tar.last!r}" if tar.last else ""
             detail = f"{error} (byte {tar.stream.position} of the unpacked tar{behind}, {tar.count} members read)"
             yield Member("", None, "damaged_archive", detail)
 
 
 def tar_chunks(path: Path, wanted: Callable[[str], bool]) -> Iterator[bytes]:
-    """The bytes of the first wanted member of a tar, in pieces: for members that are too long for memory.
+    """Read the first wanted member of a tar in chunks: for members that are too long for memory.
 
     Raises:
-        ValueError: the tar is broken, there or before it; or it has no such member.
+        ValueError: the tar is damaged, there or before it; or it has no such member.
     """
     with path.open("rb") as file:
         tar = _Tar(_Stream(file), wanted, 0)
@@ -71,14 +71,14 @@ def tar_chunks(path: Path, wanted: Callable[[str], bool]) -> Iterator[bytes]:
                         left -= size
                     return
                 tar._pass(header)
-        except Broken as error:
+        except ArchiveError as error:
             raise ValueError(str(error)) from error
     raise ValueError("no such member is in it")
 
 
 @dataclass(frozen=True)
 class _Header:
-    """The block before a member's data."""
+    """The header block before a member's data."""
 
     name: str
     size: int
@@ -87,7 +87,7 @@ class _Header:
 
 
 class _Tar:
-    """A walk through a tar. `last` is the name of the last member that was met, `count` how many there were."""
+    """One pass through a tar. `last` is the name of the latest member, `count` the number of members so far."""
 
     def __init__(self, stream: "_Stream", wanted: Callable[[str], bool], max_bytes: int):
         self.stream, self._wanted, self._max_bytes = stream, wanted, max_bytes
@@ -122,7 +122,7 @@ class _Tar:
         self.stream.skip(-(-header.size // BLOCK) * BLOCK)
 
     def _next(self) -> _Header | None:
-        """The next member's header, with what the records before it say about it; None at the end."""
+        """Read the next member's header and apply the name and pax records before it; None at the end."""
         name: str | None = None
         size: int | None = None
         extra, sparse, begun = 0, False, False
@@ -136,7 +136,7 @@ class _Tar:
             begun = True
             extra += BLOCK + header.size
             if extra > MAX_HEADERS:
-                raise Broken(f"more than {MAX_HEADERS} bytes of names and records before one member")
+                raise ArchiveError(f"more than {MAX_HEADERS} bytes of names and records before one member")
             data = self.stream.exactly(header.size)
             self.stream.skip(-header.size % BLOCK)
             if header.kind == b"L":
@@ -152,7 +152,7 @@ class _Tar:
         return _Header(header.name if name is None else name, header.size if size is None else size, kind, block)
 
     def _block(self, begun: bool) -> bytes | None:
-        """The next block that is not all zeros; None at the end. Behind an end there may be another tar."""
+        """Read the next block that is not all zeros; None at the end. Behind an end marker another tar may follow."""
         zeros = 0
         while True:
             block = self.stream.read(BLOCK)
@@ -160,37 +160,37 @@ class _Tar:
                 zeros += BLOCK
                 alive()
                 if zeros > MAX_PADDING:
-                    raise Broken(f"more than {MAX_PADDING} bytes of zeros")
+                    raise ArchiveError(f"more than {MAX_PADDING} bytes of zeros")
             elif block.strip(b"\0"):
                 if len(block) < BLOCK:
-                    raise Broken(f"it ends within a header, after {len(block)} bytes of it")
+                    raise ArchiveError(f"it ends within a header, after {len(block)} bytes of it")
                 return block
             elif zeros and not begun:
                 return None
             else:
-                raise Broken("it ends without the mark of its end" if self.stream.position else "it is empty")
+                raise ArchiveError("it ends without the mark of its end" if self.stream.position else "it is empty")
 
 
 def is_tar(start: bytes) -> bool:
-    """Whether a file that begins with these bytes (512 or more) is a tar, or packed as one may be."""
+    """Tell from its first 512 bytes or more if a file is a tar, or compressed as one may be."""
     try:
-        return start.startswith(PACKED) or bool(_parse(start))
-    except Broken:
+        return start.startswith(COMPRESSED) or bool(_parse(start))
+    except ArchiveError:
         return False
 
 
 def _parse(block: bytes) -> _Header:
-    """A header, if its checksum is right.
+    """Parse a header block.
 
     Raises:
-        Broken: it is none.
+        ArchiveError: its checksum is wrong.
     """
     counted = block[:148] + b" " * 8 + block[156:]
     text = block[148:156].partition(b"\0")[0].strip()
     stated = int(text, 8) if text and not text.strip(b"01234567") else -1
     # old tars added the bytes as signed ones
     if len(block) < BLOCK or (stated != sum(counted) and stated != sum(byte - 256 * (byte > 127) for byte in counted)):
-        raise Broken(f"no member begins here, but {block[:24]!r}")
+        raise ArchiveError(f"no member begins here, but {block[:24]!r}")
     name = block[:100].partition(b"\0")[0]
     if block[257:263] == b"ustar\0" and (prefix := block[345:500].partition(b"\0")[0]):
         name = prefix + b"/" + name
@@ -198,36 +198,36 @@ def _parse(block: bytes) -> _Header:
 
 
 def _number(field: bytes) -> int:
-    """A header's number: octal digits, or binary where the first bit says so."""
+    """Parse a number of a header: octal digits, or binary if the first bit is set."""
     if field[0] & 0x80:
         if field[0] != 0x80:
-            raise Broken(f"a negative or absurd size: {field!r}")
+            raise ArchiveError(f"a negative or absurd size: {field!r}")
         return int.from_bytes(field[1:], "big")
     text = field.partition(b"\0")[0].strip()
     if text.strip(b"01234567"):
-        raise Broken(f"a size that is no number: {field!r}")
+        raise ArchiveError(f"a size that is no number: {field!r}")
     return int(text or b"0", 8)
 
 
 def _decimal(text: bytes) -> int:
     if not text.isdigit() or len(text) > 18:
-        raise Broken(f"a size that is no number: {text[:24]!r}")
+        raise ArchiveError(f"a size that is no number: {text[:24]!r}")
     return int(text)
 
 
 def _pax(data: bytes) -> dict[bytes, bytes]:
-    """Pax records, `<length> <key>=<value>\\n` each."""
+    """Parse pax records, `<length> <key>=<value>\\n` each."""
     records: dict[bytes, bytes] = {}
-    at = 0
-    while at < len(data) and data[at]:
-        digits, space, _ = data[at : at + 20].partition(b" ")
+    offset = 0
+    while offset < len(data) and data[offset]:
+        digits, space, _ = data[offset : offset + 20].partition(b" ")
         length = int(digits) if space and digits.isdigit() else 0
-        record = data[at : at + length]
+        record = data[offset : offset + length]
         key, equals, value = record[len(digits) + 1 :].partition(b"=")
         if not equals or not value.endswith(b"\n") or len(record) < length:
-            raise Broken(f"a pax record that cannot be read: {data[at : at + 24]!r}")
+            raise ArchiveError(f"a pax record that cannot be read: {data[offset : offset + 24]!r}")
         records[key] = value[:-1]
-        at += length
+        offset += length
     return records
 
 
@@ -241,7 +241,7 @@ def _what(kind: bytes) -> str:
 
 
 class _Stream:
-    """A file's bytes from front to back, unpacked if they are packed, and no more of them than is sane."""
+    """Read a file from front to back, decompress it if need be, and refuse decompression bombs."""
 
     def __init__(self, file: BinaryIO):
         self._file, self.position = file, 0
@@ -251,22 +251,22 @@ class _Stream:
         file.seek(0)
         self._chunks: Iterator[bytes] | None = None
         if start.startswith(GZIP):
-            self._chunks = _unpacked(file, _Gunzip)
+            self._chunks = _decompressed(file, _Gunzip)
         elif start.startswith(BZIP2):
-            self._chunks = _unpacked(file, bz2.BZ2Decompressor)
+            self._chunks = _decompressed(file, bz2.BZ2Decompressor)
         elif start.startswith(XZ):
-            self._chunks = _unpacked(file, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY))
+            self._chunks = _decompressed(file, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY))
         elif start.startswith(ZSTD):
-            file.seek(0, 2)  # it is read by another reader, whose place nobody knows
+            file.seek(0, 2)  # another reader reads it and does not tell its position: the ratio counts the whole file
             zstd = pa.CompressedInputStream(pa.OSFile(file.name), "zstd")
             self._chunks = iter(lambda: zstd.read(CHUNK), b"")
         self._held, self._at = b"", 0
 
     def read(self, size: int) -> bytes:
-        """That many bytes, or fewer at the end.
+        """Read `size` bytes, or fewer at the end.
 
         Raises:
-            Broken: what is packed is damaged, or a bomb.
+            ArchiveError: the compressed data is damaged, or a bomb.
         """
         if self._chunks is None:
             data = self._file.read(size)
@@ -286,7 +286,7 @@ class _Stream:
     def exactly(self, size: int) -> bytes:
         data = self.read(size)
         if len(data) < size:
-            raise Broken(f"it ends {size - len(data)} bytes before a member does")
+            raise ArchiveError(f"it ends {size - len(data)} bytes before a member does")
         return data
 
     def skip(self, size: int) -> None:
@@ -296,7 +296,7 @@ class _Stream:
                 size -= len(self.exactly(min(size, CHUNK)))
             return
         if size > self._size - self.position:
-            raise Broken(f"it ends {size - self._size + self.position} bytes before a member does")
+            raise ArchiveError(f"it ends {size - self._size + self.position} bytes before a member does")
         self._file.seek(size, 1)
         self.position += size
 
@@ -305,19 +305,19 @@ class _Stream:
         try:
             self._held, self._at = next(self._chunks, b""), 0
         except (zlib.error, lzma.LZMAError, EOFError, ValueError, pa.ArrowException) as error:
-            raise Broken(f"what is packed is damaged: {error}") from None
+            raise ArchiveError(f"what is packed is damaged: {error}") from None
         except OSError as error:
-            if error.errno is not None:  # the disk, not what is on it
+            if error.errno is not None:  # the disk's fault, not the file's
                 raise
-            raise Broken(f"what is packed is damaged: {error}") from None
+            raise ArchiveError(f"what is packed is damaged: {error}") from None
         made = self.position + len(self._held)
         if made > FREE_BYTES + MAX_RATIO * self._file.tell():
-            raise Broken(f"a bomb: {made} bytes came of {self._file.tell()}")
+            raise ArchiveError(f"a bomb: {made} bytes came of {self._file.tell()}")
         return bool(self._held)
 
 
 class _Gunzip:
-    """zlib's decompressor with the manners of bz2's and lzma's."""
+    """Give zlib's decompressor the interface of those of bz2 and lzma."""
 
     def __init__(self) -> None:
         self._inner, self.needs_input = zlib.decompressobj(31), True
@@ -336,14 +336,14 @@ class _Gunzip:
         return made
 
 
-def _unpacked(
+def _decompressed(
     file: BinaryIO, decompressor: Callable[[], "_Gunzip | bz2.BZ2Decompressor | lzma.LZMADecompressor"]
 ) -> Iterator[bytes]:
-    """What is packed in one or several streams, in chunks.
+    """Decompress one or several concatenated streams, in chunks.
 
     Raises:
-        EOFError: it ends before its end.
-        ValueError: nothing is in it, again and again.
+        EOFError: the last stream is truncated.
+        ValueError: more than `MAX_EMPTY` empty streams in a row.
     """
     packed = file.read(CHUNK // 4)
     empty = 0

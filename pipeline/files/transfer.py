@@ -1,5 +1,4 @@
-"""One request for a file from some byte on: on the hub, on a web server, in a bucket. What is tried again and when is
-`microdit.pipeline.files.download`'s business."""
+"""One request for a file from some byte on, to the hub, a web server or a bucket. `download` decides on retries."""
 
 import http.client
 import os
@@ -7,9 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import obstore
@@ -18,34 +15,33 @@ import urllib3
 from obstore import exceptions
 
 from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.base.retry import retry_after
+from microdit.pipeline.files.hub import explain_gated, hub_request, repository_of
+from microdit.pipeline.files.remote_file import RemoteFile
 from microdit.pipeline.storage.bucket import SCHEMES, open_bucket
-
-if TYPE_CHECKING:
-    from microdit.pipeline.files.remote_file import RemoteFile
-
 
 CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 60.0  # seconds for a connection; without a byte
 CHUNK = 1 << 20  # bytes that are taken from a connection at once, at most
 BLOCK = 16 << 20  # bytes of one request to a bucket
-PASSING = {408, 425, 429, 500, 502, 503, 504}
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 REFUSED = {401, 403, 410}
 
 
-class PassingError(Exception):
-    """A try that failed, where another one may not. `wait`: seconds that the server asks for, if it does."""
+class TransientError(Exception):
+    """A try failed for a transient reason. `wait`: the seconds that the server asks for, if it does."""
 
     def __init__(self, message: str, wait: float | None = None):
         super().__init__(message)
         self.wait = wait
 
 
-class ChangedError(PassingError):
-    """It is not the file any more that the part on the disk is of."""
+class ChangedError(TransientError):
+    """The server's file is no longer the one whose beginning is on the disk."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """What a server says of a file, by which a change between two requests is seen."""
+    """Size and validators of a file as a server states them, to detect a change between two requests."""
 
     size: int | None = None
     etag: str = ""
@@ -53,11 +49,11 @@ class Version:
 
     @property
     def validator(self) -> str:
-        """For If-Range, which takes no weak ETag."""
+        """The value for If-Range, which takes no weak ETag."""
         return self.etag if self.etag and not self.etag.startswith("W/") else self.modified
 
     def differs(self, other: "Version") -> bool:
-        """False where one of the two says nothing."""
+        """Compare what both versions state; a size, ETag or date that one lacks is no difference."""
         pairs = ((self.size, other.size), (self.etag, other.etag), (self.modified, other.modified))
         first = next(((mine, theirs) for mine, theirs in pairs[1:] if mine and theirs), None)
         sizes = None not in pairs[0] and self.size != other.size
@@ -66,7 +62,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Transfer:
-    """The answer: bytes from `start` on. A server that knows no ranges gives them from 0."""
+    """An open response: the bytes from `start` on, which is 0 if the server knows no ranges."""
 
     start: int
     version: Version
@@ -74,30 +70,18 @@ class Transfer:
 
 
 @contextmanager
-def transfer(file: "RemoteFile", start: int, known: Version) -> Iterator[Transfer]:
-    """Ask for a file from byte `start` on; `known` is what was said of the part that is there.
+def transfer(file: RemoteFile, start: int, known: Version) -> Iterator[Transfer]:
+    """Request a file from byte `start` on; `known` is the version of the part that is on the disk.
 
     Raises:
-        PassingError: another try may go better. Also from `chunks`.
+        TransientError: a transient failure. Also from `chunks`.
         RequestError: the server refuses.
-        OSError: it has no such file, or answers something else.
+        OSError: it has no such file, or the response is none to such a request.
     """
-    scheme = urlsplit(file.url).scheme
-    if scheme in SCHEMES:
+    if urlsplit(file.url).scheme in SCHEMES:
         yield _from_bucket(file, start)
         return
-    url, headers = file.url, {"User-Agent": "microdit"}
-    if scheme == "hf":
-        from microdit.pipeline.files.hub import hub_request
-
-        url, headers = hub_request(file.url)
-    headers = {name.lower(): value for name, value in headers.items()}
-    token = headers.pop("authorization", None)
-    headers["accept-encoding"] = "identity"
-    if start:
-        headers["range"] = f"bytes={start}-"
-        if not file.etag and known.validator:
-            headers["if-range"] = known.validator
+    url, headers, token = _request(file, start, known)
     with requests.Session() as session:
         try:
             # as `auth` it is dropped by a redirect to another host, and ~/.netrc does not replace it
@@ -109,27 +93,43 @@ def transfer(file: "RemoteFile", start: int, known: Version) -> Iterator[Transfe
         except requests.exceptions.TooManyRedirects as error:
             raise OSError(f"{file.name}: {shown(file.url)}: {error}") from error
         except requests.exceptions.RequestException as error:
-            raise PassingError(_reason(error)) from error
+            raise TransientError(_reason(error)) from error
         _check_status(file, response, token is not None)
-        found = _content_range(response) if response.status_code == 206 else (0, _length(response))
-        if found is None or (found[0] != start and found[0] != 0):
-            raise PassingError(f"asked for bytes from {start} on, answered {response.headers.get('Content-Range')!r}")
-        about = Version(found[1], response.headers.get("ETag", ""), response.headers.get("Last-Modified", ""))
-        yield Transfer(found[0], about, _chunks(response))
+        sent = _content_range(response) if response.status_code == 206 else (0, _length(response))
+        if sent is None or (sent[0] != start and sent[0] != 0):
+            raise TransientError(f"asked for bytes from {start} on, answered {response.headers.get('Content-Range')!r}")
+        first_byte, size = sent
+        version = Version(size, response.headers.get("ETag", ""), response.headers.get("Last-Modified", ""))
+        yield Transfer(first_byte, version, _chunks(response))
 
 
 def shown(url: str) -> str:
-    """A URL for messages, without the query: it may hold a signature."""
+    """Shorten a URL for messages by its query, which may hold a signature."""
     return url.partition("?")[0]
 
 
-def _from_bucket(file: "RemoteFile", start: int) -> Transfer:
+def _request(file: RemoteFile, start: int, known: Version) -> tuple[str, dict[str, str], str | None]:
+    """Return the URL, the headers in lower case, and apart from them the Authorization header."""
+    url, headers = file.url, {"User-Agent": "microdit"}
+    if urlsplit(file.url).scheme == "hf":
+        url, headers = hub_request(file.url)
+    headers = {name.lower(): value for name, value in headers.items()}
+    token = headers.pop("authorization", None)
+    headers["accept-encoding"] = "identity"
+    if start:
+        headers["range"] = f"bytes={start}-"
+        if not file.etag and known.validator:
+            headers["if-range"] = known.validator
+    return url, headers, token
+
+
+def _from_bucket(file: RemoteFile, start: int) -> Transfer:
     if file.size is None:
         raise ValueError(f"{file.url}: the size must be known")
     return Transfer(start, Version(file.size, file.etag), _blocks(file, start, file.size))
 
 
-def _blocks(file: "RemoteFile", start: int, size: int) -> Iterator[bytes]:
+def _blocks(file: RemoteFile, start: int, size: int) -> Iterator[bytes]:
     parts = urlsplit(file.url)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     bucket = open_bucket(f"{parts.scheme}://{parts.netloc}", endpoint)
@@ -149,12 +149,12 @@ def _blocks(file: "RemoteFile", start: int, size: int) -> Iterator[bytes]:
         except FileNotFoundError:
             raise FileNotFoundError(f"{file.name}: {file.url} is not there any more") from None
         except exceptions.BaseError as error:
-            raise PassingError(first_line(error)) from error
+            raise TransientError(first_line(error)) from error
         yield block
 
 
 class _Token(requests.auth.AuthBase):
-    """The hub's token as requests treats passwords."""
+    """Send the hub's token in the way in which requests sends passwords."""
 
     def __init__(self, header: str | None):
         self._header = header
@@ -165,7 +165,7 @@ class _Token(requests.auth.AuthBase):
         return request
 
 
-def _check_status(file: "RemoteFile", response: requests.Response, token: bool) -> None:
+def _check_status(file: RemoteFile, response: requests.Response, token: bool) -> None:
     status = response.status_code
     if status in (200, 206):
         return
@@ -173,17 +173,14 @@ def _check_status(file: "RemoteFile", response: requests.Response, token: bool) 
     where = shown(file.url)
     from_hub = file.url.startswith("hf://")
     redirected = urlsplit(response.url).hostname != urlsplit((response.history or [response])[0].url).hostname
-    if status in PASSING or (from_hub and redirected and status in REFUSED):  # its links to the CDN are made anew
-        raise PassingError(f"answered {said}", _retry_after(response))
+    if status in TRANSIENT or (from_hub and redirected and status in REFUSED):  # its links to the CDN are made again
+        raise TransientError(f"answered {said}", _asked_wait(response))
     if status == 416:
         size = response.headers.get("Content-Range", "").rpartition("/")[2]
         raise ChangedError(f"the file has {size if size.isdecimal() else 'fewer'} bytes only")
     if status in REFUSED and from_hub:
-        from microdit.pipeline.files.hub import PLACE, gated
-
-        match = PLACE.fullmatch(file.url)
-        assert match is not None
-        raise RequestError(f"{file.name}: the hub refuses it ({said}): {gated(match[1], token)}")
+        explanation = explain_gated(repository_of(file.url), token)
+        raise RequestError(f"{file.name}: the hub refuses it ({said}): {explanation}")
     if status in REFUSED:
         raise RequestError(
             f"{file.name}: {where} is refused ({said}): the link has expired, or is not for you; "
@@ -195,12 +192,12 @@ def _check_status(file: "RemoteFile", response: requests.Response, token: bool) 
 
 
 def _chunks(response: requests.Response) -> Iterator[bytes]:
-    """What comes, as it comes: not decoded, as some servers call a .gz file a compressed answer."""
+    """Read the body in chunks as they come, not decoded: some servers declare a .gz file as compressed content."""
     while True:
         try:
             chunk = response.raw.read1(CHUNK, decode_content=False)
         except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
-            raise PassingError(_reason(error)) from error
+            raise TransientError(_reason(error)) from error
         if not chunk:
             return
         yield chunk
@@ -216,22 +213,16 @@ def _length(response: requests.Response) -> int | None:
     return int(length) if length.isdecimal() else None
 
 
-def _retry_after(response: requests.Response) -> float | None:
-    """Seconds that the server asks to wait, in any of the ways that servers and the hub say it."""
-    asked = response.headers.get("Retry-After", "").strip()
-    if asked.isdecimal():
-        return float(asked[:9])
-    if asked:
-        try:
-            return max(0.0, (parsedate_to_datetime(asked).astimezone(UTC) - datetime.now(UTC)).total_seconds())
-        except (ValueError, OverflowError):
-            return None
+def _asked_wait(response: requests.Response) -> float | None:
+    """Return the seconds that the server asks to wait: by Retry-After, or by the hub's RateLimit header."""
+    if header := response.headers.get("Retry-After", "").strip():
+        return retry_after(header)
     window = re.search(r";\s*r=0\s*;\s*t=(\d{1,6})", response.headers.get("RateLimit", ""))
     return float(window[1]) if window and response.status_code == 429 else None
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause's text: the outer ones repeat the URL with its signature."""
+    """Return the text of the innermost cause: the outer ones repeat the URL with its signature."""
     inner: Any = error
     while True:
         further = getattr(inner, "reason", None) or next((a for a in inner.args if isinstance(a, BaseException)), None)

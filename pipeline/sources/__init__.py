@@ -1,1 +1,1 @@
-"""What a source is, and the sources."""
+"""Sources of images: the protocol, the adapters of data sets, and the choice by the config."""

@@ -1,4 +1,4 @@
-"""Sources whose units are files: tars, zips, parquet tables. What they share; an adapter adds what is in a file."""
+"""The base of the sources whose units are files (tars, zips, parquet tables): choice of files, keys, join tables."""
 
 import hashlib
 import re
@@ -8,50 +8,47 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.liveness import alive
+from microdit.pipeline.config.sources import FileOptions
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import unit_name
 from microdit.pipeline.files.download import local_copy
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.sources.source import Fields, Input
-
-if TYPE_CHECKING:
-    from microdit.pipeline.config.sources import FileOptions
-    from microdit.pipeline.tables.joins.lookup import Joined
-    from microdit.pipeline.tables.joins.spec import JoinSpec
-
+from microdit.pipeline.tables.joins.build import build
+from microdit.pipeline.tables.joins.lookup import Joined
+from microdit.pipeline.tables.joins.spec import JoinSpec
 
 MAX_BYTES = 64 << 20
-"""Of one image, or of one text beside it; more fails with `too_large`."""
-
+"""Of one image, or of one text beside it; a larger one fails with `too_large`."""
 
 LONGEST_KEY = 80
 NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]")
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What an adapter finds in a file, in order: an input without its number."""
+class FileSample:
+    """One sample of a file, as an adapter reads it: an input without its ordinal."""
 
     key: str
-    """Any text, as the dataset has it; "" to be named by its place: file and number."""
+    """Any text, as the dataset has it; "" to be named by the numbers of the file and the sample."""
     data: bytes | None
     """The image; None with a `reason`, or if it was not wanted."""
     caption: str = ""
     origin: str = ""
-    """The member or row; the dataset and the file are put before it. A whole URL stays as it is."""
+    """The member or row; the dataset and the file are put before it, except before a whole URL."""
     fields: Fields = field(default_factory=dict)
     reason: str | None = None
     detail: str = ""
 
 
 class FileSource:
-    """Base of the adapters of files. A file is a unit; its name has the file's number in the whole listing.
+    """Base of the adapters of files. A file is a unit, whose name has the file's number in the whole listing.
 
-    An adapter gives `listing` and `samples`; where they are needed `details` and `tables`.
+    An adapter implements `listing` and `samples`, and `details` and `tables` if need be.
 
     Args:
         scratch: folder for files that are being downloaded.
@@ -59,48 +56,49 @@ class FileSource:
 
     adapter: ClassVar[str]
     version: ClassVar[int] = 1
-    """To be raised when the same files give other samples."""
+    """Raise it when the same files give other samples."""
 
-    def __init__(self, name: str, options: "FileOptions", scratch: Path):
+    def __init__(self, name: str, options: FileOptions, scratch: Path):
         self.name, self._file_options, self._scratch = name, options, scratch
         self.license: str = options.license
         self.terms: str = options.license or "no licence is stated: see the dataset's own terms"
         self._joined: list[Joined] | None = None
 
-    # -- what an adapter gives -----------------------------------------------------------------------------------------
+    # -- for adapters to implement ---------------------------------------------------------------------------------
 
     def listing(self) -> Listing:
-        """All files, whatever `units` says; the identity tells which these are.
+        """List all files, regardless of the option `units`; the identity stands for them in the declaration.
 
         Raises:
-            RequestError: it cannot be had, and why.
+            RequestError: they cannot be listed.
         """
         raise NotImplementedError
 
-    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[Sample]:
-        """The samples of one file, which is at `path`, in an order that is always the same; nothing of it in memory.
+    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[FileSample]:
+        """Stream the samples of one file, which is at `path`, in an order that is always the same.
 
-        A broken place is a last sample with the reason `damaged_archive`, never an exception.
+        Where the file is damaged and nothing further can be read, the last sample has the reason `damaged_archive`;
+        that is no exception.
         """
         raise NotImplementedError
 
     def details(self) -> dict[str, Any]:
-        """What else the samples depend on, for the declaration."""
+        """Declare what else the samples depend on."""
         return {}
 
-    def tables(self) -> "Sequence[JoinSpec]":
-        """Tables to look samples up in: `self.table(i)` within `samples`."""
+    def tables(self) -> Sequence[JoinSpec]:
+        """Name the join tables to build; `samples` looks up in `self.table(i)`."""
         return ()
 
     @property
     def dataset(self) -> str:
-        """What an origin begins with: the hub's name of the dataset, or the source's."""
+        """The beginning of all origins: the dataset's name on the hub, or the source's."""
         return str(self._listing.identity.get("repo", self.name))
 
-    # -- what it gets --------------------------------------------------------------------------------------------------
+    # -- for adapters to use ---------------------------------------------------------------------------------------
 
-    def table(self, number: int) -> "Joined":
-        """The table of `tables()[number]`.
+    def table(self, number: int) -> Joined:
+        """Return the built table of `tables()[number]`.
 
         Raises:
             RuntimeError: the source is read outside of its `running`.
@@ -108,6 +106,8 @@ class FileSource:
         if self._joined is None:
             raise RuntimeError(f"source {self.name} is read outside of its running(): its tables are not there")
         return self._joined[number]
+
+    # -- the source ------------------------------------------------------------------------------------------------
 
     def stage(self) -> dict[str, Any]:
         stage = {
@@ -131,13 +131,10 @@ class FileSource:
         return [unit_name(self.name, number) for number in self._shares]
 
     @contextmanager
-    def running(self, corpus: Corpus, say: Callable[[str], None]) -> Iterator[None]:
+    def running(self, corpus: Corpus, report: Callable[[str], None]) -> Iterator[None]:
         if tables := self.tables():
-            from microdit.pipeline.tables.joins.build import build
-            from microdit.pipeline.tables.joins.lookup import Joined
-
             for spec in tables:
-                build(corpus, spec, self._scratch, say)
+                build(corpus, spec, self._scratch, report)
             self._joined = [Joined(corpus.store, spec) for spec in tables]
         try:
             yield
@@ -149,20 +146,20 @@ class FileSource:
         file, share = self._listing.files[number], self._shares.get(number)
         before = f"{self.dataset}/{file.name}/"
         keys = _Keys(number)
-        with local_copy(file, self._scratch) as path, closing(_generator(self.samples(path, file, number))) as found:
-            for ordinal, sample in enumerate(islice(found, share)):
+        with local_copy(file, self._scratch) as path, closing(_generator(self.samples(path, file, number))) as samples:
+            for ordinal, sample in enumerate(islice(samples, share)):
                 alive()
-                key, again = keys.next(sample.key, ordinal)
+                key, duplicate = keys.next(sample.key, ordinal)
                 origin = sample.origin if "://" in sample.origin else before + sample.origin
-                about = (origin, sample.caption, self.license, sample.fields)
-                if again and sample.reason is None:
+                common = (origin, sample.caption, self.license, sample.fields)
+                if duplicate and sample.reason is None:
                     detail = f"{sample.key!r} is there a second time in {file.name}"
-                    yield Input(ordinal, key, None, *about, reason="duplicate_key", detail=detail)
+                    yield Input(ordinal, key, None, *common, reason="duplicate_key", detail=detail)
                 else:
                     data = sample.data if wanted(ordinal) else None
-                    yield Input(ordinal, key, data, *about, reason=sample.reason, detail=sample.detail)
+                    yield Input(ordinal, key, data, *common, reason=sample.reason, detail=sample.detail)
 
-    # -- which files ---------------------------------------------------------------------------------------------------
+    # -- choice of files -------------------------------------------------------------------------------------------
 
     @cached_property
     def _listing(self) -> Listing:
@@ -170,7 +167,7 @@ class FileSource:
 
     @cached_property
     def _shares(self) -> dict[int, int | None]:
-        """The numbers of the files to read, in order, and how many samples of each."""
+        """The numbers of the files to read, in order, and the limit of samples of each."""
         numbers = self._chosen()
         if (limit := self._file_options.limit) is None:
             return dict.fromkeys(numbers)
@@ -178,10 +175,10 @@ class FileSource:
         return {number: each + (i < more) for i, number in enumerate(numbers) if each + (i < more)}
 
     def _chosen(self) -> list[int]:
-        """The numbers of the files that `units` and `shuffle` leave, in their order."""
+        """Choose files by `units` and order them by `shuffle`; return their numbers."""
         files, options = self._listing.files, self._file_options
         numbers = list(range(len(files)))
-        if (seed := options.shuffle) is not None:  # a file's place does not depend on how many others there are
+        if (seed := options.shuffle) is not None:  # the order of two files does not depend on the others
             numbers.sort(key=lambda n: hashlib.sha256(f"{seed}/{files[n].name}".encode()).digest())
         if isinstance(options.units, int):
             return numbers[: options.units]
@@ -200,34 +197,35 @@ class FileSource:
 
 
 class _Keys:
-    """The keys of one unit: those of the dataset made fit for a corpus, and none of them twice."""
+    """Make the keys of one unit from the dataset's: valid in a corpus, and unique."""
 
     def __init__(self, number: int):
         self._number = number
         self._raw_of: dict[str, bytes] = {}
 
     def next(self, raw: str, ordinal: int) -> tuple[str, bool]:
-        """The key of the next sample, and whether its own key was there before."""
-        place = f"{self._number:06d}-{ordinal:06d}"
-        whole = raw or place
+        """Return the key of the next sample, and if its raw key is a duplicate."""
+        numbers = f"{self._number:06d}-{ordinal:06d}"
+        whole = raw or numbers
         digest = hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         key = NOT_IN_KEYS.sub("_", whole)
         if len(key) > LONGEST_KEY:
-            key = self._apart(key, digest.hex())
+            key = self._distinguish(key, digest.hex())
         if self._raw_of.get(key, digest) != digest:  # another name that became the same
-            key = self._apart(key, digest.hex())
-        again = key in self._raw_of
+            key = self._distinguish(key, digest.hex())
+        duplicate = key in self._raw_of
         while key in self._raw_of:
-            key = self._apart(key, place)
-            place += "_"
+            key = self._distinguish(key, numbers)
+            numbers += "_"
         self._raw_of[key] = digest
-        return key, again
+        return key, duplicate
 
     @staticmethod
-    def _apart(key: str, end: str) -> str:
+    def _distinguish(key: str, end: str) -> str:
+        """Append `-end`, within the length of a key."""
         return f"{key[: LONGEST_KEY - 1 - len(end)]}-{end}"
 
 
-def _generator(samples: Iterator[Sample]) -> Generator[Sample]:
-    """As something that can be closed, whatever the adapter made it of."""
+def _generator(samples: Iterator[FileSample]) -> Generator[FileSample]:
+    """Make any iterator one that can be closed."""
     yield from samples

@@ -1,20 +1,18 @@
-"""Where images come from. A source is cut into units; reading a unit gives every input of it, in order."""
+"""Define what a source of images is: it is cut into units, and reading a unit gives every input of it, in order."""
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from microdit.pipeline.corpus.corpus import Corpus
-
+from microdit.pipeline.corpus.corpus import Corpus
 
 Fields = Mapping[str, str | int | float | bool | None]
 
 
 @dataclass(frozen=True)
 class Input:
-    """One input of a unit: the bytes that came, or the reason why none did, or neither if it was not wanted."""
+    """One input of a unit: its bytes, or the reason why there are none, or neither if it was not wanted."""
 
     ordinal: int
     """Its number in the unit, from 0."""
@@ -24,7 +22,7 @@ class Input:
     caption: str = ""
     license: str = ""
     fields: Fields = field(default_factory=dict)
-    """The source's own things about the sample: further captions, scores, ids."""
+    """The source's own values of the sample: further captions, scores, ids."""
     reason: str | None = None
     detail: str = ""
 
@@ -34,16 +32,16 @@ class Source(Protocol):
 
     name: str
     terms: str
-    """The licence in one line: what it is, whom it serves, where it is accepted. The first thing that a user sees."""
+    """The licence in one line: its name, who may use it, where to accept it. The first thing that a user sees."""
 
     def stage(self) -> dict[str, Any]:
-        """What the inputs are made by, for the declaration; includes a hash of the list."""
+        """Declare what the inputs are made by, with a hash of the list."""
 
     def units(self) -> list[str]:
-        """The names of the units, in order."""
+        """List the names of the units, in order."""
 
     def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:
-        """Exactly one Input per input of the unit, in order; those that are not wanted are not fetched."""
+        """Read exactly one Input per input of the unit, in order; those that are not wanted are not fetched."""
 
-    def running(self, corpus: "Corpus", say: Callable[[str], None]) -> AbstractContextManager[None]:
-        """Entered once, by the driver, around everything that reads; `say` tells how far a long preparation is."""
+    def running(self, corpus: Corpus, report: Callable[[str], None]) -> AbstractContextManager[None]:
+        """Prepare the source, once, by the driver, around all reads; `report` receives lines on the progress."""

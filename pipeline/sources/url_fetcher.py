@@ -1,34 +1,33 @@
-"""Fetching many URLs at once, bounded in time, size, number and memory; answers come in the order of the questions."""
+"""Fetch many URLs at once, bounded in time, size, number and memory; results come in the order of the requests."""
 
 import asyncio
 import contextlib
 import queue
-import random
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import aiohttp
 
+from microdit.pipeline.base.retry import Backoff, retry_after
 from microdit.pipeline.config.sources import FetchOptions
 
-WINDOW = 2048  # questions that may be under way or answered ahead of the one that is waited for
-MAX_HELD = 256 << 20  # bytes of answers that may wait for their turn; what is under way then may still come
-BACKOFF = (0.2, 0.6)  # seconds before the one retry, drawn between these
-PASSING = {408, 425, 429, 500, 502, 503, 504}
+WINDOW = 2048  # requests that may be running or completed ahead of the one that is waited for
+MAX_HELD = 256 << 20  # bytes of completed requests that may wait for their turn; running ones may add to them
+TRIES = 2
+PAUSE, JITTER = 0.4, (0.5, 1.5)  # seconds before the retry, and the range of their random factor
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 CHUNK = 64 << 10
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The bytes, or the reason (a short code, and one line for a person) why there are none."""
+class Fetched:
+    """The bytes of a URL, or the reason (a short code) and one line of detail why there are none."""
 
     data: bytes | None
     reason: str | None = None
@@ -36,28 +35,28 @@ class Answer:
 
 
 class _Failed(Exception):
-    """One try that failed; `retry_in` is how long to wait before another one makes sense, None if it makes none."""
+    """One try that failed. `transient`: another one may succeed, after `asked` seconds if the server says so."""
 
-    def __init__(self, reason: str, detail: str, retry_in: float | None = None):
+    def __init__(self, reason: str, detail: str, transient: bool = False, asked: float = 0.0):
         super().__init__(detail)
-        self.reason, self.detail, self.retry_in = reason, detail, retry_in
+        self.reason, self.detail, self.transient, self.asked = reason, detail, transient, asked
 
 
-def fetch_all(questions: Iterable[tuple[T, str | None]], options: FetchOptions) -> Iterator[tuple[T, Answer | None]]:
-    """Fetch the URLs of (anything, URL) pairs; gives back (anything, answer) in the same order.
+def fetch_all(requests: Iterable[tuple[T, str | None]], options: FetchOptions) -> Iterator[tuple[T, Fetched | None]]:
+    """Fetch the URLs of (anything, URL) pairs; yield (anything, result) in the same order.
 
-    Where the URL is None nothing is fetched and the answer is None. Fetching goes on in a thread while the caller works
-    on an answer. A URL costs at most `options.timeout` seconds and holds up only those that wait for their turn behind
+    Where the URL is None nothing is fetched and the result is None. Fetching goes on in a thread while the caller works
+    on a result. A URL costs at most `options.timeout` seconds and holds up only those that wait for their turn behind
     it: meanwhile up to 2,048 others are fetched, or 256 MiB of them.
     """
-    fetcher = _Fetcher(iter(questions), options)
+    fetcher = _Fetcher(iter(requests), options)
     fetcher.thread.start()
     try:
-        while (item := fetcher.asked.get()) is not None:
+        while (item := fetcher.started.get()) is not None:
             what, future = item
-            answer = None if future is None else future.result()
-            fetcher.taken(answer)
-            yield what, answer
+            fetched = None if future is None else future.result()
+            fetcher.make_room(fetched)
+            yield what, fetched
         if fetcher.error is not None:
             raise fetcher.error
     finally:
@@ -65,13 +64,13 @@ def fetch_all(questions: Iterable[tuple[T, str | None]], options: FetchOptions) 
 
 
 class _Fetcher:
-    """An event loop in a thread; as many workers as there may be requests take one question after the other."""
+    """An event loop in a thread, with `options.concurrency` workers that take one request after the other."""
 
-    def __init__(self, questions: Iterator[tuple[Any, str | None]], options: FetchOptions):
-        self._questions, self._options = questions, options
-        self.asked: queue.SimpleQueue[tuple[Any, Future[Answer] | None] | None] = queue.SimpleQueue()
+    def __init__(self, requests: Iterator[tuple[Any, str | None]], options: FetchOptions):
+        self._requests, self._options = requests, options
+        self.started: queue.SimpleQueue[tuple[Any, Future[Fetched] | None] | None] = queue.SimpleQueue()
         self.error: BaseException | None = None
-        self._ahead = self._held = 0  # questions asked and not taken, and the bytes that came for them
+        self._ahead = self._held = 0  # requests started and not handed over, and the bytes that came for them
         self._loop = asyncio.new_event_loop()
         # names are looked up in these; one dead name server must not hold up the look-ups at the others
         self._loop.set_default_executor(ThreadPoolExecutor(options.concurrency, "lookup"))
@@ -84,18 +83,18 @@ class _Fetcher:
         except BaseException as error:
             self.error = error
         finally:
-            self.asked.put(None)
+            self.started.put(None)
             self._loop.close()
 
-    def taken(self, answer: Answer | None) -> None:
-        """Make room: the next answer was handed over."""
+    def make_room(self, fetched: Fetched | None) -> None:
+        """Make room for another request: the next result was handed over."""
 
-        def make_room() -> None:
+        def update() -> None:
             self._ahead -= 1
-            self._held -= len(answer.data or b"") if answer is not None else 0
+            self._held -= len(fetched.data or b"") if fetched is not None else 0
             self._room.set()
 
-        self._call(make_room)
+        self._call(update)
 
     def stop(self) -> None:
         self._call(lambda: self._main.cancel())
@@ -107,7 +106,7 @@ class _Fetcher:
 
     async def _work(self) -> None:
         options = self._options
-        self._room, self._asking = asyncio.Event(), asyncio.Lock()
+        self._room, self._taking = asyncio.Event(), asyncio.Lock()
         session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=options.concurrency, ttl_dns_cache=300),
             timeout=aiohttp.ClientTimeout(connect=options.idle_timeout, sock_read=options.idle_timeout),
@@ -119,64 +118,71 @@ class _Fetcher:
                 workers.create_task(self._worker(session))
 
     async def _worker(self, session: aiohttp.ClientSession) -> None:
-        while (question := await self._next()) is not None:
-            url, future = question
+        while (request := await self._next()) is not None:
+            url, future = request
             try:
-                answer = await self._answer(session, url)
-                self._held += len(answer.data or b"")
-                future.set_result(answer)
+                fetched = await self._fetch(session, url)
+                self._held += len(fetched.data or b"")
+                future.set_result(fetched)
             finally:
-                future.cancel()  # no effect on one that has its answer
+                future.cancel()  # no effect on one that has its result
 
-    async def _next(self) -> tuple[str, Future[Answer]] | None:
-        """The next question that needs an answer, when there is room for one; None if there are no more."""
-        async with self._asking:
+    async def _next(self) -> tuple[str, Future[Fetched]] | None:
+        """Take the next request with a URL, once there is room for one; None if there are no more."""
+        async with self._taking:
             while True:
                 while self._ahead >= WINDOW or self._held >= MAX_HELD:
                     self._room.clear()
                     await self._room.wait()
                 try:
-                    question = next(self._questions, None)
-                except Exception as error:  # for the one who waits, behind the answers that were asked for before
-                    self.error, question = error, None
-                    self._questions = iter(())
-                if question is None:
+                    request = next(self._requests, None)
+                except Exception as error:  # raised in the caller, behind the results of the requests before it
+                    self.error, request = error, None
+                    self._requests = iter(())
+                if request is None:
                     return None
-                what, url = question
+                what, url = request
                 self._ahead += 1
                 if url is not None:
-                    future: Future[Answer] = Future()
-                    self.asked.put((what, future))
+                    future: Future[Fetched] = Future()
+                    self.started.put((what, future))
                     return url, future
-                self.asked.put((what, None))
+                self.started.put((what, None))
 
-    async def _answer(self, session: aiohttp.ClientSession, url: str) -> Answer:
-        """At most two tries within the time of one URL; aiohttp itself resends at once where a connection breaks."""
+    async def _fetch(self, session: aiohttp.ClientSession, url: str) -> Fetched:
+        """Fetch a URL in at most `TRIES` tries within its time; aiohttp itself resends where a connection breaks."""
         end = time.monotonic() + self._options.timeout
-        for last in (False, True):
+        backoff = Backoff(PAUSE, jitter=JITTER, tries=TRIES)
+        while True:
             try:
                 async with asyncio.timeout(end - time.monotonic()):
-                    return Answer(await self._get(session, url))
+                    return Fetched(await self._get(session, url))
             except TimeoutError:
                 failed = _Failed("timeout", f"no complete answer within {self._options.timeout:g} seconds")
             except _Failed as error:
                 failed = error
-            except Exception as error:  # whatever a server can provoke fails its own image and no other
+            except Exception as error:  # whatever a server can provoke must fail its own image only
                 failed = _Failed("connection", f"{type(error).__name__}: {error}")
-            if last or failed.retry_in is None or time.monotonic() + failed.retry_in >= end:
-                break
-            await asyncio.sleep(failed.retry_in)
-        return Answer(None, failed.reason, failed.detail)
+            pause = backoff.next_pause() if failed.transient else None
+            if pause is None or time.monotonic() + max(failed.asked, pause) >= end:
+                return Fetched(None, failed.reason, failed.detail)
+            await asyncio.sleep(max(failed.asked, pause))
 
     async def _get(self, session: aiohttp.ClientSession, url: str) -> bytes:
+        """Make one request.
+
+        Raises:
+            _Failed: there is no complete answer of status 200 within the limits.
+        """
         options = self._options
-        soon = random.uniform(*BACKOFF)
         try:
             # aiohttp gives up at this number, not after it, and takes 0 for no bound
             async with session.get(url, max_redirects=options.max_redirects + 1) as response:
                 if response.status != 200:
-                    retry_in = self._retry_in(response, soon) if response.status in PASSING else None
-                    raise _Failed(f"http_{response.status}", f"{response.status} {response.reason or ''}", retry_in)
+                    asked = retry_after(response.headers.get("Retry-After")) or 0.0
+                    transient = response.status in TRANSIENT and asked <= options.retry_after
+                    detail = f"{response.status} {response.reason or ''}"
+                    raise _Failed(f"http_{response.status}", detail, transient, asked)
                 if (response.content_length or 0) > options.max_bytes:
                     raise _Failed("too_large", f"{response.content_length} bytes, at most {options.max_bytes} are read")
                 data = bytearray()
@@ -187,31 +193,17 @@ class _Fetcher:
                 return bytes(data)
         except aiohttp.ServerTimeoutError as error:
             detail = str(error) or f"silent for {options.idle_timeout:g} seconds"
-            raise _Failed("timeout", detail, soon) from None
+            raise _Failed("timeout", detail, transient=True) from None
         except aiohttp.TooManyRedirects:
             raise _Failed("redirects", f"more than {options.max_redirects} redirects") from None
         except aiohttp.ClientConnectorDNSError as error:
-            passing = getattr(error.os_error, "errno", None) == socket.EAI_AGAIN
-            raise _Failed("dns", str(error), soon if passing else None) from None
+            transient = getattr(error.os_error, "errno", None) == socket.EAI_AGAIN
+            raise _Failed("dns", str(error), transient) from None
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
             raise _Failed("bad_url", f"{type(error).__name__}: {error}") from None
         except aiohttp.ClientPayloadError as error:
-            raise _Failed("truncated", f"the transfer broke off: {error}", soon) from None
+            raise _Failed("truncated", f"the transfer broke off: {error}", transient=True) from None
         except (aiohttp.ClientConnectionError, OSError) as error:
-            raise _Failed("connection", f"{type(error).__name__}: {error}", soon) from None
+            raise _Failed("connection", f"{type(error).__name__}: {error}", transient=True) from None
         except aiohttp.ClientError as error:
             raise _Failed("connection", f"{type(error).__name__}: {error}") from None
-
-    def _retry_in(self, response: aiohttp.ClientResponse, soon: float) -> float | None:
-        """Seconds to wait before the retry; None if the server asks for more than we grant."""
-        asked = response.headers.get("Retry-After", "").strip()
-        seconds = 0.0
-        if asked.isdecimal():
-            seconds = float(asked[:9])
-        elif asked:
-            try:
-                when = parsedate_to_datetime(asked)
-                seconds = (when.astimezone(UTC) - datetime.now(UTC)).total_seconds()
-            except (ValueError, OverflowError):
-                seconds = 0.0
-        return None if seconds > self._options.retry_after else max(seconds, soon)

@@ -1,12 +1,10 @@
-"""Objects in a bucket (S3, GCS, Azure).
+"""Objects in a bucket (S3, GCS, Azure), through obstore.
 
-obstore does the work, and what it gives up is tried again here: a bucket that throttles slows a build and does not
-fail it.
+Requests are retried for longer than obstore does: a bucket that throttles slows a build and does not fail it.
 """
 
 import io
 import os
-import random
 import shutil
 import tempfile
 import time
@@ -23,6 +21,7 @@ from obstore import exceptions
 from obstore.store import from_url
 
 from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.base.retry import Backoff
 from microdit.pipeline.base.threads import side_by_side
 from microdit.pipeline.storage.object_info import ObjectInfo
 
@@ -30,14 +29,14 @@ T = TypeVar("T")
 
 SCHEMES = ("s3", "gs", "az")
 BLOCK = 4 << 20  # bytes that one request reads of a file on a bucket
-PARTS = 3  # parts of an upload at once: each has to get through in READ_TIMEOUT, on a slow line too
+PARTS = 3  # parts of an upload at once: each has to arrive within READ_TIMEOUT, on a slow line too
 CONNECT_TIMEOUT = 10.0  # seconds
-READ_TIMEOUT = 60.0  # seconds without a byte of an answer, the sending of the request included
+READ_TIMEOUT = 60.0  # seconds without a byte of the response, the sending of the request included
 REQUEST_TIMEOUT = 300.0  # seconds for one request as a whole
-PATIENCE = 300.0  # seconds after which a request that fails again and again is given up
-FIRST_PATIENCE = 30.0  # the same until the bucket has answered once: its address may be wrong
+PATIENCE = 300.0  # seconds after which no further try of a failing request begins
+FIRST_PATIENCE = 30.0  # the same before the bucket's first response: its address may be wrong
 PAUSE, LONGEST_PAUSE = 0.1, 20.0  # seconds before the second try, at most twice as long before each further one
-FINAL = (  # answers that another try would not change; everything else may be throttling, or the network
+FINAL = (  # errors that another try would not change; all others may be throttling, or the network
     exceptions.AlreadyExistsError,
     exceptions.InvalidPathError,
     exceptions.NotSupportedError,
@@ -78,25 +77,25 @@ class Bucket:
     def create(self, name: str, data: bytes) -> None:
         """Write a whole object, durable, if and only if the name is free.
 
-        A request whose answer was lost may have been carried out: then the bucket refuses the next one because of our
-        own bytes, and we have won. If another writer wrote equal bytes meanwhile, both are told so: nothing differs.
+        A request whose response was lost may have succeeded: then the bucket refuses the retry because of our own
+        bytes, and that is a success. If another writer wrote equal bytes meanwhile, both succeed: nothing differs.
 
         Raises:
-            FileExistsError: somebody wrote it before.
+            FileExistsError: the name was taken before.
         """
-        asked = 0
+        tries = 0
 
         def put() -> None:
-            nonlocal asked
-            asked += 1
+            nonlocal tries
+            tries += 1
             try:
                 obstore.put(self._once, name, data, mode="create")
             except exceptions.AlreadyExistsError:
                 try:
                     ours = self.get(name) == data
-                except FileNotFoundError:  # S3's 409: requests met, and none has won yet
+                except FileNotFoundError:  # S3's 409: of concurrent requests none has succeeded yet
                     raise exceptions.GenericError("another request writes it at this moment") from None
-                if asked == 1 or not ours:
+                if tries == 1 or not ours:
                     raise FileExistsError(name) from None
 
         self._retry("write", name, put)
@@ -119,7 +118,7 @@ class Bucket:
         def put() -> None:
             try:
                 obstore.put(self._bucket, name, path, max_concurrency=PARTS)
-            except FileNotFoundError as error:  # the answer to the last request of an upload in parts was lost
+            except FileNotFoundError as error:  # the response to the last request of a multipart upload was lost
                 raise exceptions.GenericError(f"the upload in parts is gone: {first_line(error)}") from error
 
         self._retry("write", name, put)
@@ -130,7 +129,7 @@ class Bucket:
             batch = list(names[start : start + 1000])
             try:
                 self._retry("delete", batch[0], partial(obstore.delete, self._bucket, batch))
-            except FileNotFoundError:  # GCS and Azure stop at the first one that is gone
+            except FileNotFoundError:  # GCS and Azure stop at the first absent object
                 for name in batch:
                     with suppress(FileNotFoundError):
                         self._retry("delete", name, partial(obstore.delete, self._bucket, name))
@@ -139,27 +138,25 @@ class Bucket:
         """Run a bucket request, retrying transient failures with exponential backoff.
 
         Raises:
-            OSError: it failed for `PATIENCE`.
+            OSError: it failed for `PATIENCE` seconds.
         """
-        began, pause, tries = time.monotonic(), PAUSE, 0
+        backoff = Backoff(PAUSE, LONGEST_PAUSE, jitter=(0.5, 1.0))
         while True:
-            tries += 1
             try:
-                answer = request()
+                response = request()
             except FINAL:
                 raise
             except exceptions.BaseError as error:
-                waited = time.monotonic() - began
-                if waited + pause > (PATIENCE if self._answered else FIRST_PATIENCE):
+                pause = backoff.next_pause(PATIENCE if self._answered else FIRST_PATIENCE)
+                if pause is None:
                     raise OSError(
-                        f"{self.url}/{name}: {tries} tries to {what} it failed in {waited:.0f} s, the last with: "
-                        f"{first_line(error)}; check the network, and what the bucket allows"
+                        f"{self.url}/{name}: {backoff.failures} tries to {what} it failed in {backoff.waited:.0f} s, "
+                        f"the last with: {first_line(error)}; check the network, and what the bucket allows"
                     ) from error
             else:
                 self._answered = True
-                return answer
-            time.sleep(pause * random.uniform(0.5, 1.0))  # not all workers at once
-            pause = min(2 * pause, LONGEST_PAUSE)
+                return response
+            time.sleep(pause)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -235,11 +232,11 @@ class Bucket:
 
 
 class _BucketFile(io.RawIOBase):
-    """An object on a bucket as Python's io expects a file: every read is a request of its own."""
+    """A read-only raw file over an object; every read is one request."""
 
     def __init__(self, store: Bucket, name: str, size: int):
         self._store, self._name, self._size = store, name, size
-        self._at = 0
+        self._offset = 0
 
     def readable(self) -> bool:
         return True
@@ -248,17 +245,18 @@ class _BucketFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = max(offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence], 0)
-        return self._at
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._offset, os.SEEK_END: self._size}[whence]
+        self._offset = max(offset + base, 0)
+        return self._offset
 
     def tell(self) -> int:
-        return self._at
+        return self._offset
 
     def readinto(self, buffer: Any) -> int:
-        length = max(min(len(buffer), self._size - self._at), 0)
+        length = max(min(len(buffer), self._size - self._offset), 0)
         if length:
-            buffer[:length] = self._store.get_range(self._name, self._at, length)
-            self._at += length
+            buffer[:length] = self._store.get_range(self._name, self._offset, length)
+            self._offset += length
         return length
 
     def readall(self) -> bytes:
@@ -268,12 +266,12 @@ class _BucketFile(io.RawIOBase):
 
 @lru_cache(maxsize=16)
 def open_bucket(url: str, endpoint: str | None) -> Any:
-    """The obstore of a whole bucket. `endpoint` is that of the environment, by which different ones are told apart."""
+    """Open a whole bucket with obstore, once for each endpoint of the environment, which `endpoint` must be."""
     return from_url(url, **bucket_options(urlsplit(url).scheme))
 
 
 def bucket_options(scheme: str) -> dict[str, Any]:
-    """What every bucket is opened with by obstore: time limits, its own tries, address and credentials."""
+    """Make obstore's options for a bucket: time limits, its own retries, endpoint and credentials."""
     options: dict[str, Any] = {
         "client_options": {
             "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT),
@@ -305,7 +303,7 @@ def bucket_options(scheme: str) -> dict[str, Any]:
 
 @cache
 def sweep_scratch() -> None:
-    """Remove what killed writers left in this machine's temporary folder, once a process."""
+    """Remove the scratch folders of killed writers from this machine's temporary folder, once a process."""
     for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
         with suppress(OSError):  # another process was faster, or it is another user's
             if time.time() - folder.stat().st_mtime > OLD_SCRATCH:

@@ -1,7 +1,7 @@
 """Objects in a folder, durable once they are written.
 
-Plain files, and not obstore's: it links a file into place without syncing it first, so that a power cut could leave a
-commit with no bytes in it, and lists sixteen times slower.
+Plain files without obstore, which links a file to its name without syncing it first, so that a power cut could leave an
+empty commit, and lists sixteen times slower.
 """
 
 import os
@@ -36,7 +36,7 @@ class Disk:
         """Write a whole object, durable, if and only if the name is free.
 
         Raises:
-            FileExistsError: somebody wrote it before.
+            FileExistsError: the name was taken before.
         """
         with self.scratch(name) as path:
             path.write_bytes(data)
@@ -60,7 +60,7 @@ class Disk:
     def publish(self, objects: Mapping[str, Path]) -> None:
         """Turn complete scratch files, by the name of their object, into objects; all are durable on return.
 
-        The syncs are waited for side by side: nobody reads an attempt's objects before its commit is there.
+        The files are synced concurrently: no reader opens an attempt's objects before its commit exists.
 
         Raises:
             FileExistsError: if a name is taken (attempt names never are).
@@ -118,7 +118,7 @@ class Disk:
                 yield ObjectInfo(name, about.st_size, datetime.fromtimestamp(about.st_mtime, UTC))
 
     def names(self, prefix: str = "") -> Iterator[str]:
-        """List the names alone, without a look at each file."""
+        """List the names alone, without a stat of each file."""
         folders = [prefix]
         while folders:
             folder = folders.pop()
@@ -140,7 +140,7 @@ class Disk:
 def _make_durable_folder(folder: Path, root: Path) -> None:
     """Make a folder and its parents so that their names survive a power cut.
 
-    Below the root also those that were there: another writer may have made one a moment ago and not synced it yet.
+    Existing folders below the root are synced as well: another writer may have made one and not synced it yet.
     """
     parents = [folder, *folder.parents]
     missing = [path.parent for path in parents if not path.exists()]

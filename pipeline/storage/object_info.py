@@ -1,4 +1,4 @@
-"""What listing a store tells about one object."""
+"""Describe one object of a listing."""
 
 from dataclasses import dataclass
 from datetime import datetime

@@ -1,4 +1,4 @@
-"""Uploads in parts that were begun and never ended: S3 keeps, and charges for, their parts; other buckets drop them."""
+"""List unfinished multipart uploads, whose parts S3 keeps and charges for; other buckets drop them."""
 
 from datetime import datetime
 from typing import Any
@@ -8,24 +8,24 @@ from microdit.pipeline.base.errors import RequestError
 
 
 def old_uploads(url: str, limit: datetime) -> list[tuple[Any, dict[str, str]]]:
-    """Those below `url` begun before `limit`, as boto3's client and its arguments for `abort_multipart_upload`.
+    """List the uploads below `url` begun before `limit`: boto3's client and its arguments for `abort_multipart_upload`.
 
     Raises:
         RequestError: S3 does not list them.
     """
-    where = urlsplit(url)
-    if where.scheme != "s3":
+    bucket = urlsplit(url)
+    if bucket.scheme != "s3":
         return []
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError
 
     client = boto3.client("s3")
     pages = client.get_paginator("list_multipart_uploads").paginate(
-        Bucket=where.netloc, Prefix=f"{where.path.strip('/')}/".removeprefix("/")
+        Bucket=bucket.netloc, Prefix=f"{bucket.path.strip('/')}/".removeprefix("/")
     )
     try:
         return [
-            (client, {"Bucket": where.netloc, "Key": item["Key"], "UploadId": item["UploadId"]})
+            (client, {"Bucket": bucket.netloc, "Key": item["Key"], "UploadId": item["UploadId"]})
             for page in pages
             for item in page.get("Uploads", [])
             if item["Initiated"] <= limit

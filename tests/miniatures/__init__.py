@@ -22,22 +22,22 @@ BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 @dataclass(frozen=True)
 class Expected:
-    """What must become of a sample: a caption, fields and a picture, or the reason why there is none.
+    """The expected row of a sample: a caption, fields and a picture, or the reason why there is none.
 
     Texts are as the data set has them; in a corpus a text is one line, with single spaces between its words.
     """
 
     unit: str
-    """The file that it is in, as a listing names it."""
+    """Name of its file in the listing."""
     member: str
-    """Its image in there, as the archive names it, or its number in a table."""
+    """Name of its image in the archive, or its number in a table."""
     caption: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
     picture: Picture | None = None
     reason: str = ""
 
     @property
-    def place(self) -> str:
+    def path(self) -> str:
         return f"{self.unit}/{self.member}"
 
 
@@ -53,7 +53,7 @@ class Repository:
 
 @dataclass(frozen=True)
 class Miniature:
-    """Everything that a dataset's adapter can ask for, and what must come of it. `urls`: files at plain addresses."""
+    """All files that a dataset's adapter can request, and the expected rows. `urls`: files at plain addresses."""
 
     expected: list[Expected]
     repositories: Mapping[str, Repository] = field(default_factory=dict)
@@ -62,13 +62,13 @@ class Miniature:
 
 @cache
 def layout(name: str) -> dict[str, Any]:
-    """A layout file: shared, not to be changed."""
+    """Read a layout file; cached, so it must not be changed."""
     found: dict[str, Any] = yaml.safe_load((LAYOUTS / f"{name}.yaml").read_text(encoding="utf-8"))
     return found
 
 
 def expand(pattern: str) -> Iterator[str]:
-    """`x-{0000..0099}.tar` as the names that it stands for; numbers are padded if the first one is."""
+    """Expand `x-{0000..0099}.tar` to names; numbers are padded if the first one is."""
     match = BRACES.search(pattern)
     if match is None:
         yield pattern
@@ -80,5 +80,5 @@ def expand(pattern: str) -> Iterator[str]:
 
 
 def beside(names: list[str], title: str) -> dict[str, bytes]:
-    """The files of a repository that are no data."""
+    """List the files of a repository that are no data."""
     return {name: ABOUT.get(name, f"# {title}\n".encode()) for name in names}

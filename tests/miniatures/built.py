@@ -1,4 +1,4 @@
-"""Builds of miniatures without Ray, and whether every sample of a corpus is what its miniature says."""
+"""Build miniatures without Ray, and check every sample of a corpus against its miniature."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ HOUR = 3600
 
 
 def build(config: BuildConfig) -> tuple[Corpus, list[str]]:
-    """Ingest and captions without Ray, as the engine does them; and what the user is told."""
+    """Run ingest and captions without Ray, as the engine does; return the corpus and the lines for the user."""
     corpus = Corpus.create(config.corpus, config.name, config.shard_samples)
     declare(corpus, config)
     sources, stages, told = sources_of(config), stages_of(config), list[str]()
@@ -59,7 +59,7 @@ def rows_of(corpus: Corpus, column: str, source: str) -> list[Row]:
 
 
 def check(corpus: Corpus, source: str, expected: Sequence[Expected]) -> dict[str, Expected]:
-    """Every sample of a source is what its miniature says, and there are no others; by their keys those that are ok."""
+    """Check that a source has the expected samples and no others; return the good ones by key."""
     images = rows_of(corpus, IMAGES, source)
     assert len(images) == len(expected), [(row.key, row.scalars["reason"]) for row in images]
     assert len({row.key for row in images}) == len(images)
@@ -69,17 +69,17 @@ def check(corpus: Corpus, source: str, expected: Sequence[Expected]) -> dict[str
     for sample in expected:
         unit = posixpath.basename(sample.unit)
         if sample.member:
-            place = posixpath.normpath(f"{unit}/{sample.member}")
-            row = next(row for origin, row in by_origin.items() if origin.endswith(f"/{place}"))
+            path = posixpath.normpath(f"{unit}/{sample.member}")
+            row = next(row for origin, row in by_origin.items() if origin.endswith(f"/{path}"))
         else:
             row = next(r for o, r in by_origin.items() if f"/{unit}" in o and r.scalars["reason"] == sample.reason)
-        assert (row.scalars["reason"] or "") == sample.reason, (sample.place, row.scalars["detail"])
+        assert (row.scalars["reason"] or "") == sample.reason, (sample.path, row.scalars["detail"])
         assert row.scalars["license"]
         if sample.reason:
             assert by_key[row.key]["reason"] == "upstream"
         else:
             check_sample(row, sample)
-            assert by_key[row.key]["caption"] == one_line(sample.caption), sample.place
+            assert by_key[row.key]["caption"] == one_line(sample.caption), sample.path
             found[row.key] = sample
     return found
 
@@ -89,10 +89,10 @@ def check_sample(row: Row, sample: Expected) -> None:
     assert picture is not None
     stored = image_bytes(row.members)
     if picture.kept:
-        assert stored == picture.data, sample.place
+        assert stored == picture.data, sample.path
     else:
-        assert picture.difference(stored) < NOISE, sample.place
-    assert (about["width"], about["height"]) == picture.stored_size(), sample.place
+        assert picture.difference(stored) < NOISE, sample.path
+    assert (about["width"], about["height"]) == picture.stored_size(), sample.path
     assert (about["original_width"], about["original_height"]) == picture.size
     assert about["sha256"] == hashlib.sha256(picture.data).hexdigest()
     assert about["caption"] == one_line(sample.caption)
@@ -100,13 +100,13 @@ def check_sample(row: Row, sample: Expected) -> None:
     for name, value in sample.fields.items():
         found = fields.get(name)
         wanted = pytest.approx(value) if isinstance(value, float) else one_line(value)
-        assert found == wanted, (sample.place, name)
+        assert found == wanted, (sample.path, name)
     for name in ("caption", "origin", "license", "sha256", "width", "original_width"):
         assert note[name] == about[name]
 
 
 def one_line(text: str | None) -> str | None:
-    """A text as corpora have it."""
+    """Put a text on one line, as corpora have it."""
     return None if text is None else " ".join(text.split())
 
 

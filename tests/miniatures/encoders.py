@@ -16,7 +16,7 @@ FOUR = 4  # blocks: eight pixels for one latent
 
 
 def publish_models(hub: Hub, folder: Path) -> None:
-    """Put them on a hub; `folder` is for what they are made of."""
+    """Make the models in `folder` and put them on a hub."""
     for name, channels in CHANNELS.items():
         entry = AUTOENCODERS[name]
         torch.manual_seed(0)
@@ -30,8 +30,8 @@ def publish_models(hub: Hub, folder: Path) -> None:
             latent_channels=channels,
             scaling_factor=0.13025,
         )
-        place = folder / name / entry.subfolder if entry.subfolder else folder / name
-        module.save_pretrained(place)
+        target = folder / name / entry.subfolder if entry.subfolder else folder / name
+        module.save_pretrained(target)
         hub.add(entry.where, folder / name, commit=(entry.revision or "").ljust(40, "0"))
     text = {"t5-xxl": t5_files(folder / "t5")}
     write_model(folder / "clip", read_tower(DATA / "openclip")[0])

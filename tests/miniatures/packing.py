@@ -1,4 +1,4 @@
-"""Archives as the datasets have them, byte for byte the same at every call."""
+"""Make archives as the datasets have them, deterministic in every byte."""
 
 import gzip
 import io
@@ -19,7 +19,7 @@ DAY = (2023, 4, 5, 12, 0, 0)
 
 
 def tar(members: Members) -> bytes:
-    """A tar; a name that ends in / is a folder."""
+    """Make a tar; a name that ends in / is a folder."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as archive:
         for name, data in members:
@@ -38,7 +38,7 @@ def tgz(members: Members) -> bytes:
 
 
 def zipped(members: Members, deflated: bool = False) -> bytes:
-    """A zip, as zip tools write it for images: stored, unless `deflated`; a name that ends in / is a folder."""
+    """Make a zip, as zip tools write it for images: stored, unless `deflated`; a name that ends in / is a folder."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in members:

@@ -1,4 +1,4 @@
-"""Pictures that tell themselves apart: one for every name, as the files that datasets have them in."""
+"""Distinct pictures, one for every name, in the file formats of the datasets."""
 
 import hashlib
 import io
@@ -31,7 +31,7 @@ class Picture:
         return (SIDE, SIDE * height // width) if width <= height else (SIDE * width // height, SIDE)
 
     def difference(self, stored: bytes) -> float:
-        """Mean difference per channel, of 255, between what was stored and what was drawn; infinite for other sizes."""
+        """Mean difference per channel, of 255, of the stored and the drawn picture; infinite for other sizes."""
         with Image.open(io.BytesIO(stored)) as image:
             found = np.asarray(image.convert("RGB"), np.float32)
         wanted = reduced(self.name, self.size, self.stored_size())
@@ -40,7 +40,7 @@ class Picture:
 
 @cache
 def draw(name: str, size: tuple[int, int]) -> Image.Image:
-    """The picture of a name: four fields and a disc off the middle; no turn and no mirror leaves it as it is."""
+    """Draw the picture of a name: four fields and a disc off the middle, asymmetric under turns and mirrors."""
     random = np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
     colours = [tuple(int(c) for c in random.integers(16, 240, 3)) for _ in range(5)]
     width, height = size
@@ -56,7 +56,7 @@ def draw(name: str, size: tuple[int, int]) -> Image.Image:
 
 @cache
 def reduced(name: str, size: tuple[int, int], to: tuple[int, int]) -> np.ndarray:
-    """The picture of a name, reduced: (H, W, 3) float32."""
+    """Draw the picture of a name, reduced: (H, W, 3) float32."""
     image = draw(name, size).resize(to, Image.Resampling.BICUBIC)
     if name.endswith(GRAY):
         image = image.convert("L").convert("RGB")
@@ -64,7 +64,7 @@ def reduced(name: str, size: tuple[int, int], to: tuple[int, int]) -> np.ndarray
 
 
 def picture(name: str, size: tuple[int, int], kind: str = "jpg") -> Picture:
-    """A picture as a file of a kind.
+    """Encode a picture as a file of a kind.
 
     Args:
         kind: jpg, jpg-gray, jpg-cmyk, jpg-turned (by EXIF), jpg-cut (a half is missing), png, png-alpha (all opaque),

@@ -19,7 +19,7 @@ CC12M, LLAVANEXT = "pixparse/cc12m-wds", "CaptionEmporium/conceptual-captions-cc
 
 # -- SA-1B -------------------------------------------------------------------------------------------------------------
 def sa1b_links(address: str, expiry: int) -> str:
-    """Meta's list of links, with those of an address in place of Meta's own; `expiry` in seconds since 1970."""
+    """Write Meta's list of links with another address than Meta's; `expiry` in seconds since 1970."""
     links = layout("sa1b")["links"]
     lines = ["\t".join(links["columns"])]
     for name in [*links["others"][:1], *expand(links["rows"]), *links["others"][1:]]:

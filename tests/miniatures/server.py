@@ -12,7 +12,7 @@ REPOSITORY = re.compile("/api/(datasets|models)/")  # the client asks for other 
 
 
 def publish(miniatures: Iterable[Miniature], hub: Hub, files: FilesServer) -> None:
-    """Put everything that miniatures are made of on the servers."""
+    """Put all files of the miniatures on the servers."""
     for miniature in miniatures:
         for repo, repository in miniature.repositories.items():
             for branch, found in repository.branches.items():
@@ -23,11 +23,11 @@ def publish(miniatures: Iterable[Miniature], hub: Hub, files: FilesServer) -> No
 
 
 def here(url: str, files: FilesServer) -> str:
-    """The address on loopback of a file that is published elsewhere."""
+    """Return the address on loopback of a file that is published elsewhere."""
     return f"{files.url}{urlsplit(url).path}"
 
 
 def missed(hub: Hub, files: FilesServer) -> list[str]:
-    """What was asked for and is not there: repositories and files that nobody publishes."""
+    """List the requests for repositories and files that do not exist."""
     asked = [r for r in hub.requests if r.status == 404 and ("/resolve/" in r.path or REPOSITORY.match(r.path))]
     return [r.path for r in asked] + [a.path for a in files.asked if a.status == 404]

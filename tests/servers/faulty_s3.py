@@ -1,4 +1,4 @@
-"""A proxy that gives an S3 server bad days: 500 and 503, resets, stalls, uploads and answers cut in the middle."""
+"""A proxy that makes an S3 server fail: 500 and 503, resets, stalls, truncated uploads and responses."""
 
 import contextlib
 import http.client
@@ -23,7 +23,7 @@ HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "expec
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with one request: one of `KINDS`, and whether the server has carried the request out before."""
+    """The fault of one request: one of `KINDS`, before or (`done`) after the server has carried it out."""
 
     kind: str
     done: bool = False
@@ -43,12 +43,12 @@ class FaultyS3:
         self.upstream = urlsplit(upstream).netloc
         self.seed, self.rates, self.stall_seconds = seed, dict(rates), stall_seconds
         self.script: deque[Fault | None] = deque()
-        """For the next requests, in place of chance."""
+        """Faults of the next requests, instead of random ones."""
         self.requests: Counter[str] = Counter()
-        """By method; listings are counted as `LIST`."""
+        """Counts by method; listings are counted as `LIST`."""
         self.faults: Counter[str] = Counter()
         self.lost_answers = 0
-        """Writes that were carried out, and whose answer was an error or none."""
+        """Writes that succeeded and whose response was lost or an error."""
         self.retries = 0
         """Requests that repeat one that met a fault."""
         self._unlucky: Counter[tuple[str, str]] = Counter()
@@ -66,7 +66,7 @@ class FaultyS3:
         self._server.server_close()
 
     def admit(self, method: str, path: str) -> tuple[Fault | None, float]:
-        """Count a request; says what shall happen to it, and how many seconds a stall would last."""
+        """Count a request; return its fault, and the seconds of a stall."""
         with self._lock:
             self.requests["LIST" if "list-type=2" in path else method] += 1
             if self._unlucky[method, path] > 0:
@@ -96,7 +96,7 @@ class _Server(ThreadingHTTPServer):
     proxy: FaultyS3
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client or a server that hangs up is what this is about."""
+        """Ignore clients and servers that hang up."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -144,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _any
 
     def _forward(self, body: bytes, cut: bool = False) -> tuple[int, list[tuple[str, str]], bytes]:
-        """What the server answers; cut, it gets half of the body, and nobody waits for an answer."""
+        """Forward a request; a truncated one has half of its body, and its response is not awaited."""
         connection = http.client.HTTPConnection(self.server.proxy.upstream, timeout=120)
         with contextlib.closing(connection):
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
@@ -173,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = cut
 
     def _reset(self) -> None:
-        """End the connection with RST: what was sent and not read yet is lost."""
+        """End the connection with RST: sent bytes that are not read yet are lost."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         os.close(self.connection.detach())  # without the FIN that the server would send first
         self.close_connection = True

@@ -33,11 +33,11 @@ class Served:
     modified: float | None = 1.7e9
     ranges: bool = True
     if_range: bool = True
-    """Whether the server looks at that header, or always sends the range."""
+    """If False, the server ignores that header and always sends the range."""
     signed: bool = False
-    """Only answered with `oe=<hex time>` in the query that has not passed."""
+    """Refuse requests without an `oe=<hex time>` in the query that is still to come."""
     length: bool = True
-    """Whether the size is announced."""
+    """Send Content-Length."""
     faults: list[tuple[str, object]] = field(default_factory=list)
 
     def headers(self) -> dict[str, str]:
@@ -75,17 +75,17 @@ class FilesServer:
         self._thread.start()
 
     def add(self, path: str, data: bytes, **about: object) -> str:
-        """Serve a file; its URL, without a signature."""
+        """Serve a file; return its URL, without a signature."""
         self.files[path] = Served(data, **about)  # type: ignore[arg-type]
         return f"{self.url}/{quote(path)}"
 
     def signed(self, path: str, seconds: float = 3600) -> str:
-        """A link to a file that works for that long."""
+        """Make a link to a file that expires after so many seconds."""
         self.files[path].signed = True
         return f"{self.url}/{quote(path)}?_nc_gid=SECRET&oh=00_SECRET&oe={int(time.time() + seconds):X}"
 
     def ranges(self, path: str) -> list[str | None]:
-        """The Range headers of the requests for a file, in order."""
+        """List the Range headers of the requests for a file, in order."""
         return [asked.range for asked in self.asked if asked.path == path]
 
     def close(self) -> None:
@@ -187,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def files_server() -> Iterator[FilesServer]:
-    """A server with nothing on it."""
+    """An empty server."""
     server = FilesServer()
     try:
         yield server

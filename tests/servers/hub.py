@@ -79,7 +79,7 @@ class Hub:
         self._thread.start()
 
     def close(self) -> None:
-        """The server goes away, and with it the connections that clients hold open."""
+        """Stop the server and close the connections that clients hold open."""
         self._server.shutdown()
         self._server.server_close()
         for connection in self.connections:
@@ -97,7 +97,7 @@ class Hub:
         private: bool = False,
         commit: str | None = None,
     ) -> str:
-        """A commit on `branch` of a repository with just these files, or with those of a folder; returns its hash."""
+        """Commit just these files, or those of a folder, to `branch` of a repository; return its hash."""
         if isinstance(files, Path):
             folder = files
             files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -113,11 +113,11 @@ class Hub:
         return commit
 
     def downloads(self) -> list[str]:
-        """The paths of the files that were sent, in whole or in part, each once, in order."""
+        """List the paths of the files that were sent, in whole or in part, each once, in order."""
         return list(dict.fromkeys(r.file for r in self._sent()))
 
     def ranges(self, end: str) -> list[str | None]:
-        """The Range headers of the downloads of the file whose path has that end."""
+        """List the Range headers of the downloads of the file whose path has that end."""
         return [r.range for r in self._sent() if r.file.endswith(end)]
 
     def _sent(self) -> list[Request]:
@@ -300,7 +300,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _entry(path: str, data: bytes | None) -> dict[str, object]:
-    """A file in a listing, with git's hash of its blob; a folder if there is no data."""
+    """Describe a file for a listing, with git's hash of its blob; a folder if there is no data."""
     if data is None:
         return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
     entry: dict[str, object] = {"type": "file", "path": path, "size": len(data)}
@@ -311,7 +311,7 @@ def _entry(path: str, data: bytes | None) -> dict[str, object]:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub with nothing in it, an empty cache and no token, for the client in this process and its children."""
+    """An empty hub, an empty cache and no token, for the client in this process and its children."""
     from huggingface_hub import constants
 
     server = Hub()

@@ -43,7 +43,7 @@ server.serve_forever()
 
 @contextmanager
 def serve(host: str = "127.0.0.1") -> Iterator[str]:
-    """URL of a server that runs until the block ends, on an address of this machine."""
+    """Run a server on an address of this machine; yield its URL."""
     with subprocess.Popen(
         [sys.executable, "-c", SERVER, host], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as server:
@@ -55,7 +55,7 @@ def serve(host: str = "127.0.0.1") -> Iterator[str]:
 
 
 def environment(url: str) -> dict[str, str]:
-    """What points boto3, obstore and child processes at a server."""
+    """Make the environment that points boto3, obstore and child processes at a server."""
     return {
         "AWS_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": "test",
@@ -68,7 +68,7 @@ def environment(url: str) -> dict[str, str]:
 
 @contextmanager
 def environ(environment: dict[str, str]) -> Iterator[None]:
-    """This process uses the server of `environment`, whatever it used before, and so do its children."""
+    """Make this process and its children use the server of `environment`."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
@@ -79,7 +79,7 @@ def environ(environment: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def s3_at(host: str) -> Iterator[dict[str, str]]:
-    """A server with the bucket; gives the environment of those who use it."""
+    """Run a server with the bucket; yield the environment of its clients."""
     with serve(host) as url:
         found = environment(url)
         with environ(found):
@@ -102,7 +102,7 @@ def s3_url(s3_server: str) -> str:
 
 @pytest.fixture(params=["folder", "s3"])
 def corpus_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Root of a corpus that is not there yet: once a folder, once a prefix on S3."""
+    """Root of a new corpus: once a folder, once a prefix on S3."""
     if request.param == "folder":
         return str(tmp_path / "corpus")
     url: str = request.getfixturevalue("s3_url")

@@ -10,7 +10,7 @@ from microdit.pipeline.content.alt_text import clean_caption
 from microdit.pipeline.files.archives import members, stem
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
-from microdit.pipeline.sources.file_source import MAX_BYTES, FileSource, Sample
+from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
 from microdit.pipeline.sources.members import failed, grouped, is_image, one_line, text_of
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
@@ -46,15 +46,15 @@ class Cc12m(FileSource):
     def _tables(self) -> list[JoinSpec]:
         if self._options.llavanext is None:
             return []
-        found = list_files(self._options.llavanext, f"sources.{self.name}.llavanext")
-        reader = "parquet" if found.files[0].name.endswith(".parquet") else "jsonl"
-        return [JoinSpec(found, reader, "key", LLAVANEXT, what=f"sources.{self.name}.llavanext")]
+        listing = list_files(self._options.llavanext, f"sources.{self.name}.llavanext")
+        reader = "parquet" if listing.files[0].name.endswith(".parquet") else "jsonl"
+        return [JoinSpec(listing, reader, "key", LLAVANEXT, what=f"sources.{self.name}.llavanext")]
 
-    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[Sample]:
+    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[FileSample]:
         options = self._options
         table = self.table(0) if self._tables else None
-        found = members(path, lambda name: is_image(name) or stem(name)[1] == "txt", MAX_BYTES)
-        for key, image, others in grouped(found):
+        read = members(path, lambda name: is_image(name) or stem(name)[1] == "txt", MAX_BYTES)
+        for key, image, others in grouped(read):
             if image.reason is not None:
                 yield failed(image, key)
                 continue
@@ -65,8 +65,8 @@ class Cc12m(FileSource):
             if options.caption == "alt" and options.clean:
                 caption = clean_caption(caption)
             if caption or not options.require_caption:
-                yield Sample(key, image.data, caption, image.name, fields)
+                yield FileSample(key, image.data, caption, image.name, fields)
             else:
-                gone = "; cleaning left nothing of it" if captions[options.caption] else ""
-                detail = f"it has no caption {options.caption!r}{gone}"
-                yield Sample(key, None, "", image.name, fields, "no_caption", detail)
+                cleaned = "; cleaning left nothing of it" if captions[options.caption] else ""
+                detail = f"it has no caption {options.caption!r}{cleaned}"
+                yield FileSample(key, None, "", image.name, fields, "no_caption", detail)

@@ -1,6 +1,6 @@
 """`coco`: COCO 2014 val, the images that generated ones are compared with; and which 30,000 of them.
 
-There are many lists of "30K" and none is official; here a rule makes the list, so that everyone has the same: of the
+There are many lists of "30K" and none is official; here a rule makes the list, so that all users have the same: of the
 image ids in `captions_val2014.json` the 30,000 whose sha256 of `<seed>:<image id>` (both in decimal) is smallest, with
 the seed 2014. A sample's caption, the prompt to generate from, is the first one of its image in that file.
 
@@ -23,7 +23,7 @@ from microdit.pipeline.files.archives import members, stem
 from microdit.pipeline.files.download import local_copy
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
-from microdit.pipeline.sources.file_source import MAX_BYTES, FileSource, Sample
+from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
 from microdit.pipeline.sources.members import failed, is_image, one_line
 
 LICENSE = "CC-BY-4.0 (captions); images: Flickr Terms of Use"
@@ -55,44 +55,44 @@ class Coco(FileSource):
         options = self._options
         return {"choose": options.choose, "seed": options.seed, "captions": self._captions.identity}
 
-    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[Sample]:
+    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[FileSample]:
         what = f"sources.{self.name}.captions"
         with local_copy(self._captions.files[0], self._scratch) as copy:
             captions = read_captions(copy, what)
         chosen = choose(captions, self._options.choose, self._options.seed)
-        met: set[int | None] = set()
+        seen: set[int | None] = set()
         for member in members(path, lambda name: is_image(name) and image_id(name) in chosen, MAX_BYTES):
             key, image = stem(member.name)[0], image_id(member.name)
-            met.add(image)
+            seen.add(image)
             if member.data is None or image is None:
                 yield failed(member, key)
                 continue
             fields = {f"caption_{i}": text for i, text in enumerate(captions[image], 1)}
-            yield Sample(key, member.data, captions[image][0], member.name, {**fields, "image_id": image})
+            yield FileSample(key, member.data, captions[image][0], member.name, {**fields, "image_id": image})
         if len(self._listing.files) == 1:  # of several zips none has all images
-            for image in sorted(chosen - met):
+            for image in sorted(chosen - seen):
                 detail = "it is chosen, and not in the zip"
-                yield Sample(f"COCO_val2014_{image:012d}", None, reason="missing", detail=detail)
+                yield FileSample(f"COCO_val2014_{image:012d}", None, reason="missing", detail=detail)
 
 
 def choose(images: Collection[int], count: int | None, seed: int) -> set[int]:
-    """`count` of the image ids, by the rule above; all if there are no more."""
+    """Choose `count` of the image ids by the rule above; all if `count` is None or there are no more."""
     if count is None:
         return set(images)
     return set(sorted(images, key=lambda image: hashlib.sha256(f"{seed}:{image}".encode()).digest())[:count])
 
 
 def image_id(name: str) -> int | None:
-    """The number at the end of an image's name, None if there is none."""
-    found = NUMBER.search(stem(name)[0])
-    return int(found[1]) if found else None
+    """Parse the number at the end of an image's name, None if there is none."""
+    number = NUMBER.search(stem(name)[0])
+    return int(number[1]) if number else None
 
 
 def read_captions(path: Path, what: str) -> dict[int, list[str]]:
-    """Captions by image id, in the order of the file: `captions_val2014.json`, or a zip with it.
+    """Read captions by image id, in the order of the file: `captions_val2014.json`, or a zip with it.
 
     Raises:
-        RequestError: it is neither.
+        RequestError: the file is neither.
     """
     with path.open("rb") as file:
         plain = file.read(64).lstrip()[:1] == b"{"
@@ -102,14 +102,14 @@ def read_captions(path: Path, what: str) -> dict[int, list[str]]:
             data = member.data
             break
     try:
-        found: dict[int, list[str]] = {}
+        captions: dict[int, list[str]] = {}
         for entry in json.loads(data)["annotations"] if data is not None else ():
             if text := one_line(entry["caption"]):
-                found.setdefault(int(entry["image_id"]), []).append(text)
+                captions.setdefault(int(entry["image_id"]), []).append(text)
     except (ValueError, RecursionError, LookupError, TypeError) as error:
         raise RequestError(
             f"{what}: {CAPTIONS} of {path.name} cannot be read: {type(error).__name__}: {error}"
         ) from None
-    if not found:
+    if not captions:
         raise RequestError(f"{what}: {path.name} has no {CAPTIONS}; expected it, or annotations_trainval2014.zip")
-    return found
+    return captions

@@ -12,7 +12,7 @@ from microdit.pipeline.config.sources import DiffusiondbSource
 from microdit.pipeline.files.archives import members, stem
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
-from microdit.pipeline.sources.file_source import MAX_BYTES, FileSource, Sample
+from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
 from microdit.pipeline.sources.members import failed, is_image, one_line
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
@@ -57,11 +57,11 @@ class Diffusiondb(FileSource):
         options = self._options
         if options.image_nsfw is None and options.prompt_nsfw is None:
             return []
-        found = list_files(f"{self._root}/{METADATA[options.subset]}", f"sources.{self.name}.root")
+        listing = list_files(f"{self._root}/{METADATA[options.subset]}", f"sources.{self.name}.root")
         # by part, so that the rows of a zip lie side by side
         return [
             JoinSpec(
-                found, "parquet", "part_id/image_name", {name: name for name in KNOWN}, what=f"sources.{self.name}"
+                listing, "parquet", "part_id/image_name", {name: name for name in KNOWN}, what=f"sources.{self.name}"
             )
         ]
 
@@ -69,37 +69,37 @@ class Diffusiondb(FileSource):
     def _root(self) -> str:
         return self._options.root.rstrip("/")
 
-    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[Sample]:
+    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[FileSample]:
         table = self.table(0) if self._tables else None
         part = int(stem(file.name)[0].rpartition("-")[2])
         prompts, fault = read_part(path)
-        met = set()
+        seen = set()
         for member in members(path, is_image, MAX_BYTES):
             name = member.name.rpartition("/")[2]
-            met.add(name)
+            seen.add(name)
             key = stem(name)[0]
             if member.data is None:
                 yield failed(member, key)
                 continue
-            about = prompts.get(name, {})
-            prompt = one_line(about.get("p"))
+            entry = prompts.get(name, {})
+            prompt = one_line(entry.get("p"))
             row = None if table is None else table.get(f"{part}/{name}")
             scores = {score: (row or {}).get(score) for score in ("image_nsfw", "prompt_nsfw")}
             fields = {
                 **{score: round(float(value), 6) for score, value in scores.items() if value is not None},
-                **{long: value for short, long in PARAMETERS.items() if isinstance(value := about.get(short), PLAIN)},
+                **{long: value for short, long in PARAMETERS.items() if isinstance(value := entry.get(short), PLAIN)},
             }
             reason, detail = self._refused(row, scores) if table is not None else (None, "")
             if reason is None and not prompt:
                 reason, detail = "no_caption", fault or "its prompt is empty, or not in the part's json"
             data = member.data if reason is None else None
-            yield Sample(key, data, prompt, member.name, fields, reason, detail)
-        for name in sorted(prompts.keys() - met):
+            yield FileSample(key, data, prompt, member.name, fields, reason, detail)
+        for name in sorted(prompts.keys() - seen):
             detail = "the part's json names it, the zip lacks it"
-            yield Sample(stem(name)[0], None, "", name, reason="missing", detail=detail)
+            yield FileSample(stem(name)[0], None, "", name, reason="missing", detail=detail)
 
     def _refused(self, row: Mapping[str, Any] | None, scores: Mapping[str, float | None]) -> tuple[str | None, str]:
-        """Why an image is not taken, by what the metadata says of it."""
+        """Return the reason and detail why the metadata excludes an image; None and "" if it does not."""
         if row is None:
             return "no_scores", "the metadata has no row of it"
         for name, most in (("image_nsfw", self._options.image_nsfw), ("prompt_nsfw", self._options.prompt_nsfw)):
@@ -115,13 +115,13 @@ class Diffusiondb(FileSource):
 
 
 def read_part(path: Path) -> tuple[dict[str, dict[str, Any]], str]:
-    """What a zip's json says about each image, and what is wrong if there is none that can be read."""
+    """Read the entries of a zip's json by the image's name, and the fault if there is no readable one."""
     for member in members(path, lambda name: stem(name)[1] == "json", MAX_BYTES):
         if member.data is None:
             return {}, f"the part's json cannot be read: {member.detail or member.reason}"
         try:
-            found = json.loads(member.data)
-            return {name: about for name, about in found.items() if isinstance(about, dict)}, ""
+            entries = json.loads(member.data)
+            return {name: entry for name, entry in entries.items() if isinstance(entry, dict)}, ""
         except (ValueError, RecursionError, AttributeError) as error:
             return {}, f"the part's json cannot be read: {error}"
     return {}, "the zip has no json with prompts"

@@ -11,7 +11,7 @@ from microdit.pipeline.config.sources import JourneydbSource
 from microdit.pipeline.files.archives import members, stem
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
-from microdit.pipeline.sources.file_source import MAX_BYTES, FileSource, Sample
+from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
 from microdit.pipeline.sources.members import failed, is_image, one_line
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
@@ -50,11 +50,11 @@ class Journeydb(FileSource):
         files: list[RemoteFile] = []
         identity: dict[str, Any] = {}
         for split in self._options.splits:
-            found = list_files(f"{self._root}/data/{split}/imgs/*.tgz", f"sources.{self.name}.root")
-            files += [replace(file, name=f"{split}/{file.name.rpartition('/')[2]}") for file in found.files]
-            identity[split] = found.identity
-            if "repo" in found.identity:
-                identity["repo"] = found.identity["repo"]
+            listing = list_files(f"{self._root}/data/{split}/imgs/*.tgz", f"sources.{self.name}.root")
+            files += [replace(file, name=f"{split}/{file.name.rpartition('/')[2]}") for file in listing.files]
+            identity[split] = listing.identity
+            if "repo" in listing.identity:
+                identity["repo"] = listing.identity["repo"]
         return Listing(tuple(files), identity)
 
     def details(self) -> dict[str, Any]:
@@ -84,14 +84,14 @@ class Journeydb(FileSource):
     def _root(self) -> str:
         return self._options.root.rstrip("/")
 
-    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[Sample]:
+    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[FileSample]:
         split = file.name.partition("/")[0]
         table = self.table(list[str](self._options.splits).index(split))
         for member in members(path, is_image, MAX_BYTES):
             folder = member.name.rpartition("/")[0].rpartition("/")[2]
             if folder in ("", "."):  # an archive without its folder
                 folder = stem(file.name)[0]
-            key = f"{folder}/{stem(member.name)[0]}"  # of the names alone nobody says that they differ
+            key = f"{folder}/{stem(member.name)[0]}"  # names alone need not differ
             if member.data is None:
                 yield failed(member, key if member.name else "")
                 continue
@@ -102,21 +102,21 @@ class Journeydb(FileSource):
             if not row:
                 why = f"the annotations have no {key}"
             if caption or not self._options.require_caption:
-                yield Sample(key, member.data, caption, member.name, fields)
+                yield FileSample(key, member.data, caption, member.name, fields)
             else:
-                yield Sample(key, None, "", member.name, fields, "no_caption", why)
+                yield FileSample(key, None, "", member.name, fields, "no_caption", why)
 
     def _caption(self, prompt: str, task2: str) -> tuple[str, str]:
-        """The sample's caption, and why it has none."""
+        """Choose the sample's caption; return it, and the explanation in case it is empty."""
         options = self._options
-        asked = strip_flags(prompt) if options.strip_flags else prompt
+        stripped = strip_flags(prompt) if options.strip_flags else prompt
         if options.caption == "prompt":
-            return asked, "its prompt is nothing but flags" if prompt else "its prompt is empty"
+            return stripped, "its prompt is nothing but flags" if prompt else "its prompt is empty"
         if options.prompt_fallback and len(task2.split()) < FEW_WORDS:
-            return asked, "neither Task2's caption nor the prompt says anything"
+            return stripped, "neither Task2's caption nor the prompt says anything"
         return task2, "Task2 has no caption of it; prompt_fallback: true takes the prompt"
 
 
 def strip_flags(prompt: str) -> str:
-    """A prompt without Midjourney's flags (`--ar 16:9`, `--no text`, `--tile`)."""
+    """Remove Midjourney's flags from a prompt (`--ar 16:9`, `--no text`, `--tile`)."""
     return " ".join(FLAG.sub("", prompt).split()).rstrip(" ,;")

@@ -1,6 +1,7 @@
 """`parquet`: Parquet files with images inside."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,36 @@ from microdit.pipeline.base.liveness import alive
 from microdit.pipeline.config.sources import ParquetSource
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
-from microdit.pipeline.sources.file_source import MAX_BYTES, FileSource, Sample
-from microdit.pipeline.sources.joined_fields import as_text, joined, plain, some, tables_of
+from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
+from microdit.pipeline.sources.joined_fields import as_text, fields_of, joined, plain, tables_of
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
 ROWS = 16  # read at once: each is an image of 0.1 to 4 MB
 BUFFER = 1 << 20  # bytes read ahead; else, or with pre_buffer, a row group is read as a whole, 1 GB and more
 NAMED = 40  # columns in a message
-Place = tuple[str, ...]  # a column, and the fields inside of it
+ColumnPath = tuple[str, ...]  # a column, and the struct fields inside of it
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns to read of one file: the image's, and the others by option (`key`, `caption`, `fields.NAME`)."""
+
+    image: ColumnPath
+    others: Mapping[str, ColumnPath]
+
+    def names(self) -> list[str]:
+        return sorted({".".join(path) for path in (self.image, *self.others.values())})
+
+
+class _DamagedFile(Exception):
+    """The file is damaged; the message is Arrow's."""
 
 
 class Parquet(FileSource):
     """The adapter `parquet`. Fields: those of the options, and those of the joined tables.
 
-    A row without an image fails (`missing`), and one with a value that is none of its type (`bad_value`). What lies
-    behind a broken place of a file is one failed row.
+    A row without an image fails (`missing`), as does one with a value that is not of its type (`bad_value`). Where the
+    file is damaged, the rest of it is one failed row.
     """
 
     adapter = "parquet"
@@ -51,130 +67,141 @@ class Parquet(FileSource):
     def _tables(self) -> list[JoinSpec]:
         return tables_of(self.name, self._options.joins)
 
-    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[Sample]:
-        """As the base's.
+    # -- rows --------------------------------------------------------------------------------------------------------
+
+    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[FileSample]:
+        """Read the rows as the base class says.
 
         Raises:
             RequestError: a column of the options is not in the file.
         """
         row = 0
-        for batch, image, places in self._batches(path, file):
-            if isinstance(batch, str):
-                detail = f"nothing can be read behind row {row}: {batch}"
-                yield Sample("", None, origin=f"row-{row}", reason="damaged_archive", detail=detail)
-                return
-            alive()
-            for at in range(batch.num_rows):
-                yield self._sample(batch, at, image, places, row)
-                row += 1
+        try:
+            for batch, columns in self._batches(path, file):
+                alive()
+                for index in range(batch.num_rows):
+                    yield self._sample(batch, index, columns, row)
+                    row += 1
+        except _DamagedFile as error:
+            detail = f"nothing can be read behind row {row}: {error}"
+            yield FileSample("", None, origin=f"row-{row}", reason="damaged_archive", detail=detail)
 
-    def _batches(
-        self, path: Path, file: RemoteFile
-    ) -> "Iterator[tuple[pa.RecordBatch | str, Place, dict[str, Place]]]":
-        """The rows of a file, a few at a time, and where in them what is; where it is broken what is wrong with it."""
-        image: Place = ()
-        places: dict[str, Place] = {}
+    def _batches(self, path: Path, file: RemoteFile) -> Iterator[tuple[pa.RecordBatch, _Columns]]:
+        """Read the rows of a file, a few at a time.
+
+        Raises:
+            _DamagedFile: the next rows cannot be read.
+        """
         try:
             with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as table:
-                image, places = self._places(table.schema_arrow, file.name)
-                columns = sorted(".".join(place) for place in {image, *places.values()})
+                columns = self._find_columns(table.schema_arrow, file.name)
+                names = columns.names()
                 for group in range(table.num_row_groups):
                     left = table.metadata.row_group(group).num_rows
-                    for batch in table.iter_batches(ROWS, row_groups=[group], columns=columns, use_threads=False):
-                        yield batch, image, places
+                    for batch in table.iter_batches(ROWS, row_groups=[group], columns=names, use_threads=False):
+                        yield batch, columns
                         left -= batch.num_rows
                     if left:
                         raise pa.ArrowInvalid(f"row group {group} has {-left:+} rows more than it should have")
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
                 raise  # this machine's fault, not the file's
-            yield " ".join(str(error).split())[:300], image, places
+            raise _DamagedFile(" ".join(str(error).split())[:300]) from error
 
-    def _sample(self, batch: pa.RecordBatch, at: int, image: Place, places: dict[str, Place], row: int) -> Sample:
+    def _sample(self, batch: pa.RecordBatch, index: int, columns: _Columns, row: int) -> FileSample:
+        """Make the sample of row `index` of a batch, which is row `row` of the file."""
         options, origin = self._options, f"row-{row}"
-        values: dict[str, Any] = {}
-        for name, place in places.items():
+        values: dict[str, object] = {}
+        for option, path in columns.others.items():
             try:
-                value = _cell(batch, place, at)
-                values[name] = None if value is None else value.as_py()
-            except (ValueError, OverflowError) as error:  # no UTF-8, a date before all dates
-                detail = f"column {'.'.join(place)!r} cannot be read: {error}"
-                return Sample("", None, origin=origin, reason="bad_value", detail=detail)
-        found = plain(values.get("key"))
-        key = "" if found is None else str(found)
+                value = _cell(batch, path, index)
+                values[option] = None if value is None else value.as_py()
+            except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date before all dates
+                detail = f"column {'.'.join(path)!r} cannot be read: {error}"
+                return FileSample("", None, origin=origin, reason="bad_value", detail=detail)
+        raw_key = plain(values.get("key"))
+        key = "" if raw_key is None else str(raw_key)
         origin = key or origin
-        fields = some((name, values[f"fields.{name}"]) for name in options.fields)
+        fields = fields_of((name, values[f"fields.{name}"]) for name in options.fields)
         fields |= joined(options.joins, self.table, key, origin)
         caption = as_text(values.get("caption"))
-        cell = _cell(batch, image, at)
+        cell = _cell(batch, columns.image, index)
         data = None if cell is None else cell.as_buffer()
         if data is None or not len(data):
-            detail = f"column {'.'.join(image)!r} is empty"
-            return Sample(key, None, caption, origin, fields, "missing", detail)
+            detail = f"column {'.'.join(columns.image)!r} is empty"
+            return FileSample(key, None, caption, origin, fields, "missing", detail)
         if len(data) > MAX_BYTES:
             detail = f"{len(data)} bytes, at most {MAX_BYTES} are read"
-            return Sample(key, None, caption, origin, fields, "too_large", detail)
-        return Sample(key, data.to_pybytes(), caption, origin, fields)
+            return FileSample(key, None, caption, origin, fields, "too_large", detail)
+        return FileSample(key, data.to_pybytes(), caption, origin, fields)
 
-    def _places(self, schema: pa.Schema, name: str) -> tuple[Place, dict[str, Place]]:
-        """Where in a file the image is, and what else the options name: `key`, `caption`, `fields.<name>`."""
+    # -- columns -----------------------------------------------------------------------------------------------------
+
+    def _find_columns(self, schema: pa.Schema, file: str) -> _Columns:
+        """Find the columns that the options name, and the image's.
+
+        Raises:
+            RequestError: a column is absent or of a wrong type, or the image's cannot be told.
+        """
         options = self._options
-        given = {f"fields.{field}": column for field, column in options.fields.items()}
+        named = {f"fields.{field}": column for field, column in options.fields.items()}
         if options.key is not None:
-            given["key"] = options.key
+            named["key"] = options.key
         if options.caption:
-            given["caption"] = options.caption
-        places = {}
-        for option, column in given.items():
-            places[option], kind = self._find(schema, option, column, name)
+            named["caption"] = options.caption
+        others = {}
+        for option, column in named.items():
+            others[option], kind = self._find(schema, option, column, file)
             if _is_binary(kind) or (option == "key" and pa.types.is_nested(kind)):
                 raise RequestError(
-                    f"sources.{self.name}.{option} = {column!r}: that column of {name} is of the type {kind}; "
+                    f"sources.{self.name}.{option} = {column!r}: that column of {file} is of the type {kind}; "
                     "expected text or numbers"
                 )
-        return self._image(schema, name), places
+        return _Columns(self._find_image(schema, file), others)
 
-    def _image(self, schema: pa.Schema, name: str) -> Place:
+    def _find_image(self, schema: pa.Schema, file: str) -> ColumnPath:
+        """Find the column of the images: that of the options, or the only one that holds bytes."""
         what = f"sources.{self.name}.image"
         if (column := self._options.image) is not None:
-            place, kind = self._find(schema, "image", column, name)
-            if (inner := _image_in(kind)) is None:
+            path, kind = self._find(schema, "image", column, file)
+            if (inner := _path_to_bytes(kind)) is None:
                 raise RequestError(
-                    f"{what} = {column!r}: that column of {name} is of the type {kind}; "
+                    f"{what} = {column!r}: that column of {file} is of the type {kind}; "
                     "expected bytes, or a struct with bytes in it"
                 )
-            return (*place, *inner)
-        found = [(column.name, *inner) for column in schema if (inner := _image_in(column.type)) is not None]
-        if len(found) != 1:
-            names = ", ".join(place[0] for place in found) or f"none of {_some(schema)}"
+            return (*path, *inner)
+        candidates = [(field.name, *inner) for field in schema if (inner := _path_to_bytes(field.type)) is not None]
+        if len(candidates) != 1:
+            names = ", ".join(path[0] for path in candidates) or f"none of {_list_columns(schema)}"
             raise RequestError(
-                f"{what} = null: {len(found)} columns of {name} hold bytes ({names}); name the one with the images"
+                f"{what} = null: {len(candidates)} columns of {file} hold bytes ({names}); name the one with the images"
             )
-        return found[0]
+        return candidates[0]
 
-    def _find(self, schema: pa.Schema, option: str, column: str, name: str) -> tuple[Place, pa.DataType]:
-        """A column by its name, dotted inside of structs, and its type."""
+    def _find(self, schema: pa.Schema, option: str, column: str, file: str) -> tuple[ColumnPath, pa.DataType]:
+        """Find a column by its name, dotted inside of structs; return its path and its type."""
         index = schema.get_field_index(column)
         if index >= 0:
             return (column,), schema.field(index).type
-        place: Place = tuple(column.split("."))
+        path: ColumnPath = tuple(column.split("."))
         kind: Any = schema
-        for part in place:
+        for part in path:
             index = kind.get_field_index(part) if isinstance(kind, pa.Schema | pa.StructType) else -1
             if index < 0:
                 raise RequestError(
-                    f"sources.{self.name}.{option} = {column!r}: {name} has no such column; it has {_some(schema)}"
+                    f"sources.{self.name}.{option} = {column!r}: {file} has no such column; "
+                    f"it has {_list_columns(schema)}"
                 )
             kind = kind.field(index).type
-        return place, kind
+        return path, kind
 
 
-def _some(schema: pa.Schema) -> str:
-    """The columns as the options name them, or the first of them."""
+def _list_columns(schema: pa.Schema) -> str:
+    """List the columns as the options name them, or the first of them."""
     names: list[str] = []
     for column in schema:
         inner = [f"{column.name}.{part.name}" for part in column.type] if pa.types.is_struct(column.type) else []
-        names += [column.name] if not inner or _image_in(column.type) is not None else inner
+        names += [column.name] if not inner or _path_to_bytes(column.type) is not None else inner
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return f"{', '.join(names[:NAMED])}{more}"
 
@@ -183,8 +210,8 @@ def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
-def _image_in(kind: pa.DataType) -> Place | None:
-    """Where in a column of this type an image's bytes are; None if it is no such column."""
+def _path_to_bytes(kind: pa.DataType) -> ColumnPath | None:
+    """Return the path to an image's bytes within a column of this type; None if it can hold none."""
     if _is_binary(kind):
         return ()
     if pa.types.is_struct(kind) and (index := kind.get_field_index("bytes")) >= 0 and _is_binary(kind[index].type):
@@ -192,10 +219,10 @@ def _image_in(kind: pa.DataType) -> Place | None:
     return None
 
 
-def _cell(batch: pa.RecordBatch, place: Place, at: int) -> Any:
-    """The scalar at a place of a row; None where it, or what it is in, is null."""
-    cell = batch.column(place[0])[at]
-    for part in place[1:]:
+def _cell(batch: pa.RecordBatch, path: ColumnPath, index: int) -> Any:
+    """Return the scalar of a row; None where it, or a struct around it, is null."""
+    cell = batch.column(path[0])[index]
+    for part in path[1:]:
         if not cell.is_valid:
             return None
         cell = cell[part]

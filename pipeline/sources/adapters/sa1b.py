@@ -21,7 +21,7 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.files.archives import members, stem
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
-from microdit.pipeline.sources.file_source import MAX_BYTES, FileSource, Sample
+from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
 from microdit.pipeline.sources.members import failed, grouped, is_image, one_line, text_of
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
@@ -59,14 +59,14 @@ class Sa1b(FileSource):
         options = self._options
         if options.captions is None:
             return []
-        found = list_files(options.captions, f"sources.{self.name}.captions")
-        name = found.files[0].name
+        listing = list_files(options.captions, f"sources.{self.name}.captions")
+        name = listing.files[0].name
         if name.endswith((".tar.gz", ".tgz", ".tar")):
-            return [JoinSpec(found, "tar_txt", "", {"joined": "txt"}, "stem", f"sources.{self.name}.captions")]
+            return [JoinSpec(listing, "tar_txt", "", {"joined": "txt"}, "stem", f"sources.{self.name}.captions")]
         reader = "parquet" if name.endswith(".parquet") else "jsonl"
         return [
             JoinSpec(
-                found,
+                listing,
                 reader,
                 options.captions_key,
                 {"joined": options.captions_text},
@@ -76,18 +76,18 @@ class Sa1b(FileSource):
         ]
 
     @contextmanager
-    def running(self, corpus: Corpus, say: Callable[[str], None]) -> Iterator[None]:
+    def running(self, corpus: Corpus, report: Callable[[str], None]) -> Iterator[None]:
         if self._options.links is not None:
             chosen = [self._listing.files[int(unit.rpartition("-")[2])] for unit in self.units()]
             if note := check_expiry(chosen, f"sources.{self.name}.links = {self._options.links!r}", time.time()):
-                say(f"source {self.name}: {note}")
-        with super().running(corpus, say):
+                report(f"source {self.name}: {note}")
+        with super().running(corpus, report):
             yield
 
-    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[Sample]:
+    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[FileSample]:
         table = self.table(0) if self._tables else None
-        found = members(path, lambda name: is_image(name) or stem(name)[1] == "txt", MAX_BYTES)
-        for key, image, others in grouped(found):
+        read = members(path, lambda name: is_image(name) or stem(name)[1] == "txt", MAX_BYTES)
+        for key, image, others in grouped(read):
             if image.reason is not None:
                 yield failed(image, key)
                 continue
@@ -96,17 +96,17 @@ class Sa1b(FileSource):
             caption = captions[self._options.caption]
             fields = {name: text for name, text in captions.items() if text}
             if caption or not self._options.require_caption:
-                yield Sample(key, image.data, caption, image.name, fields)
+                yield FileSample(key, image.data, caption, image.name, fields)
             else:
                 where = "the table of captions has none" if table is not None else "the tar has none"
-                yield Sample(key, None, "", image.name, fields, "no_caption", f"{where} for {key}")
+                yield FileSample(key, None, "", image.name, fields, "no_caption", f"{where} for {key}")
 
 
 def read_links(path: str, what: str) -> tuple[RemoteFile, ...]:
-    """The tars of Meta's list, by their numbers; other lines of it are passed over.
+    """Read the tars of Meta's list, in the order of their numbers; other lines of it are skipped.
 
     Raises:
-        RequestError: it cannot be read, or has no tars.
+        RequestError: the list cannot be read, or has no tars.
     """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8", errors="replace").splitlines()
@@ -127,16 +127,16 @@ def read_links(path: str, what: str) -> tuple[RemoteFile, ...]:
 
 
 def expires(link: str) -> int | None:
-    """When a signed link expires, in seconds since 1970: its `oe` is that in hex; None if it has none."""
+    """Return when a signed link expires, in seconds since 1970, from the hex in its `oe`; None without one."""
     oe = parse_qs(urlsplit(link).query).get("oe", [""])[0]
     return int(oe, 16) if re.fullmatch("[0-9a-fA-F]{8}", oe) else None
 
 
 def check_expiry(files: Sequence[RemoteFile], what: str, now: float) -> str:
-    """One line on when the first link expires; empty if the links do not say.
+    """Return a line on when the first link expires; empty if the links do not tell.
 
     Raises:
-        RequestError: some have expired.
+        RequestError: some links have expired.
     """
     ends = [end for file in files if (end := expires(file.url)) is not None]
     if not ends:

@@ -24,23 +24,23 @@ BLOCK = 8 << 20
 
 @dataclass(frozen=True)
 class ListIndex:
-    """Where the units of a list begin, so that a unit is read without the rest: from one pass over the file."""
+    """The offsets of a list's units, from one pass over the file, so that a unit is read without the rest."""
 
     sha256: str
-    """Of the lines that are taken."""
+    """Hash of the lines within the limit."""
     inputs: int
     offsets: tuple[int, ...]
-    """Of the first byte of each unit, and of the end of the last one."""
+    """Offsets of the first byte of each unit, and of the end of the last one."""
 
 
 def index_list(path: Path, unit_inputs: int, limit: int | None = None) -> ListIndex:
-    """Find the units of a list.
+    """Find the units of a list; cached as long as the file is unchanged.
 
     Raises:
         OSError: the file cannot be read.
     """
-    about = path.stat()
-    return _index_list(path, unit_inputs, limit, about.st_mtime_ns, about.st_size)
+    stat = path.stat()
+    return _index_list(path, unit_inputs, limit, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=16)
@@ -70,10 +70,10 @@ class Urls:
 
     Args:
         path: the list.
-        base: what relative URLs of the list are relative to; the origin of an input is as the list has it.
+        base: URL that relative URLs of the list are relative to; the origin of an input is as the list has it.
 
     Raises:
-        RequestError: the list is not there, or is empty.
+        RequestError: the list is absent or empty.
     """
 
     def __init__(
@@ -115,18 +115,18 @@ class Urls:
     def units(self) -> list[str]:
         return [unit_name(self.name, number) for number in range(len(self._index.offsets) - 1)]
 
-    def running(self, corpus: Corpus, say: Callable[[str], None]) -> AbstractContextManager[None]:
+    def running(self, corpus: Corpus, report: Callable[[str], None]) -> AbstractContextManager[None]:
         return nullcontext()
 
     def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:
-        for item, answer in fetch_all(self._questions(unit, wanted), self._fetch):
-            if answer is None:
+        for item, fetched in fetch_all(self._requests(unit, wanted), self._fetch):
+            if fetched is None:
                 yield item
             else:
-                yield replace(item, data=answer.data, reason=answer.reason, detail=answer.detail)
+                yield replace(item, data=fetched.data, reason=fetched.reason, detail=fetched.detail)
 
-    def _questions(self, unit: str, wanted: Callable[[int], bool]) -> Iterator[tuple[Input, str | None]]:
-        """The unit's inputs without their bytes, and the URLs to fetch them from."""
+    def _requests(self, unit: str, wanted: Callable[[int], bool]) -> Iterator[tuple[Input, str | None]]:
+        """List the unit's inputs without their bytes, and the URLs to fetch them from."""
         number = self.units().index(unit)
         for ordinal, line in enumerate(self._lines(number)):
             key = f"{number * self._unit_inputs + ordinal:09d}"
@@ -142,7 +142,7 @@ class Urls:
             yield item, url if wanted(ordinal) else None
 
     def _lines(self, number: int) -> Iterator[bytes]:
-        """The lines of a unit, without their ends; of a longer one than is read, the beginning and a bit more."""
+        """Read the lines of a unit without their line ends; of one longer than `MAX_LINE`, a byte more than that."""
         start, end = self._index.offsets[number : number + 2]
         with self._path.open("rb") as file:
             file.seek(start)
@@ -154,10 +154,10 @@ class Urls:
 
 
 def parse_line(line: bytes) -> tuple[str, str]:
-    """URL and caption of a list's line.
+    """Parse the URL and the caption of a list's line.
 
     Raises:
-        ValueError: it is none, and why.
+        ValueError: the line is malformed; the message says how.
     """
     if len(line) > MAX_LINE:
         raise ValueError(f"the line is longer than {MAX_LINE} bytes")

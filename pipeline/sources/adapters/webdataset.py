@@ -1,4 +1,4 @@
-"""`webdataset`: tars of images with their texts beside them, whatever their members are called."""
+"""`webdataset`: tars of images with their texts beside them, under any names."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -12,8 +12,8 @@ from microdit.pipeline.files.archives import members, stem
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.files.tars import Member
-from microdit.pipeline.sources.file_source import MAX_BYTES, FileSource, Sample
-from microdit.pipeline.sources.joined_fields import as_text, inside, joined, some, tables_of
+from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
+from microdit.pipeline.sources.joined_fields import as_text, fields_of, joined, nested_value, tables_of
 from microdit.pipeline.sources.members import IMAGES, failed, text_of, whole_stem
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
@@ -24,13 +24,13 @@ MAX_MEMBERS = 100  # of a sample; more begin another one
 
 @dataclass
 class _Group:
-    """Neighbours in a tar whose names differ in the extension only: the best image of them, and the texts asked for."""
+    """Adjacent members of a tar whose names differ in the extension only: the preferred image, and the texts read."""
 
     name: str
     image: Member | None = None
     rank: int = 0
     texts: dict[str, Member] = field(default_factory=dict)
-    met: list[str] = field(default_factory=list)
+    extensions: list[str] = field(default_factory=list)
 
     @property
     def key(self) -> str:
@@ -40,8 +40,8 @@ class _Group:
 class Webdataset(FileSource):
     """The adapter `webdataset`. Fields: those of the options, and those of the joined tables.
 
-    A sample fails without an image (`missing`), with json that cannot be read (`damaged_json`), and with whatever its
-    members have failed with. Without a caption it does not.
+    A sample fails without an image (`missing`), with json that cannot be read (`damaged_json`), and with the reasons
+    of its members. Without a caption it does not fail.
     """
 
     adapter = "webdataset"
@@ -50,8 +50,8 @@ class Webdataset(FileSource):
         super().__init__(name, options, scratch)
         self._options = options
         self._images = [extension.lower() for extension in options.image]
-        places = [options.caption, *options.fields.values()]
-        self._texts = {text for text in TEXTS if any(place.partition(".")[0] == text for place in places)}
+        paths = [options.caption, *options.fields.values()]
+        self._texts = {text for text in TEXTS if any(path.partition(".")[0] == text for path in paths)}
 
     def listing(self) -> Listing:
         return list_files(self._options.files, f"sources.{self.name}.files")
@@ -68,61 +68,61 @@ class Webdataset(FileSource):
     def _tables(self) -> list[JoinSpec]:
         return tables_of(self.name, self._options.joins)
 
-    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[Sample]:
+    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[FileSample]:
         for group in self._groups(members(path, self._is_read, MAX_BYTES)):
             yield self._sample(group)
 
-    def _groups(self, found: Iterator[Member]) -> Iterator[_Group]:
-        """The samples of a tar. A place where it is broken is one, too, of no name."""
+    def _groups(self, members: Iterator[Member]) -> Iterator[_Group]:
+        """Group the members of a tar into samples. A `damaged_archive` is one as well, without a name."""
         group = _Group("")
-        for member in found:
+        for member in members:
             name, extension = whole_stem(member.name), stem(member.name)[1]
-            broken = member.reason == "damaged_archive"
-            again = extension in group.met or len(group.met) == MAX_MEMBERS
-            if broken or again or name != group.name:
-                if group.met:
+            damaged = member.reason == "damaged_archive"
+            again = extension in group.extensions or len(group.extensions) == MAX_MEMBERS
+            if damaged or again or name != group.name:
+                if group.extensions:
                     yield group
-                group = _Group("" if broken else name)
-            group.met.append(extension)
-            rank = 0 if broken else self._rank(extension)
+                group = _Group("" if damaged else name)
+            group.extensions.append(extension)
+            rank = 0 if damaged else self._rank(extension)
             if rank is not None and (group.image is None or rank < group.rank):
                 group.image, group.rank = member, rank
             elif extension in self._texts:
                 group.texts[extension] = member
-        if group.met:
+        if group.extensions:
             yield group
 
-    def _sample(self, group: _Group) -> Sample:
+    def _sample(self, group: _Group) -> FileSample:
         image, options = group.image, self._options
         key = group.key if options.keys == "member" else ""
         if image is None:
             wanted = " or ".join(self._images or IMAGES)
-            detail = f"it has no image ({wanted}), but {', '.join(group.met)}"
-            return Sample(key, None, origin=group.name, reason="missing", detail=detail)
+            detail = f"it has no image ({wanted}), but {', '.join(group.extensions)}"
+            return FileSample(key, None, origin=group.name, reason="missing", detail=detail)
         for member in (image, *group.texts.values()):
             if member.data is None:
                 return failed(member, key)
-        about, fault = _parsed(group.texts.get("json"))
+        record, fault = _parse_json(group.texts.get("json"))
         if fault:
-            reason = "damaged_json" if about is None else "too_large"
-            return Sample(key, None, origin=group.texts["json"].name, reason=reason, detail=fault)
+            reason = "damaged_json" if record is None else "too_large"
+            return FileSample(key, None, origin=group.texts["json"].name, reason=reason, detail=fault)
         text = text_of(group.texts.get("txt"))
 
-        def at(place: str) -> object:
-            return text if place == "txt" else inside(about, place.removeprefix("json."))
+        def value_at(path: str) -> object:
+            return text if path == "txt" else nested_value(record, path.removeprefix("json."))
 
-        fields = some((name, at(place)) for name, place in options.fields.items())
+        fields = fields_of((name, value_at(path)) for name, path in options.fields.items())
         fields |= joined(options.joins, self.table, group.key, image.name)
-        caption = as_text(at(options.caption)) if options.caption else ""
-        return Sample(key, image.data, caption, image.name, fields)
+        caption = as_text(value_at(options.caption)) if options.caption else ""
+        return FileSample(key, image.data, caption, image.name, fields)
 
     def _is_read(self, name: str) -> bool:
-        # texts that nobody asked for, too: else a sample that has lost its image would not be seen
+        # texts that no option names as well: else a sample that has lost its image would go unnoticed
         extension = stem(name)[1]
         return extension in TEXTS or self._rank(extension) is not None
 
     def _rank(self, extension: str) -> int | None:
-        """Which image of a sample is taken: the lowest; None if it is no image."""
+        """Rank the images of a sample, of which the lowest is taken; None for other members."""
         if self._images:
             return self._images.index(extension) if extension in self._images else None
         if extension in IMAGES:
@@ -131,14 +131,14 @@ class Webdataset(FileSource):
         return len(IMAGES) + IMAGES.index(last) if last in IMAGES else None
 
 
-def _parsed(member: Member | None) -> tuple[dict[str, Any] | None, str]:
-    """A json member's object, and what is wrong with it; without one an empty object."""
+def _parse_json(member: Member | None) -> tuple[dict[str, Any] | None, str]:
+    """Parse a json member; return its object and the fault, if any. Without a member an empty object."""
     if member is None or member.data is None:
         return {}, ""
     if len(member.data) > MAX_JSON:
         return {}, f"its json has {len(member.data)} bytes, at most {MAX_JSON} are read"
     try:
-        found = json.loads(member.data)
+        record = json.loads(member.data)
     except (ValueError, RecursionError) as error:
         return None, f"its json cannot be read: {error}"
-    return (found, "") if isinstance(found, dict) else (None, f"its json is no object: {member.data[:60]!r}")
+    return (record, "") if isinstance(record, dict) else (None, f"its json is no object: {member.data[:60]!r}")

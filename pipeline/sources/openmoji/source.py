@@ -17,7 +17,7 @@ from microdit.pipeline.sources.source import Input
 
 
 class Openmoji:
-    """The adapter `openmoji`: `urls` with a list and a server of its own. The first use rasterises, for ten seconds."""
+    """The adapter `openmoji`: `urls` with a list and a server of its own. The first use rasterises for ten seconds."""
 
     def __init__(self, name: str, options: OpenmojiSource):
         self.name, self._options = name, options
@@ -26,7 +26,7 @@ class Openmoji:
 
     @cached_property
     def prepared(self) -> demo_server.DemoSource:
-        """What is served, prepared if it is not there yet.
+        """The folder that is served; it is prepared if need be.
 
         Raises:
             RequestError: the cache folder cannot be written.
@@ -41,7 +41,7 @@ class Openmoji:
             ) from error
 
     def captions_table(self) -> Path:
-        """The table of longer captions, joined by origin."""
+        """Return the table of longer captions, joined by origin."""
         return self.prepared.captions
 
     def stage(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Openmoji:
         return self._urls().units()
 
     @contextmanager
-    def running(self, corpus: Corpus, say: Callable[[str], None]) -> Iterator[None]:
+    def running(self, corpus: Corpus, report: Callable[[str], None]) -> Iterator[None]:
         with demo_server.serve(self.prepared.folder) as self._base:
             try:
                 yield
@@ -70,7 +70,7 @@ class Openmoji:
 
 
 def cache_folder(given: str | None) -> Path:
-    """`given`, or `microdit` in `$XDG_CACHE_HOME`, which is `~/.cache` if it is not set."""
+    """Return `given`, or `microdit` in `$XDG_CACHE_HOME`, by default `~/.cache`."""
     if given is not None:
         return Path(given).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "microdit"

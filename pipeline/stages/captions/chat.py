@@ -3,8 +3,6 @@
 import asyncio
 import base64
 import json
-import math
-import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +10,7 @@ import aiohttp
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.liveness import alive
+from microdit.pipeline.base.retry import Backoff, retry_after
 
 TRIES = 6
 FIRST_WAIT = 1.0  # seconds before the second try; twice as long before each further one
@@ -67,9 +66,9 @@ async def ask(session: aiohttp.ClientSession, url: str, key: str | None, body: d
         RequestError: it would answer no other request: the key, the URL or the model is wrong.
     """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    fault = ("", "")
-    for tried in range(TRIES):
-        wait = FIRST_WAIT * 2**tried * random.uniform(0.75, 1.25)
+    backoff = Backoff(FIRST_WAIT, jitter=(0.75, 1.25), tries=TRIES)
+    while True:
+        asked = None
         try:
             async with session.post(
                 f"{url.rstrip('/')}/chat/completions",
@@ -82,7 +81,7 @@ async def ask(session: aiohttp.ClientSession, url: str, key: str | None, body: d
                 if response.status == 200:
                     return parse(data)
                 fault = (f"http_{response.status}", data[:200].decode("utf-8", "replace"))
-                wait = _retry_after(response.headers.get("Retry-After")) or wait
+                asked = retry_after(response.headers.get("Retry-After"))
                 status = response.status
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             name = "timeout" if isinstance(error, TimeoutError) else "connection"
@@ -92,9 +91,10 @@ async def ask(session: aiohttp.ClientSession, url: str, key: str | None, body: d
             if status in (400, 413, 415, 422):
                 raise BadAnswer(*fault)
             raise RequestError(f"endpoint {url}: it answers {status}: {fault[1]}; check the URL, the model and the key")
-        if tried + 1 < TRIES:
-            await asyncio.sleep(min(wait, LONGEST_WAIT))
-    raise Unanswered(*fault)
+        pause = backoff.next_pause()
+        if pause is None:
+            raise Unanswered(*fault)
+        await asyncio.sleep(min(asked or pause, LONGEST_WAIT))
 
 
 def parse(data: bytes) -> Reply:
@@ -129,12 +129,3 @@ async def _bounded(response: aiohttp.ClientResponse) -> bytes:
         if len(found) > MOST_BYTES:
             raise BadAnswer("too_long", f"an answer of more than {MOST_BYTES} bytes")
     return found
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds; a date, which servers hardly give here, counts as none."""
-    try:
-        seconds = float(value or "")
-    except ValueError:
-        return None
-    return seconds if math.isfinite(seconds) and seconds >= 0 else None

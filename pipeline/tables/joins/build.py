@@ -1,4 +1,4 @@
-"""Tables of what else is known about samples: captions, scores. Sorted once by key, then looked up by any worker.
+"""Build join tables: further captions or scores of samples, sorted once by key and then looked up by any worker.
 
 Such tables come with millions of rows in any order and in four kinds of files. The driver streams one through DuckDB's
 sort, which spills to disk, into a Parquet file in the corpus (`tables/joins/`, docs/corpus.md, section 6). A worker
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -22,27 +21,27 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import ObjectRef
 from microdit.pipeline.tables.database import connect
-from microdit.pipeline.tables.joins.readers import Tally, kept_columns, readers_of
+from microdit.pipeline.tables.joins.readers import JoinTally, read_table, record_error
 from microdit.pipeline.tables.joins.spec import JoinSpec, JoinTable
 from microdit.pipeline.tables.published import cached, publish
 
 ROW_GROUP = 20_480  # rows that a look-up reads at once: some 10 MB of captions
 SORT_MEMORY = "600MB"  # of DuckDB; what does not fit goes to the scratch folder
-SPILL, OLD_SPILL = "microdit-join-", 48 * 3600.0  # what killed builds leave in the scratch folder, and seconds
+SPILL, OLD_SPILL = "microdit-join-", 48 * 3600.0  # folders in scratch; seconds after which a leftover is removed
 
 
-def build(corpus: Corpus, spec: JoinSpec, scratch: Path, say: Callable[[str], None]) -> None:
-    """Put a table into the corpus, sorted; at once if it is there.
+def build(corpus: Corpus, spec: JoinSpec, scratch: Path, report: Callable[[str], None]) -> None:
+    """Sort a table into the corpus; returns immediately if it exists.
 
-    Of rows with equal keys the first one in the order of the files counts. Rows without a key, lines that are no JSON
-    and what lies behind a broken place of an archive are left out; how many stands in the table's record, and is said.
+    Of rows with equal keys the first one in the order of the files counts. Rows without a key, lines that are not JSON
+    and the rest of a damaged archive are left out, counted in the table's record, and reported.
 
     Raises:
-        RequestError: a column is not there, or nothing can be read of it.
+        RequestError: a column is absent, or nothing can be read.
     """
     if cached(corpus, spec.base, JoinTable) is not None:
         return
-    tally = Tally(say)
+    tally = JoinTally(report)
     last: list[str] = []
 
     def write(path: Path) -> int:
@@ -56,24 +55,25 @@ def build(corpus: Corpus, spec: JoinSpec, scratch: Path, say: Callable[[str], No
         return JoinTable(object=object, rows=rows, fields=fields, last=last, left_out=left_out, examples=examples)
 
     publish(corpus, spec.base, write, record)
-    say(f"{spec.what}: a table of {tally.rows:,} rows, sorted by key")
+    report(f"{spec.what}: a table of {tally.rows:,} rows, sorted by key")
     for reason, count in tally.left_out.items():
-        say(f"{spec.listing.files[0].name}: {count:,} left out, {reason}")
+        report(f"{spec.listing.files[0].name}: {count:,} left out, {reason}")
     for example in tally.examples:
-        say(f"{spec.listing.files[0].name}: {example}")
+        report(f"{spec.listing.files[0].name}: {example}")
 
 
-def _write_sorted(spec: JoinSpec, scratch: Path, tally: Tally, path: Path) -> None:
+def _write_sorted(spec: JoinSpec, scratch: Path, tally: JoinTally, path: Path) -> None:
+    """Write the table at `path`, sorted by key and then by the order of the rows.
+
+    Raises:
+        RequestError: a column is absent, or nothing can be read.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
-    for left in scratch.glob(f"{SPILL}*"):
-        with suppress(OSError):  # another process was faster
-            if time.time() - left.stat().st_mtime > OLD_SPILL:
-                shutil.rmtree(left)
+    _sweep_spills(scratch)
     with TemporaryDirectory(dir=scratch, prefix=SPILL) as spill:
-        options: dict[str, Any] = {"memory_limit": SORT_MEMORY, "temp_directory": spill, "threads": 1}
-        schema, batches = readers_of(spec, scratch, tally)
-        with connect(**options) as database:
-            database.register("rows", pa.RecordBatchReader.from_batches(schema, kept_columns(batches, tally)))
+        schema, batches = read_table(spec, scratch, tally)
+        with connect(memory_limit=SORT_MEMORY, temp_directory=spill, threads=1) as database:
+            database.register("rows", pa.RecordBatchReader.from_batches(schema, record_error(batches, tally)))
             names = ", ".join(["key", *(f"f{i}" for i in range(len(spec.fields)))])
             try:
                 database.execute(
@@ -84,12 +84,20 @@ def _write_sorted(spec: JoinSpec, scratch: Path, tally: Tally, path: Path) -> No
                 raise (tally.error or error) from None
     if tally.rows == 0:
         files = ", ".join(file.name for file in spec.listing.files[:3])
-        found = "; ".join(tally.examples) or "it is empty"
-        raise RequestError(f"{spec.what}: nothing in {files} can be read; {found}")
+        reasons = "; ".join(tally.examples) or "it is empty"
+        raise RequestError(f"{spec.what}: nothing in {files} can be read; {reasons}")
+
+
+def _sweep_spills(scratch: Path) -> None:
+    """Remove what killed builds left in the scratch folder."""
+    for folder in scratch.glob(f"{SPILL}*"):
+        with suppress(OSError):  # another process was faster
+            if time.time() - folder.stat().st_mtime > OLD_SPILL:
+                shutil.rmtree(folder)
 
 
 def _last_keys(path: Path) -> list[str]:
-    """The last key of each row group: statistics would do, but hold only the beginning of long ones."""
+    """Read the last key of each row group. Statistics will not do: they hold only the beginning of long keys."""
     with pq.ParquetFile(path) as file:
         groups = range(file.metadata.num_row_groups)
         return [file.read_row_group(number, ["key"])["key"][-1].as_py() for number in groups]

@@ -16,29 +16,29 @@ KEPT = 4  # row groups in memory of a worker, for each table
 
 
 class Joined:
-    """A table of `build`. Picklable: workers open it at the first look-up."""
+    """A table made by `build`. Picklable: workers open it at the first look-up."""
 
     def __init__(self, store: Store, spec: JoinSpec):
         self._store, self._base = store, spec.base
         self._groups: OrderedDict[int, tuple[list[str], pa.RecordBatch]] = OrderedDict()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _joined, (self._store, self._base)
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_store": self._store, "_base": self._base, "_groups": OrderedDict()}
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The fields of a key; None if the table has it not."""
+        """Return the fields of a key; None if the key is absent."""
         number = bisect_left(self._table.last, key)
         if number == len(self._table.last):
             return None
         keys, rows = self._group(number)
-        place = bisect_left(keys, key)
-        if place == len(keys) or keys[place] != key:
+        row = bisect_left(keys, key)
+        if row == len(keys) or keys[row] != key:
             return None
-        return dict(zip(self._table.fields, rows.slice(place, 1).to_pylist()[0].values(), strict=True))
+        return dict(zip(self._table.fields, rows.slice(row, 1).to_pylist()[0].values(), strict=True))
 
     def get_many(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """The fields of those keys that the table has. Each part of it is read once at most, however they come."""
-        return {key: found for key in sorted(set(keys)) if (found := self.get(key)) is not None}
+        """Return the fields of the keys that the table has, given in any order; each row group is read once at most."""
+        return {key: fields for key in sorted(set(keys)) if (fields := self.get(key)) is not None}
 
     @cached_property
     def _table(self) -> JoinTable:
@@ -49,6 +49,7 @@ class Joined:
         return pq.ParquetFile(self._store.open(self._table.object.name))
 
     def _group(self, number: int) -> tuple[list[str], pa.RecordBatch]:
+        """Return the keys and the fields of a row group; the latest few are cached."""
         if number not in self._groups:
             table = self._file.read_row_group(number).combine_chunks()
             keys = table["key"].to_pylist()
@@ -57,9 +58,3 @@ class Joined:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(number)
         return self._groups[number]
-
-
-def _joined(store: Store, base: str) -> Joined:
-    joined = Joined.__new__(Joined)
-    joined._store, joined._base, joined._groups = store, base, OrderedDict()
-    return joined

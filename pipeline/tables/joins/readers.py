@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.threads import chunks
 from microdit.pipeline.files.archives import stem
 from microdit.pipeline.files.download import local_copy
 from microdit.pipeline.files.tars import tar_chunks, tar_members
@@ -25,73 +25,77 @@ BATCH = 8192
 MAX_LINE, MAX_TEXT = 4 << 20, 256 << 10
 EXAMPLES = 3
 SAY_EVERY = 5.0  # seconds
+LINES_WITHOUT_KEY = 100  # read before a key column that no line has had is an error
+NAMED = 40  # columns in a message
+
+_Columns = tuple[Sequence[Any], Sequence[Any]]  # of a few rows: the keys, and one array of values for each field
 
 
 @dataclass
-class Tally:
-    """What is met while a table is read; what is left out is counted by reason, with the first few named."""
+class JoinTally:
+    """Count the rows that are read, and those left out by reason, with the first few as examples."""
 
-    say: Callable[[str], None]
+    report: Callable[[str], None]
     rows: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
-    said: float = field(default_factory=time.monotonic)
-    error: BaseException | None = None  # DuckDB makes another one of it
+    reported: float = field(default_factory=time.monotonic)
+    error: BaseException | None = None  # DuckDB raises another one in its stead
 
     def leave_out(self, reason: str, example: str, count: int = 1) -> None:
         self.left_out[reason] += count
         if len(self.examples) < EXAMPLES:
             self.examples.append(f"{reason}: {example}")
 
-    def read(self, rows: int, name: str) -> None:
+    def add(self, rows: int, name: str) -> None:
+        """Count rows of the file `name`, and report the rate every few seconds."""
         self.rows += rows
-        if (now := time.monotonic()) - self.said >= SAY_EVERY:
-            self.said = now
-            self.say(f"{name}: {self.rows:,} rows read, {self.rows / (now - self.began):,.0f} a second")
+        if (now := time.monotonic()) - self.reported >= SAY_EVERY:
+            self.reported = now
+            self.report(f"{name}: {self.rows:,} rows read, {self.rows / (now - self.began):,.0f} a second")
 
 
-def readers_of(spec: JoinSpec, scratch: Path, tally: Tally) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """The schema of all batches, and the batches of all files: key, number (of the row), fields."""
-    if spec.reader == "parquet":
-        with (
-            local_copy(spec.listing.files[0], scratch) as path,
-            _parquet_file(path, spec, spec.listing.files[0].name) as file,
-        ):
-            empty = _flattened(file.schema_arrow.empty_table(), spec)
-            types = [empty[column].type for column in spec.fields.values()]
-        types = [t.value_type if pa.types.is_dictionary(t) else t for t in types]
-    else:
-        types = [pa.string()] * len(spec.fields)
+def read_table(spec: JoinSpec, scratch: Path, tally: JoinTally) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """Return the schema and the batches of all files: `key`, `number` (of the row), and fields `f0`, `f1`, ..."""
+    types = _parquet_types(spec, scratch) if spec.reader == "parquet" else [pa.string()] * len(spec.fields)
     fields = [pa.field(f"f{i}", kind) for i, kind in enumerate(types)]
     schema = pa.schema([pa.field("key", pa.string()), pa.field("number", pa.int64()), *fields])
     return schema, _batches(spec, schema, scratch, tally)
 
 
-def _batches(spec: JoinSpec, schema: pa.Schema, scratch: Path, tally: Tally) -> Iterator[pa.RecordBatch]:
+def _batches(spec: JoinSpec, schema: pa.Schema, scratch: Path, tally: JoinTally) -> Iterator[pa.RecordBatch]:
     read = {"parquet": _parquet, "jsonl": _jsonl, "tar_txt": _tar_txt, "tar_jsonl": _tar_jsonl}[spec.reader]
-    makers: dict[str, Callable[[str], str]] = {"": str, "stem": _only_stem, "path_dir_stem": _dir_and_stem}
-    make = makers[spec.key_of]
+    rules: dict[str, Callable[[str], str]] = {"": str, "stem": _only_stem, "path_dir_stem": _dir_and_stem}
+    key_of = rules[spec.key_of]
     number = 0
     for source in spec.listing.files:
         with local_copy(source, scratch) as path:
-            for keys, values in read(path, spec, tally, source.name):
-                there = [key is not None and key != "" for key in keys]
-                if missing := there.count(False):
-                    tally.leave_out("no_key", f"{missing:,} rows near row {number:,} of {source.name}", missing)
-                made = [_text(make(str(key))) for key, ok in zip(keys, there, strict=True) if ok]
-                columns = [pa.array(made, pa.string()), pa.array(range(number, number + len(made)), pa.int64())]
-                mask = pa.array(there, pa.bool_())
-                for kind, column in zip(schema.types[2:], values, strict=True):
-                    whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-                    columns.append(pc.cast(whole.filter(mask), kind))
-                number += len(made)
-                tally.read(len(made), source.name)
-                yield pa.RecordBatch.from_arrays(columns, schema=schema)
+            for keys, columns in read(path, spec, tally, source.name):
+                batch = _to_batch(keys, columns, schema, number, key_of)
+                if without_key := len(keys) - batch.num_rows:
+                    tally.leave_out("no_key", f"{without_key:,} rows near row {number:,} of {source.name}", without_key)
+                number += batch.num_rows
+                tally.add(batch.num_rows, source.name)
+                yield batch
 
 
-def kept_columns(batches: Iterator[pa.RecordBatch], tally: Tally) -> Iterator[pa.RecordBatch]:
-    """The batches; what ends them is kept, a signal's exception too."""
+def _to_batch(
+    keys: Sequence[Any], columns: Sequence[Any], schema: pa.Schema, number: int, key_of: Callable[[str], str]
+) -> pa.RecordBatch:
+    """Make a batch of the rows that have a key, numbered from `number`, with the fields cast to the schema's types."""
+    has_key = [key is not None and key != "" for key in keys]
+    made = [_replace_surrogates(key_of(str(key))) for key, has in zip(keys, has_key, strict=True) if has]
+    arrays = [pa.array(made, pa.string()), pa.array(range(number, number + len(made)), pa.int64())]
+    mask = pa.array(has_key, pa.bool_())
+    for kind, column in zip(schema.types[2:], columns, strict=True):
+        whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        arrays.append(pc.cast(whole.filter(mask), kind))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def record_error(batches: Iterator[pa.RecordBatch], tally: JoinTally) -> Iterator[pa.RecordBatch]:
+    """Pass the batches on; record the exception that ends them, a signal's too."""
     try:
         yield from batches
     except BaseException as error:
@@ -99,33 +103,47 @@ def kept_columns(batches: Iterator[pa.RecordBatch], tally: Tally) -> Iterator[pa
         raise
 
 
-_Rows = Iterator[tuple[Sequence[Any], Sequence[Any]]]  # keys, and a column of values for each field
+# -- keys ------------------------------------------------------------------------------------------------------------
+def _only_stem(path: str) -> str:
+    return stem(path)[0]
 
 
-def _parquet(path: Path, spec: JoinSpec, tally: Tally, name: str) -> _Rows:
+def _dir_and_stem(path: str) -> str:
+    folder, _, _ = path.rpartition("/")
+    return f"{folder.rpartition('/')[2]}/{stem(path)[0]}"
+
+
+def _replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which JSON and tars can hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
+# -- parquet ---------------------------------------------------------------------------------------------------------
+def _parquet(path: Path, spec: JoinSpec, tally: JoinTally, name: str) -> Iterator[_Columns]:
     wanted = [*spec.key.split("/"), *spec.fields.values()]
-    with _parquet_file(path, spec, name) as file:
+    with _open_parquet(path, spec, name) as file:
         for batch in file.iter_batches(BATCH, columns=wanted):
-            table = _flattened(pa.Table.from_batches([batch]), spec)
-            parts = [_valid(pc.cast(table[column], pa.string(), safe=False)) for column in spec.key.split("/")]
+            table = _flatten(pa.Table.from_batches([batch]), spec)
+            parts = [_valid_text(pc.cast(table[column], pa.string(), safe=False)) for column in spec.key.split("/")]
             keys = parts[0] if len(parts) == 1 else pc.binary_join_element_wise(*parts, "/")
-            yield keys.to_pylist(), [_valid(table[column]) for column in spec.fields.values()]
+            yield keys.to_pylist(), [_valid_text(table[column]) for column in spec.fields.values()]
 
 
-def _valid(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Strings with what is no UTF-8 in them replaced: Parquet files may hold it, and reading does not look."""
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        return column
-    try:
-        column.validate(full=True)
-    except pa.ArrowInvalid:
-        values = column.cast(pa.large_binary()).to_pylist()
-        texts = [None if value is None else value.decode("utf-8", "replace") for value in values]
-        return pa.chunked_array([pa.array(texts, column.type)])
-    return column
+def _parquet_types(spec: JoinSpec, scratch: Path) -> list[pa.DataType]:
+    """Return the types of the fields in the first file; the values' type of a dictionary column."""
+    first = spec.listing.files[0]
+    with local_copy(first, scratch) as path, _open_parquet(path, spec, first.name) as file:
+        empty = _flatten(file.schema_arrow.empty_table(), spec)
+        types = [empty[column].type for column in spec.fields.values()]
+    return [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in types]
 
 
-def _parquet_file(path: Path, spec: JoinSpec, name: str) -> pq.ParquetFile:
+def _open_parquet(path: Path, spec: JoinSpec, name: str) -> pq.ParquetFile:
+    """Open a file and check that it has the columns of the key and the fields.
+
+    Raises:
+        RequestError: a column is absent, or the file cannot be read.
+    """
     try:
         # without both a row group's whole columns are read at once, and all rows may be in one
         file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
@@ -137,48 +155,64 @@ def _parquet_file(path: Path, spec: JoinSpec, name: str) -> pq.ParquetFile:
         for part in column.split("."):
             index = kind.get_field_index(part) if isinstance(kind, pa.Schema | pa.StructType) else -1
             if index < 0:
-                raise RequestError(
-                    f"{spec.what}: table {name}: there is no column {column!r}; it has {', '.join(schema.names[:40])}"
-                )
+                raise _no_column(spec, name, repr(column), schema.names)
             kind = kind.field(index).type
     return file
 
 
-def _flattened(table: pa.Table, spec: JoinSpec) -> pa.Table:
-    """With a column for each dotted name."""
+def _no_column(spec: JoinSpec, name: str, missing: str, columns: Sequence[str]) -> RequestError:
+    return RequestError(f"{spec.what}: table {name}: there is no column {missing}; it has {', '.join(columns[:NAMED])}")
+
+
+def _flatten(table: pa.Table, spec: JoinSpec) -> pa.Table:
+    """Append a column for each dotted name."""
     for column in {*spec.key.split("/"), *spec.fields.values()} - set(table.column_names):
         table = table.append_column(column, pc.struct_field(table[column.split(".")[0]], column.split(".")[1:]))
     return table
 
 
-def _jsonl(path: Path, spec: JoinSpec, tally: Tally, name: str) -> _Rows:
-    with path.open("rb") as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        file: Any = gzip.GzipFile(fileobj=raw) if packed else raw
-        yield from _parsed(_lines(file, tally, name), spec, tally, name)
+def _valid_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Replace what is not UTF-8 in a text column: Parquet files may hold it, and reading does not check."""
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return column
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        values = column.cast(pa.large_binary()).to_pylist()
+        texts = [None if value is None else value.decode("utf-8", "replace") for value in values]
+        return pa.chunked_array([pa.array(texts, column.type)])
+    return column
 
 
-def _tar_jsonl(path: Path, spec: JoinSpec, tally: Tally, name: str) -> _Rows:
-    chunks = tar_chunks(path, lambda member: stem(member)[1].endswith(("json", "jsonl")))
-    yield from _parsed(_lines(io.BufferedReader(_Chunks(chunks)), tally, name), spec, tally, name)
-
-
-def _tar_txt(path: Path, spec: JoinSpec, tally: Tally, name: str) -> _Rows:
-    found = tar_members(path, lambda member: stem(member)[1] == "txt", MAX_TEXT)
-    while some := list(islice(found, BATCH)):
+# -- tars of texts ---------------------------------------------------------------------------------------------------
+def _tar_txt(path: Path, spec: JoinSpec, tally: JoinTally, name: str) -> Iterator[_Columns]:
+    for members in chunks(tar_members(path, lambda member: stem(member)[1] == "txt", MAX_TEXT), BATCH):
         keys, texts = [], []
-        for member in some:
+        for member in members:
             if member.data is None:
                 tally.leave_out(member.reason or "missing", f"{member.name or name}: {member.detail}")
             else:
-                keys.append(_text(member.name))
+                keys.append(_replace_surrogates(member.name))
                 texts.append(member.data.decode("utf-8", "replace"))
         yield keys, [pa.array(texts, pa.string())] * len(spec.fields)
 
 
-def _lines(file: BinaryIO, tally: Tally, name: str) -> Iterator[bytes]:
-    """Lines, of which none is longer than MAX_LINE; ends, and says so, where the file is broken."""
+# -- JSON lines ------------------------------------------------------------------------------------------------------
+def _jsonl(path: Path, spec: JoinSpec, tally: JoinTally, name: str) -> Iterator[_Columns]:
+    with path.open("rb") as raw:
+        compressed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        file: Any = gzip.GzipFile(fileobj=raw) if compressed else raw
+        yield from _JsonRows(spec, tally, name).columns(_lines(file, tally, name))
+
+
+def _tar_jsonl(path: Path, spec: JoinSpec, tally: JoinTally, name: str) -> Iterator[_Columns]:
+    member = tar_chunks(path, lambda member: stem(member)[1].endswith(("json", "jsonl")))
+    yield from _JsonRows(spec, tally, name).columns(_lines(io.BufferedReader(_ChunkReader(member)), tally, name))
+
+
+def _lines(file: BinaryIO, tally: JoinTally, name: str) -> Iterator[bytes]:
+    """Read lines, leave out those longer than MAX_LINE, and end where the file is damaged; the tally records both."""
     number = 0
     try:
         while line := file.readline(MAX_LINE):
@@ -189,69 +223,83 @@ def _lines(file: BinaryIO, tally: Tally, name: str) -> Iterator[bytes]:
                 tally.leave_out("too_long", f"line {number:,} of {name} is longer than {MAX_LINE} bytes")
                 continue
             yield line
-    except (OSError, EOFError, ValueError) as error:  # gzip: cut, or a wrong checksum
+    except (OSError, EOFError, ValueError) as error:  # gzip: truncated, or a wrong checksum
         if isinstance(error, OSError) and error.errno is not None:
             raise
         tally.leave_out("damaged", f"{name} ends behind line {number:,}: {error}")
 
 
-def _parsed(lines: Iterable[bytes], spec: JoinSpec, tally: Tally, name: str) -> _Rows:
-    rest, number, met, last = iter(lines), 0, False, ""
-    unseen = {place.split(".")[0] for place in spec.fields.values()}
-    while some := list(islice(rest, BATCH)):
-        keys: list[str | None] = []
-        values: list[list[str | None]] = [[] for _ in spec.fields]
-        for line in some:
-            number += 1
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                tally.leave_out("no_json", f"line {number:,} of {name}: {error}")
-                continue
-            if not isinstance(row, dict):
-                tally.leave_out("no_json", f"line {number:,} of {name}: {line[:60]!r} is no object")
-                continue
-            unseen -= row.keys()
-            last = ", ".join(list(row)[:40])
-            met = met or spec.key.split("/")[0].split(".")[0] in row
-            if not met and number > 100:
-                raise RequestError(f"{spec.what}: table {name}: there is no column {spec.key!r}; it has {last}")
-            parts = [_inside(row, part) for part in spec.key.split("/")]
-            keys.append(None if None in parts else "/".join(map(str, parts)))
-            for column, place in zip(values, spec.fields.values(), strict=True):
-                value = _inside(row, place)
-                text = value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False)
-                column.append(None if text is None else _text(text))
-        yield keys, [pa.array(column, pa.string()) for column in values]
-    if last and unseen:
-        missing = ", ".join(map(repr, sorted(unseen)))
-        raise RequestError(f"{spec.what}: table {name}: there is no column {missing}; it has {last}")
+class _JsonRows:
+    """Parse JSON lines of one file into keys and columns of text."""
+
+    def __init__(self, spec: JoinSpec, tally: JoinTally, name: str):
+        self._spec, self._tally, self._name = spec, tally, name
+        self._key_parts = spec.key.split("/")
+        self._number = 0  # of the current line
+        self._has_key = False
+        self._unseen = {column.split(".")[0] for column in spec.fields.values()}
+        self._columns: list[str] = []  # of the latest row, for messages
+
+    def columns(self, lines: Iterable[bytes]) -> Iterator[_Columns]:
+        """Parse lines, a few at a time.
+
+        Raises:
+            RequestError: no row has the key, or one of the fields.
+        """
+        for some in chunks(lines, BATCH):
+            keys: list[str | None] = []
+            columns: list[list[str | None]] = [[] for _ in self._spec.fields]
+            for row in map(self._parse, some):
+                if row is None:
+                    continue
+                parts = [_nested_value(row, part) for part in self._key_parts]
+                keys.append(None if None in parts else "/".join(map(str, parts)))
+                for column, name in zip(columns, self._spec.fields.values(), strict=True):
+                    column.append(_as_text(_nested_value(row, name)))
+            yield keys, [pa.array(column, pa.string()) for column in columns]
+        if self._columns and self._unseen:
+            missing = ", ".join(map(repr, sorted(self._unseen)))
+            raise _no_column(self._spec, self._name, missing, self._columns)
+
+    def _parse(self, line: bytes) -> dict[str, object] | None:
+        """Parse one line; None if it is blank or no JSON object."""
+        self._number += 1
+        if not line.strip():
+            return None
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            self._tally.leave_out("no_json", f"line {self._number:,} of {self._name}: {error}")
+            return None
+        if not isinstance(row, dict):
+            self._tally.leave_out("no_json", f"line {self._number:,} of {self._name}: {line[:60]!r} is no object")
+            return None
+        self._note_columns(row)
+        return row
+
+    def _note_columns(self, row: dict[str, object]) -> None:
+        self._unseen -= row.keys()
+        self._columns = list(row)
+        self._has_key = self._has_key or self._key_parts[0].split(".")[0] in row
+        if not self._has_key and self._number > LINES_WITHOUT_KEY:
+            raise _no_column(self._spec, self._name, repr(self._spec.key), self._columns)
 
 
-def _inside(row: Any, place: str) -> Any:
-    for part in place.split("."):
+def _nested_value(row: Any, name: str) -> Any:
+    """Return the value of a dotted name; None if it is absent."""
+    for part in name.split("."):
         row = row.get(part) if isinstance(row, dict) else None
     return row
 
 
-def _only_stem(path: str) -> str:
-    return stem(path)[0]
+def _as_text(value: Any) -> str | None:
+    """Return texts without lone surrogates, and other values as JSON."""
+    text = value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False)
+    return None if text is None else _replace_surrogates(text)
 
 
-def _dir_and_stem(path: str) -> str:
-    folder, _, _ = path.rpartition("/")
-    return f"{folder.rpartition('/')[2]}/{stem(path)[0]}"
-
-
-def _text(text: str) -> str:
-    """Without lone surrogates, which JSON and tars can hold and UTF-8 cannot."""
-    return text.encode("utf-8", "replace").decode()
-
-
-class _Chunks(io.RawIOBase):
-    """Chunks of bytes as a file."""
+class _ChunkReader(io.RawIOBase):
+    """Read chunks of bytes as one file."""
 
     def __init__(self, chunks: Iterator[bytes]):
         self._chunks, self._left = chunks, memoryview(b"")

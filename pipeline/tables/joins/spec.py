@@ -18,12 +18,13 @@ LAYOUT = 2
 class JoinSpec:
     """A table to join by key.
 
-    reader: `parquet`; `jsonl`, packed with gzip or not; `tar_txt`: a tar of `<key>.txt`; `tar_jsonl`: a tar that holds
-        one .jsonl.
-    key: the column of the key, `a/b` for two columns joined by a slash; of no meaning in a `tar_txt`.
-    fields: name here: column there, dotted for what is inside another (`Task2.Caption`).
-    key_of: what is made of the key: "" nothing, `stem` (of the last part of a path, before its first dot),
-        `path_dir_stem` (the folder's name, a slash, the stem).
+    Args:
+        reader: `parquet`; `jsonl`, compressed with gzip or not; `tar_txt`: a tar of `<key>.txt`; `tar_jsonl`: a tar
+            that holds one .jsonl.
+        key: the column of the key, `a/b` for two columns joined by a slash; unused by `tar_txt`.
+        fields: columns of the table by the names that they get, dotted for one inside another (`Task2.Caption`).
+        key_of: what is made of the key: "" nothing, `stem` (of the last part of a path, before its first dot),
+            `path_dir_stem` (the folder's name, a slash, the stem).
     """
 
     listing: Listing
@@ -36,22 +37,25 @@ class JoinSpec:
 
     @cached_property
     def base(self) -> str:
-        """What its objects in the corpus begin with."""
+        """Name the table's objects in the corpus, without their endings, by a hash of all that it is made from."""
         made_by = [LAYOUT, self._files(), self.reader, self.key, list(self.fields.items()), self.key_of]
         return f"{JOINS}/{hashlib.sha256(canonical({'join': made_by})).hexdigest()[:32]}"
 
     def _files(self) -> Any:
-        """Which files these are. Their listing's identity is too little: it is equal for files of one name on two
+        """Identify the files. The identity of their listing is not enough: it is equal for files of one name on two
         servers, and for a local file that was changed and is as long as before."""
         if "sha256" in self.listing.identity:
             return self.listing.identity
-        places = [(file.url.partition("?")[0], file.size, file.etag) for file in self.listing.files]
-        return [self.listing.identity, places]
+        versions = [(file.url.partition("?")[0], file.size, file.etag) for file in self.listing.files]
+        return [self.listing.identity, versions]
 
 
 class JoinTable(Table):
-    """The record of a table in the corpus: beside it the fields' names, the last key of each row group, and what was
-    left out and why. In the file itself the fields are `f0`, `f1`, ..., as SQL would not tell `Long` from `long`."""
+    """The record of a join table in the corpus.
+
+    It has the names of the fields, the last key of each row group, and how many rows were left out by reason. In the
+    file itself the fields are `f0`, `f1`, ..., as SQL would not tell `Long` from `long`.
+    """
 
     fields: list[str]
     last: list[str]

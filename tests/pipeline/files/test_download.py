@@ -1,4 +1,4 @@
-"""Files of the hub, buckets and web servers come to this machine, whatever happens on the way."""
+"""Downloads from the hub, buckets and web servers, through every kind of fault."""
 
 import errno
 import hashlib
@@ -38,7 +38,7 @@ COPY = """
 import hashlib, sys
 from pathlib import Path
 from microdit.pipeline.files.remote_file import RemoteFile
-from microdit.pipeline.files.find import local_copy
+from microdit.pipeline.files.download import local_copy
 name, url, size, etag, scratch = sys.argv[1:]
 with local_copy(RemoteFile(name, url, int(size) if size else None, etag), Path(scratch)) as path:
     print(hashlib.sha256(path.read_bytes()).hexdigest(), flush=True)
@@ -47,7 +47,7 @@ with local_copy(RemoteFile(name, url, int(size) if size else None, etag), Path(s
 
 
 def start_copy(file: RemoteFile, scratch: Path) -> "subprocess.Popen[str]":
-    """Another process that downloads the file, prints its hash and reads it until its input ends."""
+    """Start a process that downloads the file, prints its hash and holds it until its input ends."""
     size = "" if file.size is None else str(file.size)
     return subprocess.Popen(
         [sys.executable, "-c", COPY, file.name, file.url, size, file.etag, str(scratch)],
@@ -70,7 +70,7 @@ def wait_for_part(scratch: Path, size: int) -> Path:
 
 # -- downloads -------------------------------------------------------------------------------------------------------
 def test_hub_downloads(hub: Hub, scratch: Path) -> None:
-    """Cut, throttled, out of order and with a wrong byte: the file is what was listed, its bytes came once."""
+    """Truncated, throttled, out of order and with a wrong byte: the file is the listed one, its bytes came once."""
     hub.add(REPO, {"a/x.tar": DATA, "small.json": b"{}", "empty.tar": b""}, kind="datasets")
     hub.faults["x.tar"] = [("cut", 300_000), ("status", 429), ("status", 500), ("cut", 200_000)]
     files = {file.name: file for file in list_files(f"hf://datasets/{REPO}/**", "x").files}
@@ -91,7 +91,7 @@ def test_hub_downloads(hub: Hub, scratch: Path) -> None:
 
 
 def test_a_signed_link(files_server: FilesServer, scratch: Path) -> None:
-    """It expires on the way; the new one, which differs in its signature, goes on where the old one stopped."""
+    """It expires during the download; with the new link, of another signature, the download resumes."""
     files_server.add("o1/v/t6/sa_000020.tar", DATA, faults=[("cut", 300_000), ("status", 403)])
     with (
         pytest.raises(RequestError) as error,
@@ -137,7 +137,7 @@ def test_a_file_that_becomes_shorter(files_server: FilesServer, scratch: Path) -
 
 @pytest.mark.parametrize("about", [{}, {"ranges": False}, {"etag": None, "modified": None}], ids=str)
 def test_a_complete_copy_that_is_left(files_server: FilesServer, scratch: Path, about: dict) -> None:
-    """After an error while it was read: the server is asked whether it is still the file, for a byte of it."""
+    """After an error while it was read: one byte is requested to check that the file is unchanged."""
     file = RemoteFile("x.tar", files_server.add("x.tar", DATA, **about))
     with pytest.raises(ZeroDivisionError), local_copy(file, scratch) as path:
         raise ZeroDivisionError
@@ -234,7 +234,7 @@ def test_what_a_web_server_does_not_have(files_server: FilesServer, scratch: Pat
 
 
 def test_headway_is_told(files_server: FilesServer, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The watch that ends hung workers hears of bytes that come."""
+    """Received bytes count as progress for the watch that ends hung workers."""
     told: list[float] = []
     monkeypatch.setattr(watch, "_timeout", 1e9)
     monkeypatch.setattr(watch, "_wound", -1e9)
@@ -247,7 +247,7 @@ def test_headway_is_told(files_server: FilesServer, scratch: Path, monkeypatch: 
 # -- processes -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("where", ["hub", "web"])
 def test_a_killed_download_goes_on(where: str, request: pytest.FixtureRequest, scratch: Path) -> None:
-    """SIGKILL in the middle: the next process asks for the rest only."""
+    """SIGKILL in the middle: the next process requests the rest only."""
     if where == "hub":
         hub: Hub = request.getfixturevalue("hub")
         hub.add(REPO, {"x.tar": DATA}, kind="datasets")
@@ -268,7 +268,7 @@ def test_a_killed_download_goes_on(where: str, request: pytest.FixtureRequest, s
 
 
 def test_a_bucket_download_goes_on(s3_url: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It breaks in its third block: what came before is not asked for again."""
+    """It breaks in its third block: the first two are not requested again."""
     boto3.client("s3").put_object(Bucket=BUCKET, Key=f"{s3_url.split('/')[-1]}/x.tar", Body=DATA)
     file = list_files(f"{s3_url}/x.tar", "x").files[0]
     asked: list[int] = []
@@ -278,7 +278,7 @@ def test_a_bucket_download_goes_on(s3_url: str, scratch: Path, monkeypatch: pyte
         if asked == [0, 300_000, 600_000]:
             raise KeyboardInterrupt
         if asked[3:] == [600_000]:
-            raise transfer.exceptions.GenericError("in passing")
+            raise transfer.exceptions.GenericError("transient")
         return obstore.get(bucket, key, options=options)
 
     monkeypatch.setattr(transfer, "BLOCK", 300_000)
@@ -317,7 +317,7 @@ def test_the_one_that_waits_takes_over(files_server: FilesServer, scratch: Path)
 
 
 def test_leftovers_are_swept(files_server: FilesServer, scratch: Path) -> None:
-    """Those that are old, ours and nobody's: not what is read, and nothing else in the folder."""
+    """Old copies that no process holds are removed; those in use and foreign files stay."""
     urls = [files_server.add(f"{name}.tar", DATA) for name in ("old", "read", "new")]
     kept: list[Path] = []
     for url in urls:
@@ -347,7 +347,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("length", [True, False])
 def test_a_disk_that_is_full(disk: Path, files_server: FilesServer, length: bool) -> None:
-    """Told before the first byte where the size is known; with room again it goes on."""
+    """Reported before the first byte if the size is known; with room again the download resumes."""
     file = RemoteFile("x.tar", files_server.add("x.tar", DATA, length=length))
     with (
         pytest.raises(

@@ -1,4 +1,4 @@
-"""Small archives, and sources of them whose tables are dictionaries: what the tests of the named datasets share."""
+"""Small archives, and sources of them with dictionaries as tables, for tests of the adapters."""
 
 import io
 import pickle
@@ -41,14 +41,14 @@ def write_zip(path: Path, members: Mapping[str, bytes]) -> Path:
 
 
 def empty(path: Path) -> Path:
-    """A file that only has to be there."""
+    """Make an empty file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"")
     return path
 
 
 def read_all(source: FileSource, *tables: Mapping[str, dict[str, Any]]) -> list[Input]:
-    """All inputs, with these tables in the place of those that a build makes."""
+    """Read all inputs, with these tables instead of those that a build makes."""
     source._joined = list(tables)  # type: ignore[arg-type]
     return [item for unit in source.units() for item in source.read(unit, lambda ordinal: True)]
 
@@ -67,7 +67,7 @@ def picture(seed: int, size: tuple[int, int] = (48, 40)) -> bytes:
 
 
 def ingested(folder: Path, source: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A small build of one source without its driver: the rows of its images, and of `captions/source`."""
+    """Build one source without the driver; return the rows of its images, and of `captions/source`."""
     given = {"name": "tried", "corpus": str(folder / "corpus"), "shard_samples": 4, "sources": {"own": source}}
     given |= {"images": {"min_side": 32}, "columns": {"captions/source": {}}}
     config = BuildConfig.model_validate({**given, "resources": {"scratch": str(folder / "scratch")}})

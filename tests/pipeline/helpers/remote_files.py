@@ -1,4 +1,4 @@
-"""What the tests of remote files share: pauses of no length, a scratch folder, and what a file is."""
+"""Short pauses, a scratch folder and the bytes of a file, for tests of remote files."""
 
 import random
 from pathlib import Path
@@ -16,7 +16,7 @@ REPO = "pixparse/cc12m-wds"
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pauses of thousandths of a second."""
+    """Shorten the pauses to milliseconds."""
     monkeypatch.setattr(download, "PAUSE", 0.002)
     monkeypatch.setattr(download, "POLL", 0.02)
     monkeypatch.setattr(hub_files, "PAUSE", 0.002)
@@ -29,7 +29,7 @@ def scratch(tmp_path: Path) -> Path:
 
 
 def fetched(file: RemoteFile, scratch: Path) -> bytes:
-    """The bytes of a file; nothing of it is left."""
+    """Read a file through a local copy, and check that none is left."""
     with local_copy(file, scratch) as path:
         assert path.parent == scratch
         found = path.read_bytes()

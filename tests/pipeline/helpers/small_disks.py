@@ -11,7 +11,7 @@ import pytest
 
 @contextmanager
 def small_disk(disk: Path, size: str) -> Iterator[Path]:
-    """A file system of so many bytes (`128k`) at a new folder; the test is skipped where there can be none."""
+    """Mount a file system of so many bytes (`128k`) at a new folder; skip the test if that is not possible."""
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:

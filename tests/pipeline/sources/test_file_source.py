@@ -1,4 +1,4 @@
-"""What all sources of files share: which files are read, how much of each, keys, the declaration, what is wanted."""
+"""The base of file sources: choice of files, limits, keys, the declaration, unwanted samples."""
 
 import re
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.sources import FileOptions
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
-from microdit.pipeline.sources.file_source import LONGEST_KEY, FileSource, Sample
+from microdit.pipeline.sources.file_source import LONGEST_KEY, FileSample, FileSource
 from microdit.pipeline.sources.source import Input
 from tests.pipeline.helpers.dataset_archives import read_all
 
 
 class Lines(FileSource):
-    """Files of lines: each is a sample's key and, behind a space, its origin; `!` before it is a failed one."""
+    """Files of lines: a sample's key and, behind a space, its origin; `!` marks a failed one."""
 
     adapter = "lines"
 
@@ -30,12 +30,12 @@ class Lines(FileSource):
     def listing(self) -> Listing:
         return list_files(str(self._folder / "*.txt"), "sources.own.files")
 
-    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[Sample]:
+    def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[FileSample]:
         try:
             for line in path.read_text().splitlines():
                 key, _, origin = line.removeprefix("!").partition(" ")
                 failed = line.startswith("!")
-                yield Sample(key, None if failed else line.encode(), "", origin, reason="bad" if failed else None)
+                yield FileSample(key, None if failed else line.encode(), "", origin, reason="bad" if failed else None)
         finally:
             self.closed += 1
 

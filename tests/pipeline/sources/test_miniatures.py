@@ -157,7 +157,7 @@ def test_every_sample(
 
 
 def test_servers_that_fail_in_passing(tmp_path: Path, hub: Hub, files_server: FilesServer):
-    """Answers that ask to wait, connections that break, and slow ones: it takes longer, and is the same."""
+    """Retry-After, broken connections and slow ones: the result is the same."""
     publish([cc12m(), textcaps()], hub, files_server)
     hub.busy = [429]
     hub.faults = {"-0000.tar": [("cut", 20000)], "-0001.tar": [("status", 429), ("slow", 30000)]}

@@ -1,4 +1,4 @@
-"""A disk that fills up in the middle of a shard: nothing half is left, and with room again it goes on."""
+"""Disks that fill up in the middle of a shard: no partial object is left, and with room again the build resumes."""
 
 import errno
 import resource

@@ -1,14 +1,18 @@
-"""Every operation of a store on a bucket that fails in passing, each time in another way."""
+"""The store in a bucket alone: every operation under every kind of transient fault, its scratch files, its address."""
 
 import os
 import random
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.storage import bucket as bucket_store
+from microdit.pipeline.storage.bucket import sweep_scratch
 from microdit.pipeline.storage.store import open_store
 from tests.servers.faulty_s3 import BAD_DAY, KINDS, Fault, FaultyS3
 from tests.servers.s3 import BUCKET
@@ -33,7 +37,7 @@ def filled(s3_server: str) -> str:
 
 @pytest.fixture
 def proxy(s3_server: str, filled: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    """A proxy that does nothing yet, and a store that tries again at once."""
+    """A proxy without faults yet, and a store with short pauses."""
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     monkeypatch.setattr(bucket_store, "PAUSE", 0.01)
@@ -224,3 +228,26 @@ def test_a_request_that_is_refused_is_not_repeated(proxy: FaultyS3, filled: str)
 def test_a_listing_asks_once_for_a_thousand_names(proxy: FaultyS3, filled: str) -> None:
     assert list(open_store(filled).names("many")) == NAMES
     assert proxy.requests == {"LIST": 2}
+
+
+def test_what_killed_writers_to_a_bucket_left_on_this_machine_is_swept(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    old, young, other = (tmp_path / name for name in ("microdit-scratch-old", "microdit-scratch-young", "other"))
+    for folder in (old, young, other):
+        folder.mkdir()
+        (folder / "half.tar").write_bytes(b"half")
+    for folder in (old, other):
+        os.utime(folder, (0, 0))
+    sweep_scratch.cache_clear()
+    with open_store(s3_url).scratch("name") as path:
+        assert path.parent.parent == tmp_path
+    assert sorted(tmp_path.iterdir()) == [young, other]
+
+
+@pytest.mark.parametrize("url", ["s3://", "az://container/x"])
+def test_a_bucket_url_that_names_nothing_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(RequestError, match=url):
+        open_store(url)

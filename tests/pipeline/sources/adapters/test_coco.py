@@ -26,7 +26,7 @@ def source(folder: Path, zipped: bool = True, **options) -> Coco:
 
 
 def test_the_rule_is_fixed():
-    """Whoever changes this changes everyone's list."""
+    """The list is fixed: a change of it changes the list of all users."""
     assert sorted(choose(range(1, 101), 5, 2014)) == [12, 21, 42, 93, 99]
     assert choose(range(3), None, 2014) == {0, 1, 2} == choose(range(3), 30_000, 2014)
 

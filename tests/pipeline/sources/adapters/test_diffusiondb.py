@@ -1,4 +1,4 @@
-"""DiffusionDB: parts of both sizes, prompts from the json in a zip, and what the metadata lets through."""
+"""DiffusionDB: parts of both sizes, prompts from the json in a zip, and the limits on the metadata."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Parquet files as one meets them: columns of all types, values that are none, broken places, joins, a whole build."""
+"""Real Parquet files: columns of all types, invalid values, damage, joins, a whole build."""
 
 import json
 from datetime import UTC, datetime

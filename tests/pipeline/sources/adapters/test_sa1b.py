@@ -1,4 +1,4 @@
-"""SA-1B: Meta's list of links and when they expire, and which caption an image gets."""
+"""SA-1B: Meta's list of links and their expiry, and the choice of the caption."""
 
 from pathlib import Path
 

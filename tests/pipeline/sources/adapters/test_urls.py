@@ -1,4 +1,4 @@
-"""The `urls` source against a real server that does what servers do: answers, refuses, hangs, lies and breaks off."""
+"""The adapter `urls` against a real server that answers, refuses, hangs, lies and breaks off."""
 
 import asyncio
 import datetime
@@ -25,7 +25,7 @@ MEGABYTE = b"\0" * 1_000_000
 
 
 class Server:
-    """A web server in a thread, which writes down what happens to it in `events`."""
+    """A web server in a thread, which records its requests in `events`."""
 
     def __init__(self):
         self.events: list[str] = []
@@ -54,7 +54,7 @@ class Server:
         return web.Response(status=int(rest))
 
     async def once(self, request: web.Request, rest: str) -> web.StreamResponse:
-        """The status and Retry-After that the path says, then an answer."""
+        """Respond with the status and Retry-After of the path, then with 200."""
         status, _, retry_after = rest.partition("/")
         if self.events.count(request.path) > 1:
             return web.Response(body=b"at last")

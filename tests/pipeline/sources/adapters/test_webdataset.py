@@ -1,4 +1,4 @@
-"""The adapter `webdataset`: what of a tar's members is a sample, and what is said about it."""
+"""The adapter `webdataset`: how the members of a tar become samples, with captions and fields."""
 
 import json
 from pathlib import Path

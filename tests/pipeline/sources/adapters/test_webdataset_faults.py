@@ -1,4 +1,4 @@
-"""Tars of any names and with any faults: what is a sample, and what is a failed row with a reason."""
+"""Tars with any names and faults: which members are samples, and which are failed rows with a reason."""
 
 import io
 import json

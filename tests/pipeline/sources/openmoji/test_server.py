@@ -1,4 +1,4 @@
-"""The demo's input: the same list every time, and every bad URL bad in the way that it says, over HTTP."""
+"""The demo's input over HTTP: the list is deterministic, and each bad URL fails in the way of its kind."""
 
 import hashlib
 import io
@@ -65,8 +65,8 @@ def test_the_list_is_what_was_planned(source):
 
 
 def test_bad_urls_are_spread(source):
-    places = [number for number, (url, _) in enumerate(lines(source)) if url.startswith("broken/")]
-    assert min(places) < source.inputs / 3 and max(places) > source.inputs * 2 / 3
+    bad_lines = [number for number, (url, _) in enumerate(lines(source)) if url.startswith("broken/")]
+    assert min(bad_lines) < source.inputs / 3 and max(bad_lines) > source.inputs * 2 / 3
 
 
 def test_the_second_captions_are_joined_by_url(source):

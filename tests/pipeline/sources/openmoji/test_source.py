@@ -1,4 +1,4 @@
-"""The drawings: which there are, what they are called, and their pixels."""
+"""The drawings: their list, their names and their pixels."""
 
 import hashlib
 

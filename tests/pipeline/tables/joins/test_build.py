@@ -1,4 +1,4 @@
-"""Tables of what is known about samples: sorted into the corpus, looked up by key."""
+"""Join tables: sorted into the corpus, looked up by key."""
 
 import gzip
 import io
@@ -73,7 +73,7 @@ def test_the_first_row_of_a_key_is_found_and_no_other(
     table, _ = built(corpus, spec_of(path, "jsonl", "key", {"caption": "text"}), folder)
     wanted: dict[str, str | None] = {}
     for key, text in rows:
-        wanted.setdefault(readers._text(key), None if text is None else readers._text(text))
+        wanted.setdefault(readers._replace_surrogates(key), None if text is None else readers._replace_surrogates(text))
     assert {key: table.get(key) for key in wanted} == {key: {"caption": text} for key, text in wanted.items()}
     if other not in wanted:
         assert table.get(other) is None
@@ -194,7 +194,7 @@ def test_it_is_built_once(corpus: Corpus, tmp_path: Path) -> None:
 
 
 def test_another_file_is_another_table(corpus: Corpus, tmp_path: Path) -> None:
-    """Of the same name and length, in its place or on another server."""
+    """A changed file of the same name and length, locally or on another server."""
     found = []
     for text in ("one", "two"):
         path = jsonl(tmp_path / "t.jsonl", [{"key": "a", "caption": text}])
@@ -202,7 +202,9 @@ def test_another_file_is_another_table(corpus: Corpus, tmp_path: Path) -> None:
         table, _ = built(corpus, spec_of(path, "jsonl", "key", {"caption": "caption"}), tmp_path)
         found.append(table.get("a"))
     assert found == [{"caption": "one"}, {"caption": "two"}]
-    there = [list_files(f"https://{place}/captions.jsonl?signed={place}", "table") for place in ("x/a", "x/b", "y/a")]
+    there = [
+        list_files(f"https://{folder}/captions.jsonl?signed={folder}", "table") for folder in ("x/a", "x/b", "y/a")
+    ]
     assert len({JoinSpec(listing, "jsonl", "key", {"caption": "caption"}).base for listing in there}) == 3
     again = list_files("https://x/a/captions.jsonl?signed=anew", "table")  # a link that was signed again
     assert JoinSpec(again, "jsonl", "key", {}).base == JoinSpec(there[0], "jsonl", "key", {}).base
