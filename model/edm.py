@@ -135,7 +135,7 @@ class EDM:
         guidance_scale: applies above 1 only. guidance_interval: (low, high), guidance only where low < sigma <= high
         (arXiv 2404.07724). callback(step, x): after each step, x the float64 state. negative: as in `denoise`.
         """
-        check_sampling(num_inference_steps, guidance_scale, sampler, guidance_interval)
+        Sampling(num_inference_steps, guidance_scale, sampler, guidance_interval).check()
         low, high = guidance_interval or (0.0, math.inf)
 
         def denoiser(x: Tensor, sigma: float) -> Tensor:
@@ -147,18 +147,29 @@ class EDM:
         return SAMPLERS[sampler](denoiser, latents.double() * sigmas[0], sigmas, callback).float()
 
 
-def check_sampling(
-    num_inference_steps: int,
-    guidance_scale: float,
-    sampler: str,
-    guidance_interval: tuple[float, float] | None = None,
-) -> None:
-    """Raises ValueError if `EDM.sample` cannot take these; so one can ask before a model is loaded."""
-    if num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps={num_inference_steps}: expected at least 1")
-    if not 0 <= guidance_scale < math.inf:
-        raise ValueError(f"guidance_scale={guidance_scale}: expected 0 or more (5 is usual, up to 1 is no guidance)")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler={sampler!r}: expected one of {', '.join(SAMPLERS)}")
-    if guidance_interval is not None and not 0 <= guidance_interval[0] < guidance_interval[1]:
-        raise ValueError(f"guidance_interval={guidance_interval}: expected noise levels (low, high), 0 <= low < high")
+@dataclass(frozen=True)
+class Sampling:
+    """How latents are sampled; the fields are arguments of `EDM.sample`."""
+
+    num_inference_steps: int = 30
+    guidance_scale: float = 5.0
+    sampler: str = "heun"
+    guidance_interval: tuple[float, float] | None = None
+
+    def check(self) -> None:
+        """Refuse what `EDM.sample` cannot take, before a model is loaded.
+
+        Raises:
+            ValueError: a field is out of range; the message names it.
+        """
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={self.num_inference_steps}: expected at least 1")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale}: expected 0 or more (5 is usual, up to 1 is no guidance)"
+            )
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler={self.sampler!r}: expected one of {', '.join(SAMPLERS)}")
+        interval = self.guidance_interval
+        if interval is not None and not 0 <= interval[0] < interval[1]:
+            raise ValueError(f"guidance_interval={interval}: expected noise levels (low, high), 0 <= low < high")

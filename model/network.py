@@ -67,6 +67,13 @@ def _per_block(values: Sequence[float] | None, depth: int, low: float, high: flo
 class MicroDiT(nn.Module):
     """The network. `config` holds the arguments that rebuild it: `MicroDiT(**model.config)`.
 
+    >>> network = MicroDiT(input_size=8, dim=32, depth=2, head_dim=16, caption_channels=24, patch_mixer_dim=32)
+    >>> latents, c_noise, captions = torch.randn(2, 4, 8, 8), torch.zeros(2), torch.randn(2, 5, 24)
+    >>> network(latents, c_noise, captions)["sample"].shape
+    torch.Size([2, 4, 8, 8])
+    >>> MicroDiT(**network.config).load_state_dict(network.state_dict())
+    <All keys matched successfully>
+
     input_size: side of the square latent that it is built for (latent pixels); others work too, see `forward`.
     pos_interp_scale: positions are divided by it (1 for 256 px, 2 for 512 px).
     qkv_multipliers, ffn_multipliers: widths of self-attention and feed-forward per block, relative to dim;

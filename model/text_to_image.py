@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from microdit.model.checkpoint import load_model
-from microdit.model.edm import EDM, check_sampling
+from microdit.model.edm import EDM, Sampling
 from microdit.model.loading import Part, check_trained_with, find_parts, write_pipeline
 from microdit.model.network import MicroDiT
 from microdit.model.pretrained.autoencoder import Autoencoder, load_autoencoder
@@ -33,12 +33,14 @@ from microdit.model.pretrained.text import TextEncoder, load_text_encoder
 # Image tokens that go through the network together: a GPU is busy with them, and a CPU gains nothing from more.
 GPU_TOKENS, CPU_TOKENS = 32_768, 4_096
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-Source = int | torch.Generator | None  # what noise is drawn from: a seed, a generator, torch's global generator
+# what a picture's noise comes from: a seed, a generator, the noise itself, torch's global generator
+NoiseSource = int | torch.Generator | Tensor | None
+PromptPair = tuple[str, str | None]  # a prompt and its negative prompt; None is zero embeddings
 
 
 @dataclass
 class PipelineOutput:
-    """What a call gives.
+    """Pictures, as a call of the pipeline returns them.
 
     images: a list of PIL images for "pil"; float32 0..1, an array (B, H, W, 3) for "np" or a tensor (B, 3, H, W) for
     "pt"; the normalised latents, float32 (B, C, h, w), for "latent". Tensors are on the CPU.
@@ -48,11 +50,18 @@ class PipelineOutput:
 
 
 class MicroDiTPipeline:
-    """Network, text encoder and autoencoder, ready to make pictures.
+    """Make pictures of prompts, with a network, a text encoder and an autoencoder that fit together.
 
     transformer, vae, text_encoder: as `load_model`, `load_autoencoder` and `load_text_encoder` give them.
-    guidance_scale: what a call takes when it is not told. sample_size: height and width of the latents when it is not
-        told, default: the size that the network was built for. settings: what is written into pictures.
+    guidance_scale: the default of a call. sample_size: default height and width of the latents; None: the size that
+        the network was built for. settings: what is written into pictures.
+
+    >>> from microdit.model.pretrained.autoencoder import load_autoencoder
+    >>> from microdit.model.pretrained.text import load_text_encoder
+    >>> network = MicroDiT(input_size=4, dim=32, depth=2, head_dim=16, caption_channels=384, patch_mixer_dim=32)
+    >>> pipe = MicroDiTPipeline(network, load_autoencoder("demo"), load_text_encoder("minilm"))
+    >>> pipe("red apple", num_inference_steps=2, seed=0).images[0].size
+    (32, 32)
 
     Raises:
         ValueError: the parts do not fit together.
@@ -67,7 +76,7 @@ class MicroDiTPipeline:
         edm: EDM | None = None,
         guidance_scale: float = 5.0,
         sample_size: tuple[int, int] | None = None,
-        settings: dict[str, Any] | None = None,
+        settings: dict[str, str] | None = None,
     ):
         if vae.channels != transformer.in_channels:
             raise ValueError(
@@ -98,7 +107,7 @@ class MicroDiTPipeline:
         text_encoder: str | None = None,
         device: str | torch.device = "cpu",
     ) -> MicroDiTPipeline:
-        """A pipeline from a folder or hub repository, a training run, a file of weights, or a released checkpoint.
+        """Load a pipeline from a folder or hub repository, a training run, a file of weights, or a released checkpoint.
 
         checkpoint: what `model.loading` lists. Of a run the newest checkpoint is taken, and the moving average of the
             weights where there is one. torch_dtype: of the network. Autoencoder and text encoder keep the dtype that
@@ -127,7 +136,7 @@ class MicroDiTPipeline:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write everything that makes pictures into a new folder, in diffusers' layout and safetensors.
 
-            model_index.json   the parts, and what this pipeline takes when it is not told
+            model_index.json   the parts, and the defaults of a call
             transformer/       config.json (the arguments of `MicroDiT`), weights
             vae/               as diffusers saves it: `AutoencoderKL.from_pretrained(folder, subfolder="vae")`
             text_encoder/      model and tokenizer together, as transformers saves them
@@ -148,12 +157,12 @@ class MicroDiTPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is, and the other parts with it."""
+        """The device of the network, and of the other parts with it."""
         return self.transformer.pos_embed.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the network's weights."""
+        """The dtype of the network's weights."""
         return self.transformer.pos_embed.dtype
 
     def to(self, *args: Any, **kwargs: Any) -> MicroDiTPipeline:
@@ -164,7 +173,7 @@ class MicroDiTPipeline:
         return self
 
     def set_progress_bar_config(self, **options: Any) -> None:
-        """Options of tqdm for the bar that a call shows: `disable=True` shows none."""
+        """Set options of tqdm for the bar that a call shows: `disable=True` shows none."""
         self._progress = options
 
     def __call__(
@@ -179,13 +188,14 @@ class MicroDiTPipeline:
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         sampler: str = "heun",
         guidance_interval: tuple[float, float] | None = None,
         batch_size: int | None = None,
         on_image: Callable[[int, Any], None] | None = None,
     ) -> PipelineOutput:
-        """Pictures of prompts: all of the first prompt, then all of the second, and so on.
+        """Draw pictures of prompts: all of the first prompt, then all of the second, and so on.
 
         negative_prompt: what to steer away from, one for all prompts or one for each. None: zero embeddings, which is
             what the released models were trained and shown with; "" is the embedding of an empty prompt.
@@ -194,7 +204,7 @@ class MicroDiTPipeline:
             guidance_interval: (low, high), guidance only where low < sigma <= high (arXiv 2404.07724).
         seed: picture i starts from the noise of seed + i; or a seed for each picture. The noise is made on the CPU, so
             it is the same on every device. generator: torch generators instead, one for all pictures or one for each;
-            neither: torch's global one.
+            latents: the noise itself, standard normal (B, C, h, w); none of the three: torch's global generator.
         sampler: of `model.samplers.SAMPLERS`: "heun" as released, or "dpmpp_2m", "unipc", with half of the network
             calls for as many steps.
         batch_size: pictures that are made together. None: as many as keep the device busy, and on a GPU fewer if its
@@ -203,33 +213,20 @@ class MicroDiTPipeline:
             is done; `images` is then empty. For many pictures, which need not be held together.
 
         Raises:
-            ValueError: an argument that cannot be; the message names it.
+            ValueError: an argument is out of range; the message names it.
         """
-        prompts, negatives = _texts("prompt", prompt), _texts("negative_prompt", negative_prompt)
-        if len(negatives) not in (1, len(prompts)):
-            raise ValueError(
-                f"negative_prompt has {len(negatives)} texts for {len(prompts)} prompts: give one, or each"
-            )
-        for name, number in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name}={number}: expected at least 1")
+        _check_counts(num_images_per_prompt=num_images_per_prompt, batch_size=batch_size)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
-        sampling: dict[str, Any] = {
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": self.guidance_scale if guidance_scale is None else guidance_scale,
-            "sampler": sampler,
-            "guidance_interval": guidance_interval,
-        }
-        check_sampling(**sampling)
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        sampling = Sampling(num_inference_steps, scale, sampler, guidance_interval)
+        sampling.check()
+        pairs = _prompt_pairs(prompt, negative_prompt, num_images_per_prompt, guided=scale > 1)
         shape = self._latent_shape(height, width)
-        if sampling["guidance_scale"] <= 1:
-            negatives = [None]
-        pairs = [pair for pair in zip(prompts, cycle(negatives), strict=False) for _ in range(num_images_per_prompt)]
-        sources = _sources(len(pairs), seed, generator)
+        sources = _noise_sources((len(pairs), *shape), seed, generator, latents)
         images = []
-        for number, latents in enumerate(self._draw(pairs, sources, shape, batch_size, sampling)):
-            picture = self._picture(latents, output_type)
+        for number, drawn in enumerate(self._draw(pairs, sources, shape, batch_size, sampling)):
+            picture = self._picture(drawn, output_type)
             if on_image is None:
                 images.append(picture)
             else:
@@ -240,17 +237,17 @@ class MicroDiTPipeline:
 
     def _draw(
         self,
-        pairs: Sequence[tuple[str, str]],
-        sources: Sequence[Source],
+        pairs: Sequence[PromptPair],
+        sources: Sequence[NoiseSource],
         shape: tuple[int, int, int],
         batch_size: int | None,
-        sampling: dict[str, Any],
+        sampling: Sampling,
     ) -> Iterator[Tensor]:
-        """The latents (C, h, w) of each pair of prompt and negative prompt, in order, batch by batch."""
+        """Yield the latents (C, h, w) of each pair of prompt and negative prompt, in order, batch by batch."""
         tokens = shape[1] * shape[2] // self.transformer.patch_size**2
         together = batch_size or max(1, (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS) // tokens)
-        steps, done = sampling["num_inference_steps"], 0
-        noise: list[Tensor] = []  # of pictures that are not done
+        steps, done = sampling.num_inference_steps, 0
+        noise: list[Tensor] = []  # of the pictures that are left, as far as it was drawn
         embeddings: dict[str | None, Tensor] = {}
         with tqdm(**{"total": len(pairs) * steps, "unit": "step", "desc": "drawing", **self._progress}) as bar:
             while done < len(pairs):
@@ -264,7 +261,7 @@ class MicroDiTPipeline:
                     torch.stack([one.to(self.device) for one in noise[: len(batch)]]),
                     callback=lambda _, x: bar.update(len(x)),
                     **_conditions(batch, embeddings),
-                    **sampling,
+                    **vars(sampling),
                 )
                 if latents is None:
                     together = len(batch) // 2
@@ -275,7 +272,7 @@ class MicroDiTPipeline:
                 del noise[: len(batch)]
 
     def _sample(self, noise: Tensor, **options: Any) -> Tensor | None:
-        """Clean latents; None if a GPU's memory is too small for more than one picture."""
+        """Sample clean latents. None if the GPU's memory is too small for this many pictures, more than one."""
         try:
             return self.edm.sample(self.transformer, noise, **options)
         except torch.OutOfMemoryError:
@@ -285,7 +282,7 @@ class MicroDiTPipeline:
         return None
 
     def _embed(self, text: str | None) -> Tensor:
-        """The embedding (tokens, width) of a text, without padding; of None no token.
+        """Embed a text: (tokens, width), without padding; (0, width) of None.
 
         One by one: the rounding of a text encoder, most of all in bfloat16, depends on what shares its batch.
         """
@@ -295,6 +292,7 @@ class MicroDiTPipeline:
         return embeddings[0, : int(lengths[0])]
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """Give (C, h, w) of the latents of pictures of height x width pixels."""
         unit = self.vae.downsample * self.transformer.patch_size
         sides = []
         for name, asked, built in zip(("height", "width"), (height, width), self.sample_size, strict=True):
@@ -305,7 +303,7 @@ class MicroDiTPipeline:
         return self.transformer.in_channels, sides[0], sides[1]
 
     def _picture(self, latents: Tensor, output_type: str) -> Any:
-        """One picture of latents (C, h, w); decoded alone, so that what shares its batch does not matter."""
+        """Decode latents (C, h, w), alone, so that what shares their batch does not matter."""
         if output_type == "latent":
             return latents.cpu()
         pixels = self.vae.decode(latents[None])[0]
@@ -318,7 +316,7 @@ class MicroDiTPipeline:
 def load_encoders(
     text_encoder: Part, autoencoder: Part, device: str | torch.device = "cpu"
 ) -> tuple[TextEncoder, Autoencoder]:
-    """Text encoder and autoencoder, of which each must be what the training saw.
+    """Load text encoder and autoencoder, and refuse others than the training saw.
 
     Raises:
         CheckpointError: it is another one.
@@ -331,20 +329,50 @@ def load_encoders(
     return text, codec
 
 
+def _check_counts(**counts: int | None) -> None:
+    """Refuse counts below 1; None is no count."""
+    for name, number in counts.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name}={number}: expected at least 1")
+
+
+def _prompt_pairs(
+    prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, repeats: int, guided: bool
+) -> list[PromptPair]:
+    """Pair each prompt, as often as it is drawn, with its negative prompt: None if there is no guidance."""
+    prompts, negatives = _texts("prompt", prompt), _texts("negative_prompt", negative_prompt)
+    if len(negatives) not in (1, len(prompts)):
+        raise ValueError(f"negative_prompt has {len(negatives)} texts for {len(prompts)} prompts: give one, or each")
+    if not guided:
+        negatives = [None]
+    return [pair for pair in zip(prompts, cycle(negatives), strict=False) for _ in range(repeats)]
+
+
 def _texts(name: str, given: str | Sequence[str] | None) -> list[Any]:
-    """The texts given, one if it is one. None, too, is one negative prompt: that of zero embeddings."""
+    """List the texts given. As a negative prompt None counts as one: that of zero embeddings."""
     texts = [given] if given is None or isinstance(given, str) else list(given)
     if not texts or not all(isinstance(text, str) or (text is None and name == "negative_prompt") for text in texts):
         raise ValueError(f"{name}={given!r}: expected a string, or several")
     return texts
 
 
-def _sources(
-    count: int, seed: int | Sequence[int] | None, generator: torch.Generator | Sequence[torch.Generator] | None
-) -> Sequence[Source]:
-    """What the noise of each picture is drawn from."""
-    if seed is not None and generator is not None:
-        raise ValueError("seed and generator were both given: give one of them")
+def _noise_sources(
+    shape: tuple[int, ...],
+    seed: int | Sequence[int] | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    latents: Tensor | None,
+) -> Sequence[NoiseSource]:
+    """Say for each picture where its noise comes from. shape: (B, C, h, w) of the noise of all pictures."""
+    given = [
+        name for name, value in (("seed", seed), ("generator", generator), ("latents", latents)) if value is not None
+    ]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} were both given: give one of them")
+    count = shape[0]
+    if latents is not None:
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents {tuple(latents.shape)}: expected {shape}")
+        return list(latents.float())
     if seed is None:
         if generator is None or isinstance(generator, torch.Generator):
             return [generator] * count
@@ -359,17 +387,19 @@ def _sources(
     return seeds
 
 
-def _noise(source: Source, shape: tuple[int, int, int]) -> Tensor:
-    """The starting noise of one picture, standard normal."""
+def _noise(source: NoiseSource, shape: tuple[int, int, int]) -> Tensor:
+    """Draw the starting noise of one picture, standard normal."""
+    if isinstance(source, Tensor):
+        return source
     if isinstance(source, int):
         source = torch.Generator().manual_seed(source)
     return torch.randn(shape, generator=source, device="cpu" if source is None else source.device)
 
 
-def _conditions(batch: Sequence[tuple[str, str]], embeddings: dict[str | None, Tensor]) -> dict[str, Tensor | None]:
-    """Arguments of `EDM.sample`: captions and negative prompts (B, L, width) with masks (B, L) of their real tokens.
+def _conditions(batch: Sequence[PromptPair], embeddings: dict[str | None, Tensor]) -> dict[str, Tensor | None]:
+    """Make the arguments of `EDM.sample`: captions and negative prompts (B, L, width), masks (B, L) of real tokens.
 
-    No masks if every place of both is a real token, as with a CLIP text tower.
+    Without masks if every position of both is a real token, as with a CLIP text tower.
     """
     rows = [embeddings[text] for pair in batch for text in pair]
     lengths = torch.tensor([len(row) for row in rows])

@@ -99,7 +99,7 @@ def generate(
         "height": height,
         "width": width,
     }
-    from microdit.model.edm import check_sampling
+    from microdit.model.edm import Sampling
     from microdit.model.picture_files import generate as draw
     from microdit.model.pretrained.hub import ModelFilesError
     from microdit.model.text_to_image import MicroDiTPipeline
@@ -110,7 +110,7 @@ def generate(
             from microdit.trainer.checkpoints.bucket import on_this_machine
 
             checkpoint = str(on_this_machine(checkpoint))
-        check_sampling(steps, 1.0 if guidance_scale is None else guidance_scale, sampler, guidance_interval)
+        Sampling(steps, 1.0 if guidance_scale is None else guidance_scale, sampler, guidance_interval).check()
         pipe = MicroDiTPipeline.from_pretrained(
             checkpoint,
             revision=revision,
