@@ -19,7 +19,7 @@ class ImageOptions(Options):
     max_pixels: int = Field(default=100_000_000, ge=1, le=PILLOW_MAX_PIXELS)
     """Width times height, read before anything is decoded; more fails with `bomb`."""
     format: Literal["jpg", "png", "webp"] = "jpg"
-    """The format of the images column's members. An image of this format is stored byte by byte if it need not change."""
+    """The format of the stored images. An image that comes in it is kept byte by byte if nothing must be changed."""
     quality: int = Field(default=95, ge=1, le=100)
     """Quality of JPEG (4:4:4) and WebP, where an image is encoded again."""
 
