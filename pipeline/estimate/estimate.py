@@ -24,7 +24,7 @@ from microdit.pipeline.config.captions import CAPTIONERS, CaptionsColumn, origin
 from microdit.pipeline.config.encoders import LatentsColumn, TextColumn
 from microdit.pipeline.config.scores import ClipScores, ScoresColumn, device_of, scorer_of
 from microdit.pipeline.corpus.names import IMAGES
-from microdit.pipeline.engine.layout import Places
+from microdit.pipeline.engine.layout import Layout
 from microdit.pipeline.estimate import rates
 from microdit.pipeline.estimate.column_sizes import Sizes, by_origin
 from microdit.pipeline.estimate.past_build import Earlier
@@ -120,7 +120,7 @@ class _Estimate:
         self.cpus = self._cpus()
         stages = {self._stage_of(name): _device(options) for name, options in config.columns.items()}
         counts = [list(stages.values()).count(device) for device in ("gpu", "cpu")]
-        self.places = Places.on(
+        self.layout = Layout.for_cluster(
             self.cpus,
             given.gpus,
             *counts,
@@ -171,12 +171,12 @@ class _Estimate:
 
     def _stages(self) -> dict[str, Cost]:
         units = sum(source.units for source in self.sources.values())
-        found = {INGEST: Cost("cpu", False, min(self.places.ingests, units))}
+        found = {INGEST: Cost("cpu", False, min(self.layout.ingests, units))}
         columns: dict[str, list[str]] = {INGEST: [IMAGES]}
         for column, options in self.config.columns.items():
             device, name = _device(options), self._stage_of(column)
             on_gpu = device == "gpu" and self.given.gpus > 0
-            on_cpu = self.places.models(device).per_stage if device else self.cpus
+            on_cpu = self.layout.models(device).per_stage if device else self.cpus
             found.setdefault(name, Cost("gpu", True, self.given.gpus) if on_gpu else Cost("cpu", bool(device), on_cpu))
             columns.setdefault(name, []).append(column)
         for stage, cost in found.items():

@@ -19,10 +19,10 @@ from microdit.pipeline.base.progress import Snapshot
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.failures import read_failure
 from microdit.pipeline.engine import build as engine
-from microdit.pipeline.engine import driver, retries
+from microdit.pipeline.engine import cluster as ray_cluster
+from microdit.pipeline.engine import give_up, retries
 from microdit.pipeline.engine.build import carry_out
-from microdit.pipeline.engine.driver import Driver
-from microdit.pipeline.engine.summary import BuildSummary
+from microdit.pipeline.engine.summary import BuildSummary, UnitCounts
 from microdit.pipeline.upkeep.status import status
 from microdit.pipeline.upkeep.verify import verify
 from tests.pipeline.helpers.fake_stages import (
@@ -47,8 +47,8 @@ import sys
 from pathlib import Path
 from microdit.pipeline.base.signals import Stopped
 from microdit.pipeline.engine.build import carry_out
-from tests.pipeline.made import write_images
-from tests.pipeline.parts import Pictures, ingest, open_corpus, source_words, upper_words
+from tests.pipeline.helpers.small_corpus import write_images
+from tests.pipeline.helpers.fake_stages import Pictures, ingest, open_corpus, source_words, upper_words
 url, seconds, count = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 sources, stages = [Pictures(count=count)], [source_words(seconds=seconds), upper_words(seconds=seconds)]
 try:
@@ -133,7 +133,7 @@ def test_a_whole_build_streams_and_loads_each_model_once(cluster: None, tmp_path
     check_adds_up(summary)
     assert summary.exit_status == 0
     assert summary.worked
-    assert summary.units == {"total": 3, "read": 3, "set_aside": 0}
+    assert summary.units == UnitCounts(total=3, read=3, set_aside=0)
     assert summary.columns["captions/third"].out == 6 * (ROWS - 1)
     assert summary.columns["captions/third"].reasons == {"upstream": 6}
     assert summary.columns["captions/third"].own_failures == 0
@@ -166,8 +166,8 @@ def test_what_fails_is_set_aside_and_taken_again_when_asked(cluster: None, tmp_p
     summary = carry_out(corpus, sources, stages, ingest, max_attempts=2, progress=listen)
     check_adds_up(summary)
     assert summary.exit_status == 1
-    assert summary.units == {"total": 4, "read": 3, "set_aside": 1}
-    assert {(entry["column"], entry["shard"]) for entry in summary.set_aside} == {
+    assert summary.units == UnitCounts(total=4, read=3, set_aside=1)
+    assert {(entry.column, entry.shard) for entry in summary.set_aside} == {
         ("units", "broken-000001"),
         ("captions/source", "pictures-000000-01"),
         ("captions/upper", "pictures-000001-00"),
@@ -190,7 +190,7 @@ def test_what_fails_is_set_aside_and_taken_again_when_asked(cluster: None, tmp_p
     healed.touch()
     retried = carry_out(corpus, sources, stages, ingest, retry_failed=True, max_attempts=1)
     check_adds_up(retried)
-    assert [entry["shard"] for entry in retried.set_aside] == ["broken-000001"]
+    assert [entry.shard for entry in retried.set_aside] == ["broken-000001"]
     assert retried.columns["captions/source"].built == 1
     assert retried.columns["captions/upper"].built == 2
     assert (tmp_path / "corpus/failures/units/broken/broken-000001.1.json").is_file()
@@ -291,7 +291,7 @@ def test_a_node_that_does_not_see_the_folder_ends_the_build(
     with pytest.raises(RequestError, match=r"does not see this folder.*s3://bucket/prefix"):
         carry_out(corpus, sources, stages, ingest)
     assert corpus.committed("images") == {}
-    monkeypatch.setattr(Driver, "check_nodes", lambda driver: None)  # and one that joins later
+    monkeypatch.setattr(ray_cluster, "check_nodes", lambda context: None)  # and one that joins later
     with pytest.raises(RequestError, match="does not see this folder"):
         carry_out(corpus, sources, stages, ingest)
     assert corpus.committed("images") == {}
@@ -312,7 +312,7 @@ def test_a_disk_too_full_to_say_what_failed_ends_the_build(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(driver, "write_failure", full)
+    monkeypatch.setattr(give_up, "write_failure", full)
     sources, stages = [Pictures(count=1)], [source_words(broken=("pictures-000000-01",))]
     corpus = open_corpus(tmp_path / "corpus", sources, stages)
     with pytest.raises(RequestError, match=r"No space left on device.*no words for pictures-000000-01.*Make room"):
