@@ -1,7 +1,7 @@
 """Keep the actors that hold a model: start one for a stage that is behind, dismiss the ones that are idle."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import ray
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.engine import workers
 from microdit.pipeline.engine.layout import ModelShare
-from microdit.pipeline.stages.stage import Stage
+from microdit.pipeline.stages.stage import Stage, Task
 
 IDLE_SECONDS = 30.0  # without work for longer than this an actor gives its CPUs and GPU back
 CROWDED_SECONDS = 10.0  # the same while an actor of another stage has waited as long for its own
@@ -34,6 +34,12 @@ class Actor:
     idle_since: float = 0.0
     alone: bool = False
     """Its shard may kill the process: no other one runs beside it, to be blamed or to hide whose fault it is."""
+
+    def submit(self, task: Task) -> Any:
+        """Give the actor a shard; return the reference of the call."""
+        ref = self.handle.run.options(num_returns="streaming").remote(task)
+        self.refs.append(ref)
+        return ref
 
     def end_call(self, ref: Any) -> None:
         """Forget a call that has ended."""
@@ -75,6 +81,22 @@ class ActorPool:
             if actor.stage == stage and actor.ready and len(actor.refs) < (1 if actor.alone else PER_ACTOR)
         ]
 
+    def choose(self, stage: int, failed_nodes: Collection[str], deadly: bool) -> Actor | None:
+        """Return the actor to give a shard to: not on a node where it failed, if possible, and the least busy one.
+
+        deadly: the shard may kill the process, so an actor that works on several at once must be idle, and stays alone
+        with it. None if there is no such actor.
+        """
+        free = self.free(stage)
+        alone = deadly and _shards_at_once(self._stages[stage]) > 1
+        if alone:
+            free = [actor for actor in free if not actor.refs]
+        if not free:
+            return None
+        actor = min(free, key=lambda actor: (actor.node in failed_nodes, len(actor.refs)))
+        actor.alone = alone
+        return actor
+
     # -- starting ------------------------------------------------------------------------------------------------------
 
     def grow(self, stage: int, backlog: int, share: ModelShare, reserved: Callable[[], set[int]]) -> Actor | None:
@@ -107,7 +129,7 @@ class ActorPool:
         options: dict[str, Any] = {"num_cpus": share.cpu, "num_gpus": share.gpu}
         if not share.gpu:  # they ask for less than they take: not all on one node
             options["scheduling_strategy"] = "SPREAD"
-        at_once = shards_at_once(self._stages[stage])
+        at_once = _shards_at_once(self._stages[stage])
         handle = self._remote.options(max_concurrency=at_once, **options).remote(self._stage_refs[stage])
         actor = Actor(handle, stage, time.monotonic(), refs=[handle.start.remote(), handle.load.remote()])
         self._actors.append(actor)
@@ -150,6 +172,6 @@ class ActorPool:
             ray.kill(actor.handle)
 
 
-def shards_at_once(stage: Stage) -> int:
+def _shards_at_once(stage: Stage) -> int:
     """Return how many shards a process of the stage works on at once, in threads."""
     return getattr(stage, "at_once", 1)

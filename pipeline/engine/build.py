@@ -127,7 +127,7 @@ def carry_out(
             board = Board([stage.name for stage in stages], progress)
             retries = Retries(max_attempts, corpus.shard_samples)
             context = BuildContext(corpus, stack.enter_context(_probe(corpus)), stall_timeout)
-            driver = Driver(corpus, plan, sources, ingest, retries, context, resources or {}, board)
+            driver = Driver(plan, sources, ingest, retries, context, resources or {}, board)
             signals.stop = driver.ask_to_stop
             signals.install()  # ray.init put its own handlers there
             check_nodes(context)

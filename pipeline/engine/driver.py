@@ -14,10 +14,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from microdit.pipeline.base.errors import RequestError
-from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.engine import messages, workers
-from microdit.pipeline.engine.actors import Actor, ActorPool, shards_at_once
+from microdit.pipeline.engine.actors import Actor, ActorPool
 from microdit.pipeline.engine.board import Board
 from microdit.pipeline.engine.cluster import ClusterView
 from microdit.pipeline.engine.deaths import explain_death
@@ -32,7 +31,10 @@ GRACE_SECONDS = 15.0  # for the shards in progress when a signal comes
 
 @dataclass
 class Call:
-    """A call that was submitted and has not ended: of a job, or (None) of an actor's `start` and `load`."""
+    """A call that was submitted and has not ended: of a job, or (None) of an actor's `start` and `load`.
+
+    `began` and `node`: when and where a worker began it, once that is known.
+    """
 
     job: Job | UnitJob | None
     actor: Actor | None = None
@@ -45,7 +47,6 @@ class Driver:
 
     def __init__(
         self,
-        corpus: Corpus,
         plan: Plan,
         sources: Sequence[Source],
         ingest: workers.Ingest,
@@ -54,9 +55,9 @@ class Driver:
         resources: Mapping[str, float],
         board: Board,
     ):
-        self.corpus, self.plan, self.retries, self.board = corpus, plan, retries, board
+        self.plan, self.retries, self.board = plan, retries, board
         self.stop: int | None = None
-        self._stall_timeout = context.stall_timeout
+        self._corpus, self._stall_timeout = context.corpus, context.stall_timeout
         self._order = plan.downstream_first()
         self._upstream = [plan.upstream(stage) for stage in range(len(plan.stages))]
         self._devices = [stage.device for stage in plan.stages]
@@ -157,19 +158,12 @@ class Driver:
 
     def _submit_to_actors(self, stage: int) -> None:
         """Give a stage's shards to its actors, and start one more if they are behind."""
-        while free := self._actors.free(stage):
-            if (job := self.plan.take(stage)) is None:
-                break
-            alone = shards_at_once(self.plan.stages[stage]) > 1 and self.retries.suspected(job)
-            if alone and not (free := [actor for actor in free if not actor.refs]):
+        while self._actors.free(stage) and (job := self.plan.take(stage)):
+            actor = self._actors.choose(stage, self.retries.of(job).nodes, self.retries.suspected(job))
+            if actor is None:
                 self.plan.requeue(job)
                 break
-            failed = self.retries.of(job).nodes
-            actor = min(free, key=lambda actor: (actor.node in failed, len(actor.refs)))
-            actor.alone = alone
-            ref = actor.handle.run.options(num_returns="streaming").remote(self.retries.task(job))
-            actor.refs.append(ref)
-            self._calls[ref] = Call(job, actor)
+            self._calls[actor.submit(self.retries.task(job))] = Call(job, actor)
             self.board.begin(job)
         share = self._cluster.layout.models(self._devices[stage] or "cpu")
         if fresh := self._actors.grow(stage, len(self.plan.ready[stage]), share, lambda: self._with_model(stage)):
@@ -255,8 +249,9 @@ class Driver:
     def _take_load(self, ref: Any, call: Call, message: messages.LoadMessage) -> None:
         if isinstance(message, messages.LoadFailed):
             message.error.raise_if_request()
-            stage = call.actor.stage if call.actor is not None else call.job.stage  # type: ignore[union-attr]
-            name = self.plan.stages[stage].name
+            holder = call.actor or call.job
+            assert isinstance(holder, Actor | Job)
+            name = self.plan.stages[holder.stage].name
             raise RequestError(f"stage {name}: it cannot be loaded: {message.error.message}")
         assert call.actor is not None
         self._end_call(ref, call)
@@ -270,8 +265,9 @@ class Driver:
         del self._calls[ref]
         if call.actor is not None:
             call.actor.end_call(ref)
-            if call.actor.refs:  # that one has not been running, nor hanging, until now
-                self._calls[call.actor.refs[0]].began = call.actor.idle_since
+            following = self._calls.get(call.actor.refs[0]) if call.actor.refs else None
+            if following is not None:  # it has not been running, nor hanging, until now
+                following.began = call.actor.idle_since
 
     def _process_gone(self, ref: Any, call: Call, error: ray.exceptions.RayError) -> None:
         """Blame the job that a process was working on when it ended; submit those again that only waited there."""
@@ -300,4 +296,4 @@ class Driver:
         if seconds is not None:
             self._delayed.add(job, seconds)
         else:
-            self.board.note(give_up(self.corpus, self.plan, job, self.retries.done(job)))
+            self.board.note(give_up(self._corpus, self.plan, job, self.retries.done(job)))
