@@ -178,18 +178,18 @@ def shown(console: Console | None = None) -> Iterator[Progress]:
         return
     printed = -LINE_EVERY
 
-    def say(text: str) -> None:
+    def print_line(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def write(snapshot: Snapshot) -> None:
         nonlocal printed
         for note in snapshot.notes:
-            say(json.dumps({"note": note}, ensure_ascii=False))
+            print_line(json.dumps({"note": note}, ensure_ascii=False))
         last[:] = [snapshot] if snapshot.lines else last
         if snapshot.lines and snapshot.seconds - printed >= LINE_EVERY:
             printed = snapshot.seconds
-            say(as_json(snapshot))
+            print_line(as_json(snapshot))
 
     yield write
     if last and last[0].seconds > printed:
-        say(as_json(last[0]))
+        print_line(as_json(last[0]))

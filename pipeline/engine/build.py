@@ -100,23 +100,23 @@ def carry_out(
     names = [source.name for source in sources]
     work: dict[str, Work] = {}
 
-    def say(note: str) -> None:
+    def note(text: str) -> None:
         if progress is not None:
-            progress(Snapshot(time.monotonic() - began, [], [note]))
+            progress(Snapshot(time.monotonic() - began, [], [text]))
 
-    redo = _damage(corpus, say) if repair else {}
+    redo = _damage(corpus, note) if repair else {}
     plan = Plan(corpus, {source.name: source.units() for source in sources}, stages, columns, retry_failed, redo)
     if not plan.empty():
         read = {unit.source for unit in plan.units}
         with ExitStack() as stack:
             signals = stack.enter_context(stop_signals())
             for source in sources:
-                say(f"source {source.name}: {source.terms}")
+                note(f"source {source.name}: {source.terms}")
             for source in sources:
                 if source.name in read:
-                    say(f"source {source.name}: getting ready")
-                    stack.enter_context(source.running(corpus, say))
-            say("starting the workers")
+                    note(f"source {source.name}: getting ready")
+                    stack.enter_context(source.running(corpus, note))
+            note("starting the workers")
             from microdit.pipeline.engine.cluster import check_nodes, joined
 
             stack.enter_context(joined())  # ends before the sources do: no worker shall see them gone

@@ -21,7 +21,7 @@ from microdit.pipeline.engine.layout import Layout
 from microdit.pipeline.stages.stage import UnitTask
 from microdit.pipeline.upkeep.gc import gc
 from microdit.pipeline.upkeep.verify import verify
-from tests.pipeline.helpers.fake_driver import parts
+from tests.pipeline.helpers.fake_driver import sources_and_stages
 from tests.pipeline.helpers.fake_stages import ROWS, ingest, open_corpus
 from tests.pipeline.helpers.small_corpus import Hashes, hashes, named_objects
 
@@ -56,7 +56,7 @@ def logs(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Hashes:
     """The same corpus, made without Ray."""
-    sources, stages = parts(None, 0.0, UNITS)
+    sources, stages = sources_and_stages(None, 0.0, UNITS)
     corpus = open_corpus(tmp_path_factory.mktemp("undisturbed") / "corpus", sources, stages)
     for unit in sources[0].units():
         ingest(corpus, sources[0], UnitTask(unit), lambda message: None)
