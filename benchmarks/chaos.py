@@ -155,7 +155,7 @@ def drive(url: str, units: int, log: Path) -> int:
     """One driver's life: go on with the build; the exit status is 0 if all is there."""
     corpus, source, stages, config = made_corpus(url, units, log)
 
-    def ingest(corpus: Corpus, source: Source, task: UnitTask, report: Callable[[dict[str, Any]], None]) -> UnitCommit:
+    def ingest(corpus: Corpus, source: Source, task: UnitTask, report: Callable[[Commit], None]) -> UnitCommit:
         return ingest_unit(corpus, source, task, config, report)
 
     summary = carry_out(corpus, [source], stages, ingest, retry_failed=True)

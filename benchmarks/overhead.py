@@ -22,7 +22,7 @@ from benchmarks.harness import argument_parser, print_figures
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import ShardRef
 from microdit.pipeline.engine.build import carry_out
-from microdit.pipeline.engine.layout import Places
+from microdit.pipeline.engine.layout import Layout
 from microdit.pipeline.stages.stage import Task, UnitTask
 from tests.pipeline.helpers.fake_stages import Pictures, Words, ingest, open_corpus, spec
 
@@ -56,8 +56,8 @@ def engine(folder: Path, shards: int, made: Words) -> float:
     """Seconds a shard by the engine, as if there were one worker."""
     corpus, source = corpus_of(folder, shards, made)
     carry_out(corpus, [source], [made], cast(Any, ingest))
-    places = Places.on(CPUS, 0, 1)
-    at_once = places.models(made.device).count if made.device else int(CPUS / places.task_cpu)
+    layout = Layout.for_cluster(CPUS, 0, 1)
+    at_once = layout.models(made.device).count if made.device else int(CPUS / layout.task_cpu)
     times = sorted(item.modified.timestamp() for item in corpus.store.list(f"commits/{COLUMN}"))
     assert len(times) == shards > at_once
     return (times[-1] - times[at_once - 1]) * at_once / (shards - at_once)

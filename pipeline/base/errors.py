@@ -1,8 +1,8 @@
-"""The exceptions that are messages for the user."""
+"""Exceptions whose messages are for the user."""
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text that says something: obstore's go on for pages."""
+    """Return the first line of an error's text that is not blank, or its type: obstore's texts go on for pages."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
@@ -14,4 +14,4 @@ class RequestError(ValueError):
 
 
 class DamagedError(RequestError):
-    """A record of a corpus cannot be understood: what depends on it fails, the rest of a build goes on."""
+    """A record of a corpus cannot be parsed: what depends on it fails, the rest of a build goes on."""

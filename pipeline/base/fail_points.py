@@ -1,4 +1,4 @@
-"""Fail points: a test names one in the environment, and the process kills itself there."""
+"""Fail points: a test names one in the environment, and the process kills itself when it reaches it."""
 
 import os
 import signal
@@ -8,8 +8,10 @@ _passed: Counter[str] = Counter()
 
 
 def fail_point(name: str) -> None:
-    """A step of a shard's life. Where MICRODIT_FAIL_POINT says `<name>:<n>`, the process is killed when it comes by
-    for the n-th time: so tests stop a writer exactly there."""
+    """Kill this process with SIGKILL if MICRODIT_FAIL_POINT is `<name>:<n>` and this is the n-th call with the name.
+
+    The names are steps of a shard's life, so that tests stop a writer at an exact step.
+    """
     wanted, _, number = os.environ.get("MICRODIT_FAIL_POINT", "").partition(":")
     if wanted == name:
         _passed[name] += 1

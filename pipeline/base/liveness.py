@@ -1,4 +1,4 @@
-"""How a worker's process comes to an end before its time: because it hangs, its driver is gone, or a test wants it."""
+"""Self-termination of worker processes: on a hang, or when their driver is gone."""
 
 import faulthandler
 import os
@@ -7,28 +7,28 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_timeout = 0.0
-_wound = 0.0
-_watched = 0
-_watch = threading.Lock()
-_orphan_watch = threading.Lock()
+_timeout = 0.0  # seconds; 0 while nothing is watched
+_armed_at = 0.0  # when the timer was last set
+_watched = 0  # blocks that are watched now
+_timer_lock = threading.Lock()
+_parent_watch = threading.Lock()  # held for ever by the one thread that watches the parent
 
 
 @contextmanager
 def watched(timeout: float) -> Iterator[None]:
-    """While the block runs, the process ends itself when `alive` is not called for `timeout` seconds.
+    """End this process if `alive` is not called for `timeout` seconds while the block runs.
 
-    It writes to standard error where it hung. The watch is C code without the interpreter's lock, so that it also ends
-    a process that hangs in a decoder. Of several blocks at once each one's headway counts for all.
+    The traceback of the hang goes to standard error. The timer is C code that does not need the interpreter's lock, so
+    it also ends a process that hangs in a decoder. Of several blocks at once the headway of each counts for all.
     """
     global _timeout, _watched
-    with _watch:
+    with _timer_lock:
         _timeout, _watched = timeout, _watched + 1
-        _wind(time.monotonic())
+        _arm(time.monotonic())
     try:
         yield
     finally:
-        with _watch:
+        with _timer_lock:
             _watched -= 1
             if not _watched:
                 _timeout = 0.0
@@ -36,24 +36,25 @@ def watched(timeout: float) -> Iterator[None]:
 
 
 def alive() -> None:
-    """Headway was made: a sample is done, bytes have come. Cheap, and nothing outside of `watched`."""
-    if _timeout and (now := time.monotonic()) - _wound > min(1.0, _timeout / 10):
-        _wind(now)
+    """Report headway, such as a finished sample or received bytes. Cheap, and no effect outside of `watched`."""
+    if _timeout and (now := time.monotonic()) - _armed_at > min(1.0, _timeout / 10):
+        _arm(now)
 
 
-def _wind(now: float) -> None:
-    global _wound
-    _wound = now
+def _arm(now: float) -> None:
+    """Start the timer again."""
+    global _armed_at
+    _armed_at = now
     faulthandler.dump_traceback_later(_timeout, exit=True)
 
 
 def end_with_parent() -> None:
-    """Make this process end within a tenth of a second when the one that started it is gone.
+    """Make this process end within a tenth of a second after its parent.
 
-    After a SIGKILL of the driver Ray's workers live on for two seconds. What was served by the driver (the demo's
-    images) is gone by then, and nobody should record that as the images' fault.
+    After a SIGKILL of the driver Ray's workers live on for two seconds. Whatever the driver served (the demo's images)
+    is gone by then, and must not be recorded as the images' fault.
     """
-    if not _orphan_watch.acquire(blocking=False):
+    if not _parent_watch.acquire(blocking=False):
         return
     parent = os.getppid()
 

@@ -1,4 +1,4 @@
-"""How far a build is: figures by stage, drawn live on a terminal and as lines of JSON elsewhere."""
+"""Progress of a build: figures by stage, as a live table on a terminal and as lines of JSON elsewhere."""
 
 import json
 import time
@@ -12,38 +12,43 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-RATE_WINDOW = 30.0  # seconds over which images/s are counted
+RATE_WINDOW = 30.0  # seconds over which rates are measured
 LINE_EVERY = 60.0  # seconds between two lines of JSON
 
 
 @dataclass
 class Line:
-    """One stage: `done` of `total` shards (of units, for ingest), and the images of this run.
-
-    `more` says that the total is what is known so far. `rate` is images a second, `bytes_rate` bytes written a second,
-    `busy` the share of their time that its models work, `left` seconds; None if not known.
-    """
+    """Figures of one stage; rates and times are None while they are not known."""
 
     name: str
     what: str
+    """What is counted: `shards`, or `units` for ingest."""
     done: int = 0
     total: int = 0
     more: bool = False
+    """The total will grow."""
     aside: int = 0
+    """Set aside."""
     running: int = 0
     workers: int = 0
+    """Actors that hold a model."""
     samples: int = 0
+    """Images of this run, of which so many"""
     failed: int = 0
     rate: float | None = None
+    """Images a second."""
     bytes_rate: float | None = None
+    """Bytes written a second."""
     busy: float | None = None
+    """The share of their time in which the models work."""
     left: float | None = None
+    """Seconds."""
     state: str = ""
 
 
 @dataclass
 class Snapshot:
-    """The state of a build: seconds since it began, its stages, and what there is to say since the last one."""
+    """The state of a build: seconds since it began, its stages, and messages since the last snapshot."""
 
     seconds: float
     lines: list[Line]
@@ -55,7 +60,7 @@ Progress = Callable[[Snapshot], None]
 
 @dataclass
 class Rates:
-    """Shards, images, bytes and seconds of models' work in one second, over the last half minute; None if unknown."""
+    """Shards, images, bytes and seconds of models' work per second over the last `RATE_WINDOW`; None if unknown."""
 
     jobs: float | None = None
     samples: float | None = None
@@ -64,7 +69,7 @@ class Rates:
 
 
 class Tally:
-    """What a stage did in this run, and how fast it is now."""
+    """A stage's work in this run, and its rates of now."""
 
     def __init__(self) -> None:
         self.jobs = self.samples = self.failed = 0
@@ -72,17 +77,19 @@ class Tally:
         self._recent: deque[tuple[float, int, int, int, float]] = deque()
 
     def begin(self) -> None:
-        """The stage has work in hand."""
+        """Start the clock, at the stage's first job."""
         if self.began is None:
             self.began = time.monotonic()
 
     def add(self, jobs: int = 0, samples: int = 0, failed: int = 0, size: int = 0, busy: float = 0.0) -> None:
+        """Count work that is done: `size` in bytes, `busy` in seconds of a model's work."""
         self.jobs += jobs
         self.samples += samples
         self.failed += failed
         self._recent.append((time.monotonic(), jobs, samples, size, busy))
 
     def rates(self) -> Rates:
+        """Return the rates over the last `RATE_WINDOW` seconds."""
         now = time.monotonic()
         while self._recent and self._recent[0][0] < now - RATE_WINDOW:
             self._recent.popleft()
@@ -93,7 +100,7 @@ class Tally:
 
 
 def duration(seconds: float | None) -> str:
-    """`0:42`, `12:05`, `3 h 20 min`, `2 d 4 h`."""
+    """Format seconds: `0:42`, `12:05`, `3 h 20 min`, `2 d 4 h`."""
     if seconds is None:
         return ""
     seconds = int(seconds)
@@ -105,14 +112,14 @@ def duration(seconds: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """A figure as people read it: `1,918`, `42`, `3.1`."""
+    """Format a figure for people: `1,918`, `42`, `3.1`."""
     if value is None:
         return ""
     return f"{value:.1f}" if 0 < value < 10 and value != int(value) else f"{value:,.0f}"
 
 
 def as_table(snapshot: Snapshot) -> Table:
-    """The stages as a table for a terminal."""
+    """Return the stages as a table for a terminal."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for name, justify in (("stage", "left"), ("done", "right"), ("", "left"), ("images", "right"), ("failed", "right")):
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
@@ -137,7 +144,7 @@ def as_table(snapshot: Snapshot) -> Table:
 
 
 def as_json(snapshot: Snapshot) -> str:
-    """A snapshot as one line of JSON: `seconds`, and by `stages` what `Line` has. Rates are per second."""
+    """Return a snapshot as one line of JSON: `seconds`, and `stages` with the fields of `Line`."""
 
     def rounded(value: Any) -> Any:
         return round(value, 3) if isinstance(value, float) else value
@@ -150,8 +157,8 @@ def as_json(snapshot: Snapshot) -> str:
 def shown(console: Console | None = None) -> Iterator[Progress]:
     """Show a build's progress on a console (standard error if None).
 
-    On a terminal that is a live table; elsewhere lines of JSON, one a minute and a last one, and in between
-    `{"note": ...}` for what there is to say.
+    On a terminal it is a live table; elsewhere lines of JSON, one a minute and a last one, and between them
+    `{"note": ...}` for each message.
     """
     console = console or Console(stderr=True)
     last: list[Snapshot] = []
@@ -171,18 +178,18 @@ def shown(console: Console | None = None) -> Iterator[Progress]:
         return
     printed = -LINE_EVERY
 
-    def say(text: str) -> None:
+    def print_line(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def write(snapshot: Snapshot) -> None:
         nonlocal printed
         for note in snapshot.notes:
-            say(json.dumps({"note": note}, ensure_ascii=False))
+            print_line(json.dumps({"note": note}, ensure_ascii=False))
         last[:] = [snapshot] if snapshot.lines else last
         if snapshot.lines and snapshot.seconds - printed >= LINE_EVERY:
             printed = snapshot.seconds
-            say(as_json(snapshot))
+            print_line(as_json(snapshot))
 
     yield write
     if last and last[0].seconds > printed:
-        say(as_json(last[0]))
+        print_line(as_json(last[0]))

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the build: what was committed stays, the same command goes on."""
+    """A signal ended the build: commits stay, and the same command goes on."""
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}; run the same command again and it goes on")
@@ -28,6 +28,7 @@ class StopSignals:
         self.received: int | None = None
 
     def install(self) -> None:
+        """Set the handlers, if this is the main thread: no other one can."""
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(signum, self._handle)
@@ -41,7 +42,7 @@ class StopSignals:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Handle signals inside the block; the handlers from before it come back at its end."""
+    """Handle signals in the block, and restore the handlers from before at its end."""
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     signals = StopSignals()
     signals.install()

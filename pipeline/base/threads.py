@@ -1,4 +1,4 @@
-"""Many small things at once, with bounded memory."""
+"""Run many small calls at once in threads, with bounded memory."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -23,10 +23,10 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 def threaded(
     function: Callable[[T], R], items: Iterable[T], threads: int = 16, ahead: int | None = None
 ) -> Generator[R]:
-    """`function` of every item, in order, on some threads.
+    """Yield `function` of every item in order, computed by several threads.
 
-    At most `ahead` results, by default two for each thread, are made before they are asked for. The items are taken by
-    the caller's thread.
+    At most `ahead` results, by default two for each thread, are computed before they are asked for. The caller's thread
+    takes the items. An error is raised at its item's position, and ends the generator.
     """
     pool = ThreadPoolExecutor(threads)
     try:
@@ -42,7 +42,7 @@ def threaded(
 
 
 def read_ahead(items: Iterable[T], most: int) -> Generator[T]:
-    """The items, taken by a thread of its own, at most `most` of them before they are asked for."""
+    """Yield the items; a thread takes up to `most` of them before they are asked for."""
     rest = iter(items)
     for item in threaded(lambda _: next(rest, END), repeat(None), threads=1, ahead=most):
         if item is END:
@@ -52,5 +52,5 @@ def read_ahead(items: Iterable[T], most: int) -> Generator[T]:
 
 @cache
 def side_by_side() -> ThreadPoolExecutor:
-    """Return this process's threads for a few writes that wait for a disk or a bucket at once."""
+    """Return this process's pool of threads for a few concurrent writes to a disk or a bucket."""
     return ThreadPoolExecutor(4, thread_name_prefix="publish")

@@ -1,21 +1,27 @@
-"""What a build has done so far, for people, for machines and for Ray's dashboard."""
+"""Show how far a build is: to people, to machines and on Ray's dashboard."""
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 from microdit.pipeline.base.progress import Line, Progress, Snapshot, Tally
 from microdit.pipeline.corpus.names import IMAGES, UNITS
+from microdit.pipeline.engine.messages import ShardWork
 from microdit.pipeline.engine.metrics import Metrics
 from microdit.pipeline.engine.plan import Job, Plan, UnitJob
 from microdit.pipeline.engine.summary import Work
 
-EVERY = 0.25  # seconds between two pictures of it
+SNAPSHOT_EVERY = 0.25  # seconds
 INGEST = "ingest"
 
 
 class Board:
-    """Kept by the driver; shown by `progress` (None shows nothing)."""
+    """Figures of a build, kept by the driver and shown by `progress` (None shows nothing).
+
+    Attributes:
+        tallies: one for each stage.
+        ingest: the tally of ingest.
+        work: by column what this run did.
+    """
 
     def __init__(self, stages: Sequence[str], progress: Progress | None):
         self.stages = list(stages)
@@ -26,55 +32,63 @@ class Board:
         self._began = time.monotonic()
         self._metrics = Metrics()
 
-    def say(self, note: str) -> None:
-        """One line for people, with the next picture."""
-        self._notes.append(note)
+    def note(self, text: str) -> None:
+        """Show a line to people, with the next snapshot."""
+        self._notes.append(text)
 
     def begin(self, job: Job | UnitJob) -> None:
+        """Count a job that was submitted."""
         (self.ingest if isinstance(job, UnitJob) else self.tallies[job.stage]).begin()
 
-    def made(self, job: Job, made: Mapping[str, Mapping[str, Any]]) -> None:
-        """A job wrote these columns, each with its counts, `seconds` and `bytes`."""
-        for column, counts in made.items():
-            self._count(column, counts)
-        if made:
-            widest = max(made.values(), key=lambda counts: counts["in"])
-            size = sum(counts["bytes"] for counts in made.values())
-            busy = max(counts.get("encode_seconds", counts["seconds"]) for counts in made.values())
-            self.tallies[job.stage].add(1, widest["in"], widest["failed"], size, busy)
-            self._metrics.made(self.stages[job.stage], widest["in"], widest["failed"], size)
+    def written(self, job: Job, columns: Mapping[str, ShardWork]) -> None:
+        """Count the columns of a shard that a job wrote."""
+        for column, work in columns.items():
+            self._count(column, work)
+        if columns:
+            widest = max(columns.values(), key=lambda work: work.inputs)
+            size = sum(work.bytes for work in columns.values())
+            busy = max(work.busy_seconds for work in columns.values())
+            self.tallies[job.stage].add(1, widest.inputs, widest.failed, size, busy)
+            self._metrics.written(self.stages[job.stage], widest.inputs, widest.failed, size)
 
-    def ingested(self, counts: Mapping[str, Any]) -> None:
-        """A shard of images was written."""
-        self._count(IMAGES, counts)
-        self.ingest.add(0, counts["in"], counts["failed"], counts["bytes"])
-        self._metrics.made(INGEST, counts["in"], counts["failed"], counts["bytes"])
+    def ingested(self, work: ShardWork) -> None:
+        """Count a shard of images that was written."""
+        self._count(IMAGES, work)
+        self.ingest.add(0, work.inputs, work.failed, work.bytes)
+        self._metrics.written(INGEST, work.inputs, work.failed, work.bytes)
 
     def unit_read(self) -> None:
+        """Count a unit that is complete."""
         self.ingest.add(1)
 
-    def _count(self, column: str, counts: Mapping[str, Any]) -> None:
-        did = self.work.setdefault(column, Work(first=time.monotonic() - counts["seconds"]))
-        did.shards += 1
-        did.samples += counts["in"]
-        did.seconds += counts["seconds"]
-        did.last = time.monotonic()
+    def _count(self, column: str, work: ShardWork) -> None:
+        total = self.work.setdefault(column, Work(first=time.monotonic() - work.seconds))
+        total.shards += 1
+        total.samples += work.inputs
+        total.seconds += work.seconds
+        total.last = time.monotonic()
 
     # -- showing -------------------------------------------------------------------------------------------------------
 
     def due(self, last: bool) -> bool:
-        """Is it time for another picture?"""
-        return last or time.monotonic() - self._shown >= EVERY
+        """Return True if it is time for another snapshot."""
+        return last or time.monotonic() - self._shown >= SNAPSHOT_EVERY
 
     def show(
         self, plan: Plan, running: Sequence[Job | UnitJob | None], loading: Collection[int], holding: Sequence[int]
     ) -> None:
-        """Show where the plan stands; the stages that load their models, and one entry for each actor that has one."""
+        """Show where the plan stands.
+
+        Args:
+            running: the job of every call that has not ended.
+            loading: the stages that load their models.
+            holding: the stage of every actor that has loaded one.
+        """
         self._shown = time.monotonic()
         notes, self._notes = self._notes, []
         lines = list(self._lines(plan, running, loading, holding))
         for line in lines:
-            self._metrics.state(line)
+            self._metrics.show(line)
         if self._progress is not None:
             self._progress(Snapshot(self._shown - self._began, lines, notes))
 
@@ -87,7 +101,7 @@ class Board:
             yield _rated(line, self.ingest)
         more = bool(plan.units) or units > 0
         for i, stage in enumerate(plan.stages):
-            columns = [column for column, _, _ in plan.targets[i]]
+            columns = [target.column for target in plan.targets[i]]
             if columns:
                 line = Line(stage.name, "shards", min(plan.done[c] for c in columns), plan.shards, more=more)
                 line.aside = max(len(plan.aside[c]) for c in columns)
@@ -98,6 +112,7 @@ class Board:
 
 
 def _rated(line: Line, tally: Tally) -> Line:
+    """Fill in the line's samples, rates, time left and state."""
     rates = tally.rates()
     line.samples, line.failed, line.rate = tally.samples, tally.failed, rates.samples
     line.bytes_rate = rates.bytes

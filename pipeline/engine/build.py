@@ -1,18 +1,19 @@
-"""The engine: a build's plan, carried out with Ray Core.
+"""Build a corpus: carry its plan out with Ray Core.
 
-`build` is what the command line and the demo call. It may be killed at any moment: the same call goes on.
+The command line and the demo call `build`. It may be killed at any moment: the same call goes on.
 """
 
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from microdit.pipeline.base.progress import Progress, Snapshot
 from microdit.pipeline.base.signals import Stopped, stop_signals
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import PROBES
+from microdit.pipeline.corpus.records import Commit, UnitCommit
 from microdit.pipeline.engine.plan import Plan
 from microdit.pipeline.engine.retries import Retries
 from microdit.pipeline.engine.summary import BuildSummary, Work, summarize
@@ -33,18 +34,18 @@ def build(
     max_attempts: int = 3,
     progress: Progress | None = None,
 ) -> BuildSummary:
-    """Build a corpus, or go on with it: everything that the config asks for and that is not committed.
+    """Build everything that the config asks for and that is not committed.
 
     Without anything to do it neither starts Ray nor reads a source. With `RAY_ADDRESS` in the environment it works on
     that cluster, otherwise on this machine alone; a cluster that it starts it also ends.
 
     Args:
         columns: make these alone (`images` stands for ingest); None makes all.
-        retry_failed: take again what earlier builds set aside.
-        repair: read everything that is committed first (`verify`), and make again what is damaged, lost or stale, and
-            what is computed from it.
+        retry_failed: try shards and units again that earlier builds set aside.
+        repair: read everything that is committed first (`verify`), and make shards again that are damaged, lost or
+            stale, and everything that is computed from them.
         max_attempts: tries that a shard or a unit gets before it is set aside.
-        progress: called about four times a second with how far it is.
+        progress: called about four times a second with a snapshot.
 
     Raises:
         RequestError: the corpus was made otherwise, a column is not in the config, a model cannot be loaded.
@@ -58,7 +59,7 @@ def build(
     corpus = Corpus.create(config.corpus, config.name, config.shard_samples)
     declare(corpus, config, lambda note: progress(Snapshot(0.0, [], [note])) if progress is not None else None)
 
-    def ingest(corpus: Corpus, source: Source, task: UnitTask, report: Callable[[dict[str, Any]], None]) -> Any:
+    def ingest(corpus: Corpus, source: Source, task: UnitTask, report: Callable[[Commit], None]) -> UnitCommit:
         return ingest_unit(corpus, source, task, config, report)
 
     return carry_out(
@@ -94,42 +95,42 @@ def carry_out(
     stall_timeout: float = 600.0,
     progress: Progress | None = None,
 ) -> BuildSummary:
-    """`build` for any sources and stages whose columns are declared; arguments and errors are those of `build`."""
+    """Build with any sources and stages whose columns are declared; arguments and errors are those of `build`."""
     began = time.monotonic()
     names = [source.name for source in sources]
     work: dict[str, Work] = {}
 
-    def say(note: str) -> None:
+    def note(text: str) -> None:
         if progress is not None:
-            progress(Snapshot(time.monotonic() - began, [], [note]))
+            progress(Snapshot(time.monotonic() - began, [], [text]))
 
-    redo = _damage(corpus, say) if repair else {}
+    redo = _damage(corpus, note) if repair else {}
     plan = Plan(corpus, {source.name: source.units() for source in sources}, stages, columns, retry_failed, redo)
     if not plan.empty():
         read = {unit.source for unit in plan.units}
         with ExitStack() as stack:
             signals = stack.enter_context(stop_signals())
             for source in sources:
-                say(f"source {source.name}: {source.terms}")
+                note(f"source {source.name}: {source.terms}")
             for source in sources:
                 if source.name in read:
-                    say(f"source {source.name}: getting ready")
-                    stack.enter_context(source.running(corpus, say))
-            say("starting the workers")
-            from microdit.pipeline.engine.cluster import joined
+                    note(f"source {source.name}: getting ready")
+                    stack.enter_context(source.running(corpus, note))
+            note("starting the workers")
+            from microdit.pipeline.engine.cluster import check_nodes, joined
 
             stack.enter_context(joined())  # ends before the sources do: no worker shall see them gone
             from microdit.pipeline.engine.board import Board
             from microdit.pipeline.engine.driver import Driver
-            from microdit.pipeline.engine.workers import Shared
+            from microdit.pipeline.engine.workers import BuildContext
 
             board = Board([stage.name for stage in stages], progress)
             retries = Retries(max_attempts, corpus.shard_samples)
-            shared = Shared(corpus, stack.enter_context(_probe(corpus)), stall_timeout)
-            driver = Driver(corpus, plan, sources, ingest, retries, shared, resources or {}, board)
+            context = BuildContext(corpus, stack.enter_context(_probe(corpus)), stall_timeout)
+            driver = Driver(plan, sources, ingest, retries, context, resources or {}, board)
             signals.stop = driver.ask_to_stop
             signals.install()  # ray.init put its own handlers there
-            driver.check_nodes()
+            check_nodes(context)
             driver.run()
             work = board.work
         if driver.stop is not None:
@@ -152,7 +153,7 @@ def _damage(corpus: Corpus, say: Callable[[str], None]) -> Mapping[str, Collecti
 
 @contextmanager
 def _probe(corpus: Corpus) -> Iterator[str | None]:
-    """An object that every node must see while the build runs: none on a bucket, which all see."""
+    """Keep an object that every node must see while the build runs; yield its name. None on a bucket: all see it."""
     if corpus.store.root is None:
         yield None
         return

@@ -2,37 +2,33 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.engine import workers
+from microdit.pipeline.engine.layout import Layout
+from microdit.pipeline.engine.messages import ErrorReport
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
-
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray itself will have it; silences its warning
-
-
-# a host that vanishes without a word is given up after two minutes, not seven; shorter, and long tasks are cut off:
-# Ray's servers take pings that come more often than every 60 s for an attack
+# A host that vanishes without a word is given up after two minutes, not seven. With shorter times long tasks are cut
+# off: Ray's servers take pings that come more often than every 60 s for an attack.
 os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "90000")
-
-
 os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", "30000")
-
-
 # the driver asks every task how it ended, but for those that a signal makes it drop
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 
-
-OBJECT_STORE = 100 << 20  # bytes: only names and small dictionaries travel
-
-
+OBJECT_STORE = 100 << 20  # bytes: only names and small records travel
 # one thread a process: the engine, not OpenMP, spreads the work
 WORKERS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+MEASURE_EVERY = 5.0  # seconds between two queries of the cluster's size
+NODE_CHECK_SECONDS = 60.0  # for every node to say that it sees the corpus
 
 
 @contextmanager
@@ -68,7 +64,7 @@ def joined() -> Iterator[None]:
 
 @contextmanager
 def _inherited(settings: Mapping[str, str]) -> Iterator[None]:
-    """Processes that are started in the block have these in their environment."""
+    """Add variables to the environment of the processes that are started in the block."""
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
@@ -81,21 +77,70 @@ def _inherited(settings: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def size(most_cpus: float | None, most_gpus: float | None) -> tuple[float, float]:
-    """CPUs and GPUs to lay the work out for.
+class ClusterView:
+    """The nodes of the cluster, and the layout of the work on them.
 
-    Those that are there; and of those that an autoscaler may add as many CPUs again, and all GPUs: what is asked for
-    and finds no place yet is the demand that the autoscaler sees.
+    Args:
+        gpu_models: stages with work whose model wants a GPU.
+        cpu_models: stages with work whose model stays on CPUs.
+        resources: `cpus` and `gpus` that an autoscaler may grow the cluster to; the others are arguments of `Layout`.
     """
-    there = ray.cluster_resources()
-    cpus, gpus = max(there.get("CPU", 0.0), 1.0), there.get("GPU", 0.0)
+
+    def __init__(self, gpu_models: int, cpu_models: int, resources: Mapping[str, float]):
+        self._gpu_models, self._cpu_models = gpu_models, cpu_models
+        self._most = resources.get("cpus"), resources.get("gpus")
+        self._options = {name: value for name, value in resources.items() if name not in ("cpus", "gpus")}
+        self._measure()
+
+    def refresh(self) -> None:
+        """Measure the cluster again if the last time is long ago: nodes come and go."""
+        if time.monotonic() - self._measured >= MEASURE_EVERY:
+            self._measure()
+
+    def _measure(self) -> None:
+        self._measured = time.monotonic()
+        self.nodes = nodes()
+        cpus, gpus = size(*self._most)
+        self.layout = Layout.for_cluster(cpus, gpus, self._gpu_models, self._cpu_models, **self._options)
+
+
+def size(most_cpus: float | None, most_gpus: float | None) -> tuple[float, float]:
+    """Return the CPUs and GPUs to lay the work out for.
+
+    These are all that the cluster has; and of those that an autoscaler may add as many CPUs again, and all GPUs. What
+    is asked for and cannot start yet is the demand that the autoscaler sees.
+    """
+    resources = ray.cluster_resources()
+    cpus, gpus = max(resources.get("CPU", 0.0), 1.0), resources.get("GPU", 0.0)
     return max(cpus, min(2 * cpus, most_cpus or 0.0)), max(gpus, most_gpus or 0.0)
 
 
 def nodes() -> list[str]:
-    """The ids of the nodes that are alive and have CPUs."""
+    """Return the ids of the nodes that are alive and have CPUs."""
     return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
-def is_alive(node: str) -> bool:
-    return any(found["NodeID"] == node and found["Alive"] for found in ray.nodes())
+def is_alive(node_id: str) -> bool:
+    """Return True if the node is part of the cluster."""
+    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
+
+
+def check_nodes(context: workers.BuildContext) -> None:
+    """Make sure that every node sees the corpus.
+
+    Raises:
+        RequestError: one does not.
+    """
+    task: Any = ray.remote(num_cpus=0)(workers.check_node)
+    context_ref = ray.put(context)
+    refs = [
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote([context_ref])
+        for node in nodes()
+    ]
+    for ref in ray.wait(refs, num_returns=len(refs), timeout=NODE_CHECK_SECONDS)[0] if refs else ():
+        try:
+            error: ErrorReport | None = ray.get(ref)
+        except ray.exceptions.RayError:
+            continue  # the node is gone; its successor checks when it works for the first time
+        if error is not None:
+            raise RequestError(error.message)

@@ -1,4 +1,4 @@
-"""A build's figures as metrics of Ray, for its dashboard and for Prometheus (`ray_microdit_...`)."""
+"""Publish a build's figures as metrics of Ray, for its dashboard and for Prometheus (`ray_microdit_...`)."""
 
 from ray.util.metrics import Counter, Gauge
 
@@ -6,7 +6,7 @@ from microdit.pipeline.base.progress import Line
 
 
 class Metrics:
-    """Counters of this run, and gauges of where the build stands; the tag is the stage."""
+    """Counters of this run, and gauges of the build's state; the tag is the stage."""
 
     def __init__(self) -> None:
         tags = ("stage",)
@@ -18,16 +18,16 @@ class Metrics:
         self._aside = Gauge("microdit_set_aside", "shards (ingest: units) that are set aside", tags)
         self._running = Gauge("microdit_at_work", "shards (ingest: units) with the workers", tags)
 
-    def made(self, stage: str, samples: int, failed: int, size: int) -> None:
-        """A shard was written."""
+    def written(self, stage: str, samples: int, failed: int, size: int) -> None:
+        """Count a shard that was written, of `size` bytes."""
         tags = {"stage": stage}
         self._shards.inc(1, tags)
         for counter, value in ((self._samples, samples), (self._failed, failed), (self._bytes, size)):
             if value:  # Ray's counters refuse 0
                 counter.inc(value, tags)
 
-    def state(self, line: Line) -> None:
-        """Where a stage stands."""
+    def show(self, line: Line) -> None:
+        """Set the gauges of a stage."""
         tags = {"stage": line.name}
         self._left.set(line.total - line.done - line.aside, tags)
         self._aside.set(line.aside, tags)

@@ -1,4 +1,4 @@
-"""What a build has still to do: found from listings alone, and kept up to date as commits come. No ray here."""
+"""The work that is left of a build: found from listings alone, and kept up to date as commits come. No ray here."""
 
 import random
 from collections import Counter, defaultdict, deque
@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Job:
-    """One shard for one stage: write just these columns of it, in these generations."""
+    """One shard for one stage, with the columns to write and the generation of each."""
 
     stage: int
     source: str
@@ -36,7 +36,7 @@ class Job:
 
 @dataclass(frozen=True)
 class UnitJob:
-    """One unit to read; in a repair `redo` are the shards to write again, each with its generation."""
+    """One unit to read; in a repair `redo` are the shards to write again, with the generation of each."""
 
     source: str
     unit: str
@@ -45,19 +45,27 @@ class UnitJob:
     """Of the unit's own commit."""
 
 
+class Target(NamedTuple):
+    """A column that a stage is to write: its bit in a shard's state, and the bits of its inputs."""
+
+    column: str
+    bit: int
+    needs: int
+
+
 class Plan:
     """The units that are not read and the shards that are not made, by stage.
 
-    A shard is one integer: a bit for every column that is committed, and one for every stage that has it in hand
-    (queued or running), so that a million shards of ten columns fit in a few hundred megabytes. What is there to do at
-    the start is handed out in a random order: two builds of one corpus then seldom take the same.
+    A shard is one integer: a bit for every column that is committed, and one for every stage in which it is in progress
+    (queued or running), so that a million shards of ten columns fit in a few hundred megabytes. The work at the start
+    is in a random order: two builds of one corpus then seldom take the same.
 
     Args:
         sources: `{source: its units}`; commits of other sources of the corpus are left alone.
-        columns: what to make; None makes all. With `images` among them, units are read.
-        retry_failed: take what was set aside as new.
-        redo: what is made again though it is committed, and all that is computed from it: by column (`units` for the
-            commits of units) the (source, shard).
+        columns: the columns to make; None makes all. With `images` among them, units are read.
+        retry_failed: take shards and units that were set aside as new.
+        redo: shards to make again though they are committed, with everything that is computed from them: by column the
+            (source, shard); by `units` the (source, unit) whose own commit is written again.
 
     Raises:
         RequestError: a column that neither is `images` nor made by a stage.
@@ -85,7 +93,7 @@ class Plan:
         self._busy = [1 << (len(self._bit) + i) for i in range(len(self.stages))]
         self.targets = [
             [
-                (column, self._bit[column], sum(self._bit[name] for name in {*spec.inputs, IMAGES}))
+                Target(column, self._bit[column], sum(self._bit[name] for name in {*spec.inputs, IMAGES}))
                 for column, spec in stage.columns.items()
                 if column in self.columns
             ]
@@ -122,7 +130,7 @@ class Plan:
 
         for source, names in sources.items():
             listed(source, IMAGES)
-            with ThreadPoolExecutor(8) as pool:  # the waiting for pages is shared out, what is found is not kept
+            with ThreadPoolExecutor(8) as pool:  # they wait for pages of listings, which are not kept
                 units = pool.submit(corpus.committed, UNITS, source)
                 failed = {c: pool.submit(failures, corpus, c, source) for c in self.aside}
                 list(pool.map(partial(listed, source), [c for c in self._bit if c != IMAGES]))
@@ -145,7 +153,7 @@ class Plan:
         redo: Mapping[str, Collection[Where]],
         highest: Mapping[tuple[str, Where], int],
     ) -> None:
-        """Take the columns that are made again, and those that come from them, for not committed."""
+        """Mark the columns to make again, and those computed from them, as not committed."""
         specs = {column: spec for stage in self.stages for column, spec in stage.columns.items()}
         order = [IMAGES]
         while rest := [c for c in self._bit if c not in order]:
@@ -193,19 +201,19 @@ class Plan:
                 self._state[shard] |= busy
                 self.ready[stage].append(shard)
 
-    # -- asked and told by the engine ------------------------------------------------------------------------------
+    # -- the driver's side ---------------------------------------------------------------------------------------------
 
     @property
     def shards(self) -> int:
-        """How many shards of images are committed."""
+        """Return how many shards of images are committed."""
         return len(self._state)
 
     def empty(self) -> bool:
-        """True if nothing can be done now."""
+        """Return True if nothing can be done now."""
         return not self.units and not any(self.ready)
 
     def take(self, stage: int) -> Job | None:
-        """The next shard for a stage; it is in hand until `release`, `requeue` or `set_aside`."""
+        """Take the next shard for a stage; it counts as in progress until `release`, `requeue` or `set_aside`."""
         while self.ready[stage]:
             source, shard = where = self.ready[stage].popleft()
             if columns := self._todo(stage, where):
@@ -214,14 +222,14 @@ class Plan:
         return None
 
     def requeue(self, job: Job | UnitJob) -> None:
-        """A job was not done: it is handed out again, as the next one."""
+        """Put a job that was not done back at the head of its queue."""
         if isinstance(job, UnitJob):
             self.units.appendleft(job)
         else:
             self.ready[job.stage].appendleft((job.source, job.shard))
 
     def committed(self, source: str, shard: str, column: str) -> bool:
-        """A commit was made: what waited for it is ready now. False if it was known."""
+        """Note a commit and queue the stages that waited for it; return False if it was known."""
         where = (source, shard)
         state = self._state.get(where, 0)
         if state & self._bit[column]:
@@ -233,17 +241,18 @@ class Plan:
         return True
 
     def unit_committed(self, source: str, unit: str) -> None:
+        """Note a unit's own commit."""
         self.units_done += 1
         self.aside[UNITS].discard((source, unit))
 
     def release(self, job: Job) -> None:
-        """A job came to its end, made or set aside; if more of the shard became ready meanwhile, it is queued again."""
+        """End a job, made or set aside; if more of the shard became ready meanwhile, queue it again."""
         shard = (job.source, job.shard)
         self._state[shard] &= ~self._busy[job.stage]
         self._consider(shard)
 
     def set_aside(self, job: Job | UnitJob) -> tuple[str, ...]:
-        """Give a job up; returns the columns that it should have made (`units` for a unit)."""
+        """Give a job up; return the columns that it should have made (`units` for a unit)."""
         if isinstance(job, UnitJob):
             self.aside[UNITS].add((job.source, job.unit))
             return (UNITS,)
@@ -254,22 +263,21 @@ class Plan:
         return left
 
     def upstream(self, stage: int) -> set[int]:
-        """The stages that a stage waits for, directly or not."""
-        makers = {column: i for i, targets in enumerate(self.targets) for column, _, _ in targets}
-        found: set[int] = set()
+        """Return the stages that a stage waits for, directly or not."""
+        makers = {target.column: i for i, targets in enumerate(self.targets) for target in targets}
+        upstream: set[int] = set()
         queue = [stage]
         while queue:
             current = queue.pop()
-            needs = {
-                name for column, _, _ in self.targets[current] for name in self.stages[current].columns[column].inputs
-            }
-            new = {makers[name] for name in needs & makers.keys()} - found - {stage}
-            found |= new
+            specs = [self.stages[current].columns[target.column] for target in self.targets[current]]
+            needs = {name for spec in specs for name in spec.inputs}
+            new = {makers[name] for name in needs & makers.keys()} - upstream - {stage}
+            upstream |= new
             queue.extend(new)
-        return found
+        return upstream
 
     def downstream_first(self) -> list[int]:
-        """The stages in the order in which they are served: what is furthest from the source first."""
+        """Return the stages in the order in which they are served: the furthest from the sources first."""
         return sorted(range(len(self.stages)), key=lambda stage: (-len(self.upstream(stage)), stage))
 
 
@@ -278,6 +286,6 @@ def _unit_of(shard: str) -> str:
 
 
 def _shuffled(items: Iterable[T]) -> list[T]:
-    found = list(items)
-    random.shuffle(found)
-    return found
+    shuffled = list(items)
+    random.shuffle(shuffled)
+    return shuffled

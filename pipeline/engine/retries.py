@@ -1,30 +1,32 @@
-"""What becomes of a job that failed: again, elsewhere and later; by halves, until the sample that kills is found; or
-never. Decisions alone: no ray, no clock, no corpus."""
+"""Decide whether a job that failed is tried again: later and on another node, in halves to find a deadly row, or never.
 
-from collections.abc import Mapping
+No ray and no corpus.
+"""
+
+import heapq
+import itertools
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
+from microdit.pipeline.engine.messages import ErrorReport
 from microdit.pipeline.engine.plan import Job, UnitJob
 from microdit.pipeline.stages.stage import Task, UnitTask
 
 BACKOFF_SECONDS = 2.0  # before the second attempt; four times as long before each further one
 DEATHS = 2  # of processes on a shard before one of its samples is suspected
 MAX_ASIDE = 16  # samples of a shard that may be set aside; with more it is not the samples
-
-MAX_LOST = (
-    10  # nodes that a job may lose: it is no fault of its, but one that ends every node must not go round for ever
-)
-
+MAX_LOST = 10  # nodes that a job may lose by no fault of its own: one that ends every node must not go round for ever
 MAX_SEARCHES = 2  # that find nothing
 
 
 @dataclass
 class Search:
-    """Which row of a shard kills the process that works on it, by halves.
+    """Bisect a shard for the row that kills the process that works on it.
 
-    `trial` are the rows to try next. First none at all: a stage that dies then does so without any sample's fault. A
-    row is taken for the one only when it killed alone.
+    `trial` are the rows to try next. The first trial has no row: a stage that dies then does so without any sample's
+    fault. A row is blamed only if it killed the process alone.
     """
 
     rows: int
@@ -35,7 +37,7 @@ class Search:
         self.high = self.rows
 
     def died(self) -> int | None:
-        """The row, if it was alone; otherwise `trial` is what to try next."""
+        """Return the row to blame if it was alone in the trial; otherwise set the next `trial`."""
         if len(self.trial) == 1:
             return self.trial.start
         self.high = self.trial.stop
@@ -43,7 +45,7 @@ class Search:
         return None
 
     def survived(self) -> bool:
-        """False if no row is left that could be the one."""
+        """Set the next `trial`; return False if no row is left to suspect."""
         if len(self.trial) and self.trial.stop == self.high:
             return False
         self.low = self.trial.stop
@@ -56,57 +58,67 @@ class Search:
 
 @dataclass
 class History:
-    """What happened to a job so far. `nodes`: where it failed."""
+    """The failures of a job so far."""
 
     attempts: int = 0
     deaths: int = 0
     lost: int = 0
     searches: int = 0
+    """Searches that found no row."""
     nodes: set[str] = field(default_factory=set)
+    """Nodes on which it failed."""
     aside: dict[int, str] = field(default_factory=dict)
+    """Rows that are set aside, and the reason."""
     search: Search | None = None
-    error: Mapping[str, Any] = field(default_factory=dict)
+    error: ErrorReport | None = None
+    """The last error."""
 
 
 class Retries:
-    """The histories of the jobs that failed. Those that decide return seconds to wait, or None: set it aside."""
+    """Histories of the jobs that failed.
+
+    `raised`, `died`, `survived` and `lost` return the seconds to wait before the next attempt, or None: set it aside.
+    """
 
     def __init__(self, max_attempts: int, shard_samples: int):
         self.max_attempts, self.shard_samples = max_attempts, shard_samples
         self.histories: dict[Job | UnitJob, History] = {}
 
     def of(self, job: Job | UnitJob) -> History:
+        """Return a job's history; an empty one if it never failed."""
         return self.histories.get(job) or History()
 
     def suspected(self, job: Job | UnitJob) -> bool:
-        """Whether a process died that worked on it: it may kill the next one."""
+        """Return True if a process died that worked on the job: it may kill the next one."""
         history = self.of(job)
         return history.deaths > 0 or history.search is not None
 
     def task(self, job: Job) -> Task:
-        """What a stage is asked to do now."""
+        """Return the next task of a shard for its stage."""
         history = self.of(job)
         rows = history.search.trial if history.search else None
         return Task(job.ref, dict(job.columns), dict(history.aside), rows)
 
     def unit_task(self, job: UnitJob) -> UnitTask:
-        """What ingest is asked to do now: with care once a process died of the unit."""
-        return UnitTask(job.unit, job.redo, job.generation, careful=self.of(job).deaths > 0)
+        """Return the next task of a unit for ingest: with isolated decoding once a process died of the unit."""
+        return UnitTask(job.unit, job.redo, job.generation, isolated=self.of(job).deaths > 0)
 
     def done(self, job: Job | UnitJob) -> History:
-        """A job came to its end, good or not; its history, which is forgotten."""
+        """Forget a job that is done or set aside, and return its history."""
         return self.histories.pop(job, None) or History()
 
-    def raised(self, job: Job | UnitJob, error: Mapping[str, Any], node: str | None) -> float | None:
-        """An attempt ended with an error."""
+    def raised(self, job: Job | UnitJob, error: ErrorReport, node: str | None) -> float | None:
+        """Count an attempt that ended with an error."""
         history = self._failed(job, error, node)
         if history.search is not None:  # what the search looks for did not happen
             return self.survived(job)
         history.attempts += 1
         return self._again(history)
 
-    def died(self, job: Job | UnitJob, reason: str, error: Mapping[str, Any], node: str | None) -> float | None:
-        """The process that worked on it is gone: `reason` is `crash` or `stall`."""
+    def died(
+        self, job: Job | UnitJob, reason: Literal["crash", "stall"], error: ErrorReport, node: str | None
+    ) -> float | None:
+        """Count an attempt whose process ended."""
         history = self._failed(job, error, node)
         if history.search is not None:
             if not history.search.trial:
@@ -124,25 +136,25 @@ class Retries:
         return self._again(history)
 
     def survived(self, job: Job | UnitJob) -> float | None:
-        """A trial of some rows came to its end."""
+        """Go on with the search after a trial that killed no process."""
         history = self.histories[job]
         assert history.search is not None
         if history.search.survived():
             return 0.0
-        # all of it was worked on, in parts, and nothing died: what killed came from outside, or was too much at once
+        # every row was worked on, in parts, and no process died: the cause was outside, or all at once were too much
         history.search = None
         history.searches += 1
         history.deaths = 0
         history.attempts = min(history.attempts, 1)
         return self._again(history)
 
-    def lost(self, job: Job | UnitJob, error: Mapping[str, Any], node: str | None) -> float | None:
-        """The node that worked on it is gone, or the machine was out of memory: no fault of the job's."""
+    def lost(self, job: Job | UnitJob, error: ErrorReport, node: str | None) -> float | None:
+        """Count a node that is gone, or was out of memory: not the job's fault, so not an attempt."""
         history = self._failed(job, error, node)
         history.lost += 1
         return None if history.lost > MAX_LOST else BACKOFF_SECONDS
 
-    def _failed(self, job: Job | UnitJob, error: Mapping[str, Any], node: str | None) -> History:
+    def _failed(self, job: Job | UnitJob, error: ErrorReport, node: str | None) -> History:
         history = self.histories.setdefault(job, History())
         history.error = error
         if node is not None:
@@ -153,3 +165,27 @@ class Retries:
         if history.attempts >= self.max_attempts:
             return None
         return BACKOFF_SECONDS * 4 ** (history.attempts - 1)
+
+
+class DelayedJobs:
+    """Jobs that wait for their next attempt."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Job | UnitJob]] = []
+        self._count = itertools.count()  # jobs of one time are not compared
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def __iter__(self) -> Iterator[Job | UnitJob]:
+        return (job for _, _, job in self._heap)
+
+    def add(self, job: Job | UnitJob, seconds: float) -> None:
+        """Delay a job."""
+        heapq.heappush(self._heap, (time.monotonic() + seconds, next(self._count), job))
+
+    def take_due(self) -> Iterator[Job | UnitJob]:
+        """Take the jobs whose time has come, the earliest first."""
+        now = time.monotonic()
+        while self._heap and self._heap[0][0] <= now:
+            yield heapq.heappop(self._heap)[2]

@@ -1,8 +1,7 @@
-"""What runs on the workers: the plain functions of sources and stages, given a place by Ray.
+"""The calls that run on the workers: the plain functions of sources and stages, as tasks and actors of Ray.
 
-Only names and small dictionaries travel. Every call is a stream of messages: first that it has begun and where, at the
-end what came of it. What goes wrong comes back as a message too, so that no exception of a model's library has to
-survive pickling.
+Only names and small records travel. Every call is a stream of messages: first that it has begun and on which node, at
+the end its result. An error comes back as a message too.
 """
 
 import errno
@@ -21,162 +20,186 @@ from microdit.pipeline.base.liveness import end_with_parent, watched
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import commit_name
 from microdit.pipeline.corpus.records import Commit, UnitCommit
+from microdit.pipeline.engine.messages import (
+    ActorLoaded,
+    ActorStarted,
+    Began,
+    ErrorReport,
+    IngestMessage,
+    LoadFailed,
+    LoadMessage,
+    ShardEnded,
+    ShardIngested,
+    ShardWork,
+    UnitFailed,
+    UnitIngested,
+)
 from microdit.pipeline.sources.source import Source
 from microdit.pipeline.stages.stage import Stage, Task, UnitTask
 
-Message = dict[str, Any]
-Ingest = Callable[[Corpus, Source, UnitTask, Callable[[Message], None]], UnitCommit]
-_stages: dict[str, Stage] = {}
-_seen: set[str] = set()
+Ingest = Callable[[Corpus, Source, UnitTask, Callable[[Commit], None]], UnitCommit]
+"""`ingest_unit` of one configuration; the last argument is called with the commit of each shard that it wrote."""
+
+_stages: dict[str, Stage] = {}  # loaded by this process, by the id of their object in Ray
+_seen_probes: set[str] = set()
 
 
 @dataclass(frozen=True)
-class Shared:
-    """What all calls of a build need. `probe` is an object of the corpus that every node must see, if there is one."""
+class BuildContext:
+    """What every call of a build needs."""
 
     corpus: Corpus
     probe: str | None
+    """An object of the corpus that every node must see; None on a bucket."""
     stall_timeout: float
+    """Seconds without headway after which a worker ends itself."""
 
 
-def error_of(error: BaseException) -> Message:
-    """An exception as a dictionary: what it says, the traceback, and whether the request is wrong or a disk full."""
+def error_report(error: BaseException) -> ErrorReport:
+    """Describe an exception, and whether the request is wrong or a disk full."""
     text = str(error).strip()
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return {
-        "message": text if isinstance(error, RequestError) else f"{type(error).__name__}: {text}".rstrip(": "),
-        "traceback": "".join(traceback.format_exception(error)),
-        "request": isinstance(error, RequestError) and not isinstance(error, DamagedError),
-        "full_disk_of": socket.gethostname() if full else None,
-    }
+    return ErrorReport(
+        message=text if isinstance(error, RequestError) else f"{type(error).__name__}: {text}".rstrip(": "),
+        traceback="".join(traceback.format_exception(error)),
+        is_request=isinstance(error, RequestError) and not isinstance(error, DamagedError),
+        full_disk_of=socket.gethostname() if full else None,
+    )
 
 
-def look(shared: Shared) -> None:
+def check_sees_corpus(context: BuildContext) -> None:
     """Make sure that this node sees the folder in which the corpus is.
 
     Raises:
         RequestError: it does not.
     """
-    if shared.probe is None or shared.probe in _seen:
+    if context.probe is None or context.probe in _seen_probes:
         return
-    if not shared.corpus.store.exists(shared.probe):
+    if not context.corpus.store.exists(context.probe):
         raise RequestError(
-            f"corpus {shared.corpus.url}: node {socket.gethostname()} does not see this folder as the others do. "
+            f"corpus {context.corpus.url}: node {socket.gethostname()} does not see this folder as the others do. "
             "A folder serves one machine, or a mount that all nodes share: "
             "mount it on every node, or put the corpus into a bucket with --corpus s3://bucket/prefix"
         )
-    _seen.add(shared.probe)
+    _seen_probes.add(context.probe)
 
 
-def look_from_here(refs: list[Any]) -> Message:
-    """`look` as a task."""
+def check_node(refs: list[Any]) -> ErrorReport | None:
+    """Run `check_sees_corpus` as a task; refs: the context."""
     try:
-        look(ray.get(refs[0]))
+        check_sees_corpus(ray.get(refs[0]))
     except RequestError as error:
-        return {"error": error_of(error)}
-    return {}
+        return error_report(error)
+    return None
 
 
-def node() -> str:
+def node_id() -> str:
+    """Return Ray's id of the node that this process runs on."""
     return str(ray.get_runtime_context().get_node_id())
 
 
-def ingest(refs: list[Any], task: UnitTask) -> Iterator[Message]:
-    """Read a unit; yields what `ingest_unit` reports as it goes, and as the last one the unit or the error."""
+def ingest(refs: list[Any], task: UnitTask) -> Iterator[Began | IngestMessage]:
+    """Read a unit: yield a message for each shard that is written, and a last one for the unit or the error.
+
+    refs: the context, the `Ingest` function and the source.
+    """
     end_with_parent()
-    yield {"began": node()}
-    shared, function, source = (ray.get(ref) for ref in refs)
-    messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    yield Began(node_id())
+    context, function, source = (ray.get(ref) for ref in refs)
+    messages: queue.SimpleQueue[IngestMessage] = queue.SimpleQueue()
+
+    def report(commit: Commit) -> None:
+        messages.put(ShardIngested(commit.shard, ShardWork.of(commit)))
 
     def read() -> None:
         try:
-            look(shared)
-            with watched(shared.stall_timeout):
-                record = function(shared.corpus, source, task, messages.put)
-            messages.put({"unit": record.unit, "shards": record.shards})
+            check_sees_corpus(context)
+            with watched(context.stall_timeout):
+                record = function(context.corpus, source, task, report)
+            messages.put(UnitIngested(tuple(record.shards)))
         except Exception as error:
-            messages.put({"error": error_of(error)})
+            messages.put(UnitFailed(error_report(error)))
 
     threading.Thread(target=read, daemon=True, name="ingest").start()
     while True:
         message = messages.get()
         yield message
-        if "unit" in message or "error" in message:
+        if isinstance(message, UnitIngested | UnitFailed):
             return
 
 
-def run_stage(stage: Stage, corpus: Corpus, task: Task) -> Message:
-    """One shard of a stage. `made`: what was written, by column; `there`: the columns that others had written.
-
-    If it did not end well there is an `error` too.
-    """
+def run_stage(stage: Stage, corpus: Corpus, task: Task) -> ShardEnded:
+    """Run a stage on one shard, for the columns that no other build has committed meanwhile."""
     left = dict(task.columns)
-    made: dict[str, Message] = {}
+    written: dict[str, ShardWork] = {}
     try:
-        if task.rows is None:  # another build may have made it meanwhile
-            left = {column: generation for column, generation in left.items() if not _there(corpus, task, column)}
+        if task.rows is None:
+            left = {column: number for column, number in left.items() if not _is_committed(corpus, task, column)}
         for commit in stage.run(corpus, replace(task, columns=left)) if left else ():
             del left[commit.column]
             if commit.ours:
-                made[commit.column] = summary_of(commit)
+                written[commit.column] = ShardWork.of(commit)
         if left and task.rows is None:
             raise RuntimeError(f"stage {stage.name} made no commit of {', '.join(sorted(left))} for {task.ref.shard}")
     except Exception as error:
-        there = [column for column in task.columns if _there(corpus, task, column)]
-        return {"made": made, "there": there, "error": error_of(error)}
-    return {"made": made, "there": [c for c in task.columns if c not in made] if task.rows is None else []}
+        existing = tuple(column for column in task.columns if _is_committed(corpus, task, column))
+        return ShardEnded(written, existing, error_report(error))
+    return ShardEnded(written, tuple(c for c in task.columns if c not in written) if task.rows is None else ())
 
 
-def _there(corpus: Corpus, task: Task, column: str) -> bool:
+def _is_committed(corpus: Corpus, task: Task, column: str) -> bool:
     return corpus.store.exists(commit_name(column, task.ref.source, task.ref.shard, task.columns[column]))
 
 
-def summary_of(commit: Commit) -> Message:
-    return {**commit.counts, **commit.timings, "bytes": commit.size}
+def stage_task(refs: list[Any], task: Task) -> Iterator[Began | ShardEnded | LoadFailed]:
+    """Run a stage on one shard as a task. A process keeps the stages that it has loaded.
 
-
-def stage_task(refs: list[Any], task: Task) -> Iterator[Message]:
-    """`run_stage` as a task: a process keeps the stages that it has loaded."""
+    refs: the context and the stage.
+    """
     end_with_parent()
-    yield {"began": node()}
+    yield Began(node_id())
     key = refs[1].hex()
-    shared = ray.get(refs[0])
+    context = ray.get(refs[0])
     if key not in _stages:
         stage: Stage = ray.get(refs[1])
         try:
-            look(shared)
+            check_sees_corpus(context)
             stage.load()
         except Exception as error:
-            yield {"made": {}, "there": [], "error": error_of(error), "load": True}
+            yield LoadFailed(error_report(error))
             return
         _stages[key] = stage
-    with watched(shared.stall_timeout):
-        message = run_stage(_stages[key], shared.corpus, task)
+    with watched(context.stall_timeout):
+        message = run_stage(_stages[key], context.corpus, task)
     yield message
 
 
 class StageActor:
-    """A stage that holds a model: loaded once, then one shard after the other; or two at once, in threads."""
+    """A stage that holds a model: loaded once, then one shard after the other, or two at once in threads.
+
+    refs: the context and the stage.
+    """
 
     def __init__(self, refs: list[Any]):
         end_with_parent()
-        self._shared, self._stage = (ray.get(ref) for ref in refs)
+        self._context, self._stage = (ray.get(ref) for ref in refs)
 
-    def place(self) -> Message:
-        """Answered as soon as the actor has its place: which node."""
-        return {"placed": node()}
+    def start(self) -> LoadMessage:
+        """Answer as soon as Ray has started the actor, with its node."""
+        return ActorStarted(node_id())
 
-    def load(self) -> Message:
-        """Load the models; `{"error": ...}` if that fails."""
+    def load(self) -> LoadMessage:
+        """Load the models."""
         try:
-            look(self._shared)
+            check_sees_corpus(self._context)
             self._stage.load()
         except Exception as error:
-            return {"error": error_of(error)}
-        return {}
+            return LoadFailed(error_report(error))
+        return ActorLoaded()
 
-    def run(self, task: Task) -> Iterator[Message]:
-        yield {"began": node()}
-        with watched(self._shared.stall_timeout):
-            message = run_stage(self._stage, self._shared.corpus, task)
+    def run(self, task: Task) -> Iterator[Began | ShardEnded]:
+        """Run the stage on one shard."""
+        yield Began(node_id())
+        with watched(self._context.stall_timeout):
+            message = run_stage(self._stage, self._context.corpus, task)
         yield message

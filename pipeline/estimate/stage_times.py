@@ -18,7 +18,7 @@ from microdit.pipeline.config.captions import CAPTIONERS, CaptionsColumn, pass_k
 from microdit.pipeline.config.encoders import LatentsColumn, TextColumn
 from microdit.pipeline.config.scores import ClipScores, ScoresColumn, device_of, scorer_of
 from microdit.pipeline.corpus.names import IMAGES
-from microdit.pipeline.engine.layout import Places
+from microdit.pipeline.engine.layout import Layout
 from microdit.pipeline.estimate import rates
 from microdit.pipeline.estimate.column_sizes import ColumnSizes, by_origin
 from microdit.pipeline.estimate.past_build import Pace, PastBuild
@@ -109,7 +109,7 @@ class StageTimes:
         self.otherwise, self.hardware, self.assume = otherwise, hardware, assume
         devices = {stage_name(config, column): _device(options) for column, options in config.columns.items()}
         counts = [list(devices.values()).count(device) for device in ("gpu", "cpu")]
-        self.layout = Places.on(
+        self.layout = Layout.for_cluster(
             hardware.cpus,
             hardware.gpus,
             *counts,

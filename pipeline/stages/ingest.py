@@ -18,9 +18,9 @@ from microdit.pipeline.content.images import BadImage, Prepared, prepare
 from microdit.pipeline.corpus.attempt import Attempt, begin_attempt, commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, UNITS, commit_name, shard_name
-from microdit.pipeline.corpus.records import ShardRef, UnitCommit
+from microdit.pipeline.corpus.records import Commit, ShardRef, UnitCommit
 from microdit.pipeline.sources.source import Input, Source
-from microdit.pipeline.stages.isolated_decode import Careful
+from microdit.pipeline.stages.isolated_decode import IsolatedDecoder
 from microdit.pipeline.stages.stage import UnitTask
 
 SCALARS = {
@@ -50,15 +50,14 @@ def ingest_unit(
     source: Source,
     task: UnitTask,
     config: BuildConfig,
-    progress: Callable[[dict[str, Any]], None] | None = None,
+    progress: Callable[[Commit], None] | None = None,
 ) -> UnitCommit:
     """Read a unit, write those of its images shards that are not committed yet, then the unit's commit.
 
     A unit that is complete is not read, but in a repair.
 
     Args:
-        progress: called after each shard that this call wrote, with `shard`, the commit's counts (`in`, `out`,
-            `failed`), `seconds` and `bytes`.
+        progress: called with the commit of each shard that this call wrote.
 
     Raises:
         RequestError: the source cannot be read at all. A single bad input is a failed row, never an exception.
@@ -80,8 +79,8 @@ def ingest_unit(
     with ExitStack() as stack:
         decode: Callable[[bytes], Prepared] = partial(prepare, options=config.images)
         threads = config.resources.decode_threads
-        if task.careful:
-            decode = stack.enter_context(Careful(decode, config.resources.stall_timeout))
+        if task.isolated:
+            decode = stack.enter_context(IsolatedDecoder(decode, config.resources.stall_timeout))
             threads = 1
         found = stack.enter_context(closing(source.read(unit, lambda ordinal: not there(shard_of(ordinal)))))
         decoded = threaded(lambda item: (item, _prepare(item.data, decode)), found, threads)
@@ -104,8 +103,7 @@ def ingest_unit(
             since, worked = time.monotonic(), time.process_time()
             inputs += commit.counts["in"]
             if progress is not None and commit.ours:
-                seconds = time.monotonic() - began
-                progress({"shard": shard, **commit.counts, "seconds": seconds, "bytes": commit.size})
+                progress(commit)
     fail_point("committing-unit")
     record = commit_unit(corpus, source.name, unit, inputs, shards, task.generation)
     fail_point("committed-unit")

@@ -11,7 +11,7 @@ from microdit.pipeline.content.images import BadImage
 T = TypeVar("T")
 
 
-class Careful(Generic[T]):
+class IsolatedDecoder(Generic[T]):
     """`decode`, one image after the other in another process: an image that kills it, or makes it hang, fails alone.
 
     The reasons are `crash`, and `stall` after `timeout` seconds. To be used as a context, by one thread.

@@ -49,7 +49,7 @@ class UnitTask:
     """In a repair the shards that are written again, and the generation of each; otherwise None."""
     generation: int = 0
     """Of the unit's own commit."""
-    careful: bool = False
+    isolated: bool = False
     """Decode in a process of its own: this unit killed the process that read it."""
 
 

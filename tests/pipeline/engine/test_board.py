@@ -2,13 +2,14 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from microdit.pipeline.base.progress import Snapshot
+from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.engine import metrics
 from microdit.pipeline.engine.board import Board
+from microdit.pipeline.engine.messages import ShardWork
 from microdit.pipeline.engine.plan import Job, Plan
 from microdit.pipeline.stages.stage import UnitTask
 from tests.pipeline.helpers.fake_stages import Pictures, ingest, open_corpus, source_words, upper_words
@@ -33,24 +34,24 @@ def test_the_board_and_the_metrics_tell_what_was_made(tmp_path: Path, monkeypatc
     monkeypatch.setattr(metrics, "Gauge", Recorder)
     source, stages = Pictures(count=2), [source_words(), upper_words()]
     corpus = open_corpus(tmp_path / "corpus", [source], stages)
-    ingested: list[dict[str, Any]] = []
+    ingested: list[Commit] = []
     ingest(corpus, source, UnitTask("pictures-000000"), ingested.append)
     plan = Plan(corpus, {source.name: source.units()}, stages)
     seen: list[Snapshot] = []
     board = Board([stage.name for stage in stages], seen.append)
-    for message in ingested:
+    for commit in ingested:
         board.begin(plan.units[0])
-        board.ingested(message)
+        board.ingested(ShardWork.of(commit))
     board.unit_read()
     job = plan.take(0)
     assert job is not None
     board.begin(job)
-    counts = {"in": 3, "out": 2, "failed": 1, "seconds": 2.0, "bytes": 4000}
-    board.made(job, {"captions/source": counts})
-    board.made(Job(1, job.source, job.shard, {}), dict.fromkeys(("captions/upper", "captions/lower"), counts))
-    board.made(Job(1, job.source, job.shard, {}), {})  # another build was faster
+    work = ShardWork(inputs=3, failed=1, bytes=4000, seconds=2.0)
+    board.written(job, {"captions/source": work})
+    board.written(Job(1, job.source, job.shard, {}), dict.fromkeys(("captions/upper", "captions/lower"), work))
+    board.written(Job(1, job.source, job.shard, {}), {})  # another build was faster
     plan.committed(job.source, job.shard, "captions/source")
-    board.say("by the way")
+    board.note("by the way")
     board.show(plan, [job, None], loading={1}, holding=[1, 1])
 
     (shot,) = seen

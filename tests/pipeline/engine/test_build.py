@@ -1,30 +1,23 @@
 """The engine on a real Ray cluster of one CPU, where a wrong layout would hang."""
 
 import errno
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-import ray
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.progress import Snapshot
-from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.failures import read_failure
 from microdit.pipeline.engine import build as engine
-from microdit.pipeline.engine import driver, retries
+from microdit.pipeline.engine import cluster as ray_cluster
+from microdit.pipeline.engine import give_up, retries
 from microdit.pipeline.engine.build import carry_out
-from microdit.pipeline.engine.driver import Driver
-from microdit.pipeline.engine.summary import BuildSummary
+from microdit.pipeline.engine.summary import UnitCounts
 from microdit.pipeline.upkeep.status import status
 from microdit.pipeline.upkeep.verify import verify
+from tests.pipeline.helpers.build_checks import MADE, check_adds_up, check_whole
 from tests.pipeline.helpers.fake_stages import (
     ROWS,
     Pictures,
@@ -37,84 +30,10 @@ from tests.pipeline.helpers.fake_stages import (
 )
 from tests.pipeline.helpers.small_corpus import write_images
 
-ROOT = Path(__file__).parents[3]
-MADE = ("captions/source", "captions/upper", "captions/lower")
-
-
-# a build in a process of its own: its folder, seconds a shard, units
-PROGRAM = """
-import sys
-from pathlib import Path
-from microdit.pipeline.base.signals import Stopped
-from microdit.pipeline.engine.build import carry_out
-from tests.pipeline.made import write_images
-from tests.pipeline.parts import Pictures, ingest, open_corpus, source_words, upper_words
-url, seconds, count = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
-sources, stages = [Pictures(count=count)], [source_words(seconds=seconds), upper_words(seconds=seconds)]
-try:
-    summary = carry_out(open_corpus(url, sources, stages), sources, stages, ingest)
-except Stopped as stopped:
-    print(stopped)
-    sys.exit(128 + stopped.signum)
-print(summary.worked, "ray" in sys.modules)
-"""
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(
-        address="local",  # not the one that another test has started
-        num_cpus=1,
-        num_gpus=0,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=100 << 20,
-    )
-    yield
-    ray.shutdown()
-
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "BACKOFF_SECONDS", 0.2)
-
-
-def start(url: Path, seconds: float, count: int) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", PROGRAM, str(url), str(seconds), str(count)]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def commits(url: Path, column: str) -> list[Path]:
-    return [path for path in (url / "commits" / column).rglob("*.json") if path.is_file()]
-
-
-def wait_for_commits(process: "subprocess.Popen[str]", url: Path, column: str, number: int) -> None:
-    until = time.monotonic() + 280
-    while len(commits(url, column)) < number:
-        assert process.poll() is None, f"the build ended too early: {process.stdout and process.stdout.read()}"
-        assert time.monotonic() < until, "the build did not get that far"
-        time.sleep(0.02)
-
-
-def check_whole(corpus: Corpus, shards: int) -> None:
-    """Every column has every shard once, and in = out + failed."""
-    for column in ("images", *MADE):
-        found = corpus.commits(column)
-        assert len(found) == shards
-        assert {commit.generation for commit in found} == {0}
-        for commit in found:
-            assert commit.counts == {"in": ROWS, "out": ROWS - 1, "failed": 1}
-
-
-def check_adds_up(summary: BuildSummary) -> None:
-    for column in summary.columns.values():
-        assert column.shards == column.committed + column.set_aside + column.waiting
-        assert column.inputs == column.out + column.failed
-        assert sum(column.reasons.values()) == column.failed
 
 
 def test_a_whole_build_streams_and_loads_each_model_once(cluster: None, tmp_path: Path) -> None:
@@ -133,7 +52,7 @@ def test_a_whole_build_streams_and_loads_each_model_once(cluster: None, tmp_path
     check_adds_up(summary)
     assert summary.exit_status == 0
     assert summary.worked
-    assert summary.units == {"total": 3, "read": 3, "set_aside": 0}
+    assert summary.units == UnitCounts(total=3, read=3, set_aside=0)
     assert summary.columns["captions/third"].out == 6 * (ROWS - 1)
     assert summary.columns["captions/third"].reasons == {"upstream": 6}
     assert summary.columns["captions/third"].own_failures == 0
@@ -166,8 +85,8 @@ def test_what_fails_is_set_aside_and_taken_again_when_asked(cluster: None, tmp_p
     summary = carry_out(corpus, sources, stages, ingest, max_attempts=2, progress=listen)
     check_adds_up(summary)
     assert summary.exit_status == 1
-    assert summary.units == {"total": 4, "read": 3, "set_aside": 1}
-    assert {(entry["column"], entry["shard"]) for entry in summary.set_aside} == {
+    assert summary.units == UnitCounts(total=4, read=3, set_aside=1)
+    assert {(entry.column, entry.shard) for entry in summary.set_aside} == {
         ("units", "broken-000001"),
         ("captions/source", "pictures-000000-01"),
         ("captions/upper", "pictures-000001-00"),
@@ -190,7 +109,7 @@ def test_what_fails_is_set_aside_and_taken_again_when_asked(cluster: None, tmp_p
     healed.touch()
     retried = carry_out(corpus, sources, stages, ingest, retry_failed=True, max_attempts=1)
     check_adds_up(retried)
-    assert [entry["shard"] for entry in retried.set_aside] == ["broken-000001"]
+    assert [entry.shard for entry in retried.set_aside] == ["broken-000001"]
     assert retried.columns["captions/source"].built == 1
     assert retried.columns["captions/upper"].built == 2
     assert (tmp_path / "corpus/failures/units/broken/broken-000001.1.json").is_file()
@@ -291,7 +210,7 @@ def test_a_node_that_does_not_see_the_folder_ends_the_build(
     with pytest.raises(RequestError, match=r"does not see this folder.*s3://bucket/prefix"):
         carry_out(corpus, sources, stages, ingest)
     assert corpus.committed("images") == {}
-    monkeypatch.setattr(Driver, "check_nodes", lambda driver: None)  # and one that joins later
+    monkeypatch.setattr(ray_cluster, "check_nodes", lambda context: None)  # and one that joins later
     with pytest.raises(RequestError, match="does not see this folder"):
         carry_out(corpus, sources, stages, ingest)
     assert corpus.committed("images") == {}
@@ -312,7 +231,7 @@ def test_a_disk_too_full_to_say_what_failed_ends_the_build(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(driver, "write_failure", full)
+    monkeypatch.setattr(give_up, "write_failure", full)
     sources, stages = [Pictures(count=1)], [source_words(broken=("pictures-000000-01",))]
     corpus = open_corpus(tmp_path / "corpus", sources, stages)
     with pytest.raises(RequestError, match=r"No space left on device.*no words for pictures-000000-01.*Make room"):
@@ -352,68 +271,3 @@ def test_columns_run_apart(cluster: None, tmp_path: Path) -> None:
     both = carry_out(corpus, sources, stages, ingest, ["captions/source", "captions/upper"])
     assert both.columns["captions/upper"].built == 2
     assert corpus.committed("captions/lower") == {}
-
-
-def test_killed_in_the_middle_it_goes_on_and_a_third_run_has_nothing_to_do(cluster: None, tmp_path: Path) -> None:
-    url, shards = tmp_path / "corpus", 16
-    process = start(url, seconds=0.2, count=shards // 2)
-    try:
-        wait_for_commits(process, url, "captions/upper", 3)
-    finally:
-        process.kill()
-        process.wait()
-    time.sleep(1.0)  # workers end within a tenth of a second
-    before = {column: {path.name: path.read_bytes() for path in commits(url, column)} for column in MADE}
-    assert 3 <= len(before["captions/upper"]) < shards  # the kill came in the middle
-    time.sleep(1.0)
-    assert all(len(commits(url, column)) == len(before[column]) for column in MADE), "a worker outlived its driver"
-
-    sources, stages = [Pictures(count=shards // 2)], [source_words(), upper_words()]
-    corpus = open_corpus(url, sources, stages)
-    summary = carry_out(corpus, sources, stages, ingest)
-    check_whole(corpus, shards)
-    check_adds_up(summary)
-    for column in MADE:
-        assert summary.columns[column].built == shards - len(before[column])
-        kept = {path.name: path.read_bytes() for path in commits(url, column)}
-        assert before[column].items() <= kept.items()  # nothing was made twice
-
-    with start(url, seconds=0, count=shards // 2) as third:
-        said = third.communicate(timeout=60)[0]
-    assert (third.returncode, said.split()) == (0, ["False", "False"])  # nothing done, ray not even imported
-
-
-STOPPED = 30  # seconds after a signal in which a build ends, whatever is in flight
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_lets_the_shards_in_flight_end(number: signal.Signals, tmp_path: Path) -> None:
-    url = tmp_path / "corpus"
-    process = start(url, seconds=0.2, count=20)
-    try:
-        wait_for_commits(process, url, "captions/source", 3)
-        process.send_signal(number)
-        said = process.communicate(timeout=STOPPED)[0]
-    finally:
-        process.kill()
-    assert process.returncode == 128 + number
-    assert said.strip() == f"stopped by {number.name}; run the same command again and it goes on"
-    assert len(commits(url, "captions/source")) < 40  # it came in the middle
-    assert not list((url / "captions").rglob("*#*"))  # the shards in flight came to their end
-
-
-@pytest.mark.slow
-def test_a_signal_drops_the_shards_that_take_too_long(tmp_path: Path) -> None:
-    url = tmp_path / "corpus"
-    process = start(url, seconds=600, count=2)
-    try:
-        wait_for_commits(process, url, "images", 4)
-        process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=STOPPED)[0]
-    finally:
-        process.kill()
-    assert process.returncode == 143, said
-    assert "stopped by SIGTERM" in said
-    assert not commits(url, "captions/source")
-    corpus = Corpus.open(url)
-    assert verify(corpus)["problems"] == []  # what was dropped does not exist for a reader

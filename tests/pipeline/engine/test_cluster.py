@@ -17,11 +17,11 @@ from ray.cluster_utils import Cluster
 
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.engine.actors import PER_ACTOR
-from microdit.pipeline.engine.layout import Places
+from microdit.pipeline.engine.layout import Layout
 from microdit.pipeline.stages.stage import UnitTask
 from microdit.pipeline.upkeep.gc import gc
 from microdit.pipeline.upkeep.verify import verify
-from tests.pipeline.helpers.fake_driver import parts
+from tests.pipeline.helpers.fake_driver import sources_and_stages
 from tests.pipeline.helpers.fake_stages import ROWS, ingest, open_corpus
 from tests.pipeline.helpers.small_corpus import Hashes, hashes, named_objects
 
@@ -30,11 +30,11 @@ ROOT = Path(__file__).parents[3]
 COLUMNS = ("images", "captions/source", "captions/upper", "captions/lower")
 UNITS, SHARDS = 8, 16
 NODE = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 100 << 20}
-PLACES = Places.on(3, 0, 1)
+LAYOUT = Layout.for_cluster(3, 0, 1)
 
 
 # shards that may be worked on at one moment: a task for each CPU, what each actor has, and what ingest writes
-IN_FLIGHT = PLACES.tasks + PLACES.gpu_models.count * PER_ACTOR
+IN_FLIGHT = LAYOUT.tasks + LAYOUT.gpu_models.count * PER_ACTOR
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -56,7 +56,7 @@ def logs(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Hashes:
     """The same corpus, made without Ray."""
-    sources, stages = parts(None, 0.0, UNITS)
+    sources, stages = sources_and_stages(None, 0.0, UNITS)
     corpus = open_corpus(tmp_path_factory.mktemp("undisturbed") / "corpus", sources, stages)
     for unit in sources[0].units():
         ingest(corpus, sources[0], UnitTask(unit), lambda message: None)
@@ -183,7 +183,7 @@ def test_two_builds_share_the_work(cluster: Cluster, s3_url: str, logs: Path, un
 
 
 def test_a_model_waits_for_the_gpu_that_is_to_come(cluster: Cluster, s3_url: str, logs: Path) -> None:
-    """Its actor is the demand that an autoscaler sees, and takes its place on the node that joins."""
+    """Its actor is the demand that an autoscaler sees, and starts on the node that joins."""
     with build(cluster, s3_url, logs, seconds=0.0, units=1, gpus=1) as process:
         wait_for(process, lambda: len(begun(logs)) == 2)  # what needs no model goes on meanwhile
         time.sleep(1.0)

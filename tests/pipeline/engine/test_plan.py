@@ -7,7 +7,7 @@ import pytest
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.failures import failures, read_failure, write_failure
 from microdit.pipeline.engine import cluster
-from microdit.pipeline.engine.layout import Places
+from microdit.pipeline.engine.layout import Layout
 from microdit.pipeline.engine.plan import Job, Plan, UnitJob
 from microdit.pipeline.stages.stage import UnitTask
 from tests.pipeline.helpers.fake_stages import Pictures, ingest, open_corpus, source_words, upper_words
@@ -124,28 +124,28 @@ def test_downstream_goes_first() -> None:
 @pytest.mark.parametrize("models", [0, 1, 3, 7])
 @pytest.mark.parametrize("on_cpus", [0, 1, 5])
 @pytest.mark.parametrize(("cpus", "gpus"), [(1, 0), (2, 0), (3, 0), (8, 0), (64, 0), (8, 1), (32, 8), (4, 8), (2, 1)])
-def test_every_kind_of_work_has_a_place(cpus: float, gpus: float, models: int, on_cpus: int) -> None:
+def test_every_kind_of_work_can_always_run(cpus: float, gpus: float, models: int, on_cpus: int) -> None:
     """All that ingest and models can hold leaves room for a task, so nobody waits for ever."""
-    places = Places.on(cpus, gpus, models, on_cpus)
-    kinds = [places.models(kind) for kind, count in (("gpu", models), ("cpu", on_cpus)) if count]
-    held = places.ingests * places.ingest_cpu + sum(kind.count * kind.cpu for kind in kinds)
-    assert held + places.task_cpu <= cpus
-    assert places.gpu_models.count >= (models if not gpus else 1)
-    assert places.gpu_models.count * places.gpu_models.gpu <= gpus
-    assert places.cpu_models.count >= on_cpus and not places.cpu_models.gpu
-    assert min(places.ingest_cpu, places.task_cpu, *(kind.cpu for kind in kinds)) > 0
+    layout = Layout.for_cluster(cpus, gpus, models, on_cpus)
+    kinds = [layout.models(kind) for kind, count in (("gpu", models), ("cpu", on_cpus)) if count]
+    held = layout.ingests * layout.ingest_cpu + sum(kind.count * kind.cpu for kind in kinds)
+    assert held + layout.task_cpu <= cpus
+    assert layout.gpu_models.count >= (models if not gpus else 1)
+    assert layout.gpu_models.count * layout.gpu_models.gpu <= gpus
+    assert layout.cpu_models.count >= on_cpus and not layout.cpu_models.gpu
+    assert min(layout.ingest_cpu, layout.task_cpu, *(kind.cpu for kind in kinds)) > 0
 
 
 def test_models_on_cpus_may_use_all_of_them() -> None:
     """They ask for no more than their share, and are yet as many as there are CPUs."""
-    alone = Places.on(64, 0, 0, 1).models("cpu")
+    alone = Layout.for_cluster(64, 0, 0, 1).models("cpu")
     assert (alone.per_stage, alone.count, alone.cpu) == (64, 64, 0.5)
-    beside = Places.on(64, 8, 2, 2).models("cpu")
+    beside = Layout.for_cluster(64, 8, 2, 2).models("cpu")
     assert (beside.per_stage, beside.count, beside.cpu) == (32, 64, 0.25)
-    assert Places.on(64, 8, 2, 2).models("gpu").cpu == 1
-    assert Places.on(64, 0, 2, 2).models("gpu").per_stage == 8  # those that want a GPU have their part only
-    assert Places.on(2, 0, 1).models("gpu").count == 1
-    assert Places.on(64, 0, 0, 1, cpus_per_actor=4).models("cpu").per_stage == 16
+    assert Layout.for_cluster(64, 8, 2, 2).models("gpu").cpu == 1
+    assert Layout.for_cluster(64, 0, 2, 2).models("gpu").per_stage == 8  # those that want a GPU have their part only
+    assert Layout.for_cluster(2, 0, 1).models("gpu").count == 1
+    assert Layout.for_cluster(64, 0, 0, 1, cpus_per_actor=4).models("cpu").per_stage == 16
 
 
 def test_a_cluster_that_may_grow_is_asked_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +154,7 @@ def test_a_cluster_that_may_grow_is_asked_for_more(monkeypatch: pytest.MonkeyPat
     assert cluster.size(100, 8) == (8, 8)  # twice the CPUs at a time, all GPUs
     assert cluster.size(6, 0) == (6, 0)
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {})
-    assert cluster.size(None, None) == (1, 0)  # a head without CPUs: what finds no place is the demand
+    assert cluster.size(None, None) == (1, 0)  # a head without CPUs: what cannot start is the demand
 
 
 def test_what_is_made_again_takes_with_it_what_comes_from_it(tmp_path: Path) -> None:

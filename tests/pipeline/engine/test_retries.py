@@ -2,12 +2,13 @@
 
 import pytest
 
+from microdit.pipeline.engine.messages import ErrorReport
 from microdit.pipeline.engine.plan import Job, UnitJob
 from microdit.pipeline.engine.retries import BACKOFF_SECONDS, MAX_ASIDE, MAX_LOST, Retries, Search
 
 JOB = Job(0, "pictures", "pictures-000000-00", {"captions/a": 0})
 UNIT = UnitJob("pictures", "pictures-000000")
-ERROR = {"message": "no", "traceback": "..."}
+ERROR = ErrorReport("no", "...")
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 64])
@@ -110,10 +111,10 @@ def test_a_lost_node_is_no_attempt_but_not_for_ever() -> None:
     assert retries.of(JOB).attempts == 0
 
 
-def test_a_unit_that_killed_its_process_is_read_with_care() -> None:
+def test_a_unit_that_killed_its_process_is_decoded_in_isolation() -> None:
     retries = Retries(3, 8)
-    assert not retries.unit_task(UNIT).careful
+    assert not retries.unit_task(UNIT).isolated
     assert retries.died(UNIT, "crash", ERROR, None) == BACKOFF_SECONDS
-    assert retries.unit_task(UNIT).careful
+    assert retries.unit_task(UNIT).isolated
     assert retries.died(UNIT, "crash", ERROR, None) == 4 * BACKOFF_SECONDS
     assert retries.died(UNIT, "crash", ERROR, None) is None

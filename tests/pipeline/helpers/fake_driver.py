@@ -1,8 +1,9 @@
-"""A build of the test parts in a process of its own.
+"""Build with the fake stages in a process of its own.
 
-`python -m tests.pipeline.helpers.fake_driver URL LOGS SECONDS UNITS GPUS [GATE]`: `LOGS` is a folder in which the
-stages say what they begin, `SECONDS` what a shard costs, `GPUS` what the cluster may grow to; with `GATE` it joins the
-cluster, says `ready-<process>` in `LOGS`, and begins when the file `GATE` is there. It prints one JSON object.
+`python -m tests.pipeline.helpers.fake_driver URL LOGS SECONDS UNITS GPUS [GATE]`: the stages write a file into the
+folder `LOGS` for every shard that they begin, a shard takes `SECONDS`, and the cluster may grow to `GPUS`. With `GATE`
+the process joins the cluster, writes `ready-<process>` into `LOGS`, and begins once the file `GATE` exists. It prints
+one JSON object.
 """
 
 import json
@@ -17,13 +18,13 @@ from microdit.pipeline.engine.build import carry_out
 from tests.pipeline.helpers.fake_stages import Pictures, Words, ingest, open_corpus, source_words, upper_words
 
 
-def parts(logs: Path | None, seconds: float, count: int) -> tuple[list[Pictures], list[Words]]:
+def sources_and_stages(logs: Path | None, seconds: float, count: int) -> tuple[list[Pictures], list[Words]]:
     options = {"seconds": seconds, "runs": logs, "loads": logs}
     return [Pictures(count=count)], [source_words(**options), upper_words(**options)]
 
 
 def main(url: str, logs: str, seconds: str, count: str, gpus: str, gate: str | None = None) -> None:
-    sources, stages = parts(Path(logs), float(seconds), int(count))
+    sources, stages = sources_and_stages(Path(logs), float(seconds), int(count))
     with ExitStack() as stack:
         if gate is not None:
             from microdit.pipeline.engine.cluster import joined

@@ -53,7 +53,7 @@ class Pictures:
             (self.entered / "running").unlink()
 
 
-def ingest(corpus: Corpus, source: Pictures, task: UnitTask, report: Callable[[dict[str, Any]], None]) -> UnitCommit:
+def ingest(corpus: Corpus, source: Pictures, task: UnitTask, report: Callable[[Commit], None]) -> UnitCommit:
     """Write a unit's shards that are not there; the unit `...-000001` of a source named `broken` cannot be read."""
     unit, redo = task.unit, task.redo or {}
     if source.name == "broken" and unit.endswith("1"):
@@ -67,7 +67,7 @@ def ingest(corpus: Corpus, source: Pictures, task: UnitTask, report: Callable[[d
             ref = ShardRef(source=source.name, unit=unit, shard=name)
             commit = write_images(corpus, ref, rows=ROWS, generation=generation)
             if commit.ours:
-                report({"shard": name, **commit.counts, "seconds": 0.0, "bytes": commit.size})
+                report(commit)
     return commit_unit(corpus, source.name, unit, ROWS * source.shards, names, task.generation)
 
 

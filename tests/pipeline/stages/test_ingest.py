@@ -17,7 +17,7 @@ from microdit.pipeline.config.build import BuildConfig, Resources
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.config.sources import FetchOptions, OpenmojiSource, UrlsSource
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.records import ShardRef
+from microdit.pipeline.corpus.records import Commit, ShardRef
 from microdit.pipeline.corpus.shard_files import read_tar
 from microdit.pipeline.sources.openmoji.source import Openmoji, cache_folder
 from microdit.pipeline.sources.source import Input
@@ -108,15 +108,15 @@ def lines(corpus: Corpus) -> list[dict]:
 
 
 def test_a_unit_becomes_shards(tmp_path: Path, corpus: Corpus):
-    messages: list[dict] = []
+    messages: list[Commit] = []
     record = ingest_unit(corpus, given(10), UnitTask("given-000000"), config(tmp_path), messages.append)
     assert record.inputs == 10
     assert record.shards == ["given-000000-00", "given-000000-01", "given-000000-02"]
     assert corpus.units("given") == {"given-000000": record}
-    assert [(m["shard"], m["in"], m["out"], m["failed"]) for m in messages] == [
+    assert [(m.shard, m.counts["in"], m.counts["out"], m.counts["failed"]) for m in messages] == [
         (shard, count, count, 0) for shard, count in zip(record.shards, (4, 4, 2), strict=True)
     ]
-    assert all(m["seconds"] >= 0 for m in messages)
+    assert all(m.timings["seconds"] >= 0 for m in messages)
     commits = corpus.commits("images")
     assert {c.fingerprint for c in commits} == {corpus.source("given").fingerprint}
     assert [line["row"] for line in lines(corpus)] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
@@ -198,10 +198,10 @@ def test_what_is_committed_is_not_read_again(tmp_path: Path, corpus: Corpus):
     assert first.shard == "given-000000-00"
     assert corpus.units("given") == {}
     again = given(12)
-    messages: list[dict] = []
+    messages: list[Commit] = []
     record = ingest_unit(corpus, again, UnitTask("given-000000"), config(tmp_path), messages.append)
     assert again.asked == list(range(4, 12))
-    assert [m["shard"] for m in messages] == record.shards[1:]
+    assert [m.shard for m in messages] == record.shards[1:]
     assert record.inputs == 12
     assert corpus.commits("images")[0] == first
     assert not list(corpus.store.unfinished())
@@ -224,11 +224,11 @@ def test_shards_of_two_units_do_not_mix(tmp_path: Path, corpus: Corpus):
 
 
 def test_two_workers_at_once_make_one_unit(tmp_path: Path, corpus: Corpus):
-    def in_between(message: dict) -> None:
-        if message["shard"].endswith("-00"):
+    def in_between(message: Commit) -> None:
+        if message.shard.endswith("-00"):
             ingest_unit(corpus, given(10), UnitTask("given-000000"), config(tmp_path))
 
-    messages: list[dict] = []
+    messages: list[Commit] = []
     record = ingest_unit(
         corpus, given(10), UnitTask("given-000000"), config(tmp_path), lambda m: (messages.append(m), in_between(m))
     )
@@ -257,7 +257,7 @@ def test_with_care_the_same_shards_come_out(tmp_path: Path, corpus: Corpus):
     other.declare_source("given", {"adapter": "given", "images": ingest_stage(ImageOptions(min_side=32))})
     source = given(6, row0=None, row2=b"<html>", row4=jpeg(4, (900, 700)))
     ingest_unit(corpus, source, UnitTask("given-000000"), config(tmp_path))
-    ingest_unit(other, source, UnitTask("given-000000", careful=True), config(tmp_path))
+    ingest_unit(other, source, UnitTask("given-000000", isolated=True), config(tmp_path))
     assert lines(corpus) == lines(other)
     assert [c.object.sha256 for c in corpus.commits("images")] == [c.object.sha256 for c in other.commits("images")]
 
