@@ -28,7 +28,7 @@ from microdit.pipeline.content.images import BadImage, decode, prepare
 from microdit.pipeline.files.archives import members
 from microdit.pipeline.sources.file_source import MAX_BYTES
 from microdit.pipeline.sources.members import is_image
-from microdit.pipeline.stages.isolated_decode import Careful
+from microdit.pipeline.stages.isolated_decode import IsolatedDecoder
 
 BOUND = 30.0  # seconds for one item
 IMAGE_REASONS = {"not_an_image", "truncated", "damaged", "bomb", "too_small", "too_long", "animated"}
@@ -120,7 +120,7 @@ def measure(count: int, seed: int, bound: float = BOUND) -> dict[str, Any]:
     began = time.perf_counter()
     images, archives, inside = Totals(), Totals(), Counter[str]()
     bad: list[dict[str, Any]] = []
-    with Careful(examine_image, bound) as image_child, Careful(examine_archive, bound) as archive_child:
+    with IsolatedDecoder(examine_image, bound) as image_child, IsolatedDecoder(examine_archive, bound) as archive_child:
         for number in range(count):
             item = damaged_image(seed, number)
             found = _examined(image_child, item, bound)
@@ -165,7 +165,7 @@ def measure(count: int, seed: int, bound: float = BOUND) -> dict[str, Any]:
     }
 
 
-def _examined(child: Careful[dict[str, Any]], item: Item, bound: float) -> dict[str, Any]:
+def _examined(child: IsolatedDecoder[dict[str, Any]], item: Item, bound: float) -> dict[str, Any]:
     try:
         return child(item.data)
     except BadImage as error:

@@ -91,7 +91,7 @@ class Retries:
 
     def unit_task(self, job: UnitJob) -> UnitTask:
         """What ingest is asked to do now: with care once a process died of the unit."""
-        return UnitTask(job.unit, job.redo, job.generation, careful=self.of(job).deaths > 0)
+        return UnitTask(job.unit, job.redo, job.generation, isolated=self.of(job).deaths > 0)
 
     def done(self, job: Job | UnitJob) -> History:
         """A job came to its end, good or not; its history, which is forgotten."""

@@ -41,7 +41,7 @@ from microdit.pipeline.mds.columns import (
 )
 from microdit.pipeline.mds.format import DamagedSample, DamagedShard, Shard, hasher, open_shard
 from microdit.pipeline.stages.ingest import SCALARS, ingest_stage
-from microdit.pipeline.stages.rows import samples
+from microdit.pipeline.stages.rows import usable_rows
 from microdit.pipeline.stages.stage import Task
 from microdit.pipeline.storage.store import open_store
 from microdit.pipeline.tables.commit_table import commit_table, totals
@@ -282,7 +282,7 @@ class _Part:
         inputs = latest(self.corpus, upstream, self.ref)
         task = Task(self.ref, {name: generation})
         with begin_attempt(self.corpus, name, self.ref, [inputs], generation) as attempt:
-            for row in samples(read_lines(self.corpus, inputs), {name: attempt}, task, upstream):
+            for row in usable_rows(read_lines(self.corpus, inputs), {name: attempt}, task, upstream):
                 data, scalars, reason, detail = self._array(row, column)
                 if reason:
                     attempt.fail(row.row, row.key, reason, detail)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from microdit.pipeline.content.images import BadImage, Prepared
-from microdit.pipeline.stages.isolated_decode import Careful
+from microdit.pipeline.stages.isolated_decode import IsolatedDecoder
 
 ROOT = Path(__file__).parents[3]
 
@@ -77,13 +77,13 @@ def decode(data: bytes) -> Prepared:
 
 def test_an_image_that_kills_its_decoder_fails_alone() -> None:
     reasons = []
-    with Careful(decode, timeout=3.0) as careful:
+    with IsolatedDecoder(decode, timeout=3.0) as isolated:
         for data in (b"one", b"crash", b"two", b"bad", b"stall", b"three"):
             try:
-                reasons.append(careful(data).data)
+                reasons.append(isolated(data).data)
             except BadImage as error:
                 reasons.append(error.reason)
         with pytest.raises(ValueError, match="RuntimeError: out of luck"):
-            careful(b"odd")
-        assert careful(b"four").data == b"four"
+            isolated(b"odd")
+        assert isolated(b"four").data == b"four"
     assert reasons == [b"one", "crash", b"two", "truncated", "stall", b"three"]

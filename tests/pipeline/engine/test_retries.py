@@ -112,8 +112,8 @@ def test_a_lost_node_is_no_attempt_but_not_for_ever() -> None:
 
 def test_a_unit_that_killed_its_process_is_read_with_care() -> None:
     retries = Retries(3, 8)
-    assert not retries.unit_task(UNIT).careful
+    assert not retries.unit_task(UNIT).isolated
     assert retries.died(UNIT, "crash", ERROR, None) == BACKOFF_SECONDS
-    assert retries.unit_task(UNIT).careful
+    assert retries.unit_task(UNIT).isolated
     assert retries.died(UNIT, "crash", ERROR, None) == 4 * BACKOFF_SECONDS
     assert retries.died(UNIT, "crash", ERROR, None) is None

@@ -17,7 +17,7 @@ from microdit.pipeline.corpus.names import commit_name, shard_name, unit_name
 from microdit.pipeline.corpus.records import Commit, ShardRef, UnitCommit
 from microdit.pipeline.corpus.rows import Row, latest, read_lines
 from microdit.pipeline.sources.source import Input
-from microdit.pipeline.stages.rows import attempts, commit_all, samples
+from microdit.pipeline.stages.rows import begin_attempts, commit_all, usable_rows
 from microdit.pipeline.stages.stage import ColumnSpec, Task, UnitTask
 from tests.pipeline.helpers.small_corpus import IMAGE_SCALARS, write_images
 
@@ -118,8 +118,8 @@ class Words:
         names = self.columns[next(iter(task.columns))].inputs
         inputs = [latest(corpus, name, task.ref) for name in names]
         with ExitStack() as stack:
-            made = attempts(stack, corpus, task, inputs)
-            for row in samples(read_lines(corpus, inputs[-1]), made, task, names[-1]):
+            made = begin_attempts(stack, corpus, task, inputs)
+            for row in usable_rows(read_lines(corpus, inputs[-1]), made, task, names[-1]):
                 self.work_on(task, row)
                 for name, attempt in made.items():
                     words = f"{name} {row.scalars['caption']}"

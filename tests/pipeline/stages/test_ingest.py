@@ -20,9 +20,10 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import ShardRef
 from microdit.pipeline.corpus.shard_files import read_tar
 from microdit.pipeline.sources.openmoji.source import Openmoji, cache_folder
+from microdit.pipeline.sources.registry import sources_of
 from microdit.pipeline.sources.source import Input
 from microdit.pipeline.stages.ingest import SCALARS, ingest_stage, ingest_unit
-from microdit.pipeline.stages.registry import declare
+from microdit.pipeline.stages.registry import declare, stages_of
 from microdit.pipeline.stages.stage import UnitTask
 
 
@@ -257,7 +258,7 @@ def test_with_care_the_same_shards_come_out(tmp_path: Path, corpus: Corpus):
     other.declare_source("given", {"adapter": "given", "images": ingest_stage(ImageOptions(min_side=32))})
     source = given(6, row0=None, row2=b"<html>", row4=jpeg(4, (900, 700)))
     ingest_unit(corpus, source, UnitTask("given-000000"), config(tmp_path))
-    ingest_unit(other, source, UnitTask("given-000000", careful=True), config(tmp_path))
+    ingest_unit(other, source, UnitTask("given-000000", isolated=True), config(tmp_path))
     assert lines(corpus) == lines(other)
     assert [c.object.sha256 for c in corpus.commits("images")] == [c.object.sha256 for c in other.commits("images")]
 
@@ -299,11 +300,11 @@ def test_the_ingest_options_are_part_of_the_source(tmp_path: Path):
         update={"sources": {"given": UrlsSource(adapter="urls", list=str(tmp_path / "list.tsv"))}}
     )
     corpus = Corpus.create(asked.corpus, asked.name, asked.shard_samples)
-    declare(corpus, asked)
+    declare(corpus, asked, sources_of(asked), stages_of(asked))
     assert corpus.source("given").stage["images"]["max_side"] == 512
     other = asked.model_copy(update={"images": ImageOptions(min_side=32, max_side=400)})
     with pytest.raises(ValueError, match=r"images\.max_side: the corpus has 512, the config says 400"):
-        declare(corpus, other)
+        declare(corpus, other, sources_of(other), stages_of(other))
 
 
 # -- openmoji --------------------------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ def test_the_demo_source_from_end_to_end(tmp_path: Path):
     with pytest.raises(RuntimeError, match="running"):
         source.read("openmoji-000000", lambda ordinal: True)
     corpus = Corpus.create(asked.corpus, asked.name, asked.shard_samples)
-    declare(corpus, asked)
+    declare(corpus, asked, sources_of(asked), stages_of(asked))
     with source.running(corpus, print):
         for unit in source.units():
             ingest_unit(corpus, source, UnitTask(unit), asked)

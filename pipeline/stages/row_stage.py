@@ -1,0 +1,66 @@
+"""Compute a column sample by sample, on the CPU and without batches."""
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.records import Commit
+from microdit.pipeline.corpus.rows import Row, latest, read_rows
+from microdit.pipeline.stages.rows import (
+    Outcome,
+    Output,
+    RowFailure,
+    Scalars,
+    begin_attempts,
+    commit_all,
+    usable_rows,
+    write_row,
+)
+from microdit.pipeline.stages.stage import ColumnSpec, Task
+
+Compute = Callable[[Row], Scalars]
+"""The scalars of a sample from a row of the input; raises RowFailure if it has none."""
+
+
+class RowStage:
+    """A table column whose samples are computed one after the other from one input column.
+
+    Args:
+        device: `cpu` if `load` loads a model, else None.
+        load: returns the function of a row; picklable, called once per process.
+    """
+
+    def __init__(self, name: str, spec: ColumnSpec, device: str | None, load: Callable[[], Compute]):
+        self.name, self.device, self.columns = name, device, {name: spec}
+        (self._input,) = spec.inputs
+        self._load = load
+        self._compute: Compute | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compute": None}
+
+    def load(self) -> None:
+        self._compute = self._compute or self._load()
+
+    def run(self, corpus: Corpus, task: Task) -> list[Commit]:
+        self.load()
+        assert self._compute is not None
+        source = latest(corpus, self._input, task.ref)
+        return write_rows(corpus, task, source, read_rows(corpus, source), self._compute)
+
+
+def write_rows(corpus: Corpus, task: Task, source: Commit, rows: Iterable[Row], compute: Compute) -> list[Commit]:
+    """Compute the rows of the input `source`, and commit them in the task's columns."""
+    with ExitStack() as stack:
+        attempts = begin_attempts(stack, corpus, task, [source])
+        for row in usable_rows(rows, attempts, task, source.column):
+            write_row(attempts, row, _outcome(compute, row))
+        return commit_all(attempts, task)
+
+
+def _outcome(compute: Compute, row: Row) -> Outcome:
+    try:
+        return Output(compute(row))
+    except RowFailure as failure:
+        return failure
