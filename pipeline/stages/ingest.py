@@ -49,8 +49,8 @@ def ingest_stage(options: ImageOptions) -> dict[str, Any]:
     return {"version": 1, **options.model_dump()}
 
 
-class Unit:
-    """A unit that is read for those of its shards that have no commit yet."""
+class UnitShards:
+    """The shards of a unit, and which of them are committed."""
 
     def __init__(self, corpus: Corpus, source: str, task: UnitTask):
         self._corpus, self._source, self._unit, self._redo = corpus, source, task.unit, task.redo or {}
@@ -85,23 +85,23 @@ def ingest_unit(
     """
     if task.redo is None and corpus.store.exists(commit_name(UNITS, source.name, task.unit, task.generation)):
         return corpus.unit(source.name, task.unit, task.generation)
-    unit = Unit(corpus, source.name, task)
+    unit_shards = UnitShards(corpus, source.name, task)
     shards: list[str] = []
     inputs = 0
     # a shard's timings include the time before its first input: to fetch the file, to wait for the first URL
     since, worked = time.monotonic(), time.process_time()
     with ExitStack() as stack:
-        decoded = _decoded(stack, source, task, unit, config)
-        for shard, samples in groupby(decoded, key=lambda pair: unit.shard_of(pair[0].ordinal)):
+        decoded = _decoded(stack, source, task, unit_shards, config)
+        for shard, samples in groupby(decoded, key=lambda pair: unit_shards.shard_of(pair[0].ordinal)):
             shards.append(shard)
-            if unit.committed(shard):
+            if unit_shards.committed(shard):
                 for _ in samples:
                     inputs += 1
                     alive()
             else:
                 began = time.monotonic()
                 ref = ShardRef(source=source.name, unit=task.unit, shard=shard)
-                with begin_attempt(corpus, IMAGES, ref, generation=unit.generation(shard)) as attempt:
+                with begin_attempt(corpus, IMAGES, ref, generation=unit_shards.generation(shard)) as attempt:
                     fail_point("fetching")
                     for sample, image in samples:
                         _write(attempt, source.name, sample, image, corpus.shard_samples, config.images.format)
@@ -118,7 +118,7 @@ def ingest_unit(
 
 
 def _decoded(
-    stack: ExitStack, source: Source, task: UnitTask, unit: Unit, config: BuildConfig
+    stack: ExitStack, source: Source, task: UnitTask, shards: UnitShards, config: BuildConfig
 ) -> Iterator[DecodedInput]:
     """The inputs of a unit in order, decoded in threads; in another process if the unit killed one."""
     decode: Decode = partial(prepare, options=config.images)
@@ -126,7 +126,7 @@ def _decoded(
     if task.isolated:
         decode = stack.enter_context(IsolatedDecoder(decode, config.resources.stall_timeout))
         threads = 1
-    items = stack.enter_context(closing(source.read(task.unit, unit.wanted)))
+    items = stack.enter_context(closing(source.read(task.unit, shards.wanted)))
     return threaded(lambda item: (item, _prepare(item.data, decode)), items, threads)
 
 
