@@ -26,7 +26,7 @@ from microdit.pipeline.corpus.arrays import array_bytes
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.records import Commit
-from microdit.pipeline.corpus.rows import Row, latest, read_rows
+from microdit.pipeline.corpus.rows import Row, latest
 from microdit.pipeline.stages.batch_line import BatchLine, decode_threads
 from microdit.pipeline.stages.encoding import Batches, DeviceEvent
 from microdit.pipeline.stages.identity import absolute, autoencoder_identity
@@ -38,17 +38,14 @@ from microdit.pipeline.stages.latent_batches import (
     staged_batches,
 )
 from microdit.pipeline.stages.rows import (
-    Attempts,
     Outcome,
     Output,
     RowFailure,
-    begin_attempts,
-    commit_all,
+    ShardRun,
     image_bytes,
     image_failure,
     model_failure,
-    usable_rows,
-    write_row,
+    open_shard,
 )
 from microdit.pipeline.stages.stage import ColumnSpec, Task, seed_of
 
@@ -67,14 +64,11 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class ShardLatents:
-    """One shard in progress."""
+    """One shard in progress, with the buffers that no batch is in, and the seconds of the device by column."""
 
-    source: str
-    attempts: Attempts
+    shard: ShardRun
     free: deque[StagingBuffer]
-    """Buffers that no batch is in."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Of the device, by column."""
 
     def write(self, batch: Sequence[StagedImage], encoded: Mapping[str, EncodedBatch]) -> None:
         """Write a batch when the device has encoded it."""
@@ -83,9 +77,8 @@ class ShardLatents:
             self.seconds[column] += one.ended.seconds_since(one.began)
         self.free.append(batch[0].buffer)  # the GPU has copied all of it
         for column, one in encoded.items():
-            attempt = {column: self.attempts[column]}
             for image, latent in zip(batch, one.latents, strict=True):
-                write_row(attempt, image.row, _outcome(latent))
+                self.shard.write_column(column, image.row, _outcome(latent))
 
 
 class Latents:
@@ -156,55 +149,54 @@ class Latents:
             feeding = stack.enter_context(ExitStack())
             feeding.enter_context(self._shards.feeding)
             since = _now()
-            # rows fail in other threads than the one that writes; a commit orders them
-            attempts = begin_attempts(stack, corpus, task, [images])
-            shard = ShardLatents(task.ref.source, attempts, self._shards.free_buffers(attempts))
+            shard = stack.enter_context(open_shard(corpus, task, images))
+            work = ShardLatents(shard, self._shards.free_buffers(shard.attempts))
             line = stack.enter_context(BatchLine(decode_threads(self._threads, device)))
-            rows = usable_rows(read_rows(corpus, images), attempts, task, IMAGES)
-            batches = self._staged(line, shard, rows, device.type == "cuda", feeding.close)
+            batches = self._staged(line, work, device.type == "cuda", feeding.close)
             first = list(islice(batches, 1))  # while the shard before uses the models
             waits = self._shards.encoding.locked()
             with self._shards.encoding:
                 since = _now() if waits else since  # the time until then is the other shard's
-                line.encode(chain(first, batches), partial(self._encode_batch, device, attempts), shard.write)
+                line.encode(chain(first, batches), partial(self._encode_batch, device, shard.attempts), work.write)
             line.finish()
-            return commit_all(attempts, task, partial(self._figures, shard, since))
+            return shard.commit(partial(self._figures, work, since))
 
-    def _figures(self, shard: ShardLatents, since: np.ndarray, column: str) -> dict[str, float]:
+    def _figures(self, work: ShardLatents, since: np.ndarray, column: str) -> dict[str, float]:
         passed, worked = (_now() - since).tolist()
-        figures = {"encode_seconds": shard.seconds[column], "batch": self._batches[column].size}
+        figures = {"encode_seconds": work.seconds[column], "batch": self._batches[column].size}
         return {"seconds": passed, "cpu_seconds": worked, **figures}
 
     def _staged(
-        self, line: BatchLine, shard: ShardLatents, rows: Iterable[Row], pinned: bool, ended: Callable[[], None]
+        self, line: BatchLine, work: ShardLatents, pinned: bool, ended: Callable[[], None]
     ) -> Iterator[list[StagedImage]]:
         """Decode the rows into buffers, batch by batch; `ended` is called when the last row is on its way."""
         group = math.gcd(self._batch, GROUP)
-        groups = line.read(chunks(rows, group), self._batch // group)
-        assigned = self._assigned(shard, groups, pinned, ended)
-        prepared = line.prepare(assigned, partial(self._prepare, shard), (self._batch + 2 * line.threads) // group)
-        return staged_batches(prepared, self._batch // group, shard.free)
+        groups = line.read(chunks(work.shard.rows(), group), self._batch // group)
+        assigned = self._assigned(work, groups, pinned, ended)
+        prepare = partial(self._prepare, work.shard)
+        prepared = line.prepare(assigned, prepare, (self._batch + 2 * line.threads) // group)
+        return staged_batches(prepared, self._batch // group, work.free)
 
     def _assigned(
-        self, shard: ShardLatents, groups: Iterable[list[Row]], pinned: bool, ended: Callable[[], None]
+        self, work: ShardLatents, groups: Iterable[list[Row]], pinned: bool, ended: Callable[[], None]
     ) -> Iterator[list[StagedImage]]:
         """Give each row its index in a buffer: a free one for each batch, or a new one."""
         noise = {}
-        for column in shard.attempts:
+        for column in work.shard.attempts:
             side, model = self._options[column].resolution, self.models[column]
             if self._options[column].posterior == "sample" and not model.deterministic:
                 noise[column] = tuple(model.noise([0], side, side).shape[1:])
-        sides = {self._options[column].resolution for column in shard.attempts}
+        sides = {self._options[column].resolution for column in work.shard.attempts}
         index = self._batch
         for rows in groups:
             if index == self._batch:
-                buffer = shard.free.pop() if shard.free else StagingBuffer(self._batch, sides, noise, pinned)
+                buffer = work.free.pop() if work.free else StagingBuffer(self._batch, sides, noise, pinned)
                 index = 0
             yield [StagedImage(row, buffer, index + i) for i, row in enumerate(rows)]
             index += len(rows)
         ended()
 
-    def _prepare(self, shard: ShardLatents, group: Sequence[StagedImage]) -> tuple[StagingBuffer, list[StagedImage]]:
+    def _prepare(self, shard: ShardRun, group: Sequence[StagedImage]) -> tuple[StagingBuffer, list[StagedImage]]:
         """Decode images into their buffer, and draw their noise. What cannot be decoded fails, and is left out."""
         staged = []
         for image in group:
@@ -213,11 +205,12 @@ class Latents:
                 out = {side: pixels.numpy()[index] for side, pixels in buffer.pixels.items()}
                 squares(image_bytes(row.members), out, self._max_pixels)
             except Exception as error:  # this sample fails with it, and no other
-                write_row(shard.attempts, row, image_failure(error))
+                shard.write(row, image_failure(error))
                 continue
             for column, noise in buffer.noise.items():
                 side = self._options[column].resolution
-                noise[index] = self.models[column].noise([seed_of(column, shard.source, row.key)], side, side)[0]
+                seed = seed_of(column, shard.task.ref.source, row.key)
+                noise[index] = self.models[column].noise([seed], side, side)[0]
             staged.append(replace(image, row=replace(row, members={})))
         return group[0].buffer, staged
 

@@ -1,22 +1,12 @@
 """Compute a column sample by sample, on the CPU and without batches."""
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from typing import Any
 
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import Commit
-from microdit.pipeline.corpus.rows import Row, latest, read_rows
-from microdit.pipeline.stages.rows import (
-    Outcome,
-    Output,
-    RowFailure,
-    Scalars,
-    begin_attempts,
-    commit_all,
-    usable_rows,
-    write_row,
-)
+from microdit.pipeline.corpus.rows import Row, latest
+from microdit.pipeline.stages.rows import Outcome, Output, RowFailure, Scalars, ShardRun, open_shard
 from microdit.pipeline.stages.stage import ColumnSpec, Task
 
 Compute = Callable[[Row], Scalars]
@@ -46,17 +36,15 @@ class RowStage:
     def run(self, corpus: Corpus, task: Task) -> list[Commit]:
         self.load()
         assert self._compute is not None
-        source = latest(corpus, self._input, task.ref)
-        return write_rows(corpus, task, source, read_rows(corpus, source), self._compute)
+        with open_shard(corpus, task, latest(corpus, self._input, task.ref)) as shard:
+            return compute_rows(shard, self._compute)
 
 
-def write_rows(corpus: Corpus, task: Task, source: Commit, rows: Iterable[Row], compute: Compute) -> list[Commit]:
-    """Compute the rows of the input `source`, and commit them in the task's columns."""
-    with ExitStack() as stack:
-        attempts = begin_attempts(stack, corpus, task, [source])
-        for row in usable_rows(rows, attempts, task, source.column):
-            write_row(attempts, row, _outcome(compute, row))
-        return commit_all(attempts, task)
+def compute_rows(shard: ShardRun, compute: Compute, rows: Iterable[Row] | None = None) -> list[Commit]:
+    """Compute and commit a shard row by row; `rows` are those of its input, if they were read already."""
+    for row in shard.rows(rows):
+        shard.write(row, _outcome(compute, row))
+    return shard.commit()
 
 
 def _outcome(compute: Compute, row: Row) -> Outcome:

@@ -1,14 +1,14 @@
 """Read the input rows of a stage, and write and commit its outputs."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from microdit.pipeline.content.images import BadImage
 from microdit.pipeline.corpus.attempt import Attempt, begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import Commit
-from microdit.pipeline.corpus.rows import Row
+from microdit.pipeline.corpus.rows import Row, read_rows
 from microdit.pipeline.stages.stage import Task
 
 Attempts = Mapping[str, Attempt]
@@ -59,15 +59,6 @@ def image_bytes(members: dict[str, bytes]) -> bytes:
     raise BadImage("no_picture", "the sample came with its latents, and has no picture")
 
 
-def begin_attempts(stack: ExitStack, corpus: Corpus, task: Task, inputs: Iterable[Commit]) -> dict[str, Attempt]:
-    """Begin an attempt for each of a task's columns; what is not committed when the stack ends is dropped."""
-    inputs = list(inputs)
-    return {
-        column: stack.enter_context(begin_attempt(corpus, column, task.ref, inputs, generation))
-        for column, generation in task.columns.items()
-    }
-
-
 def usable_rows(rows: Iterable[Row], attempts: Attempts, task: Task, column: str) -> Iterator[Row]:
     """The rows of the input `column` to work on. Those that failed there, or are set aside, fail in `attempts`."""
     for row in rows:
@@ -93,12 +84,53 @@ def write_row(attempts: Attempts, row: Row, outcome: Outcome) -> None:
             attempt.add(row.row, row.key, outcome.members, **outcome.scalars)
 
 
-def commit_all(
-    attempts: Attempts,
-    task: Task,
-    timings: Callable[[str], Mapping[str, float]] = lambda column: {},
-) -> list[Commit]:
-    """Commit a task's columns with the `timings` of each; nothing if the task was only a trial of some rows."""
-    if task.rows is not None:
-        return []
-    return [attempt.commit(**timings(column)) for column, attempt in attempts.items()]
+@dataclass(frozen=True)
+class ShardRun:
+    """One shard of a stage in progress.
+
+    Rows may fail in several threads at once, and are added by one thread, in any order: a commit sorts them.
+    """
+
+    corpus: Corpus
+    task: Task
+    source: Commit
+    """Of the input whose rows the stage works on."""
+    attempts: Attempts
+
+    def rows(self, rows: Iterable[Row] | None = None) -> Iterator[Row]:
+        """The rows of the input to work on, from `rows` if they were read already; the others fail."""
+        if rows is None:
+            rows = read_rows(self.corpus, self.source)
+        return usable_rows(rows, self.attempts, self.task, self.source.column)
+
+    def write(self, row: Row, outcome: Outcome) -> None:
+        """Write a sample in all columns."""
+        write_row(self.attempts, row, outcome)
+
+    def write_column(self, column: str, row: Row, outcome: Outcome) -> None:
+        """Write a sample in one column."""
+        write_row({column: self.attempts[column]}, row, outcome)
+
+    def commit(self, timings: Callable[[str], Mapping[str, float]] = lambda column: {}) -> list[Commit]:
+        """Commit each column with its `timings`; nothing if the task was only a trial of some rows."""
+        if self.task.rows is not None:
+            return []
+        return [attempt.commit(**timings(column)) for column, attempt in self.attempts.items()]
+
+
+@contextmanager
+def open_shard(
+    corpus: Corpus, task: Task, source: Commit, further: Mapping[str, Commit] | None = None
+) -> Iterator[ShardRun]:
+    """Begin an attempt for each of a task's columns; what is not committed when the block ends is dropped.
+
+    Args:
+        source: the input whose rows the stage works on.
+        further: a second input of a column, by column.
+    """
+    attempts: dict[str, Attempt] = {}
+    with ExitStack() as stack:
+        for column, generation in task.columns.items():
+            inputs = [source, *([further[column]] if further and column in further else ())]
+            attempts[column] = stack.enter_context(begin_attempt(corpus, column, task.ref, inputs, generation))
+        yield ShardRun(corpus, task, source, attempts)

@@ -1,7 +1,6 @@
 """`text/<encoder>@<captions>`: embeddings of captions by a text encoder."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,21 +15,11 @@ from microdit.pipeline.corpus.arrays import array_bytes, arrays_bytes
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.quantised import FORMS, Loss, compared, dequantise, quantise
 from microdit.pipeline.corpus.records import Commit
-from microdit.pipeline.corpus.rows import Row, latest, read_lines
+from microdit.pipeline.corpus.rows import Row, latest
 from microdit.pipeline.stages.batch_line import BatchLine
 from microdit.pipeline.stages.encoding import Batches
 from microdit.pipeline.stages.identity import absolute, text_encoder_identity
-from microdit.pipeline.stages.rows import (
-    Attempts,
-    Outcome,
-    Output,
-    RowFailure,
-    begin_attempts,
-    commit_all,
-    model_failure,
-    usable_rows,
-    write_row,
-)
+from microdit.pipeline.stages.rows import Outcome, Output, RowFailure, ShardRun, model_failure, open_shard
 from microdit.pipeline.stages.stage import ColumnSpec, Task, seed_of
 
 WINDOW = 16  # batches that are sorted by length together; more would hold more embeddings in memory
@@ -89,17 +78,15 @@ class Text:
         self.load()
         captions, before = latest(corpus, self._captions, task.ref), self._batches.seconds
         loss = Loss.none()
-        with ExitStack() as stack:
-            attempts = begin_attempts(stack, corpus, task, [captions])
-            rows = list(usable_rows(read_lines(corpus, captions), attempts, task, self._captions))
+        with open_shard(corpus, task, captions) as shard, BatchLine(1) as line:
+            rows = list(shard.rows())
             exact: set[int] = set()
             if self._options.storage != "float16":
                 exact = {rows[i].row for i in compared([seed_of(self._column, task.ref.source, r.key) for r in rows])}
-            line = stack.enter_context(BatchLine(1))
             windows = chunks(rows, WINDOW * self._batches.size)
-            line.run(windows, partial(self._encode_window, exact), partial(self._write, attempts, loss, task))
+            line.run(windows, partial(self._encode_window, exact), partial(self._write, shard, loss))
             figures = {"encode_seconds": self._batches.seconds - before, "batch": self._batches.size, **loss.figures()}
-            return commit_all(attempts, task, lambda column: figures)
+            return shard.commit(lambda column: figures)
 
     def _encode_window(self, exact: set[int], window: Sequence[Row]) -> list[Embedding | Exception]:
         """Encode the captions from the shortest to the longest; the embeddings are in the order of the rows."""
@@ -123,17 +110,12 @@ class Text:
         ]
 
     def _write(
-        self,
-        attempts: Attempts,
-        loss: Loss,
-        task: Task,
-        window: Sequence[Row],
-        embeddings: Sequence[Embedding | Exception],
+        self, shard: ShardRun, loss: Loss, window: Sequence[Row], embeddings: Sequence[Embedding | Exception]
     ) -> None:
         for row, embedding in zip(window, embeddings, strict=True):
             if isinstance(embedding, Embedding) and embedding.exact is not None and _finite(embedding):
-                self._check_loss(loss.compare(embedding.exact, dequantise(embedding.arrays)), task, row)
-            write_row(attempts, row, _outcome(embedding))
+                self._check_loss(loss.compare(embedding.exact, dequantise(embedding.arrays)), shard.task, row)
+            shard.write(row, _outcome(embedding))
 
     def _check_loss(self, error: float, task: Task, row: Row) -> None:
         """Check that quantising a sample has not lost too much.

@@ -8,9 +8,7 @@ import os
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import aiohttp
@@ -25,20 +23,11 @@ from microdit.pipeline.content.images import decode_within
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.records import Commit
-from microdit.pipeline.corpus.rows import Row, latest, read_rows
+from microdit.pipeline.corpus.rows import Row, latest
 from microdit.pipeline.stages.batch_line import BatchLine, PreparedImage, prepared_images
 from microdit.pipeline.stages.captions.asking import AGAIN, SCALARS, asked_of, check_language, judge
 from microdit.pipeline.stages.captions.chat import BadAnswer, Reply, Unanswered, ask, request
-from microdit.pipeline.stages.rows import (
-    Attempts,
-    Outcome,
-    RowFailure,
-    begin_attempts,
-    commit_all,
-    image_bytes,
-    usable_rows,
-    write_row,
-)
+from microdit.pipeline.stages.rows import Outcome, RowFailure, ShardRun, image_bytes, open_shard
 from microdit.pipeline.stages.stage import ColumnSpec, Task, seed_of
 
 QUALITY = 90  # of the JPEGs that are sent
@@ -105,25 +94,20 @@ class Endpoint:
         images = latest(corpus, IMAGES, task.ref)
         bill = Bill(self._spent(corpus))
         self._check(bill)
-        with ExitStack() as stack:
-            attempts = begin_attempts(stack, corpus, task, [images])
-            line = stack.enter_context(BatchLine(self._threads))
-            rows = usable_rows(read_rows(corpus, images), attempts, task, IMAGES)
+        with open_shard(corpus, task, images) as shard, BatchLine(self._threads) as line:
             ahead = 2 * self._options.concurrency
-            prepared = prepared_images(line, rows, self._prepare, partial(write_row, attempts), ahead)
+            prepared = prepared_images(line, shard.rows(), self._prepare, shard.write, ahead)
             allowed = max(LEAST, UNANSWERED * images.counts["out"])
-            asyncio.run(self._ask_all(attempts, prepared, task.ref.source, bill, allowed))
+            asyncio.run(self._ask_all(shard, prepared, bill, allowed))
             costs = {"spend": bill.spent, "tokens_read": bill.read, "tokens_wrote": bill.wrote, "again": bill.again}
-            return commit_all(attempts, task, lambda column: costs)
+            return shard.commit(lambda column: costs)
 
     def _prepare(self, row: Row) -> bytes:
         """The image as a JPEG, which the server is sent."""
         pixels = decode_within(image_bytes(row.members), self._max_pixels, self._options.image_side)
         return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=QUALITY, colorsubsampling="444")
 
-    async def _ask_all(
-        self, attempts: Attempts, images: Iterator[Image], source: str, bill: Bill, allowed: float
-    ) -> None:
+    async def _ask_all(self, shard: ShardRun, images: Iterator[Image], bill: Bill, allowed: float) -> None:
         """Caption all images, at most `concurrency` in flight.
 
         Raises:
@@ -138,7 +122,7 @@ class Endpoint:
                         while more and len(running) < self._options.concurrency:
                             image = await loop.run_in_executor(reader, next, images, None)
                             if more := image is not None:
-                                running.add(asyncio.create_task(self._one(session, attempts, image, source, bill)))
+                                running.add(asyncio.create_task(self._one(session, shard, image, bill)))
                         if not running:
                             break
                         for ended in (await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))[0]:
@@ -151,15 +135,8 @@ class Endpoint:
                         left.cancel()
                     await asyncio.gather(*running, return_exceptions=True)
 
-    async def _one(
-        self,
-        session: aiohttp.ClientSession,
-        attempts: Attempts,
-        image: Image,
-        source: str,
-        bill: Bill,
-    ) -> None:
-        write_row(attempts, image.row, await self._caption(session, image, source, bill))
+    async def _one(self, session: aiohttp.ClientSession, shard: ShardRun, image: Image, bill: Bill) -> None:
+        shard.write(image.row, await self._caption(session, image, shard.task.ref.source, bill))
 
     async def _caption(self, session: aiohttp.ClientSession, image: Image, source: str, bill: Bill) -> Outcome:
         """Ask for a sample's caption; once more if the answer is rejected."""

@@ -18,8 +18,8 @@ from microdit.pipeline.corpus.rows import Row, latest, read_lines
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing
 from microdit.pipeline.stages.captions.asking import SCALARS, caption_output
-from microdit.pipeline.stages.row_stage import write_rows
-from microdit.pipeline.stages.rows import RowFailure, Scalars
+from microdit.pipeline.stages.row_stage import compute_rows
+from microdit.pipeline.stages.rows import RowFailure, Scalars, open_shard
 from microdit.pipeline.stages.stage import ColumnSpec, Task
 from microdit.pipeline.tables.joins.lookup import Joined
 from microdit.pipeline.tables.joins.spec import JoinSpec
@@ -66,7 +66,8 @@ class GivenCaptions:
         table: TableRows = {}
         if self._joined is not None:  # all at once: a shard is not in the table's order
             table = self._joined.get_many(row.scalars[self._options.by] for row in rows if row.ok)
-        return write_rows(corpus, task, images, rows, partial(self._scalars, table))
+        with open_shard(corpus, task, images) as shard:
+            return compute_rows(shard, partial(self._scalars, table), rows)
 
     def _scalars(self, table: TableRows, row: Row) -> Scalars:
         caption, missing = self._caption(row, table)

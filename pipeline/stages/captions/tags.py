@@ -1,7 +1,6 @@
 """`captions/<name>` of a tagger: the classes that a small classifier finds likely, as words."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -14,22 +13,12 @@ from microdit.pipeline.content.images import decode_within
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.records import Commit
-from microdit.pipeline.corpus.rows import Row, latest, read_rows
+from microdit.pipeline.corpus.rows import Row, latest
 from microdit.pipeline.stages.batch_line import BatchLine, PreparedImage, prepared_images
 from microdit.pipeline.stages.captions.asking import SCALARS, caption_output
 from microdit.pipeline.stages.encoding import Batches
 from microdit.pipeline.stages.identity import tagger_identity
-from microdit.pipeline.stages.rows import (
-    Attempts,
-    Outcome,
-    RowFailure,
-    begin_attempts,
-    commit_all,
-    image_bytes,
-    model_failure,
-    usable_rows,
-    write_row,
-)
+from microdit.pipeline.stages.rows import Outcome, RowFailure, ShardRun, image_bytes, model_failure, open_shard
 from microdit.pipeline.stages.stage import ColumnSpec, Task
 
 BATCH = 32
@@ -67,14 +56,11 @@ class Tags:
     def run(self, corpus: Corpus, task: Task) -> list[Commit]:
         self.load()
         images, before = latest(corpus, IMAGES, task.ref), self._batches.seconds
-        with ExitStack() as stack:
-            attempts = begin_attempts(stack, corpus, task, [images])
-            line = stack.enter_context(BatchLine(self._threads))
-            rows = usable_rows(read_rows(corpus, images), attempts, task, IMAGES)
-            prepared = prepared_images(line, rows, self._prepare, partial(write_row, attempts), 2 * BATCH)
-            line.run(chunks(prepared, BATCH), self._tag_batch, partial(self._write, attempts))
+        with open_shard(corpus, task, images) as shard, BatchLine(self._threads) as line:
+            prepared = prepared_images(line, shard.rows(), self._prepare, shard.write, 2 * BATCH)
+            line.run(chunks(prepared, BATCH), self._tag_batch, partial(self._write, shard))
             figures = {"encode_seconds": self._batches.seconds - before, "batch": self._batches.size}
-            return commit_all(attempts, task, lambda column: figures)
+            return shard.commit(lambda column: figures)
 
     def _prepare(self, row: Row) -> np.ndarray:
         image: np.ndarray = self._model.prepare(decode_within(image_bytes(row.members), self._max_pixels, SIDE))
@@ -87,9 +73,9 @@ class Tags:
         tags: list[Likely] = self._model.tag(images, self._options.top, self._options.probability)
         return tags
 
-    def _write(self, attempts: Attempts, batch: Sequence[Image], tagged: Sequence[Likely | Exception]) -> None:
+    def _write(self, shard: ShardRun, batch: Sequence[Image], tagged: Sequence[Likely | Exception]) -> None:
         for image, tags in zip(batch, tagged, strict=True):
-            write_row(attempts, image.row, self._outcome(tags))
+            shard.write(image.row, self._outcome(tags))
 
     def _outcome(self, tags: Likely | Exception) -> Outcome:
         if isinstance(tags, Exception):

@@ -1,8 +1,7 @@
 """`captions/<name>` of a vision-language model: all columns of a model in one pass over the images."""
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,22 +15,12 @@ from microdit.pipeline.content.images import decode_within
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.records import Commit
-from microdit.pipeline.corpus.rows import Row, latest, read_rows
+from microdit.pipeline.corpus.rows import Row, latest
 from microdit.pipeline.stages.batch_line import BatchLine, PreparedImage, decode_threads, prepared_images
 from microdit.pipeline.stages.captions.asking import AGAIN, SCALARS, asked_of, check_language, judge, prompt_of
 from microdit.pipeline.stages.encoding import Batches
 from microdit.pipeline.stages.identity import absolute, captioner_identity
-from microdit.pipeline.stages.rows import (
-    Attempts,
-    Outcome,
-    RowFailure,
-    begin_attempts,
-    commit_all,
-    image_bytes,
-    model_failure,
-    usable_rows,
-    write_row,
-)
+from microdit.pipeline.stages.rows import Outcome, RowFailure, ShardRun, image_bytes, model_failure, open_shard
 from microdit.pipeline.stages.stage import ColumnSpec, Task, seed_of
 
 IN_FLIGHT = 256  # images that vLLM is given at a time, at least: it makes its own batches of them
@@ -112,16 +101,15 @@ class Vlm:
     def run(self, corpus: Corpus, task: Task) -> list[Commit]:
         self.load()
         images, source = latest(corpus, IMAGES, task.ref), task.ref.source
-        with ExitStack() as stack:
-            attempts = begin_attempts(stack, corpus, task, [images])
-            runs = {c: ColumnRun(self._batches[c], self._batches[c].seconds) for c in attempts}
-            line = stack.enter_context(BatchLine(decode_threads(self._threads, self.model.device)))
-            rows = usable_rows(read_rows(corpus, images), attempts, task, IMAGES)
-            prepared = prepared_images(line, rows, self._prepare, partial(write_row, attempts), 2 * self._batch)
-            caption, write = partial(self._caption_batch, runs, source), partial(_write, attempts)
-            line.run(chunks(prepared, self._batch), caption, write)
-            _write(attempts, [], [one for column, run in runs.items() for one in self._ask_again(column, run, source)])
-            return commit_all(attempts, task, lambda column: runs[column].figures())
+        threads = decode_threads(self._threads, self.model.device)
+        with open_shard(corpus, task, images) as shard, BatchLine(threads) as line:
+            runs = {c: ColumnRun(self._batches[c], self._batches[c].seconds) for c in shard.attempts}
+            prepared = prepared_images(line, shard.rows(), self._prepare, shard.write, 2 * self._batch)
+            batches, write = chunks(prepared, self._batch), partial(_write, shard)
+            line.run(batches, partial(self._caption_batch, runs, source), lambda batch, captioned: write(captioned))
+            for column, run in runs.items():
+                write(self._ask_again(column, run, source))
+            return shard.commit(lambda column: runs[column].figures())
 
     def _prepare(self, row: Row) -> Any:
         return self.model.prepare(decode_within(image_bytes(row.members), self._max_pixels, self._side))
@@ -176,6 +164,6 @@ class Vlm:
         return judge(answer.text, answer.finished, self._options[column])
 
 
-def _write(attempts: Attempts, batch: Sequence[Image], captioned: Sequence[Captioned]) -> None:
+def _write(shard: ShardRun, captioned: Iterable[Captioned]) -> None:
     for column, row, outcome in captioned:
-        write_row({column: attempts[column]}, row, outcome)
+        shard.write_column(column, row, outcome)

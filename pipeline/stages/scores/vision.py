@@ -1,7 +1,6 @@
 """Scores by models that want a GPU: `scores/aesthetic`, `embedding`, `clip`, and `nsfw` by a classifier."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from microdit.pipeline.config.build import Resources
 from microdit.pipeline.config.scores import AestheticScores, ClipScores, EmbeddingScores, NsfwScores, scorer_of
 from microdit.pipeline.content.images import decode
 from microdit.pipeline.corpus.arrays import array_bytes
-from microdit.pipeline.corpus.attempt import Attempt, begin_attempt
+from microdit.pipeline.corpus.attempt import Attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, column_kind
 from microdit.pipeline.corpus.records import Commit
@@ -27,9 +26,10 @@ from microdit.pipeline.stages.rows import (
     Outcome,
     Output,
     RowFailure,
-    commit_all,
+    ShardRun,
     image_bytes,
     model_failure,
+    open_shard,
     usable_rows,
     write_row,
 )
@@ -51,24 +51,24 @@ Scored = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class ShardScores:
-    """One shard in progress: the attempt of each column, and by column and row the captions to compare with."""
+    """One shard in progress, with the captions to compare with by column and row."""
 
-    attempts: Attempts
+    shard: ShardRun
     captions: Mapping[str, Mapping[int, str]]
 
-    def columns_of(self, row: Row) -> dict[str, Attempt]:
+    def columns_of(self, row: Row) -> Attempts:
         """The columns that take a row: all but those in which its caption has failed."""
         return {
             column: attempt
-            for column, attempt in self.attempts.items()
+            for column, attempt in self.shard.attempts.items()
             if column not in self.captions or row.row in self.captions[column]
         }
 
-    def usable(self, rows: Iterable[Row], task: Task) -> Iterator[Row]:
+    def rows(self) -> Iterator[Row]:
         """The rows of the images to work on, which some column takes; the others fail, or have failed."""
-        for row in rows:
+        for row in read_rows(self.shard.corpus, self.shard.source):
             if columns := self.columns_of(row):
-                yield from usable_rows([row], columns, task, IMAGES)
+                yield from usable_rows([row], columns, self.shard.task, IMAGES)
 
     def fail(self, row: Row, failure: RowFailure) -> None:
         write_row(self.columns_of(row), row, failure)
@@ -76,7 +76,7 @@ class ShardScores:
     def write(self, batch: Sequence[Image], scored: Sequence[Scored | Exception]) -> None:
         for image, scores in zip(batch, scored, strict=True):
             for column, attempt in self.columns_of(image.row).items():
-                write_row({column: attempt}, image.row, _outcome(attempt, column, scores))
+                self.shard.write_column(column, image.row, _outcome(attempt, column, scores))
 
 
 class VisionScores:
@@ -126,48 +126,31 @@ class VisionScores:
     def run(self, corpus: Corpus, task: Task) -> list[Commit]:
         self.load()
         images, before = latest(corpus, IMAGES, task.ref), self._batches.seconds
-        with ExitStack() as stack:
-            shard = self._begin(stack, corpus, task, images)
-            line = stack.enter_context(BatchLine(decode_threads(self._threads, self._model.device)))
-            size = self._batches.size
-            rows = shard.usable(read_rows(corpus, images), task)
-            prepared = prepared_images(line, rows, self._prepare, shard.fail, size)
-            line.run(chunks(prepared, size), lambda batch: self._score_batch(shard, batch), shard.write)
+        captions = {c: latest(corpus, name, task.ref) for c, name in self._captions.items() if c in task.columns}
+        threads, size = decode_threads(self._threads, self._model.device), self._batches.size
+        with open_shard(corpus, task, images, captions) as shard, BatchLine(threads) as line:
+            work = ShardScores(shard, {column: _captions(shard, column, commit) for column, commit in captions.items()})
+            prepared = prepared_images(line, work.rows(), self._prepare, work.fail, size)
+            line.run(chunks(prepared, size), partial(self._score_batch, work), work.write)
             figures = {"encode_seconds": self._batches.seconds - before, "batch": self._batches.size}
-            return commit_all(shard.attempts, task, lambda column: figures)
-
-    def _begin(self, stack: ExitStack, corpus: Corpus, task: Task, images: Commit) -> ShardScores:
-        """Begin the attempts, and read the captions; rows without a caption fail in the column that needs it."""
-        commits = {c: latest(corpus, name, task.ref) for c, name in self._captions.items() if c in task.columns}
-        attempts: dict[str, Attempt] = {}
-        for column, generation in task.columns.items():
-            inputs = [images, *([commits[column]] if column in commits else ())]
-            attempts[column] = stack.enter_context(begin_attempt(corpus, column, task.ref, inputs, generation))
-        captions = {
-            column: {
-                row.row: row.scalars["caption"]
-                for row in usable_rows(read_lines(corpus, commit), {column: attempts[column]}, task, commit.column)
-            }
-            for column, commit in commits.items()
-        }
-        return ShardScores(attempts, captions)
+            return shard.commit(lambda column: figures)
 
     def _prepare(self, row: Row) -> np.ndarray:
         """An image as the model takes it."""
         image: np.ndarray = self._model.prepare(decode(image_bytes(row.members), self._max_pixels).pixels)
         return image
 
-    def _score_batch(self, shard: ShardScores, batch: Sequence[Image]) -> list[Scored | Exception]:
-        return self._batches.run(partial(self._score, shard), batch)
+    def _score_batch(self, work: ShardScores, batch: Sequence[Image]) -> list[Scored | Exception]:
+        return self._batches.run(partial(self._score, work), batch)
 
-    def _score(self, shard: ShardScores, batch: Sequence[Image], size: int) -> list[Scored]:
-        columns = [shard.columns_of(image.row) for image in batch]
+    def _score(self, work: ShardScores, batch: Sequence[Image], size: int) -> list[Scored]:
+        columns = [work.columns_of(image.row) for image in batch]
         features = self._model.see([image.image for image in batch], size)
         scored: list[dict[str, np.ndarray]] = [
             dict.fromkeys(asked, seen) for seen, asked in zip(features, columns, strict=True)
         ]
-        for column in dict.fromkeys(column for asked in columns for column in asked if column in shard.captions):
-            texts = [shard.captions[column].get(image.row.row, "") for image in batch]
+        for column in dict.fromkeys(column for asked in columns for column in asked if column in work.captions):
+            texts = [work.captions[column].get(image.row.row, "") for image in batch]
             cosines = (features * self._model.read(texts, size)).sum(1)
             for scores, cosine in zip(scored, cosines, strict=True):
                 scores[column] = cosine
@@ -176,6 +159,13 @@ class VisionScores:
 
 def _label(options: VisionOptions) -> str | None:
     return options.label if isinstance(options, AestheticScores | NsfwScores) else None
+
+
+def _captions(shard: ShardRun, column: str, commit: Commit) -> dict[int, str]:
+    """The captions of a shard by row; rows without one fail in `column`."""
+    attempts = {column: shard.attempts[column]}
+    rows = usable_rows(read_lines(shard.corpus, commit), attempts, shard.task, commit.column)
+    return {row.row: row.scalars["caption"] for row in rows}
 
 
 def _outcome(attempt: Attempt, column: str, scored: Scored | Exception) -> Outcome:
