@@ -127,7 +127,7 @@ def pictures(images: int, distance: int, similarity: float) -> dict[str, Any]:
 
     def measured(some: list[Image.Image]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         scores = [basic_scores(np.asarray(image)) for image in some]
-        hashes = np.array([int(one["phash"], 16) for one in scores], np.uint64)
+        hashes = np.array([int(str(one["phash"]), 16) for one in scores], np.uint64)
         return np.array([one["pixels_sha256"] for one in scores]), hashes, embed(some)
 
     labels_of: dict[str, Callable[[np.ndarray], np.ndarray]] = {

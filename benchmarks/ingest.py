@@ -129,7 +129,7 @@ def built(tars: Path, root: Path, threads: int) -> float:
     )
     source = Cc12m("cc12m", options, root.parent / "scratch")
     corpus = Corpus.create(root, "ingest")
-    declare(corpus, config)
+    declare(corpus, config, [source], [])
     began = time.perf_counter()
     for unit in source.units():
         ingest_unit(corpus, source, UnitTask(unit), config)

@@ -1,6 +1,9 @@
 """Choose a device, and tell whether bfloat16 is fast on it."""
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def best_device() -> str:
@@ -10,6 +13,8 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def has_fast_bf16(device: torch.device) -> bool:
+def has_fast_bf16(device: "torch.device") -> bool:
     """Whether bf16 is the faster way here: every GPU, and CPUs that multiply it (AMX; AVX-512 BF16: twice as fast)."""
+    import torch
+
     return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

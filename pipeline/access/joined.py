@@ -21,7 +21,7 @@ from microdit.pipeline.access.lineage import newest_commits
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.corpus.arrays import array_from_bytes
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import IMAGES, Where, column_kind
+from microdit.pipeline.corpus.names import IMAGES, ShardId, column_kind
 from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.corpus.rows import Row, read_rows
 from microdit.pipeline.corpus.shard_files import SIDECAR
@@ -109,7 +109,7 @@ def plan_join(corpus: Corpus, columns: str | Sequence[str], selection: str | Non
     ]
 
 
-def _rows_by_shard(corpus: Corpus, selection: str) -> dict[Where, tuple[np.ndarray, np.ndarray]]:
+def _rows_by_shard(corpus: Corpus, selection: str) -> dict[ShardId, tuple[np.ndarray, np.ndarray]]:
     """Split a selection into rows and weights by shard."""
     from microdit.pipeline.selection.selections import load_selection  # it brings duckdb
 

@@ -4,18 +4,18 @@ from collections.abc import Sequence
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import Where
+from microdit.pipeline.corpus.names import ShardId
 from microdit.pipeline.corpus.records import Commit
 
 
-def newest_commits(corpus: Corpus, columns: Sequence[str]) -> dict[str, dict[Where, Commit]]:
+def newest_commits(corpus: Corpus, columns: Sequence[str]) -> dict[str, dict[ShardId, Commit]]:
     """Read the newest commits of columns, by column and by (source, shard).
 
     Raises:
         RequestError: a column is unknown, has no shard, or is stale: something that it was made from, directly or not,
             has been made again since.
     """
-    commits: dict[str, dict[Where, Commit]] = {}
+    commits: dict[str, dict[ShardId, Commit]] = {}
     waiting = list(columns)
     while waiting:  # the columns, what they were made from, and so on
         column = waiting.pop()
@@ -30,7 +30,7 @@ def newest_commits(corpus: Corpus, columns: Sequence[str]) -> dict[str, dict[Whe
     return {column: commits[column] for column in columns}
 
 
-def _refuse_stale(commits: dict[str, dict[Where, Commit]]) -> None:
+def _refuse_stale(commits: dict[str, dict[ShardId, Commit]]) -> None:
     """Raise RequestError if the newest commit of an input is not the one that was read."""
     hashes = {column: {where: commit.sha256 for where, commit in of.items()} for column, of in commits.items()}
     for column, of in commits.items():

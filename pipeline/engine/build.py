@@ -17,8 +17,11 @@ from microdit.pipeline.corpus.records import Commit, UnitCommit
 from microdit.pipeline.engine.plan import Plan
 from microdit.pipeline.engine.retries import Retries
 from microdit.pipeline.engine.summary import BuildSummary, Work, summarize
+from microdit.pipeline.sources.registry import sources_of
 from microdit.pipeline.sources.source import Source
-from microdit.pipeline.stages.stage import Stage
+from microdit.pipeline.stages.ingest import ingest_unit
+from microdit.pipeline.stages.registry import declare, stages_of
+from microdit.pipeline.stages.stage import Stage, UnitTask
 
 if TYPE_CHECKING:
     from microdit.pipeline.config.build import BuildConfig
@@ -51,21 +54,22 @@ def build(
         RequestError: the corpus was made otherwise, a column is not in the config, a model cannot be loaded.
         Stopped: a signal came; what is committed stays.
     """
-    from microdit.pipeline.sources.registry import sources_of
-    from microdit.pipeline.stages.ingest import ingest_unit
-    from microdit.pipeline.stages.registry import declare, stages_of
-    from microdit.pipeline.stages.stage import UnitTask
-
     corpus = Corpus.create(config.corpus, config.name, config.shard_samples)
-    declare(corpus, config, lambda note: progress(Snapshot(0.0, [], [note])) if progress is not None else None)
+    sources, stages = sources_of(config), stages_of(config)
+
+    def say(note: str) -> None:
+        if progress is not None:
+            progress(Snapshot(0.0, [], [note]))
+
+    declare(corpus, config, sources, stages, say)
 
     def ingest(corpus: Corpus, source: Source, task: UnitTask, report: Callable[[Commit], None]) -> UnitCommit:
         return ingest_unit(corpus, source, task, config, report)
 
     return carry_out(
         corpus,
-        sources_of(config),
-        stages_of(config),
+        sources,
+        stages,
         ingest,
         columns,
         retry_failed=retry_failed,

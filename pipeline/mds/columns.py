@@ -22,7 +22,7 @@ from microdit.pipeline.config.encoders import LatentsColumn, TextColumn
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.corpus.names import IMAGES, SOURCE
 from microdit.pipeline.mds.format import DamagedSample, DamagedShard, ShardInfo, open_shard, read_index
-from microdit.pipeline.stages.captions.given import Captions
+from microdit.pipeline.stages.captions.given import GivenCaptions
 from microdit.pipeline.stages.stage import ColumnSpec
 
 CAPTION, TEXT, PICTURE = "caption", "caption_latents", "jpg"
@@ -68,7 +68,7 @@ class Conversion:
     naming: Naming
     shards: list[ShardInfo]
     pictures: bool
-    captions: Captions
+    captions: GivenCaptions
     arrays: dict[str, Arrays]
     left_out: list[str]
     """MDS columns that are not taken."""
@@ -117,7 +117,9 @@ def plan_conversion(folder: Path, naming: Naming) -> Conversion:
         shapes = {array.field: array.shape for array in arrays.values() if array.field != TEXT}
         raise RequestError(f"{folder}: the latents have other channels at other resolutions: {shapes}")
     left_out = sorted({name for shard in shards for name in shard.columns} - set(taken))
-    return Conversion(folder, naming, shards, PICTURE in taken, Captions(captions, CaptionsColumn()), arrays, left_out)
+    return Conversion(
+        folder, naming, shards, PICTURE in taken, GivenCaptions(captions, CaptionsColumn()), arrays, left_out
+    )
 
 
 def _check_columns(folder: Path, shards: Sequence[ShardInfo], taken: Sequence[str]) -> None:

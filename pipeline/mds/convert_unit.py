@@ -19,7 +19,7 @@ from microdit.pipeline.corpus.records import Commit, ShardRef
 from microdit.pipeline.corpus.rows import Row, latest, read_lines
 from microdit.pipeline.mds.columns import CAPTION, PICTURE, PICTURES, Arrays, Conversion, float16_array
 from microdit.pipeline.mds.format import DamagedSample, DamagedShard, MdsShard, open_shard
-from microdit.pipeline.stages.rows import samples
+from microdit.pipeline.stages.rows import usable_rows
 from microdit.pipeline.stages.stage import Task
 
 Redo = dict[str, set[str]]  # by column the shards, and with the column `units` the units, that are made again
@@ -138,7 +138,7 @@ class ShardConversion:
         inputs = latest(self.corpus, upstream, self.ref)
         task = Task(self.ref, {name: generation})
         with begin_attempt(self.corpus, name, self.ref, [inputs], generation) as attempt:
-            for row in samples(read_lines(self.corpus, inputs), {name: attempt}, task, upstream):
+            for row in usable_rows(read_lines(self.corpus, inputs), {name: attempt}, task, upstream):
                 data, scalars, reason, detail = self._array(row, column)
                 if reason:
                     attempt.fail(row.row, row.key, reason, detail)

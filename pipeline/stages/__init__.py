@@ -1,1 +1,1 @@
-"""What a stage is, and the stages: one shard in, one shard of each column out."""
+"""Stages: what a stage is, and those that make images, captions, scores, latents and text."""

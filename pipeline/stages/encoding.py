@@ -1,4 +1,4 @@
-"""What stages with a model share: what identifies its numbers, and how batches go through it."""
+"""Send batches through a model on a device, and time it."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,13 +6,12 @@ from typing import Any, TypeVar
 
 from microdit.pipeline.base.liveness import alive
 
-GPU_THREADS = 8  # that decode beside a GPU at least: those that it does not need sleep
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Mark:
-    """A moment of a device's work: a CPU's when this is made, a GPU's when it has done what it was given until then."""
+class DeviceEvent:
+    """A moment of a device's work: on a CPU, now; on a GPU, when it has done everything queued until now."""
 
     def __init__(self, device: Any):
         import torch
@@ -23,7 +22,7 @@ class Mark:
             self._event.record()
 
     def wait(self) -> None:
-        """Until that moment.
+        """Wait until the device has come there.
 
         Raises:
             torch.AcceleratorError: the GPU's work went wrong.
@@ -31,37 +30,36 @@ class Mark:
         if self._event is not None:
             self._event.synchronize()
 
-    def seconds_since(self, earlier: "Mark") -> float:
-        """How long after another one this was; both must be over."""
+    def seconds_since(self, earlier: "DeviceEvent") -> float:
+        """Seconds between two moments, both of which are over."""
         if self._event is None or earlier._event is None:
             return self._time - earlier._time
         return float(earlier._event.elapsed_time(self._event)) / 1000
 
 
-# -- batches -----------------------------------------------------------------------------------------------------------
 class Batches:
-    """Sends samples through a model in batches of `size`, which is halved for good when the GPU's memory runs out."""
+    """Send samples through a model in batches of `size`, which is halved for good when the GPU's memory runs out."""
 
     def __init__(self, size: int):
         self.size = size
         self.seconds = 0.0
-        """Time of the model since it was loaded."""
+        """Seconds in the model since it was loaded."""
 
     def run(self, encode: Callable[[Sequence[T], int], Sequence[R]], samples: Sequence[T]) -> list[R | Exception]:
-        """What `encode(some samples, batch size)` gives for each sample, or the error that a sample alone causes.
+        """For each sample what `encode(batch, batch size)` returns, or the error that the sample causes alone.
 
         Raises:
-            Exception: one sample alone needs too much memory, the GPU is broken, or a batch has no sample that works.
+            Exception: one sample alone needs too much memory, the GPU is broken, or every sample of a batch fails.
         """
         import torch
 
-        found: list[R | Exception] = []
-        while len(found) < len(samples):
-            batch = samples[len(found) : len(found) + self.size]
+        results: list[R | Exception] = []
+        while len(results) < len(samples):
+            batch = samples[len(results) : len(results) + self.size]
             alive()
             began = time.monotonic()
             try:
-                found += encode(batch, self.size)
+                results += encode(batch, self.size)
             except torch.OutOfMemoryError:
                 if self.size == 1:
                     raise
@@ -74,10 +72,10 @@ class Batches:
                 alone = [self._alone(encode, sample) for sample in batch]
                 if len(batch) > 1 and all(isinstance(result, Exception) for result in alone):
                     raise error  # it is not the samples
-                found += alone
+                results += alone
             finally:
                 self.seconds += time.monotonic() - began
-        return found
+        return results
 
     def _alone(self, encode: Callable[[Sequence[T], int], Sequence[R]], sample: T) -> R | Exception:
         import torch

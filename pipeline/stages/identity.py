@@ -10,7 +10,7 @@ from microdit.pipeline.base.errors import RequestError
 
 @lru_cache(maxsize=16)
 def autoencoder_identity(column: str, name: str, revision: str | None) -> dict[str, Any]:
-    """Repository and commit, or a folder's name and hash, of an autoencoder that `column` asks for; dtype, normaliser.
+    """Identify the autoencoder of a column: repository and commit, or folder and hash; dtype and normaliser.
 
     Raises:
         RequestError: there is no such model, or its files cannot be had.
@@ -22,7 +22,7 @@ def autoencoder_identity(column: str, name: str, revision: str | None) -> dict[s
 
 @lru_cache(maxsize=16)
 def text_encoder_identity(column: str, name: str, revision: str | None, trim: bool = False) -> dict[str, Any]:
-    """The same for a text encoder; and how many tokens it keeps."""
+    """Identify the text encoder of a column, as `autoencoder_identity` does; and the number of tokens that it keeps."""
     from microdit.model.pretrained.text import text_encoder_fingerprint
 
     return _identity(f"columns.{column}.encoder = {name!r}", text_encoder_fingerprint, name, revision, trim=trim)
@@ -30,7 +30,7 @@ def text_encoder_identity(column: str, name: str, revision: str | None, trim: bo
 
 @lru_cache(maxsize=16)
 def captioner_identity(column: str, name: str, revision: str | None) -> dict[str, Any]:
-    """The same for a captioner; and its family."""
+    """Identify the captioner of a column, as `autoencoder_identity` does; and its family."""
     from microdit.model.pretrained.captioners import captioner_fingerprint
 
     return _identity(f"columns.{column}.vlm = {name!r}", captioner_fingerprint, name, revision)
@@ -38,7 +38,11 @@ def captioner_identity(column: str, name: str, revision: str | None) -> dict[str
 
 @lru_cache(maxsize=16)
 def tagger_identity(column: str, name: str) -> dict[str, Any]:
-    """Name and hash of a tagger."""
+    """Identify the tagger of a column: its name and hash.
+
+    Raises:
+        RequestError: there is no such tagger.
+    """
     from microdit.model.pretrained.tagger import tagger_fingerprint
 
     try:
@@ -49,7 +53,7 @@ def tagger_identity(column: str, name: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=16)
 def vision_identity(column: str, task: Any, name: str, label: str | None, revision: str | None) -> dict[str, Any]:
-    """The same for a model that scores pictures."""
+    """Identify the vision model of a column, as `autoencoder_identity` does."""
     from microdit.model.pretrained.vision import vision_fingerprint
 
     field = f"columns.{column}.model = {name!r}"
@@ -57,7 +61,11 @@ def vision_identity(column: str, task: Any, name: str, label: str | None, revisi
 
 
 def carried_identity(column: str, name: str) -> dict[str, Any]:
-    """The same for a model that a package carries (`microdit.model.pretrained.packaged`)."""
+    """Identify a model that comes in a package (`microdit.model.pretrained.packaged`).
+
+    Raises:
+        RequestError: the package is missing.
+    """
     from microdit.model.pretrained.hub import ModelFilesError
     from microdit.model.pretrained.packaged import carried
 
@@ -79,5 +87,5 @@ def _identity(
 
 
 def absolute(name: str) -> str:
-    """A folder's name as any process can open it; another name as it is."""
+    """Absolute path if `name` is a local folder, else `name` unchanged (a hub id)."""
     return str(Path(name).absolute()) if Path(name).is_dir() else name

@@ -1,11 +1,11 @@
-"""Ingest: the inputs of a unit, decoded and checked, into shards of the images column."""
+"""Ingest: decode and check the inputs of a unit, and write them into shards of the images column."""
 
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from functools import cache, partial
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -37,80 +37,99 @@ SCALARS = {
     "bytes": "int64",
 }
 
-Result = Prepared | BadImage | None
+Report = Callable[[Commit], None]
+"""Called with the commit of each shard that was written."""
+Decode = Callable[[bytes], Prepared]
+DecodedInput = tuple[Input, Prepared | BadImage | None]
+"""An input with its image, with what is wrong with that, or without if no bytes came."""
 
 
 def ingest_stage(options: ImageOptions) -> dict[str, Any]:
-    """What ingest adds to the declaration of a source."""
+    """The part of a source's declaration that says how its images are stored."""
     return {"version": 1, **options.model_dump()}
 
 
+class UnitShards:
+    """The shards of a unit, and which of them are committed."""
+
+    def __init__(self, corpus: Corpus, source: str, task: UnitTask):
+        self._corpus, self._source, self._unit, self._redo = corpus, source, task.unit, task.redo or {}
+        self._committed: dict[str, bool] = {}
+
+    def shard_of(self, ordinal: int) -> str:
+        return shard_name(self._unit, ordinal // self._corpus.shard_samples)
+
+    def generation(self, shard: str) -> int:
+        return self._redo.get(shard, 0)
+
+    def committed(self, shard: str) -> bool:
+        """Look for the shard's commit, when its turn comes: another build may have written it meanwhile."""
+        if shard not in self._committed:
+            name = commit_name(IMAGES, self._source, shard, self.generation(shard))
+            self._committed[shard] = self._corpus.store.exists(name)
+        return self._committed[shard]
+
+    def wanted(self, ordinal: int) -> bool:
+        return not self.committed(self.shard_of(ordinal))
+
+
 def ingest_unit(
-    corpus: Corpus,
-    source: Source,
-    task: UnitTask,
-    config: BuildConfig,
-    progress: Callable[[Commit], None] | None = None,
+    corpus: Corpus, source: Source, task: UnitTask, config: BuildConfig, report: Report | None = None
 ) -> UnitCommit:
     """Read a unit, write those of its images shards that are not committed yet, then the unit's commit.
 
-    A unit that is complete is not read, but in a repair.
-
-    Args:
-        progress: called with the commit of each shard that this call wrote.
+    A unit that is complete is not read, except in a repair.
 
     Raises:
         RequestError: the source cannot be read at all. A single bad input is a failed row, never an exception.
     """
-    unit, redo = task.unit, task.redo
-    if redo is None and corpus.store.exists(commit_name(UNITS, source.name, unit, task.generation)):
-        return corpus.unit(source.name, unit, task.generation)
-
-    @cache
-    def there(shard: str) -> bool:  # asked when its turn comes: another build may have made it meanwhile
-        return corpus.store.exists(commit_name(IMAGES, source.name, shard, (redo or {}).get(shard, 0)))
-
-    def shard_of(ordinal: int) -> str:
-        return shard_name(unit, ordinal // corpus.shard_samples)
-
+    if task.redo is None and corpus.store.exists(commit_name(UNITS, source.name, task.unit, task.generation)):
+        return corpus.unit(source.name, task.unit, task.generation)
+    unit_shards = UnitShards(corpus, source.name, task)
     shards: list[str] = []
     inputs = 0
+    # a shard's timings include the time before its first input: to fetch the file, to wait for the first URL
     since, worked = time.monotonic(), time.process_time()
     with ExitStack() as stack:
-        decode: Callable[[bytes], Prepared] = partial(prepare, options=config.images)
-        threads = config.resources.decode_threads
-        if task.isolated:
-            decode = stack.enter_context(IsolatedDecoder(decode, config.resources.stall_timeout))
-            threads = 1
-        found = stack.enter_context(closing(source.read(unit, lambda ordinal: not there(shard_of(ordinal)))))
-        decoded = threaded(lambda item: (item, _prepare(item.data, decode)), found, threads)
-        for shard, samples in groupby(decoded, key=lambda pair: shard_of(pair[0].ordinal)):
+        decoded = _decoded(stack, source, task, unit_shards, config)
+        for shard, samples in groupby(decoded, key=lambda pair: unit_shards.shard_of(pair[0].ordinal)):
             shards.append(shard)
-            if there(shard):
+            if unit_shards.committed(shard):
                 for _ in samples:
                     inputs += 1
                     alive()
-                since, worked = time.monotonic(), time.process_time()
-                continue
-            began = time.monotonic()
-            ref = ShardRef(source=source.name, unit=unit, shard=shard)
-            with begin_attempt(corpus, IMAGES, ref, generation=(redo or {}).get(shard, 0)) as attempt:
-                fail_point("fetching")
-                for sample, image in samples:
-                    _write(attempt, source.name, sample, image, corpus.shard_samples, config.images.format)
-                # with what came before its first input: the file's way to this machine, the wait for the first URL
-                commit = attempt.commit(wait_seconds=began - since, cpu_seconds=time.process_time() - worked)
+            else:
+                began = time.monotonic()
+                ref = ShardRef(source=source.name, unit=task.unit, shard=shard)
+                with begin_attempt(corpus, IMAGES, ref, generation=unit_shards.generation(shard)) as attempt:
+                    fail_point("fetching")
+                    for sample, image in samples:
+                        _write(attempt, source.name, sample, image, corpus.shard_samples, config.images.format)
+                    commit = attempt.commit(wait_seconds=began - since, cpu_seconds=time.process_time() - worked)
+                inputs += commit.counts["in"]
+                if report is not None and commit.ours:
+                    report(commit)
             since, worked = time.monotonic(), time.process_time()
-            inputs += commit.counts["in"]
-            if progress is not None and commit.ours:
-                progress(commit)
     fail_point("committing-unit")
-    record = commit_unit(corpus, source.name, unit, inputs, shards, task.generation)
+    record = commit_unit(corpus, source.name, task.unit, inputs, shards, task.generation)
     fail_point("committed-unit")
     return record
 
 
-def _prepare(data: bytes | None, decode: Callable[[bytes], Prepared]) -> Result:
+def _decoded(
+    stack: ExitStack, source: Source, task: UnitTask, shards: UnitShards, config: BuildConfig
+) -> Iterator[DecodedInput]:
+    """The inputs of a unit in order, decoded in threads; in another process if the unit killed one."""
+    decode: Decode = partial(prepare, options=config.images)
+    threads = config.resources.decode_threads
+    if task.isolated:
+        decode = stack.enter_context(IsolatedDecoder(decode, config.resources.stall_timeout))
+        threads = 1
+    items = stack.enter_context(closing(source.read(task.unit, shards.wanted)))
+    return threaded(lambda item: (item, _prepare(item.data, decode)), items, threads)
+
+
+def _prepare(data: bytes | None, decode: Decode) -> Prepared | BadImage | None:
     if data is None:
         return None
     try:
@@ -121,7 +140,15 @@ def _prepare(data: bytes | None, decode: Callable[[bytes], Prepared]) -> Result:
         return BadImage("damaged", f"{type(error).__name__}: {error}")
 
 
-def _write(attempt: Attempt, source: str, item: Input, image: Result, shard_samples: int, extension: str) -> None:
+def _write(
+    attempt: Attempt,
+    source: str,
+    item: Input,
+    image: Prepared | BadImage | None,
+    shard_samples: int,
+    extension: str,
+) -> None:
+    """Add an input to its shard, or fail it with what is wrong with it."""
     row = item.ordinal % shard_samples
     fields = json.dumps(dict(item.fields), ensure_ascii=False, sort_keys=True) if item.fields else ""
     about = {"caption": item.caption, "origin": item.origin, "license": item.license, "fields": fields}

@@ -1,4 +1,4 @@
-"""Decoding in a process of its own, for a unit that killed the process that read it."""
+"""Decode in a separate process, for a unit that killed the process that read it."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -12,9 +12,9 @@ T = TypeVar("T")
 
 
 class IsolatedDecoder(Generic[T]):
-    """`decode`, one image after the other in another process: an image that kills it, or makes it hang, fails alone.
+    """Run `decode` in another process, so that an image that kills it, or makes it hang, fails alone.
 
-    The reasons are `crash`, and `stall` after `timeout` seconds. To be used as a context, by one thread.
+    Their reasons are `crash`, and `stall` after `timeout` seconds. To be used as a context, by one thread.
     """
 
     def __init__(self, decode: Callable[[bytes], T], timeout: float):
@@ -29,10 +29,10 @@ class IsolatedDecoder(Generic[T]):
         self._end()
 
     def __call__(self, data: bytes) -> T:
-        """What `decode` returns or raises.
+        """Return or raise what `decode` does.
 
         Raises:
-            BadImage: also with `crash` and `stall`.
+            BadImage: also with the reasons `crash` and `stall`.
         """
         alive()
         if self._process is None:
@@ -62,7 +62,7 @@ class IsolatedDecoder(Generic[T]):
         self._process = context.Process(target=_serve, args=(self._decode, theirs), daemon=True)
         self._process.start()
         theirs.close()
-        self._pipe.recv()  # it is up: what it takes from now on is the image's doing
+        self._pipe.recv()  # the process has started: from now on the time is the image's
 
     def _end(self) -> None:
         if self._process is not None:
@@ -82,7 +82,7 @@ def _serve(decode: Callable[[bytes], object], pipe: Connection) -> None:
             return
         try:
             answer: Any = decode(data)
-        except BadImage as error:  # whose pickled form lacks the detail
+        except BadImage as error:  # its pickled form lacks the detail
             answer = (error.reason, str(error))
         except Exception as error:
             answer = ValueError(f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""Collect decoded images into batches for an autoencoder."""
+"""Stage decoded images in buffers, batch by batch, for an autoencoder."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,11 +10,11 @@ from microdit.pipeline.base.threads import chunks
 from microdit.pipeline.corpus.rows import Row
 
 
-class Room:
-    """Where a batch is made ready, and from where a GPU copies it: pinned memory.
+class StagingBuffer:
+    """Pinned-memory staging buffer for one batch.
 
     `pixels` uint8 (B, side, side, 3) by side, `noise` of the posteriors, float32 (B, c, h, w), by column. The first
-    `count` rows of them are samples; those behind are black, and have no noise.
+    `count` of the B are samples; the rest is black, without noise.
     """
 
     def __init__(self, size: int, sides: Iterable[int], noise: Mapping[str, tuple[int, ...]], pinned: bool):
@@ -24,63 +24,66 @@ class Room:
         self.pixels = {s: torch.empty(size, s, s, 3, dtype=torch.uint8, pin_memory=pinned) for s in sides}
         self.noise = {column: torch.empty(size, *shape, pin_memory=pinned) for column, shape in noise.items()}
 
-    def close_ranks(self, places: Sequence[int]) -> None:
-        """Move the samples that are at `places` to the front, in order; what is behind them is blanked."""
-        self.count = len(places)
-        for whole in (*self.pixels.values(), *self.noise.values()):
-            for to, place in enumerate(places):
-                if to != place:
-                    whole[to] = whole[place]
-            whole[len(places) :] = 0
+    def compact(self, indices: Sequence[int]) -> None:
+        """Move the samples at `indices` to the front, in order, and zero everything behind them."""
+        self.count = len(indices)
+        for tensor in (*self.pixels.values(), *self.noise.values()):
+            for to, index in enumerate(indices):
+                if to != index:
+                    tensor[to] = tensor[index]
+            tensor[len(indices) :] = 0
 
 
 @dataclass(frozen=True)
-class Sample:
-    """An image that is ready for the models: row `place` of a room."""
+class StagedImage:
+    """A sample whose pixels and noise are at `index` of a buffer."""
 
     row: Row
-    room: Room
-    place: int
+    buffer: StagingBuffer
+    index: int
 
 
-class Shared:
-    """What the shards share that a process has in hand at once; a pickle leaves it behind.
+class ConcurrentShards:
+    """What the shards share that a process works on at the same time; a pickle leaves it behind.
 
-    `feeding`: one reads and decodes, until the last of its rows are on their way. `encoding`: one has the models.
+    `feeding` is held by the shard that reads and decodes, until the last of its rows are on their way; `encoding` by
+    the one that uses the models.
     """
 
     def __init__(self) -> None:
         self.feeding, self.encoding = Lock(), Lock()
-        self._rooms: dict[frozenset[str], deque[Room]] = {}
+        self._free: dict[frozenset[str], deque[StagingBuffer]] = {}
 
-    def __reduce__(self) -> tuple[type["Shared"], tuple[()]]:
-        return Shared, ()
+    def __reduce__(self) -> tuple[type["ConcurrentShards"], tuple[()]]:
+        return ConcurrentShards, ()
 
-    def rooms(self, columns: Iterable[str]) -> deque[Room]:
-        """Those that are free of batches for some columns, which are those that most shards are made for."""
-        if (asked := frozenset(columns)) not in self._rooms:
-            self._rooms = {asked: deque()}
-        return self._rooms[asked]
+    def free_buffers(self, columns: Iterable[str]) -> deque[StagingBuffer]:
+        """The buffers to use again for batches of some columns. Asking for other columns drops those of before."""
+        if (asked := frozenset(columns)) not in self._free:
+            self._free = {asked: deque()}
+        return self._free[asked]
 
 
-def batched(prepared: Iterable[tuple[Room, list[Sample]]], groups: int, free: deque[Room]) -> Iterator[list[Sample]]:
-    """The samples of one room after the other, as soon as all of its groups are there."""
+def staged_batches(
+    prepared: Iterable[tuple[StagingBuffer, list[StagedImage]]], groups: int, free: deque[StagingBuffer]
+) -> Iterator[list[StagedImage]]:
+    """The samples of one buffer after the other, as soon as all of its groups are ready; an empty buffer is freed."""
     for batch in chunks(prepared, groups):
-        room, there = batch[0][0], [sample for _, some in batch for sample in some]
-        room.close_ranks([sample.place for sample in there])
-        if there:
-            yield [replace(sample, place=place) for place, sample in enumerate(there)]
+        buffer, staged = batch[0][0], [image for _, group in batch for image in group]
+        buffer.compact([image.index for image in staged])
+        if staged:
+            yield [replace(image, index=index) for index, image in enumerate(staged)]
         else:
-            free.append(room)
+            free.append(buffer)
 
 
-def rows_of_batch(whole: Any, batch: Sequence[Sample], size: int, pinned: bool) -> Any:
-    """The rows of a batch, and zeros behind them up to `size`: without a copy, if they lie so already."""
+def rows_of_batch(tensor: Any, batch: Sequence[StagedImage], size: int, pinned: bool) -> Any:
+    """The rows of a buffer's tensor that a batch takes, zero-padded to `size`; a view where they lie so already."""
     import torch
 
-    first, count = batch[0].place, len(batch)
-    if first + size <= len(whole) and (count == size or first + count == batch[0].room.count):
-        return whole[first : first + size]
-    rows = torch.zeros(size, *whole.shape[1:], dtype=whole.dtype, pin_memory=pinned)
-    rows[:count] = whole[first : first + count]
+    first, count = batch[0].index, len(batch)
+    if first + size <= len(tensor) and (count == size or first + count == batch[0].buffer.count):
+        return tensor[first : first + size]
+    rows = torch.zeros(size, *tensor.shape[1:], dtype=tensor.dtype, pin_memory=pinned)
+    rows[:count] = tensor[first : first + count]
     return rows

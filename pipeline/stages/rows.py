@@ -1,52 +1,50 @@
-"""Read the input samples of a stage, and commit its outputs."""
+"""Read the input rows of a stage, and write and commit its outputs."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 from microdit.pipeline.content.images import BadImage
 from microdit.pipeline.corpus.attempt import Attempt, begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import Commit
-from microdit.pipeline.corpus.rows import Row
+from microdit.pipeline.corpus.rows import Row, read_rows
 from microdit.pipeline.stages.stage import Task
 
-
-def fail_image(made: Iterable[Attempt], row: Row, error: Exception) -> None:
-    """Record in all attempts why an image cannot be used: whatever is no `BadImage` is `damaged`."""
-    bad = error if isinstance(error, BadImage) else BadImage("damaged", f"{type(error).__name__}: {error}")
-    for attempt in made:
-        attempt.fail(row.row, row.key, bad.reason, str(bad))
+Attempts = Mapping[str, Attempt]
+"""The attempt of each column."""
+Scalars = Mapping[str, str | int | float]
 
 
-def attempts(stack: ExitStack, corpus: Corpus, task: Task, inputs: Iterable[Commit]) -> dict[str, Attempt]:
-    """An attempt for each of a task's columns; what is not committed when the stack ends is dropped."""
-    inputs = list(inputs)
-    return {
-        column: stack.enter_context(begin_attempt(corpus, column, task.ref, inputs, generation))
-        for column, generation in task.columns.items()
-    }
+class RowFailure(Exception):
+    """Why a sample fails in a column: `reason` is a short code to group by, the text one line for a person."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(detail)
+        self.reason = reason
 
 
-def samples(rows: Iterable[Row], made: Mapping[str, Attempt], task: Task, column: str) -> Iterator[Row]:
-    """The rows of the input `column` to work on; those that failed there, or are set aside, are failed in `made`."""
-    for row in rows:
-        if task.rows is not None and row.row not in task.rows:
-            continue
-        reason, detail = "", ""
-        if not row.ok:
-            reason, detail = "upstream", f"{column}: {row.scalars['reason']}: {row.scalars['detail'] or ''}"
-        elif row.row in task.aside:
-            reason = task.aside[row.row]
-            detail = "the process that worked on this sample alone " + ("died" if reason == "crash" else "did not end")
-        if not reason:
-            yield row
-        for attempt in made.values() if reason else ():
-            attempt.fail(row.row, row.key, reason, detail)
+@dataclass(frozen=True)
+class Output:
+    """What a column stores of a sample: scalars in the sidecar, and members in the tar, `{extension: bytes}`."""
+
+    scalars: Scalars = field(default_factory=dict)
+    members: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def commit_all(made: Mapping[str, Attempt], task: Task, **timings: float) -> list[Commit]:
-    """Commit what a task has made; nothing if it was only a trial of some rows."""
-    return [attempt.commit(**timings) for attempt in made.values()] if task.rows is None else []
+Outcome = Output | RowFailure
+
+
+def image_failure(error: Exception) -> RowFailure:
+    """Name the reason why an image cannot be used: that of a `BadImage`, or `damaged`."""
+    if isinstance(error, BadImage):
+        return RowFailure(error.reason, str(error))
+    return RowFailure("damaged", f"{type(error).__name__}: {error}")
+
+
+def model_failure(error: Exception) -> RowFailure:
+    """Record an exception that a model raises for a sample alone."""
+    return RowFailure("error", f"{type(error).__name__}: {error}")
 
 
 def image_bytes(members: dict[str, bytes]) -> bytes:
@@ -59,3 +57,80 @@ def image_bytes(members: dict[str, bytes]) -> bytes:
         if extension != "json":
             return data
     raise BadImage("no_picture", "the sample came with its latents, and has no picture")
+
+
+def usable_rows(rows: Iterable[Row], attempts: Attempts, task: Task, column: str) -> Iterator[Row]:
+    """The rows of the input `column` to work on. Those that failed there, or are set aside, fail in `attempts`."""
+    for row in rows:
+        if task.rows is not None and row.row not in task.rows:
+            continue
+        if not row.ok:
+            detail = f"{column}: {row.scalars['reason']}: {row.scalars['detail'] or ''}"
+            write_row(attempts, row, RowFailure("upstream", detail))
+        elif row.row in task.aside:
+            reason = task.aside[row.row]
+            end = "died" if reason == "crash" else "did not end"
+            write_row(attempts, row, RowFailure(reason, f"the process that worked on this sample alone {end}"))
+        else:
+            yield row
+
+
+def write_row(attempts: Attempts, row: Row, outcome: Outcome) -> None:
+    """Add a sample's output, or its failure, to each of the attempts."""
+    for attempt in attempts.values():
+        if isinstance(outcome, RowFailure):
+            attempt.fail(row.row, row.key, outcome.reason, str(outcome))
+        else:
+            attempt.add(row.row, row.key, outcome.members, **outcome.scalars)
+
+
+@dataclass(frozen=True)
+class ShardRun:
+    """One shard of a stage in progress.
+
+    Rows may fail in several threads at once, and are added by one thread, in any order: a commit sorts them.
+    """
+
+    corpus: Corpus
+    task: Task
+    source: Commit
+    """Of the input whose rows the stage works on."""
+    attempts: Attempts
+
+    def rows(self, rows: Iterable[Row] | None = None) -> Iterator[Row]:
+        """The rows of the input to work on, from `rows` if they were read already; the others fail."""
+        if rows is None:
+            rows = read_rows(self.corpus, self.source)
+        return usable_rows(rows, self.attempts, self.task, self.source.column)
+
+    def write(self, row: Row, outcome: Outcome) -> None:
+        """Write a sample in all columns."""
+        write_row(self.attempts, row, outcome)
+
+    def write_column(self, column: str, row: Row, outcome: Outcome) -> None:
+        """Write a sample in one column."""
+        write_row({column: self.attempts[column]}, row, outcome)
+
+    def commit(self, timings: Callable[[str], Mapping[str, float]] = lambda column: {}) -> list[Commit]:
+        """Commit each column with its `timings`; nothing if the task was only a trial of some rows."""
+        if self.task.rows is not None:
+            return []
+        return [attempt.commit(**timings(column)) for column, attempt in self.attempts.items()]
+
+
+@contextmanager
+def open_shard(
+    corpus: Corpus, task: Task, source: Commit, further: Mapping[str, Commit] | None = None
+) -> Iterator[ShardRun]:
+    """Begin an attempt for each of a task's columns; what is not committed when the block ends is dropped.
+
+    Args:
+        source: the input whose rows the stage works on.
+        further: a second input of a column, by column.
+    """
+    attempts: dict[str, Attempt] = {}
+    with ExitStack() as stack:
+        for column, generation in task.columns.items():
+            inputs = [source, *([further[column]] if further and column in further else ())]
+            attempts[column] = stack.enter_context(begin_attempt(corpus, column, task.ref, inputs, generation))
+        yield ShardRun(corpus, task, source, attempts)

@@ -1,4 +1,7 @@
-"""Stages: shard in, shard out. They import and run without Ray; those that hold a model import torch when they load."""
+"""Define what a stage is: one shard in, one shard of each of its columns out.
+
+Stages import and run without Ray. Those that hold a model import torch when they load it.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,14 +13,14 @@ from microdit.pipeline.corpus.records import Commit, ShardRef
 
 
 def seed_of(column: str, source: str, key: str) -> int:
-    """The seed of a sample's posterior in a column: 63 bits of the SHA-256 of `<column> LF <source>/<key>`."""
+    """The seed of a sample in a column: 63 bits of the SHA-256 of `<column> LF <source>/<key>`."""
     digest = hashlib.sha256(f"{column}\n{source}/{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 @dataclass(frozen=True)
 class ColumnSpec:
-    """What a column is made by and from."""
+    """How a column is made, and from which columns."""
 
     stage: dict[str, Any]
     """What makes the numbers: name, version, options, models with their hashes (docs/corpus.md, section 5)."""
@@ -33,11 +36,11 @@ class Task:
 
     ref: ShardRef
     columns: Mapping[str, int]
-    """The columns to write, and the generation of each: 0, and in a repair what follows the highest one."""
+    """The columns to write, and the generation of each: 0, and in a repair the one after the highest."""
     aside: Mapping[int, str] = field(default_factory=dict)
     """Rows that killed the processes that worked on them, and the reason: they fail with it, untouched."""
     rows: range | None = None
-    """Work on these rows alone and commit nothing: so the row that kills is found."""
+    """Work on these rows alone and commit nothing: a search for the row that kills the process."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,13 @@ class UnitTask:
     generation: int = 0
     """Of the unit's own commit."""
     isolated: bool = False
-    """Decode in a process of its own: this unit killed the process that read it."""
+    """Decode in a separate process: this unit killed the process that read it."""
 
 
 class Stage(Protocol):
     """Makes one or several columns of a shard. Picklable, and cheap to make: models come with `load`.
 
-    One that says `at_once = 2` may be run by two threads, each with a shard: then the driver has it so.
+    A stage with an attribute `at_once = 2` may be run by two threads, each with a shard.
     """
 
     name: str
@@ -64,13 +67,13 @@ class Stage(Protocol):
 
     @property
     def device(self) -> str | None:
-        """Where its model works: `gpu`, on one where there is one; `cpu`, in any case. None: it holds no model."""
+        """Where its model runs: `gpu`, on a GPU if there is one; `cpu`, always on the CPU. None: it holds no model."""
 
     def load(self) -> None:
         """Load the models, once per process."""
 
     def run(self, corpus: Corpus, task: Task) -> list[Commit]:
-        """Write just the columns that are asked for from the latest commits of their inputs; one commit each.
+        """Write the task's columns from the latest commits of their inputs; one commit each.
 
         Raises:
             FileNotFoundError: an input of the shard is not committed.

@@ -1,25 +1,25 @@
-"""`text/<encoder>@<captions>`: captions through a text encoder."""
+"""`text/<encoder>@<captions>`: embeddings of captions by a text encoder."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from microdit.model.device import best_device
 from microdit.pipeline.base.errors import RequestError
-from microdit.pipeline.base.threads import chunks, threaded
+from microdit.pipeline.base.threads import chunks
 from microdit.pipeline.config.encoders import TextColumn
 from microdit.pipeline.corpus.arrays import array_bytes, arrays_bytes
-from microdit.pipeline.corpus.attempt import Attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.quantised import FORMS, Loss, compared, dequantise, quantise
 from microdit.pipeline.corpus.records import Commit
-from microdit.pipeline.corpus.rows import Row, latest, read_lines
+from microdit.pipeline.corpus.rows import Row, latest
+from microdit.pipeline.stages.batch_line import BatchLine
 from microdit.pipeline.stages.encoding import Batches
 from microdit.pipeline.stages.identity import absolute, text_encoder_identity
-from microdit.pipeline.stages.rows import attempts, commit_all, samples
+from microdit.pipeline.stages.rows import Outcome, Output, RowFailure, ShardRun, model_failure, open_shard
 from microdit.pipeline.stages.stage import ColumnSpec, Task, seed_of
 
 WINDOW = 16  # batches that are sorted by length together; more would hold more embeddings in memory
@@ -27,18 +27,20 @@ WINDOW = 16  # batches that are sorted by length together; more would hold more 
 
 @dataclass(frozen=True)
 class Embedding:
-    """What is stored of a caption: one array, or those of a quantised one; and `exact` if the two are compared."""
+    """A caption's embedding as it is stored."""
 
     arrays: dict[str, np.ndarray]
+    """float16 (tokens, width) under "", or the arrays of a quantised one by name."""
     exact: np.ndarray | None = None
+    """The encoder's output, where a quantised embedding is compared with it."""
 
 
 class Text:
     """One text column: the embedding of each caption without padding, and its number of `tokens`.
 
-    float16 (tokens, width), or quantised (`corpus.quantised`). Captions of like length share a batch, inside the
-    shard: the same shard gives the same batches. Of a quantised column one sample in a hundred, chosen by its key, is
-    compared with what the encoder gave: the commit says what was lost.
+    float16 (tokens, width), or quantised (`corpus.quantised`). Captions of similar length share a batch. Batches never
+    cross shards: the same shard gives the same batches. In a quantised column one sample in a hundred, chosen by its
+    key, is compared with the encoder's output, and the commit records the loss.
     """
 
     device = "gpu"
@@ -76,31 +78,25 @@ class Text:
         self.load()
         captions, before = latest(corpus, self._captions, task.ref), self._batches.seconds
         loss = Loss.none()
-        with ExitStack() as stack:
-            made = attempts(stack, corpus, task, [captions])
-            rows = list(samples(read_lines(corpus, captions), made, task, self._captions))
+        with open_shard(corpus, task, captions) as shard, BatchLine(1) as line:
+            rows = list(shard.rows())
             exact: set[int] = set()
             if self._options.storage != "float16":
                 exact = {rows[i].row for i in compared([seed_of(self._column, task.ref.source, r.key) for r in rows])}
             windows = chunks(rows, WINDOW * self._batches.size)
-            encoded = threaded(lambda window: (window, self._in_batches(window, exact)), windows, 1)
-            for window, embeddings in encoded:  # while the next ones are encoded
-                for row, embedding in zip(window, embeddings, strict=True):
-                    if isinstance(embedding, Embedding) and embedding.exact is not None:
-                        self._compare(loss, task, row, embedding)
-                    for attempt in made.values():
-                        _write(attempt, row, embedding)
-            seconds = self._batches.seconds - before
-            return commit_all(made, task, encode_seconds=seconds, batch=self._batches.size, **loss.figures())
+            line.run(windows, partial(self._encode_window, exact), partial(self._write, shard, loss))
+            figures = {"encode_seconds": self._batches.seconds - before, "batch": self._batches.size, **loss.figures()}
+            return shard.commit(lambda column: figures)
 
-    def _in_batches(self, window: Sequence[Row], exact: set[int]) -> list[Embedding | Exception]:
-        """Of each row its caption's embedding, in their order; encoded from the shortest to the longest."""
+    def _encode_window(self, exact: set[int], window: Sequence[Row]) -> list[Embedding | Exception]:
+        """Encode the captions from the shortest to the longest; the embeddings are in the order of the rows."""
         order = sorted(range(len(window)), key=lambda i: len(window[i].scalars["caption"]))
         captions = [(window[i].scalars["caption"], window[i].row in exact) for i in order]
-        found = dict(zip(order, self._batches.run(self._encode, captions), strict=True))
-        return [found[i] for i in range(len(window))]
+        embeddings = dict(zip(order, self._batches.run(self._encode, captions), strict=True))
+        return [embeddings[i] for i in range(len(window))]
 
     def _encode(self, captions: Sequence[tuple[str, bool]], size: int) -> list[Embedding]:
+        """Encode a batch of captions; those with a true flag keep the encoder's output."""
         embeddings, lengths = self._model.encode([caption for caption, _ in captions])
         storage = self._options.storage
         tensors = {"": embeddings.half()} if storage == "float16" else quantise(embeddings, storage)
@@ -113,11 +109,20 @@ class Text:
             for i, (length, (_, exact)) in enumerate(zip(lengths.tolist(), captions, strict=True))
         ]
 
-    def _compare(self, loss: Loss, task: Task, row: Row, embedding: Embedding) -> None:
-        """Raises RequestError if this sample has lost more than it may."""
-        if embedding.exact is None or not _finite(embedding):
-            return
-        error = loss.compare(embedding.exact, dequantise(embedding.arrays))
+    def _write(
+        self, shard: ShardRun, loss: Loss, window: Sequence[Row], embeddings: Sequence[Embedding | Exception]
+    ) -> None:
+        for row, embedding in zip(window, embeddings, strict=True):
+            if isinstance(embedding, Embedding) and embedding.exact is not None and _finite(embedding):
+                self._check_loss(loss.compare(embedding.exact, dequantise(embedding.arrays)), shard.task, row)
+            shard.write(row, _outcome(embedding))
+
+    def _check_loss(self, error: float, task: Task, row: Row) -> None:
+        """Check that quantising a sample has not lost too much.
+
+        Raises:
+            RequestError: it has.
+        """
         if error > self._max_loss:
             raise RequestError(
                 f"columns.{self._column}.storage = {self._options.storage!r}: sample {task.ref.source}/{row.key} loses "
@@ -130,12 +135,11 @@ def _finite(embedding: Embedding) -> bool:
     return all(array.dtype != np.float16 or bool(np.isfinite(array).all()) for array in embedding.arrays.values())
 
 
-def _write(attempt: Attempt, row: Row, embedding: Embedding | Exception) -> None:
+def _outcome(embedding: Embedding | Exception) -> Outcome:
     if isinstance(embedding, Exception):
-        attempt.fail(row.row, row.key, "error", f"{type(embedding).__name__}: {embedding}")
-    elif not _finite(embedding):
-        attempt.fail(row.row, row.key, "not_finite", "the text encoder gives NaN, or more than float16 holds")
-    else:
-        arrays = embedding.arrays
-        members = {"npy": array_bytes(arrays[""])} if "" in arrays else {"npz": arrays_bytes(arrays)}
-        attempt.add(row.row, row.key, members, tokens=len(next(iter(arrays.values()))))
+        return model_failure(embedding)
+    if not _finite(embedding):
+        return RowFailure("not_finite", "the text encoder gives NaN, or more than float16 holds")
+    arrays = embedding.arrays
+    members = {"npy": array_bytes(arrays[""])} if "" in arrays else {"npz": arrays_bytes(arrays)}
+    return Output({"tokens": len(next(iter(arrays.values())))}, members)

@@ -31,8 +31,8 @@ HOUR = 3600
 def build(config: BuildConfig) -> tuple[Corpus, list[str]]:
     """Run ingest and captions without Ray, as the engine does; return the corpus and the lines for the user."""
     corpus = Corpus.create(config.corpus, config.name, config.shard_samples)
-    declare(corpus, config)
     sources, stages, told = sources_of(config), stages_of(config), list[str]()
+    declare(corpus, config, sources, stages)
     told += [source.terms for source in sources]
     plan = Plan(corpus, {source.name: source.units() for source in sources}, stages)
     retries = Retries(1, corpus.shard_samples)

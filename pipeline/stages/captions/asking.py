@@ -1,4 +1,4 @@
-"""Ask for captions: the prompt, the language, what is asked again."""
+"""Ask a model for captions: the prompt, the language, and which answers are captions."""
 
 from typing import Any
 
@@ -6,39 +6,47 @@ from microdit.model.pretrained.prompts import default_prompt
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.captions import CaptionsColumn
 from microdit.pipeline.content.caption_faults import fault, known_languages
-from microdit.pipeline.corpus.attempt import Attempt
-from microdit.pipeline.stages.captions.pictures import Ready
+from microdit.pipeline.stages.rows import Outcome, Output, RowFailure
 
 SCALARS = {"caption": "string", "tokens": "int32"}
-AGAIN = 0.7  # the temperature, at least, with which a model is asked once more
+AGAIN = 0.7  # the temperature, at least, with which a rejected answer is asked for again
 
 
-def add_caption(
-    attempt: Attempt, ready: Ready[Any], text: str, finished: bool, options: CaptionsColumn
-) -> tuple[str, str] | None:
-    """Add an answer as the sample's caption, white space as single spaces; or tell what is wrong with it."""
-    bad = fault(text, finished, options.asked_kind, options.language)
-    if bad is None:
-        words = text.split()
-        attempt.add(ready.row.row, ready.row.key, caption=" ".join(words), tokens=len(words))
-    return bad
+def judge(text: str, finished: bool, options: CaptionsColumn) -> Outcome:
+    """Turn a model's answer into a caption, white space as single spaces, or say what is wrong with it."""
+    rejected = fault(text, finished, options.asked_kind, options.language)
+    return RowFailure(*rejected) if rejected is not None else caption_output(" ".join(text.split()))
+
+
+def caption_output(caption: str) -> Output:
+    """What a captions column stores: the caption, and its number of words."""
+    return Output({"caption": caption, "tokens": len(caption.split())})
 
 
 def asked_of(options: CaptionsColumn, prompt: str) -> dict[str, Any]:
-    """What a declaration says of how captions are asked for."""
+    """The part of a declaration that says how captions are asked for."""
     names = ("temperature", "image_side", "language")
     asked = {name: getattr(options, name) for name in names}
     return {**asked, "prompt": prompt, "kind": options.asked_kind, "max_tokens": options.most_tokens}
 
 
 def check_language(column: str, options: CaptionsColumn) -> None:
-    """Raises RequestError if nothing is known of the language that is asked for."""
+    """Check that captions in the asked language can be told from others.
+
+    Raises:
+        RequestError: they cannot.
+    """
     if options.language not in known_languages():
         known = ", ".join(sorted(known_languages()))
         raise RequestError(f"columns.{column}.language = {options.language!r}: expected one of {known}")
 
 
 def prompt_of(column: str, options: CaptionsColumn, family: str) -> str:
+    """The prompt that is given, or the default one of a family of captioners.
+
+    Raises:
+        RequestError: the family gives no such captions.
+    """
     if options.prompt is not None:
         return options.prompt
     try:

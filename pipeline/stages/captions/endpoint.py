@@ -1,6 +1,6 @@
 """`captions/<name>` of a server that the user already runs, or pays for: many requests in flight, a limit to the cost.
 
-committed tar --a thread--> rows --threads--> JPEGs --event loop, at most `concurrency` at once--> captions
+committed tar --a thread--> rows --threads--> JPEGs --event loop, at most `concurrency` in flight--> captions
 """
 
 import asyncio
@@ -8,7 +8,6 @@ import os
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,24 +19,27 @@ from microdit.model.pretrained.prompts import default_prompt
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.build import Resources
 from microdit.pipeline.config.captions import CaptionsColumn
-from microdit.pipeline.corpus.attempt import Attempt
+from microdit.pipeline.content.images import decode_within
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.records import Commit
-from microdit.pipeline.corpus.rows import latest
-from microdit.pipeline.stages.captions.asking import AGAIN, SCALARS, add_caption, asked_of, check_language
+from microdit.pipeline.corpus.rows import Row, latest
+from microdit.pipeline.stages.batch_line import BatchLine, PreparedImage, prepared_images
+from microdit.pipeline.stages.captions.asking import AGAIN, SCALARS, asked_of, check_language, judge
 from microdit.pipeline.stages.captions.chat import BadAnswer, Reply, Unanswered, ask, request
-from microdit.pipeline.stages.captions.pictures import Loader, Ready
-from microdit.pipeline.stages.rows import attempts, commit_all
+from microdit.pipeline.stages.rows import Outcome, RowFailure, ShardRun, image_bytes, open_shard
 from microdit.pipeline.stages.stage import ColumnSpec, Task, seed_of
 
 QUALITY = 90  # of the JPEGs that are sent
-UNANSWERED, LEAST = 0.05, 3  # of a shard's samples: with more the server is at fault, and the shard is tried again
+# a shard with more unanswered samples, a share and a number of them, is tried again: the server is at fault
+UNANSWERED, LEAST = 0.05, 3
+
+Image = PreparedImage[bytes]
 
 
 @dataclass
 class Bill:
-    """What a shard has cost so far: `spent` in the user's currency, on top of what the column had cost `before`."""
+    """The cost of a shard so far: `spent` in the user's currency, on top of the cost of the column `before` it."""
 
     before: float
     spent: float = 0.0
@@ -48,13 +50,16 @@ class Bill:
 
 
 class Endpoint:
-    """One column from an endpoint. A sample fails with what is wrong with the second of its answers."""
+    """One column from an endpoint.
+
+    A rejected answer is asked for once more; the sample fails with what is wrong with the second one.
+    """
 
     device = None
 
     def __init__(self, name: str, options: CaptionsColumn, max_pixels: int, resources: Resources):
         self.name, self._options = name, options
-        self._loader = Loader(options.image_side, max_pixels, resources.decode_threads)
+        self._max_pixels, self._threads = max_pixels, resources.decode_threads
         self._prompt = options.prompt or default_prompt(options.asked_kind)
         check_language(name, options)
         self._find_key()  # a build without it ends before it begins
@@ -89,18 +94,25 @@ class Endpoint:
         images = latest(corpus, IMAGES, task.ref)
         bill = Bill(self._spent(corpus))
         self._check(bill)
-        with ExitStack() as stack:
-            made = attempts(stack, corpus, task, [images])
+        with open_shard(corpus, task, images) as shard, BatchLine(self._threads) as line:
             ahead = 2 * self._options.concurrency
-            ready = self._loader.pictures(stack, corpus, images, task, made, _jpeg, ahead)
+            prepared = prepared_images(line, shard.rows(), self._prepare, shard.write, ahead)
             allowed = max(LEAST, UNANSWERED * images.counts["out"])
-            asyncio.run(self._ask_all(next(iter(made.values())), ready, task.ref.source, bill, allowed))
+            asyncio.run(self._ask_all(shard, prepared, bill, allowed))
             costs = {"spend": bill.spent, "tokens_read": bill.read, "tokens_wrote": bill.wrote, "again": bill.again}
-            return commit_all(made, task, **costs)
+            return shard.commit(lambda column: costs)
 
-    async def _ask_all(
-        self, attempt: Attempt, ready: Iterator[Ready[bytes]], source: str, bill: Bill, allowed: float
-    ) -> None:
+    def _prepare(self, row: Row) -> bytes:
+        """The image as a JPEG, which the server is sent."""
+        pixels = decode_within(image_bytes(row.members), self._max_pixels, self._options.image_side)
+        return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=QUALITY, colorsubsampling="444")
+
+    async def _ask_all(self, shard: ShardRun, images: Iterator[Image], bill: Bill, allowed: float) -> None:
+        """Caption all images, at most `concurrency` in flight.
+
+        Raises:
+            OSError: more than `allowed` images stay unanswered.
+        """
         loop, running = asyncio.get_running_loop(), set[asyncio.Task[None]]()
         with ThreadPoolExecutor(1) as reader:
             async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -108,9 +120,9 @@ class Endpoint:
                     more = True
                     while more or running:
                         while more and len(running) < self._options.concurrency:
-                            one = await loop.run_in_executor(reader, next, ready, None)
-                            if more := one is not None:
-                                running.add(asyncio.create_task(self._one(session, attempt, one, source, bill)))
+                            image = await loop.run_in_executor(reader, next, images, None)
+                            if more := image is not None:
+                                running.add(asyncio.create_task(self._one(session, shard, image, bill)))
                         if not running:
                             break
                         for ended in (await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))[0]:
@@ -123,36 +135,47 @@ class Endpoint:
                         left.cancel()
                     await asyncio.gather(*running, return_exceptions=True)
 
-    async def _one(
-        self, session: aiohttp.ClientSession, attempt: Attempt, ready: Ready[bytes], source: str, bill: Bill
-    ) -> None:
-        """A sample's caption, or its failure."""
-        key, bad = ready.row.key, ("", "")
-        for name, least in ((self.name, 0.0), (f"{self.name} again", AGAIN)):
-            temperature = max(self._options.temperature, least)
-            seed, most = seed_of(name, source, key), self._options.most_tokens
-            self._check(bill)
-            bill.again += name != self.name
-            try:
-                body = request(str(self._options.model), self._prompt, ready.image, most, temperature, seed)
-                reply = await ask(session, str(self._options.endpoint), self._key, body)
-                self._charge(bill, reply)
-                found = add_caption(attempt, ready, reply.text, reply.finished, self._options)
-                if found is None:
-                    return
-                bad = found
-            except Unanswered as error:
-                bill.unanswered += 1
-                bad = error.reason, str(error)
-                break  # it was asked often enough
-            except BadAnswer as error:
-                bad = error.reason, str(error)
-        attempt.fail(ready.row.row, key, *bad)
+    async def _one(self, session: aiohttp.ClientSession, shard: ShardRun, image: Image, bill: Bill) -> None:
+        shard.write(image.row, await self._caption(session, image, shard.task.ref.source, bill))
 
-    # -- what it costs ---------------------------------------------------------------------------------------------
+    async def _caption(self, session: aiohttp.ClientSession, image: Image, source: str, bill: Bill) -> Outcome:
+        """Ask for a sample's caption; once more if the answer is rejected."""
+        temperature = self._options.temperature
+        try:
+            outcome = await self._answer(session, image, temperature, seed_of(self.name, source, image.row.key), bill)
+            if isinstance(outcome, RowFailure):
+                bill.again += 1
+                seed = seed_of(f"{self.name} again", source, image.row.key)
+                outcome = await self._answer(session, image, max(temperature, AGAIN), seed, bill)
+        except Unanswered as error:  # the request itself was repeated often enough
+            bill.unanswered += 1
+            return RowFailure(error.reason, str(error))
+        return outcome
+
+    async def _answer(
+        self, session: aiohttp.ClientSession, image: Image, temperature: float, seed: int, bill: Bill
+    ) -> Outcome:
+        """Make one request.
+
+        Raises:
+            Unanswered: the server gives no answer.
+        """
+        self._check(bill)
+        most = self._options.most_tokens
+        body = request(str(self._options.model), self._prompt, image.image, most, temperature, seed)
+        try:
+            reply = await ask(session, str(self._options.endpoint), self._key, body)
+        except Unanswered:
+            raise
+        except BadAnswer as error:
+            return RowFailure(error.reason, str(error))
+        self._charge(bill, reply)
+        return judge(reply.text, reply.finished, self._options)
+
+    # -- the cost ------------------------------------------------------------------------------------------------------
 
     def _spent(self, corpus: Corpus) -> float:
-        """What the committed shards of the column have cost; a commit is read once by a process."""
+        """The cost of the column's committed shards. A process reads each commit once."""
         if self._options.max_spend is None:
             return 0.0
         for (source, shard), generation in corpus.listed(self.name):
@@ -172,7 +195,11 @@ class Endpoint:
         bill.spent = (bill.read * (options.price_in or 0) + bill.wrote * (options.price_out or 0)) / 1e6
 
     def _check(self, bill: Bill) -> None:
-        """Raises RequestError if the limit is reached."""
+        """Check that the limit is not reached.
+
+        Raises:
+            RequestError: it is.
+        """
         limit = self._options.max_spend
         if limit is not None and bill.before + bill.spent >= limit:
             lost = f", and the one that was stopped {bill.spent:.6g}, which is lost" if bill.spent else ""
@@ -180,7 +207,3 @@ class Endpoint:
                 f"columns.{self.name}.max_spend = {limit:g} is reached: the committed shards cost {bill.before:.6g}"
                 f"{lost}. Raise it, and run the same command again"
             )
-
-
-def _jpeg(pixels: np.ndarray) -> bytes:
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=QUALITY, colorsubsampling="444")

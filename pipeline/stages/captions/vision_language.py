@@ -1,12 +1,7 @@
-"""`captions/<name>` of a vision-language model: all columns of a model in one pass over the images.
-
-committed tar --a thread--> rows --threads--> pictures --GPU, one prompt after the other--> answers --> captions
-                                                               ^--- what is no caption, once more ---'
-"""
+"""`captions/<name>` of a vision-language model: all columns of a model in one pass over the images."""
 
 import importlib.util
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,37 +11,47 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.threads import chunks
 from microdit.pipeline.config.build import Resources
 from microdit.pipeline.config.captions import CaptionsColumn
-from microdit.pipeline.corpus.attempt import Attempt
+from microdit.pipeline.content.images import decode_within
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.records import Commit
-from microdit.pipeline.corpus.rows import latest
-from microdit.pipeline.stages.captions.asking import AGAIN, SCALARS, add_caption, asked_of, check_language, prompt_of
-from microdit.pipeline.stages.captions.pictures import Loader, Ready
-from microdit.pipeline.stages.encoding import GPU_THREADS, Batches
+from microdit.pipeline.corpus.rows import Row, latest
+from microdit.pipeline.stages.batch_line import BatchLine, PreparedImage, decode_threads, prepared_images
+from microdit.pipeline.stages.captions.asking import AGAIN, SCALARS, asked_of, check_language, judge, prompt_of
+from microdit.pipeline.stages.encoding import Batches
 from microdit.pipeline.stages.identity import absolute, captioner_identity
-from microdit.pipeline.stages.rows import attempts
+from microdit.pipeline.stages.rows import Outcome, RowFailure, ShardRun, image_bytes, model_failure, open_shard
 from microdit.pipeline.stages.stage import ColumnSpec, Task, seed_of
 
 IN_FLIGHT = 256  # images that vLLM is given at a time, at least: it makes its own batches of them
 
+Image = PreparedImage[Any]
+Captioned = tuple[str, Row, Outcome]
+"""Column, sample, and its caption or failure."""
+
 
 @dataclass
-class Asked:
-    """What becomes of one column of a shard. `again` are the samples to ask once more, and what was wrong."""
+class ColumnRun:
+    """One column of a shard in progress."""
 
-    attempt: Attempt
     batches: Batches
-    before: float
-    again: list[tuple[Ready[Any], str]] = field(default_factory=list)
+    seconds_before: float
+    """Seconds that the model had worked on the column before this shard."""
+    rejected: list[tuple[Image, RowFailure]] = field(default_factory=list)
+    """Samples to ask for again, and what was wrong with their first answer."""
     asked_again: int = 0
+
+    def figures(self) -> dict[str, float]:
+        seconds = self.batches.seconds - self.seconds_before
+        return {"encode_seconds": seconds, "batch": self.batches.size, "again": self.asked_again}
 
 
 class Vlm:
-    """The columns of one captioner. A sample fails with what is wrong with the second of its answers.
+    """The columns of one captioner.
 
-    Batches never cross shards; those of the second try neither, so that a shard is the same when it is made again. No
-    column's captions depend on the others that are made with it.
+    A rejected answer is asked for once more; the sample fails with what is wrong with the second one. Batches, those of
+    the second try too, never cross shards, so that a shard's bytes can be reproduced. No column's captions depend on
+    the others that are made with it.
     """
 
     device = "gpu"
@@ -55,7 +60,8 @@ class Vlm:
         self._options = dict(columns)
         first, options = next(iter(columns.items()))
         self.name = first.replace("/", ":", 1) + (f"+{len(columns) - 1}" if len(columns) > 1 else "")
-        self._engine, self._loader = options.engine, Loader(options.image_side, max_pixels, resources.decode_threads)
+        self._engine, self._side, self._max_pixels = options.engine, options.image_side, max_pixels
+        self._threads = resources.decode_threads
         self._batch, self._share = resources.captions_batch, resources.gpus_per_actor or 1.0
         if self._engine == "vllm":
             self._batch = max(self._batch, IN_FLIGHT)
@@ -80,82 +86,84 @@ class Vlm:
     def load(self) -> None:
         if self.model is not None:
             return
-        where, revision = self._origin
+        name, revision = self._origin
         if self._engine == "vllm":
             from microdit.model.pretrained.captioners_vllm import load_vllm
 
-            self.model = load_vllm(where, revision=revision, share=self._share)
+            self.model = load_vllm(name, revision=revision, share=self._share)
         else:
             from microdit.model.pretrained.captioners import load_captioner
 
-            self.model = load_captioner(where, revision=revision, device=best_device())
-        # of its own: what one column had no room for is no matter of another's words
-        self._batches = {name: Batches(self._batch) for name in self._options}
+            self.model = load_captioner(name, revision=revision, device=best_device())
+        # one Batches per column: halving the batch size for one must not change another column's captions
+        self._batches = {column: Batches(self._batch) for column in self._options}
 
     def run(self, corpus: Corpus, task: Task) -> list[Commit]:
         self.load()
-        images = latest(corpus, IMAGES, task.ref)
-        with ExitStack() as stack:
-            made = attempts(stack, corpus, task, [images])
-            asked = {
-                column: Asked(attempt, self._batches[column], self._batches[column].seconds)
-                for column, attempt in made.items()
-            }
-            loader = self._loader
-            if self.model.device.type == "cuda":
-                loader = Loader(loader.side, loader.max_pixels, max(loader.threads, GPU_THREADS))
-            ready = loader.pictures(stack, corpus, images, task, made, self.model.prepare, 2 * self._batch)
-            for batch in chunks(ready, self._batch):
-                for column, one in asked.items():
-                    self._first(column, one, batch, task.ref.source)
-            for column, one in asked.items():
-                self._once_more(column, one, task.ref.source)
-            if task.rows is not None:  # it was only a trial of them
-                return []
-            return [
-                one.attempt.commit(
-                    encode_seconds=one.batches.seconds - one.before, batch=one.batches.size, again=one.asked_again
-                )
-                for one in asked.values()
-            ]
+        images, source = latest(corpus, IMAGES, task.ref), task.ref.source
+        threads = decode_threads(self._threads, self.model.device)
+        with open_shard(corpus, task, images) as shard, BatchLine(threads) as line:
+            runs = {c: ColumnRun(self._batches[c], self._batches[c].seconds) for c in shard.attempts}
+            prepared = prepared_images(line, shard.rows(), self._prepare, shard.write, 2 * self._batch)
+            batches, write = chunks(prepared, self._batch), partial(_write, shard)
+            line.run(batches, partial(self._caption_batch, runs, source), lambda batch, captioned: write(captioned))
+            for column, run in runs.items():
+                write(self._ask_again(column, run, source))
+            return shard.commit(lambda column: runs[column].figures())
 
-    def _first(self, column: str, one: Asked, batch: Sequence[Ready[Any]], source: str) -> None:
-        """Ask for the captions of a batch. What is none waits until there are as many as a batch has."""
-        temperature = self._options[column].temperature
-        answers = self._answers(column, one, batch, temperature, [seed_of(column, source, r.row.key) for r in batch])
-        for ready, answer in zip(batch, answers, strict=True):
-            if (bad := self._write(column, one.attempt, ready, answer)) is not None:
-                one.again.append((ready, bad[0]))
-        if len(one.again) >= self._batch:
-            self._once_more(column, one, source)
+    def _prepare(self, row: Row) -> Any:
+        return self.model.prepare(decode_within(image_bytes(row.members), self._max_pixels, self._side))
 
-    def _once_more(self, column: str, one: Asked, source: str) -> None:
+    def _caption_batch(self, runs: Mapping[str, ColumnRun], source: str, batch: Sequence[Image]) -> list[Captioned]:
+        """Caption one batch in every column.
+
+        Rejected answers are collected, and asked for again once a full batch of them has accumulated.
+        """
+        captioned = []
+        for column, run in runs.items():
+            seeds = [seed_of(column, source, image.row.key) for image in batch]
+            answers = self._answers(column, run, batch, self._options[column].temperature, seeds)
+            for image, answer in zip(batch, answers, strict=True):
+                outcome = self._judge(column, answer)
+                if isinstance(outcome, RowFailure) and not isinstance(answer, Exception):
+                    run.rejected.append((image, outcome))
+                else:
+                    captioned.append((column, image.row, outcome))
+            if len(run.rejected) >= self._batch:
+                captioned += self._ask_again(column, run, source)
+        return captioned
+
+    def _ask_again(self, column: str, run: ColumnRun, source: str) -> Iterator[Captioned]:
+        """Caption the rejected samples of a column again, with other seeds and a higher temperature."""
+        rejected, run.rejected = run.rejected, []
+        run.asked_again += len(rejected)
         temperature = max(self._options[column].temperature, AGAIN)
-        batch = [ready for ready, _ in one.again]
-        seeds = [seed_of(f"{column} again", source, ready.row.key) for ready in batch]
-        answers = self._answers(column, one, batch, temperature, seeds)
-        for (ready, first), answer in zip(one.again, answers, strict=True):
-            if (bad := self._write(column, one.attempt, ready, answer)) is not None:
-                detail = bad[1] if bad[0] == first else f"{bad[1]} (first {first})"
-                one.attempt.fail(ready.row.row, ready.row.key, bad[0], detail)
-        one.asked_again += len(batch)
-        one.again = []
+        seeds = [seed_of(f"{column} again", source, image.row.key) for image, _ in rejected]
+        answers = self._answers(column, run, [image for image, _ in rejected], temperature, seeds)
+        for (image, first), answer in zip(rejected, answers, strict=True):
+            outcome = self._judge(column, answer)
+            if isinstance(outcome, RowFailure) and not isinstance(answer, Exception) and outcome.reason != first.reason:
+                outcome = RowFailure(outcome.reason, f"{outcome} (first {first.reason})")
+            yield column, image.row, outcome
 
     def _answers(
-        self, column: str, one: Asked, batch: Sequence[Ready[Any]], temperature: float, seeds: Sequence[int]
+        self, column: str, run: ColumnRun, batch: Sequence[Image], temperature: float, seeds: Sequence[int]
     ) -> list[Any]:
-        asked = list(zip([ready.image for ready in batch], seeds, strict=True))
-        return one.batches.run(partial(self._generate, column, temperature), asked)
+        asked = list(zip([image.image for image in batch], seeds, strict=True))
+        return run.batches.run(partial(self._generate, column, temperature), asked)
 
     def _generate(self, column: str, temperature: float, asked: Sequence[tuple[Any, int]], size: int) -> list[Any]:
         pictures, seeds = zip(*asked, strict=True)
         most = self._options[column].most_tokens
-        found: list[Any] = self.model.generate(pictures, self._prompts[column], most, temperature, seeds)
-        return found
+        answers: list[Any] = self.model.generate(pictures, self._prompts[column], most, temperature, seeds)
+        return answers
 
-    def _write(self, column: str, attempt: Attempt, ready: Ready[Any], answer: Any) -> tuple[str, str] | None:
-        """Add the caption; or tell what is wrong with it. What the model could not do is failed for good."""
-        if isinstance(answer, Exception):
-            attempt.fail(ready.row.row, ready.row.key, "error", f"{type(answer).__name__}: {answer}")
-            return None
-        return add_caption(attempt, ready, answer.text, answer.finished, self._options[column])
+    def _judge(self, column: str, answer: Any) -> Outcome:
+        if isinstance(answer, Exception):  # what the model cannot do is not asked for again
+            return model_failure(answer)
+        return judge(answer.text, answer.finished, self._options[column])
+
+
+def _write(shard: ShardRun, captioned: Iterable[Captioned]) -> None:
+    for column, row, outcome in captioned:
+        shard.write_column(column, row, outcome)

@@ -1,21 +1,18 @@
-"""Scores by a function of the pixels, and the first of them, `scores/basic`: what can be said without a model."""
+"""Scores of the stored image by a function of its pixels; the first of them is `scores/basic`, without a model."""
 
 import hashlib
 from collections.abc import Callable
-from contextlib import ExitStack
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
 
 import numpy as np
 from PIL import Image
 
-from microdit.pipeline.content.images import BadImage, decode
-from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.content.images import decode
 from microdit.pipeline.corpus.names import IMAGES
-from microdit.pipeline.corpus.records import Commit
-from microdit.pipeline.corpus.rows import Row, latest, read_rows
-from microdit.pipeline.stages.rows import attempts, commit_all, image_bytes, samples
-from microdit.pipeline.stages.stage import ColumnSpec, Task
+from microdit.pipeline.corpus.rows import Row
+from microdit.pipeline.stages.row_stage import Compute, RowStage
+from microdit.pipeline.stages.rows import Scalars, image_bytes, image_failure, model_failure
+from microdit.pipeline.stages.stage import ColumnSpec
 
 SCALARS = {
     "width": "int32",
@@ -34,77 +31,49 @@ HASH_MARGIN = 2.0
 SHARPNESS_SIDE = 512  # the long side of the version that sharpness is measured on, so that sizes can be compared
 
 
-class PixelScores:
-    """Scores of the stored image by a function of its pixels, uint8 (H, W, 3), one picture after the other.
+PixelFunction = Callable[[np.ndarray], Scalars]
+"""The scores of pixels, uint8 (H, W, 3)."""
 
-    load: gives that function; called once per process, and picklable.
+
+def basic_score_stage(name: str, max_pixels: int) -> RowStage:
+    """The stage of `scores/basic`: `basic_scores` of the stored image."""
+    spec = ColumnSpec({"stage": "scores/basic", "version": 1}, SCALARS, (IMAGES,))
+    return pixel_score_stage(name, spec, None, max_pixels, _load_basic)
+
+
+def pixel_score_stage(
+    name: str, spec: ColumnSpec, device: str | None, max_pixels: int, load: Callable[[], PixelFunction]
+) -> RowStage:
+    """A stage that scores one image after the other.
+
+    Args:
+        device: `cpu` for a model, None for a plain function.
+        load: returns the function; picklable, called once per process.
     """
-
-    device: str | None = "cpu"
-    """None for a function that is no model."""
-
-    def __init__(
-        self,
-        name: str,
-        stage: dict[str, Any],
-        scalars: dict[str, str],
-        max_pixels: int,
-        load: Callable[[], Callable[[np.ndarray], dict[str, Any]]],
-    ):
-        self.name = name
-        self.columns = {name: ColumnSpec(stage, scalars, (IMAGES,))}
-        self._max_pixels, self._load = max_pixels, load
-        self._score: Callable[[np.ndarray], dict[str, Any]] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_score": None}
-
-    def load(self) -> None:
-        self._score = self._score or self._load()
-
-    def run(self, corpus: Corpus, task: Task) -> list[Commit]:
-        self.load()
-        images = latest(corpus, IMAGES, task.ref)
-        with ExitStack() as stack:
-            made = attempts(stack, corpus, task, [images])
-            for row in samples(read_rows(corpus, images), made, task, IMAGES):
-                scores = self._scores(row)
-                for attempt in made.values():
-                    if isinstance(scores, BadImage):
-                        attempt.fail(row.row, row.key, scores.reason, str(scores))
-                    else:
-                        attempt.add(row.row, row.key, **scores)
-            return commit_all(made, task)
-
-    def _scores(self, row: Row) -> dict[str, Any] | BadImage:
-        assert self._score is not None
-        try:
-            pixels = decode(image_bytes(row.members), self._max_pixels).pixels
-        except BadImage as error:
-            return error
-        except Exception as error:  # this sample fails with it, and no other
-            return BadImage("damaged", f"{type(error).__name__}: {error}")
-        try:
-            return self._score(pixels)
-        except Exception as error:
-            return BadImage("error", f"{type(error).__name__}: {error}")
+    return RowStage(name, spec, device, partial(_load_scorer, max_pixels, load))
 
 
-class BasicScores(PixelScores):
-    """`scores/basic`: size, aspect (width / height), and what else `basic_scores` gives."""
-
-    device = None
-
-    def __init__(self, name: str, max_pixels: int):
-        super().__init__(name, {"stage": "scores/basic", "version": 1}, SCALARS, max_pixels, _basic)
+def _load_scorer(max_pixels: int, load: Callable[[], PixelFunction]) -> Compute:
+    return partial(_score_row, max_pixels, load())
 
 
-def _basic() -> Callable[[np.ndarray], dict[str, Any]]:
+def _score_row(max_pixels: int, score: PixelFunction, row: Row) -> Scalars:
+    try:
+        pixels = decode(image_bytes(row.members), max_pixels).pixels
+    except Exception as error:  # this sample fails with it, and no other
+        raise image_failure(error) from error
+    try:
+        return score(pixels)
+    except Exception as error:
+        raise model_failure(error) from error
+
+
+def _load_basic() -> PixelFunction:
     return basic_scores
 
 
-def basic_scores(pixels: np.ndarray) -> dict[str, Any]:
-    """The scores of (H, W, 3) uint8 RGB pixels.
+def basic_scores(pixels: np.ndarray) -> Scalars:
+    """Score (H, W, 3) uint8 RGB pixels.
 
     - `sharpness`: the variance of the Laplacian (4 neighbours) of the luma, the long side reduced to 512 pixels
     - `entropy`: of the luma's histogram of 256 bins, in bits (0 to 8)
@@ -142,9 +111,11 @@ def basic_scores(pixels: np.ndarray) -> dict[str, Any]:
 def perceptual_hash(luma: Image.Image) -> str:
     """The DCT hash: which of the 8x8 lowest frequencies of the 32x32 picture lie above their median.
 
-    The zero frequency stays out of the median. What lies within 2 gray levels of the median counts as below it: in a
-    symmetric drawing half of the frequencies are zero, and JPEG would throw a coin for each of them.
-    64 bits as 16 hex digits, row by row, the first bit highest.
+    The zero frequency stays out of the median. Frequencies within 2 gray levels of the median count as below it: in a
+    symmetric drawing half of them are zero, and JPEG noise would decide the bit of each.
+
+    Returns:
+        str: 64 bits as 16 hex digits, row by row, the first bit highest.
     """
     small = np.asarray(luma.resize((32, 32), Image.Resampling.BICUBIC), np.float64)
     low = (_dct8() @ small @ _dct8().T).ravel()
@@ -162,7 +133,7 @@ def _dct8() -> np.ndarray:
 
 
 def _laplacian_variance(luma: np.ndarray) -> float:
-    """0 for a picture without an inner pixel."""
+    """The variance of the Laplacian (4 neighbours) of (H, W) uint8 luma; 0 without an inner pixel."""
     if min(luma.shape) < 3:
         return 0.0
     values = luma.astype(np.float32)

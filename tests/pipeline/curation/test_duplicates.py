@@ -22,7 +22,7 @@ from microdit.pipeline.corpus.records import ShardRef
 from microdit.pipeline.curation.duplicates import decontaminate, dedup, hash_table
 from microdit.pipeline.selection.selections import load_selection, select
 from microdit.pipeline.selection.view import query
-from microdit.pipeline.stages.scores.pixels import BasicScores
+from microdit.pipeline.stages.scores.pixels import basic_score_stage
 from microdit.pipeline.stages.stage import Task
 from tests.pipeline.helpers.small_corpus import IMAGE_SCALARS, SOURCE
 
@@ -52,7 +52,7 @@ def write(corpus: Corpus, number: int, images: list[Image.Image | None]) -> None
             about |= {"sha256": hashlib.sha256(data).hexdigest()}
             attempt.add(row, key, {"png": data, "json": b"{}"}, **about, format="png", bytes=len(data))
         attempt.commit()
-    stage = BasicScores("scores/basic", 1 << 24)
+    stage = basic_score_stage("scores/basic", 1 << 24)
     stage.run(corpus, Task(ref, {"scores/basic": 0}))
 
 
@@ -60,7 +60,7 @@ def corpus_of(url: Path, images: list[Image.Image | None]) -> Corpus:
     corpus = Corpus.create(url, "doubles", shard_samples=8)
     corpus.declare_source(SOURCE, {"adapter": "made"})
     corpus.declare_column("images", {"stage": "images"}, IMAGE_SCALARS)
-    spec = BasicScores("scores/basic", 1 << 24).columns["scores/basic"]
+    spec = basic_score_stage("scores/basic", 1 << 24).columns["scores/basic"]
     corpus.declare_column("scores/basic", spec.stage, spec.scalars)
     write(corpus, 0, images)
     return corpus

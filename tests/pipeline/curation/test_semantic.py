@@ -22,7 +22,7 @@ from microdit.pipeline.curation.hamming import Forest
 from microdit.pipeline.curation.semantic import dedup_semantic, groups
 from microdit.pipeline.selection.selections import load_selection, select
 from microdit.pipeline.selection.view import query
-from microdit.pipeline.stages.scores.pixels import BasicScores
+from microdit.pipeline.stages.scores.pixels import basic_score_stage
 from tests.pipeline.curation.test_duplicates import microdit, photo, write
 from tests.pipeline.helpers.small_corpus import IMAGE_SCALARS, SOURCE
 
@@ -130,7 +130,7 @@ def corpus(tmp_path: Path) -> Corpus:
     corpus = Corpus.create(tmp_path / "corpus", "meaning", shard_samples=8)
     corpus.declare_source(SOURCE, {"adapter": "made"})
     corpus.declare_column("images", {"stage": "images"}, IMAGE_SCALARS)
-    spec = BasicScores("scores/basic", 1 << 24).columns["scores/basic"]
+    spec = basic_score_stage("scores/basic", 1 << 24).columns["scores/basic"]
     corpus.declare_column("scores/basic", spec.stage, spec.scalars)
     write(corpus, 0, IMAGES)
     embed(corpus, COLUMN, IMAGES)

@@ -72,8 +72,8 @@ def ingested(folder: Path, source: dict[str, Any]) -> tuple[list[dict[str, Any]]
     given |= {"images": {"min_side": 32}, "columns": {"captions/source": {}}}
     config = BuildConfig.model_validate({**given, "resources": {"scratch": str(folder / "scratch")}})
     corpus = Corpus.create(str(folder / "corpus"), "tried", 4)
-    declare(corpus, config)
     sources, stages = sources_of(config), stages_of(config)
+    declare(corpus, config, sources, stages)
     images: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
     with sources[0].running(corpus, print):

@@ -6,7 +6,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from microdit.pipeline.corpus.names import commit_name, shard_name, unit_name
 from microdit.pipeline.corpus.records import Commit, ShardRef, UnitCommit
 from microdit.pipeline.corpus.rows import Row, latest, read_lines
 from microdit.pipeline.sources.source import Input
-from microdit.pipeline.stages.rows import attempts, commit_all, samples
+from microdit.pipeline.stages.rows import Output, open_shard
 from microdit.pipeline.stages.stage import ColumnSpec, Task, UnitTask
 from tests.pipeline.helpers.small_corpus import IMAGE_SCALARS, write_images
 
@@ -115,16 +115,15 @@ class Words:
             if task.ref.shard in self.full:
                 raise OSError(errno.ENOSPC, "No space left on device", task.ref.shard)
         time.sleep(self.seconds)
-        names = self.columns[next(iter(task.columns))].inputs
-        inputs = [latest(corpus, name, task.ref) for name in names]
-        with ExitStack() as stack:
-            made = attempts(stack, corpus, task, inputs)
-            for row in samples(read_lines(corpus, inputs[-1]), made, task, names[-1]):
+        [name] = self.columns[next(iter(task.columns))].inputs
+        source = latest(corpus, name, task.ref)
+        with open_shard(corpus, task, source) as shard:
+            for row in shard.rows(read_lines(corpus, source)):
                 self.work_on(task, row)
-                for name, attempt in made.items():
-                    words = f"{name} {row.scalars['caption']}"
-                    attempt.add(row.row, row.key, caption=words, tokens=len(words.split()))
-            return commit_all(made, task)
+                for column in shard.attempts:
+                    words = f"{column} {row.scalars['caption']}"
+                    shard.write_column(column, row, Output({"caption": words, "tokens": len(words.split())}))
+            return shard.commit()
 
     def work_on(self, task: Task, row: Row) -> None:
         """Do to the process what the row is said to do."""

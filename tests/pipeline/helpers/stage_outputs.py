@@ -19,7 +19,7 @@ from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.corpus.rows import latest
 from microdit.pipeline.corpus.shard_files import read_tar
 from microdit.pipeline.sources.source import Input
-from microdit.pipeline.stages.captions.given import Captions
+from microdit.pipeline.stages.captions.given import GivenCaptions
 from microdit.pipeline.stages.ingest import SCALARS, ingest_unit
 from microdit.pipeline.stages.registry import stages_of
 from microdit.pipeline.stages.stage import Stage, Task, UnitTask
@@ -125,7 +125,7 @@ def make(corpus: Corpus, columns: dict, **more) -> dict[str, list[Commit]]:
     for stage in stages_of(config(Path(corpus.url), columns, **more)):
         for column, spec in stage.columns.items():
             corpus.declare_column(column, spec.stage, spec.scalars)
-        if isinstance(stage, Captions) and stage.table is not None:
+        if isinstance(stage, GivenCaptions) and stage.table is not None:
             build(corpus, stage.table, Path(corpus.url) / "scratch", print)
         worker: Stage = pickle.loads(pickle.dumps(stage))  # as it comes to a worker
         worker.load()

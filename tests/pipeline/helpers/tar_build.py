@@ -68,12 +68,13 @@ def config_of(folder: Path, files: str, shard_samples: int = 25, **more: Any) ->
 def build(config: BuildConfig) -> Corpus:
     """All of it, in this process."""
     corpus = Corpus.create(config.corpus, config.name, config.shard_samples)
-    declare(corpus, config)
-    for source in sources_of(config):
+    sources, stages = sources_of(config), stages_of(config)
+    declare(corpus, config, sources, stages)
+    for source in sources:
         with source.running(corpus, print):
             for unit in source.units():
                 ingest_unit(corpus, source, UnitTask(unit), config)
-    for stage in sorted(stages_of(config), key=lambda stage: stage.name.startswith("text")):
+    for stage in sorted(stages, key=lambda stage: stage.name.startswith("text")):
         for commit in corpus.commits(IMAGES):
             stage.run(corpus, Task(commit.ref, dict.fromkeys(stage.columns, 0)))
     return corpus

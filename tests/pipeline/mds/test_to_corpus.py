@@ -26,7 +26,7 @@ from microdit.pipeline.mds.columns import Naming, plan_conversion
 from microdit.pipeline.mds.format import INDEX, MdsWriter, read_index
 from microdit.pipeline.mds.to_corpus import to_corpus
 from microdit.pipeline.selection.view import query
-from microdit.pipeline.stages.scores.pixels import BasicScores
+from microdit.pipeline.stages.scores.pixels import basic_score_stage
 from microdit.pipeline.stages.stage import Task
 from microdit.pipeline.upkeep.verify import verify
 from microdit.trainer.data.batches import StageData
@@ -108,7 +108,7 @@ def test_folders_of_workers_become_one_source_without_pictures(small: Corpus) ->
 def test_what_reads_pictures_says_that_there_are_none(tmp_path: Path, small: Corpus) -> None:
     shutil.copytree(small.url, tmp_path / "corpus")
     corpus = Corpus.open(tmp_path / "corpus")
-    stage = BasicScores("scores/basic", ImageOptions().max_pixels)
+    stage = basic_score_stage("scores/basic", ImageOptions().max_pixels)
     corpus.declare_column("scores/basic", stage.columns["scores/basic"].stage, stage.columns["scores/basic"].scalars)
     ref = corpus.commits(IMAGES)[0].ref
     (commit,) = stage.run(corpus, Task(ref, {"scores/basic": 0}))
@@ -133,7 +133,7 @@ def test_as_built_a_build_can_add_to_the_columns(tmp_path: Path) -> None:
     from microdit.pipeline.config.build import Resources
     from microdit.pipeline.config.captions import CaptionsColumn
     from microdit.pipeline.config.encoders import LatentsColumn, TextColumn
-    from microdit.pipeline.stages.captions.given import Captions
+    from microdit.pipeline.stages.captions.given import GivenCaptions
     from microdit.pipeline.stages.latents import Latents
     from microdit.pipeline.stages.text import Text
 
@@ -144,7 +144,7 @@ def test_as_built_a_build_can_add_to_the_columns(tmp_path: Path) -> None:
     stages: list[Any] = [
         Latents(options, ImageOptions().max_pixels, Resources()),
         Text("text/minilm@source", TextColumn(encoder="minilm"), 32),
-        Captions("captions/source", CaptionsColumn()),
+        GivenCaptions("captions/source", CaptionsColumn()),
     ]
     for stage in stages:
         for column, spec in stage.columns.items():

@@ -17,12 +17,13 @@ from microdit.pipeline.config.build import BuildConfig, Resources
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.config.sources import FetchOptions, OpenmojiSource, UrlsSource
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.records import Commit, ShardRef
+from microdit.pipeline.corpus.records import ShardRef
 from microdit.pipeline.corpus.shard_files import read_tar
 from microdit.pipeline.sources.openmoji.source import Openmoji, cache_folder
+from microdit.pipeline.sources.registry import sources_of
 from microdit.pipeline.sources.source import Input
 from microdit.pipeline.stages.ingest import SCALARS, ingest_stage, ingest_unit
-from microdit.pipeline.stages.registry import declare
+from microdit.pipeline.stages.registry import declare, stages_of
 from microdit.pipeline.stages.stage import UnitTask
 
 
@@ -108,15 +109,15 @@ def lines(corpus: Corpus) -> list[dict]:
 
 
 def test_a_unit_becomes_shards(tmp_path: Path, corpus: Corpus):
-    messages: list[Commit] = []
+    messages: list[dict] = []
     record = ingest_unit(corpus, given(10), UnitTask("given-000000"), config(tmp_path), messages.append)
     assert record.inputs == 10
     assert record.shards == ["given-000000-00", "given-000000-01", "given-000000-02"]
     assert corpus.units("given") == {"given-000000": record}
-    assert [(m.shard, m.counts["in"], m.counts["out"], m.counts["failed"]) for m in messages] == [
+    assert [(m["shard"], m["in"], m["out"], m["failed"]) for m in messages] == [
         (shard, count, count, 0) for shard, count in zip(record.shards, (4, 4, 2), strict=True)
     ]
-    assert all(m.timings["seconds"] >= 0 for m in messages)
+    assert all(m["seconds"] >= 0 for m in messages)
     commits = corpus.commits("images")
     assert {c.fingerprint for c in commits} == {corpus.source("given").fingerprint}
     assert [line["row"] for line in lines(corpus)] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
@@ -198,10 +199,10 @@ def test_what_is_committed_is_not_read_again(tmp_path: Path, corpus: Corpus):
     assert first.shard == "given-000000-00"
     assert corpus.units("given") == {}
     again = given(12)
-    messages: list[Commit] = []
+    messages: list[dict] = []
     record = ingest_unit(corpus, again, UnitTask("given-000000"), config(tmp_path), messages.append)
     assert again.asked == list(range(4, 12))
-    assert [m.shard for m in messages] == record.shards[1:]
+    assert [m["shard"] for m in messages] == record.shards[1:]
     assert record.inputs == 12
     assert corpus.commits("images")[0] == first
     assert not list(corpus.store.unfinished())
@@ -224,11 +225,11 @@ def test_shards_of_two_units_do_not_mix(tmp_path: Path, corpus: Corpus):
 
 
 def test_two_workers_at_once_make_one_unit(tmp_path: Path, corpus: Corpus):
-    def in_between(message: Commit) -> None:
-        if message.shard.endswith("-00"):
+    def in_between(message: dict) -> None:
+        if message["shard"].endswith("-00"):
             ingest_unit(corpus, given(10), UnitTask("given-000000"), config(tmp_path))
 
-    messages: list[Commit] = []
+    messages: list[dict] = []
     record = ingest_unit(
         corpus, given(10), UnitTask("given-000000"), config(tmp_path), lambda m: (messages.append(m), in_between(m))
     )
@@ -299,11 +300,11 @@ def test_the_ingest_options_are_part_of_the_source(tmp_path: Path):
         update={"sources": {"given": UrlsSource(adapter="urls", list=str(tmp_path / "list.tsv"))}}
     )
     corpus = Corpus.create(asked.corpus, asked.name, asked.shard_samples)
-    declare(corpus, asked)
+    declare(corpus, asked, sources_of(asked), stages_of(asked))
     assert corpus.source("given").made_by["images"]["max_side"] == 512
     other = asked.model_copy(update={"images": ImageOptions(min_side=32, max_side=400)})
     with pytest.raises(ValueError, match=r"images\.max_side: the corpus has 512, the config says 400"):
-        declare(corpus, other)
+        declare(corpus, other, sources_of(other), stages_of(other))
 
 
 # -- openmoji --------------------------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ def test_the_demo_source_from_end_to_end(tmp_path: Path):
     with pytest.raises(RuntimeError, match="running"):
         source.read("openmoji-000000", lambda ordinal: True)
     corpus = Corpus.create(asked.corpus, asked.name, asked.shard_samples)
-    declare(corpus, asked)
+    declare(corpus, asked, sources_of(asked), stages_of(asked))
     with source.running(corpus, print):
         for unit in source.units():
             ingest_unit(corpus, source, UnitTask(unit), asked)
@@ -333,7 +334,7 @@ def test_the_demo_source_from_end_to_end(tmp_path: Path):
     }  # fmt: skip
     reasons = {url: wanted[kind] for kind, urls in source.prepared.bad.items() for url in urls}
     assert {url: line["reason"] for url, line in found.items()} == {url: reasons.get(url) for url in found}
-    assert corpus.source("openmoji").made_by["attribution"].startswith("All emojis designed by OpenMoji")
+    assert corpus.source("openmoji").stage["attribution"].startswith("All emojis designed by OpenMoji")
     assert found[next(iter(found))]["license"] == "CC BY-SA 4.0"
     # the list, and so the declaration, is the same whatever port the server has
     assert Openmoji("openmoji", options).stage() == source.stage()

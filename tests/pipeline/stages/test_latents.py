@@ -21,6 +21,7 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.build import Resources
 from microdit.pipeline.config.encoders import LatentsColumn
 from microdit.pipeline.config.images import ImageOptions
+from microdit.pipeline.content import crop
 from microdit.pipeline.content.crop import square, squares
 from microdit.pipeline.content.images import decode, encode
 from microdit.pipeline.corpus.arrays import array_from_bytes
@@ -29,9 +30,9 @@ from microdit.pipeline.corpus.records import Commit, ShardRef
 from microdit.pipeline.corpus.rows import Row, read_rows
 from microdit.pipeline.corpus.shard_files import read_tar
 from microdit.pipeline.report.pictures import pictures
-from microdit.pipeline.stages import latent_batches
 from microdit.pipeline.stages import latents as latents_stage
-from microdit.pipeline.stages.latents import WRITING, Latents
+from microdit.pipeline.stages.batch_line import WRITING
+from microdit.pipeline.stages.latents import Latents
 from microdit.pipeline.stages.rows import image_bytes
 from microdit.pipeline.stages.stage import Task, seed_of
 from tests.pipeline.helpers.small_corpus import IMAGE_SCALARS, write_images
@@ -130,7 +131,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
         calls.append(shrink_to)
         return decode(data, max_pixels, shrink_to)
 
-    monkeypatch.setattr(latent_batches, "decode", counting)
+    monkeypatch.setattr(crop, "decode", counting)
     return calls
 
 
@@ -212,11 +213,11 @@ def test_fractions_are_decoded_once_and_show_the_same_picture(decoded: list[int 
     data = encode(pixels, ImageOptions(quality=95))
     found = cut(data, [64, 60, 56, 512, 448])
     assert len(decoded) == 2  # whole, and a quarter for what is small
-    for side, crop in found.items():
+    for side, cropped in found.items():
         whole = square(pixels, side).astype(int)
-        assert np.abs(crop - whole)[2:-2, 2:-2].mean() < 2.5
+        assert np.abs(cropped - whole)[2:-2, 2:-2].mean() < 2.5
         # moved by as little as a third of a pixel it would be further off
-        assert abs((crop.astype(int) - whole).mean()) < 0.5
+        assert abs((cropped.astype(int) - whole).mean()) < 0.5
 
 
 # -- posteriors ------------------------------------------------------------------------------------------------------
@@ -442,7 +443,7 @@ HANG = """
 import sys, time
 import torch
 import microdit.pipeline.stages.latents as stage
-from microdit.pipeline.stages import latent_batches
+from microdit.pipeline.content import crop
 from microdit.pipeline.config.encoders import LatentsColumn
 from microdit.pipeline.config.build import Resources
 from microdit.pipeline.corpus.corpus import Corpus
@@ -461,7 +462,7 @@ def hanging(data, max_pixels, shrink_to=None):
     if count == 20:
         time.sleep(600)
     return decode(data, max_pixels, shrink_to)
-latent_batches.decode = hanging
+crop.decode = hanging
 corpus = Corpus.open(sys.argv[1])
 [images] = corpus.commits("images")
 made = stage.Latents({"latents/a": LatentsColumn(autoencoder="demo", resolution=64)}, 10**8, Resources(latents_batch=4))

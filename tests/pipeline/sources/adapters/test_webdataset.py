@@ -100,13 +100,13 @@ def test_a_whole_build_with_a_joined_table(tmp_path: Path) -> None:
         }
     )  # fmt: skip
     corpus = Corpus.create(config.corpus, config.name, config.shard_samples)
-    declare(corpus, config)
-    [mine] = sources_of(config)
+    [mine], stages = sources_of(config), stages_of(config)
+    declare(corpus, config, [mine], stages)
     assert mine.units() == ["mine-000001"]
     with mine.running(corpus, print):
         ingest_unit(corpus, mine, UnitTask(mine.units()[0]), config)
     captions: dict[str, dict[str, str | None]] = {}
-    for stage in stages_of(config):
+    for stage in stages:
         for images in corpus.commits("images"):
             [commit] = stage.run(corpus, Task(images.ref, {stage.name: 0}))
             for line in corpus.sidecar(commit).to_pylist():
