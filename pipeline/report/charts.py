@@ -1,7 +1,7 @@
 """What the report draws: numbers written for people, and small inline SVG charts that follow the page's colours.
 
 Every chart is one `<svg>` with a title and a description for those who cannot see it. Colours are the CSS custom
-properties of the page (`report.html.j2`), so that a chart changes with the colour scheme.
+properties of the page (`page.html.j2`), so that a chart changes with the colour scheme.
 """
 
 import math
