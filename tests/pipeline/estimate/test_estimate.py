@@ -113,11 +113,11 @@ def test_bytes_are_those_of_the_real_build(small: Corpus, tmp_path: Path, shard_
     real = status(build(config))
     assert found["learned_from"] == small.url
     assert found["totals"]["inputs"] == 3 * INPUTS and found["totals"]["not_measured"] == []
-    assert found["totals"]["shards"] == real["columns"][IMAGES]["own"]["done"]
+    assert found["totals"]["shards"] == real.columns[IMAGES]["own"].done
     for column, entry in found["columns"].items():
-        there = real["columns"][column]["own"]
-        assert entry["bytes"] == pytest.approx(there["bytes"], rel=tolerance), column
-        assert (entry["in"], entry["out"], entry["failed"]) == (there["in"], there["out"], there["failed"])
+        there = real.columns[column]["own"]
+        assert entry["bytes"] == pytest.approx(there.bytes, rel=tolerance), column
+        assert (entry["in"], entry["out"], entry["failed"]) == (there.inputs, there.out, there.failed)
         assert "earlier build" in entry["origin"]
     assert found["totals"]["bytes"] == sum(entry["bytes"] for entry in found["columns"].values())
 
@@ -141,7 +141,7 @@ def test_a_column_that_was_not_built_comes_from_its_shape(small: Corpus, tmp_pat
     )
     assert latents["origin"] == "shapes" and "words" in text["origin"]
     assert latents["out"] == text["out"] == found["columns"][IMAGES]["out"] == 55
-    assert latents["bytes"] == pytest.approx(status(real)["columns"]["latents/demo-128"]["own"]["bytes"], rel=0.1)
+    assert latents["bytes"] == pytest.approx(status(real).columns["latents/demo-128"]["own"].bytes, rel=0.1)
     assert 55 * 4 * 8192 < text["bytes"] < 55 * 25 * 8192  # three to twelve words
     assert found["totals"]["not_measured"] == ["text:t5-xxl@source"]
     assert found["stages"]["text:t5-xxl@source"]["seconds"] is None and not found["money"]["complete"]

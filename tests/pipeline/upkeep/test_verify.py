@@ -358,7 +358,7 @@ def test_a_key_in_two_shards_is_found(corpus_url: str) -> None:
     corpus = make_corpus(corpus_url)
     write_images(corpus, REF)
     write_images(corpus, NEXT, keys=[*keys_of(REF)[:3], "x", "y", "z"])  # of these two are ok
-    found = verify(corpus)["problems"]
+    found = verify(corpus).problems
     assert [(problem["kind"], problem["what"]) for problem in found] == [("keys", "images/demo")] * 2
     assert "demo-000000-00-0" in found[0]["detail"] and f"['{REF.shard}', '{NEXT.shard}']" in found[0]["detail"]
 
