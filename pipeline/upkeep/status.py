@@ -113,9 +113,8 @@ def _columns(
         if column not in columns:
             continue
         done = committed.get((column, source), Totals())
-        if column != IMAGES:
-            left = committed.get((IMAGES, source), Totals()).done - done.done
-        else:
+        left: int | None = committed.get((IMAGES, source), Totals()).done - done.done
+        if column == IMAGES:
             left = 0 if source in sources and sources[source].complete else None
         columns[column][source] = ColumnStatus(
             done=done.done,
