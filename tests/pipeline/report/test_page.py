@@ -24,7 +24,6 @@ from microdit.pipeline.corpus.failures import write_failure
 from microdit.pipeline.corpus.shard_files import read_tar
 from microdit.pipeline.curation.duplicates import dedup
 from microdit.pipeline.report import charts
-from microdit.pipeline.report.facts import rates
 from microdit.pipeline.report.page import write_report
 from microdit.pipeline.report.pictures import BESIDE, PICTURES, psnr
 from microdit.pipeline.selection.selections import select
@@ -323,18 +322,6 @@ def test_bad_requests_are_named(tmp_path: Path, corpus: Corpus, what: str) -> No
     else:
         with pytest.raises(RequestError, match="cannot be written"):
             write_report(corpus, tmp_path)
-
-
-def test_time_in_which_nothing_ran_is_cut_out(corpus: Corpus) -> None:
-    commits = corpus.commits("images")
-    dated = [
-        commits[0].model_copy(update={"attempt": "20260101T000000-00000000", "timings": {"seconds": 10.0}}),
-        commits[1].model_copy(update={"attempt": "20260103T000000-00000000", "timings": {"seconds": 30.0}}),
-    ]
-    found = rates({"images": dated, "captions/source": []})
-    assert found["seconds"] == 40 and found["rate"] == SHARDS * ROWS / 40
-    assert found["rows"][0]["spans"] == [(0.0, 40.0)]
-    assert found["dates"] == "1 January 2026 to 3 January 2026"
 
 
 # -- in a browser ----------------------------------------------------------------------------------------------------
