@@ -1,4 +1,4 @@
-"""A plan for people: tables of sources, columns and stages, what it comes to, and everything that was assumed."""
+"""Print a plan for people: tables of sources, columns and stages, totals, and everything that was assumed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,23 +7,27 @@ from rich.console import Console
 from rich.table import Table
 
 
-def show(found: Mapping[str, Any], console: Console, size: Callable[[float], str]) -> None:
-    """Print what `estimate` gave; `size` writes bytes."""
+def show(plan: Mapping[str, Any], console: Console, size: Callable[[float], str]) -> None:
+    """Print a plan as `estimate` returns it.
 
-    def say(text: str = "") -> None:
+    Args:
+        size: writes a number of bytes with its unit.
+    """
+
+    def write(text: str = "") -> None:
         console.print(text, markup=False, soft_wrap=True)
 
-    machines, totals, money = found["machines"], found["totals"], found["money"]
+    machines, totals, money = plan["machines"], plan["totals"], plan["money"]
     gpus = f", {machines['gpus']} GPUs ({machines['gpu']})" if machines["gpus"] else ", no GPU"
-    say(f"plan of {found['name']}: shards of {found['shard_samples']:,}, {machines['cpus']:g} CPUs{gpus}")
-    say(f"learned from {found['learned_from'] or 'no earlier build: name one with --from CORPUS for better numbers'}")
+    write(f"plan of {plan['name']}: shards of {plan['shard_samples']:,}, {machines['cpus']:g} CPUs{gpus}")
+    write(f"learned from {plan['learned_from'] or 'no earlier build: name one with --from CORPUS for better numbers'}")
     _table(
         console,
         ("source", "units", "inputs", "shards", "fetched", "known from"),
         [
             (name, f"{one['units']:,}", f"{one['inputs']:,}", f"{one['shards']:,}",
              "" if one["fetched_bytes"] is None else size(one["fetched_bytes"]), one["origin"])
-            for name, one in found["sources"].items()
+            for name, one in plan["sources"].items()
         ],
     )  # fmt: skip
     _table(
@@ -31,7 +35,7 @@ def show(found: Mapping[str, Any], console: Console, size: Callable[[float], str
         ("column", "good", "failed", "bytes", "known from"),
         [
             (name, f"{one['out']:,}", f"{one['failed']:,}", size(one["bytes"]), one["origin"])
-            for name, one in found["columns"].items()
+            for name, one in plan["columns"].items()
         ],
     )
     _table(
@@ -41,28 +45,28 @@ def show(found: Mapping[str, Any], console: Console, size: Callable[[float], str
             (name, one["device"], f"{one['workers']:g}", duration(one["cpu_seconds"]),
              "" if one["device"] == "cpu" else duration(one["gpu_seconds"]), duration(one["seconds"]),
              "?" if one["rate"] is None else f"{one['rate']:,.1f}", one["origin"])
-            for name, one in found["stages"].items()
+            for name, one in plan["stages"].items()
         ],
     )  # fmt: skip
-    say()
+    write()
     missing = totals["not_measured"]
     least = "at least " if missing else ""
-    say(f"bytes   {size(totals['bytes'])} in {totals['shards']:,} shards of {len(found['columns'])} columns")
-    say(f"time    {least}{duration(totals['seconds'])}; the narrowest place: {totals['narrowest']}")
+    write(f"bytes   {size(totals['bytes'])} in {totals['shards']:,} shards of {len(plan['columns'])} columns")
+    write(f"time    {least}{duration(totals['seconds'])}; the narrowest place: {totals['narrowest']}")
     if missing:
-        say(f"        not measured, and not in it: {', '.join(missing)}")
-    if guessed := [name for name, one in found["stages"].items() if "by arithmetic" in one["origin"]]:
-        say(f"        in it by arithmetic, not measured: {', '.join(guessed)}")
+        write(f"        not measured, and not in it: {', '.join(missing)}")
+    if guessed := [name for name, one in plan["stages"].items() if "by arithmetic" in one["origin"]]:
+        write(f"        in it by arithmetic, not measured: {', '.join(guessed)}")
     gpu = "?" if money["gpus"] is None else f"${money['gpus']:,.2f}"
     build = f"{least}${money['build']:,.2f}" if money["build"] is not None else "not known"
-    say(f"money   {build} (GPUs {gpu}, CPUs ${money['cpus']:,.2f}); kept: ${money['storage_a_month']:,.2f} a month")
-    say("\nassumed:")
-    for line in found["assumptions"]:
-        say(f"  - {line}")
+    write(f"money   {build} (GPUs {gpu}, CPUs ${money['cpus']:,.2f}); kept: ${money['storage_a_month']:,.2f} a month")
+    write("\nassumed:")
+    for assumption in plan["assumptions"]:
+        write(f"  - {assumption}")
 
 
 def duration(seconds: float | None) -> str:
-    """`45 s`, `12.5 min`, `3.4 h`, `12.0 days`; `?` where nobody knows."""
+    """Write seconds with a unit: `45 s`, `12.5 min`, `3.4 h`, `12.0 days`; `?` if they are not known."""
     if seconds is None:
         return "?"
     for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
