@@ -76,10 +76,10 @@ def test_demo_killed_twice_and_run_again(tmp_path: Path) -> None:
     finish(start(out, cache))
 
     corpus = Corpus.open(out / "corpus")
-    found = verify(corpus)
-    assert found.ok, found.problems
+    checked = verify(corpus)
+    assert checked.ok, checked.problems
     listed = prepare(cache / f"openmoji-{DRAWINGS}", DRAWINGS)
-    counts = found.totals.samples
+    counts = checked.totals.samples
     assert all(column.inputs == listed.inputs == column.out + column.failed for column in counts.values())
     dropped = sum(len(urls) for kind, urls in listed.bad.items() if kind != "duplicate")
     assert {column.failed for column in counts.values()} == {dropped}

@@ -55,9 +55,9 @@ class Training:
     validation: float | None
     """The last validation loss."""
     wide: Markup | None
-    """The loss curve for a desktop,"""
+    """The loss curve for a desktop."""
     narrow: Markup | None
-    """and for a phone."""
+    """The loss curve for a phone."""
     phases: list[str]
     """Names of the recipe's phases, in order."""
     figures: list[Figure]

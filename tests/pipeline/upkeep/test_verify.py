@@ -50,6 +50,27 @@ def test_a_whole_corpus_has_no_problems(corpus_url: str) -> None:
     assert totals.bytes == sum(item.size for item in corpus.store.list() if item.name in named)
 
 
+def test_the_json_of_a_verification(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus, shards=1, columns=[])
+    corpus.store.create("commits/notes.txt", b"")
+    result = json.loads(json.dumps(verify(corpus).to_dict()))
+    detail = "it is no commit of a declared column and source"
+    size = result["totals"].pop("bytes")
+    assert size > 0 and result == {
+        "corpus": str(tmp_path),
+        "ok": False,
+        "problems": [{"kind": "stray", "what": "commits/notes.txt", "detail": detail}],
+        "totals": {
+            "shards": 1,
+            "commits": 1,
+            "units": 1,
+            "open_units": 0,
+            "samples": {"images": {"in": SHARD_SAMPLES, "out": SHARD_SAMPLES - 1, "failed": 1}},
+        },
+    }
+
+
 def test_an_unfinished_corpus_has_no_problems(corpus_url: str) -> None:
     corpus = make_corpus(corpus_url)
     assert problems(corpus) == []
