@@ -318,7 +318,7 @@ def run(minutes: float, units: int, seed: int) -> dict[str, Any]:
                 build = Disturbed(url, units, log, chance, kills, kill_every)
                 build.build(began + 60 * minutes)
                 found, checked = contents(Corpus.open(url)), verify(Corpus.open(url))
-                for problem in checked["problems"]:
+                for problem in checked.problems:
                     print(f"{url}: {problem}", file=sys.stderr)
                 totals += Counter(
                     builds=1,
@@ -329,7 +329,7 @@ def run(minutes: float, units: int, seed: int) -> dict[str, Any]:
                     lost=(wanted.samples - found.samples).total(),
                     twice=(found.samples - wanted.samples).total() + found.again,
                     other_bytes=len(dict(wanted.objects.items() - found.objects.items())),
-                    problems=len(checked["problems"]),
+                    problems=len(checked.problems),
                 )
                 print(
                     f"{time.monotonic() - began:6.0f} s: {url} is done: {dict(totals)}, kills {dict(kills)}",

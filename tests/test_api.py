@@ -1,4 +1,4 @@
-"""The public interface: what its import costs, what it names, and every example in its docstrings, which really runs."""
+"""The public interface: what its import costs, what it names, and every example in its docstrings, which all run."""
 
 import doctest
 import importlib

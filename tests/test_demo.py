@@ -76,18 +76,18 @@ def test_demo_killed_twice_and_run_again(tmp_path: Path) -> None:
     finish(start(out, cache))
 
     corpus = Corpus.open(out / "corpus")
-    found = verify(corpus)
-    assert found["ok"], found["problems"]
+    checked = verify(corpus)
+    assert checked.ok, checked.problems
     listed = prepare(cache / f"openmoji-{DRAWINGS}", DRAWINGS)
-    counts = found["totals"]["samples"]
-    assert all(column["in"] == listed.inputs == column["out"] + column["failed"] for column in counts.values())
+    counts = checked.totals.samples
+    assert all(column.inputs == listed.inputs == column.out + column.failed for column in counts.values())
     dropped = sum(len(urls) for kind, urls in listed.bad.items() if kind != "duplicate")
-    assert {column["failed"] for column in counts.values()} == {dropped}
+    assert {column.failed for column in counts.values()} == {dropped}
     assert set(counts) == {
         "images", "captions/source", "captions/long", "scores/basic",
         "latents/demo-64", "latents/demo-128", "text/minilm@source", "text/minilm@long",
     }  # fmt: skip
-    assert {entry["left"] for column in status(corpus)["columns"].values() for entry in column.values()} == {0}
+    assert {entry.left for column in status(corpus).columns.values() for entry in column.values()} == {0}
 
     figures = json.loads((out / "run/evaluation.json").read_text())
     assert figures["psnr"] > figures["untrained"]["psnr"]  # even so short a training learns something

@@ -1,4 +1,4 @@
-"""What every command shares: exit statuses, common arguments, `--json`."""
+"""Share exit statuses, common arguments and `--json` among the commands."""
 
 import contextlib
 import errno
@@ -7,16 +7,19 @@ import math
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from microdit.pipeline.base.errors import RequestError
 
+if TYPE_CHECKING:
+    from microdit.pipeline.corpus.corpus import Corpus
+
 
 class Commands(TyperGroup):
-    """Exit status 2 with one message if the request is wrong or a disk full, 128 + the signal's number if one came."""
+    """Exit with status 2 and one message if the request is wrong or a disk full, with 128 + the number of a signal."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -27,8 +30,8 @@ class Commands(TyperGroup):
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            place = f": {error.filename}" if error.filename else ""
-            print(f"microdit: {error.strerror}{place}; with more room the same command goes on", file=sys.stderr)
+            path = f": {error.filename}" if error.filename else ""
+            print(f"microdit: {error.strerror}{path}; with more room the same command goes on", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as stopped:
             print(f"\nmicrodit: {stopped or 'stopped; run the same command again and it goes on'}", file=sys.stderr)
@@ -49,7 +52,8 @@ Overrides = Annotated[
 ]
 
 
-def open_corpus(url: str) -> Any:
+def open_corpus(url: str) -> "Corpus":
+    """Open a corpus; imports nothing heavy before that."""
     from microdit.pipeline.corpus.corpus import Corpus
 
     return Corpus.open(url)
@@ -57,7 +61,7 @@ def open_corpus(url: str) -> Any:
 
 @contextlib.contextmanager
 def json_answer(as_json: bool) -> Iterator[dict[str, Any]]:
-    """A dictionary to fill; with `--json` it is what is printed, and what others print goes to standard error."""
+    """Yield a dictionary to fill; with `--json` it is printed, and what others print goes to standard error."""
     answer: dict[str, Any] = {}
     if not as_json:
         yield answer
@@ -68,7 +72,7 @@ def json_answer(as_json: bool) -> Iterator[dict[str, Any]]:
 
 
 def finite(value: Any) -> Any:
-    """The value with null for NaN and infinity, which JSON does not have."""
+    """Replace NaN and infinity, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

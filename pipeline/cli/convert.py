@@ -6,20 +6,42 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from microdit.pipeline.base.errors import RequestError
 
 if TYPE_CHECKING:
+    from microdit.pipeline.base.progress import Progress
     from microdit.pipeline.mds.summary import ExportSummary, ImportSummary
 
-TO_CORPUS = {"--source", "--captions", "--autoencoder", "--text-encoder", "--as-built", "--repair"}
-TO_MDS = {"--selection", "--text", "--latents", "--compression"}
+
+@dataclass(frozen=True)
+class _ToCorpusOptions:
+    """The options of MDS to corpus, named as they are given."""
+
+    source: str | None
+    captions: str | None
+    autoencoder: str | None
+    text_encoder: str | None
+    as_built: bool
+    repair: bool
 
 
+@dataclass(frozen=True)
+class _ToMdsOptions:
+    """The options of corpus to MDS, named as they are given."""
+
+    selection: str | None
+    text: str | None
+    latents: list[str] | None
+    compression: str | None
+
+
+# longer than 60 lines by its options and its help alone
 def convert(
     origin: Annotated[
         str, typer.Argument(metavar="FROM", help="A folder of MDS shards, or a corpus.", show_default=False)
@@ -102,56 +124,78 @@ def convert(
 
     - `microdit convert s3://bucket/corpus my/mds --latents latents/sdxl-256 --text text/dfn-clip-h@long`
     """
-    shape = _shape(text_shape)
-    given: dict[str, Any] = {
-        "--source": source,
-        "--captions": captions,
-        "--autoencoder": autoencoder,
-        "--text-encoder": text_encoder,
-        "--as-built": as_built,
-        "--repair": repair,
-        "--selection": selection,
-        "--text": text,
-        "--latents": latents,
-        "--compression": compression,
-    }
-    names = {name for name, value in given.items() if value}
     from microdit.pipeline.base.progress import shown
 
+    shape = _parse_shape(text_shape)
+    to_corpus = _ToCorpusOptions(source, captions, autoencoder, text_encoder, as_built, repair)
+    to_mds = _ToMdsOptions(selection, text, latents, compression)
     with _stoppable(), shown() as progress:
         if _is_mds(origin):
-            _refuse(names & TO_MDS, "FROM is a folder of MDS shards")
-            from microdit.pipeline.mds.columns import Naming
-            from microdit.pipeline.mds.to_corpus import to_corpus
-
-            if source is None:
-                raise RequestError("--source: name the samples, e.g. --source cc12m; it becomes part of every name")
-            naming = Naming(source, captions or "source", autoencoder, text_encoder or "dfn-clip-h", shape, as_built)
-            summary: ImportSummary | ExportSummary = to_corpus(Path(origin), target, naming, threads, progress, repair)
-        else:
-            _refuse(names & TO_CORPUS, "FROM is a corpus")
-            from microdit.pipeline.corpus.corpus import Corpus
-            from microdit.pipeline.mds.from_corpus import plan_export, to_mds
-
-            if "://" in target:
-                raise RequestError(f"TO {target!r}: MDS is written to a folder of this machine; copy that folder then")
-            if compression not in (None, "zstd"):
-                raise RequestError(f"--compression {compression!r}: expected zstd")
-            export = plan_export(
-                Corpus.open(origin),
-                selection=selection,
-                text=text,
-                latents=latents or (),
-                text_shape=shape,
-                compression="zstd" if compression else None,
+            _refuse(to_mds, "FROM is a folder of MDS shards")
+            summary: ImportSummary | ExportSummary = _to_corpus(
+                Path(origin), target, to_corpus, shape, threads, progress
             )
-            summary = to_mds(export, Path(target).expanduser(), threads, progress)
+        else:
+            _refuse(to_corpus, "FROM is a corpus")
+            summary = _to_mds(origin, target, to_mds, shape, threads, progress)
     print(json.dumps(summary.to_json(), ensure_ascii=False) if as_json else "\n".join(summary.lines()))
     raise typer.Exit(summary.exit_status)
 
 
+def _to_corpus(
+    origin: Path,
+    target: str,
+    options: _ToCorpusOptions,
+    shape: tuple[int, int],
+    threads: int,
+    progress: "Progress",
+) -> "ImportSummary":
+    """Convert MDS shards to a corpus."""
+    from microdit.pipeline.mds.columns import Naming
+    from microdit.pipeline.mds.to_corpus import to_corpus
+
+    if options.source is None:
+        raise RequestError("--source: name the samples, e.g. --source cc12m; it becomes part of every name")
+    naming = Naming(
+        options.source,
+        options.captions or "source",
+        options.autoencoder,
+        options.text_encoder or "dfn-clip-h",
+        shape,
+        options.as_built,
+    )
+    return to_corpus(origin, target, naming, threads, progress, options.repair)
+
+
+def _to_mds(
+    origin: str,
+    target: str,
+    options: _ToMdsOptions,
+    shape: tuple[int, int],
+    threads: int,
+    progress: "Progress",
+) -> "ExportSummary":
+    """Convert a corpus to MDS shards."""
+    from microdit.pipeline.corpus.corpus import Corpus
+    from microdit.pipeline.mds.from_corpus import plan_export, to_mds
+
+    if "://" in target:
+        raise RequestError(f"TO {target!r}: MDS is written to a folder of this machine; copy that folder then")
+    if options.compression not in (None, "zstd"):
+        raise RequestError(f"--compression {options.compression!r}: expected zstd")
+    export = plan_export(
+        Corpus.open(origin),
+        selection=options.selection,
+        text=options.text,
+        latents=options.latents or (),
+        text_shape=shape,
+        compression="zstd" if options.compression else None,
+    )
+    return to_mds(export, Path(target).expanduser(), threads, progress)
+
+
 def _is_mds(origin: str) -> bool:
-    """Whether FROM is a folder of MDS shards; if not, it is a corpus.
+    """Tell a folder of MDS shards from a corpus.
 
     Raises:
         RequestError: it is neither.
@@ -172,12 +216,14 @@ def _is_mds(origin: str) -> bool:
     return True
 
 
-def _refuse(names: set[str], because: str) -> None:
-    if names:
-        raise RequestError(f"{', '.join(sorted(names))}: it is for the other way; {because}")
+def _refuse(options: _ToCorpusOptions | _ToMdsOptions, because: str) -> None:
+    """Raise RequestError if an option of the other direction was given."""
+    given = [f"--{item.name.replace('_', '-')}" for item in fields(options) if getattr(options, item.name)]
+    if given:
+        raise RequestError(f"{', '.join(sorted(given))}: it is for the other way; {because}")
 
 
-def _shape(text: str) -> tuple[int, int]:
+def _parse_shape(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
     if match is None:
         raise RequestError(f"--text-shape {text!r}: expected tokens and width, as in 77x1024")
@@ -186,7 +232,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM ends the block as SIGINT does: shards in work are finished, no other is begun."""
+    """Let SIGTERM end the block as SIGINT does: shards in progress are finished, no other is begun."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from rich.table import Table
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.progress import shown
-from microdit.pipeline.config.build import load_config
+from microdit.pipeline.config.build import BuildConfig, load_config
 from microdit.pipeline.config.yaml import HOME
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.engine.build import build
 from microdit.pipeline.report.page import write_report
-from microdit.pipeline.selection.selections import select
+from microdit.pipeline.selection.selections import Selection, select
 from microdit.pipeline.selection.view import query
 from microdit.pipeline.upkeep.verify import verify
 
@@ -51,7 +52,7 @@ WHERE status = 'ok' AND least(width, height) >= 64
       AND abs(t.basic_red - s.basic_red) + abs(t.basic_green - s.basic_green) + abs(t.basic_blue - s.basic_blue) < 6)
 """
 
-LOOK = """
+OUTCOMES = """
 SELECT CASE WHEN status = 'ok' THEN 'ok' ELSE reason END AS outcome, count(*) AS images,
        round(avg(caption_source_tokens), 1) AS words, round(avg(caption_long_tokens), 1) AS words_long,
        round(avg(basic_entropy), 2) AS entropy
@@ -60,7 +61,7 @@ FROM samples GROUP BY 1 ORDER BY 2 DESC
 
 
 def run_demo(out: Path, build_overrides: Sequence[str] = (), train_overrides: Sequence[str] = ()) -> int:
-    """Build, choose, train, draw, verify and report below `out`; the exit status of the command.
+    """Build, choose, train, draw, verify and report below `out`; returns the exit status of the command.
 
     The overrides (`key=value`) change configs/demo.yaml and configs/recipes/demo.yaml, to make it smaller still.
 
@@ -68,51 +69,33 @@ def run_demo(out: Path, build_overrides: Sequence[str] = (), train_overrides: Se
         RequestError: something about the request is wrong; the message says what.
     """
     began = time.monotonic()
-    console = Console(highlight=False)
+    console, run = Console(highlight=False), out / "run"
     out.mkdir(parents=True, exist_ok=True)
-    say = _Steps(console)
+    steps = _Steps(console)
 
-    say.step("building a corpus from a list of URLs", "microdit build configs/demo.yaml")
+    steps.begin("building a corpus from a list of URLs", "microdit build configs/demo.yaml")
     config = load_config("configs/demo.yaml", build_overrides, corpus=str(out / "corpus"))
-    with shown(console) as progress:
-        built = build(config, progress=progress)
-    console.print(built.text(), markup=False, soft_wrap=True)
-    if built.exit_status:
-        return built.exit_status
+    if status := _build(config, console):
+        return status
     corpus = Corpus.open(config.corpus)
 
-    say.step("looking at it, and choosing by SQL", "microdit query ..., microdit select ...")
-    console.print(_as_table(query(corpus, LOOK).to_pylist()))
-    selection = select(corpus, "demo", SELECTION)
-    console.print(f"selection {selection.name}@{selection.hash}: {selection.rows:,} images, duplicates left out")
+    steps.begin("looking at it, and choosing by SQL", "microdit query ..., microdit select ...")
+    selection = _select(corpus, console)
 
-    run = out / "run"
-    left = TIME_LIMIT - AFTER_TRAINING - (time.monotonic() - began)
-    say.step("training a small MicroDiT on it", "torchrun -m microdit.trainer configs/recipes/demo.yaml")
-    status = _train(
-        f"corpus={corpus.url}",
-        f"selection={selection.name}@{selection.hash}",
-        f"out={run}",
-        f"time_budget={max(left, LEAST_TRAINING):.0f}",
-        *train_overrides,
-    )
-    if status:
+    steps.begin("training a small MicroDiT on it", "torchrun -m microdit.trainer configs/recipes/demo.yaml")
+    budget = max(TIME_LIMIT - AFTER_TRAINING - (time.monotonic() - began), LEAST_TRAINING)
+    if status := _train(corpus, selection, run, budget, train_overrides):
         return status
 
-    say.step("drawing what it learned, from captions alone", "")
-    figures = _evaluate(run)
-    console.print(_as_table(_figure_rows(figures)))
-    console.print(f"real beside generated: {run / 'grid.png'}")
+    steps.begin("drawing what it learned, from captions alone", "")
+    _draw(run, console)
 
-    say.step("checking every byte", "microdit verify ...")
-    checked = verify(corpus)
-    if checked["problems"]:
-        console.print_json(json.dumps(checked["problems"][:20]))
-        return 1
-    console.print("every object, count, key and lineage is right")
+    steps.begin("checking every byte", "microdit verify ...")
+    if status := _verify(corpus, console):
+        return status
     report = write_report(corpus, out / "report.html", run)
 
-    say.step(f"done in {(time.monotonic() - began) / 60:.1f} minutes", "")
+    steps.begin(f"done in {(time.monotonic() - began) / 60:.1f} minutes", "")
     console.print(f"  pictures   {run / 'grid.png'}\n  report     {report}", soft_wrap=True)
     prompt = "red apple, food fruit"  # of the kind that it was trained on
     console.print(f"  your turn  microdit generate --checkpoint {run} --prompt '{prompt}'", soft_wrap=True)
@@ -120,22 +103,44 @@ def run_demo(out: Path, build_overrides: Sequence[str] = (), train_overrides: Se
 
 
 class _Steps:
-    """Numbered headings, each with the command that does the same."""
+    """Print numbered headings, each with the command that does the same."""
 
     def __init__(self, console: Console):
         self.console, self.number = console, 0
 
-    def step(self, text: str, command: str) -> None:
+    def begin(self, text: str, command: str) -> None:
         self.number += 1
         command = f"   [dim]{command}[/dim]" if command else ""
         self.console.print(f"\n[bold]{self.number}. {text}[/bold]{command}", soft_wrap=True)
 
 
-def _train(*overrides: str) -> int:
-    """The trainer in processes of its own, with every core unless OMP_NUM_THREADS says less; the exit status."""
+def _build(config: BuildConfig, console: Console) -> int:
+    """Build the corpus, or go on with it; returns the build's exit status."""
+    with shown(console) as progress:
+        built = build(config, progress=progress)
+    console.print(built.text(), markup=False, soft_wrap=True)
+    return built.exit_status
+
+
+def _select(corpus: Corpus, console: Console) -> Selection:
+    """Print what came in, and save the selection to train on."""
+    outcomes = query(corpus, OUTCOMES)
+    console.print(_as_table(outcomes.column_names, zip(*outcomes.to_pydict().values(), strict=True)))
+    selection = select(corpus, "demo", SELECTION)
+    console.print(f"selection {selection.name}@{selection.hash}: {selection.rows:,} images, duplicates left out")
+    return selection
+
+
+def _train(corpus: Corpus, selection: Selection, run: Path, budget: float, overrides: Sequence[str]) -> int:
+    """Train for at most `budget` seconds, in processes of their own; returns the trainer's exit status.
+
+    Every core is used unless OMP_NUM_THREADS says less.
+    """
     processes, threads = _processes()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "microdit.trainer", str(HOME / "configs/recipes/demo.yaml"), *overrides]
+    command += ["-m", "microdit.trainer", str(HOME / "configs/recipes/demo.yaml")]
+    command += [f"corpus={corpus.url}", f"selection={selection.name}@{selection.hash}", f"out={run}"]
+    command += [f"time_budget={budget:.0f}", *overrides]
     environment = KEEP_MEMORY | os.environ | {"OMP_NUM_THREADS": str(threads)}
     with subprocess.Popen(command, env=environment) as process:
         try:
@@ -146,7 +151,7 @@ def _train(*overrides: str) -> int:
 
 
 def _processes() -> tuple[int, int]:
-    """How many processes train, and the threads of each.
+    """Choose how many processes train, and the threads of each.
 
     On a CPU a network as small as the demo's hardly gains by a second thread, but by a second process it does; the
     samples and their order are the same for any number.
@@ -158,32 +163,39 @@ def _processes() -> tuple[int, int]:
     return processes, max(1, cores // processes)
 
 
+def _draw(run: Path, console: Console) -> None:
+    """Draw pictures from captions, and print what was learned beside what the network knew before its first step."""
+    names, rows = _figure_rows(_evaluate(run))
+    console.print(_as_table(names, rows))
+    console.print(f"real beside generated: {run / 'grid.png'}")
+
+
 def _evaluate(run: Path) -> dict[str, Any]:
-    """The figures of the newest checkpoint, made if they are not there yet."""
+    """Read the figures of the newest checkpoint, made if they are not there yet."""
     from microdit.model.checkpoint import CheckpointError  # these import torch
     from microdit.model.loading import find_checkpoint
     from microdit.pipeline.cli.demo_evaluation import evaluate
 
     path = run / "evaluation.json"
     try:
-        if path.is_file() and (found := json.loads(path.read_text()))["checkpoint"] == find_checkpoint(run).name:
-            return found
+        if path.is_file() and (figures := json.loads(path.read_text()))["checkpoint"] == find_checkpoint(run).name:
+            return figures
         return evaluate(run)
     except CheckpointError as error:
         raise RequestError(str(error)) from error
 
 
-def _figure_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was learned beside what the network knew before its first step."""
-    untrained, count, held_out = figures["untrained"], figures["count"], figures["held_out_count"]
+def _figure_rows(figures: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, str, str]]]:
+    """The names of the columns, and rows of what is measured, the trained network's figure and the untrained one's."""
+    count, held_out = figures["count"], figures["held_out_count"]
 
-    def row(text: str, name: str, form: str) -> dict[str, Any]:
-        values = {"trained": figures[name], "untrained": untrained[name]}
-        return {"of pictures generated from captions": text} | {
-            key: "" if value is None else form.format(value) for key, value in values.items()
-        }
+    def row(text: str, name: str, form: str) -> tuple[str, str, str]:
+        trained, untrained = (
+            "" if value is None else form.format(value) for value in (figures[name], figures["untrained"][name])
+        )
+        return text, trained, untrained
 
-    return [
+    return ["of pictures generated from captions", "trained", "untrained"], [
         row(f"nearest to their own image, of {count}", "nearest_in_count", "{}"),
         row(f"nearest to their own image, of all {figures['images']:,}", "nearest_in_all", "{}"),
         row(f"never trained on, nearest to their own, of {held_out}", "held_out_nearest_in_count", "{}"),
@@ -192,10 +204,20 @@ def _figure_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _as_table(rows: list[dict[str, Any]]) -> Table:
+def _verify(corpus: Corpus, console: Console) -> int:
+    """Read every byte of the corpus; print the first problems and return 1 if there are any."""
+    result = verify(corpus)
+    if not result.ok:
+        console.print_json(json.dumps([asdict(problem) for problem in result.problems[:20]]))
+        return 1
+    console.print("every object, count, key and lineage is right")
+    return 0
+
+
+def _as_table(names: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in rows[0] if rows else []:
+    for name in names:
         table.add_column(name)
     for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
+        table.add_row(*("" if value is None else str(value) for value in row))
     return table

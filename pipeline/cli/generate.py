@@ -1,15 +1,21 @@
 """`microdit generate`: prompts to PNG files."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 
 from microdit.pipeline.base.errors import RequestError
 
+if TYPE_CHECKING:
+    from microdit.model.text_to_image import MicroDiTPipeline
 
+
+# longer than 60 lines by its options and its help alone
 def generate(
     checkpoint: Annotated[
         str,
@@ -85,11 +91,11 @@ def generate(
 
     - `microdit generate --checkpoint my/run --save my/pipeline` draws nothing; `--checkpoint my/pipeline` then works
     """
-    wanted = [*(prompt or ()), *(_read_prompts(prompts) if prompts else ())]
-    if not wanted and not save:
-        raise RequestError("there is nothing to draw: give --prompt TEXT or --prompts FILE")
-    if wanted and out.exists() and not out.is_dir():
-        raise RequestError(f"--out {out}: it is a file; give a folder")
+    texts = [*(prompt or ()), *(_read_prompts(prompts) if prompts else ())]
+    _check_request(texts, out, save)
+    from microdit.model.edm import Sampling
+    from microdit.model.picture_files import generate as draw
+
     options: dict[str, Any] = {
         "num_inference_steps": steps,
         "sampler": sampler,
@@ -99,62 +105,86 @@ def generate(
         "height": height,
         "width": width,
     }
-    from microdit.model.edm import Sampling
-    from microdit.model.picture_files import generate as draw
-    from microdit.model.pretrained.hub import ModelFilesError
-    from microdit.model.text_to_image import MicroDiTPipeline
-    from microdit.pipeline.storage.bucket import SCHEMES
-
-    try:
-        if urlsplit(checkpoint).scheme in SCHEMES:
-            from microdit.trainer.checkpoints.bucket import on_this_machine
-
-            checkpoint = str(on_this_machine(checkpoint))
+    with _request_errors(out):
+        folder = _fetch(checkpoint)
         Sampling(steps, 1.0 if guidance_scale is None else guidance_scale, sampler, guidance_interval).check()
-        pipe = MicroDiTPipeline.from_pretrained(
-            checkpoint,
-            revision=revision,
-            autoencoder=autoencoder,
-            text_encoder=text_encoder,
-            device=_device(device),
-        )
-        # without a terminal a line now and then is enough
-        pipe.set_progress_bar_config(mininterval=0.1 if sys.stderr.isatty() else 10)
+        pipe = _load(folder, revision, autoencoder, text_encoder, device)
         if save:
             pipe.save_pretrained(save)
             print(f"saved as a pipeline in {save}")
-        paths = draw(pipe, wanted, out, seed=seed, num_images_per_prompt=images_per_prompt, **options) if wanted else []
-    except (
-        ValueError,
-        FileNotFoundError,
-        FileExistsError,
-        NotADirectoryError,
-        PermissionError,
-        ModelFilesError,
-    ) as error:
-        raise RequestError(str(error)) from error
-    except KeyboardInterrupt as stopped:
-        raise KeyboardInterrupt(f"stopped; what was drawn is in {out}") from stopped
+        paths = draw(pipe, texts, out, seed=seed, num_images_per_prompt=images_per_prompt, **options) if texts else []
     if paths:
         print(f"{len(paths)} pictures in {out}" if len(paths) > 1 else f"1 picture: {paths[0]}")
 
 
-def _read_prompts(path: Path) -> list[str]:
+def _check_request(texts: list[str], out: Path, save: Path | None) -> None:
+    """Raise RequestError if nothing is to be done, or the pictures would have no folder."""
+    if not texts and not save:
+        raise RequestError("there is nothing to draw: give --prompt TEXT or --prompts FILE")
+    if texts and out.exists() and not out.is_dir():
+        raise RequestError(f"--out {out}: it is a file; give a folder")
+
+
+@contextmanager
+def _request_errors(out: Path) -> Iterator[None]:
+    """Turn the errors that the model raises about a request into RequestError, and tell Ctrl-C where pictures are."""
+    from microdit.model.pretrained.hub import ModelFilesError
+
+    files = (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
     try:
-        found = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        yield
+    except (ValueError, *files, ModelFilesError) as error:
+        raise RequestError(str(error)) from error
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt(f"stopped; what was drawn is in {out}") from stopped
+
+
+def _fetch(checkpoint: str) -> str:
+    """Copy a checkpoint on a bucket to this machine; returns its folder here. Other names are returned unchanged."""
+    from microdit.pipeline.storage.bucket import SCHEMES
+
+    if urlsplit(checkpoint).scheme not in SCHEMES:
+        return checkpoint
+    from microdit.trainer.checkpoints.bucket import on_this_machine
+
+    return str(on_this_machine(checkpoint))
+
+
+def _load(
+    checkpoint: str, revision: str | None, autoencoder: str | None, text_encoder: str | None, device: str | None
+) -> "MicroDiTPipeline":
+    """Load the pipeline on a device; its progress bar is drawn rarely where there is no terminal."""
+    from microdit.model.text_to_image import MicroDiTPipeline
+
+    pipe = MicroDiTPipeline.from_pretrained(
+        checkpoint,
+        revision=revision,
+        autoencoder=autoencoder,
+        text_encoder=text_encoder,
+        device=_choose_device(device),
+    )
+    pipe.set_progress_bar_config(mininterval=0.1 if sys.stderr.isatty() else 10)
+    return pipe
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """Read prompts from a text file in UTF-8, one a line; empty lines are left out."""
+    try:
+        texts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--prompts {path}: cannot be read as text in UTF-8 ({error})") from error
-    if not found:
+    if not texts:
         raise RequestError(f"--prompts {path}: there is no prompt in it; expected one a line")
-    return found
+    return texts
 
 
-def _device(name: str | None) -> str:
+def _choose_device(name: str | None) -> str:
+    """The device that was asked for, or a GPU if there is one; raises RequestError if torch cannot use it."""
     import torch
 
-    found = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=found)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise RequestError(f"--device {found}: {str(error).splitlines()[0]}; --device cpu always works") from error
-    return found
+        raise RequestError(f"--device {device}: {str(error).splitlines()[0]}; --device cpu always works") from error
+    return device

@@ -1,12 +1,13 @@
 """The commands that look at a corpus: `status`, `report`, `query`, `verify`, `ls`, `gc`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from microdit.pipeline.cli.command import CorpusUrl, Json, Sql, json_answer, open_corpus
-from microdit.pipeline.cli.shown import in_bytes, print_rows, print_status, print_verified
+from microdit.pipeline.cli.shown import print_garbage, print_rows, print_status, print_verification
 
 
 def status(corpus: CorpusUrl, as_json: Json = False) -> None:
@@ -19,9 +20,10 @@ def status(corpus: CorpusUrl, as_json: Json = False) -> None:
     from microdit.pipeline.upkeep.status import status as status_of
 
     with json_answer(as_json) as answer:
-        answer.update(status_of(open_corpus(corpus)))
+        result = status_of(open_corpus(corpus))
+        answer.update(result.to_dict())
     if not as_json:
-        print_status(answer)
+        print_status(result)
 
 
 def report(
@@ -62,10 +64,11 @@ def verify(corpus: CorpusUrl, as_json: Json = False) -> None:
     from microdit.pipeline.upkeep.verify import verify as verify_all
 
     with json_answer(as_json) as answer:
-        answer.update(verify_all(open_corpus(corpus)))
+        result = verify_all(open_corpus(corpus))
+        answer.update(result.to_dict())
     if not as_json:
-        print_verified(answer)
-    raise typer.Exit(1 if answer["problems"] else 0)
+        print_verification(result)
+    raise typer.Exit(0 if result.ok else 1)
 
 
 def ls(
@@ -73,7 +76,7 @@ def ls(
     column: Annotated[str, typer.Argument(help="A column, e.g. latents/demo-64.", show_default=False)],
 ) -> None:
     """The committed objects of a column, one name a line: what webdataset or datasets can read."""
-    from microdit.pipeline.upkeep.status import ls as names_of
+    from microdit.pipeline.upkeep.ls import ls as names_of
 
     for name in names_of(open_corpus(corpus), column):
         print(name)
@@ -89,9 +92,7 @@ def gc(
     from microdit.pipeline.upkeep.gc import gc as collect
 
     with json_answer(as_json) as answer:
-        answer.update(collect(open_corpus(corpus), older_than_hours=older_than_hours, dry_run=dry_run))
+        result = collect(open_corpus(corpus), older_than_hours=older_than_hours, dry_run=dry_run)
+        answer.update(asdict(result))
     if not as_json:
-        for name in answer["names"]:
-            print(name)
-        counts = ", ".join(f"{answer[what]:,} {what}" for what in ("attempts", "tables", "unfinished", "uploads"))
-        print(f"{'would remove' if dry_run else 'removed'} {counts}; {in_bytes(answer['bytes'])}")
+        print_garbage(result)

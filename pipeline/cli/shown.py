@@ -1,11 +1,17 @@
-"""How the command line shows answers to people; `--json` prints them as they are."""
+"""Print results of commands for people; `--json` prints the records themselves."""
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # `microdit --help` imports nothing heavy
+    from microdit.pipeline.upkeep.gc import Garbage
+    from microdit.pipeline.upkeep.status import CorpusStatus, SourceStatus
+    from microdit.pipeline.upkeep.verify import Verification
 
 
 def print_rows(columns: list[str], rows: Sequence[Mapping[str, Any]], most: int = 100) -> None:
+    """Print the first `most` rows as a table, numbers to the right."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -20,62 +26,71 @@ def print_rows(columns: list[str], rows: Sequence[Mapping[str, Any]], most: int 
 
 
 def console() -> Any:
-    """Standard output: as wide as the terminal, and as wide as it likes elsewhere."""
+    """Open standard output: as wide as the terminal, and as wide as a line needs elsewhere."""
     from rich.console import Console
 
     return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=1000)
 
 
-def print_status(found: Mapping[str, Any]) -> None:
-    print(f"corpus {found['corpus']} ({found['name']}), shards of {found['shard_samples']:,}")
-    for name, source in found["sources"].items():
-        units = (
-            f"{source['units_done']:,} units read"
-            if source["units"] is None
-            else (f"{source['units_done']:,} of {source['units']:,} units read")
-        )
-        print(f"source {name}: {units}, {source['inputs']:,} inputs")
+def print_status(status: "CorpusStatus") -> None:
+    """Print how far a corpus is: its sources, a table of its columns, and what was set aside."""
+    print(f"corpus {status.corpus} ({status.name}), shards of {status.shard_samples:,}")
+    for name, source in status.sources.items():
+        print(f"source {name}: {_units_read(source)} units read, {source.inputs:,} inputs")
     rows = [
         {
             "column": column,
             "source": source,
-            "done": entry["done"],
-            "left": entry["left"],
-            "aside": entry["set_aside"],
-            "stale": entry["stale"],
-            "in": entry["in"],
-            "out": entry["out"],
-            "failed": entry["failed"],
-            "size": in_bytes(entry["bytes"]),
-            "images/s a worker": None if entry["rate"] is None else round(entry["rate"], 1),
+            "done": entry.done,
+            "left": entry.left,
+            "aside": entry.set_aside,
+            "stale": entry.stale,
+            "in": entry.inputs,
+            "out": entry.out,
+            "failed": entry.failed,
+            "size": in_bytes(entry.bytes),
+            "images/s a worker": None if entry.rate is None else round(entry.rate, 1),
         }
-        for column, sources in found["columns"].items()
-        for source, entry in sources.items()
+        for column, by_source in status.columns.items()
+        for source, entry in by_source.items()
     ]
     if rows:
         print()
         print_rows(list(rows[0]), rows, most=len(rows))
-    for entry in found["set_aside"]:
-        where, message = f"{entry['column']}/{entry['source']}/{entry['shard']}", entry["message"].splitlines()[0]
-        print(f"set aside after {entry['attempts']} attempts: {where}: {message}")
+    for failure in status.set_aside:
+        shard, message = f"{failure.column}/{failure.source}/{failure.shard}", failure.message.splitlines()[0]
+        print(f"set aside after {failure.attempts} attempts: {shard}: {message}")
+
+
+def _units_read(source: "SourceStatus") -> str:
+    return f"{source.units_done:,}" if source.units is None else f"{source.units_done:,} of {source.units:,}"
+
+
+def print_verification(result: "Verification") -> None:
+    """Print every problem, the samples of each column, and the totals."""
+    for problem in result.problems:
+        print(problem)
+    for column, samples in result.totals.samples.items():
+        print(f"{column}: in {samples.inputs:,} = out {samples.out:,} + failed {samples.failed:,}")
+    totals = result.totals
+    print(
+        f"{totals.shards:,} shards, {totals.commits:,} commits, {totals.units:,} units, "
+        f"{in_bytes(totals.bytes)}: {len(result.problems):,} problems"
+    )
+
+
+def print_garbage(result: "Garbage") -> None:
+    """Print what `gc` removed: every name, then the counts."""
+    for name in result.names:
+        print(name)
+    counts = ", ".join(f"{getattr(result, sort):,} {sort}" for sort in ("attempts", "tables", "unfinished", "uploads"))
+    print(f"{'would remove' if result.dry_run else 'removed'} {counts}; {in_bytes(result.bytes)}")
 
 
 def in_bytes(size: float) -> str:
-    """`4.1 kB`, `3.2 MB`."""
+    """Write a number of bytes with a decimal unit: `4.1 kB`, `3.2 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
-
-
-def print_verified(found: Mapping[str, Any]) -> None:
-    totals = found["totals"]
-    for problem in found["problems"]:
-        print(f"{problem['kind']}: {problem['what']}: {problem['detail']}")
-    for column, samples in totals["samples"].items():
-        print(f"{column}: in {samples['in']:,} = out {samples['out']:,} + failed {samples['failed']:,}")
-    print(
-        f"{totals['shards']:,} shards, {totals['commits']:,} commits, {totals['units']:,} units, "
-        f"{in_bytes(totals['bytes'])}: {len(found['problems']):,} problems"
-    )

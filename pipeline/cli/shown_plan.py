@@ -1,4 +1,4 @@
-"""A plan for people: tables of sources, columns and stages, what it comes to, and everything that was assumed."""
+"""Print a plan for people: tables of sources, columns and stages, totals, and everything that was assumed."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,13 +11,13 @@ from microdit.pipeline.estimate.result import Estimate
 def show(estimate: Estimate, console: Console, size: Callable[[float], str]) -> None:
     """Print an estimate; `size` formats bytes."""
 
-    def say(text: str = "") -> None:
+    def write(text: str = "") -> None:
         console.print(text, markup=False, soft_wrap=True)
 
     machines, time, money = estimate.machines, estimate.time, estimate.money
     gpus = f", {machines.gpus} GPUs ({machines.gpu})" if machines.gpus else ", no GPU"
-    say(f"plan of {estimate.name}: shards of {estimate.shard_samples:,}, {machines.cpus:g} CPUs{gpus}")
-    say(f"learned from {estimate.learned_from or 'no earlier build: name one with --from CORPUS for better numbers'}")
+    write(f"plan of {estimate.name}: shards of {estimate.shard_samples:,}, {machines.cpus:g} CPUs{gpus}")
+    write(f"learned from {estimate.learned_from or 'no earlier build: name one with --from CORPUS for better numbers'}")
     _table(
         console,
         ("source", "units", "inputs", "shards", "fetched", "known from"),
@@ -45,24 +45,24 @@ def show(estimate: Estimate, console: Console, size: Callable[[float], str]) -> 
             for name, one in estimate.stages.items()
         ],
     )  # fmt: skip
-    say()
+    write()
     least = "at least " if time.not_measured else ""
-    say(f"bytes   {size(estimate.bytes)} in {estimate.shards:,} shards of {len(estimate.columns)} columns")
-    say(f"time    {least}{duration(time.seconds)}; the narrowest place: {time.narrowest}")
+    write(f"bytes   {size(estimate.bytes)} in {estimate.shards:,} shards of {len(estimate.columns)} columns")
+    write(f"time    {least}{duration(time.seconds)}; the narrowest place: {time.narrowest}")
     if time.not_measured:
-        say(f"        not measured, and not in it: {', '.join(time.not_measured)}")
+        write(f"        not measured, and not in it: {', '.join(time.not_measured)}")
     if guessed := [name for name, one in estimate.stages.items() if "by arithmetic" in one.origin]:
-        say(f"        in it by arithmetic, not measured: {', '.join(guessed)}")
+        write(f"        in it by arithmetic, not measured: {', '.join(guessed)}")
     gpu = "?" if money.gpus is None else f"${money.gpus:,.2f}"
     build = f"{least}${money.build:,.2f}" if money.build is not None else "not known"
-    say(f"money   {build} (GPUs {gpu}, CPUs ${money.cpus:,.2f}); kept: ${money.storage_a_month:,.2f} a month")
-    say("\nassumed:")
+    write(f"money   {build} (GPUs {gpu}, CPUs ${money.cpus:,.2f}); kept: ${money.storage_a_month:,.2f} a month")
+    write("\nassumed:")
     for line in estimate.assumptions:
-        say(f"  - {line}")
+        write(f"  - {line}")
 
 
 def duration(seconds: float | None) -> str:
-    """`45 s`, `12.5 min`, `3.4 h`, `12.0 days`; `?` where nobody knows."""
+    """Write seconds with a unit: `45 s`, `12.5 min`, `3.4 h`, `12.0 days`; `?` if they are not known."""
     if seconds is None:
         return "?"
     for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):

@@ -148,7 +148,7 @@ def _damage(corpus: Corpus, say: Callable[[str], None]) -> Mapping[str, Collecti
     say("repair: reading everything that is committed")
     found = damage(corpus)
     for problem in found.beyond:
-        say(f"repair: beyond a build's power: {problem['kind']}: {problem['what']}: {problem['detail']}")
+        say(f"repair: beyond a build's power: {problem}")
     for column, places in found.redo.items():
         for source, shard in sorted(places):
             say(f"repair: {column}/{source}/{shard} is made again")

@@ -108,7 +108,7 @@ def _damaged(corpus: Corpus, conversion: Conversion) -> tuple[Redo, list[str]]:
         redo[column].update(*(redo[upstream] for upstream in spec.inputs))
     notes = [f"repair: {column}/{source}/{shard} is made again" for column in redo for shard in sorted(redo[column])]
     for problem in found.beyond:
-        notes.append(f"repair: beyond its power: {problem['kind']}: {problem['what']}: {problem['detail']}")
+        notes.append(f"repair: beyond its power: {problem}")
     return redo, notes
 
 

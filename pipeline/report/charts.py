@@ -1,11 +1,11 @@
-"""What the report draws: numbers written for people, and small inline SVG charts that follow the page's colours.
+"""Format numbers for people, and draw small inline SVG charts that follow the page's colours.
 
 Every chart is one `<svg>` with a title and a description for those who cannot see it. Colours are the CSS custom
-properties of the page (`report.html.j2`), so that a chart changes with the colour scheme.
+properties of the page (`page.html.j2`), so that a chart changes with the colour scheme.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -16,12 +16,12 @@ NBSP = "\u00a0"  # keeps a number and its unit on one line
 
 # -- numbers -----------------------------------------------------------------------------------------------------
 def format_count(value: float) -> str:
-    """1234567 -> "1,234,567"."""
+    """Group the digits: 1234567 -> "1,234,567"."""
     return f"{value:,.0f}"
 
 
 def format_number(value: float) -> str:
-    """A measured number with about three digits: 0.01234 -> "0.0123", 12.345 -> "12.3", 1234.5 -> "1,234"."""
+    """Round a measured number to about three digits: 0.01234 -> "0.0123", 12.345 -> "12.3", 1234.5 -> "1,234"."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
     magnitude = math.floor(math.log10(abs(value)))
@@ -34,7 +34,7 @@ def format_number(value: float) -> str:
 
 
 def format_bytes(value: float) -> str:
-    """Decimal units, as disks and clouds count: 12345678 -> "12.3 MB"."""
+    """Write bytes with decimal units, as disks and clouds count: 12345678 -> "12.3 MB"."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if value < 999.5:
             return f"{value:,.0f}{NBSP}B" if unit == "B" else f"{value:.3g}{NBSP}{unit}"
@@ -43,7 +43,7 @@ def format_bytes(value: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """0.4 -> "0.4 s", 75 -> "1 min 15 s", 7300 -> "2 h 2 min"."""
+    """Write seconds in the units that people use: 0.4 -> "0.4 s", 75 -> "1 min 15 s", 7300 -> "2 h 2 min"."""
     if seconds < 9.95:
         return f"{seconds:.1f}{NBSP}s"
     whole = round(seconds)
@@ -56,7 +56,7 @@ def format_duration(seconds: float) -> str:
 
 
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers within [low, high], at most about `most`."""
+    """Choose round numbers within [low, high], at most about `most`."""
     if not high > low:
         return [low]
     raw = (high - low) / max(1, most - 1)
@@ -67,7 +67,7 @@ def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers within [low, high] for a logarithmic axis: 1, 2, 5, ... or finer ones within one decade."""
+    """Choose round numbers within [low, high] for a logarithmic axis: 1, 2, 5, ... or finer ones within one decade."""
     ticks = [
         m * 10.0**e
         for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -79,7 +79,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 # -- bars and histograms -----------------------------------------------------------------------------------------
 def bar(fraction: float, ghost: float = 0.0) -> Markup:
-    """A horizontal bar as wide as its place; beside a number, so it says nothing to a screen reader.
+    """Draw a horizontal bar as wide as its cell; beside a number, so it says nothing to a screen reader.
 
     Args:
         fraction: filled share, 0 to 1.
@@ -105,7 +105,7 @@ class Bin:
 def histogram(
     bins: Sequence[Bin], ticks: Sequence[tuple[float, str]], title: str, description: str, what: str = "images"
 ) -> Markup:
-    """Vertical bars of equal width.
+    """Draw vertical bars of equal width.
 
     Args:
         bins: from left to right.
@@ -149,7 +149,7 @@ def histogram(
 
 
 def timeline(spans: Sequence[tuple[float, float]], total: float) -> Markup:
-    """One row of a timeline: when work went on, in seconds of `total`; as wide as its place."""
+    """Draw one row of a timeline as wide as its cell: when work went on, in seconds of `total`."""
     parts = [Markup('<svg class="bar timeline" aria-hidden="true" focusable="false">')]
     for begin, end in spans:
         parts.append(
@@ -163,15 +163,15 @@ def timeline(spans: Sequence[tuple[float, float]], total: float) -> Markup:
 # -- the loss curve ----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Point:
-    """One line of the training log: images seen so far, the loss, and the recipe's stage."""
+    """One line of the training log: images seen so far, the loss, and the name of the recipe's phase."""
 
     images: float
     loss: float
-    stage: str
+    phase: str
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """The mean over `window` values around each (fewer at the ends), so that the curve does not lag behind."""
+    """Take the mean over `window` values around each (fewer at the ends), so that the curve does not lag behind."""
     sums = [0.0, *accumulate(values)]
     half = window // 2
     out = []
@@ -181,83 +181,120 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return out
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """The box of a loss curve in SVG units, and the ranges of its axes; the loss is logarithmic."""
+
+    width: float
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+    first: float
+    last: float
+    low: float
+    high: float
+
+    @property
+    def base(self) -> float:
+        """The height of the horizontal axis."""
+        return self.height - self.bottom
+
+    @property
+    def end(self) -> float:
+        """The right end of the horizontal axis."""
+        return self.width - self.right
+
+    def x(self, images: float) -> float:
+        span = (self.last - self.first) or 1.0
+        return _round(self.left + (images - self.first) / span * (self.width - self.left - self.right))
+
+    def y(self, loss: float) -> float:
+        low, high = math.log(self.low), math.log(self.high)
+        share = (math.log(min(max(loss, self.low), self.high)) - low) / (high - low)
+        return _round(self.height - self.bottom - share * (self.height - self.top - self.bottom))
+
+
 def loss_curve(points: Sequence[Point], validation: Sequence[tuple[float, float]], wide: bool) -> Markup:
-    """Loss by images seen, logarithmic upwards: what was logged (pale), its running mean, and the recipe's stages.
+    """Draw loss by images seen, logarithmic upwards: what was logged (pale), its running mean, and the recipe's phases.
 
     Args:
         points: in order, with finite positive losses; at least two.
         validation: (images, loss) of samples that are held out, in order, finite and positive; may be empty.
         wide: for a desktop (720 units) or for a phone (350 units), so that the letters keep their size.
     """
-    width, height, left, right, top, bottom = (720.0, 320.0, 46.0, 12.0, 30.0, 42.0) if wide else (
-        350.0, 270.0, 40.0, 8.0, 30.0, 40.0,
-    )  # fmt: skip
     losses = [p.loss for p in points]
     means = smooth(losses, len(losses) // 40)
-    ordered = sorted(losses)
-    shown = [loss for _, loss in validation]
-    low = min(ordered[int(len(ordered) * 0.002)], *means, *shown) * 0.97
-    high = max(ordered[min(len(ordered) - 1, int(len(ordered) * 0.998))], *means, *shown) * 1.03
-    first = min(points[0].images, *(images for images, _ in validation[:1]))
-    last = max(points[-1].images, *(images for images, _ in validation[-1:]))
-    span = (last - first) or 1.0
-
-    def x(images: float) -> float:
-        return _round(left + (images - first) / span * (width - left - right))
-
-    def y(loss: float) -> float:
-        share = (math.log(min(max(loss, low), high)) - math.log(low)) / (math.log(high) - math.log(low))
-        return _round(height - bottom - share * (height - top - bottom))
-
-    parts: list[Markup] = []
-    for tick in log_ticks(low, high):
-        parts.append(
-            Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(left, width - right, y(tick), y(tick))
-        )
-        parts.append(
-            Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>').format(
-                left - 6, y(tick) + 4, format_number(tick)
-            )
-        )
-    for tick in nice_ticks(first, last, 6 if wide else 5):
-        parts.append(
-            Markup('<text class="tick" x="{}" y="{}" text-anchor="{}">{}</text>').format(
-                x(tick), height - bottom + 17, "end" if x(tick) > width - right - 14 else "middle", _short(tick)
-            )
-        )
-    parts.append(
-        Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">images seen</text>').format(
-            _round((left + width - right) / 2), height - 6
-        )
-    )
-    parts.append(Markup('<line class="axis" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>').format(
-        left, width - right, height - bottom
-    ))  # fmt: skip
-    begins = [p for i, p in enumerate(points) if i == 0 or p.stage != points[i - 1].stage]
-    for begin, after in zip(begins, [*begins[1:], None], strict=True):
-        at, end = x(begin.images), x(after.images) if after else width - right
-        if begin is not begins[0]:
-            parts.append(
-                Markup('<line class="stage" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/>').format(
-                    at, top - 16, height - bottom
-                )
-            )
-        name = begin.stage if 7 * len(begin.stage) < end - at else begin.stage.partition(":")[0]
-        parts.append(Markup('<text class="tick" x="{}" y="{}">{}</text>').format(_round(at + 5), top - 8, name))
+    frame = _frame(points, means, validation, wide)
+    begins = [p for i, p in enumerate(points) if i == 0 or p.phase != points[i - 1].phase]
     stride = max(1, len(points) // 700)
-    parts.append(_line("raw", [(x(p.images), y(p.loss)) for p in points[::stride]]))
     kept = sorted({*range(0, len(points), max(1, len(points) // 350)), len(points) - 1})
-    parts.append(_line("mean", [(x(points[i].images), y(means[i])) for i in kept]))
-    if shown:
-        parts.append(_line("validation", [(x(images), y(loss)) for images, loss in validation]))
-    stages = "; ".join(f"{p.stage} from {format_count(p.images)} images" for p in begins)
+    parts = [
+        *_axes(frame, wide),
+        *_phase_marks(frame, begins),
+        _line("raw", [(frame.x(p.images), frame.y(p.loss)) for p in points[::stride]]),
+        _line("mean", [(frame.x(points[i].images), frame.y(means[i])) for i in kept]),
+    ]
+    phases = "; ".join(f"{p.phase} from {format_count(p.images)} images" for p in begins)
     description = (
         f"The running mean of the loss goes from {format_number(means[0])} to {format_number(means[-1])} "
-        f"over {format_count(last)} images. Stages: {stages}."
+        f"over {format_count(frame.last)} images. Stages: {phases}."
     )
-    if shown:
-        description += f" The validation loss goes from {format_number(shown[0])} to {format_number(shown[-1])}."
-    return _svg(width, height, f"loss {'wide' if wide else 'narrow'}", "Training loss", description, parts)
+    if validation:
+        parts.append(_line("validation", [(frame.x(images), frame.y(loss)) for images, loss in validation]))
+        first, last = validation[0][1], validation[-1][1]
+        description += f" The validation loss goes from {format_number(first)} to {format_number(last)}."
+    kind = f"loss {'wide' if wide else 'narrow'}"
+    return _svg(frame.width, frame.height, kind, "Training loss", description, parts)
+
+
+def _frame(
+    points: Sequence[Point], means: Sequence[float], validation: Sequence[tuple[float, float]], wide: bool
+) -> _Frame:
+    """Choose ranges that hold all means and validations, and all but the outermost of what was logged."""
+    ordered = sorted(p.loss for p in points)
+    held_out = [loss for _, loss in validation]
+    box = (720.0, 320.0, 46.0, 12.0, 30.0, 42.0) if wide else (350.0, 270.0, 40.0, 8.0, 30.0, 40.0)
+    return _Frame(
+        *box,
+        first=min(points[0].images, *(images for images, _ in validation[:1])),
+        last=max(points[-1].images, *(images for images, _ in validation[-1:])),
+        low=min(ordered[int(len(ordered) * 0.002)], *means, *held_out) * 0.97,
+        high=max(ordered[min(len(ordered) - 1, int(len(ordered) * 0.998))], *means, *held_out) * 1.03,
+    )
+
+
+def _axes(frame: _Frame, wide: bool) -> Iterator[Markup]:
+    """The grid, the ticks of both axes, and what the horizontal one counts."""
+    for tick in log_ticks(frame.low, frame.high):
+        yield Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
+            frame.left, frame.end, frame.y(tick), frame.y(tick)
+        )
+        yield Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>').format(
+            frame.left - 6, frame.y(tick) + 4, format_number(tick)
+        )
+    for tick in nice_ticks(frame.first, frame.last, 6 if wide else 5):
+        anchor = "end" if frame.x(tick) > frame.end - 14 else "middle"
+        yield Markup('<text class="tick" x="{}" y="{}" text-anchor="{}">{}</text>').format(
+            frame.x(tick), frame.base + 17, anchor, _short(tick)
+        )
+    yield Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">images seen</text>').format(
+        _round((frame.left + frame.end) / 2), frame.height - 6
+    )
+    yield Markup('<line class="axis" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>').format(frame.left, frame.end, frame.base)
+
+
+def _phase_marks(frame: _Frame, begins: Sequence[Point]) -> Iterator[Markup]:
+    """A line where each phase of the recipe begins, but for the first, and its name, short where there is no room."""
+    for begin, after in zip(begins, [*begins[1:], None], strict=True):
+        at, end = frame.x(begin.images), frame.x(after.images) if after else frame.end
+        if begin is not begins[0]:
+            yield Markup('<line class="stage" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/>').format(
+                at, frame.top - 16, frame.base
+            )
+        name = begin.phase if 7 * len(begin.phase) < end - at else begin.phase.partition(":")[0]
+        yield Markup('<text class="tick" x="{}" y="{}">{}</text>').format(_round(at + 5), frame.top - 8, name)
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------
@@ -268,8 +305,8 @@ def _svg(width: float, height: float, kind: str, title: str, description: str, p
     return Markup("").join([head, *parts, Markup("</svg>")])
 
 
-def _line(kind: str, places: Sequence[tuple[float, float]]) -> Markup:
-    return Markup('<polyline class="{}" points="{}"/>').format(kind, " ".join(f"{x:g},{y:g}" for x, y in places))
+def _line(kind: str, points: Sequence[tuple[float, float]]) -> Markup:
+    return Markup('<polyline class="{}" points="{}"/>').format(kind, " ".join(f"{x:g},{y:g}" for x, y in points))
 
 
 def _short(value: float) -> str:

@@ -1,7 +1,7 @@
-"""What the report shows to choose by: the ends of scores, what filters would drop, duplicates, selections' funnels."""
+"""Show what to choose by: the ends of scores, what filters would drop, duplicates, selections' funnels."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import duckdb
@@ -10,9 +10,9 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.report import charts
-from microdit.pipeline.report.facts import NUMERIC, SIZE_SCALARS
-from microdit.pipeline.report.pictures import Reader, thumbnail
-from microdit.pipeline.selection.queries import named_query, parse
+from microdit.pipeline.report.histograms import NUMERIC, SIZE_SCALARS
+from microdit.pipeline.report.pictures import Reader, SampleRef, Thumbnail, thumbnail
+from microdit.pipeline.selection.queries import Conditions, named_query, parse
 from microdit.pipeline.selection.selections import Selection, changed_since, load_selection
 from microdit.pipeline.selection.view import connected, makers, run
 from microdit.pipeline.tables.sample_table import TableField, sample_table
@@ -42,32 +42,44 @@ LINKS = {  # kinds of groups: the number that says how near, and its words
 }
 
 
+@dataclass(frozen=True)
+class Curation:
+    """What the page shows to choose by."""
+
+    scores: list["ScoreEnds"]
+    filters: "Filters"
+    groups: list["DuplicateGroups"]
+    funnels: list["SelectionFunnel"]
+
+
 def curation(
     corpus: Corpus,
     commits: Mapping[str, Sequence[Commit]],
     fields: Sequence[TableField],
     complete: Sequence[str],
     selections: Sequence[Selection],
-) -> dict[str, Any]:
-    """`scores`, `filters`, `groups` and `funnels`; the sample table is opened once.
+) -> Curation:
+    """Open the sample table once, and ask it for scores' ends, filters, duplicates and selections' funnels.
 
     Args:
+        commits: by column the newest ones.
         complete: SQL conditions of a sample that has every column.
     """
     with connected(corpus, sample_table(corpus)) as connection:
-        asked = _Asked(corpus, connection, Reader(corpus, commits))
-        there = {row["column_name"] for row in asked.rows("DESCRIBE samples")}
-        return {
-            "scores": scores(asked, fields),
-            "filters": filters(asked, there),
-            "groups": [found for kind in LINKS if f"{kind}_group" in there and (found := groups(asked, kind))],
-            "funnels": [selection_funnel(asked, selection, complete) for selection in selections],
-        }
+        view = _SampleView(corpus, connection, Reader(corpus, commits))
+        columns = {row["column_name"] for row in view.rows("DESCRIBE samples")}
+        kinds = [kind for kind in LINKS if f"{kind}_group" in columns]
+        return Curation(
+            scores=scores(view, fields),
+            filters=filters(view, columns),
+            groups=[shown for kind in kinds if (shown := groups(view, kind)) is not None],
+            funnels=[selection_funnel(view, selection, complete) for selection in selections],
+        )
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """The corpus, its view, and its pictures."""
+class _SampleView:
+    """A corpus, the open view over its samples, and its pictures."""
 
     corpus: Corpus
     connection: duckdb.DuckDBPyConnection
@@ -76,82 +88,144 @@ class _Asked:
     def rows(self, sql: str) -> list[dict[str, Any]]:
         return run(self.connection, sql).to_pylist()
 
-    def pictures(self, found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Small pictures of samples given as `PICTURE`, without those that cannot be read."""
-        return [view for place in found if (view := thumbnail(self.reader, place)) is not None]
+    def count(self, condition: str, table: str = "samples") -> int:
+        (row,) = self.rows(f"SELECT count(*) AS n FROM {table} WHERE {condition}")
+        return int(row["n"])
+
+    def thumbnails(self, pictures: Iterable[Mapping[str, Any]]) -> list[Thumbnail]:
+        """Read small pictures of samples selected as `PICTURE`, without those that cannot be read."""
+        refs = (SampleRef(**picture) for picture in pictures)
+        return [picture for ref in refs if (picture := thumbnail(self.reader, ref)) is not None]
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------
-def scores(asked: _Asked, fields: Sequence[TableField]) -> list[dict[str, Any]]:
-    """Of each score the pictures nearest to a low, the middle and a high quantile: `title`, `ends`."""
-    found = []
-    numeric = [field for field in fields if field.column.startswith("scores/") and field.type in NUMERIC]
-    for field in [field for field in numeric if field.scalar not in SIZE_SCALARS][:SCORES]:
-        x = f'CAST("{field.name}" AS DOUBLE)'
-        (places,) = asked.rows(
+@dataclass(frozen=True)
+class ScoreEnd:
+    """Pictures near one quantile of a score: `low`, `middle` or `high`."""
+
+    name: str
+    views: list[Thumbnail]
+
+
+@dataclass(frozen=True)
+class ScoreEnds:
+    """A score with pictures near its ends and its middle."""
+
+    title: str
+    ends: list[ScoreEnd]
+
+
+def scores(view: _SampleView, fields: Sequence[TableField]) -> list[ScoreEnds]:
+    """Show of each score the pictures nearest to a low, the middle and a high quantile."""
+    shown = []
+    numeric = [one for one in fields if one.column.startswith("scores/") and one.type in NUMERIC]
+    for score in [one for one in numeric if one.scalar not in SIZE_SCALARS][:SCORES]:
+        x = f'CAST("{score.name}" AS DOUBLE)'
+        (row,) = view.rows(
             f"SELECT quantile_disc(x, {list(ENDS.values())}) AS q FROM (SELECT {x} AS x FROM samples WHERE {OK}) "
             "WHERE isfinite(x)"
         )
-        if places["q"] is None or places["q"][0] == places["q"][-1]:
-            continue
-        sql = " UNION ALL ".join(
-            f"SELECT * FROM (SELECT {PICTURE} AS picture, {x} AS x, {number} AS place FROM samples WHERE {OK} AND "
-            f"isfinite({x}) ORDER BY abs({x} - ({value!r})), md5(id) LIMIT {EXAMPLES})"
-            for number, value in enumerate(places["q"])
-        )
-        rows = sorted(asked.rows(sql), key=lambda row: (row["place"], row["x"], row["picture"]["id"]))
-        ends = []
-        for number, name in enumerate(ENDS):
-            of = [row for row in rows if row["place"] == number]
-            values = {row["picture"]["id"]: row["x"] for row in of}
-            views = asked.pictures([row["picture"] for row in of])
-            for view in views:
-                view["says"] = charts.format_number(round(values[view["id"]], 4))
-            ends.append({"name": name, "views": views})
-        found.append({"title": f"{field.scalar} ({field.column})", "name": field.name, "ends": ends})
-    return found
+        if row["q"] is not None and row["q"][0] != row["q"][-1]:
+            shown.append(ScoreEnds(f"{score.scalar} ({score.column})", _ends(view, x, row["q"])))
+    return shown
+
+
+def _ends(view: _SampleView, x: str, quantiles: Sequence[float]) -> list[ScoreEnd]:
+    """Show the pictures whose score, the SQL expression `x`, is nearest to each of the quantiles of `ENDS`."""
+    sql = " UNION ALL ".join(
+        f"SELECT * FROM (SELECT {PICTURE} AS picture, {x} AS x, {number} AS number FROM samples WHERE {OK} AND "
+        f"isfinite({x}) ORDER BY abs({x} - ({value!r})), md5(id) LIMIT {EXAMPLES})"
+        for number, value in enumerate(quantiles)
+    )
+    rows = sorted(view.rows(sql), key=lambda row: (row["number"], row["x"], row["picture"]["id"]))
+    ends = []
+    for number, name in enumerate(ENDS):
+        nearest = [row for row in rows if row["number"] == number]
+        values = {row["picture"]["id"]: charts.format_number(round(row["x"], 4)) for row in nearest}
+        views = view.thumbnails(row["picture"] for row in nearest)
+        ends.append(ScoreEnd(name, [replace(one, caption=values[one.id]) for one in views]))
+    return ends
 
 
 # -- filters -----------------------------------------------------------------------------------------------------------
-def filters(asked: _Asked, there: set[str]) -> dict[str, Any]:
-    """What each condition of the query `clean` would drop of the kept images, and all of them together.
+@dataclass(frozen=True)
+class Filter:
+    """One condition of the query `clean`: how many kept images it would drop, with examples."""
 
-    `rows`: `label`, `condition`, and `drops`, `alone` (dropped by no other), `unknown` (without the score: dropped too)
-    and `views`, or `absent`: what makes the columns that it asks for.
+    label: str
+    condition: str
+    absent: str | None = None
+    """What makes the columns that it asks for, if they are not there."""
+    drops: int = 0
+    alone: int = 0
+    """Dropped by no other condition."""
+    unknown: int = 0
+    """Without the score: dropped too."""
+    views: list[Thumbnail] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What each condition of the query `clean` would drop of the kept images, and all of them together."""
+
+    rows: list[Filter]
+    total: int
+    dropped: int
+
+
+def filters(view: _SampleView, columns: set[str]) -> Filters:
+    """Count what each condition of the query `clean` would drop of the kept images, and all of them together.
+
+    Args:
+        columns: those of the view.
     """
     clean = parse(named_query("clean").sql).conditions()
     texts = [text for text in (clean.each if clean else []) if text != f"({OK})"]
-    if "semantic_keep" in there:
+    if "semantic_keep" in columns:
         texts.insert(1, "semantic_keep")
-    needs = {text: parse(f"SELECT * FROM samples WHERE {text}").columns - there for text in texts}
-    usable = [text for text in texts if not needs[text]]
-    passed = [f"coalesce({text}, false)" for text in usable]
+    missing = {text: parse(f"SELECT * FROM samples WHERE {text}").columns - columns for text in texts}
+    usable = [text for text in texts if not missing[text]]
+    counts = _filter_counts(view, usable)
+    rows = []
+    for text in texts:
+        if missing[text]:
+            maker = next(iter(makers(missing[text])), f"a column {', '.join(sorted(missing[text]))}")
+            rows.append(Filter(_label(text), _bare(text), absent=maker))
+            continue
+        number = usable.index(text)
+        examples = view.rows(
+            f"SELECT {PICTURE} AS picture FROM samples WHERE {OK} AND NOT ({text}) ORDER BY md5(id) LIMIT {DROPPED}"
+        )
+        rows.append(
+            Filter(
+                label=_label(text),
+                condition=_bare(text),
+                drops=counts[f"drops_{number}"],
+                alone=counts[f"alone_{number}"],
+                unknown=counts[f"unknown_{number}"],
+                views=view.thumbnails(example["picture"] for example in examples),
+            )
+        )
+    return Filters(rows, counts["total"], counts["dropped"])
+
+
+def _filter_counts(view: _SampleView, conditions: Sequence[str]) -> dict[str, int]:
+    """Count by one query `total` and `dropped`, and by number of the condition `drops_`, `alone_` and `unknown_`."""
+    passed = [f"coalesce({text}, false)" for text in conditions]
     parts = ["count(*) AS total", f"count(*) FILTER (NOT ({' AND '.join(passed) or 'true'})) AS dropped"]
-    for number, text in enumerate(usable):
+    for number, text in enumerate(conditions):
         others = " AND ".join(passed[:number] + passed[number + 1 :]) or "true"
         parts += [
             f"count(*) FILTER (NOT {passed[number]}) AS drops_{number}",
             f"count(*) FILTER (NOT {passed[number]} AND {others}) AS alone_{number}",
             f"count(*) FILTER (({text}) IS NULL) AS unknown_{number}",
         ]
-    (counts,) = asked.rows(f"SELECT {', '.join(parts)} FROM samples WHERE {OK}")
-    rows = []
-    for text in texts:
-        row: dict[str, Any] = {"label": _label(text), "condition": _bare(text), "absent": None, "views": []}
-        if needs[text]:
-            row["absent"] = next(iter(makers(needs[text])), f"a column {', '.join(sorted(needs[text]))}")
-        else:
-            number = usable.index(text)
-            row |= {name: counts[f"{name}_{number}"] for name in ("drops", "alone", "unknown")}
-            examples = asked.rows(
-                f"SELECT {PICTURE} AS picture FROM samples WHERE {OK} AND NOT ({text}) ORDER BY md5(id) LIMIT {DROPPED}"
-            )
-            row["views"] = asked.pictures([example["picture"] for example in examples])
-        rows.append(row)
-    return {"rows": rows, "total": counts["total"], "dropped": counts["dropped"]}
+    (counts,) = view.rows(f"SELECT {', '.join(parts)} FROM samples WHERE {OK}")
+    return counts
 
 
 def _label(condition: str) -> str:
+    """Name a condition in words, or by itself."""
     if "greatest(" in condition:
         return "Long and narrow"
     columns = parse(f"SELECT * FROM samples WHERE {condition}").columns
@@ -159,7 +233,7 @@ def _label(condition: str) -> str:
 
 
 def _bare(condition: str) -> str:
-    """Without the parentheses that DuckDB puts around a whole condition."""
+    """Remove the parentheses that DuckDB puts around a whole condition."""
     inner = condition[1:-1] if condition.startswith("(") and condition.endswith(")") else condition
     try:
         parse(f"SELECT {inner}")
@@ -169,67 +243,97 @@ def _bare(condition: str) -> str:
 
 
 # -- duplicates --------------------------------------------------------------------------------------------------------
-def groups(asked: _Asked, kind: str) -> dict[str, Any] | None:
-    """The largest groups of duplicates and some others: `count` of all, and `shown` with `size` and pictures."""
-    group, (number, words) = f"{kind}_group", LINKS[kind]
-    (count,) = asked.rows(f"SELECT count(DISTINCT {group}) AS n, count({group}) AS members FROM samples WHERE {OK}")
+@dataclass(frozen=True)
+class DuplicateGroup:
+    """One group of duplicates: how many images, and pictures of some, the kept one first."""
+
+    size: int
+    views: list[Thumbnail]
+
+
+@dataclass(frozen=True)
+class DuplicateGroups:
+    """All groups of one kind (`duplicate` or `semantic`): how many, with how many members; and some of them."""
+
+    kind: str
+    count: int
+    members: int
+    shown: list[DuplicateGroup]
+
+
+def groups(view: _SampleView, kind: str) -> DuplicateGroups | None:
+    """Show the largest groups of duplicates and some others; None if there are none."""
+    group, (distance, words) = f"{kind}_group", LINKS[kind]
+    (count,) = view.rows(f"SELECT count(DISTINCT {group}) AS n, count({group}) AS members FROM samples WHERE {OK}")
     if not count["n"]:
         return None
     sql = (
         f"WITH sizes AS (SELECT {group} AS g, count(*) AS n FROM samples WHERE {group} IS NOT NULL GROUP BY 1), "
-        "placed AS (SELECT g, n, row_number() OVER (ORDER BY n DESC, g) AS place FROM sizes), "
-        f"drawn AS (SELECT * FROM placed ORDER BY place > {GROUPS}, "
-        f"CASE WHEN place > {GROUPS} THEN md5(g) END, place LIMIT {2 * GROUPS}) "
-        f"SELECT place, n, {PICTURE} AS picture, {kind}_keep AS keep, {number} AS far FROM samples JOIN drawn "
+        "ranked AS (SELECT g, n, row_number() OVER (ORDER BY n DESC, g) AS rank FROM sizes), "
+        f"drawn AS (SELECT * FROM ranked ORDER BY rank > {GROUPS}, "
+        f"CASE WHEN rank > {GROUPS} THEN md5(g) END, rank LIMIT {2 * GROUPS}) "
+        f"SELECT rank, n, {PICTURE} AS picture, {kind}_keep AS keep, {distance} AS far FROM samples JOIN drawn "
         f"ON {group} = g QUALIFY row_number() OVER (PARTITION BY g ORDER BY {kind}_keep DESC, id) <= {MEMBERS} "
-        f"ORDER BY place, {kind}_keep DESC, id"
+        f"ORDER BY rank, {kind}_keep DESC, id"
     )
-    shown: dict[int, dict[str, Any]] = {}
-    for row in asked.rows(sql):
-        entry = shown.setdefault(row["place"], {"size": row["n"], "views": []})
-        for view in asked.pictures([row["picture"]]):
-            entry["views"].append(view | {"keep": row["keep"], "says": "kept" if row["keep"] else words(row["far"])})
-    return {"kind": kind, "count": count["n"], "members": count["members"], "shown": list(shown.values())}
+    shown: dict[int, DuplicateGroup] = {}
+    for row in view.rows(sql):
+        of_group = shown.setdefault(row["rank"], DuplicateGroup(row["n"], []))
+        caption = "kept" if row["keep"] else words(row["far"])
+        for picture in view.thumbnails([row["picture"]]):
+            of_group.views.append(replace(picture, keep=row["keep"], caption=caption))
+    return DuplicateGroups(kind, count["n"], count["members"], list(shown.values()))
 
 
 # -- selections --------------------------------------------------------------------------------------------------------
-def selection_funnel(asked: _Asked, selection: Selection, complete: Sequence[str]) -> dict[str, Any]:
-    """From all inputs to the rows of a selection, condition by condition: `steps` with `label`, `count` and `unknown`.
+@dataclass(frozen=True)
+class SelectionStep:
+    """How many samples are left after a condition of a selection's query; `code` writes the label as code."""
 
-    Counted in the corpus as it is now; `changed` are the columns that were others when the selection was made, and
-    `problem` says why conditions are not shown.
-    """
+    label: str
+    count: int
+    unknown: int = 0
+    """For how many the condition is neither true nor false."""
+    code: bool = False
 
-    def count(condition: str, table: str = "samples") -> int:
-        (row,) = asked.rows(f"SELECT count(*) AS n FROM {table} WHERE {condition}")
-        return int(row["n"])
 
-    def step(label: str, count: int, unknown: int = 0, code: bool = False) -> dict[str, Any]:
-        return {"label": label, "count": count, "unknown": unknown, "code": code}
+@dataclass(frozen=True)
+class SelectionFunnel:
+    """From all inputs to the rows of a selection, condition by condition."""
 
+    name: str
+    hash: str
+    steps: list[SelectionStep]
+    problem: str | None
+    """Why conditions are not shown."""
+    changed: list[str]
+    """The columns that have other commits now than when the selection was made."""
+
+
+def selection_funnel(view: _SampleView, selection: Selection, complete: Sequence[str]) -> SelectionFunnel:
+    """Count what each condition of a selection's query leaves, in the corpus as it is now."""
     full = f"{selection.name}@{selection.hash}"
-    steps = [step("every input", count("true")), step("kept", count(OK))]
+    steps = [SelectionStep("every input", view.count("true")), SelectionStep("kept", view.count(OK))]
     problem = None
     try:
         conditions = parse(selection.query).conditions()
         if conditions is None:
             problem = "Its query is more than conditions on single rows: only what it began and ended with is shown."
         else:
-            passed = [OK]
-            for text in [text for text in conditions.each if text != f"({OK})"]:
-                unknown = count(" AND ".join([*passed, f"({text}) IS NULL"]), conditions.table)
-                passed.append(text)
-                steps.append(step(_bare(text), count(" AND ".join(passed), conditions.table), unknown, code=True))
-        steps.append(step("selected", selection.rows))
-        asked.connection.register("chosen", load_selection(asked.corpus, full))
+            for step in _condition_steps(view, conditions):
+                steps.append(step)  # one by one: those before an error are shown
+        steps.append(SelectionStep("selected", selection.rows))
+        view.connection.register("chosen", load_selection(view.corpus, full))
         joined = "samples JOIN chosen USING (source, shard, row)"
-        steps.append(step("and in every column", count(" AND ".join(["true", *complete]), joined)))
+        steps.append(SelectionStep("and in every column", view.count(" AND ".join(["true", *complete]), joined)))
     except RequestError as error:  # the corpus no longer has a column, or the selection is damaged
         problem = str(error)
-    return {
-        "name": selection.name,
-        "hash": selection.hash,
-        "steps": steps,
-        "problem": problem,
-        "changed": changed_since(asked.corpus, full),
-    }
+    return SelectionFunnel(selection.name, selection.hash, steps, problem, changed_since(view.corpus, full))
+
+
+def _condition_steps(view: _SampleView, conditions: Conditions) -> Iterator[SelectionStep]:
+    passed = [OK]
+    for text in [text for text in conditions.each if text != f"({OK})"]:
+        unknown = view.count(" AND ".join([*passed, f"({text}) IS NULL"]), conditions.table)
+        passed.append(text)
+        yield SelectionStep(_bare(text), view.count(" AND ".join(passed), conditions.table), unknown, code=True)

@@ -1,9 +1,10 @@
-"""A sample of the corpus to look at: images with every caption, beside what the autoencoders give back."""
+"""Draw samples of the corpus: images with every caption, beside what the autoencoders give back."""
 
 import base64
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from microdit.pipeline.content.crop import square
 from microdit.pipeline.content.images import BadImage, decode
 from microdit.pipeline.corpus.arrays import array_from_bytes
 from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.records import Commit, Declaration
 from microdit.pipeline.selection.view import query
 from microdit.pipeline.tables.sample_table import TableField
@@ -26,8 +28,84 @@ SEED = "report"  # another word, another sample
 BESIDE = 10  # pictures whose captions stand side by side, if there are several captions columns
 THUMBNAIL = 120  # pixels of the long side
 SIDE = 256  # larger pictures are scaled down to this many pixels
-BATCH_LATENTS = 4096  # places (h x w) of the latents that are decoded at a time: 16 images of 128 px, 1 of 512 px
+BATCH_LATENTS = 4096  # positions (h x w) of the latents that are decoded at a time: 16 images of 128 px, 1 of 512 px
 MAX_CAPTION = 420  # characters shown of a caption
+
+
+@dataclass(frozen=True)
+class SampleRef:
+    """A sample's id (`source/key`) and its row in a shard."""
+
+    id: str
+    source: str
+    shard: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small picture of a sample, and the words below it; `keep` frames it."""
+
+    id: str
+    uri: str
+    width: int
+    height: int
+    caption: str = ""
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class View:
+    """One picture of a sample: the stored image, or a decoded latent."""
+
+    uri: str
+    width: int
+    height: int
+    label: str
+    detail: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class CaptionText:
+    """The caption of a sample in one column, cut to what is shown, and how many words it has whole."""
+
+    column: str
+    text: str
+    words: int
+
+
+@dataclass(frozen=True)
+class SampleCard:
+    """A sample with its captions and views: the image, then one of each latents column."""
+
+    ref: SampleRef
+    image: Image.Image
+    """As it is stored."""
+    alt: str
+    captions: list[CaptionText]
+    views: list[View]
+
+
+@dataclass(frozen=True)
+class CaptionsBeside:
+    """A small picture with every caption."""
+
+    view: View
+    alt: str
+    captions: list[CaptionText]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Samples to look at, and what could not be decoded."""
+
+    samples: list[SampleCard]
+    beside: list[CaptionsBeside]
+    """Some of the samples once more, if there are several captions columns."""
+    psnr: dict[str, float]
+    """By latents column, dB on average over the samples."""
+    problems: list[str]
 
 
 def pictures(
@@ -36,18 +114,35 @@ def pictures(
     commits: Mapping[str, Sequence[Commit]],
     fields: Sequence[TableField],
     complete: Iterable[str],
-) -> dict[str, Any]:
-    """Samples with `id`, `captions`, `views` (the image, then one of each latents column), and the mean PSNR by column;
-    some of them once more, small, to see their captions side by side.
+) -> Pictures:
+    """Draw samples, and decode their latents beside them.
 
     Args:
+        commits: by column the newest ones.
         complete: SQL conditions of a sample that has every column; such samples are drawn first.
     """
     reader = Reader(corpus, commits)
-    captions = {
-        f.column: f.name for f in fields if f.scalar == "caption" and commits[f.column] and f.column != "images"
-    }
-    latents = [name for name in columns if name.startswith("latents/") and commits[name]]
+    captions = {f.column: f.name for f in fields if f.scalar == "caption" and commits[f.column] and f.column != IMAGES}
+    samples = _draw_samples(corpus, reader, captions, complete)
+    psnrs: dict[str, float] = {}
+    problems = []
+    for column in [name for name in columns if name.startswith("latents/") and commits[name]]:
+        try:
+            psnrs[column] = _add_decoded(reader, columns[column], samples)
+        except Exception as error:  # a model may fail to load in a hundred ways; the page is worth having without it
+            problems.append(f"{column} cannot be decoded here: {_cut(str(error) or type(error).__name__, 300)}")
+    beside = [_captions_beside(sample) for sample in samples[:BESIDE]] if len(captions) > 1 else []
+    return Pictures(samples, beside, {c: value for c, value in psnrs.items() if math.isfinite(value)}, problems)
+
+
+def _draw_samples(
+    corpus: Corpus, reader: "Reader", captions: Mapping[str, str], complete: Iterable[str]
+) -> list[SampleCard]:
+    """Read `PICTURES` samples, always the same ones, those that have every column first.
+
+    Args:
+        captions: by captions column, its name in the sample table.
+    """
     wanted = ", ".join(["id", "source", "shard", "row", *(f'"{name}"' for name in captions.values())])
     whole = " AND ".join(["true", *complete])
     drawn = query(
@@ -55,52 +150,53 @@ def pictures(
         f"SELECT {wanted} FROM samples WHERE status = 'ok' AND format IS NOT NULL "
         f"ORDER BY ({whole}) DESC, md5(id || '{SEED}') LIMIT {PICTURES}",
     ).to_pylist()
-    samples, problems = [], []
+    cards = []
     for row in drawn:
-        data = reader.member("images", row["source"], row["shard"], row["row"])
-        if data is None:  # committed while this page was made
-            continue
-        image = Image.fromarray(decode(data, PILLOW_MAX_PIXELS).pixels)
-        shown = image.copy()
-        shown.thumbnail((SIDE, SIDE))
-        words = {column: str(row[name] or "") for column, name in captions.items()}
-        text = next((w for w in words.values() if w), "no caption")
-        samples.append(
-            {
-                "id": row["id"],
-                "where": (row["source"], row["shard"], row["row"]),
-                "image": image,
-                "alt": _cut(text, 120),
-                "captions": [
-                    {"column": c, "text": _cut(w, MAX_CAPTION), "words": len(w.split())} for c, w in words.items()
-                ],
-                "views": [_view(shown, "stored", f"{image.width} × {image.height} px", _cut(text, 120))],
-            }
-        )
-    found: dict[str, float] = {}
-    for column in latents:
-        try:
-            found[column] = _add_decoded(reader, columns[column], samples)
-        except Exception as error:  # a model may fail to load in a hundred ways; the page is worth having without it
-            problems.append(f"{column} cannot be decoded here: {_cut(str(error) or type(error).__name__, 300)}")
-    beside = []
-    for sample in samples[:BESIDE] if len(captions) > 1 else []:
-        small = sample["image"].copy()
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        beside.append({"view": _view(small, "", "", ""), "alt": sample["alt"], "captions": sample["captions"]})
-    return {
-        "samples": samples,
-        "beside": beside,
-        "psnr": {c: v for c, v in found.items() if math.isfinite(v)},
-        "problems": problems,
-    }
+        ref = SampleRef(row["id"], row["source"], row["shard"], row["row"])
+        data = reader.member(IMAGES, ref)
+        if data is not None:  # None: committed while this page was made
+            image = Image.fromarray(decode(data, PILLOW_MAX_PIXELS).pixels)
+            cards.append(_card(ref, image, {column: str(row[name] or "") for column, name in captions.items()}))
+    return cards
 
 
-def _add_decoded(reader: "Reader", declaration: Declaration, samples: Sequence[dict[str, Any]]) -> float:
+def _card(ref: SampleRef, image: Image.Image, captions: Mapping[str, str]) -> SampleCard:
+    alt = _cut(next((text for text in captions.values() if text), "no caption"), 120)
+    return SampleCard(
+        ref=ref,
+        image=image,
+        alt=alt,
+        captions=[CaptionText(column, _cut(t, MAX_CAPTION), len(t.split())) for column, t in captions.items()],
+        views=[_view(_smaller(image, SIDE), "stored", f"{image.width} × {image.height} px", alt)],
+    )
+
+
+def _captions_beside(card: SampleCard) -> CaptionsBeside:
+    return CaptionsBeside(_view(_smaller(card.image, THUMBNAIL), "", "", ""), card.alt, card.captions)
+
+
+def _add_decoded(reader: "Reader", declaration: Declaration, samples: Sequence[SampleCard]) -> float:
     """Add a view of what a latents column holds to every sample that has it; returns the mean PSNR in dB."""
-    there = [(s, latent) for s in samples if (latent := reader.latent(declaration.name, *s["where"])) is not None]
-    if not there:
+    with_latent = [(s, latent) for s in samples if (latent := reader.latent(declaration.name, s.ref)) is not None]
+    if not with_latent:
         return math.nan
+    values = []
+    decoded = _decode(declaration, [latent for _, latent in with_latent])
+    for (sample, _), pixels in zip(with_latent, decoded, strict=True):
+        values.append(psnr(square(np.asarray(sample.image), pixels.shape[0]), pixels))
+        back = Image.fromarray(pixels)
+        detail = f"{back.width} px, {values[-1]:.1f} dB"
+        alt = f"decoded from {declaration.name}: {sample.alt}"
+        sample.views.append(_view(_smaller(back, SIDE), declaration.name.partition("/")[2], detail, alt))
+    return float(np.mean(values))
+
+
+def _decode(declaration: Declaration, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Decode latents (c, h, w) of one column to uint8 images (8h, 8w, 3).
+
+    Raises:
+        ValueError: the autoencoder that is here is not the one that the column was made with.
+    """
     import torch  # slow to import, and not needed by a corpus without latents
 
     model = declaration.made_by.get("model", {})
@@ -108,22 +204,13 @@ def _add_decoded(reader: "Reader", declaration: Declaration, samples: Sequence[d
     if any(autoencoder.fingerprint.get(name) != value for name, value in model.items()):
         raise ValueError(f"the autoencoder {autoencoder.name!r} that is here is not the one that made them")
     decoded: list[np.ndarray] = []
-    while len(decoded) < len(there):
-        some = [latent for _, latent in there[len(decoded) :]]
-        some = some[: max(1, BATCH_LATENTS // some[0][0].size)]
-        stacked = torch.from_numpy(np.stack(some))
+    at_once = max(1, BATCH_LATENTS // latents[0][0].size)
+    while len(decoded) < len(latents):
+        stacked = torch.from_numpy(np.stack(latents[len(decoded) : len(decoded) + at_once]))
         if declaration.made_by.get("posterior") == "moments":
             stacked = stacked[:, : autoencoder.channels]  # the means
         decoded += list(autoencoder.decode(stacked).numpy())
-    found = []
-    for (sample, _), pixels in zip(there, decoded, strict=True):
-        found.append(psnr(square(np.asarray(sample["image"]), pixels.shape[0]), pixels))
-        back = Image.fromarray(pixels)
-        detail = f"{back.width} px, {found[-1]:.1f} dB"
-        back.thumbnail((SIDE, SIDE))
-        alt = f"decoded from {declaration.name}: {sample['alt']}"
-        sample["views"].append(_view(back, declaration.name.partition("/")[2], detail, alt))
-    return float(np.mean(found)) if found else math.nan
+    return decoded
 
 
 @lru_cache(maxsize=1)
@@ -133,28 +220,27 @@ def _autoencoder(name: str, revision: str | None) -> Any:
     return load_autoencoder(name, revision=revision, device=best_device())
 
 
-def thumbnail(reader: "Reader", place: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A small picture of a sample (`id`, `source`, `shard`, `row`); None if it cannot be read (`verify` says why)."""
-    data = reader.member("images", place["source"], place["shard"], place["row"])
+def thumbnail(reader: "Reader", ref: SampleRef) -> Thumbnail | None:
+    """Read a small picture of a sample; None if it cannot be read (`verify` says why)."""
+    data = reader.member(IMAGES, ref)
+    if data is None:
+        return None
     try:
-        image = None if data is None else Image.fromarray(decode(data, PILLOW_MAX_PIXELS).pixels)
+        image = Image.fromarray(decode(data, PILLOW_MAX_PIXELS).pixels)
     except BadImage:
-        image = None
-    if image is None:
         return None
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    size = {"width": image.width, "height": image.height}
-    return {"id": place["id"], "uri": data_uri(image), "says": "", "keep": False} | size
+    return Thumbnail(ref.id, data_uri(image), image.width, image.height)
 
 
-def psnr(wanted: np.ndarray, found: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 images, 10 log10(255^2 / mean squared error), in dB; at most 99."""
-    error = float(np.mean((wanted.astype(np.float64) - found.astype(np.float64)) ** 2))
+def psnr(wanted: np.ndarray, actual: np.ndarray) -> float:
+    """Compute the PSNR of two uint8 images in dB: 10 log10(255^2 / mean squared error), at most 99."""
+    error = float(np.mean((wanted.astype(np.float64) - actual.astype(np.float64)) ** 2))
     return 99.0 if error == 0 else min(99.0, 10 * math.log10(255**2 / error))
 
 
 def data_uri(image: Image.Image) -> str:
-    """A picture for the page itself: PNG where that is small (drawings), JPEG otherwise."""
+    """Encode a picture for the page itself: PNG where that is small (drawings), JPEG otherwise."""
     buffer, kind = io.BytesIO(), "png"
     image.save(buffer, "PNG", optimize=True)
     if buffer.tell() > 4096 + image.width * image.height // 2:
@@ -164,33 +250,40 @@ def data_uri(image: Image.Image) -> str:
 
 
 class Reader:
-    """Single samples out of committed tars; sidecars that were read are kept."""
+    """Read single samples out of committed tars; sidecars that were read are kept."""
 
     def __init__(self, corpus: Corpus, commits: Mapping[str, Sequence[Commit]]):
         self.corpus = corpus
-        self.commits = {(c.column, c.source, c.shard): c for found in commits.values() for c in found}
+        self.commits = {(c.column, c.source, c.shard): c for of_column in commits.values() for c in of_column}
         self.sidecars: dict[str, pa.Table] = {}
 
-    def member(self, column: str, source: str, shard: str, row: int) -> bytes | None:
-        """The first member of a sample; None if the column does not have it."""
-        commit = self.commits.get((column, source, shard))
+    def member(self, column: str, ref: SampleRef) -> bytes | None:
+        """Read the first member of a sample; None if the column does not have it."""
+        commit = self.commits.get((column, ref.source, ref.shard))
         if commit is None:
             return None
         if commit.name not in self.sidecars:
             self.sidecars[commit.name] = self.corpus.sidecar(commit).select(["status", "offset", "size"])
-        line = self.sidecars[commit.name].slice(row, 1).to_pylist()[0]
+        line = self.sidecars[commit.name].slice(ref.row, 1).to_pylist()[0]
         if line["status"] != "ok":
             return None
         return self.corpus.store.get_range(commit.object.name, line["offset"], line["size"])
 
-    def latent(self, column: str, source: str, shard: str, row: int) -> np.ndarray | None:
-        data = self.member(column, source, shard, row)
+    def latent(self, column: str, ref: SampleRef) -> np.ndarray | None:
+        """Read the latent of a sample, (c, h, w); None if the column does not have it."""
+        data = self.member(column, ref)
         return None if data is None else array_from_bytes(data)
 
 
-def _view(image: Image.Image, label: str, detail: str, alt: str) -> dict[str, Any]:
-    size = {"width": image.width, "height": image.height}
-    return {"uri": data_uri(image), "label": label, "detail": detail, "alt": alt} | size
+def _view(image: Image.Image, label: str, detail: str, alt: str) -> View:
+    return View(data_uri(image), image.width, image.height, label, detail, alt)
+
+
+def _smaller(image: Image.Image, side: int) -> Image.Image:
+    """Copy a picture, scaled down to at most `side` pixels."""
+    copy = image.copy()
+    copy.thumbnail((side, side))
+    return copy
 
 
 def _cut(text: str, most: int) -> str:

@@ -1,13 +1,15 @@
-"""What the report tells of a training run: its log, its figures beside the untrained model's, and its sample grid."""
+"""Read a training run: its log, its figures beside the untrained model's, and the pictures that it drew."""
 
 import io
 import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from PIL import Image
 
 from microdit.pipeline.report import charts
@@ -19,43 +21,83 @@ GRID_SIDE = 1600  # a larger grid is scaled down to this many pixels
 SHEETS, SHEET_SIDE = 3, 800  # sheets of pictures that are shown, and their most pixels
 
 
-def training(run: Path) -> dict[str, Any]:
-    """The run's facts. What is missing or damaged is named in `problems`, and the rest is told."""
+@dataclass(frozen=True)
+class Figure:
+    """What was measured of the trained network, and the same of the untrained one, in words."""
+
+    label: str
+    trained: str
+    untrained: str
+
+
+@dataclass(frozen=True)
+class RunPicture:
+    """A picture that the run drew; of a sheet drawn on the way, after which step."""
+
+    uri: str
+    width: int
+    height: int
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run's folder tells."""
+
+    steps: int
+    images: float
+    """Seen in all."""
+    speed: float
+    """Images a second, the median; 0 if it was not logged."""
+    seconds: float
+    loss: float | None
+    """The mean of the last fortieth of the log."""
+    validation: float | None
+    """The last validation loss."""
+    wide: Markup | None
+    """The loss curve for a desktop."""
+    narrow: Markup | None
+    """The loss curve for a phone."""
+    phases: list[str]
+    """Names of the recipe's phases, in order."""
+    figures: list[Figure]
+    grid: RunPicture | None
+    grid_caption: str
+    sheets: list[RunPicture]
+    problems: list[str]
+    """What is missing or damaged."""
+
+
+def training(run: Path) -> Training:
+    """Read a run's folder. What is missing or damaged is named in `problems`, and the rest is shown."""
     problems: list[str] = []
-    told = _log(run / "log.jsonl", problems)
-    lines = [line for line in told if "loss" in line]
-    validation = _validation(told)
-    names = _stage_names(run)
-    points = [
-        charts.Point(float(line["images"]), float(line["loss"]), _stage_name(line.get("stage"), names))
-        for line in lines
-        if _positive(line.get("loss")) and _positive(line.get("images"))
-    ]
-    if len(points) < len(lines):
-        problems.append(f"{charts.format_count(len(lines) - len(points))} lines of log.jsonl have no finite loss")
+    log = _log(run / "log.jsonl", problems)
+    lines = [line for line in log if "loss" in line]
+    points = _points(lines, _phase_names(run), problems)
+    validation = _validation(log)
     speeds = [float(line["images_per_second"]) for line in lines if _positive(line.get("images_per_second"))]
     drawn = len(points) > 1
     evaluation = _evaluation(run / "evaluation.json", problems)
-    return {
-        "name": run.name,
-        "steps": max((int(line["step"]) for line in lines if isinstance(line.get("step"), int)), default=0),
-        "images": points[-1].images if points else 0,
-        "speed": statistics.median(speeds) if speeds else 0.0,
-        "seconds": max((line["seconds"] for line in lines if _positive(line.get("seconds"))), default=0.0),
-        "loss": statistics.fmean(p.loss for p in points[-max(1, len(points) // 40) :]) if points else None,
-        "validation": validation[-1][1] if validation else None,
-        "wide": charts.loss_curve(points, validation, wide=True) if drawn else None,
-        "stages": list(dict.fromkeys(point.stage for point in points)),
-        "narrow": charts.loss_curve(points, validation, wide=False) if drawn else None,
-        "figures": _figures(evaluation),
-        "grid_says": _grid_says(evaluation),
-        "grid": _grid(run / "grid.png", problems),
-        "sheets": _sheets(run / "samples", problems),
-        "problems": problems,
-    }
+    return Training(
+        steps=max((int(line["step"]) for line in lines if isinstance(line.get("step"), int)), default=0),
+        images=points[-1].images if points else 0,
+        speed=statistics.median(speeds) if speeds else 0.0,
+        seconds=max((line["seconds"] for line in lines if _positive(line.get("seconds"))), default=0.0),
+        loss=statistics.fmean(p.loss for p in points[-max(1, len(points) // 40) :]) if points else None,
+        validation=validation[-1][1] if validation else None,
+        wide=charts.loss_curve(points, validation, wide=True) if drawn else None,
+        narrow=charts.loss_curve(points, validation, wide=False) if drawn else None,
+        phases=list(dict.fromkeys(point.phase for point in points)),
+        figures=_figures(evaluation),
+        grid=_grid(run / "grid.png", problems),
+        grid_caption=_grid_caption(evaluation),
+        sheets=_sheets(run / "samples", problems),
+        problems=problems,
+    )
 
 
 def _log(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Read the lines of a log that are JSON objects."""
     if not path.is_file():
         problems.append("there is no log.jsonl in the run's folder, so there is no loss curve")
         return []
@@ -74,31 +116,43 @@ def _log(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     return lines
 
 
+def _points(lines: Sequence[Mapping[str, Any]], names: Sequence[str], problems: list[str]) -> list[charts.Point]:
+    """Take the points of the loss curve from the log, without those whose loss is not finite."""
+    points = [
+        charts.Point(float(line["images"]), float(line["loss"]), _phase_name(line.get("stage"), names))
+        for line in lines
+        if _positive(line.get("loss")) and _positive(line.get("images"))
+    ]
+    if len(points) < len(lines):
+        problems.append(f"{charts.format_count(len(lines) - len(points))} lines of log.jsonl have no finite loss")
+    return points
+
+
 def _validation(lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """(images, loss) of every validation: of the averaged weights, or of the weights where there is no average."""
-    found = []
+    """Take (images, loss) of every validation: of the averaged weights, or of the weights if there is no average."""
+    losses = []
     for line in lines:
         figures = line.get("validation")
         if isinstance(figures, dict) and _number(line.get("images")):
             loss: Any = figures.get("loss") if figures.get("ema_loss") is None else figures["ema_loss"]
             if _positive(loss):
-                found.append((float(line["images"]), float(loss)))
-    return found
+                losses.append((float(line["images"]), float(loss)))
+    return losses
 
 
-def _stage_names(run: Path) -> list[str]:
-    """What the recipe in the newest checkpoint says of each stage; nothing if there is none that can be read."""
+def _phase_names(run: Path) -> list[str]:
+    """Name the recipe's phases by the newest checkpoint that can be read; empty if there is none."""
     for path in sorted(run.glob("checkpoints/step-*/state.json"), reverse=True):
         try:
-            stages = json.loads(path.read_text())["recipe"]["stages"]
-            return [f"{s['latents'].partition('/')[2]}, mask {s['mask_ratio']:.0%}" for s in stages]
+            phases = json.loads(path.read_text())["recipe"]["stages"]
+            return [f"{phase['latents'].partition('/')[2]}, mask {phase['mask_ratio']:.0%}" for phase in phases]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # half a checkpoint of a run that was killed
     return []
 
 
-def _stage_name(number: Any, names: list[str]) -> str:
-    """`stage` of a line of the log, which counts from 1, in words."""
+def _phase_name(number: Any, names: Sequence[str]) -> str:
+    """Name the phase of a line of the log, which counts from 1."""
     known = isinstance(number, int) and 0 < number <= len(names)
     return f"{number}: {names[number - 1]}" if known else f"stage {number}" if number is not None else "training"
 
@@ -111,22 +165,23 @@ def _positive(value: Any) -> bool:
     return _number(value) and value > 0
 
 
-def _grid(path: Path, problems: list[str]) -> dict[str, Any] | None:
+def _grid(path: Path, problems: list[str]) -> RunPicture | None:
     if not path.is_file():
         problems.append("there is no grid.png in the run's folder, so there are no generated pictures here")
         return None
     return _picture(path, problems, GRID_SIDE)
 
 
-def _sheets(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The last sheets that the run drew on its way, the newest first."""
+def _sheets(folder: Path, problems: list[str]) -> list[RunPicture]:
+    """Read the last sheets that the run drew on its way, the newest first."""
     paths = [path for path in folder.glob("step-*.png") if path.stem[5:].isdecimal()]
     newest = sorted(paths, key=lambda path: int(path.stem[5:]), reverse=True)[:SHEETS]
-    found = [(int(path.stem[5:]), _picture(path, problems, SHEET_SIDE)) for path in newest]
-    return [picture | {"step": step} for step, picture in found if picture is not None]
+    pictures = [(int(path.stem[5:]), _picture(path, problems, SHEET_SIDE)) for path in newest]
+    return [replace(picture, step=step) for step, picture in pictures if picture is not None]
 
 
-def _picture(path: Path, problems: list[str], side: int) -> dict[str, Any] | None:
+def _picture(path: Path, problems: list[str], side: int) -> RunPicture | None:
+    """Read a picture, scaled down to at most `side` pixels; None, with a problem more, if it cannot be read."""
     if path.stat().st_size > MAX_GRID:
         problems.append(f"{path.name} is larger than {charts.format_bytes(MAX_GRID)} and was left out")
         return None
@@ -137,23 +192,24 @@ def _picture(path: Path, problems: list[str], side: int) -> dict[str, Any] | Non
         problems.append(f"{path.name} cannot be read: {error}")
         return None
     picture.thumbnail((side, side))
-    return {"uri": data_uri(picture), "width": picture.width, "height": picture.height}
+    return RunPicture(data_uri(picture), picture.width, picture.height)
 
 
 def _evaluation(path: Path, problems: list[str]) -> dict[str, Any]:
+    """Read the figures that the run's evaluation wrote; empty, with a problem more, if there are none."""
     if not path.is_file():
         problems.append("there is no evaluation.json in the run's folder, so there are no figures of what was learned")
         return {}
     try:
-        found = json.loads(path.read_bytes())
+        evaluation = json.loads(path.read_bytes())
     except ValueError as error:
         problems.append(f"evaluation.json is no JSON: {error}")
         return {}
-    return found if isinstance(found, dict) else {}
+    return evaluation if isinstance(evaluation, dict) else {}
 
 
-def _figures(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Rows of (label, the trained network's figure, the untrained one's); those that were not measured are left out."""
+def _figures(evaluation: Mapping[str, Any]) -> list[Figure]:
+    """Put the trained network's figures beside the untrained one's; those that were not measured are left out."""
     before = evaluation.get("untrained")
     before = before if isinstance(before, dict) else {}
     count, held_out = evaluation.get("count", 0), evaluation.get("held_out_count", 0)
@@ -174,13 +230,14 @@ def _figures(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
         ("held_out_psnr", "The same, of captions held out of training", "{:.1f} dB"),
     )
     return [
-        {"label": label, "trained": form.format(evaluation[name]), "untrained": form.format(before[name])}
+        Figure(label, form.format(evaluation[name]), form.format(before[name]))
         for name, label, form in rows
         if _number(evaluation.get(name)) and _number(before.get(name))
     ]
 
 
-def _grid_says(evaluation: Mapping[str, Any]) -> str:
+def _grid_caption(evaluation: Mapping[str, Any]) -> str:
+    """Say how the pictures of the grid were made."""
     drawn = f"{evaluation['count']} captions" if _number(evaluation.get("count")) else "captions"
     ways = []
     if _number(evaluation.get("num_inference_steps")):

@@ -1,4 +1,4 @@
-"""`microdit build --repair`: what of a corpus must be made again, found by reading all of it."""
+"""`microdit build --repair`: read all of a corpus, and list what must be made again."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -7,46 +7,49 @@ from dataclasses import dataclass, field
 from microdit.pipeline.base.errors import DamagedError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import COMMIT, IMAGES, OBJECT, UNITS, ShardId
+from microdit.pipeline.upkeep.problem import Problem
 from microdit.pipeline.upkeep.verify import verify
 
 
 @dataclass
 class Damage:
-    """What `verify` found, as work."""
+    """The problems of a corpus as work for a build."""
 
     redo: dict[str, set[ShardId]] = field(default_factory=lambda: defaultdict(set))
-    """By column the (source, shard) that are made again; `units`: (source, unit) whose commit is written again."""
-    beyond: list[dict[str, str]] = field(default_factory=list)
-    """Problems of `verify` that no rebuilding mends."""
+    """By column the (source, shard) to make again; under `units` the (source, unit) whose commit is written again."""
+    beyond: list[Problem] = field(default_factory=list)
+    """Problems that no rebuilding mends."""
 
 
 def damage(corpus: Corpus, progress: Callable[[int, int], None] | None = None) -> Damage:
-    """Read everything that is committed (`verify`) and say what must be made again.
+    """Read everything that is committed (`verify`), and list what must be made again.
 
-    Cached tables that are damaged are removed: whoever needs one makes it.
+    Damaged cached tables are deleted: they are made again when they are needed.
+
+    Args:
+        progress: as of `verify`.
     """
-    found = Damage()
-    for problem in verify(corpus, progress)["problems"]:
-        kind, what = problem["kind"], problem["what"]
-        if kind == "table":
-            corpus.store.delete([what])
-        elif kind in ("declaration", "stray", "selection"):
-            found.beyond.append(problem)
-        elif kind == "unit" and (match := COMMIT.fullmatch(what)):
-            _unit(corpus, found, match[2], match[3], int(match[4]))
-        elif match := COMMIT.fullmatch(what) or OBJECT.fullmatch(what):
-            found.redo[match[1]].add((match[2], match[3]))
+    result = Damage()
+    for problem in verify(corpus, progress).problems:
+        if problem.kind == "table":
+            corpus.store.delete([problem.what])
+        elif problem.kind in ("declaration", "stray", "selection"):
+            result.beyond.append(problem)
+        elif problem.kind == "unit" and (match := COMMIT.fullmatch(problem.what)):
+            _redo_unit(corpus, result, match[2], match[3], int(match[4]))
+        elif match := COMMIT.fullmatch(problem.what) or OBJECT.fullmatch(problem.what):
+            result.redo[match[1]].add((match[2], match[3]))
         else:
-            found.beyond.append(problem)
-    return found
+            result.beyond.append(problem)
+    return result
 
 
-def _unit(corpus: Corpus, found: Damage, source: str, unit: str, generation: int) -> None:
-    """A unit that is not what its commit says: it is read again, and the shards that are gone are written again."""
-    found.redo[UNITS].add((source, unit))
+def _redo_unit(corpus: Corpus, result: Damage, source: str, unit: str, generation: int) -> None:
+    """Add a unit that is not what its commit says, and those of its shards that are missing."""
+    result.redo[UNITS].add((source, unit))
     try:
         record = corpus.unit(source, unit, generation)
     except DamagedError:
-        return  # which of its shards are missing is seen when it is read
-    there = corpus.committed(IMAGES, source)
-    found.redo[IMAGES] |= {(source, shard) for shard in record.shards if (source, shard) not in there}
+        return  # its missing shards are known once it is read again
+    committed = corpus.committed(IMAGES, source)
+    result.redo[IMAGES] |= {(source, shard) for shard in record.shards if (source, shard) not in committed}

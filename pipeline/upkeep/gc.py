@@ -1,9 +1,9 @@
-"""Delete what killed writers left: orphaned attempts, old tables, unfinished multipart uploads."""
+"""`microdit gc`: delete orphaned attempts, old tables, unfinished files and multipart uploads, and probes."""
 
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.corpus import Corpus
@@ -15,28 +15,34 @@ from microdit.pipeline.tables.published import Table
 from microdit.pipeline.tables.sample_table import JOINS
 
 
-def gc(corpus: Corpus, older_than_hours: float = 48, dry_run: bool = False) -> dict[str, Any]:
-    """Remove what killed writers left: attempts that no commit names, unfinished files and uploads, probes, old tables.
+@dataclass(frozen=True)
+class Garbage:
+    """What `gc` deleted, or with `dry_run` would delete: counts by sort, their bytes, and all names, sorted."""
+
+    dry_run: bool
+    attempts: int
+    """Objects of attempts that no commit names."""
+    tables: int
+    unfinished: int
+    """Files that were being written, and probes."""
+    uploads: int
+    """Multipart uploads of S3."""
+    bytes: int
+    """Of attempts, tables and unfinished files."""
+    names: list[str]
+
+
+def gc(corpus: Corpus, older_than_hours: float = 48, dry_run: bool = False) -> Garbage:
+    """Delete what killed writers left: attempts that no commit names, unfinished files and uploads, probes, old tables.
 
     Args:
-        older_than_hours: what is younger stays. Below 12 only if nothing is writing to the corpus: an attempt may be
+        older_than_hours: keep what is younger. Below 12 only if nothing is writing to the corpus: an attempt may be
             committed until it is 12 hours old.
-        dry_run: remove nothing, say what would go.
-
-    Returns:
-        dict: `names` (sorted) of what went, `bytes`, and how many: `attempts`, `tables`, `unfinished` (probes among
-        them), `uploads`.
+        dry_run: delete nothing.
     """
     limit = datetime.now(UTC) - timedelta(hours=older_than_hours)
     old = {item.name: item.size for item in corpus.store.list() if item.modified <= limit}
-    stray = {name: match.groups() for name in old if (match := OBJECT.fullmatch(name))}
-    # the commits are read after the listing: what was committed meanwhile is among them
-    named, unreadable = _named(corpus)
-    attempts = [
-        name
-        for name, where in stray.items()
-        if name not in named and where not in unreadable and where[0].split("/")[0] not in RESERVED
-    ]
+    attempts = _orphans(corpus, old)  # reads the commits after the listing: what was committed meanwhile is kept
     tables = _old_tables(corpus, [name for name in old if name.startswith("tables/")])
     unfinished = {path: size for path in corpus.store.unfinished() if (size := _size_if_old(path, limit)) is not None}
     uploads = old_uploads(corpus.url, limit)
@@ -47,20 +53,34 @@ def gc(corpus: Corpus, older_than_hours: float = 48, dry_run: bool = False) -> d
             path.unlink(missing_ok=True)
         for client, upload in uploads:
             client.abort_multipart_upload(**upload)
-    names = [*attempts, *tables, *probes, *(path.relative_to(str(corpus.store.root)).as_posix() for path in unfinished)]
-    return {
-        "dry_run": dry_run,
-        "attempts": len(attempts),
-        "tables": len(tables),
-        "unfinished": len(unfinished) + len(probes),
-        "uploads": len(uploads),
-        "bytes": sum(old[name] for name in [*attempts, *tables]) + sum(unfinished.values()),
-        "names": sorted([*names, *(upload["Key"] for _, upload in uploads)]),
-    }
+    files = [path.relative_to(str(corpus.store.root)).as_posix() for path in unfinished]
+    return Garbage(
+        dry_run=dry_run,
+        attempts=len(attempts),
+        tables=len(tables),
+        unfinished=len(unfinished) + len(probes),
+        uploads=len(uploads),
+        bytes=sum(old[name] for name in [*attempts, *tables]) + sum(unfinished.values()),
+        names=sorted([*attempts, *tables, *probes, *files, *(upload["Key"] for _, upload in uploads)]),
+    )
 
 
-def _named(corpus: Corpus) -> tuple[set[str], set[tuple[str, ...]]]:
-    """The objects that commits of any generation name, and the (column, source, shard) of commits that say nothing."""
+def _orphans(corpus: Corpus, names: dict[str, int]) -> list[str]:
+    """List the attempts' objects among the names that no commit of any generation names.
+
+    Attempts at a shard with an unreadable commit are kept: it may name them.
+    """
+    candidates = {name: match.groups() for name in names if (match := OBJECT.fullmatch(name))}
+    named, unreadable = _named_objects(corpus)
+    return [
+        name
+        for name, shard in candidates.items()
+        if name not in named and shard not in unreadable and shard[0].split("/")[0] not in RESERVED
+    ]
+
+
+def _named_objects(corpus: Corpus) -> tuple[set[str], set[tuple[str, ...]]]:
+    """Collect the objects that commits of any generation name, and the (column, source, shard) of unreadable ones."""
     named: set[str] = set()
     unreadable: set[tuple[str, ...]] = set()
 
@@ -80,7 +100,7 @@ def _named(corpus: Corpus) -> tuple[set[str], set[tuple[str, ...]]]:
 
 
 def _old_tables(corpus: Corpus, names: list[str]) -> list[str]:
-    """All but the newest sample table and commit table, and the tables that samples are joined to."""
+    """List all but the newest sample table and commit table, and the tables that samples are joined to."""
     newest: dict[str, ObjectInfo] = {}
     for item in corpus.store.list("tables"):
         folder = item.name.rpartition("/")[0]
@@ -95,8 +115,9 @@ def _old_tables(corpus: Corpus, names: list[str]) -> list[str]:
 
 
 def _size_if_old(path: Path, limit: datetime) -> int | None:
+    """The size of a file that was not written to since `limit`; None if it was, or if it is gone."""
     try:
-        found = path.stat()
-    except FileNotFoundError:  # its writer has ended well
+        info = path.stat()
+    except FileNotFoundError:  # its writer ended well
         return None
-    return found.st_size if datetime.fromtimestamp(found.st_mtime, UTC) <= limit else None
+    return info.st_size if datetime.fromtimestamp(info.st_mtime, UTC) <= limit else None

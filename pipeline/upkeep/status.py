@@ -1,90 +1,143 @@
-"""What is in a corpus and how far it is, and what a killed writer left in it: status, ls, gc, verify."""
+"""`microdit status`: how far a corpus is."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.failures import failures, read_failure
-from microdit.pipeline.corpus.names import UNITS
+from microdit.pipeline.corpus.failures import Failure, failures, read_failure
+from microdit.pipeline.corpus.names import IMAGES, UNITS
 from microdit.pipeline.tables.commit_table import Totals, commit_table, totals
 
 
-# -- status ----------------------------------------------------------------------------------------------------------
-def status(corpus: Corpus) -> dict[str, Any]:
-    """How far a corpus is, for people and as JSON.
+@dataclass(frozen=True)
+class SourceStatus:
+    """One source: how many units its declaration says (None if it does not), and those read, with their inputs."""
 
-    `sources`, by name: `units` (how many its declaration says, None if it does not), `units_done`, `inputs` (of them).
-    `columns`, by name and source: `done`, `left`, `set_aside` and `stale` (shards; `left` of the images is None while
-    units are missing, because nobody knows yet how many shards they have), `in`, `out`, `failed` (samples), `reasons`,
-    `bytes`, `seconds` (of work), `rate` (samples a second of one worker). `set_aside`: what was given up, and why.
-    """
+    units: int | None
+    units_done: int
+    inputs: int
+
+    @property
+    def complete(self) -> bool:
+        """Every unit is read, as far as it is known how many there are."""
+        return self.units == self.units_done
+
+
+@dataclass(frozen=True)
+class ColumnStatus:
+    """One column of one source: shards, then samples (`inputs = out + failed`), bytes and time."""
+
+    done: int
+    left: int | None
+    """Of the images None while units are missing: nobody knows yet how many shards they have."""
+    set_aside: int
+    stale: int
+    inputs: int
+    out: int
+    failed: int
+    bytes: int
+    seconds: float
+    """Of work."""
+    rate: float | None
+    """Samples a second of one worker."""
+    reasons: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"in" if name == "inputs" else name: value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class CorpusStatus:
+    """How far a corpus is."""
+
+    corpus: str
+    name: str
+    shard_samples: int
+    sources: dict[str, SourceStatus]
+    columns: dict[str, dict[str, ColumnStatus]]
+    """By column and source."""
+    set_aside: list[Failure]
+    """Shards and units that were given up and are not committed since."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "corpus": self.corpus,
+            "name": self.name,
+            "shard_samples": self.shard_samples,
+            "sources": {name: asdict(source) for name, source in self.sources.items()},
+            "columns": {
+                column: {source: status.to_dict() for source, status in by_source.items()}
+                for column, by_source in self.columns.items()
+            },
+            "set_aside": [failure.model_dump(exclude={"traceback", "version"}) for failure in self.set_aside],
+        }
+
+
+def status(corpus: Corpus) -> CorpusStatus:
+    """Count what is committed, left, failed and set aside of a corpus, by source and column."""
     declared = sorted(corpus.columns())
     table = commit_table(corpus)
-    found = totals(table)
-    sources = {}
-    for name in sorted(corpus.sources()):
-        units, expected = found.get((UNITS, name), Totals()), corpus.source(name).made_by.get("units")
-        sources[name] = {
-            "units": expected if isinstance(expected, int) else None,
-            "units_done": units.done,
-            "inputs": units.inputs,
-        }
-    aside = [record for column in [*declared, UNITS] for record in _set_aside(corpus, column, table)]
-    given_up = Counter((record["column"], record["source"]) for record in aside)
-    columns: dict[str, dict[str, Any]] = {column: {} for column in declared}
-    for column, source in dict.fromkeys([*((c, s) for c in declared for s in sources), *found, *given_up]):
+    committed = totals(table)
+    sources = {name: _source_status(corpus, name, committed) for name in sorted(corpus.sources())}
+    set_aside = [failure for column in [*declared, UNITS] for failure in _set_aside(corpus, column, table)]
+    return CorpusStatus(
+        corpus=corpus.url,
+        name=corpus.name,
+        shard_samples=corpus.shard_samples,
+        sources=sources,
+        columns=_columns(declared, sources, committed, set_aside),
+        set_aside=set_aside,
+    )
+
+
+def _source_status(corpus: Corpus, name: str, committed: Mapping[tuple[str, str], Totals]) -> SourceStatus:
+    units, expected = committed.get((UNITS, name), Totals()), corpus.source(name).made_by.get("units")
+    return SourceStatus(expected if isinstance(expected, int) else None, units.done, units.inputs)
+
+
+def _columns(
+    declared: Collection[str],
+    sources: Mapping[str, SourceStatus],
+    committed: Mapping[tuple[str, str], Totals],
+    set_aside: Collection[Failure],
+) -> dict[str, dict[str, ColumnStatus]]:
+    """Count every declared column in every source that is declared, or has commits or failures."""
+    given_up = Counter((failure.column, failure.source) for failure in set_aside)
+    columns: dict[str, dict[str, ColumnStatus]] = {column: {} for column in declared}
+    for column, source in dict.fromkeys([*((c, s) for c in declared for s in sources), *committed, *given_up]):
         if column not in columns:
             continue
-        there = found.get((column, source), Totals())
-        images = found.get(("images", source), Totals()).done
-        complete = source in sources and sources[source]["units"] == sources[source]["units_done"]
-        columns[column][source] = {
-            "done": there.done,
-            "left": images - there.done if column != "images" else 0 if complete else None,
-            "set_aside": given_up[column, source],
-            "stale": there.stale,
-            "in": there.inputs,
-            "out": there.out,
-            "failed": there.failed,
-            "bytes": there.bytes,
-            "seconds": round(there.seconds, 3),
-            "rate": round(there.inputs / there.seconds, 3) if there.seconds else None,
-            "reasons": dict(sorted(there.reasons.items())),
-        }
-    return {
-        "corpus": corpus.url,
-        "name": corpus.name,
-        "shard_samples": corpus.shard_samples,
-        "sources": sources,
-        "columns": columns,
-        "set_aside": aside,
-    }
+        done = committed.get((column, source), Totals())
+        left: int | None = committed.get((IMAGES, source), Totals()).done - done.done
+        if column == IMAGES:
+            left = 0 if source in sources and sources[source].complete else None
+        columns[column][source] = ColumnStatus(
+            done=done.done,
+            left=left,
+            set_aside=given_up[column, source],
+            stale=done.stale,
+            inputs=done.inputs,
+            out=done.out,
+            failed=done.failed,
+            bytes=done.bytes,
+            seconds=round(done.seconds, 3),
+            rate=round(done.inputs / done.seconds, 3) if done.seconds else None,
+            reasons=dict(sorted(done.reasons.items())),
+        )
+    return columns
 
 
-def _set_aside(corpus: Corpus, column: str, table: pa.Table) -> Iterator[dict[str, Any]]:
+def _set_aside(corpus: Corpus, column: str, table: pa.Table) -> Iterator[Failure]:
+    """Read the failures of a column whose shards are not in the commit table, by source and shard."""
     if not (recorded := failures(corpus, column)):
         return
-    there = table.filter(pc.equal(table["column"], column))
-    done = set(zip(there["source"].to_pylist(), there["shard"].to_pylist(), strict=True))
+    commits = table.filter(pc.equal(table["column"], column))
+    done = set(zip(commits["source"].to_pylist(), commits["shard"].to_pylist(), strict=True))
     for (source, shard), number in sorted(recorded.items()):
         if (source, shard) not in done:
-            yield read_failure(corpus, column, source, shard, number).model_dump(exclude={"traceback", "version"})
-
-
-# -- committed objects -----------------------------------------------------------------------------------------------
-def ls(corpus: Corpus, column: str) -> Iterator[str]:
-    """Paths or URLs of the committed objects of a column, by source and shard, for any library that reads them.
-
-    Shards without a sample are left out: `datasets` takes the features from the first one.
-
-    Raises:
-        RequestError: there is no such column.
-    """
-    corpus.column(column)
-    for commit in corpus.commits(column):
-        if commit.counts["out"]:
-            yield f"{corpus.url}/{commit.object.name}"
+            yield read_failure(corpus, column, source, shard, number)

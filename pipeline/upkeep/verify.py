@@ -1,7 +1,8 @@
-"""`microdit verify`: read all that is committed and say what is not as docs/corpus.md promises."""
+"""`microdit verify`: read all that is committed, and name what is not as docs/corpus.md promises."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -11,76 +12,141 @@ from obstore.exceptions import BaseError
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import COMMIT, UNITS, column_kind, commit_name
+from microdit.pipeline.corpus.names import COMMIT, IMAGES, UNITS, ShardId, column_kind, commit_name
 from microdit.pipeline.corpus.records import Declaration, UnitCommit
 from microdit.pipeline.selection.selections import load_selection
 from microdit.pipeline.tables.published import Table
-from microdit.pipeline.upkeep.verify_shard import Findings, Hashing, ShardCheck, Where
+from microdit.pipeline.upkeep.problem import Problem
+from microdit.pipeline.upkeep.verify_shard import Findings, Hashing, ShardCheck
 
 
-def verify(corpus: Corpus, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class VerifiedSamples:
+    """The samples of one column by its commits: `inputs = out + failed`."""
+
+    inputs: int
+    out: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class VerifiedTotals:
+    """What was read; `open_units` were begun and are not complete, which is no problem."""
+
+    shards: int
+    commits: int
+    units: int
+    open_units: int
+    bytes: int
+    samples: dict[str, VerifiedSamples]
+    """By column."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result of `verify`."""
+
+    corpus: str
+    problems: list[Problem]
+    totals: VerifiedTotals
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        samples = {
+            column: {"in": count.inputs, "out": count.out, "failed": count.failed}
+            for column, count in self.totals.samples.items()
+        }
+        return {
+            "corpus": self.corpus,
+            "ok": self.ok,
+            "problems": [asdict(problem) for problem in self.problems],
+            "totals": asdict(self.totals) | {"samples": samples},
+        }
+
+
+@dataclass
+class _Newest:
+    """The newest generations that are listed: of shards by column, and of units."""
+
+    shards: dict[ShardId, dict[str, int]] = field(default_factory=dict)
+    units: dict[ShardId, int] = field(default_factory=dict)
+
+
+def verify(corpus: Corpus, progress: Callable[[int, int], None] | None = None) -> Verification:
     """Check every newest commit: objects and checksums, rows, counts, members, keys, lineage, fingerprints, units.
 
     Every byte of the corpus is read. A build may go on meanwhile: what it adds is left for the next time.
 
     Args:
         progress: called with the number of shards that are done, and of all.
-
-    Returns:
-        dict: `ok`; `problems`, each with `kind`, `what` (an object of the corpus) and `detail`; `totals`: `shards`,
-        `commits`, `units`, `open_units` (begun and not complete: no problem), `bytes`, and `samples` by column: `in`,
-        `out`, `failed`.
     """
-    whole = Findings()
-    columns, sources = (_declarations(corpus, folder, whole) for folder in ("columns", "sources"))
-    shards: dict[Where, dict[str, int]] = {}
-    units: dict[Where, int] = {}
+    problems: list[Problem] = []
+    columns, sources = (_declarations(corpus, folder, problems) for folder in ("columns", "sources"))
+    newest = _newest_commits(corpus, columns, sources, problems)
+
+    def check(shard: ShardId) -> tuple[ShardId, Findings]:
+        return shard, ShardCheck(corpus, shard, newest.shards[shard], columns, sources).run()
+
+    checked: dict[ShardId, Findings] = {}
+    for number, (shard, findings) in enumerate(threaded(check, sorted(newest.shards)), 1):
+        checked[shard] = findings
+        problems += findings.problems
+        if progress:
+            progress(number, len(newest.shards))
+    _check_units(corpus, newest.units, checked, sources, problems)
+    _check_keys(checked, problems)
+    _check_tables(corpus, problems)
+    _check_selections(corpus, problems)
+    return Verification(corpus.url, problems, _totals(newest, checked))
+
+
+def _newest_commits(
+    corpus: Corpus,
+    columns: Mapping[str, Declaration | None],
+    sources: Mapping[str, Declaration | None],
+    problems: list[Problem],
+) -> _Newest:
+    """List the commits, and keep the newest generation of each shard and column, and of each unit."""
+    newest = _Newest()
     for item in corpus.store.list("commits"):
         match = COMMIT.fullmatch(item.name)
         if not match or (match[1] not in columns and match[1] != UNITS) or match[2] not in sources:
-            whole.problem("stray", item.name, "it is no commit of a declared column and source")
+            problems.append(Problem("stray", item.name, "it is no commit of a declared column and source"))
             continue
-        newest = units if match[1] == UNITS else shards.setdefault((match[2], match[3]), {})
-        slot: Any = (match[2], match[3]) if match[1] == UNITS else match[1]
-        newest[slot] = max(newest.get(slot, 0), int(match[4]))
+        column, shard, generation = match[1], (match[2], match[3]), int(match[4])
+        if column == UNITS:
+            newest.units[shard] = max(newest.units.get(shard, 0), generation)
+        else:
+            of_shard = newest.shards.setdefault(shard, {})
+            of_shard[column] = max(of_shard.get(column, 0), generation)
+    return newest
 
-    def check(where: Where) -> tuple[Where, Findings]:
-        return where, ShardCheck(corpus, where, shards[where], columns, sources).run()
 
-    found: dict[Where, Findings] = {}
-    for number, (where, shard) in enumerate(threaded(check, sorted(shards)), 1):
-        found[where] = shard
-        whole.problems += shard.problems
-        whole.bytes += shard.bytes
-        whole.commits += shard.commits
-        for column, counts in shard.samples.items():
-            whole.samples.setdefault(column, Counter()).update(counts)
-        if progress:
-            progress(number, len(shards))
-    complete = _check_units(corpus, units, found, sources, whole)
-    _check_keys(found, whole)
-    _check_tables(corpus, whole)
-    return {
-        "corpus": corpus.url,
-        "ok": not whole.problems,
-        "problems": whole.problems,
-        "totals": {
-            "shards": sum("images" in generations for generations in shards.values()),
-            "commits": whole.commits,
-            "units": len(units),
-            "open_units": len({(where[0], shard.unit) for where, shard in found.items() if shard.unit} - complete),
-            "bytes": whole.bytes,
-            "samples": {
-                column: {name: counts[name] for name in ("in", "out", "failed")}
-                for column, counts in sorted(whole.samples.items())
-            },
+def _totals(newest: _Newest, checked: Mapping[ShardId, Findings]) -> VerifiedTotals:
+    samples: dict[str, Counter[str]] = {}
+    for findings in checked.values():
+        for column, counts in findings.samples.items():
+            samples.setdefault(column, Counter()).update(counts)
+    begun = {(source, findings.unit) for (source, _), findings in checked.items() if findings.unit}
+    return VerifiedTotals(
+        shards=sum(IMAGES in generations for generations in newest.shards.values()),
+        commits=sum(findings.commits for findings in checked.values()),
+        units=len(newest.units),
+        open_units=len(begun - newest.units.keys()),
+        bytes=sum(findings.bytes for findings in checked.values()),
+        samples={
+            column: VerifiedSamples(counts["in"], counts["out"], counts["failed"])
+            for column, counts in sorted(samples.items())
         },
-    }
+    )
 
 
-def _declarations(corpus: Corpus, folder: str, whole: Findings) -> dict[str, Declaration | None]:
-    """All declarations of columns or sources; None for one that is damaged."""
-    found: dict[str, Declaration | None] = {}
+def _declarations(corpus: Corpus, folder: str, problems: list[Problem]) -> dict[str, Declaration | None]:
+    """Read all declarations of columns or sources; None for one that is damaged."""
+    declarations: dict[str, Declaration | None] = {}
     for item in corpus.store.list(folder):
         name = item.name.removeprefix(f"{folder}/").removesuffix(".json")
         try:
@@ -89,23 +155,23 @@ def _declarations(corpus: Corpus, folder: str, whole: Findings) -> dict[str, Dec
             if (declaration.name, declaration.kind) != (name, kind):
                 raise RequestError(f"it declares {declaration.name!r} of kind {declaration.kind!r}, expected {kind!r}")
         except RequestError as error:
-            found[name] = None
-            whole.problem("declaration", item.name, str(error))
+            declarations[name] = None
+            problems.append(Problem("declaration", item.name, str(error)))
         else:
-            found[name] = declaration
-    return found
+            declarations[name] = declaration
+    return declarations
 
 
 def _check_units(
     corpus: Corpus,
-    units: Mapping[Where, int],
-    found: Mapping[Where, Findings],
+    units: Mapping[ShardId, int],
+    checked: Mapping[ShardId, Findings],
     sources: Mapping[str, Declaration | None],
-    whole: Findings,
-) -> set[Where]:
-    """The units that are complete."""
-    shards: dict[Where, set[str]] = {}
-    for (source, shard), findings in found.items():
+    problems: list[Problem],
+) -> None:
+    """Compare every unit's commit with the shards that name the unit."""
+    shards: dict[ShardId, set[str]] = {}
+    for (source, shard), findings in checked.items():
         shards.setdefault((source, findings.unit), set()).add(shard)
     for (source, unit), generation in sorted(units.items()):
         name = commit_name(UNITS, source, unit, generation)
@@ -114,28 +180,29 @@ def _check_units(
             if (record.source, record.unit, record.generation) != (source, unit, generation):
                 raise ValueError(f"it is the commit of unit {record.unit!r} of {record.source!r}")
         except (ValueError, OSError, BaseError) as error:
-            whole.problem("unit", name, first_line(error))
+            problems.append(Problem("unit", name, first_line(error)))
             continue
         declaration = sources[source]
         if declaration is not None and record.fingerprint != declaration.fingerprint:
-            whole.problem("fingerprint", name, f"{record.fingerprint}, declared is {declaration.fingerprint}")
-        there = shards.get((source, unit), set())
-        missing = [shard for shard in record.shards if shard not in there]
-        if any(corpus.store.exists(commit_name("images", source, shard, 0)) for shard in missing):
+            detail = f"{record.fingerprint}, declared is {declaration.fingerprint}"
+            problems.append(Problem("fingerprint", name, detail))
+        committed = shards.get((source, unit), set())
+        missing = [shard for shard in record.shards if shard not in committed]
+        if any(corpus.store.exists(commit_name(IMAGES, source, shard, 0)) for shard in missing):
             continue  # completed since the listing
-        extra = sorted(there.difference(record.shards))
-        total = sum(found[source, shard].inputs for shard in record.shards if shard in there)
+        extra = sorted(committed.difference(record.shards))
+        total = sum(checked[source, shard].inputs for shard in record.shards if shard in committed)
         if missing or extra:
-            whole.problem("unit", name, f"shards that are not committed: {missing}; that it does not name: {extra}")
-        elif total != record.inputs and set(record.shards) == there:
-            whole.problem("unit", name, f"its shards have {total} inputs, it says {record.inputs}")
-    return set(units)
+            detail = f"shards that are not committed: {missing}; that it does not name: {extra}"
+            problems.append(Problem("unit", name, detail))
+        elif total != record.inputs and set(record.shards) == committed:
+            problems.append(Problem("unit", name, f"its shards have {total} inputs, it says {record.inputs}"))
 
 
-def _check_keys(found: Mapping[Where, Findings], whole: Findings) -> None:
-    """A key is there once among the images of a source that are ok."""
+def _check_keys(checked: Mapping[ShardId, Findings], problems: list[Problem]) -> None:
+    """Find the keys that are there more than once among a source's images that are ok."""
     by_source: dict[str, dict[str, pa.Array]] = {}
-    for (source, shard), findings in found.items():
+    for (source, shard), findings in checked.items():
         if findings.keys is not None:
             by_source.setdefault(source, {})[shard] = findings.keys
             findings.keys = None
@@ -143,12 +210,12 @@ def _check_keys(found: Mapping[Where, Findings], whole: Findings) -> None:
         counted = pc.value_counts(pa.chunked_array(list(keys.values()), pa.string()))
         double = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")
         for key in double.to_pylist():
-            where = [shard for shard, there in keys.items() if pc.index(there, key).as_py() >= 0]
-            whole.problem("keys", f"images/{source}", f"key {key!r} is in the shards {where}")
+            shards = [shard for shard, of_shard in keys.items() if pc.index(of_shard, key).as_py() >= 0]
+            problems.append(Problem("keys", f"{IMAGES}/{source}", f"key {key!r} is in the shards {shards}"))
 
 
-def _check_tables(corpus: Corpus, whole: Findings) -> None:
-    """The cached tables and the selections."""
+def _check_tables(corpus: Corpus, problems: list[Problem]) -> None:
+    """Read and hash the cached tables."""
     for item in corpus.store.list("tables"):
         if not item.name.endswith(".json"):
             continue
@@ -164,9 +231,14 @@ def _check_tables(corpus: Corpus, whole: Findings) -> None:
         except FileNotFoundError:
             continue  # a cache: what is gone is made again
         except (ValueError, OSError, BaseError) as error:
-            whole.problem("table", item.name, f"{first_line(error)}; remove the folder tables, it is made again")
+            detail = f"{first_line(error)}; remove the folder tables, it is made again"
+            problems.append(Problem("table", item.name, detail))
+
+
+def _check_selections(corpus: Corpus, problems: list[Problem]) -> None:
+    """Load every selection, which checks its hash."""
     for item in corpus.store.list("selections"):
         try:
             load_selection(corpus, item.name.removeprefix("selections/").removesuffix(".parquet"))
         except RequestError as error:
-            whole.problem("selection", item.name, str(error))
+            problems.append(Problem("selection", item.name, str(error)))

@@ -1,4 +1,4 @@
-"""`microdit verify`, one shard in all its columns: its commits, their objects, rows and lineage."""
+"""Check one shard in all its columns for `verify`: its commits, their objects, rows and lineage."""
 
 import hashlib
 import tarfile
@@ -14,75 +14,87 @@ from obstore.exceptions import BaseError
 
 from microdit.pipeline.base.errors import first_line
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import KEY, commit_name
+from microdit.pipeline.corpus.names import IMAGES, KEY, ShardId, commit_name
 from microdit.pipeline.corpus.records import Commit, Declaration, ObjectRef
 from microdit.pipeline.corpus.shard_files import read_table, sidecar_schema
+from microdit.pipeline.upkeep.problem import Kind, Problem
 
 BLOCK = 1 << 20
-Where = tuple[str, str]  # source and shard
 
 
 @dataclass
 class Findings:
-    """What was found in one shard, or in all."""
+    """What the check of one shard gave."""
 
-    problems: list[dict[str, str]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     samples: dict[str, Counter[str]] = field(default_factory=dict)
+    """By column the counts of its commit."""
     bytes: int = 0
     commits: int = 0
-    unit: str = ""  # of one shard: the unit that its images name,
-    inputs: int = 0  # the number of its rows,
-    keys: pa.Array | None = None  # and the keys of its images that are ok
-
-    def problem(self, kind: str, what: str, detail: str) -> None:
-        self.problems.append({"kind": kind, "what": what, "detail": detail})
+    unit: str = ""
+    """The unit that its images name."""
+    inputs: int = 0
+    """Its number of rows, by the commit of its images."""
+    keys: pa.Array | None = None
+    """The keys of its images that are ok."""
 
 
 class ShardCheck:
-    """One shard in all its columns."""
+    """Check one shard in all its columns.
+
+    Args:
+        shard: its source and name.
+        generations: by column the newest generation that was listed.
+        columns, sources: all declarations; None for one that is damaged.
+    """
 
     def __init__(
         self,
         corpus: Corpus,
-        where: Where,
+        shard: ShardId,
         generations: Mapping[str, int],
         columns: Mapping[str, Declaration | None],
         sources: Mapping[str, Declaration | None],
     ):
-        self.corpus, self.where, self.columns, self.sources = corpus, where, columns, sources
+        self.corpus, self.shard, self.columns, self.sources = corpus, shard, columns, sources
         self.generations = dict(generations)
-        self.found = Findings()
+        self.findings = Findings()
         self.commits: dict[str, Commit] = {}
         self.hashes: dict[str, str] = {}  # of the commits' bytes
         self.sidecars: dict[str, pa.Table] = {}
 
     def run(self) -> Findings:
-        # `images` first: the other columns are compared with it
-        for column in sorted(self.generations, key=lambda column: (column != "images", column)):
-            self._commit(column)
+        """Check commits, then objects, then rows and lineage; once more if a build wrote newer commits meanwhile."""
+        # images first: the other columns are compared with them
+        for column in sorted(self.generations, key=lambda column: (column != IMAGES, column)):
+            self._check_commit(column)
         for column, commit in self.commits.items():
-            self._objects(column, commit)
+            self._check_objects(column, commit)
         for column, commit in self.commits.items():
             if column in self.sidecars:
-                self._rows(column, commit, self.sidecars[column])
-            self._lineage(column, commit)
-        if self.found.problems and (newer := self._newest()) != self.generations:
-            # a build went on since the listing: look at what is there now
-            return ShardCheck(self.corpus, self.where, newer, self.columns, self.sources).run()
-        return self.found
+                self._check_rows(column, commit, self.sidecars[column])
+            self._check_lineage(column, commit)
+        if self.findings.problems and (newest := self._newest_generations()) != self.generations:
+            return ShardCheck(self.corpus, self.shard, newest, self.columns, self.sources).run()
+        return self.findings
 
-    def _newest(self) -> dict[str, int]:
+    def _add(self, kind: Kind, what: str, detail: str) -> None:
+        self.findings.problems.append(Problem(kind, what, detail))
+
+    def _newest_generations(self) -> dict[str, int]:
+        """Ask the store for the newest generation of every declared column of this shard."""
         newest = {}
         for column in self.columns:
             generation = self.generations.get(column, -1)
-            while self.corpus.store.exists(commit_name(column, *self.where, generation + 1)):
+            while self.corpus.store.exists(commit_name(column, *self.shard, generation + 1)):
                 generation += 1
             if generation >= 0:
                 newest[column] = generation
         return newest
 
-    def _commit(self, column: str) -> None:
-        name = commit_name(column, *self.where, self.generations[column])
+    def _check_commit(self, column: str) -> None:
+        """Read a column's commit; check its name, fingerprint, shard and unit."""
+        name = commit_name(column, *self.shard, self.generations[column])
         try:
             data = self.corpus.store.get(name)
             self.hashes[column] = hashlib.sha256(data).hexdigest()
@@ -90,26 +102,27 @@ class ShardCheck:
             if commit.name != name:
                 raise ValueError(f"it is the commit {commit.name}")
         except (ValueError, OSError, BaseError) as error:
-            self.found.problem("commit", name, first_line(error))
+            self._add("commit", name, first_line(error))
             return
         self.commits[column] = commit
-        self.found.commits += 1
-        self.found.samples[column] = Counter(commit.counts)
-        self.found.bytes += sum({ref.name: ref.size for ref in (commit.object, commit.sidecar)}.values())
-        maker = self.sources[commit.source] if column == "images" else self.columns[column]
+        self.findings.commits += 1
+        self.findings.samples[column] = Counter(commit.counts)
+        self.findings.bytes += sum({ref.name: ref.size for ref in (commit.object, commit.sidecar)}.values())
+        maker = self.sources[commit.source] if column == IMAGES else self.columns[column]
         if maker is not None and commit.fingerprint != maker.fingerprint:
-            self.found.problem("fingerprint", name, f"{commit.fingerprint}, declared is {maker.fingerprint}")
+            self._add("fingerprint", name, f"{commit.fingerprint}, declared is {maker.fingerprint}")
         if not (commit.shard.startswith(f"{commit.unit}-") and commit.unit.startswith(f"{commit.source}-")):
-            self.found.problem("commit", name, f"shard, unit {commit.unit!r} and source do not fit")
-        if column == "images":
-            self.found.unit, self.found.inputs = commit.unit, commit.counts.get("in", 0)
-        elif "images" in self.commits and commit.unit != self.commits["images"].unit:
-            self.found.problem("commit", name, f"its unit is {commit.unit!r}, that of the images {self.found.unit!r}")
+            self._add("commit", name, f"shard, unit {commit.unit!r} and source do not fit")
+        if column == IMAGES:
+            self.findings.unit, self.findings.inputs = commit.unit, commit.counts.get("in", 0)
+        elif IMAGES in self.commits and commit.unit != self.commits[IMAGES].unit:
+            self._add("commit", name, f"its unit is {commit.unit!r}, that of the images {self.findings.unit!r}")
 
     # -- objects -----------------------------------------------------------------------------------------------------
 
-    def _objects(self, column: str, commit: Commit) -> None:
-        data = self._whole(commit.sidecar, lambda file: file.read())
+    def _check_objects(self, column: str, commit: Commit) -> None:
+        """Read and hash sidecar and data object; check the sidecar's schema and the tar's members."""
+        data = self._read_object(commit.sidecar, lambda file: file.read())
         if data is not None:
             try:
                 sidecar = read_table(data)
@@ -120,22 +133,22 @@ class ShardCheck:
                     raise ValueError(f"its columns are {fields}")
                 self.sidecars[column] = sidecar
             except (pa.ArrowException, ValueError, KeyError, OSError) as error:
-                self.found.problem("sidecar", commit.sidecar.name, first_line(error))
+                self._add("sidecar", commit.sidecar.name, first_line(error))
         if commit.object == commit.sidecar:
             return
         try:
-            members = self._whole(commit.object, tar_members)
+            members = self._read_object(commit.object, tar_members)
         except ValueError as error:
-            self.found.problem("tar", commit.object.name, f"it is no tar: {first_line(error)}")
+            self._add("tar", commit.object.name, f"it is no tar: {first_line(error)}")
             return
         if members is not None and column in self.sidecars:
-            self._members(commit, self.sidecars[column], members)
+            self._check_members(commit, self.sidecars[column], members)
 
-    def _whole(self, ref: ObjectRef, read: Callable[[BinaryIO], Any]) -> Any:
-        """What `read` makes of an object whose size and checksum are right; None if they are not.
+    def _read_object(self, ref: ObjectRef, read: Callable[[BinaryIO], Any]) -> Any:
+        """Read and hash an object whole; returns what `read` returns, or None if size or checksum are wrong.
 
         Raises:
-            Exception: what `read` raises on an object that is right.
+            ValueError: `read` raised it, and the object is as its commit says.
         """
         try:
             with self.corpus.store.open(ref.name) as file:
@@ -147,25 +160,26 @@ class ShardCheck:
                     error = caught
                 hashing.drain()
         except FileNotFoundError:
-            self.found.problem("missing", ref.name, "the commit names this object, and it is not there")
+            self._add("missing", ref.name, "the commit names this object, and it is not there")
             return None
         except (OSError, BaseError) as caught:
-            self.found.problem("unreadable", ref.name, first_line(caught))
+            self._add("unreadable", ref.name, first_line(caught))
             return None
         if hashing.size != ref.size:
-            self.found.problem("size", ref.name, f"{hashing.size} bytes, the commit says {ref.size}")
+            self._add("size", ref.name, f"{hashing.size} bytes, the commit says {ref.size}")
         elif hashing.digest.hexdigest() != ref.sha256:
-            self.found.problem("checksum", ref.name, f"{hashing.digest.hexdigest()}, the commit says {ref.sha256}")
+            self._add("checksum", ref.name, f"{hashing.digest.hexdigest()}, the commit says {ref.sha256}")
         elif error is not None:
             raise error
         else:
             return result
         return None
 
-    def _members(self, commit: Commit, sidecar: pa.Table, members: list[tuple[str, int, int]]) -> None:
+    def _check_members(self, commit: Commit, sidecar: pa.Table, members: list[tuple[str, int, int]]) -> None:
+        """Compare the members of a tar with the samples of its sidecar: names, order, offsets and sizes."""
         alive = sidecar.filter(pc.equal(sidecar["status"], "ok"))
         keys = alive["key"].to_pylist()
-        places = list(zip(alive["offset"].to_pylist(), alive["size"].to_pylist(), strict=True))
+        spans = list(zip(alive["offset"].to_pylist(), alive["size"].to_pylist(), strict=True))
         names = [name for name, _, _ in members]
         first = names[0].partition(".")[0] if names else ""
         extensions = [name.partition(".")[2] for name in takewhile(lambda name: name.startswith(f"{first}."), names)]
@@ -175,20 +189,21 @@ class ShardCheck:
             detail = f"{len(names)} members, expected {step} of each of {len(keys)} samples"
         elif names != wanted:
             detail = next(f"it has {n!r}, expected {w!r}" for n, w in zip(names, wanted, strict=True) if n != w)
-        elif [(offset, size) for _, offset, size in members[::step]] != places:
+        elif [(offset, size) for _, offset, size in members[::step]] != spans:
             detail = "offsets and sizes of the samples are not those in the sidecar"
         else:
             return
-        self.found.problem("tar", commit.object.name, detail)
+        self._add("tar", commit.object.name, detail)
 
     # -- rows and lineage --------------------------------------------------------------------------------------------
 
-    def _rows(self, column: str, commit: Commit, sidecar: pa.Table) -> None:
+    def _check_rows(self, column: str, commit: Commit, sidecar: pa.Table) -> None:
+        """Check that a sidecar agrees with itself, with its commit's counts, and with the images' keys."""
         name, count = commit.sidecar.name, len(sidecar)
 
-        def expect(condition: bool, kind: str, detail: str) -> None:
+        def expect(condition: bool, kind: Kind, detail: str) -> None:
             if not condition:
-                self.found.problem(kind, name, detail)
+                self._add(kind, name, detail)
 
         keys, alive = sidecar["key"].combine_chunks(), pc.equal(sidecar["status"], "ok")
         expect(sidecar["row"].to_pylist() == list(range(count)), "rows", f"its rows are not 0 to {count - 1}")
@@ -202,52 +217,54 @@ class ShardCheck:
         expect(commit.reasons == reasons, "counts", f"reasons {dict(reasons)}, the commit says {commit.reasons}")
         expect(None not in reasons, "rows", "a failed row has no reason")
         expect(len(sidecar.filter(alive)["reason"].drop_null()) == 0, "rows", "a row that is ok has a reason")
-        for place in ("offset", "size"):
-            there = pc.is_valid(sidecar[place])
+        for column_name in ("offset", "size"):
+            present = pc.is_valid(sidecar[column_name])
             expect(
-                there.equals(alive) if commit.object != commit.sidecar else not pc.any(there).as_py(),
+                present.equals(alive) if commit.object != commit.sidecar else not pc.any(present).as_py(),
                 "rows",
-                f"{place} is there where there is no sample, or the other way round",
+                f"{column_name} is there where there is no sample, or the other way round",
             )
         texts = keys.to_pylist()
         expect(all(KEY.fullmatch(key or "") for key in texts), "keys", "a key is not 1 to 80 of [A-Za-z0-9_-]")
         expect(len(set(texts)) == count, "keys", "a key is there twice")
-        if column == "images":
+        if column == IMAGES:
             expect(count <= self.corpus.shard_samples, "rows", f"{count} rows, at most {self.corpus.shard_samples}")
-            self.found.keys = keys.filter(alive)
-        elif "images" in self.sidecars:
-            images = self.sidecars["images"]["key"].combine_chunks()
+            self.findings.keys = keys.filter(alive)
+        elif IMAGES in self.sidecars:
+            images = self.sidecars[IMAGES]["key"].combine_chunks()
             expect(keys.equals(images), "keys", f"its {count} keys are not those of the images ({len(images)})")
 
-    def _lineage(self, column: str, commit: Commit) -> None:
-        if column != "images" and not commit.inputs:
-            self.found.problem("lineage", commit.name, "it names no inputs")
+    def _check_lineage(self, column: str, commit: Commit) -> None:
+        """Check that the inputs that a commit names are the newest ones, with the hash that they have."""
+        if column != IMAGES and not commit.inputs:
+            self._add("lineage", commit.name, "it names no inputs")
         for item in commit.inputs:
             newest = self.generations.get(item.column)
-            wanted = commit_name(item.column, *self.where, item.generation)
+            wanted = commit_name(item.column, *self.shard, item.generation)
             if newest is None or item.generation > newest:
-                self.found.problem("lineage", commit.name, f"its input {wanted} is not there")
+                self._add("lineage", commit.name, f"its input {wanted} is not there")
             elif item.generation < newest:
-                self.found.problem("stale", commit.name, f"it was made from {wanted}; generation {newest} is there")
+                self._add("stale", commit.name, f"it was made from {wanted}; generation {newest} is there")
             elif item.sha256 != self.hashes.get(item.column):
-                self.found.problem("lineage", commit.name, f"its input {wanted} has another hash now")
+                self._add("lineage", commit.name, f"its input {wanted} has another hash now")
             elif column in self.sidecars and item.column in self.sidecars:
-                self._inherited(column, commit, item.column)
+                self._check_inherited(column, commit, item.column)
 
-    def _inherited(self, column: str, commit: Commit, upstream: str) -> None:
+    def _check_inherited(self, column: str, commit: Commit, upstream: str) -> None:
+        """Check that the rows that failed in an input failed here for the reason `upstream`."""
         mine, theirs = self.sidecars[column], self.sidecars[upstream]
         if len(mine) != len(theirs):
-            self.found.problem("rows", commit.sidecar.name, f"{len(mine)} rows, its input {upstream} has {len(theirs)}")
+            self._add("rows", commit.sidecar.name, f"{len(mine)} rows, its input {upstream} has {len(theirs)}")
             return
         reasons = mine.filter(pc.equal(theirs["status"], "failed"))["reason"]
         if pc.any(pc.fill_null(pc.not_equal(reasons, "upstream"), True)).as_py():
-            self.found.problem(
+            self._add(
                 "rows", commit.sidecar.name, f"a row that failed in {upstream} has another reason than `upstream`"
             )
 
 
 class Hashing:
-    """A file that is read once, in order, and hashed on the way."""
+    """Hash a file while it is read once, in order."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
@@ -259,17 +276,18 @@ class Hashing:
         return data
 
     def drain(self) -> None:
+        """Read what is left."""
         while self.read(BLOCK):
             pass
 
 
 def tar_members(file: BinaryIO) -> list[tuple[str, int, int]]:
-    """Name, offset and size of all members of a plain ustar, in order; `tarfile` takes forty times as long.
+    """List name, offset and size in bytes of all members of a plain ustar, in order, forty times faster than `tarfile`.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is no plain ustar, or it is cut.
     """
-    found, position = [], 0
+    members, position = [], 0
     while any(header := file.read(tarfile.BLOCKSIZE)):
         name = header[:100].rstrip(b"\0").decode()
         if len(header) < tarfile.BLOCKSIZE:
@@ -281,8 +299,8 @@ def tar_members(file: BinaryIO) -> list[tuple[str, int, int]]:
         if size < 0 or len(file.read(padded)) < padded:
             raise ValueError(f"member {name!r} at {position} is cut")
         position += tarfile.BLOCKSIZE
-        found.append((name, position, size))
+        members.append((name, position, size))
         position += padded
     if not header:
         raise ValueError(f"it ends at {position} without an empty block")
-    return found
+    return members

@@ -113,7 +113,7 @@ def test_a_cluster_grows_to_what_the_build_may_take(growing: Growing) -> None:
     assert build.wait() == 0, said()
 
     corpus = Corpus.open(growing.corpus)
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
     for column in ("images", "captions/source", "scores/basic", "latents/demo-64"):
         assert Counter(corpus.committed(column).values()) == {0: SHARDS}
-    assert status(corpus)["set_aside"] == []
+    assert status(corpus).set_aside == []

@@ -17,7 +17,7 @@ import yaml
 
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.upkeep.status import status
-from microdit.pipeline.upkeep.verify import verify
+from microdit.pipeline.upkeep.verify import VerifiedSamples, verify
 from tests.infra.conftest import ROOT, SHARD, Pictures, committed, pictures
 from tests.infra.hosts import Host, network, wait_for
 from tests.servers.s3 import BUCKET, environ, s3_at
@@ -107,9 +107,9 @@ def test_a_build_goes_on_when_a_host_loses_its_power(cluster: Cluster) -> None:
     assert states == {"ALIVE": 2, "DEAD": 1}  # the loss was noticed, and the build ended without the host
     corpus = Corpus.open(corpus_url)
     found = verify(corpus)
-    assert found["problems"] == []
-    assert found["totals"]["samples"]["latents/demo-64"] == {"in": SHARDS * SHARD, "out": SHARDS * SHARD, "failed": 0}
+    assert found.problems == []
+    assert found.totals.samples["latents/demo-64"] == VerifiedSamples(SHARDS * SHARD, SHARDS * SHARD, failed=0)
     for column in ("images", "captions/source", "scores/basic", "latents/demo-64"):
         assert Counter(corpus.committed(column).values()) == {0: SHARDS}  # every shard once
-    assert status(corpus)["set_aside"] == []
+    assert status(corpus).set_aside == []
     assert len(head.run(f"microdit ls {corpus_url} latents/demo-64").split()) == SHARDS

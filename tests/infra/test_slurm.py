@@ -205,7 +205,7 @@ def test_a_build_stops_before_its_time_is_up_and_goes_on_from_the_queue(slurm: S
         work.gate.set()
         slurm.wait()
         corpus = Corpus.open(url)
-        assert verify(corpus)["problems"] == []
+        assert verify(corpus).problems == []
         for column in columns:
             commits = corpus.commits(column)
             assert sum(commit.counts["out"] for commit in commits) == shards * SHARD

@@ -88,7 +88,7 @@ def test_the_stage_writes_a_row_for_each_sample(said: dict[str, Any], corpus: Co
             assert line["tokens"] == (len(line["caption"].split()) if line["caption"] else None)
     first, second = ([line["caption"] for line in lines(corpus, corpus.commits(column))] for column in COLUMNS)
     assert first != second  # the seed is the column's
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
 
 
 def test_a_process_that_died_between_two_calls_is_started_anew(said: dict[str, Any]) -> None:

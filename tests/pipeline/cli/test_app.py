@@ -146,7 +146,7 @@ def test_more_failures_than_allowed_are_exit_status_1(built: Built) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "named"),
     [
         (["shard_samples=8"], ["shard_samples", "is 4", "says 8"]),
         (["images.quality=90"], ["'pictures'", "images.quality", "95", "90"]),
@@ -156,13 +156,13 @@ def test_more_failures_than_allowed_are_exit_status_1(built: Built) -> None:
         (["--columns", "captions/none"], ["'captions/none'", "captions/source"]),
     ],
 )
-def test_a_wrong_request_is_exit_status_2_and_one_message(built: Built, arguments: list[str], told: list[str]) -> None:
+def test_a_wrong_request_is_exit_status_2_and_one_message(built: Built, arguments: list[str], named: list[str]) -> None:
     result = microdit("build", built.config, "--corpus", built.corpus, *arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("microdit: ")
-    for text in told:
+    for text in named:
         assert text in result.stderr
 
 

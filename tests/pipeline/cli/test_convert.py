@@ -14,9 +14,9 @@ __all__ = ["small"]
 
 
 def test_the_command_finds_out_which_way_it_goes(tmp_path: Path) -> None:
-    there = microdit(OFFICIAL, tmp_path / "corpus", "--source", "cc12m", "--json")
-    assert there.exit_code == 0, there.output
-    assert json.loads(there.stdout)["columns"]["latents/sdxl-512"]["out"] == 3
+    made = microdit(OFFICIAL, tmp_path / "corpus", "--source", "cc12m", "--json")
+    assert made.exit_code == 0, made.output
+    assert json.loads(made.stdout)["columns"]["latents/sdxl-512"]["out"] == 3
     again = microdit(OFFICIAL, tmp_path / "corpus", "--source", "cc12m")
     assert again.stdout.startswith("nothing to do: all of it is there\n")
     back = microdit(tmp_path / "corpus", tmp_path / "mds")
@@ -42,8 +42,8 @@ def test_the_command_finds_out_which_way_it_goes(tmp_path: Path) -> None:
 )
 def test_a_wrong_request_is_told(tmp_path: Path, small: Corpus, arguments: list[str], message: str) -> None:
     (tmp_path / "empty").mkdir()
-    places = {"mds": WORKERS, "corpus": small.url, "new": tmp_path / "new", "empty": tmp_path / "empty"}
-    result = microdit(*(argument.format_map(places) for argument in arguments))
+    folders = {"mds": WORKERS, "corpus": small.url, "new": tmp_path / "new", "empty": tmp_path / "empty"}
+    result = microdit(*(argument.format_map(folders) for argument in arguments))
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
     assert not (tmp_path / "new").exists()

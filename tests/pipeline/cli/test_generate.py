@@ -53,12 +53,12 @@ def test_prompts_in_files_out(run: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [parameters(path)["prompt"] for path in paths[::2]] == ["red apple", "a snail", "une pomme à côté"]
     assert [parameters(path)["seed"] for path in paths] == list(range(6))
-    told = parameters(paths[3])
+    fields = parameters(paths[3])
     wanted = {
         "negative_prompt": "dog", "num_inference_steps": 2, "sampler": "unipc", "guidance_scale": 3.0,
         "guidance_interval": [0.1, 20.0], "height": 48, "width": 32, "autoencoder": "demo", "text_encoder": "minilm",
     }  # fmt: skip
-    assert wanted.items() <= told.items() and told["checkpoint"].endswith("ema.safetensors")
+    assert wanted.items() <= fields.items() and fields["checkpoint"].endswith("ema.safetensors")
     with Image.open(out / "grid.png") as sheet:
         assert sheet.width > 2 * 96 and sheet.height > 3 * 96
     pipe = MicroDiTPipeline.from_pretrained(run)
@@ -97,10 +97,10 @@ def test_a_released_checkpoint_by_its_name(hub: Hub, tmp_path: Path, monkeypatch
     for checkpoint in (RELEASED, RELEASED.rpartition("/")[2]):
         result = generate(checkpoint, *small)
         assert result.exit_code == 0, result.output
-    told = [parameters(tmp_path / "out" / f"0000{number}-red-apple.png") for number in (0, 1)]
-    assert told[0] == told[1] and (told[0]["checkpoint"], told[0]["revision"]) == (RELEASED, commit)
-    assert (told[0]["autoencoder"], told[0]["text_encoder"]) == ("sdxl", "dfn-clip-h")
-    assert (told[0]["guidance_scale"], told[0]["sampler"]) == (5.0, "heun")
+    fields = [parameters(tmp_path / "out" / f"0000{number}-red-apple.png") for number in (0, 1)]
+    assert fields[0] == fields[1] and (fields[0]["checkpoint"], fields[0]["revision"]) == (RELEASED, commit)
+    assert (fields[0]["autoencoder"], fields[0]["text_encoder"]) == ("sdxl", "dfn-clip-h")
+    assert (fields[0]["guidance_scale"], fields[0]["sampler"]) == (5.0, "heun")
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_a_shipped_config(
             if column in captions:
                 check_field(corpus, source, column, field, found)
     assert missed(hub, files_server) == []
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
     assert len(told) > len(config.sources)
     if name == "microdit-37m.yaml":  # whatever was kept of it is the paper's
         kept = Counter[str]()
@@ -146,7 +146,7 @@ def test_a_shipped_config_with_its_models(
     for column in config.columns:
         assert sum(commit.counts["out"] for commit in corpus.commits(column)) == wanted, column
     assert missed(hub, files_server) == []
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from microdit.pipeline.corpus.attempt import commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import ShardRef
-from microdit.pipeline.upkeep.status import ls
+from microdit.pipeline.upkeep.ls import ls
 from tests.pipeline.helpers.small_corpus import (
     COLUMNS,
     FAILED,

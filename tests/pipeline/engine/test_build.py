@@ -142,7 +142,7 @@ def test_a_sample_that_crashes_or_hangs_its_process_is_set_aside_alone(cluster: 
     assert f"source words: {crash[0]} row {crash[1]} is set aside: crash" in notes
     assert f"upper words: {hang[0]} row {hang[1]} is set aside: stall" in notes
     assert f"upper words: {late[0]} row {late[1]} is set aside: crash" in notes
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
 
 
 def test_what_is_damaged_lost_or_stale_is_made_again_by_repair(cluster: None, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_what_is_damaged_lost_or_stale_is_made_again_by_repair(cluster: None, tm
     (tmp_path / "corpus" / unit).write_bytes(b"")
     gone = f"commits/images/pictures/{shards[3]}.0.json"
     (tmp_path / "corpus" / gone).unlink()
-    named = {problem["what"] for problem in verify(corpus)["problems"]}
+    named = {problem.what for problem in verify(corpus).problems}
     assert {flipped, lost, torn, unit} <= named
     assert any(shards[3] in what for what in named)
 
@@ -176,7 +176,7 @@ def test_what_is_damaged_lost_or_stale_is_made_again_by_repair(cluster: None, tm
     notes: list[str] = []
     repaired = carry_out(corpus, sources, stages, ingest, repair=True, progress=lambda shot: notes.extend(shot.notes))
     assert repaired.exit_status == 0
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
     assert f"repair: captions/source/pictures/{shards[0]} is made again" in notes
     generations = {column: corpus.committed(column) for column in ("images", *MADE)}
     assert [generations["images"]["pictures", shard] for shard in shards] == [0, 1, 0, 0]
@@ -192,12 +192,12 @@ def test_a_rebuilt_input_makes_stale_what_comes_from_it(cluster: None, tmp_path:
     carry_out(corpus, sources, stages, ingest)
     ref = corpus.commits("images")[0].ref
     write_images(corpus, ref, rows=ROWS, generation=1, quality=50)
-    found = status(corpus)["columns"]
-    assert [found[column]["pictures"]["stale"] for column in ("images", *MADE)] == [0, 1, 0, 0]
+    found = status(corpus).columns
+    assert [found[column]["pictures"].stale for column in ("images", *MADE)] == [0, 1, 0, 0]
     carry_out(corpus, sources, stages, ingest, repair=True)
-    found = status(corpus)["columns"]
-    assert [found[column]["pictures"]["stale"] for column in ("images", *MADE)] == [0, 0, 0, 0]
-    assert verify(corpus)["problems"] == []
+    found = status(corpus).columns
+    assert [found[column]["pictures"].stale for column in ("images", *MADE)] == [0, 0, 0, 0]
+    assert verify(corpus).problems == []
     assert corpus.committed("captions/lower")["pictures", ref.shard] == 1
 
 

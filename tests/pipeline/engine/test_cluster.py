@@ -110,7 +110,7 @@ def begun(logs: Path, stage: str = "pictures") -> list[str]:
 
 def check_whole(corpus: Corpus, logs: Path, undisturbed: Hashes, may_redo: int) -> None:
     """Nothing is lost, nothing is there twice, the bytes are those of an undisturbed build, little was done again."""
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
     assert hashes(corpus, COLUMNS) == undisturbed
     for column in COLUMNS:
         found = corpus.commits(column)
@@ -119,7 +119,7 @@ def check_whole(corpus: Corpus, logs: Path, undisturbed: Hashes, may_redo: int) 
     assert len(begun(logs)) <= 2 * SHARDS + may_redo  # two stages
     gc(corpus, older_than_hours=0)
     assert {item.name for column in COLUMNS for item in corpus.store.list(column)} == named_objects(corpus, COLUMNS)
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
 
 
 def test_the_driver_is_killed(cluster: Cluster, s3_url: str, logs: Path, undisturbed: Hashes) -> None:

@@ -57,7 +57,7 @@ def test_killed_there_it_goes_on(point: str, tmp_path: Path, undisturbed: Hashes
     assert killed.returncode == -signal.SIGKILL, f"the fault did not fire: {killed.stderr}"
 
     corpus = Corpus.open(url)
-    assert verify(corpus)["problems"] == []  # in this state, too
+    assert verify(corpus).problems == []  # in this state, too
     before = {str(path): path.read_bytes() for path in (url / "commits").rglob("*.json")}
     there = hashes(corpus, COLUMNS)
     named = named_objects(corpus, COLUMNS)
@@ -70,11 +70,11 @@ def test_killed_there_it_goes_on(point: str, tmp_path: Path, undisturbed: Hashes
     after = {str(path): path.read_bytes() for path in (url / "commits").rglob("*.json")}
     assert before.items() <= after.items()
     assert len(after) == SHARDS * len(COLUMNS) + UNITS
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
     assert query(corpus, "SELECT count(*) AS n, count(DISTINCT id) AS ids FROM samples").to_pylist() == [
         {"n": UNITS * INPUTS, "ids": UNITS * INPUTS}
     ]
     gc(corpus, older_than_hours=0)
     assert not orphans & {item.name for item in corpus.store.list()}
     assert not list(corpus.store.unfinished())
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []

@@ -25,7 +25,7 @@ def test_a_column_that_was_not_built_comes_from_its_shape(small: Corpus, tmp_pat
     )
     assert latents["origin"] == "shapes" and "words" in text["origin"]
     assert latents["out"] == text["out"] == found["columns"][IMAGES]["out"] == 55
-    assert latents["bytes"] == pytest.approx(status(real)["columns"]["latents/demo-128"]["own"]["bytes"], rel=0.1)
+    assert latents["bytes"] == pytest.approx(status(real).columns["latents/demo-128"]["own"].bytes, rel=0.1)
     assert 55 * 4 * 8192 < text["bytes"] < 55 * 25 * 8192  # three to twelve words
     assert found["totals"]["not_measured"] == ["text:t5-xxl@source"]
     assert found["stages"]["text:t5-xxl@source"]["seconds"] is None and not found["money"]["complete"]

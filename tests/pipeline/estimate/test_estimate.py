@@ -35,11 +35,11 @@ def test_bytes_are_those_of_the_real_build(small: Corpus, tmp_path: Path, shard_
     real = status(build(config))
     assert found["learned_from"] == small.url
     assert found["totals"]["inputs"] == 3 * INPUTS and found["totals"]["not_measured"] == []
-    assert found["totals"]["shards"] == real["columns"][IMAGES]["own"]["done"]
+    assert found["totals"]["shards"] == real.columns[IMAGES]["own"].done
     for column, entry in found["columns"].items():
-        there = real["columns"][column]["own"]
-        assert entry["bytes"] == pytest.approx(there["bytes"], rel=tolerance), column
-        assert (entry["in"], entry["out"], entry["failed"]) == (there["in"], there["out"], there["failed"])
+        there = real.columns[column]["own"]
+        assert entry["bytes"] == pytest.approx(there.bytes, rel=tolerance), column
+        assert (entry["in"], entry["out"], entry["failed"]) == (there.inputs, there.out, there.failed)
         assert "earlier build" in entry["origin"]
     assert found["totals"]["bytes"] == sum(entry["bytes"] for entry in found["columns"].values())
 

@@ -1,4 +1,4 @@
-"""What the report page is about in tests: a corpus with something of everything in it, and a run's folder."""
+"""Build the corpus and the run folder that the report page is tested on: something of everything."""
 
 import io
 import json
@@ -36,7 +36,7 @@ FAILURES = {
 }
 
 BROKEN_LATENT = 12
-SAME = [{2, 3, 4, 6, 7, 8, 13}, {20, 22}, {30, 31}]  # what a hash is the same of
+SAME = [{2, 3, 4, 6, 7, 8, 13}, {20, 22}, {30, 31}]  # numbers with equal hashes
 UNSCORED = {10, 11}
 HASHES = np.random.default_rng(0).integers(0, 2**63, SHARDS * ROWS).tolist()
 KEPT = SHARDS * ROWS - len(FAILURES)

@@ -141,9 +141,9 @@ def replace(corpus: Corpus, name: str, data: bytes | None) -> None:
 def problems(corpus: Corpus) -> list[tuple[str, str]]:
     """What `verify` finds: kind and place."""
     found = verify(corpus)
-    assert found["ok"] == (not found["problems"])
-    json.dumps(found)
-    return [(problem["kind"], problem["what"]) for problem in found["problems"]]
+    assert found.ok == (not found.problems)
+    json.dumps(found.to_dict())
+    return [(problem.kind, problem.what) for problem in found.problems]
 
 
 def hashes(corpus: Corpus, columns: Iterable[str]) -> Hashes:

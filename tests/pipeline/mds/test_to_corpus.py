@@ -80,7 +80,7 @@ def test_official_files_become_a_corpus(tmp_path: Path) -> None:
     for row in read_rows(corpus, corpus.commits(IMAGES)[0]):
         assert Image.open(io.BytesIO(row.members["jpg"])).size == (96, 64)
         assert hashlib.sha256(row.members["jpg"]).hexdigest() == row.scalars["sha256"]  # as it came
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
 
 
 def test_folders_of_workers_become_one_source_without_pictures(small: Corpus) -> None:
@@ -102,7 +102,7 @@ def test_folders_of_workers_become_one_source_without_pictures(small: Corpus) ->
     assert {tuple(row.members) for c in small.commits(IMAGES) for row in read_rows(small, c)} == {("json",)}
     assert {(note["width"], note["original_height"], note["sha256"]) for note in notes} == {(0, 0, "")}
     assert len(small.units("small")) == small.source("small").made_by["units"] == 5
-    assert verify(small)["problems"] == []
+    assert verify(small).problems == []
 
 
 def test_what_reads_pictures_says_that_there_are_none(tmp_path: Path, small: Corpus) -> None:
@@ -171,7 +171,7 @@ def test_shards_are_cut_where_the_corpus_cuts_them(tmp_path: Path) -> None:
     assert [a.tobytes() for a in arrays(corpus, TEXT)] == [
         s["caption_latents"].tobytes() for s in all_samples("workers")
     ]
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
 
 
 def test_other_captions_and_a_second_source_are_added(tmp_path: Path, small: Corpus) -> None:
@@ -182,7 +182,7 @@ def test_other_captions_and_a_second_source_are_added(tmp_path: Path, small: Cor
     assert {c.counts["in"] for c in corpus.commits(IMAGES, "small")} == {1, 2}
     assert sum(c.counts["out"] for c in corpus.commits("text/dfn-clip-h@raw")) == 8
     assert sum(c.counts["out"] for c in corpus.commits(TEXT)) == 11
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
 
 
 def test_bad_samples_fail_with_a_reason_and_no_others(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_bad_samples_fail_with_a_reason_and_no_others(tmp_path: Path) -> None:
     corpus = Corpus.open(tmp_path / "corpus")
     details = [line["detail"] for line in corpus.sidecar(corpus.commits(TEXT)[0]).to_pylist()]
     assert details[6] == "caption_latents: 0 bytes; float16 (77, 8) has 1232"
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
 
 
 def test_pictures_that_cannot_be_read_fail(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_pictures_that_cannot_be_read_fail(tmp_path: Path) -> None:
     found = to_corpus(write(tmp_path / "mds", samples, jpg="jpeg"), str(tmp_path / "corpus"), SMALL)
     assert found.columns[IMAGES].reasons == {"truncated": 1, "not_an_image": 1}
     assert found.columns[TEXT].reasons == {"upstream": 2}
-    assert verify(Corpus.open(tmp_path / "corpus"))["problems"] == []
+    assert verify(Corpus.open(tmp_path / "corpus")).problems == []
 
 
 def test_a_damaged_shard_is_set_aside_and_taken_when_it_is_mended(tmp_path: Path, small: Corpus) -> None:
@@ -244,13 +244,13 @@ def test_a_damaged_shard_is_set_aside_and_taken_when_it_is_mended(tmp_path: Path
     from microdit.pipeline.upkeep.status import status
 
     corpus = Corpus.open(tmp_path / "corpus")
-    assert [record["shard"] for record in status(corpus)["set_aside"]] == ["small-000001"]
+    assert [record.shard for record in status(corpus).set_aside] == ["small-000001"]
 
     broken.write_bytes(whole)
     again = microdit(tmp_path / "mds", tmp_path / "corpus", "--source", "small", "--text-shape", "77x8")
     assert again.exit_code == 0, again.output
     assert hashes(corpus, COLUMNS) == hashes(small, COLUMNS)
-    assert status(corpus)["set_aside"] == []
+    assert status(corpus).set_aside == []
 
 
 def test_what_is_damaged_is_made_again(tmp_path: Path, small: Corpus) -> None:
@@ -262,14 +262,14 @@ def test_what_is_damaged_is_made_again(tmp_path: Path, small: Corpus) -> None:
         flip = bytearray((tmp_path / "corpus" / name).read_bytes())
         flip[10] ^= 0xFF
         (tmp_path / "corpus" / name).write_bytes(flip)
-    damaged = len(verify(corpus)["problems"])
+    damaged = len(verify(corpus).problems)
     assert damaged >= 4
     arguments = [WORKERS, corpus.url, "--source", "small", "--text-shape", "77x8"]
     microdit(*arguments)
-    assert len(verify(corpus)["problems"]) == damaged  # nobody has asked for it
+    assert len(verify(corpus).problems) == damaged  # nobody has asked for it
     result = microdit(*arguments, "--repair")
     assert result.exit_code == 0, result.output
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
     assert hashes(corpus, COLUMNS) == hashes(small, COLUMNS)
     again = {(c.column, c.shard) for column in COLUMNS for c in corpus.commits(column) if c.generation}
     assert again == {(c, images.shard) for c in COLUMNS} | {(latents.column, latents.shard), (text.column, text.shard)}
@@ -292,12 +292,12 @@ def test_killed_it_goes_on(tmp_path: Path, small: Corpus, point: str) -> None:
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     corpus = Corpus.open(tmp_path / "corpus")
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
     there = hashes(corpus, [column for column in COLUMNS if column in corpus.columns()])
     to_corpus(WORKERS, corpus.url, SMALL)
     assert hashes(corpus, COLUMNS) == hashes(small, COLUMNS)
     assert hashes(corpus, COLUMNS).items() >= there.items()
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
 
 
 def test_the_trainer_reads_it(tmp_path: Path, small: Corpus) -> None:

@@ -24,7 +24,6 @@ from microdit.pipeline.corpus.failures import write_failure
 from microdit.pipeline.corpus.shard_files import read_tar
 from microdit.pipeline.curation.duplicates import dedup
 from microdit.pipeline.report import charts
-from microdit.pipeline.report.facts import rates
 from microdit.pipeline.report.page import write_report
 from microdit.pipeline.report.pictures import BESIDE, PICTURES, psnr
 from microdit.pipeline.selection.selections import select
@@ -105,7 +104,7 @@ def test_the_funnel_is_the_corpus(page: Page) -> None:
     assert "2 http_404 , such as made/k1 : HTTP 404 for http://127.0.0.1/<script>" in page.text
     assert "1 timeout , such as made/k5 : no byte within 2 s" in page.text
     assert "1 not_finite in latents/tiny-64, such as made/k12 : 7 values are no numbers" in page.text
-    assert "upstream" not in page.text, "what was inherited is told where it began"
+    assert "upstream" not in page.text, "what was inherited is shown where it began"
     assert "height = width" in page.text, "the query of the selection"
 
 
@@ -221,9 +220,9 @@ def test_filters_say_what_they_would_drop(page: Page) -> None:
 def test_duplicates_are_shown_beside_the_one_that_is_kept(page: Page) -> None:
     section = page.html.split('id="duplicates"')[1].split("</section>")[0]
     assert f"{sum(map(len, SAME))} images in 3 groups" in words(section)
-    found = section.split("<article")[1:]
-    assert ["7 images, 5 of them here" in words(group) for group in found] == [True, False, False]
-    for group in found:
+    groups = section.split("<article")[1:]
+    assert ["7 images, 5 of them here" in words(group) for group in groups] == [True, False, False]
+    for group in groups:
         assert group.count('<figure class="kept">') == 1 and "0 bits apart" in group
         numbers = {int(n) for n in re.findall(r'title="made/k(\d+)"', group)}
         assert any(numbers <= same for same in SAME)
@@ -323,18 +322,6 @@ def test_bad_requests_are_named(tmp_path: Path, corpus: Corpus, what: str) -> No
     else:
         with pytest.raises(RequestError, match="cannot be written"):
             write_report(corpus, tmp_path)
-
-
-def test_time_in_which_nothing_ran_is_cut_out(corpus: Corpus) -> None:
-    commits = corpus.commits("images")
-    dated = [
-        commits[0].model_copy(update={"attempt": "20260101T000000-00000000", "timings": {"seconds": 10.0}}),
-        commits[1].model_copy(update={"attempt": "20260103T000000-00000000", "timings": {"seconds": 30.0}}),
-    ]
-    found = rates({"images": dated, "captions/source": []})
-    assert found["seconds"] == 40 and found["rate"] == SHARDS * ROWS / 40
-    assert found["rows"][0]["spans"] == [(0.0, 40.0)]
-    assert found["dates"] == "1 January 2026 to 3 January 2026"
 
 
 # -- in a browser ----------------------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_every_sample(
     corpus, told = build(config_of(tmp_path, source))
     check(corpus, "it", miniature.expected)
     assert missed(hub, files_server) == []
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
     assert told[0]
     assert not [path for path in (tmp_path / "scratch").rglob("*") if path.is_file() and path.suffix != ".lock"]
 

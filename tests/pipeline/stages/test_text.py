@@ -17,7 +17,7 @@ from microdit.pipeline.corpus.arrays import array_from_bytes
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.quantised import dequantise
 from microdit.pipeline.corpus.shard_files import read_tar
-from microdit.pipeline.upkeep.status import ls
+from microdit.pipeline.upkeep.ls import ls
 from microdit.pipeline.upkeep.verify import verify
 from microdit.trainer.data.batch import pad_text
 from microdit.trainer.data.shard_cache import ShardCache
@@ -68,7 +68,7 @@ def test_a_quantised_column_is_the_other_one_but_for_its_loss(corpus: Corpus, st
         assert 0 < timings["error_mean"] <= timings["error_worst"] < 2 * bound
     tokens = {line["key"]: line["tokens"] for line in lines(corpus, made[column]) if line["status"] == "ok"}
     assert tokens == {key: len(embedding) for key, embedding in exact.items()}
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])

@@ -27,7 +27,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 def check_then_go_on(url: Path, tmp_path: Path) -> None:
     corpus = Corpus.open(url)
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
     made = sum(len(corpus.committed(column)) for column in COLUMNS)
     assert made < SHARDS * len(COLUMNS)
     assert not list(corpus.store.unfinished())
@@ -36,7 +36,7 @@ def check_then_go_on(url: Path, tmp_path: Path) -> None:
     assert build_whole(url) == SHARDS * len(COLUMNS) - made
     build_whole(tmp_path / "undisturbed")
     assert hashes(corpus, COLUMNS) == hashes(Corpus.open(tmp_path / "undisturbed"), COLUMNS)
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
     # the objects of an attempt that could not be committed for want of room are orphans, which gc removes
     assert named_objects(corpus, COLUMNS) <= {item.name for item in corpus.store.list()}
 

@@ -221,11 +221,11 @@ def test_gc_and_verify_know_both_kinds_of_tables(tmp_path: Path) -> None:
     query(corpus, "SELECT 1")
     manifests = sorted((tmp_path / "tables").rglob("*.json"), key=lambda path: path.stat().st_mtime)
     assert len(manifests) == 6
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
     removed = gc(corpus, older_than_hours=0)
-    assert removed["tables"] == 8
+    assert removed.tables == 8
     assert sorted((tmp_path / "tables").rglob("*.json")) == sorted(manifests[-2:])
     os.truncate(next((tmp_path / TABLES).glob("*.parquet")), 100)
-    assert [(problem["kind"], problem["what"].rpartition("/")[0]) for problem in verify(corpus)["problems"]] == [
+    assert [(problem.kind, problem.what.rpartition("/")[0]) for problem in verify(corpus).problems] == [
         ("table", TABLES)
     ]

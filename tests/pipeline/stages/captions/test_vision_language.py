@@ -120,7 +120,7 @@ def test_long_and_short_come_of_one_pass_over_the_images(
     assert [stage["prompt"] for stage in stages] == ["a red apple", "the dog runs"]
     assert [stage["kind"] for stage in stages] == ["long", "short"]
     assert stages[0]["captioner"] == folder and stages[0]["model"]["folder"] == "blip"
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
 
 
 def hashes(commits: list[Commit]) -> list[str]:

@@ -113,7 +113,7 @@ def test_carried_models_on_a_corpus(corpus: Corpus) -> None:
     assert [by_key[key]["language"] for key in ("k1", "k3")] == ["en", "de"]
     assert (by_key["k0"]["characters"], by_key["k0"]["words"]) == (29, 9)
     assert by_key["k0"]["repetition"] == pytest.approx(2 / 7)
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
     rows = query(
         corpus, "SELECT key, nsfw, text_area, caption_words, has_scores_embedding FROM samples ORDER BY row, key"
     )
@@ -178,7 +178,7 @@ def test_hub_models_on_a_corpus(corpus: Corpus, tmp_path: Path) -> None:
             found = scores(corpus, made[column], column.partition("/")[2].partition("-")[0])
             assert found == {key: float(score) for key, score in wanted.items()}
         assert found.keys() == wanted.keys()
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
     before = {commit.name: commit.object.sha256 for column in made for commit in made[column]}
     for stage in stages_of(config(Path(corpus.url), columns, resources={"scores_batch": 4})):
         for image in corpus.commits("images"):
@@ -215,7 +215,7 @@ def test_a_clip_compares_each_captions_column(corpus: Corpus, tmp_path: Path) ->
     assert {"k3"} == scores(corpus, made["scores/clip"], "clip").keys() - scores(
         corpus, made["scores/clip-long"], "clip"
     ).keys()
-    assert verify(corpus)["problems"] == []
+    assert verify(corpus).problems == []
     # one column alone, and rows that are set aside or only tried
     [stage] = [stage for stage in stages if "scores/clip" in stage.columns]
     ref = corpus.commits("images")[0].ref

@@ -1,0 +1,65 @@
+"""`damage`: problems become work, or are beyond a build."""
+
+from pathlib import Path
+
+from microdit.pipeline.corpus.names import IMAGES, UNITS
+from microdit.pipeline.tables.sample_table import sample_table
+from microdit.pipeline.upkeep.damage import damage
+from tests.pipeline.helpers.small_corpus import (
+    LATENTS,
+    NEXT,
+    REF,
+    SOURCE,
+    UNIT,
+    fill,
+    latents,
+    make_corpus,
+    replace,
+    write_images,
+)
+
+
+def test_a_whole_corpus_has_no_damage(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus)
+    result = damage(corpus)
+    assert not result.redo and not result.beyond
+
+
+def test_damage_becomes_work(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus, columns=[LATENTS, "captions/source"])
+    replace(corpus, latents(corpus).object.name, b"damaged")
+    replace(corpus, f"commits/captions/source/{SOURCE}/{NEXT.shard}.0.json", b"{")
+    assert damage(corpus).redo == {LATENTS: {(SOURCE, REF.shard)}, "captions/source": {(SOURCE, NEXT.shard)}}
+    write_images(corpus, NEXT, generation=1)  # and so the latents made of them are stale
+    assert damage(corpus).redo[LATENTS] == {(SOURCE, REF.shard), (SOURCE, NEXT.shard)}
+
+
+def test_a_unit_that_lacks_a_shard_is_read_again(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus, columns=[])
+    corpus.store.delete([f"commits/{IMAGES}/{SOURCE}/{NEXT.shard}.0.json"])
+    assert damage(corpus).redo == {UNITS: {(SOURCE, UNIT)}, IMAGES: {(SOURCE, NEXT.shard)}}
+    replace(corpus, f"commits/{UNITS}/{SOURCE}/{UNIT}.0.json", b"{")
+    assert damage(corpus).redo == {UNITS: {(SOURCE, UNIT)}}
+
+
+def test_a_damaged_table_is_deleted(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus, columns=[])
+    replace(corpus, sample_table(corpus).object.name, b"damaged")
+    result = damage(corpus)
+    assert not result.redo and not result.beyond
+    assert not [item.name for item in corpus.store.list("tables") if item.name.endswith(".json")]
+
+
+def test_what_no_build_mends_is_told(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus, columns=[])
+    corpus.store.create("commits/notes.txt", b"")
+    replace(corpus, "columns/scores/basic.json", b"{")
+    assert sorted(str(problem).split(": ")[:2] for problem in damage(corpus.open(tmp_path)).beyond) == [
+        ["declaration", "columns/scores/basic.json"],
+        ["stray", "commits/notes.txt"],
+    ]
