@@ -40,21 +40,24 @@ class Team:
             dist.all_gather_object(found, value)
         return found
 
-    def from_first(self, work: Callable[[], T]) -> T:
-        """What `work` gives to the first process alone, told to all; what it raises there is raised by all."""
-        found: Any = None
+    def from_first(self, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """Run `work` in the first process alone, and return to all what it gives; what it raises there, all raise.
+
+        group: of the processes, if not torch's default one.
+        """
+        result: Any = None
         if self.rank == 0:
             try:
-                found = work()
+                result = work()
             except (ValueError, OSError) as error:
-                found = error
+                result = error
         if self.world > 1:
-            box = [found]
-            dist.broadcast_object_list(box, 0)
-            found = box[0]
-        if isinstance(found, Exception):
-            raise found
-        return cast(T, found)
+            box = [result]
+            dist.broadcast_object_list(box, 0, group)
+            result = box[0]
+        if isinstance(result, Exception):
+            raise result
+        return cast(T, result)
 
     def largest(self, value: float) -> float:
         if self.world == 1:

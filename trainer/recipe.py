@@ -16,7 +16,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class StageRecipe(_Part):
+class LegRecipe(_Part):
     """One leg of the run: a resolution, a length, a mask ratio, a learning rate."""
 
     latents: str
@@ -51,7 +51,7 @@ class StageRecipe(_Part):
     """Images of the stage before the averages begin, with the weights of then. 0: those of the stage before go on."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> "StageRecipe":
+    def _one_length(self) -> "LegRecipe":
         if (self.images is None) == (self.steps is None):
             raise ValueError("give either images or steps")
         return self
@@ -122,7 +122,7 @@ class Recipe(_Part):
     max_broken: float = Field(0.01, ge=0, lt=1)
     """Share of a stage's samples that may turn out broken; each is replaced by another one of its lane. More end the
     run."""
-    stages: list[StageRecipe] = Field(min_length=1)
+    stages: list[LegRecipe] = Field(min_length=1)
     optimizer: OptimizerRecipe = OptimizerRecipe()
     sigma_data: float = Field(0.9, gt=0)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -203,4 +203,4 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     return fields
 
 
-__all__ = ["OPERATION", "OptimizerRecipe", "Recipe", "RequestError", "StageRecipe", "identity", "load_recipe"]
+__all__ = ["OPERATION", "LegRecipe", "OptimizerRecipe", "Recipe", "RequestError", "identity", "load_recipe"]

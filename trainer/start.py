@@ -1,4 +1,4 @@
-"""What a run begins with: the network's arguments, and the weights to go on from."""
+"""What a run begins with: the network's arguments, the weights to start from, and whether a checkpoint is its own."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,83 +11,86 @@ from microdit.model.network import PRESETS, MicroDiT
 from microdit.model.pretrained.hub import ModelFilesError
 from microdit.pipeline.base.errors import RequestError
 from microdit.trainer.checkpoints.contents import Checkpoint
-from microdit.trainer.data.batches import StageData, shapes
-from microdit.trainer.data.sample_index import RunSamples
-from microdit.trainer.data.shard_cache import ShardCache
+from microdit.trainer.data.batches import LegData, sample_shape
+from microdit.trainer.data.broken_samples import NotingShardCache
+from microdit.trainer.data.run_samples import RunSamples
 from microdit.trainer.learner import Learner
 from microdit.trainer.recipe import Recipe, identity
 
 
-def begin_message(recipe: Recipe, samples: RunSamples, stages: Sequence[StageData], learner: Learner) -> str:
+def begin_message(recipe: Recipe, samples: RunSamples, legs: Sequence[LegData], learner: Learner) -> str:
+    """Say what is trained on what, and warn of selections and lanes that are not what they were asked for."""
+    from microdit.pipeline.selection.selections import changed_since  # it brings duckdb
+
     parameters = sum(p.numel() for p in learner.parameters.values())
     lines = [
-        f"{recipe.name}: {parameters / 1e6:.1f}M parameters, {len(stages[-1].index):,} samples, "
+        f"{recipe.name}: {parameters / 1e6:.1f}M parameters, {len(legs[-1].index):,} samples, "
         f"{len(samples.held)} more held out, {'bf16' if learner.bf16 else 'fp32'} on {learner.device}"
     ]
     if samples.missing:
         selection = recipe.stages[-1].selection or recipe.selection
         lines.append(f"{samples.missing:,} samples of {selection} are not in all columns, and left out")
-    lines += old_selections(recipe, samples)
-    if (lanes := stages[-1].lanes.count) < recipe.lanes:
+    for name in dict.fromkeys(selection_names(recipe, samples)):
+        if name is not None and (changed := changed_since(samples.corpus, name)):
+            lines.append(
+                f"{name} was chosen before {', '.join(changed)} changed: its rows are taken as they are now; to choose "
+                "anew, `microdit select` again"
+            )
+    if (lanes := legs[-1].lanes.count) < recipe.lanes:
         lines.append(f"{recipe.lanes} lanes are more than there are samples: {lanes} lanes")
     return "\n".join(lines)
 
 
 def selection_names(recipe: Recipe, samples: RunSamples) -> list[str | None]:
-    """`name@hash` of each stage's selection, None where there is none."""
+    """Return `name@hash` of each leg's selection, None where there is none."""
     from microdit.pipeline.selection.selections import find_selection  # it brings duckdb
 
-    names = [stage.selection or recipe.selection for stage in recipe.stages]
+    names = [leg.selection or recipe.selection for leg in recipe.stages]
     return [None if name is None else find_selection(samples.corpus, name) for name in names]
 
 
-def old_selections(recipe: Recipe, samples: RunSamples) -> list[str]:
-    """What is to be said of selections that were chosen by columns that have other commits now."""
-    from microdit.pipeline.selection.selections import changed_since
-
-    names = dict.fromkeys(name for name in selection_names(recipe, samples) if name is not None)
-    changed = {name: found for name in names if (found := changed_since(samples.corpus, name))}
+def trained_on(recipe: Recipe, samples: RunSamples) -> list[dict[str, Any]]:
+    """Describe what each leg is trained on, for checkpoints."""
     return [
-        f"{name} was chosen before {', '.join(found)} changed: its rows are taken as they are now; to choose anew, "
-        "`microdit select` again"
-        for name, found in changed.items()
+        {"latents": leg.latents, "samples": len(index), "digest": index.digest, "selection": selection}
+        for leg, index, selection in zip(recipe.stages, samples.legs, selection_names(recipe, samples), strict=True)
     ]
 
 
-def refuse_other_run(found: Checkpoint, recipe: Recipe, facts: list[dict[str, Any]]) -> None:
-    """Raises RequestError if a checkpoint is of another recipe, or of other samples."""
+def refuse_other_run(saved: Checkpoint, recipe: Recipe, data: Sequence[Mapping[str, Any]]) -> None:
+    """Raises RequestError if a checkpoint is of another recipe, or of other samples than `trained_on` gives."""
     advice = f"put it back, or set out to another folder than {recipe.out}"
-    before, now = identity(Recipe.model_validate(found.state["recipe"])), identity(recipe)
+    before, now = identity(Recipe.model_validate(saved.state["recipe"])), identity(recipe)
     for name in now:
         if before[name] != now[name]:
             raise RequestError(
-                f"{found.name} was made with {name} = {before[name]}, the recipe says {now[name]}; {advice}"
+                f"{saved.name} was made with {name} = {before[name]}, the recipe says {now[name]}; {advice}"
             )
-    for old, new in zip(found.state["data"], facts, strict=True):
+    for old, new in zip(saved.state["data"], data, strict=True):
         if any(old[name] != new[name] for name in ("latents", "samples", "digest")):
             raise RequestError(
-                f"{found.name} was made on {old['samples']:,} samples of {old['latents']} ({old['digest']}), the "
+                f"{saved.name} was made on {old['samples']:,} samples of {old['latents']} ({old['digest']}), the "
                 f"corpus and the selection now give {new['samples']:,} ({new['digest']}); name the selection "
                 f"with its hash, or {advice}"
             )
 
 
-def generate_info(recipe: Recipe, samples: RunSamples, stage: StageData) -> dict[str, Any]:
-    """What `microdit.model.loading` needs beside the weights; the columns tell text encoder and autoencoder."""
+def generate_info(recipe: Recipe, samples: RunSamples, leg: LegData) -> dict[str, Any]:
+    """Collect what `microdit.model.loading` needs beside the weights; the columns tell text encoder and autoencoder."""
     return {
         "name": recipe.name,
-        "latent_shape": stage.latent_shape,
+        "latent_shape": leg.latent_shape,
         "sigma_data": recipe.sigma_data,
         "guidance_scale": recipe.guidance_scale,
-        "latents": samples.corpus.column(stage.stage.latents).stage,
-        "text": samples.corpus.column(stage.text[0]).stage,
+        "latents": samples.corpus.column(leg.leg.latents).stage,
+        "text": samples.corpus.column(leg.text[0]).stage,
     }
 
 
 def network_config(
-    recipe: Recipe, samples: RunSamples, cache: ShardCache, init: "Init | None" = None
+    recipe: Recipe, samples: RunSamples, cache: NotingShardCache, init: "Init | None" = None
 ) -> dict[str, Any]:
-    """The arguments of `MicroDiT`: the recipe's, or those of the weights it starts from, with what the columns say.
+    """Complete the arguments of `MicroDiT`, the recipe's or those of the weights it starts from, by the columns.
 
     Raises:
         RequestError: naming what does not fit the columns.
@@ -96,15 +99,15 @@ def network_config(
     preset = given.pop("preset", None)
     if preset is not None and preset not in PRESETS:
         raise RequestError(f"model.preset = {preset!r}: expected one of {', '.join(PRESETS)}")
-    found = [
-        shapes(cache, index, stage.latents, list(recipe.text))
-        for index, stage in zip(samples.stages, recipe.stages, strict=True)
+    shapes = [
+        sample_shape(cache, index, leg.latents, list(recipe.text))
+        for index, leg in zip(samples.legs, recipe.stages, strict=True)
     ]
-    (channels, size, _), width = found[0]
-    for ((other, _, _), _), stage in zip(found, recipe.stages, strict=True):
+    (channels, size, _), width = shapes[0]
+    for ((other, _, _), _), leg in zip(shapes, recipe.stages, strict=True):
         if other != channels:
             raise RequestError(
-                f"stages: {stage.latents} has {other} channels, {recipe.stages[0].latents} has {channels}; "
+                f"stages: {leg.latents} has {other} channels, {recipe.stages[0].latents} has {channels}; "
                 "take latents of one autoencoder"
             )
     if init is not None:
@@ -120,7 +123,7 @@ def network_config(
 
 
 def built_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of the `MicroDiT` that these give.
+    """Return all arguments of the `MicroDiT` that these give.
 
     Raises:
         RequestError: they give none.
@@ -169,10 +172,8 @@ class Init:
 def refuse_other_models(name: str, parts: Parts, recipe: Recipe, samples: RunSamples) -> None:
     """Raises RequestError, which names them all, where columns were not made as what the weights were trained on."""
     wrong = []
-    for stage in recipe.stages:
-        wrong += _difference(
-            parts.autoencoder, stage.latents, samples.corpus.column(stage.latents).stage, "autoencoder"
-        )
+    for leg in recipe.stages:
+        wrong += _difference(parts.autoencoder, leg.latents, samples.corpus.column(leg.latents).stage, "autoencoder")
     for column in recipe.text:
         declared = samples.corpus.column(column).stage
         wrong += _difference(parts.text_encoder, column, declared, "encoder")
@@ -191,6 +192,7 @@ def refuse_other_models(name: str, parts: Parts, recipe: Recipe, samples: RunSam
 
 
 def _difference(part: Part, column: str, declared: Mapping[str, Any], kind: str) -> list[str]:
+    """Say how a column's models differ from what the weights were trained with; nothing if they do not."""
     if part.trained_with is not None:
         if part.trained_with != declared.get("model"):
             return [

@@ -16,14 +16,16 @@ from microdit.model.network import MicroDiT
 from microdit.model.picture_files import grid
 from microdit.model.text_to_image import MicroDiTPipeline
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.cli.bucket_checkpoint import on_this_machine
 from microdit.pipeline.config.images import PILLOW_MAX_PIXELS
 from microdit.pipeline.content.crop import square
 from microdit.pipeline.content.images import BadImage, decode
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.rows import read_rows
+from microdit.pipeline.corpus.shard_cache import ShardId
+from microdit.pipeline.selection.sample_index import SampleIndex, open_columns, read_captions
 from microdit.pipeline.stages.rows import image_bytes
-from microdit.trainer.checkpoints.bucket import on_this_machine
-from microdit.trainer.data.sample_index import SampleIndex, Where, open_columns, open_samples, read_captions
+from microdit.trainer.data.run_samples import open_samples
 from microdit.trainer.recipe import Recipe
 
 SEED = 1  # of the noise, and with the recipe's seed of the captions drawn
@@ -63,7 +65,7 @@ def evaluate(
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: state.json is no trainer's ({error})") from error
     samples = open_samples(recipe)
-    index = samples.stages[-1]
+    index = samples.legs[-1]
     if state["data"][-1]["digest"] != index.digest:
         raise RequestError(
             f"{folder} was trained on other samples than corpus {recipe.corpus} gives now: evaluate it on that corpus, "
@@ -160,11 +162,11 @@ def read_images(corpus: Corpus, index: SampleIndex, side: int) -> dict[str, np.n
         RequestError: a sample has no picture.
     """
 
-    def read(where: Where, rows: list[int]) -> Iterator[tuple[str, np.ndarray]]:
+    def read(shard: ShardId, rows: list[int]) -> Iterator[tuple[str, np.ndarray]]:
         wanted = set(rows)
-        for line in read_rows(corpus, commits[where]):
+        for line in read_rows(corpus, commits[shard]):
             if line.row in wanted:
-                name = f"{where[0]}/{where[1]}/{line.row}"
+                name = f"{shard[0]}/{shard[1]}/{line.row}"
                 try:
                     data = image_bytes(line.members)
                 except BadImage as error:
@@ -174,4 +176,4 @@ def read_images(corpus: Corpus, index: SampleIndex, side: int) -> dict[str, np.n
     commits = open_columns(corpus, ["images"])["images"]
     rows = index.by_shard()
     with ThreadPoolExecutor(2) as pool:
-        return dict(pair for found in pool.map(lambda item: list(read(*item)), rows.items()) for pair in found)
+        return dict(pair for pairs in pool.map(lambda item: list(read(*item)), rows.items()) for pair in pairs)

@@ -107,7 +107,7 @@ def generate(
 
     try:
         if urlsplit(checkpoint).scheme in SCHEMES:
-            from microdit.trainer.checkpoints.bucket import on_this_machine
+            from microdit.pipeline.cli.bucket_checkpoint import on_this_machine
 
             checkpoint = str(on_this_machine(checkpoint))
         check_sampling(steps, 1.0 if guidance_scale is None else guidance_scale, sampler, guidance_interval)

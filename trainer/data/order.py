@@ -7,11 +7,9 @@ With weights the lanes are of equal weight: a sample on the border of two belong
 each. In an epoch of a lane, as long as N / C, a sample of r times the mean weight comes floor(r) times or once more.
 """
 
-import math
-
 import numpy as np
 
-from microdit.trainer.data.sample_index import SampleIndex
+from microdit.pipeline.selection.sample_index import SampleIndex
 
 
 def _raw(n: int, *seed: int) -> np.ndarray:
@@ -26,7 +24,7 @@ def _shuffled(n: int, *seed: int) -> np.ndarray:
 class Lanes:
     """The order of the samples of an index.
 
-    lanes: wished for; with fewer samples it is the largest divisor of it that leaves none empty.
+    lanes: requested number; with fewer samples, the largest divisor of it that leaves no lane empty.
     window: shards of a lane among which rows are shuffled.
     """
 
@@ -41,7 +39,7 @@ class Lanes:
         self._epochs: dict[int, dict[int, tuple[int, np.ndarray]]] = {}  # by lane, then by number
 
     def size(self, lane: int) -> int:
-        """Samples in an epoch of a lane."""
+        """Count the samples in an epoch of a lane."""
         if self._ends is not None:
             return max(round(len(self.index) / self.count), 1)
         return self._bounds[lane + 1] - self._bounds[lane]
@@ -61,11 +59,13 @@ class Lanes:
         size = self.size(lane)
         return size / self._epoch(lane, n // size)[0]
 
-    def replacement(self, lane: int, n: int, tries: int) -> int:
-        """Position of the sample that takes the place of a lane's n-th, the first `tries - 1` of them being broken too.
+    def replacement(self, seen: int, row: int, tries: int) -> int:
+        """Choose what replaces a row of the batch after `seen` samples, `tries - 1` others having been broken too.
 
-        It stands a window further on, which is read soon anyway, so that a broken shard's samples find other ones.
+        It stands a window further on in its lane, which is read soon anyway, so that a broken shard's samples find
+        other ones.
         """
+        lane, n = row % self.count, seen // self.count + row // self.count
         epoch, offset = divmod(n, size := self.size(lane))
         windows, order = self._epoch(lane, epoch)
         return int(order[(offset + tries * (size // windows) + tries // windows) % size])  # after a round, the next one
@@ -110,22 +110,3 @@ class Lanes:
         lanes = np.arange(rank * own, (rank + 1) * own)
         positions = np.stack([self.samples(lane, seen // self.count, each) for lane in lanes.tolist()], axis=1)
         return (np.arange(each)[:, None] * self.count + lanes).ravel(), positions.ravel()
-
-    def place(self, seen: int, row: int) -> tuple[int, int]:
-        """Lane, and number in it, of a row of the global batch after `seen` samples."""
-        return row % self.count, seen // self.count + row // self.count
-
-
-def shuffle_quality(order: np.ndarray, group: np.ndarray) -> float:
-    """Mean distance in a sequence between a sample and the next one of its group, by what a uniform shuffle gives.
-
-    order: positions in the sequence's order; group: of each position. 1 is as good as uniform, less is clumped.
-    """
-    found = group[order]
-    places = np.argsort(found, kind="stable")
-    gaps = np.diff(places)[np.diff(found[places]) == 0]
-    counts = np.bincount(found)
-    counts = counts[counts > 1]
-    # of n places drawn from N the mean distance between neighbours is (N + 1) / (n + 1)
-    uniform = ((len(order) + 1) / (counts + 1) * (counts - 1)).sum() / (counts - 1).sum()
-    return math.nan if not len(gaps) else float(gaps.mean() / uniform)

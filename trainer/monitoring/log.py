@@ -14,8 +14,8 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.trainer.monitoring.progress import Progress
 from microdit.trainer.objective import NOISE_EDGES
-from microdit.trainer.progress import Progress
 
 NOISE_NAMES = [
     f"{low:g}..{high:g}" for low, high in zip((-float("inf"), *NOISE_EDGES), (*NOISE_EDGES, float("inf")), strict=True)

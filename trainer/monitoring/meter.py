@@ -9,9 +9,9 @@ import torch
 from microdit.model.flops import gpu_peak
 from microdit.trainer.data.batch import Batch
 from microdit.trainer.monitoring.log import Log, by_noise
+from microdit.trainer.monitoring.progress import Progress
 from microdit.trainer.objective import NOISE_BINS, Step
 from microdit.trainer.processes import Team
-from microdit.trainer.progress import Progress
 
 
 class Meter:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microdit.trainer.data.sample_index import SampleIndex
+from microdit.pipeline.selection.sample_index import SampleIndex
 from microdit.trainer.processes import Team
 
 LIMIT = 3  # in a row, and the run stops
