@@ -7,24 +7,30 @@ from dataclasses import asdict
 from typing import Any
 
 from microdit.pipeline.base.errors import RequestError
-from microdit.pipeline.selection.sample_index import SampleIndex
 from microdit.trainer.checkpoints.contents import folder_name, snapshot
 from microdit.trainer.checkpoints.saver import Saver, load_latest, open_checkpoints
 from microdit.trainer.data.batch import Batch
-from microdit.trainer.data.batches import LegData, open_cache, sample_shape
+from microdit.trainer.data.batches import LegData, open_cache
 from microdit.trainer.data.run_samples import open_samples
 from microdit.trainer.learner import Learner
 from microdit.trainer.monitoring.log import Log
-from microdit.trainer.monitoring.meter import Meter
-from microdit.trainer.monitoring.not_finite import LIMIT, NotFinite
+from microdit.trainer.monitoring.meter import LIMIT, Meter, NotFinite
 from microdit.trainer.monitoring.progress import Progress, TimeBudget
 from microdit.trainer.monitoring.sample_sheets import SampleSheets
 from microdit.trainer.monitoring.validation import Validation
 from microdit.trainer.objective import learning_rate
 from microdit.trainer.processes import Moments, Signals, joined_team
-from microdit.trainer.recipe import LegRecipe, Recipe
-from microdit.trainer.start import Init, begin_message, generate_info, network_config, refuse_other_run, trained_on
-from microdit.trainer.trials import measure_speed, with_micro_batch
+from microdit.trainer.recipe import Recipe
+from microdit.trainer.start import (
+    Init,
+    begin_message,
+    generate_info,
+    measure_speed,
+    network_config,
+    refuse_other_run,
+    trained_on,
+    with_micro_batch,
+)
 
 
 class Run:
@@ -44,18 +50,18 @@ class Run:
         self.cache = stack.enter_context(closing(open_cache(recipe, self.samples)))
         self.config = network_config(recipe, self.samples, self.cache, self.init)
         self.learner = Learner(recipe, self.config, self.team)
-        self.legs = [self._leg_data(*leg) for leg in zip(recipe.stages, self.samples.legs, strict=True)]
+        rank, world, patch_size = self.team.rank, self.team.world, self.config["patch_size"]
+        self.legs = [
+            LegData(recipe, leg, index, self.cache, patch_size, rank, world)
+            for leg, index in zip(recipe.stages, self.samples.legs, strict=True)
+        ]
+        for data in self.legs:
+            data.leg = with_micro_batch(self.learner, data)
         self.validation = Validation(self.samples, self.team, self.log)
         self.trained_on = trained_on(recipe, self.samples)
         self.checkpoints = open_checkpoints(recipe)
         keep = recipe.checkpoint_keep, recipe.checkpoint_keep_hours
         self.saver = stack.enter_context(Saver(self.checkpoints, *keep, self.log.say))
-
-    def _leg_data(self, leg: LegRecipe, index: SampleIndex) -> LegData:
-        shape, width = sample_shape(self.cache, index, leg.latents, list(self.recipe.text))
-        leg = with_micro_batch(self.learner, leg, self.team, shape, (self.recipe.text_lengths[-1], width))
-        patch = self.config["patch_size"]
-        return LegData(self.recipe, leg, index, self.cache, patch, self.team.rank, self.team.world)
 
     # -- before the first step -----------------------------------------------------------------------------------
     def resume(self, allowed: bool) -> None:

@@ -1,9 +1,13 @@
-"""What a run begins with: the network's arguments, the weights to start from, and whether a checkpoint is its own."""
+"""What comes before the first step: the network's arguments, weights to start from, whether a checkpoint is the run's
+own, and what is tried: the largest micro-batch that fits into memory, and how long a step takes."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from microdit.model.checkpoint import CheckpointError, config_from_state_dict, read_config, read_state_dict
 from microdit.model.loading import Part, Parts, find_parts
@@ -11,11 +15,16 @@ from microdit.model.network import PRESETS, MicroDiT
 from microdit.model.pretrained.hub import ModelFilesError
 from microdit.pipeline.base.errors import RequestError
 from microdit.trainer.checkpoints.contents import Checkpoint
+from microdit.trainer.data.batch import MicroBatch
 from microdit.trainer.data.batches import LegData, sample_shape
 from microdit.trainer.data.broken_samples import NotingShardCache
 from microdit.trainer.data.run_samples import RunSamples
 from microdit.trainer.learner import Learner
-from microdit.trainer.recipe import Recipe, identity
+from microdit.trainer.processes import Team
+from microdit.trainer.recipe import AUTO, LegRecipe, Recipe, identity
+
+CPU_MICRO_BATCH = 32  # what `auto` is on a CPU, where memory is no good measure
+WARM_STEPS, TIMED_STEPS = 3, 8  # of a leg, to measure the speed
 
 
 def begin_message(recipe: Recipe, samples: RunSamples, legs: Sequence[LegData], learner: Learner) -> str:
@@ -201,3 +210,72 @@ def _difference(part: Part, column: str, declared: Mapping[str, Any], kind: str)
     elif declared.get(kind) != part.name:
         return [f"{column} is of {kind} {declared.get(kind)}, the weights are of {part.name}"]
     return []
+
+
+# -- what is tried ---------------------------------------------------------------------------------------------------
+def with_micro_batch(learner: Learner, data: LegData) -> LegRecipe:
+    """Put a number where a leg says `micro_batch: auto`.
+
+    Raises:
+        RequestError: not even one image fits into the memory, or parameters are shared out on GPUs.
+    """
+    leg, team = data.leg, learner.team
+    if leg.micro_batch != AUTO:
+        return leg
+    own = leg.batch // team.world
+    if team.device.type == "cpu":
+        return leg.model_copy(update={"micro_batch": min(own, CPU_MICRO_BATCH)})
+    if learner.sharded:  # each pass needs all processes: one that runs out of memory would leave the others waiting
+        raise RequestError("micro_batch: auto cannot be tried with parallel = fsdp; give a number")
+    size = largest_that_fits(own, lambda size: _try(learner, data, size))
+    return leg.model_copy(update={"micro_batch": int(-team.largest(-size))})
+
+
+def largest_that_fits(size: int, attempt: Callable[[int], None]) -> int:
+    """Return the first of size, size / 2, ... with which `attempt` does not run out of memory."""
+    while True:
+        try:
+            attempt(size)
+            return size
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise RequestError(f"micro_batch: not even one image fits into the memory: {error}") from error
+        size = -(-size // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _try(learner: Learner, data: LegData, size: int) -> None:
+    """Run made-up samples forward and backward, beside what the optimizer and the averages will hold."""
+    states = 2 * (not learner.optimizer.state) + len(data.leg.half_lives) - len(learner.averages)
+    held = [torch.empty_like(p) for p in learner.parameters.values() for _ in range(states)]
+    latents, tokens = torch.zeros(size, *data.latent_shape), data.recipe.text_lengths[-1]
+    part = MicroBatch(
+        torch.arange(size), latents, torch.zeros(size, tokens, data.text_width),
+        torch.ones(size, tokens, dtype=torch.bool), torch.zeros(size), latents,
+        None if data.tokens is None else torch.arange(data.tokens).expand(size, -1),
+    )  # fmt: skip
+    objective = (
+        learner.objective.module if isinstance(learner.objective, DistributedDataParallel) else learner.objective
+    )
+    try:
+        with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.bf16):
+            loss, _ = objective(part.to(learner.device), data.leg)
+        loss.backward()
+    finally:
+        learner.optimizer.zero_grad()
+        del held
+
+
+def measure_speed(recipe: Recipe, config: dict[str, Any], team: Team, legs: Sequence[LegData]) -> list[float]:
+    """Measure the seconds that a step of each leg takes: a few steps of a network that is thrown away."""
+    seconds = []
+    for data in legs:
+        learner, marks = Learner(recipe, config, team), []
+        with closing(data.batches_ahead(0, 0, WARM_STEPS + TIMED_STEPS)) as batches:
+            for batch in batches:
+                taken = learner.step(batch, data.leg, rate=data.leg.learning_rate)
+                taken.loss.item()  # waits for the device
+                marks.append(time.perf_counter())
+        seconds.append(team.largest((marks[-1] - marks[WARM_STEPS - 1]) / TIMED_STEPS))
+    return seconds

@@ -7,11 +7,12 @@ store tries again, and when it gives up that is a `RequestError`.
 
 import hashlib
 import os
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from io import FileIO
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +26,8 @@ from microdit.pipeline.corpus.disk_cache import DiskCache
 from microdit.pipeline.corpus.quantised import Quantised
 from microdit.pipeline.corpus.records import Commit, ObjectRef
 from microdit.pipeline.storage.store import Store
+
+Field: TypeAlias = np.ndarray | Quantised  # what a row of a column of arrays holds
 
 
 class BrokenError(Exception):
@@ -48,7 +51,7 @@ class OpenShard:
         """Bytes of it that are held in memory."""
         return len(self._data) if isinstance(self._data, memoryview) else 0
 
-    def field(self, row: int) -> np.ndarray | Quantised:
+    def field(self, row: int) -> Field:
         """Read what a row holds: a view of its `.npy`, or the parts of quantised text.
 
         Raises:
@@ -135,6 +138,27 @@ class ShardReader:
             raise RequestError(f"{ref.name} cannot be read: {error}") from error
         self._checked.add(ref.name)
         return file
+
+
+def read_scattered(reader: ShardReader, wanted: Sequence[tuple[Commit, int]]) -> list[Field | BrokenError]:
+    """Read single rows, each named by its shard's commit and its number, or say why one cannot be read.
+
+    For rows that lie scattered over many shards, which are not read whole for them.
+
+    Raises:
+        RequestError: the storage fails.
+    """
+    with ThreadPoolExecutor(16) as pool:
+        commits = {commit.object.name: commit for commit, _ in wanted}
+        shards = {name: pool.submit(reader.open_ranges, commit) for name, commit in commits.items()}
+
+        def read(commit: Commit, row: int) -> Field | BrokenError:
+            try:
+                return shards[commit.object.name].result().field(row)
+            except BrokenError as error:
+                return error
+
+        return list(pool.map(lambda one: read(*one), wanted))
 
 
 def _table(commit: Commit, sidecar: FileIO | memoryview) -> pa.Table:

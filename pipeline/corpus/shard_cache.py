@@ -9,12 +9,9 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import numpy as np
-
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.disk_cache import DiskCache
-from microdit.pipeline.corpus.open_shard import OpenShard, ShardReader
-from microdit.pipeline.corpus.quantised import Quantised
+from microdit.pipeline.corpus.open_shard import Field, OpenShard, ShardReader
 from microdit.pipeline.corpus.records import Commit
 
 ShardId = tuple[str, str]  # source, shard
@@ -54,7 +51,7 @@ class ShardCache:
         self._shards.move_to_end(key)
         return self._shards[key]
 
-    def field(self, column: str, shard: ShardId, row: int) -> np.ndarray | Quantised:
+    def field(self, column: str, shard: ShardId, row: int) -> Field:
         """Read what a row of a column holds. Raises as `OpenShard.field` and `ShardReader.read`."""
         return self.request(column, shard).result().field(row)
 

@@ -19,8 +19,8 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.trainer.__main__ import main
 from microdit.trainer.objective import learning_rate
 from microdit.trainer.recipe import LegRecipe
+from microdit.trainer.start import largest_that_fits
 from microdit.trainer.train import train
-from microdit.trainer.trials import largest_that_fits
 from tests.trainer.conftest import STAGE, build_corpus, build_recipe, validations
 
 

@@ -5,7 +5,6 @@ BUCKET/step-00001200-0d5f.../model.safetensors    named by that alone: what no s
 """
 
 import json
-import os
 import re
 import secrets
 import shutil
@@ -22,14 +21,13 @@ from microdit.model.checkpoint import CheckpointError
 from microdit.model.loading import STEP_FOLDER
 from microdit.pipeline.base.errors import first_line
 from microdit.pipeline.corpus.shard_files import sha256_file
+from microdit.pipeline.storage import ranges
 from microdit.pipeline.storage.store import Store
 from microdit.pipeline.storage.uploads import old_uploads
 from microdit.trainer.checkpoints import contents
 from microdit.trainer.checkpoints.contents import Checkpoint, TensorSnapshot, folder_name
 
 OLD = timedelta(hours=6)  # what no state names by then is a killed process's, or of a write that failed
-RANGE = 32 << 20  # bytes of one request for a part of a file
-READERS = 8  # requests at once
 UNREADABLE = (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged state raises
 HASHED = re.compile(r"[0-9a-f]{64}")
 ATTEMPT = re.compile(r"(step-\d+)-[0-9a-f]{16}/[^/]+")
@@ -144,19 +142,8 @@ class BucketCheckpoints:
                 continue
             if Path(name).name != name or not ATTEMPT.fullmatch(file["object"]) or not HASHED.fullmatch(file["sha256"]):
                 raise CheckpointError(f"file {name!r}: object or SHA-256 are of no known form")
-            self._download(file["object"], int(file["size"]), folder / name)
+            ranges.download(self.store, file["object"], int(file["size"]), folder / name)
             size, digest = (folder / name).stat().st_size, sha256_file(folder / name)
             if (size, digest) != (file["size"], file["sha256"]):
                 raise CheckpointError(f"{self}/{file['object']} is damaged: SHA-256 {digest}, expected {file}")
         (folder / "state.json").write_text(json.dumps(state, indent=1))
-
-    def _download(self, name: str, size: int, path: Path) -> None:
-        """Write an object as a file, in parts: READERS x RANGE bytes of memory at most."""
-        with path.open("wb") as file, ThreadPoolExecutor(READERS) as pool:
-            if size:
-                os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows now
-
-            def part(start: int) -> None:
-                os.pwrite(file.fileno(), self.store.get_range(name, start, min(RANGE, size - start)), start)
-
-            list(pool.map(part, range(0, size, RANGE)))

@@ -5,18 +5,17 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.corpus.open_shard import Field
 from microdit.pipeline.corpus.quantised import Quantised
 
 MOST_FREE = 12  # buffers that wait for a batch
 LARGER = 2  # times as large as asked for may a buffer be that is given again
-Field: TypeAlias = np.ndarray | Quantised
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import torch
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.threads import read_ahead
 from microdit.pipeline.corpus.disk_cache import DiskCache
-from microdit.pipeline.corpus.open_shard import BrokenError
+from microdit.pipeline.corpus.open_shard import BrokenError, Field
 from microdit.pipeline.corpus.shard_cache import ShardId
 from microdit.pipeline.selection.sample_index import SampleIndex
-from microdit.trainer.data.batch import Batch, Buffers, Field, MicroBatch, pad_text
+from microdit.trainer.data.batch import Batch, Buffers, MicroBatch, pad_text
 from microdit.trainer.data.broken_samples import WHOLE, NotingShardCache
 from microdit.trainer.data.order import Lanes
 from microdit.trainer.data.randomness import Draw, Noise
@@ -168,15 +168,17 @@ class LegData:
             self.cache.broken.add(column, shard, row, str(error))
             raise
 
-    def checked(self, column: str, value: Field) -> Field:
-        """Return the same field of a sample; raises BrokenError if it has another shape than the others."""
+    def checked(self, column: str, value: Field | BrokenError) -> Field:
+        """Return the same field of a sample; raises BrokenError if it is one, or has another shape than the others."""
+        if isinstance(value, BrokenError):
+            raise value
         if column == self.leg.latents:
             channels, *sides = self.latent_shape
             expected = (2 * channels if self.moments else channels, *sides)
             if value.shape != expected:
-                raise BrokenError(f"its shape is {value.shape}, the others' is {expected}")
+                raise BrokenError(f"its shape in {column} is {value.shape}, the others' is {expected}")
         elif len(value.shape) != 2 or not len(value) or value.shape[1] != self.text_width:
-            raise BrokenError(f"its shape is {value.shape}, expected (tokens, {self.text_width})")
+            raise BrokenError(f"its shape in {column} is {value.shape}, expected (tokens, {self.text_width})")
         return value
 
     def _refuse_too_many(self) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from microdit.pipeline.corpus.open_shard import BrokenError
-from microdit.pipeline.corpus.quantised import Quantised
+from microdit.pipeline.corpus.open_shard import BrokenError, Field
 from microdit.pipeline.corpus.shard_cache import ShardCache, ShardId
 from microdit.pipeline.selection.sample_index import SampleIndex
 
@@ -68,7 +67,7 @@ class NotingShardCache(ShardCache):
         super().__init__(*args)
         self.broken = BrokenSamples()
 
-    def field(self, column: str, shard: ShardId, row: int) -> np.ndarray | Quantised:
+    def field(self, column: str, shard: ShardId, row: int) -> Field:
         """Read what a row of a column holds.
 
         Raises:

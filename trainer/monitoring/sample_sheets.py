@@ -15,6 +15,7 @@ from torch import Tensor
 
 from microdit.model.checkpoint import CheckpointError
 from microdit.model.edm import EDM
+from microdit.model.encoded_prompts import EncodedPrompts
 from microdit.model.loading import trained_part
 from microdit.model.network import MicroDiT
 from microdit.model.picture_files import grid
@@ -114,21 +115,3 @@ class SampleSheets:
 
 def sheet_path(out: Path, step: int) -> Path:
     return out / "samples" / f"{folder_name(step)}.png"
-
-
-class EncodedPrompts:
-    """Stands for a text encoder that has encoded the prompts and is gone: it may be larger than the network."""
-
-    def __init__(self, encoder: TextEncoder, prompts: Sequence[str]):
-        self.name, self.width, self.device = encoder.name, encoder.width, encoder.device
-        encoded = {prompt: encoder.encode([prompt]) for prompt in prompts}
-        self._encoded = {prompt: (text.cpu(), lengths.cpu()) for prompt, (text, lengths) in encoded.items()}
-
-    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        (text,) = texts
-        embeddings, lengths = self._encoded[text]
-        return embeddings.to(self.device), lengths
-
-    def to(self, device: str | torch.device) -> "EncodedPrompts":
-        self.device = torch.device(device)
-        return self

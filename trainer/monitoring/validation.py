@@ -8,8 +8,6 @@ distribution. No caption is dropped and no patch is masked: it is the loss of wh
 """
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +16,8 @@ import torch
 from torch import Tensor
 
 from microdit.model.edm import EDM
-from microdit.pipeline.corpus.open_shard import BrokenError, ShardReader
-from microdit.pipeline.corpus.shard_cache import ShardId
-from microdit.trainer.data.batch import Field, pad_text
+from microdit.pipeline.corpus.open_shard import BrokenError, Field, ShardReader, read_scattered
+from microdit.trainer.data.batch import pad_text
 from microdit.trainer.data.batches import LegData
 from microdit.trainer.data.randomness import HeldOutDraw
 from microdit.trainer.data.run_samples import RunSamples
@@ -28,8 +25,6 @@ from microdit.trainer.learner import Learner
 from microdit.trainer.monitoring.log import Log, by_noise
 from microdit.trainer.objective import NOISE_BINS, NOISE_EDGES
 from microdit.trainer.processes import Team
-
-THREADS = 16  # that read samples
 
 
 @dataclass(frozen=True)
@@ -109,48 +104,29 @@ class Validation:
         sigma_normal = torch.special.ndtri(torch.from_numpy(share)).float()
         mine = list(range(self.team.rank, len(held), self.team.world))
         draws = [HeldOutDraw.of(int(own[i]), data.text_bounds, data.latent_shape) for i in mine]
-        wanted = [(data.text[draw.column], *held.locate(i)) for i, draw in zip(mine, draws, strict=True)]
-        read = list(zip(mine, draws, read_samples(self.samples, data, wanted), strict=True))
-        broken = [f"{held.name(i)}: {sample}" for i, _, sample in read if isinstance(sample, BrokenError)]
-        if broken := [line for lines in self.team.gathered(broken) for line in lines]:
-            self.log.say(f"{len(broken)} of {len(held)} held-out samples cannot be read, and are left out: {broken[0]}")
-        count = -(-len(held) // self.team.world)
+        columns = [(data.leg.latents, data.text[draw.column]) for draw in draws]
+        located = [(column, *held.locate(i)) for i, pair in zip(mine, columns, strict=True) for column in pair]
+        wanted = [(self.samples.columns[column][shard], row) for column, shard, row in located]
+        fields = read_scattered(ShardReader(self.samples.corpus.store), wanted)
+        count, broken = -(-len(held) // self.team.world), []
         rows = HeldOutRows(
             torch.zeros(count, *data.latent_shape), [np.zeros((1, data.text_width), np.float16)] * count,
             torch.zeros(count), torch.zeros(count, *data.latent_shape), torch.zeros(count),
         )  # fmt: skip
-        for n, (i, draw, sample) in enumerate(read):
-            if not isinstance(sample, BrokenError):
-                latents = torch.from_numpy(sample[0].astype(np.float32))
-                if data.moments:
-                    mean, deviation = latents.chunk(2)
-                    latents = mean + deviation * draw.posterior
-                rows.latents[n], rows.texts[n], rows.noise[n] = latents, sample[1], draw.noise
-                rows.sigma_normal[n], rows.weight[n] = sigma_normal[i], 1.0
-        return rows
-
-
-def read_samples(
-    samples: RunSamples, data: LegData, wanted: Sequence[tuple[str, ShardId, int]]
-) -> list[tuple[np.ndarray, Field] | BrokenError]:
-    """Read latents and text of samples, each named by text column, shard and row; or say why one cannot be read.
-
-    Held-out samples lie scattered over all shards, which are not read whole for them.
-    """
-    reader, latents = ShardReader(samples.corpus.store), data.leg.latents
-    with ThreadPoolExecutor(THREADS) as pool:
-        names = dict.fromkeys((column, shard) for text, shard, _ in wanted for column in (latents, text))
-        opened = {name: pool.submit(reader.open_ranges, samples.columns[name[0]][name[1]]) for name in names}
-
-        def read(text: str, shard: ShardId, row: int) -> tuple[np.ndarray, Field] | BrokenError:
-            column = latents
+        for n, (i, draw, pair) in enumerate(zip(mine, draws, columns, strict=True)):
             try:
-                latent = data.checked(column, opened[column, shard].result().field(row))
-                if not isinstance(latent, np.ndarray) or not np.isfinite(latent).all():
-                    raise BrokenError("it is not finite")
-                column = text
-                return latent, data.checked(column, opened[column, shard].result().field(row))
+                array, text = (data.checked(*field) for field in zip(pair, fields[2 * n : 2 * n + 2], strict=True))
+                latents = torch.from_numpy(np.asarray(array, np.float32))
+                if not latents.isfinite().all():
+                    raise BrokenError(f"{pair[0]} is not finite")
             except BrokenError as error:
-                return BrokenError(f"{column}: {error}")
-
-        return list(pool.map(read, *zip(*wanted, strict=True)) if wanted else ())
+                broken.append(f"{held.name(i)}: {error}")
+                continue
+            if data.moments:
+                mean, deviation = latents.chunk(2)
+                latents = mean + deviation * draw.posterior
+            rows.latents[n], rows.texts[n], rows.noise[n] = latents, text, draw.noise
+            rows.sigma_normal[n], rows.weight[n] = sigma_normal[i], 1.0
+        if broken := [line for lines in self.team.gathered(broken) for line in lines]:
+            self.log.say(f"{len(broken)} of {len(held)} held-out samples cannot be read, and are left out: {broken[0]}")
+        return rows

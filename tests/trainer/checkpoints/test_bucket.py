@@ -22,6 +22,7 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.cli.bucket_checkpoint import on_this_machine
 from microdit.pipeline.cli.generate import generate
 from microdit.pipeline.storage import bucket as bucket_store
+from microdit.pipeline.storage import ranges
 from microdit.pipeline.storage.store import open_store
 from microdit.trainer.checkpoints import bucket as bucket_module
 from microdit.trainer.checkpoints.bucket import BucketCheckpoints
@@ -143,7 +144,7 @@ def test_a_kill_at_any_request_leaves_the_one_before_and_leftovers_are_swept(
 
 def test_large_files_go_in_parts_both_ways(checkpoints: BucketCheckpoints, monkeypatch) -> None:
     tensors = {"w": torch.randn(5, 1 << 20)}  # 20 MiB
-    monkeypatch.setattr(bucket_module, "RANGE", 3 << 20)
+    monkeypatch.setattr(ranges, "RANGE", 3 << 20)
     checkpoints.write(3, TensorSnapshot({"model.safetensors": tensors, "optimizer.safetensors": {}}, {}), {}, {})
     found = checkpoints.read("step-00000003")
     assert torch.equal(found.model["w"], tensors["w"])

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from microdit.trainer.progress import Progress
 from PIL import Image
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.trainer.monitoring.log import Log
+from microdit.trainer.monitoring.progress import Progress
 from microdit.trainer.train import train
 from tests.trainer.conftest import STAGE
 
