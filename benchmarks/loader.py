@@ -43,9 +43,9 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import ShardRef
 from microdit.pipeline.selection.sample_index import SampleIndex
-from microdit.trainer.data.batches import LegData, open_cache
+from microdit.trainer.data.batches import LegData
 from microdit.trainer.data.order import Lanes
-from microdit.trainer.data.run_samples import open_samples
+from microdit.trainer.data.samples import open_cache, open_samples
 from microdit.trainer.recipe import Recipe
 from tests.servers.s3 import environ, environment
 

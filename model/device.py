@@ -1,5 +1,7 @@
 """Choose a device, and tell whether bfloat16 is fast on it."""
 
+import resource
+
 import torch
 
 
@@ -13,3 +15,10 @@ def best_device() -> str:
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether bf16 is the faster way here: every GPU, and CPUs that multiply it (AMX; AVX-512 BF16: twice as fast)."""
     return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def peak_memory_mb(device: torch.device) -> int:
+    """Return the most that this process has held so far: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

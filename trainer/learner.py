@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from microdit.model.edm import EDM
 from microdit.model.flops import training_flops
 from microdit.model.network import MicroDiT
 from microdit.trainer.checkpoints import contents as checkpoint
-from microdit.trainer.data.batch import Batch, MicroBatch
+from microdit.trainer.data.batch import Batch
 from microdit.trainer.objective import NOISE_BINS, Objective, Step
 from microdit.trainer.processes import Team
 from microdit.trainer.recipe import LegRecipe, Recipe
@@ -52,7 +53,7 @@ class Learner:
         self.parameters = dict(self.net.named_parameters())
         self.optimizer = self._optimizer()
         self.averages: list[dict[str, Tensor]] = []
-        self._known_flops: dict[Any, int] = {}
+        self._flops = cache(partial(training_flops, self.net))  # of one sample, forward and backward
 
     def _optimizer(self) -> torch.optim.AdamW:
         options = self.recipe.optimizer
@@ -84,7 +85,7 @@ class Learner:
             share.backward()
             loss += share.detach()
             noise += part_noise
-            flops += len(part.latents) * self._flops(part, leg)
+            flops += len(part.latents) * self._flops(tuple(part.latents.shape[1:]), part.text.shape[1], leg.mask_ratio)
         # gradients are averaged over processes by now: all see the same norm and do the same
         clip = leg.clip or self.recipe.optimizer.clip or math.inf
         norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), clip))
@@ -135,14 +136,6 @@ class Learner:
         All processes have to ask together; those that do not `keep` them get none.
         """
         return whole_tensors(self.averages[0] if self.averages else self.parameters, keep)
-
-    def _flops(self, part: MicroBatch, leg: LegRecipe) -> int:
-        """Count the floating-point operations of one sample, forward and backward."""
-        channels, height, width = part.latents.shape[1:]
-        key = ((channels, height, width), part.text.shape[1], leg.mask_ratio)
-        if key not in self._known_flops:
-            self._known_flops[key] = training_flops(self.net, *key)
-        return self._known_flops[key]
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Take up the checkpoint that the first process has read; all have to ask together."""

@@ -1,13 +1,10 @@
-"""This process among those of a run (torchrun's), and the signals that end it."""
+"""This process among those of a run (torchrun's)."""
 
-import math
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,7 +12,6 @@ import torch.distributed as dist
 
 SECONDS = 2.0  # between the moments when all processes agree on whether a signal came: a stall of each GPU
 MOST_STEPS = 64  # between two of them
-PATIENCE = 5.0  # seconds after a signal in which another one is taken for the same wish
 T = TypeVar("T")
 
 
@@ -103,30 +99,3 @@ def joined_team() -> Iterator[Team]:
     finally:
         if world > 1:
             dist.destroy_process_group()
-
-
-class Signals:
-    """While it is entered, the first SIGTERM or SIGINT is noted in `received`; one that comes much later acts as usual.
-
-    (After ctrl-C the terminal and torchrun both send one.)
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._since = math.inf
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.received:
-            self.received, self._since = number, time.monotonic()
-        elif time.monotonic() - self._since > PATIENCE:
-            signal.signal(number, self._before[number])
-            signal.raise_signal(number)

@@ -7,11 +7,13 @@ from dataclasses import asdict
 from typing import Any
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.noted_signals import NotedSignals
+from microdit.trainer import start
 from microdit.trainer.checkpoints.contents import folder_name, snapshot
 from microdit.trainer.checkpoints.saver import Saver, load_latest, open_checkpoints
 from microdit.trainer.data.batch import Batch
-from microdit.trainer.data.batches import LegData, open_cache
-from microdit.trainer.data.run_samples import open_samples
+from microdit.trainer.data.batches import LegData
+from microdit.trainer.data.samples import open_cache, open_samples
 from microdit.trainer.learner import Learner
 from microdit.trainer.monitoring.log import Log
 from microdit.trainer.monitoring.meter import LIMIT, Meter, NotFinite
@@ -19,18 +21,8 @@ from microdit.trainer.monitoring.progress import Progress, TimeBudget
 from microdit.trainer.monitoring.sample_sheets import SampleSheets
 from microdit.trainer.monitoring.validation import Validation
 from microdit.trainer.objective import learning_rate
-from microdit.trainer.processes import Moments, Signals, joined_team
+from microdit.trainer.processes import Moments, joined_team
 from microdit.trainer.recipe import Recipe
-from microdit.trainer.start import (
-    Init,
-    begin_message,
-    generate_info,
-    measure_speed,
-    network_config,
-    refuse_other_run,
-    trained_on,
-    with_micro_batch,
-)
 
 
 class Run:
@@ -43,12 +35,12 @@ class Run:
         """Open everything that the run needs; `stack` closes it."""
         self.recipe, self.began = recipe, time.monotonic()
         self.team = stack.enter_context(joined_team())
-        self.signals = stack.enter_context(Signals())
+        self.signals = stack.enter_context(NotedSignals())
         self.log = stack.enter_context(closing(Log(recipe.out, self.team.rank == 0, recipe.wandb, recipe.name)))
         self.samples = open_samples(recipe)
-        self.init = None if recipe.init is None else Init(recipe, self.samples)
+        self.init = None if recipe.init is None else start.Init(recipe, self.samples)
         self.cache = stack.enter_context(closing(open_cache(recipe, self.samples)))
-        self.config = network_config(recipe, self.samples, self.cache, self.init)
+        self.config = start.network_config(recipe, self.samples, self.cache, self.init)
         self.learner = Learner(recipe, self.config, self.team)
         rank, world, patch_size = self.team.rank, self.team.world, self.config["patch_size"]
         self.legs = [
@@ -56,9 +48,9 @@ class Run:
             for leg, index in zip(recipe.stages, self.samples.legs, strict=True)
         ]
         for data in self.legs:
-            data.leg = with_micro_batch(self.learner, data)
+            data.leg = start.with_micro_batch(self.learner, data)
         self.validation = Validation(self.samples, self.team, self.log)
-        self.trained_on = trained_on(recipe, self.samples)
+        self.trained_on = start.trained_on(recipe, self.samples)
         self.checkpoints = open_checkpoints(recipe)
         keep = recipe.checkpoint_keep, recipe.checkpoint_keep_hours
         self.saver = stack.enter_context(Saver(self.checkpoints, *keep, self.log.say))
@@ -73,9 +65,9 @@ class Run:
             self.progress = Progress([leg.length for leg in recipe.stages])
             if self.init is not None:
                 self.init.load(self.learner)
-            self.log.say(begin_message(recipe, self.samples, self.legs, self.learner))
+            self.log.say(start.begin_message(recipe, self.samples, self.legs, self.learner))
             return
-        refuse_other_run(saved, recipe, self.trained_on)
+        start.refuse_other_run(saved, recipe, self.trained_on)
         self.progress = Progress(**saved.state["progress"])
         self.learner.load(saved)
         self.cache.broken.restore(saved.state.get("broken", []))
@@ -89,7 +81,7 @@ class Run:
         if recipe.sample_every is not None and progress.seen < self.total:
             self.sheets = SampleSheets(recipe, self.samples, self.config, team, self.log)
         if recipe.time_budget is not None and progress.seen < self.total:
-            speed = measure_speed(recipe, self.config, team, self.legs)
+            speed = start.measure_speed(recipe, self.config, team, self.legs)
             left = recipe.time_budget - (time.monotonic() - self.began)
             self.budget = TimeBudget(progress, recipe.stages, speed, left)
             self.budget.keep(team, self.log.say)
@@ -162,17 +154,13 @@ class Run:
         self.meter.pause(time.monotonic() - began)
 
     def save_if_due(self) -> None:
-        if self.goes_on() and self.due():
-            self.save()
-
-    def due(self) -> bool:
-        """Whether it is time for a checkpoint."""
+        """Save if there is more to come and it is time for a checkpoint."""
         step, minutes = self.progress.step, self.recipe.checkpoint_minutes
-        if step % self.recipe.checkpoint_every == 0:
-            return True
-        if minutes is None or not self.moments.now(step):
-            return False
-        return self.team.largest(time.monotonic() - self.saved_at) >= 60 * minutes
+        due = step % self.recipe.checkpoint_every == 0
+        if self.goes_on() and not due and minutes is not None and self.moments.now(step):
+            due = self.team.largest(time.monotonic() - self.saved_at) >= 60 * minutes
+        if self.goes_on() and due:
+            self.save()
 
     def save(self) -> None:
         """Begin to write a checkpoint, once the one before is written."""
@@ -186,12 +174,15 @@ class Run:
         if first:
             state = {"recipe": recipe.model_dump(mode="json"), "data": self.trained_on, "progress": asdict(progress)}
             state["broken"] = self.cache.broken.listed()
-            info = generate_info(recipe, self.samples, self.legs[progress.stage])
-            info["selection"] = self.trained_on[progress.stage]["selection"]
+            selection = self.trained_on[progress.stage]["selection"]
+            info = start.generate_info(recipe, self.samples, self.legs[progress.stage], selection)
             self.saver.save(progress.step, tensors, state, info)
 
     def end_leg(self) -> None:
-        self.progress.end_leg()
+        """Go on to the next leg, if this one is over and not the last."""
+        progress = self.progress
+        if progress.stage_step == progress.lengths[progress.stage] and progress.stage + 1 < len(self.legs):
+            progress.stage, progress.stage_step = progress.stage + 1, 0
 
     # -- after the last step -------------------------------------------------------------------------------------
     def finish(self) -> None:

@@ -10,15 +10,15 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from microdit.model.checkpoint import CheckpointError, config_from_state_dict, read_config, read_state_dict
-from microdit.model.loading import Part, Parts, find_parts
+from microdit.model.loading import find_parts
 from microdit.model.network import PRESETS, MicroDiT
 from microdit.model.pretrained.hub import ModelFilesError
+from microdit.model.trained_with import differences
 from microdit.pipeline.base.errors import RequestError
 from microdit.trainer.checkpoints.contents import Checkpoint
 from microdit.trainer.data.batch import MicroBatch
 from microdit.trainer.data.batches import LegData, sample_shape
-from microdit.trainer.data.broken_samples import NotingShardCache
-from microdit.trainer.data.run_samples import RunSamples
+from microdit.trainer.data.samples import NotingShardCache, RunSamples
 from microdit.trainer.learner import Learner
 from microdit.trainer.processes import Team
 from microdit.trainer.recipe import AUTO, LegRecipe, Recipe, identity
@@ -84,7 +84,7 @@ def refuse_other_run(saved: Checkpoint, recipe: Recipe, data: Sequence[Mapping[s
             )
 
 
-def generate_info(recipe: Recipe, samples: RunSamples, leg: LegData) -> dict[str, Any]:
+def generate_info(recipe: Recipe, samples: RunSamples, leg: LegData, selection: str | None) -> dict[str, Any]:
     """Collect what `microdit.model.loading` needs beside the weights; the columns tell text encoder and autoencoder."""
     return {
         "name": recipe.name,
@@ -93,6 +93,7 @@ def generate_info(recipe: Recipe, samples: RunSamples, leg: LegData) -> dict[str
         "guidance_scale": recipe.guidance_scale,
         "latents": samples.corpus.column(leg.leg.latents).stage,
         "text": samples.corpus.column(leg.text[0]).stage,
+        "selection": selection,
     }
 
 
@@ -158,7 +159,15 @@ class Init:
             raise RequestError(f"model: leave it out, init = {self.name} says what the network is")
         try:
             parts = find_parts(self.name)
-            refuse_other_models(self.name, parts, recipe, samples)
+            latents, text = (
+                {column: samples.corpus.column(column).stage for column in columns}
+                for columns in ([leg.latents for leg in recipe.stages], recipe.text)
+            )
+            if wrong := differences(parts, latents, text, recipe.sigma_data):
+                raise RequestError(
+                    f"init = {self.name}: {'; '.join(wrong)}. Give columns made as its own were: autoencoder "
+                    f"{parts.autoencoder.name}, text encoder {parts.text_encoder.name}, neither trim nor storage"
+                )
             self._file, arguments = parts.weights, read_config(parts.weights)
             if arguments is None:  # told from the shapes; the file is mapped, so that little of it is read
                 arguments = config_from_state_dict(read_state_dict(self._file), **parts.config)
@@ -176,40 +185,6 @@ class Init:
             learner.load_weights(read_state_dict(self._file), self.name)
         except CheckpointError as error:
             raise RequestError(f"init = {self.name}: {error}") from error
-
-
-def refuse_other_models(name: str, parts: Parts, recipe: Recipe, samples: RunSamples) -> None:
-    """Raises RequestError, which names them all, where columns were not made as what the weights were trained on."""
-    wrong = []
-    for leg in recipe.stages:
-        wrong += _difference(parts.autoencoder, leg.latents, samples.corpus.column(leg.latents).stage, "autoencoder")
-    for column in recipe.text:
-        declared = samples.corpus.column(column).stage
-        wrong += _difference(parts.text_encoder, column, declared, "encoder")
-        if parts.text_encoder.trained_with is None:  # a released one: all 77 positions, in float16
-            if declared.get("model", {}).get("trim") and not parts.text_encoder.options.get("trim"):
-                wrong.append(f"{column} is trimmed, the weights were trained on the padding too")
-            if declared.get("storage", "float16") != "float16":
-                wrong.append(f"{column} is stored as {declared['storage']}, the weights were trained on float16")
-    if recipe.sigma_data != parts.edm.sigma_data:
-        wrong.append(f"sigma_data is {recipe.sigma_data}, the weights were trained with {parts.edm.sigma_data}")
-    if wrong:
-        raise RequestError(
-            f"init = {name}: {'; '.join(dict.fromkeys(wrong))}. Give columns made as its own were: "
-            f"autoencoder {parts.autoencoder.name}, text encoder {parts.text_encoder.name}, neither trim nor storage"
-        )
-
-
-def _difference(part: Part, column: str, declared: Mapping[str, Any], kind: str) -> list[str]:
-    """Say how a column's models differ from what the weights were trained with; nothing if they do not."""
-    if part.trained_with is not None:
-        if part.trained_with != declared.get("model"):
-            return [
-                f"{column} is of another {kind} than the weights ({declared.get('model')}, not {part.trained_with})"
-            ]
-    elif declared.get(kind) != part.name:
-        return [f"{column} is of {kind} {declared.get(kind)}, the weights are of {part.name}"]
-    return []
 
 
 # -- what is tried ---------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from microdit.pipeline.corpus.rows import read_rows
 from microdit.pipeline.corpus.shard_cache import ShardId
 from microdit.pipeline.selection.sample_index import SampleIndex, open_columns, read_captions
 from microdit.pipeline.stages.rows import image_bytes
-from microdit.trainer.data.run_samples import open_samples
+from microdit.trainer.data.samples import open_samples
 from microdit.trainer.recipe import Recipe
 
 SEED = 1  # of the noise, and with the recipe's seed of the captions drawn

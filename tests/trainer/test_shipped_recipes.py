@@ -19,7 +19,7 @@ from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import ShardRef
 from microdit.pipeline.selection.selections import select
-from microdit.trainer.data.run_samples import open_samples
+from microdit.trainer.data.samples import open_samples
 from microdit.trainer.recipe import load_recipe
 from microdit.trainer.start import Init
 from microdit.trainer.train import train

@@ -13,7 +13,7 @@ The files are the same however many processes the run has, and whether they shar
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,10 @@ def state_text(step: int, state: Mapping[str, Any]) -> str:
 # -- reading ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as it was read: `name` says where, `state` is state.json, the others are tensors by name."""
+    """A checkpoint as it was read: `name` says where, `state` is state.json, the others are tensors by name.
+
+    Pickled, for the other processes, it keeps the tensors' shapes and dtypes alone.
+    """
 
     name: str
     state: dict[str, Any]
@@ -92,15 +95,12 @@ class Checkpoint:
     averages: list[dict[str, Tensor]]
     optimizer: dict[str, Tensor]
 
-    def outline(self) -> "Checkpoint":
-        """The same checkpoint without the data of its tensors."""
-
-        def empty(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __getstate__(self) -> dict[str, Any]:
+        def outline(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: torch.empty_like(value, device="meta") for name, value in tensors.items()}
 
-        return replace(
-            self, model=empty(self.model), averages=[empty(a) for a in self.averages], optimizer=empty(self.optimizer)
-        )
+        averages = [outline(average) for average in self.averages]
+        return vars(self) | {"model": outline(self.model), "averages": averages, "optimizer": outline(self.optimizer)}
 
 
 def check_version(state: Mapping[str, Any]) -> None:

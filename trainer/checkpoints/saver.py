@@ -35,7 +35,7 @@ def open_checkpoints(recipe: Recipe) -> Checkpoints:
 def load_latest(
     checkpoints: Checkpoints, say: Callable[[str], None], team: Team, resume: bool = True
 ) -> Checkpoint | None:
-    """Read the newest checkpoint that can be read, as the first process sees it; the others get its outline.
+    """Read the newest checkpoint that can be read, as the first process sees it; the others get an outline.
 
     `say` is called with a message for each that cannot be read. None if there is none at all.
 
@@ -43,10 +43,8 @@ def load_latest(
         CheckpointError: there are checkpoints, and none can be read.
         RequestError: there are some, and `resume` is false.
     """
-    own: Checkpoint | None = None
 
     def find() -> Checkpoint | None:
-        nonlocal own
         try:
             names = checkpoints.names()
         except OSError as error:
@@ -57,8 +55,7 @@ def load_latest(
             )
         for name in names:
             try:
-                own = checkpoints.read(name)
-                return own.outline()
+                return checkpoints.read(name)
             except UNREADABLE as error:
                 say(f"checkpoint {checkpoints}/{name} cannot be read and is passed over: {error}")
         if names:
@@ -67,8 +64,7 @@ def load_latest(
             )
         return None
 
-    outline = team.from_first(find)
-    return outline if own is None else own
+    return team.from_first(find)
 
 
 class Saver:

@@ -15,15 +15,13 @@ import torch
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.threads import read_ahead
-from microdit.pipeline.corpus.disk_cache import DiskCache
 from microdit.pipeline.corpus.open_shard import BrokenError, Field
 from microdit.pipeline.corpus.shard_cache import ShardId
 from microdit.pipeline.selection.sample_index import SampleIndex
 from microdit.trainer.data.batch import Batch, Buffers, MicroBatch, pad_text
-from microdit.trainer.data.broken_samples import WHOLE, NotingShardCache
 from microdit.trainer.data.order import Lanes
 from microdit.trainer.data.randomness import Draw, Noise
-from microdit.trainer.data.run_samples import RunSamples
+from microdit.trainer.data.samples import WHOLE, NotingShardCache
 from microdit.trainer.recipe import LegRecipe, Recipe
 
 AHEAD = 4  # batches before it is used, a shard is asked for at least
@@ -218,12 +216,6 @@ class LegData:
             noise=drawn.noise,
             permutation=drawn.permutation,
         )
-
-
-def open_cache(recipe: Recipe, samples: RunSamples) -> NotingShardCache:
-    """Open what a run reads its shards through."""
-    disk = None if recipe.cache_folder is None else DiskCache(recipe.cache_folder, int(recipe.cache_gb * 1e9))
-    return NotingShardCache(samples.corpus, samples.columns, recipe.cache_mb << 20, disk)
 
 
 def sample_shape(

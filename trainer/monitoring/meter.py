@@ -1,7 +1,6 @@
 """What the steps give: speed and losses between two lines of the log, and which gradients were not finite."""
 
 import json
-import resource
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from microdit.model.device import peak_memory_mb
 from microdit.model.flops import gpu_peak
 from microdit.pipeline.selection.sample_index import SampleIndex
 from microdit.trainer.data.batch import Batch
@@ -126,10 +126,3 @@ class NotFinite:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, "samples": samples}) + "\n")
-
-
-def peak_memory_mb(device: torch.device) -> int:
-    """Return the most that this process has held so far: of the GPU, or of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

@@ -43,11 +43,6 @@ class Progress:
         self.stage_step += 1
         self.seen += images
 
-    def end_leg(self) -> None:
-        """Go on to the next leg, if this one is over and not the last."""
-        if self.stage_step == self.lengths[self.stage] and self.stage + 1 < len(self.lengths):
-            self.stage, self.stage_step = self.stage + 1, 0
-
 
 class TimeBudget:
     """Keeps the lengths in a `Progress` such that the run ends in time, and never longer than the recipe's.

@@ -6,7 +6,6 @@ compiled or shared out. The others wait. The text encoder is needed once, at the
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,7 +24,7 @@ from microdit.model.text_to_image import MicroDiTPipeline, load_encoders
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.selection.sample_index import read_captions
 from microdit.trainer.checkpoints.contents import folder_name
-from microdit.trainer.data.run_samples import RunSamples
+from microdit.trainer.data.samples import RunSamples
 from microdit.trainer.learner import Learner
 from microdit.trainer.monitoring.log import Log
 from microdit.trainer.processes import Team
@@ -105,13 +104,9 @@ class SampleSheets:
         finally:
             self.autoencoder.to("cpu")
         sheet = grid([[picture] for picture in pictures], self.prompts)
-        path = sheet_path(self.recipe.out, step)
+        path = self.recipe.out / "samples" / f"{folder_name(step)}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         sheet.save(partial, "PNG")
         partial.rename(path)
         self.log.picture(step, sheet)
-
-
-def sheet_path(out: Path, step: int) -> Path:
-    return out / "samples" / f"{folder_name(step)}.png"

@@ -20,7 +20,7 @@ from microdit.pipeline.corpus.open_shard import BrokenError, Field, ShardReader,
 from microdit.trainer.data.batch import pad_text
 from microdit.trainer.data.batches import LegData
 from microdit.trainer.data.randomness import HeldOutDraw
-from microdit.trainer.data.run_samples import RunSamples
+from microdit.trainer.data.samples import RunSamples
 from microdit.trainer.learner import Learner
 from microdit.trainer.monitoring.log import Log, by_noise
 from microdit.trainer.objective import NOISE_BINS, NOISE_EDGES

@@ -14,8 +14,7 @@ import numpy as np
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.disk_cache import FOLDER, DiskCache
 from microdit.pipeline.corpus.records import ObjectRef
-from microdit.trainer.data.batches import open_cache
-from microdit.trainer.data.run_samples import open_samples
+from microdit.trainer.data.samples import open_cache, open_samples
 from tests.trainer.conftest import build_corpus, build_recipe
 
 

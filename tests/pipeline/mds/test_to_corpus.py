@@ -30,8 +30,7 @@ from microdit.pipeline.stages.scores.pixels import BasicScores
 from microdit.pipeline.stages.stage import Task
 from microdit.pipeline.upkeep.verify import verify
 from microdit.trainer.data.batches import LegData
-from microdit.trainer.data.broken_samples import NotingShardCache
-from microdit.trainer.data.run_samples import open_samples
+from microdit.trainer.data.samples import NotingShardCache, open_samples
 from microdit.trainer.recipe import Recipe
 from tests.data.mds import make
 from tests.pipeline.helpers.mds_folders import (

@@ -14,8 +14,8 @@ from microdit.model.edm import EDM
 from microdit.pipeline.corpus.arrays import array_bytes
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.trainer.data.batch import pad_text
-from microdit.trainer.data.batches import LegData, open_cache
-from microdit.trainer.data.run_samples import open_samples
+from microdit.trainer.data.batches import LegData
+from microdit.trainer.data.samples import open_cache, open_samples
 from microdit.trainer.learner import Learner
 from microdit.trainer.monitoring.log import Log
 from microdit.trainer.monitoring.validation import Validation

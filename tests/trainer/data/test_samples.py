@@ -3,7 +3,7 @@ import pytest
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.selection.sample_index import index_samples, open_columns
-from microdit.trainer.data.run_samples import open_samples, split
+from microdit.trainer.data.samples import open_samples, split
 from tests.trainer.conftest import build_recipe
 
 COLUMNS = ["latents/demo-32", "text/tiny@source", "text/tiny@long"]
