@@ -41,14 +41,13 @@ class Learner:
             compile_blocks(self.net)
         if self.sharded:
             shard_blocks(self.net, team, self.bf16)
-        objective = Objective(self.net, EDM(sigma_data=recipe.sigma_data)).to(team.device)
-        self.objective: nn.Module = objective
+        self.objective: nn.Module = Objective(self.net, EDM(sigma_data=recipe.sigma_data)).to(team.device)
         if team.world > 1 and not self.sharded:
             with warnings.catch_warnings():
                 # torch 2.13 has another name for `broadcast_buffers`, which 2.11 does not know
                 warnings.simplefilter("ignore", FutureWarning)
                 self.objective = DistributedDataParallel(
-                    objective, broadcast_buffers=False, gradient_as_bucket_view=True
+                    self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
         self.parameters = dict(self.net.named_parameters())
         self.optimizer = self._optimizer()

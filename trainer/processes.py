@@ -22,7 +22,7 @@ class Team:
     device: torch.device
 
     def means(self, values: torch.Tensor) -> list[float]:
-        """Of float64 (n,), over the processes."""
+        """Average float64 (n,) over the processes."""
         if self.world > 1:
             values = values.clone()
             dist.all_reduce(values, dist.ReduceOp.SUM)
@@ -30,11 +30,11 @@ class Team:
         return values.tolist()
 
     def gathered(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank."""
-        found: list[Any] = [value] * self.world
+        """Gather the values of all processes, by rank."""
+        values: list[Any] = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(values, value)
+        return values
 
     def from_first(self, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
         """Run `work` in the first process alone, and return to all what it gives; what it raises there, all raise.
@@ -71,7 +71,7 @@ class Moments:
         self._asked: tuple[int, float] | None = None
 
     def now(self, step: int) -> bool:
-        """Whether they ask after this step; alone, always."""
+        """Say whether the processes ask each other after this step; one alone always does."""
         if self.team.world == 1 or (self._asked is not None and step == self._asked[0]):
             return True
         if step < self._next:
@@ -86,7 +86,7 @@ class Moments:
 
 @contextmanager
 def joined_team() -> Iterator[Team]:
-    """The processes that torchrun started; one alone without it."""
+    """Join the processes that torchrun started; without it this one is alone."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():

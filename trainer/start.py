@@ -7,7 +7,6 @@ from contextlib import closing
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from microdit.model.checkpoint import CheckpointError, config_from_state_dict, read_config, read_state_dict
 from microdit.model.loading import find_parts
@@ -84,15 +83,15 @@ def refuse_other_run(saved: Checkpoint, recipe: Recipe, data: Sequence[Mapping[s
             )
 
 
-def generate_info(recipe: Recipe, samples: RunSamples, leg: LegData, selection: str | None) -> dict[str, Any]:
+def generate_info(recipe: Recipe, samples: RunSamples, data: LegData, selection: str | None) -> dict[str, Any]:
     """Collect what `microdit.model.loading` needs beside the weights; the columns tell text encoder and autoencoder."""
     return {
         "name": recipe.name,
-        "latent_shape": leg.latent_shape,
+        "latent_shape": data.latent_shape,
         "sigma_data": recipe.sigma_data,
         "guidance_scale": recipe.guidance_scale,
-        "latents": samples.corpus.column(leg.leg.latents).stage,
-        "text": samples.corpus.column(leg.text[0]).stage,
+        "latents": samples.corpus.column(data.leg.latents).stage,
+        "text": samples.corpus.column(data.text[0]).stage,
         "selection": selection,
     }
 
@@ -230,9 +229,7 @@ def _try(learner: Learner, data: LegData, size: int) -> None:
         torch.ones(size, tokens, dtype=torch.bool), torch.zeros(size), latents,
         None if data.tokens is None else torch.arange(data.tokens).expand(size, -1),
     )  # fmt: skip
-    objective = (
-        learner.objective.module if isinstance(learner.objective, DistributedDataParallel) else learner.objective
-    )
+    objective = getattr(learner.objective, "module", learner.objective)  # without DDP, which would exchange gradients
     try:
         with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.bf16):
             loss, _ = objective(part.to(learner.device), data.leg)

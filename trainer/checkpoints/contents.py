@@ -117,13 +117,8 @@ def read(folder: Path, name: str) -> Checkpoint:
     state = json.loads((folder / "state.json").read_text())
     check_version(state)
     averages = itertools.takewhile(Path.exists, (folder / name for name in _average_names()))
-    return Checkpoint(
-        name,
-        state,
-        read_state_dict(folder / "model.safetensors"),
-        [read_state_dict(path) for path in averages],
-        read_state_dict(folder / OPTIMIZER),
-    )
+    model, optimizer = (read_state_dict(folder / file) for file in ("model.safetensors", OPTIMIZER))
+    return Checkpoint(name, state, model, [read_state_dict(path) for path in averages], optimizer)
 
 
 def _average_names() -> Iterator[str]:

@@ -95,7 +95,7 @@ class LegData:
                     self.cache.request(column, shard)
 
     def _room(self) -> float:
-        """How much of another window there is room for, beside the one that is read: 0 to 1.
+        """Compute how much of another window there is room for, beside the one that is read: 0 to 1.
 
         Raises:
             RequestError: there is no room for one, and it would come from a bucket again and again.
@@ -180,7 +180,7 @@ class LegData:
         return value
 
     def _refuse_too_many(self) -> None:
-        """Raises RequestError once more of this leg's samples are broken than the recipe allows."""
+        """Raise RequestError once more of this leg's samples are broken than the recipe allows."""
         broken = self.cache.broken
         if len(broken) == self._broken_before:
             return

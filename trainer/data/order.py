@@ -17,7 +17,7 @@ def _raw(n: int, *seed: int) -> np.ndarray:
 
 
 def _shuffled(n: int, *seed: int) -> np.ndarray:
-    """A permutation of range(n); raw bits and a stable sort, because numpy may change `permutation` but not these."""
+    """Permute range(n) by raw bits and a stable sort, because numpy may change `permutation` but not these."""
     return np.argsort(_raw(n, *seed), kind="stable")
 
 
@@ -45,7 +45,7 @@ class Lanes:
         return self._bounds[lane + 1] - self._bounds[lane]
 
     def samples(self, lane: int, start: int, count: int) -> np.ndarray:
-        """Positions in the index of samples start, start + 1, ... of a lane, without end."""
+        """Return the positions in the index of samples start, start + 1, ... of a lane, without end."""
         parts = []
         while count > 0:
             epoch, offset = divmod(start, self.size(lane))
@@ -55,7 +55,7 @@ class Lanes:
         return np.concatenate(parts)
 
     def window_size(self, lane: int, n: int) -> float:
-        """Mean number of samples in the windows of the epoch of a lane's n-th sample."""
+        """Compute the mean number of samples in the windows of the epoch of a lane's n-th sample."""
         size = self.size(lane)
         return size / self._epoch(lane, n // size)[0]
 
@@ -71,7 +71,7 @@ class Lanes:
         return int(order[(offset + tries * (size // windows) + tries // windows) % size])  # after a round, the next one
 
     def _epoch(self, lane: int, epoch: int) -> tuple[int, np.ndarray]:
-        """How many windows an epoch of a lane has, and its samples in order."""
+        """Return how many windows an epoch of a lane has, and its samples in order."""
         known = self._epochs.setdefault(lane, {})
         if epoch not in known:
             own = self._drawn(lane, epoch)
@@ -87,7 +87,7 @@ class Lanes:
         return known[epoch]
 
     def _drawn(self, lane: int, epoch: int) -> np.ndarray:
-        """The samples of an epoch of a lane, shard by shard, as often as they come."""
+        """Draw the samples of an epoch of a lane, shard by shard, as often as they come."""
         if self._ends is None:
             return self._samples[self._bounds[lane] : self._bounds[lane + 1]]
         low, high = (self._ends[-1] * border / self.count for border in (lane, lane + 1))
@@ -105,7 +105,7 @@ class Lanes:
         return np.repeat(self._samples[first : last + 1], times)
 
     def batch(self, seen: int, batch: int, rank: int = 0, world: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """A rank's part of the global batch after `seen` samples: (rows in that batch, positions in the index)."""
+        """Return a rank's part of the global batch after `seen` samples: (rows in it, positions in the index)."""
         each, own = batch // self.count, self.count // world
         lanes = np.arange(rank * own, (rank + 1) * own)
         positions = np.stack([self.samples(lane, seen // self.count, each) for lane in lanes.tolist()], axis=1)

@@ -47,7 +47,7 @@ class Noise:
         moments: bool = False,
         buffer: Buffers | None = None,
     ) -> "Noise":
-        """tokens: length of the permutations of patches; None without masking. moments: latents are drawn as well."""
+        """Draw for some rows. tokens: length of the permutations, None without masking. moments: draw latents too."""
         new, shape, single = buffer or Buffers(), (len(rows), *latent_shape), np.dtype(np.float32)
         noise, posterior = new(shape, single), new(shape, single) if moments else None
         order = None if tokens is None else torch.empty(len(rows), tokens)
@@ -72,7 +72,7 @@ class HeldOutDraw:
 
     @classmethod
     def of(cls, sample: int, text_bounds: np.ndarray, latent_shape: Sequence[int]) -> "HeldOutDraw":
-        """sample: its hash. text_bounds: cumulative shares of the text columns."""
+        """Draw for one sample. sample: its hash. text_bounds: cumulative shares of the text columns."""
         generator = torch.Generator().manual_seed(_seed(sample, 6))
         caption = torch.rand(1, generator=generator).item()
         return cls(

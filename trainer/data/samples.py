@@ -63,7 +63,7 @@ class RunSamples:
 
 
 def open_samples(recipe: Recipe) -> RunSamples:
-    """Raises RequestError if the corpus, a selection or a column is missing, stale or empty."""
+    """Open the samples of a recipe. Raises RequestError if corpus, selection or column is missing, stale or empty."""
     corpus = Corpus.open(recipe.corpus)
     columns = open_columns(corpus, list(dict.fromkeys([*(leg.latents for leg in recipe.stages), *recipe.text])))
     wanted = [(leg.latents, leg.selection or recipe.selection) for leg in recipe.stages]

@@ -53,8 +53,9 @@ class Meter:
         self.marked += seconds
 
     def add(self, step: Step) -> None:
-        found = torch.cat([step.loss.reshape(1), step.noise.flatten()])
-        self.sums += torch.where(step.bad > 0, 0.0, found)
+        """Count a step; one that is not finite counts as skipped."""
+        sums = torch.cat([step.loss.reshape(1), step.noise.flatten()])
+        self.sums += torch.where(step.bad > 0, 0.0, sums)
         self.loss_steps += (step.bad == 0).long()
         self.skipped += step.bad.long()
         self.norm = step.norm
@@ -99,7 +100,7 @@ class Meter:
 
 
 class NotFinite:
-    """Looks at what the device has told so far, and never waits for it: a step is known to be bad some steps later.
+    """Notes steps whose gradient was not finite; it never waits for the device, so they are known some steps later.
 
     Each process writes the samples of its part of a bad batch as a line of OUT/not-finite-RANK.jsonl.
     """
