@@ -16,6 +16,7 @@ reader who does nothing else, `s3_..._server` its processor seconds by the secon
 
 import io
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -41,9 +42,10 @@ from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import ShardRef
-from microdit.trainer.data.batches import StageData, open_cache
-from microdit.trainer.data.order import Lanes, shuffle_quality
-from microdit.trainer.data.sample_index import SampleIndex, open_samples
+from microdit.pipeline.selection.sample_index import SampleIndex
+from microdit.trainer.data.batches import LegData
+from microdit.trainer.data.order import Lanes
+from microdit.trainer.data.samples import open_cache, open_samples
 from microdit.trainer.recipe import Recipe
 from tests.servers.s3 import environ, environment
 
@@ -116,11 +118,11 @@ def our_batches(url: str, text: str) -> Iterator[Any]:
         }
     )  # fmt: skip
     samples = open_samples(recipe)
-    (index,) = samples.stages
+    (index,) = samples.legs
     commits = {c.shard: c for c in samples.corpus.commits(CAPTIONS)}
     captions: dict[str, pa.ChunkedArray] = {}
     with closing(open_cache(recipe, samples)) as cache:
-        data = StageData(recipe, recipe.stages[0], index, cache, 2)
+        data = LegData(recipe, recipe.stages[0], index, cache, 2)
         yield None  # open; the others, too, are timed from here
         for batch in data.batches(0, 0, len(index) // BATCH):
             (micro,) = batch.micro_batches
@@ -185,6 +187,21 @@ def shuffle() -> dict[str, float]:
         "shard_uniform_distance": round((len(order) + 1) / 65, 1),
         "source": round(shuffle_quality(order, source), 4),
     }
+
+
+def shuffle_quality(order: np.ndarray, group: np.ndarray) -> float:
+    """Mean distance in a sequence between a sample and the next one of its group, by what a uniform shuffle gives.
+
+    order: positions in the sequence's order; group: of each position. 1 is as good as uniform, less is clumped.
+    """
+    groups = group[order]
+    positions = np.argsort(groups, kind="stable")
+    gaps = np.diff(positions)[np.diff(groups[positions]) == 0]
+    counts = np.bincount(groups)
+    counts = counts[counts > 1]
+    # of n positions drawn from N the mean distance between neighbours is (N + 1) / (n + 1)
+    uniform = ((len(order) + 1) / (counts + 1) * (counts - 1)).sum() / (counts - 1).sum()
+    return math.nan if not len(gaps) else float(gaps.mean() / uniform)
 
 
 def measure(samples: int, width: int, rounds: int, python: str | None) -> dict[str, Any]:

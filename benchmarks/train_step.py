@@ -43,7 +43,7 @@ from microdit.model.network import PRESETS, MicroDiT
 from microdit.trainer.data.batch import Batch, MicroBatch, pad_text
 from microdit.trainer.learner import Learner, compile_blocks
 from microdit.trainer.processes import Team
-from microdit.trainer.recipe import Recipe, StageRecipe
+from microdit.trainer.recipe import LegRecipe, Recipe
 
 GOALS = {"cuda": 1.9, "cpu": 1.2}
 TEXT = 77  # what the reference pads to
@@ -53,7 +53,7 @@ LENGTHS = [16, 24, 32, 48, 64, TEXT]
 class Reference:
     """The reference's way, on a copy of the weights of `net`."""
 
-    def __init__(self, net: MicroDiT, stage: StageRecipe, bf16: bool, compiled: bool = False):
+    def __init__(self, net: MicroDiT, stage: LegRecipe, bf16: bool, compiled: bool = False):
         self.net, self.stage, self.bf16 = copy.deepcopy(net), stage, bf16
         for module in self.net.modules():
             if isinstance(module, Experts):

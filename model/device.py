@@ -1,5 +1,6 @@
 """Choose a device, and tell whether bfloat16 is fast on it."""
 
+import resource
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,3 +19,12 @@ def has_fast_bf16(device: "torch.device") -> bool:
     import torch
 
     return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def peak_memory_mb(device: "torch.device") -> int:
+    """Return the most that this process has held so far: of the GPU, or of the machine."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,18 +18,17 @@ from microdit.model.edm import EDM
 from microdit.model.flops import training_flops
 from microdit.model.network import MicroDiT
 from microdit.trainer.checkpoints import contents as checkpoint
-from microdit.trainer.data.batch import Batch, MicroBatch
+from microdit.trainer.data.batch import Batch
 from microdit.trainer.objective import NOISE_BINS, Objective, Step
 from microdit.trainer.processes import Team
-from microdit.trainer.recipe import Recipe, StageRecipe
-from microdit.trainer.sharding import own_part, shard_blocks, shared_as, whole
+from microdit.trainer.recipe import LegRecipe, Recipe
+from microdit.trainer.sharding import own_part, shard_blocks, shared_as, whole, whole_tensors
 
 
 class Learner:
     """Network, optimizer and moving averages, and the step that changes them.
 
-    `averages` holds one {parameter: tensor} for each half-life of the stage, in the recipe's order; none before its
-    start.
+    `averages` holds one {parameter: tensor} for each half-life of the leg, in the recipe's order; none before it.
     """
 
     def __init__(self, recipe: Recipe, config: dict[str, Any], team: Team):
@@ -41,20 +41,18 @@ class Learner:
             compile_blocks(self.net)
         if self.sharded:
             shard_blocks(self.net, team, self.bf16)
-        objective = Objective(self.net, EDM(sigma_data=recipe.sigma_data)).to(team.device)
-        self.objective: nn.Module = objective
+        self.objective: nn.Module = Objective(self.net, EDM(sigma_data=recipe.sigma_data)).to(team.device)
         if team.world > 1 and not self.sharded:
-            with (
-                warnings.catch_warnings()
-            ):  # torch 2.13 has another name for `broadcast_buffers`, which 2.11 does not know
+            with warnings.catch_warnings():
+                # torch 2.13 has another name for `broadcast_buffers`, which 2.11 does not know
                 warnings.simplefilter("ignore", FutureWarning)
                 self.objective = DistributedDataParallel(
-                    objective, broadcast_buffers=False, gradient_as_bucket_view=True
+                    self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
         self.parameters = dict(self.net.named_parameters())
         self.optimizer = self._optimizer()
         self.averages: list[dict[str, Tensor]] = []
-        self._known_flops: dict[Any, int] = {}
+        self._flops = cache(partial(training_flops, self.net))  # of one sample, forward and backward
 
     def _optimizer(self) -> torch.optim.AdamW:
         options = self.recipe.optimizer
@@ -68,12 +66,10 @@ class Learner:
             weight_decay=options.weight_decay, fused=True,
         )  # fmt: skip
 
-    def step(
-        self, batch: Batch, stage: StageRecipe, rate: float, scale: float = 1.0, stage_seen: float = math.inf
-    ) -> Step:
-        """One step on this process's part of a batch.
+    def step(self, batch: Batch, leg: LegRecipe, rate: float, scale: float = 1.0, leg_seen: float = math.inf) -> Step:
+        """Take one step on this process's part of a batch.
 
-        A step whose gradient is not finite changes nothing. scale: as in `Progress`. stage_seen: images of the stage,
+        A step whose gradient is not finite changes nothing. scale: as in `Progress`. leg_seen: images of the leg,
         this batch included.
         """
         for group in self.optimizer.param_groups:
@@ -83,25 +79,25 @@ class Learner:
         for number, part in enumerate(batch.micro_batches):
             last = number == len(batch.micro_batches) - 1
             with self._synced(last), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                part_loss, part_noise = self.objective(part.to(self.device), stage)
+                part_loss, part_noise = self.objective(part.to(self.device), leg)
                 share = part_loss * (len(part.latents) / len(batch.positions))
             share.backward()
             loss += share.detach()
             noise += part_noise
-            flops += len(part.latents) * self._flops(part, stage)
+            flops += len(part.latents) * self._flops(tuple(part.latents.shape[1:]), part.text.shape[1], leg.mask_ratio)
         # gradients are averaged over processes by now: all see the same norm and do the same
-        clip = stage.clip or self.recipe.optimizer.clip or math.inf
+        clip = leg.clip or self.recipe.optimizer.clip or math.inf
         norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), clip))
         bad = (~norm.isfinite()).float()
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # AdamW leaves everything as it is where this is 1
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._average(stage, scale, stage_seen)
+        self._average(leg, scale, leg_seen)
         return Step(loss, norm, bad, noise, flops)
 
-    def _average(self, stage: StageRecipe, scale: float, stage_seen: float) -> None:
-        half_lives = stage.half_lives
-        if stage_seen <= stage.ema_start * scale:
+    def _average(self, leg: LegRecipe, scale: float, leg_seen: float) -> None:
+        half_lives = leg.half_lives
+        if leg_seen <= leg.ema_start * scale:
             self.averages = []
             return
         weights = [own_part(p.detach()) for p in self.parameters.values()]
@@ -110,11 +106,11 @@ class Learner:
             self.averages.append({name: p.detach().clone() for name, p in self.parameters.items()})
         for average, half_life in zip(self.averages, half_lives, strict=True):
             parts = [own_part(value) for value in average.values()]
-            torch._foreach_lerp_(parts, weights, 1 - 0.5 ** (stage.batch / (half_life * scale)))
+            torch._foreach_lerp_(parts, weights, 1 - 0.5 ** (leg.batch / (half_life * scale)))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """While it is entered, the network has the weights of the first average, which there must be, and that has its.
+        """Swap the network's weights with the first moving average for the duration of the block. Requires an average.
 
         In place and weight by weight: whoever holds the parameters still does, and little memory is needed.
         """
@@ -134,37 +130,23 @@ class Learner:
             exchange()
 
     def drawing_weights(self, keep: bool) -> dict[str, Tensor]:
-        """What pictures are drawn with, whole: the first average, or the weights where there is none.
+        """Gather what pictures are drawn with, whole: the first average, or the weights where there is none.
 
         All processes have to ask together; those that do not `keep` them get none.
         """
-        weights = self.averages[0] if self.averages else {name: p.detach() for name, p in self.parameters.items()}
-        found = {}
-        for name, weight in weights.items():
-            full = whole(weight)
-            if keep:
-                found[name] = full
-        return found
+        return whole_tensors(self.averages[0] if self.averages else self.parameters, keep)
 
-    def _flops(self, part: MicroBatch, stage: StageRecipe) -> int:
-        """Of one sample, forward and backward."""
-        channels, height, width = part.latents.shape[1:]
-        key = ((channels, height, width), part.text.shape[1], stage.mask_ratio)
-        if key not in self._known_flops:
-            self._known_flops[key] = training_flops(self.net, *key)
-        return self._known_flops[key]
-
-    def load(self, found: checkpoint.Checkpoint) -> None:
-        """What the first process found; all have to ask together."""
-        self.load_weights(found.model, found.name)
-        checkpoint.load_optimizer(self.net, self.optimizer, found.optimizer, self.team)
+    def load(self, saved: checkpoint.Checkpoint) -> None:
+        """Take up the checkpoint that the first process has read; all have to ask together."""
+        self.load_weights(saved.model, saved.name)
+        checkpoint.load_optimizer(self.net, self.optimizer, saved.optimizer, self.team)
         self.averages = [
             {name: shared_as(p.detach(), average[name], self.team) for name, p in self.parameters.items()}
-            for average in found.averages
+            for average in saved.averages
         ]
 
     def load_weights(self, state: Mapping[str, Tensor], source: str) -> None:
-        """The weights that the first process has; all have to ask together.
+        """Take up the weights that the first process has; all have to ask together.
 
         Raises:
             CheckpointError: they do not fit.
@@ -175,7 +157,7 @@ class Learner:
         load_weights(self.net, {**state, **shared}, source)
 
     def _synced(self, last: bool) -> AbstractContextManager[None]:
-        """Gradients are exchanged in the last micro-batch's backward pass alone."""
+        """Exchange gradients in the last micro-batch's backward pass alone."""
         if isinstance(self.net, FSDPModule):
             self.net.set_requires_gradient_sync(last)
         elif isinstance(self.objective, DistributedDataParallel) and not last:

@@ -1,13 +1,10 @@
-"""This process among those of a run (torchrun's), and the signals that end it."""
+"""This process among those of a run (torchrun's)."""
 
-import math
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,7 +12,6 @@ import torch.distributed as dist
 
 SECONDS = 2.0  # between the moments when all processes agree on whether a signal came: a stall of each GPU
 MOST_STEPS = 64  # between two of them
-PATIENCE = 5.0  # seconds after a signal in which another one is taken for the same wish
 T = TypeVar("T")
 
 
@@ -26,7 +22,7 @@ class Team:
     device: torch.device
 
     def means(self, values: torch.Tensor) -> list[float]:
-        """Of float64 (n,), over the processes."""
+        """Average float64 (n,) over the processes."""
         if self.world > 1:
             values = values.clone()
             dist.all_reduce(values, dist.ReduceOp.SUM)
@@ -34,27 +30,30 @@ class Team:
         return values.tolist()
 
     def gathered(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank."""
-        found: list[Any] = [value] * self.world
+        """Gather the values of all processes, by rank."""
+        values: list[Any] = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(values, value)
+        return values
 
-    def from_first(self, work: Callable[[], T]) -> T:
-        """What `work` gives to the first process alone, told to all; what it raises there is raised by all."""
-        found: Any = None
+    def from_first(self, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """Run `work` in the first process alone, and return to all what it gives; what it raises there, all raise.
+
+        group: of the processes, if not torch's default one.
+        """
+        result: Any = None
         if self.rank == 0:
             try:
-                found = work()
+                result = work()
             except (ValueError, OSError) as error:
-                found = error
+                result = error
         if self.world > 1:
-            box = [found]
-            dist.broadcast_object_list(box, 0)
-            found = box[0]
-        if isinstance(found, Exception):
-            raise found
-        return cast(T, found)
+            box = [result]
+            dist.broadcast_object_list(box, 0, group)
+            result = box[0]
+        if isinstance(result, Exception):
+            raise result
+        return cast(T, result)
 
     def largest(self, value: float) -> float:
         if self.world == 1:
@@ -72,7 +71,7 @@ class Moments:
         self._asked: tuple[int, float] | None = None
 
     def now(self, step: int) -> bool:
-        """Whether they ask after this step; alone, always."""
+        """Say whether the processes ask each other after this step; one alone always does."""
         if self.team.world == 1 or (self._asked is not None and step == self._asked[0]):
             return True
         if step < self._next:
@@ -87,7 +86,7 @@ class Moments:
 
 @contextmanager
 def joined_team() -> Iterator[Team]:
-    """The processes that torchrun started; one alone without it."""
+    """Join the processes that torchrun started; without it this one is alone."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -100,30 +99,3 @@ def joined_team() -> Iterator[Team]:
     finally:
         if world > 1:
             dist.destroy_process_group()
-
-
-class Signals:
-    """While it is entered, the first SIGTERM or SIGINT is noted in `received`; one that comes much later acts as usual.
-
-    (After ctrl-C the terminal and torchrun both send one.)
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._since = math.inf
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.received:
-            self.received, self._since = number, time.monotonic()
-        elif time.monotonic() - self._since > PATIENCE:
-            signal.signal(number, self._before[number])
-            signal.raise_signal(number)

@@ -6,18 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.yaml import load_yaml
 
 AUTO = 0  # as a micro-batch
 
 
-class _Part(BaseModel):
+class RecipePart(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class StageRecipe(_Part):
-    """One leg of the run: a resolution, a length, a mask ratio, a learning rate."""
+class LegRecipe(RecipePart):
+    """One leg of the run, an entry of `stages`: a resolution, a length, a mask ratio, a learning rate."""
 
     latents: str
     """The latents column to train on; it gives resolution and channels."""
@@ -37,7 +36,7 @@ class StageRecipe(_Part):
     warmup: int = Field(0, ge=0)
     """Images over which the rate rises from 0."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """How the rate goes, after the warm-up, from `learning_rate` to `final_learning_rate` at the stage's end."""
+    """How the rate goes, after the warm-up, from `learning_rate` to `final_learning_rate` at the leg's end."""
     final_learning_rate: float = Field(0.0, ge=0)
     p_mean: float = -0.6
     """Training noise: ln(sigma) has this mean and the deviation `p_std`."""
@@ -45,13 +44,13 @@ class StageRecipe(_Part):
     clip: float | None = Field(None, gt=0)
     """Largest norm of the whole gradient, in place of the optimizer's."""
     ema_half_life: Annotated[float, Field(gt=0)] | list[Annotated[float, Field(gt=0)]] | None = None
-    """Images after which a weight counts half in the moving average; without it the stage keeps none. A list keeps
+    """Images after which a weight counts half in the moving average; without it the leg keeps none. A list keeps
     one for each; `generate` takes the first."""
     ema_start: int = Field(0, ge=0)
-    """Images of the stage before the averages begin, with the weights of then. 0: those of the stage before go on."""
+    """Images of the leg before the averages begin, with the weights of then. 0: those of the leg before go on."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> "StageRecipe":
+    def _one_length(self) -> "LegRecipe":
         if (self.images is None) == (self.steps is None):
             raise ValueError("give either images or steps")
         return self
@@ -63,11 +62,11 @@ class StageRecipe(_Part):
 
     @property
     def length(self) -> int:
-        """Steps of the stage."""
+        """Steps of the leg."""
         return self.steps if self.steps is not None else -(-(self.images or 0) // self.batch)
 
 
-class OptimizerRecipe(_Part):
+class OptimizerRecipe(RecipePart):
     """AdamW."""
 
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -79,7 +78,7 @@ class OptimizerRecipe(_Part):
     """Learning rate of the experts' weights, relative to that of all others."""
 
 
-class Recipe(_Part):
+class Recipe(RecipePart):
     """A run of the trainer. `OPERATION` names the fields that change nothing of what is computed (beyond rounding)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
@@ -120,9 +119,9 @@ class Recipe(_Part):
     cache_gb: float = Field(100.0, gt=0)
     """Most that is kept in `cache_folder`, by all processes of the machine together."""
     max_broken: float = Field(0.01, ge=0, lt=1)
-    """Share of a stage's samples that may turn out broken; each is replaced by another one of its lane. More end the
+    """Share of a leg's samples that may turn out broken; each is replaced by another one of its lane. More end the
     run."""
-    stages: list[StageRecipe] = Field(min_length=1)
+    stages: list[LegRecipe] = Field(min_length=1)
     optimizer: OptimizerRecipe = OptimizerRecipe()
     sigma_data: float = Field(0.9, gt=0)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -133,7 +132,7 @@ class Recipe(_Part):
     """How several processes share the work. ddp: each holds the whole network. fsdp (FSDP2, block by block): each holds
     its part of weights, averages and AdamW's state, for what does not fit otherwise. Checkpoints are the same."""
     time_budget: float | None = Field(None, gt=0)
-    """Seconds. What is left of the stages is shortened alike where it would take longer, by the speed measured before
+    """Seconds. What is left of the legs is shortened alike where it would take longer, by the speed measured before
     the first step and all along."""
     checkpoint_every: int = Field(1000, gt=0)
     """Steps between checkpoints."""
@@ -160,11 +159,11 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _whole_lanes(self) -> "Recipe":
-        for number, stage in enumerate(self.stages):
-            if stage.batch % self.lanes:
+        for number, leg in enumerate(self.stages):
+            if leg.batch % self.lanes:
                 raise ValueError(
-                    f"stages.{number}.batch: {stage.batch} is no multiple of lanes={self.lanes}; "
-                    f"give such a batch, or set lanes to a divisor of {stage.batch}"
+                    f"stages.{number}.batch: {leg.batch} is no multiple of lanes={self.lanes}; "
+                    f"give such a batch, or set lanes to a divisor of {leg.batch}"
                 )
         if sorted(set(self.text_lengths)) != self.text_lengths:
             raise ValueError(f"text_lengths: {self.text_lengths} must rise")
@@ -187,7 +186,7 @@ OPERATION = {"corpus", "out", "cache_mb", "time_budget", "checkpoint_every", "ch
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a YAML file with `key=value` overrides (`stages.0.images=1000`).
+    """Load the recipe of a YAML file with `key=value` overrides (`stages.0.images=1000`).
 
     Raises:
         RequestError: naming file, field, value and what was expected.
@@ -196,11 +195,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """What must be equal for a run to go on: the recipe without `OPERATION` and the micro-batches."""
+    """Collect what must be equal for a run to go on: the recipe without `OPERATION` and the micro-batches."""
     fields = recipe.model_dump(mode="json", exclude=OPERATION)
-    for stage in fields["stages"]:
-        del stage["micro_batch"]
+    for leg in fields["stages"]:
+        del leg["micro_batch"]
     return fields
-
-
-__all__ = ["OPERATION", "OptimizerRecipe", "Recipe", "RequestError", "StageRecipe", "identity", "load_recipe"]

@@ -1,18 +1,229 @@
-"""Keep a run within its time budget."""
+"""The state of a run, and the verbs of its loop."""
 
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.noted_signals import NotedSignals
+from microdit.trainer import start
+from microdit.trainer.checkpoints.contents import folder_name, snapshot
+from microdit.trainer.checkpoints.saver import Saver, load_latest, open_checkpoints
+from microdit.trainer.data.batch import Batch
+from microdit.trainer.data.batches import LegData
+from microdit.trainer.data.samples import open_cache, open_samples
+from microdit.trainer.learner import Learner
 from microdit.trainer.monitoring.log import Log
-from microdit.trainer.processes import Team
-from microdit.trainer.time_budget import TimeBudget
+from microdit.trainer.monitoring.meter import LIMIT, Meter, NotFinite
+from microdit.trainer.monitoring.progress import Progress, TimeBudget
+from microdit.trainer.monitoring.sample_sheets import SampleSheets
+from microdit.trainer.monitoring.validation import Validation
+from microdit.trainer.objective import learning_rate
+from microdit.trainer.processes import Moments, joined_team
+from microdit.trainer.recipe import Recipe
 
 
-def keep_to_budget(budget: TimeBudget, team: Team, log: Log) -> bool:
-    """Fit what is left of the run into the time left; whether its stages have other lengths now."""
-    progress, before = budget.progress, budget.progress.scale
-    if not budget.fit(-team.largest(-budget.share())):
-        return False
-    if abs(progress.scale - before) > 0.05:
-        log.say(
-            f"time budget: on this machine there is time for {progress.images(budget.stages):,} images, "
-            f"{progress.scale:.0%} of the recipe's"
-        )
-    return True
+class Run:
+    """A recipe being carried out: its data, network, log and checkpoints, and how far it is.
+
+    Every process of a run has one, and calls the same methods in the same order.
+    """
+
+    def __init__(self, recipe: Recipe, stack: ExitStack):
+        """Open everything that the run needs; `stack` closes it."""
+        self.recipe, self.began = recipe, time.monotonic()
+        self.team = stack.enter_context(joined_team())
+        self.signals = stack.enter_context(NotedSignals())
+        self.log = stack.enter_context(closing(Log(recipe.out, self.team.rank == 0, recipe.wandb, recipe.name)))
+        self.samples = open_samples(recipe)
+        self.init = None if recipe.init is None else start.Init(recipe, self.samples)
+        self.cache = stack.enter_context(closing(open_cache(recipe, self.samples)))
+        self.config = start.network_config(recipe, self.samples, self.cache, self.init)
+        self.learner = Learner(recipe, self.config, self.team)
+        rank, world, patch_size = self.team.rank, self.team.world, self.config["patch_size"]
+        self.legs = [
+            LegData(recipe, leg, index, self.cache, patch_size, rank, world)
+            for leg, index in zip(recipe.stages, self.samples.legs, strict=True)
+        ]
+        for data in self.legs:
+            data.leg = start.with_micro_batch(self.learner, data)
+        self.validation = Validation(self.samples, self.team, self.log)
+        self.trained_on = start.trained_on(recipe, self.samples)
+        self.checkpoints = open_checkpoints(recipe)
+        keep = recipe.checkpoint_keep, recipe.checkpoint_keep_hours
+        self.saver = stack.enter_context(Saver(self.checkpoints, *keep, self.log.say))
+
+    # -- before the first step -----------------------------------------------------------------------------------
+    def resume(self, allowed: bool) -> None:
+        """Go on from the newest checkpoint if that is allowed, or begin."""
+        recipe = self.recipe
+        saved = load_latest(self.checkpoints, self.log.say, self.team, allowed)
+        self.resumed_step = -1 if saved is None else int(saved.state["step"])
+        if saved is None:
+            self.progress = Progress([leg.length for leg in recipe.stages])
+            if self.init is not None:
+                self.init.load(self.learner)
+            self.log.say(start.begin_message(recipe, self.samples, self.legs, self.learner))
+            return
+        start.refuse_other_run(saved, recipe, self.trained_on)
+        self.progress = Progress(**saved.state["progress"])
+        self.learner.load(saved)
+        self.cache.broken.restore(saved.state.get("broken", []))
+        if self.progress.seen < self.total:
+            self.log.say(f"going on after {self.progress.seen:,} of {self.total:,} images, from {saved.name}")
+
+    def prepare(self) -> None:
+        """Get ready what watches the run: pictures, time budget, log, meter."""
+        recipe, progress, team = self.recipe, self.progress, self.team
+        self.sheets = self.budget = None
+        if recipe.sample_every is not None and progress.seen < self.total:
+            self.sheets = SampleSheets(recipe, self.samples, self.config, team, self.log)
+        if recipe.time_budget is not None and progress.seen < self.total:
+            speed = start.measure_speed(recipe, self.config, team, self.legs)
+            left = recipe.time_budget - (time.monotonic() - self.began)
+            self.budget = TimeBudget(progress, recipe.stages, speed, left)
+            self.budget.keep(team, self.log.say)
+        self.log.open(self.resumed_step, progress)
+        self.meter, self.not_finite = Meter(progress, team, self.log), NotFinite(recipe.out, team)
+        self.saved_at, self.moments = time.monotonic(), Moments(team)
+        self.stopped = self.signals.received > 0
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+    @property
+    def total(self) -> int:
+        """Images of the whole run; the time budget may change it."""
+        return self.progress.images(self.recipe.stages)
+
+    def goes_on(self) -> bool:
+        return self.progress.seen < self.total and not self.stopped
+
+    @contextmanager
+    def batches(self) -> Iterator[Iterator[Batch]]:
+        """Make the batches left of the current leg, ahead in a thread."""
+        progress = self.progress
+        left = progress.lengths[progress.stage] - progress.stage_step
+        with closing(self.legs[progress.stage].batches_ahead(progress.step, progress.seen, left)) as batches:
+            yield self.meter.waiting(batches)
+
+    def step(self, batch: Batch) -> None:
+        """Take a step on a batch, and count it."""
+        progress, data = self.progress, self.legs[self.progress.stage]
+        length, leg_seen = progress.lengths[progress.stage], (progress.stage_step + 1) * data.leg.batch
+        self.rate = learning_rate(data.leg, progress.stage_step, length, progress.scale)
+        taken = self.learner.step(batch, data.leg, self.rate, progress.scale, leg_seen)
+        self.meter.add(taken)
+        progress.advance(data.leg.batch)
+        self.not_finite.add(progress.step, taken.bad, data.index, batch.positions)
+
+    def report(self) -> None:
+        """Write a line of the log if one is due, and fit the lengths of the legs to the time left."""
+        progress, self.replanned = self.progress, False
+        if progress.step % self.recipe.log_every and progress.seen < self.total:
+            return
+        self.meter.write(progress.stage, self.rate, self.total - progress.seen)
+        if self.budget is not None and progress.stage_step < progress.lengths[progress.stage]:
+            self.budget.observe(self.meter.speed)
+            self.replanned = self.budget.keep(self.team, self.log.say)
+
+    def asked_to_stop(self) -> bool:
+        """Ask whether a signal came to any process, or nothing is learned; they ask each other now and then only."""
+        if self.moments.now(self.progress.step):
+            self.signals.received = int(self.team.largest(self.signals.received))
+            self.not_finite.in_a_row = int(self.team.largest(self.not_finite.in_a_row))
+            self.stopped = self.signals.received > 0 or self.not_finite.in_a_row >= LIMIT
+        return self.stopped
+
+    def look(self, last: bool = False) -> None:
+        """Measure the validation loss and draw pictures where they are due, but not twice after the same step."""
+        progress = self.progress
+        measure = last or progress.step % self.recipe.validate_every == 0
+        draw = self.sheets is not None and (last or progress.step % self.sheets.every == 0)
+        if not (last or self.goes_on()) or progress.looked == progress.step or not (measure or draw):
+            return
+        began, progress.looked = time.monotonic(), progress.step
+        number = max(progress.stage - (progress.stage_step == 0), 0)  # of the leg that the step was of
+        if measure:
+            figures = self.validation.measure(self.learner, self.legs[number], number)
+            if figures is not None:
+                progress.validation = figures["loss"] if figures["ema_loss"] is None else figures["ema_loss"]
+                self.log.line(progress.step, images=progress.seen, stage=number + 1, validation=figures)
+        if self.sheets is not None and draw:
+            self.sheets.draw(progress.step, self.learner, self.legs[number].latent_shape)
+        self.meter.pause(time.monotonic() - began)
+
+    def save_if_due(self) -> None:
+        """Save if there is more to come and it is time for a checkpoint."""
+        step, minutes = self.progress.step, self.recipe.checkpoint_minutes
+        due = step % self.recipe.checkpoint_every == 0
+        if self.goes_on() and not due and minutes is not None and self.moments.now(step):
+            due = self.team.largest(time.monotonic() - self.saved_at) >= 60 * minutes
+        if self.goes_on() and due:
+            self.save()
+
+    def save(self) -> None:
+        """Begin to write a checkpoint, once the one before is written."""
+        recipe, progress, learner, first = self.recipe, self.progress, self.learner, self.team.rank == 0
+        self.saved_at = time.monotonic()
+        self.meter.settle()
+        for listed in self.team.gathered(self.cache.broken.listed()):
+            self.cache.broken.restore(listed)
+        self.saver.settle()
+        tensors = snapshot(learner.net, learner.averages, learner.optimizer, keep=first)
+        if first:
+            state = {"recipe": recipe.model_dump(mode="json"), "data": self.trained_on, "progress": asdict(progress)}
+            state["broken"] = self.cache.broken.listed()
+            selection = self.trained_on[progress.stage]["selection"]
+            info = start.generate_info(recipe, self.samples, self.legs[progress.stage], selection)
+            self.saver.save(progress.step, tensors, state, info)
+
+    def end_leg(self) -> None:
+        """Go on to the next leg, if this one is over and not the last."""
+        progress = self.progress
+        if progress.stage_step == progress.lengths[progress.stage] and progress.stage + 1 < len(self.legs):
+            progress.stage, progress.stage_step = progress.stage + 1, 0
+
+    # -- after the last step -------------------------------------------------------------------------------------
+    def finish(self) -> None:
+        """Look and save for the last time, and wait until that is written.
+
+        Raises:
+            RequestError: nothing was learned any more.
+            CheckpointError: the checkpoint cannot be written.
+        """
+        progress, not_finite = self.progress, self.not_finite
+        if progress.step > self.resumed_step:
+            if progress.seen >= self.total:
+                self.look(last=True)
+            self.save()
+        self.saver.finish()
+        if not_finite.in_a_row >= LIMIT:
+            raise RequestError(
+                f"step {progress.step}: the last {not_finite.in_a_row} gradients were not finite and nothing was "
+                f"learned; their samples are in {not_finite.path}. Lower the learning rate, or look at the latents; "
+                "the same command goes on after them"
+            )
+        what = "stopped" if progress.seen < self.total else "finished"
+        self.log.say(f"{what}: {progress.seen:,} of {self.total:,} images, {self.newest}")
+
+    @property
+    def newest(self) -> str:
+        """Where the checkpoint of this step is."""
+        return f"{self.checkpoints}/{folder_name(self.progress.step)}"
+
+    def summary(self) -> dict[str, Any]:
+        """Sum up the run, as `train` says."""
+        progress = self.progress
+        return {
+            "checkpoint": self.newest,
+            "images": progress.seen,
+            "steps": progress.step,
+            "seconds": progress.seconds,
+            "loss": progress.loss,
+            "validation": progress.validation,
+            "skipped": progress.skipped,
+            "scale": progress.scale,
+            "parameters": sum(p.numel() for p in self.learner.parameters.values()),
+            "signal": self.signals.received,
+        }

@@ -1,5 +1,7 @@
 """The network over several processes with FSDP2: each holds a part of every weight, gradient, average and moment."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,17 +32,27 @@ def shard_blocks(net: MicroDiT, team: Team, bf16: bool) -> None:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, in the same memory; all of it where nothing is shared out."""
+    """Return what this process holds of a tensor, in the same memory; all of it where nothing is shared out."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; of a shared one, which all processes have to ask for together, a new one."""
+    """Gather all of a tensor; of a shared one, which all processes have to ask for together, a new one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_tensors(tensors: Mapping[str, Tensor], keep: bool, copy_to: str | None = None) -> dict[str, Tensor]:
+    """Gather all of each tensor; processes that do not `keep` them get none. All have to ask together."""
+    gathered = {}
+    for name, value in tensors.items():
+        value = whole(value.detach())  # one after the other: no device holds more than one of those that are copied
+        if keep:
+            gathered[name] = value if copy_to is None else value.to(copy_to, copy=True)
+    return gathered
+
+
 def shared_as(like: Tensor, full: Tensor, team: Team) -> Tensor:
-    """A copy of the first process's `full` as `like` is: on its device, and in its parts. All have to ask together.
+    """Copy the first process's `full` as `like` is: on its device, and in its parts. All have to ask together.
 
     The other processes' `full` tells shape and dtype alone: it may be on the device `meta`.
     """

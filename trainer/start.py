@@ -1,93 +1,105 @@
-"""What a run begins with: the network's arguments, and the weights to go on from."""
+"""What comes before the first step: the network's arguments, weights to start from, whether a checkpoint is the run's
+own, and what is tried: the largest micro-batch that fits into memory, and how long a step takes."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 
 from microdit.model.checkpoint import CheckpointError, config_from_state_dict, read_config, read_state_dict
-from microdit.model.loading import Part, Parts, find_parts
+from microdit.model.loading import find_parts
 from microdit.model.network import PRESETS, MicroDiT
 from microdit.model.pretrained.hub import ModelFilesError
+from microdit.model.trained_with import differences
 from microdit.pipeline.base.errors import RequestError
 from microdit.trainer.checkpoints.contents import Checkpoint
-from microdit.trainer.data.batches import StageData, shapes
-from microdit.trainer.data.sample_index import RunSamples
-from microdit.trainer.data.shard_cache import ShardCache
+from microdit.trainer.data.batch import MicroBatch
+from microdit.trainer.data.batches import LegData, sample_shape
+from microdit.trainer.data.samples import NotingShardCache, RunSamples
 from microdit.trainer.learner import Learner
-from microdit.trainer.recipe import Recipe, identity
+from microdit.trainer.processes import Team
+from microdit.trainer.recipe import AUTO, LegRecipe, Recipe, identity
+
+CPU_MICRO_BATCH = 32  # what `auto` is on a CPU, where memory is no good measure
+WARM_STEPS, TIMED_STEPS = 3, 8  # of a leg, to measure the speed
 
 
-def begin_message(recipe: Recipe, samples: RunSamples, stages: Sequence[StageData], learner: Learner) -> str:
+def begin_message(recipe: Recipe, samples: RunSamples, legs: Sequence[LegData], learner: Learner) -> str:
+    """Say what is trained on what, and warn of selections and lanes that are not what they were asked for."""
+    from microdit.pipeline.selection.selections import changed_since  # it brings duckdb
+
     parameters = sum(p.numel() for p in learner.parameters.values())
     lines = [
-        f"{recipe.name}: {parameters / 1e6:.1f}M parameters, {len(stages[-1].index):,} samples, "
+        f"{recipe.name}: {parameters / 1e6:.1f}M parameters, {len(legs[-1].index):,} samples, "
         f"{len(samples.held)} more held out, {'bf16' if learner.bf16 else 'fp32'} on {learner.device}"
     ]
     if samples.missing:
         selection = recipe.stages[-1].selection or recipe.selection
         lines.append(f"{samples.missing:,} samples of {selection} are not in all columns, and left out")
-    lines += old_selections(recipe, samples)
-    if (lanes := stages[-1].lanes.count) < recipe.lanes:
+    for name in dict.fromkeys(selection_names(recipe, samples)):
+        if name is not None and (changed := changed_since(samples.corpus, name)):
+            lines.append(
+                f"{name} was chosen before {', '.join(changed)} changed: its rows are taken as they are now; to choose "
+                "anew, `microdit select` again"
+            )
+    if (lanes := legs[-1].lanes.count) < recipe.lanes:
         lines.append(f"{recipe.lanes} lanes are more than there are samples: {lanes} lanes")
     return "\n".join(lines)
 
 
 def selection_names(recipe: Recipe, samples: RunSamples) -> list[str | None]:
-    """`name@hash` of each stage's selection, None where there is none."""
+    """Return `name@hash` of each leg's selection, None where there is none."""
     from microdit.pipeline.selection.selections import find_selection  # it brings duckdb
 
-    names = [stage.selection or recipe.selection for stage in recipe.stages]
+    names = [leg.selection or recipe.selection for leg in recipe.stages]
     return [None if name is None else find_selection(samples.corpus, name) for name in names]
 
 
-def old_selections(recipe: Recipe, samples: RunSamples) -> list[str]:
-    """What is to be said of selections that were chosen by columns that have other commits now."""
-    from microdit.pipeline.selection.selections import changed_since
-
-    names = dict.fromkeys(name for name in selection_names(recipe, samples) if name is not None)
-    changed = {name: found for name in names if (found := changed_since(samples.corpus, name))}
+def trained_on(recipe: Recipe, samples: RunSamples) -> list[dict[str, Any]]:
+    """Describe what each leg is trained on, for checkpoints."""
     return [
-        f"{name} was chosen before {', '.join(found)} changed: its rows are taken as they are now; to choose anew, "
-        "`microdit select` again"
-        for name, found in changed.items()
+        {"latents": leg.latents, "samples": len(index), "digest": index.digest, "selection": selection}
+        for leg, index, selection in zip(recipe.stages, samples.legs, selection_names(recipe, samples), strict=True)
     ]
 
 
-def refuse_other_run(found: Checkpoint, recipe: Recipe, facts: list[dict[str, Any]]) -> None:
-    """Raises RequestError if a checkpoint is of another recipe, or of other samples."""
+def refuse_other_run(saved: Checkpoint, recipe: Recipe, data: Sequence[Mapping[str, Any]]) -> None:
+    """Raises RequestError if a checkpoint is of another recipe, or of other samples than `trained_on` gives."""
     advice = f"put it back, or set out to another folder than {recipe.out}"
-    before, now = identity(Recipe.model_validate(found.state["recipe"])), identity(recipe)
+    before, now = identity(Recipe.model_validate(saved.state["recipe"])), identity(recipe)
     for name in now:
         if before[name] != now[name]:
             raise RequestError(
-                f"{found.name} was made with {name} = {before[name]}, the recipe says {now[name]}; {advice}"
+                f"{saved.name} was made with {name} = {before[name]}, the recipe says {now[name]}; {advice}"
             )
-    for old, new in zip(found.state["data"], facts, strict=True):
+    for old, new in zip(saved.state["data"], data, strict=True):
         if any(old[name] != new[name] for name in ("latents", "samples", "digest")):
             raise RequestError(
-                f"{found.name} was made on {old['samples']:,} samples of {old['latents']} ({old['digest']}), the "
+                f"{saved.name} was made on {old['samples']:,} samples of {old['latents']} ({old['digest']}), the "
                 f"corpus and the selection now give {new['samples']:,} ({new['digest']}); name the selection "
                 f"with its hash, or {advice}"
             )
 
 
-def generate_info(recipe: Recipe, samples: RunSamples, stage: StageData) -> dict[str, Any]:
-    """What `microdit.model.loading` needs beside the weights; the columns tell text encoder and autoencoder."""
+def generate_info(recipe: Recipe, samples: RunSamples, data: LegData, selection: str | None) -> dict[str, Any]:
+    """Collect what `microdit.model.loading` needs beside the weights; the columns tell text encoder and autoencoder."""
     return {
         "name": recipe.name,
-        "latent_shape": stage.latent_shape,
+        "latent_shape": data.latent_shape,
         "sigma_data": recipe.sigma_data,
         "guidance_scale": recipe.guidance_scale,
-        "latents": samples.corpus.column(stage.stage.latents).made_by,
-        "text": samples.corpus.column(stage.text[0]).made_by,
+        "latents": samples.corpus.column(data.leg.latents).made_by,
+        "text": samples.corpus.column(data.text[0]).made_by,
+        "selection": selection,
     }
 
 
 def network_config(
-    recipe: Recipe, samples: RunSamples, cache: ShardCache, init: "Init | None" = None
+    recipe: Recipe, samples: RunSamples, cache: NotingShardCache, init: "Init | None" = None
 ) -> dict[str, Any]:
-    """The arguments of `MicroDiT`: the recipe's, or those of the weights it starts from, with what the columns say.
+    """Complete the arguments of `MicroDiT`, the recipe's or those of the weights it starts from, by the columns.
 
     Raises:
         RequestError: naming what does not fit the columns.
@@ -96,15 +108,15 @@ def network_config(
     preset = given.pop("preset", None)
     if preset is not None and preset not in PRESETS:
         raise RequestError(f"model.preset = {preset!r}: expected one of {', '.join(PRESETS)}")
-    found = [
-        shapes(cache, index, stage.latents, list(recipe.text))
-        for index, stage in zip(samples.stages, recipe.stages, strict=True)
+    shapes = [
+        sample_shape(cache, index, leg.latents, list(recipe.text))
+        for index, leg in zip(samples.legs, recipe.stages, strict=True)
     ]
-    (channels, size, _), width = found[0]
-    for ((other, _, _), _), stage in zip(found, recipe.stages, strict=True):
+    (channels, size, _), width = shapes[0]
+    for ((other, _, _), _), leg in zip(shapes, recipe.stages, strict=True):
         if other != channels:
             raise RequestError(
-                f"stages: {stage.latents} has {other} channels, {recipe.stages[0].latents} has {channels}; "
+                f"stages: {leg.latents} has {other} channels, {recipe.stages[0].latents} has {channels}; "
                 "take latents of one autoencoder"
             )
     if init is not None:
@@ -120,7 +132,7 @@ def network_config(
 
 
 def built_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of the `MicroDiT` that these give.
+    """Return all arguments of the `MicroDiT` that these give.
 
     Raises:
         RequestError: they give none.
@@ -146,7 +158,15 @@ class Init:
             raise RequestError(f"model: leave it out, init = {self.name} says what the network is")
         try:
             parts = find_parts(self.name)
-            refuse_other_models(self.name, parts, recipe, samples)
+            latents, text = (
+                {column: samples.corpus.column(column).made_by for column in columns}
+                for columns in ([leg.latents for leg in recipe.stages], recipe.text)
+            )
+            if wrong := differences(parts, latents, text, recipe.sigma_data):
+                raise RequestError(
+                    f"init = {self.name}: {'; '.join(wrong)}. Give columns made as its own were: autoencoder "
+                    f"{parts.autoencoder.name}, text encoder {parts.text_encoder.name}, neither trim nor storage"
+                )
             self._file, arguments = parts.weights, read_config(parts.weights)
             if arguments is None:  # told from the shapes; the file is mapped, so that little of it is read
                 arguments = config_from_state_dict(read_state_dict(self._file), **parts.config)
@@ -166,36 +186,68 @@ class Init:
             raise RequestError(f"init = {self.name}: {error}") from error
 
 
-def refuse_other_models(name: str, parts: Parts, recipe: Recipe, samples: RunSamples) -> None:
-    """Raises RequestError, which names them all, where columns were not made as what the weights were trained on."""
-    wrong = []
-    for stage in recipe.stages:
-        wrong += _difference(
-            parts.autoencoder, stage.latents, samples.corpus.column(stage.latents).made_by, "autoencoder"
-        )
-    for column in recipe.text:
-        declared = samples.corpus.column(column).made_by
-        wrong += _difference(parts.text_encoder, column, declared, "encoder")
-        if parts.text_encoder.trained_with is None:  # a released one: all 77 positions, in float16
-            if declared.get("model", {}).get("trim") and not parts.text_encoder.options.get("trim"):
-                wrong.append(f"{column} is trimmed, the weights were trained on the padding too")
-            if declared.get("storage", "float16") != "float16":
-                wrong.append(f"{column} is stored as {declared['storage']}, the weights were trained on float16")
-    if recipe.sigma_data != parts.edm.sigma_data:
-        wrong.append(f"sigma_data is {recipe.sigma_data}, the weights were trained with {parts.edm.sigma_data}")
-    if wrong:
-        raise RequestError(
-            f"init = {name}: {'; '.join(dict.fromkeys(wrong))}. Give columns made as its own were: "
-            f"autoencoder {parts.autoencoder.name}, text encoder {parts.text_encoder.name}, neither trim nor storage"
-        )
+# -- what is tried ---------------------------------------------------------------------------------------------------
+def with_micro_batch(learner: Learner, data: LegData) -> LegRecipe:
+    """Put a number where a leg says `micro_batch: auto`.
+
+    Raises:
+        RequestError: not even one image fits into the memory, or parameters are shared out on GPUs.
+    """
+    leg, team = data.leg, learner.team
+    if leg.micro_batch != AUTO:
+        return leg
+    own = leg.batch // team.world
+    if team.device.type == "cpu":
+        return leg.model_copy(update={"micro_batch": min(own, CPU_MICRO_BATCH)})
+    if learner.sharded:  # each pass needs all processes: one that runs out of memory would leave the others waiting
+        raise RequestError("micro_batch: auto cannot be tried with parallel = fsdp; give a number")
+    size = largest_that_fits(own, lambda size: _try(learner, data, size))
+    return leg.model_copy(update={"micro_batch": int(-team.largest(-size))})
 
 
-def _difference(part: Part, column: str, declared: Mapping[str, Any], kind: str) -> list[str]:
-    if part.trained_with is not None:
-        if part.trained_with != declared.get("model"):
-            return [
-                f"{column} is of another {kind} than the weights ({declared.get('model')}, not {part.trained_with})"
-            ]
-    elif declared.get(kind) != part.name:
-        return [f"{column} is of {kind} {declared.get(kind)}, the weights are of {part.name}"]
-    return []
+def largest_that_fits(size: int, attempt: Callable[[int], None]) -> int:
+    """Return the first of size, size / 2, ... with which `attempt` does not run out of memory."""
+    while True:
+        try:
+            attempt(size)
+            return size
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise RequestError(f"micro_batch: not even one image fits into the memory: {error}") from error
+        size = -(-size // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _try(learner: Learner, data: LegData, size: int) -> None:
+    """Run made-up samples forward and backward, beside what the optimizer and the averages will hold."""
+    states = 2 * (not learner.optimizer.state) + len(data.leg.half_lives) - len(learner.averages)
+    held = [torch.empty_like(p) for p in learner.parameters.values() for _ in range(states)]
+    latents, tokens = torch.zeros(size, *data.latent_shape), data.recipe.text_lengths[-1]
+    part = MicroBatch(
+        torch.arange(size), latents, torch.zeros(size, tokens, data.text_width),
+        torch.ones(size, tokens, dtype=torch.bool), torch.zeros(size), latents,
+        None if data.tokens is None else torch.arange(data.tokens).expand(size, -1),
+    )  # fmt: skip
+    objective = getattr(learner.objective, "module", learner.objective)  # without DDP, which would exchange gradients
+    try:
+        with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.bf16):
+            loss, _ = objective(part.to(learner.device), data.leg)
+        loss.backward()
+    finally:
+        learner.optimizer.zero_grad()
+        del held
+
+
+def measure_speed(recipe: Recipe, config: dict[str, Any], team: Team, legs: Sequence[LegData]) -> list[float]:
+    """Measure the seconds that a step of each leg takes: a few steps of a network that is thrown away."""
+    seconds = []
+    for data in legs:
+        learner, marks = Learner(recipe, config, team), []
+        with closing(data.batches_ahead(0, 0, WARM_STEPS + TIMED_STEPS)) as batches:
+            for batch in batches:
+                taken = learner.step(batch, data.leg, rate=data.leg.learning_rate)
+                taken.loss.item()  # waits for the device
+                marks.append(time.perf_counter())
+        seconds.append(team.largest((marks[-1] - marks[WARM_STEPS - 1]) / TIMED_STEPS))
+    return seconds

@@ -1,4 +1,4 @@
-"""What a run learned, in figures that cannot flatter: pictures are made from captions alone and compared as pixels."""
+"""What the demo's run learned: pictures are made from captions alone, and compared with the real ones as pixels."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -16,14 +16,16 @@ from microdit.model.network import MicroDiT
 from microdit.model.picture_files import grid
 from microdit.model.text_to_image import MicroDiTPipeline
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.cli.bucket_checkpoint import on_this_machine
 from microdit.pipeline.config.images import PILLOW_MAX_PIXELS
 from microdit.pipeline.content.crop import square
 from microdit.pipeline.content.images import BadImage, decode
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.rows import read_rows
+from microdit.pipeline.corpus.shard_cache import ShardId
+from microdit.pipeline.selection.sample_index import SampleIndex, open_columns, read_captions
 from microdit.pipeline.stages.rows import image_bytes
-from microdit.trainer.checkpoints.bucket import on_this_machine
-from microdit.trainer.data.sample_index import SampleIndex, Where, open_columns, open_samples, read_captions
+from microdit.trainer.data.samples import RunSamples, open_samples
 from microdit.trainer.recipe import Recipe
 
 SEED = 1  # of the noise, and with the recipe's seed of the captions drawn
@@ -56,26 +58,12 @@ def evaluate(
         RequestError: the corpus no longer gives the samples that the run was trained on.
         CheckpointError: there is no checkpoint, or it is damaged.
     """
-    folder = find_checkpoint(on_this_machine(checkpoint))
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        recipe = Recipe.model_validate(state["recipe"] | ({"corpus": corpus} if corpus else {}))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: state.json is no trainer's ({error})") from error
-    samples = open_samples(recipe)
-    index = samples.stages[-1]
-    if state["data"][-1]["digest"] != index.digest:
-        raise RequestError(
-            f"{folder} was trained on other samples than corpus {recipe.corpus} gives now: evaluate it on that corpus, "
-            "with the selection named by its hash"
-        )
+    folder, recipe, samples = _open_run(checkpoint, corpus)
+    index = samples.legs[-1]
     pipe = MicroDiTPipeline.from_pretrained(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
-    drawn = {
-        kind: some.take(some.lowest(count, recipe.seed + 1))
-        for kind, some in (("trained", index), ("held_out", samples.held))
-        if len(some)
-    }
+    kinds = {"trained": index, "held_out": samples.held}
+    drawn = {kind: some.take(some.lowest(count, recipe.seed + 1)) for kind, some in kinds.items() if len(some)}
     side = samples.corpus.column(recipe.stages[-1].latents).made_by["resolution"]
     real = {kind: read_images(samples.corpus, some, side) for kind, some in drawn.items()}
     everything = read_images(samples.corpus, index, side) | read_images(samples.corpus, samples.held, side)
@@ -83,15 +71,11 @@ def evaluate(
 
     torch.manual_seed(recipe.seed)
     untrained = MicroDiT(**pipe.transformer.config).eval().to(pipe.device)
+    options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     results: list[dict[str, Any]] = []
-    pictures: dict[str, np.ndarray] = {}
     for net in (untrained, pipe.transformer):
         pipe.transformer = net
-        for kind in drawn:
-            made = pipe(
-                captions[kind], num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=SEED
-            )
-            pictures[kind] = np.stack([np.asarray(picture) for picture in made.images])
+        pictures = {kind: _generate(pipe, texts, options) for kind, texts in captions.items()}
         results.append(compare(pictures, real, everything))
     figures = {
         "checkpoint": folder.name,
@@ -105,15 +89,44 @@ def evaluate(
         "guidance_scale": pipe.guidance_scale if guidance_scale is None else guidance_scale,
     }
     run = folder.parent.parent if folder.parent.name == "checkpoints" else recipe.out
-    target = run if out is None else Path(out)
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n")
-    cells = [
-        [Image.fromarray(a), Image.fromarray(b)]
-        for a, b in zip(real["trained"].values(), pictures["trained"], strict=True)
-    ]
-    grid(cells, captions["trained"]).save(target / "grid.png")
+    _write(run if out is None else Path(out), figures, real["trained"], pictures["trained"], captions["trained"])
     return figures
+
+
+def _open_run(checkpoint: str | Path, corpus: str | None) -> tuple[Path, Recipe, RunSamples]:
+    """Find the checkpoint's folder, its recipe and the samples that it was trained on."""
+    folder = find_checkpoint(on_this_machine(checkpoint))
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        recipe = Recipe.model_validate(state["recipe"] | ({"corpus": corpus} if corpus else {}))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: state.json is no trainer's ({error})") from error
+    samples = open_samples(recipe)
+    if state["data"][-1]["digest"] != samples.legs[-1].digest:
+        raise RequestError(
+            f"{folder} was trained on other samples than corpus {recipe.corpus} gives now: evaluate it on that corpus, "
+            "with the selection named by its hash"
+        )
+    return folder, recipe, samples
+
+
+def _generate(pipe: MicroDiTPipeline, captions: list[str], options: Mapping[str, Any]) -> np.ndarray:
+    """Make one picture of each caption, uint8 (n, H, W, 3)."""
+    return np.stack([np.asarray(picture) for picture in pipe(captions, seed=SEED, **options).images])
+
+
+def _write(
+    folder: Path,
+    figures: Mapping[str, Any],
+    real: Mapping[str, np.ndarray],
+    pictures: np.ndarray,
+    captions: list[str],
+) -> None:
+    """Write evaluation.json, and grid.png with real and generated pictures side by side."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n")
+    cells = [[Image.fromarray(a), Image.fromarray(b)] for a, b in zip(real.values(), pictures, strict=True)]
+    grid(cells, captions).save(folder / "grid.png")
 
 
 def compare(
@@ -121,7 +134,7 @@ def compare(
     real: Mapping[str, Mapping[str, np.ndarray]],
     everything: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-    """The figures of `evaluate` from pictures (n, H, W, 3) and real images by name, in the same order."""
+    """Compute the figures of `evaluate` from pictures (n, H, W, 3) and real images by name, in the same order."""
     own = {kind: distances(pictures[kind], list(images.values())) for kind, images in real.items()}
     names = list(everything)
     in_all = distances(pictures["trained"], list(everything.values())).argmin(axis=1)
@@ -135,7 +148,7 @@ def compare(
 
 
 def distances(pictures: np.ndarray, images: list[np.ndarray]) -> np.ndarray:
-    """Mean squared error of every picture to every image, (n, m) float64; both uint8 (H, W, 3)."""
+    """Compute the mean squared error of every picture to every image, (n, m) float64; both uint8 (H, W, 3)."""
     a = pictures.reshape(len(pictures), -1).astype(np.float64)
     b = np.array(images, dtype=np.float64).reshape(len(images), -1)
     squares = (a**2).sum(axis=1)[:, None] - 2 * a @ b.T + (b**2).sum(axis=1)  # of integers: exact
@@ -143,28 +156,28 @@ def distances(pictures: np.ndarray, images: list[np.ndarray]) -> np.ndarray:
 
 
 def nearest_to_own(errors: np.ndarray) -> int:
-    """How many rows of a square matrix are smallest on the diagonal."""
+    """Count the rows of a square matrix that are smallest on the diagonal."""
     return int((errors.argmin(axis=1) == np.arange(len(errors))).sum())
 
 
 def mean_psnr(errors: np.ndarray) -> float:
-    """Mean over the diagonal of 10 log10(255^2 / error); an error counts as a hundredth at least."""
+    """Average over the diagonal 10 log10(255^2 / error); an error counts as a hundredth at least."""
     own = np.maximum(np.diagonal(errors), 0.01)
     return round(float(np.mean(10 * np.log10(255**2 / own))), 2)
 
 
 def read_images(corpus: Corpus, index: SampleIndex, side: int) -> dict[str, np.ndarray]:
-    """The images of samples, uint8 (side, side, 3), by sample name in the index' order.
+    """Read the images of samples, uint8 (side, side, 3), by sample name in the index' order.
 
     Raises:
         RequestError: a sample has no picture.
     """
 
-    def read(where: Where, rows: list[int]) -> Iterator[tuple[str, np.ndarray]]:
+    def read(shard: ShardId, rows: list[int]) -> Iterator[tuple[str, np.ndarray]]:
         wanted = set(rows)
-        for line in read_rows(corpus, commits[where]):
+        for line in read_rows(corpus, commits[shard]):
             if line.row in wanted:
-                name = f"{where[0]}/{where[1]}/{line.row}"
+                name = f"{shard[0]}/{shard[1]}/{line.row}"
                 try:
                     data = image_bytes(line.members)
                 except BadImage as error:
@@ -174,4 +187,4 @@ def read_images(corpus: Corpus, index: SampleIndex, side: int) -> dict[str, np.n
     commits = open_columns(corpus, ["images"])["images"]
     rows = index.by_shard()
     with ThreadPoolExecutor(2) as pool:
-        return dict(pair for found in pool.map(lambda item: list(read(*item)), rows.items()) for pair in found)
+        return dict(pair for pairs in pool.map(lambda item: list(read(*item)), rows.items()) for pair in pairs)

@@ -145,7 +145,7 @@ def _fetch(checkpoint: str) -> str:
 
     if urlsplit(checkpoint).scheme not in SCHEMES:
         return checkpoint
-    from microdit.trainer.checkpoints.bucket import on_this_machine
+    from microdit.pipeline.cli.bucket_checkpoint import on_this_machine
 
     return str(on_this_machine(checkpoint))
 

@@ -3,7 +3,7 @@ import yaml
 from pydantic import ValidationError
 
 from microdit.pipeline.base.errors import RequestError
-from microdit.trainer.recipe import StageRecipe, identity, load_recipe
+from microdit.trainer.recipe import LegRecipe, identity, load_recipe
 from tests.trainer.conftest import STAGE
 
 
@@ -43,7 +43,7 @@ def test_what_is_wrong_is_named(path, override, message) -> None:
 
 def test_length_is_in_whole_batches() -> None:
     def stage(**fields):
-        return StageRecipe.model_validate({"latents": "l", "batch": 128, "learning_rate": 1e-3} | fields)
+        return LegRecipe.model_validate({"latents": "l", "batch": 128, "learning_rate": 1e-3} | fields)
 
     assert stage(images=128).length == 1 and stage(images=129).length == 2 and stage(steps=7).length == 7
     with pytest.raises(ValidationError):

@@ -19,7 +19,7 @@ from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import ShardRef
 from microdit.pipeline.selection.selections import select
-from microdit.trainer.data.sample_index import open_samples
+from microdit.trainer.data.samples import open_samples
 from microdit.trainer.recipe import load_recipe
 from microdit.trainer.start import Init
 from microdit.trainer.train import train
@@ -70,10 +70,10 @@ def test_a_stage_may_have_a_selection_of_its_own(recipe, corpus: Corpus) -> None
     select(corpus, "half", "SELECT source, shard, row FROM samples WHERE status = 'ok' AND row < 8")
     stages = [STAGE | {"steps": 2}, STAGE | {"steps": 2, "selection": "half"}]
     found = open_samples(recipe(stages=stages, hold_out=5))
-    rows = [index.row for index in found.stages]
+    rows = [index.row for index in found.legs]
     assert rows[0].max() > 8 > rows[1].max() and len(rows[1]) > 20 and len(found.held) == 5
     held = {found.held.name(i) for i in range(5)}
-    assert all(found.stages[s].name(i) not in held for s in (0, 1) for i in range(len(found.stages[s])))
+    assert all(found.legs[s].name(i) not in held for s in (0, 1) for i in range(len(found.legs[s])))
     assert train(recipe(stages=stages, hold_out=5))["steps"] == 4
     with pytest.raises(RequestError, match="nowhere"):
         open_samples(recipe(stages=[STAGE | {"steps": 2, "selection": "nowhere"}]))

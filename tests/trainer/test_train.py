@@ -17,9 +17,9 @@ from microdit.model.checkpoint import load_model
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.trainer.__main__ import main
-from microdit.trainer.micro_batch import largest_that_fits
 from microdit.trainer.objective import learning_rate
-from microdit.trainer.recipe import StageRecipe
+from microdit.trainer.recipe import LegRecipe
+from microdit.trainer.start import largest_that_fits
 from microdit.trainer.train import train
 from tests.trainer.conftest import STAGE, build_corpus, build_recipe, validations
 
@@ -148,9 +148,9 @@ def test_micro_batches_change_nothing_but_rounding(recipe, tmp_path) -> None:
 
 
 def test_steps_with_a_gradient_that_is_not_finite_are_skipped_and_counted(recipe, tmp_path, monkeypatch) -> None:
-    from microdit.trainer.data.batches import StageData
+    from microdit.trainer.data.batches import LegData
 
-    original = StageData._batch
+    original = LegData._batch
 
     def spoiled(self, step, seen):
         batch = original(self, step, seen)
@@ -158,7 +158,7 @@ def test_steps_with_a_gradient_that_is_not_finite_are_skipped_and_counted(recipe
             batch.micro_batches[0].noise[0] = math.nan
         return batch
 
-    monkeypatch.setattr(StageData, "_batch", spoiled)
+    monkeypatch.setattr(LegData, "_batch", spoiled)
     summary = train(recipe(log_every=2, checkpoint_every=1, checkpoint_keep=20))
     assert summary["skipped"] == 2
     before, after = tensors(tmp_path / "run", 2), tensors(tmp_path / "run", 3)
@@ -172,16 +172,16 @@ def test_steps_with_a_gradient_that_is_not_finite_are_skipped_and_counted(recipe
 
 
 def test_a_run_that_learns_nothing_any_more_ends(recipe, tmp_path, monkeypatch) -> None:
-    from microdit.trainer.data.batches import StageData
+    from microdit.trainer.data.batches import LegData
 
-    original = StageData._batch
+    original = LegData._batch
 
     def spoiled(self, step, seen):
         batch = original(self, step, seen)
         batch.micro_batches[0].noise[0] = math.nan
         return batch
 
-    monkeypatch.setattr(StageData, "_batch", spoiled)
+    monkeypatch.setattr(LegData, "_batch", spoiled)
     with pytest.raises(RequestError, match="step 3: the last 3 gradients were not finite"):
         train(recipe(log_every=100, checkpoint_every=100))
     assert state(tmp_path / "run", 3)["progress"]["skipped"] == 3
@@ -322,7 +322,7 @@ def test_stages_may_differ_in_resolution_and_moving_average(recipe, tmp_path) ->
 
 
 def test_learning_rate() -> None:
-    stage = StageRecipe(
+    stage = LegRecipe(
         latents="l", steps=100, batch=10, warmup=100, learning_rate=1.0, schedule="cosine", final_learning_rate=0.1
     )
     rates = [learning_rate(stage, step, 110) for step in range(111)]

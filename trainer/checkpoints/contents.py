@@ -1,7 +1,7 @@
-"""What a checkpoint of a run consists of; `places.py` says where it lies. Nothing in it is pickled.
+"""What a checkpoint of a run consists of; `folder.py` and `bucket.py` keep it. Nothing in it is pickled.
 
 model.safetensors      the weights, with the network's arguments in the header
-ema.safetensors        their moving average, of the same form; only if the stage keeps one
+ema.safetensors        their moving average, of the same form; only if the leg keeps one
 ema-2.safetensors ...  those of the second half-life and so on
 optimizer.safetensors  AdamW's state, as `<parameter>.exp_avg` and so on
 generate.json          what `microdit.model.loading` needs beside the weights
@@ -13,17 +13,19 @@ The files are the same however many processes the run has, and whether they shar
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from microdit.model.checkpoint import CheckpointError, read_state_dict, write_state_dict
+from microdit.model.loading import INFO
 from microdit.model.network import MicroDiT
 from microdit.trainer.processes import Team
-from microdit.trainer.sharding import shared_as, whole
+from microdit.trainer.sharding import shared_as, whole_tensors
 
 VERSION = 1
 OPTIMIZER = "optimizer.safetensors"
@@ -35,65 +37,57 @@ def folder_name(step: int) -> str:
 
 # -- writing ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Snapshot:
+class TensorSnapshot:
     """The tensors of a checkpoint's files by file name, in the memory of the machine, and the network's arguments."""
 
     files: dict[str, dict[str, Tensor]]
     config: dict[str, Any]
 
-    def write(self, name: str, path: Path) -> None:
-        """Write one of the files. Raises OSError or SafetensorError."""
-        write_state_dict(path, self.files[name], None if name == OPTIMIZER else self.config)
-
 
 def snapshot(
     net: MicroDiT, averages: Sequence[Mapping[str, Tensor]], optimizer: torch.optim.Optimizer, keep: bool = True
-) -> Snapshot:
-    """A copy of what a run has learned, which further steps do not change. averages: parameters by name.
+) -> TensorSnapshot:
+    """Copy what a run has learned, so that further steps do not change it. averages: parameters by name.
 
     Where the parameters are shared out, all processes have to ask together. keep: False gives an empty one, for those
     that do not write.
     """
-
-    def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = {}
-        for name, value in tensors.items():
-            value = whole(value.detach())  # one after the other: no device holds more than one of them
-            if keep:
-                found[name] = value.to("cpu", copy=True)
-        return found
-
-    weights = copied(net.state_dict())
+    weights = whole_tensors(net.state_dict(), keep, copy_to="cpu")
     files = {"model.safetensors": weights}
     for name, average in zip(_average_names(), averages, strict=False):
-        files[name] = weights | copied(average)
-    return Snapshot(files | {OPTIMIZER: copied(_optimizer_tensors(net, optimizer))}, net.config)
+        files[name] = weights | whole_tensors(average, keep, copy_to="cpu")
+    files[OPTIMIZER] = whole_tensors(_optimizer_tensors(net, optimizer), keep, copy_to="cpu")
+    return TensorSnapshot(files, net.config)
+
+
+def file_names(tensors: TensorSnapshot) -> list[str]:
+    """All files of a checkpoint but state.json, which is written last."""
+    return [*tensors.files, INFO]
+
+
+def write_file(path: Path, name: str, tensors: TensorSnapshot, generate: Mapping[str, Any]) -> None:
+    """Write one of `file_names`. Raises OSError."""
+    if name == INFO:
+        path.write_text(json.dumps(generate, indent=1))
+        return
+    try:
+        write_state_dict(path, tensors.files[name], None if name == OPTIMIZER else tensors.config)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def state_text(step: int, state: Mapping[str, Any]) -> str:
-    """What state.json holds."""
+    """The text of state.json."""
     return json.dumps({"version": VERSION, "step": step, **state}, indent=1)
-
-
-def superfluous(hours: Sequence[float | None], keep: int, keep_hours: float | None) -> list[int]:
-    """Which checkpoints go: all but the newest `keep`, and but the last one of every `keep_hours` of training.
-
-    hours: of training before each of them, the newest first; None where it cannot be told.
-    """
-    parts = [None if keep_hours is None or h is None else int(h // keep_hours) for h in hours]
-    return [i for i in range(keep, len(parts)) if parts[i] is None or parts[i] in parts[:i]]
-
-
-def hours_of(state: Mapping[str, Any]) -> float | None:
-    """Of training, from what state.json holds."""
-    seconds = (state.get("progress") or {}).get("seconds")
-    return None if seconds is None else float(seconds) / 3600
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as it was read: `name` says where, `state` is state.json, the others are tensors by name."""
+    """A checkpoint as it was read: `name` says where, `state` is state.json, the others are tensors by name.
+
+    Pickled, for the other processes, it keeps the tensors' shapes and dtypes alone.
+    """
 
     name: str
     state: dict[str, Any]
@@ -101,15 +95,12 @@ class Checkpoint:
     averages: list[dict[str, Tensor]]
     optimizer: dict[str, Tensor]
 
-    def outline(self) -> "Checkpoint":
-        """The same without what is in the tensors."""
-
-        def empty(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __getstate__(self) -> dict[str, Any]:
+        def outline(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: torch.empty_like(value, device="meta") for name, value in tensors.items()}
 
-        return replace(
-            self, model=empty(self.model), averages=[empty(a) for a in self.averages], optimizer=empty(self.optimizer)
-        )
+        averages = [outline(average) for average in self.averages]
+        return vars(self) | {"model": outline(self.model), "averages": averages, "optimizer": outline(self.optimizer)}
 
 
 def check_version(state: Mapping[str, Any]) -> None:
@@ -118,7 +109,7 @@ def check_version(state: Mapping[str, Any]) -> None:
 
 
 def read(folder: Path, name: str) -> Checkpoint:
-    """A checkpoint from its files; the tensors are mapped from them.
+    """Read a checkpoint from its files; the tensors are mapped from them.
 
     Raises:
         CheckpointError, OSError, ValueError, KeyError: it is not whole, or not of this version.
@@ -126,17 +117,12 @@ def read(folder: Path, name: str) -> Checkpoint:
     state = json.loads((folder / "state.json").read_text())
     check_version(state)
     averages = itertools.takewhile(Path.exists, (folder / name for name in _average_names()))
-    return Checkpoint(
-        name,
-        state,
-        read_state_dict(folder / "model.safetensors"),
-        [read_state_dict(path) for path in averages],
-        read_state_dict(folder / OPTIMIZER),
-    )
+    model, optimizer = (read_state_dict(folder / file) for file in ("model.safetensors", OPTIMIZER))
+    return Checkpoint(name, state, model, [read_state_dict(path) for path in averages], optimizer)
 
 
 def _average_names() -> Iterator[str]:
-    """Of the files of moving averages, without end."""
+    """Name the files of moving averages, without end."""
     yield "ema.safetensors"
     yield from (f"ema-{number}.safetensors" for number in itertools.count(2))
 
@@ -153,10 +139,9 @@ def load_optimizer(net: nn.Module, optimizer: torch.optim.Optimizer, tensors: Ma
     """Put the first process's saved state into the optimizers of `net`; all have to ask together."""
     names = {parameter: name for name, parameter in net.named_parameters()}
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    number = {names[parameter]: i for i, parameter in enumerate(order)}
+    index = {names[parameter]: i for i, parameter in enumerate(order)}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, kind = key.rpartition(".")
-        place = number[name]
-        state.setdefault(place, {})[kind] = shared_as(order[place].detach(), value, team)
+        state.setdefault(index[name], {})[kind] = shared_as(order[index[name]].detach(), value, team)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

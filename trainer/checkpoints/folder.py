@@ -1,4 +1,7 @@
-"""Checkpoints in a folder of this machine."""
+"""Checkpoints in a folder of this machine.
+
+FOLDER/step-00001200/model.safetensors ...        written as step-00001200.partial, synced, and renamed
+"""
 
 import json
 import shutil
@@ -6,14 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from microdit.model.loading import checkpoint_folders
 from microdit.pipeline.storage.disk import sync
-from microdit.trainer.checkpoints.contents import Checkpoint, Snapshot, folder_name, read, state_text
+from microdit.trainer.checkpoints import contents
+from microdit.trainer.checkpoints.contents import Checkpoint, TensorSnapshot, folder_name
 
 
-class Folder:
+class FolderCheckpoints:
     """Checkpoints as folders below `root`."""
 
     def __init__(self, root: Path):
@@ -23,16 +25,16 @@ class Folder:
         return str(self.root)
 
     def names(self) -> list[str]:
-        """Those that are there, the newest first."""
+        """List the checkpoints, the newest first."""
         return [folder.name for folder in checkpoint_folders(self.root)]
 
     def state(self, name: str) -> dict[str, Any]:
         return dict(json.loads((self.root / name / "state.json").read_text()))
 
     def read(self, name: str) -> Checkpoint:
-        return read(self.root / name, str(self.root / name))
+        return contents.read(self.root / name, str(self.root / name))
 
-    def write(self, step: int, tensors: Snapshot, state: Mapping[str, Any], generate: Mapping[str, Any]) -> None:
+    def write(self, step: int, tensors: TensorSnapshot, state: Mapping[str, Any], generate: Mapping[str, Any]) -> None:
         """Write the checkpoint of a step, durable when this returns. A kill, or a full disk, leaves those before.
 
         Raises:
@@ -45,15 +47,14 @@ class Folder:
         partial = self.root / f"{final.name}.partial"
         partial.mkdir()
         try:
-            for name in tensors.files:
-                tensors.write(name, partial / name)
-            (partial / "generate.json").write_text(json.dumps(generate, indent=1))
-            (partial / "state.json").write_text(state_text(step, state))
+            for name in contents.file_names(tensors):
+                contents.write_file(partial / name, name, tensors, generate)
+            (partial / "state.json").write_text(contents.state_text(step, state))
             for path in (*partial.iterdir(), partial):
                 sync(path)
-        except (OSError, SafetensorError) as error:
+        except OSError:
             shutil.rmtree(partial, ignore_errors=True)
-            raise error if isinstance(error, OSError) else OSError(str(error)) from error
+            raise
         if final.exists():  # of a run that went back to an older checkpoint because this one could not be read
             shutil.rmtree(final)
         partial.rename(final)
@@ -64,4 +65,4 @@ class Folder:
         shutil.rmtree((self.root / name).rename(self.root / f"{name}.partial"))
 
     def sweep(self) -> None:
-        """`write` has done it."""
+        """Do nothing: `write` removes what kills left."""

@@ -1,6 +1,6 @@
-"""The batches of a stage, and how they get there.
+"""The batches of a leg, and how they get there.
 
-    SampleIndex --> Lanes (order.py) --> rows of batch n --ShardCache (shards.py)--> Batch
+    SampleIndex --> Lanes (order.py) --> rows of batch n --NotingShardCache--> Batch
 
 Everything random about row i of step s (noise, sigma, dropout, caption, patches kept) is a function of (seed, s, i).
 A sample that turns out broken is replaced from its own lane, so that the processes need not agree on anything.
@@ -8,50 +8,45 @@ A sample that turns out broken is replaced from its own lane, so that the proces
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from microdit.pipeline.base.errors import RequestError
-from microdit.pipeline.corpus.corpus import Corpus
-from microdit.trainer.data.batch import Batch, Field, MicroBatch, pad_text
-from microdit.trainer.data.buffers import Buffers
-from microdit.trainer.data.disk_cache import DiskCache
+from microdit.pipeline.base.threads import read_ahead
+from microdit.pipeline.corpus.open_shard import BrokenError, Field
+from microdit.pipeline.corpus.shard_cache import ShardId
+from microdit.pipeline.selection.sample_index import SampleIndex
+from microdit.trainer.data.batch import Batch, Buffers, MicroBatch, pad_text
 from microdit.trainer.data.order import Lanes
 from microdit.trainer.data.randomness import Draw, Noise
-from microdit.trainer.data.sample_index import RunSamples, SampleIndex
-from microdit.trainer.data.shard_cache import WHOLE, BrokenError, ShardCache
-from microdit.trainer.recipe import Recipe, StageRecipe
+from microdit.trainer.data.samples import WHOLE, NotingShardCache
+from microdit.trainer.recipe import LegRecipe, Recipe
 
 AHEAD = 4  # batches before it is used, a shard is asked for at least
+MADE_AHEAD = 4  # batches that are made before the network takes them
 MOST_TRIES = 1000  # samples of a lane that are asked for in place of a broken one
 
 
-class StageData:
-    """The batches of one stage of a recipe, for one of `world` processes.
+class LegData:
+    """The batches of one leg of a recipe, for one of `world` processes.
 
-    index: what the stage trains on. Raises RequestError if processes and lanes, or text columns, do not agree.
+    index: what the leg trains on. Raises RequestError if processes and lanes, or text columns, do not agree.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        stage: StageRecipe,
+        leg: LegRecipe,
         index: SampleIndex,
-        cache: ShardCache,
+        cache: NotingShardCache,
         patch_size: int,
         rank: int = 0,
         world: int = 1,
     ):
-        self.recipe, self.stage, self.index, self.cache, self.rank, self.world = (
-            recipe,
-            stage,
-            index,
-            cache,
-            rank,
-            world,
-        )
+        self.recipe, self.leg, self.index, self.cache = recipe, leg, index, cache
+        self.rank, self.world = rank, world
         self.lanes = Lanes(index, recipe.lanes, recipe.seed, recipe.shuffle_window)
         if self.lanes.count % world:
             raise RequestError(
@@ -60,16 +55,20 @@ class StageData:
             )
         self.text = sorted(recipe.text)  # what is drawn depends on no order in the file
         self.text_bounds = np.cumsum([recipe.text[name] for name in self.text]) / sum(recipe.text.values())
-        self.latent_shape, self.text_width = shapes(cache, index, stage.latents, self.text)
-        self.moments = holds_moments(cache.corpus, stage.latents)
-        self._nothing, self._counted = np.zeros((1, self.text_width), dtype=np.float16), 0
+        self.latent_shape, self.text_width = sample_shape(cache, index, leg.latents, self.text)
+        self.moments = holds_moments(cache, leg.latents)
+        self._no_text, self._broken_before = np.zeros((1, self.text_width), dtype=np.float16), 0
         self._buffers, self._spread = Buffers(), self._room()
-        self.tokens = math.prod(self.latent_shape[1:]) // patch_size**2 if stage.mask_ratio > 0 else None
+        self.tokens = math.prod(self.latent_shape[1:]) // patch_size**2 if leg.mask_ratio > 0 else None
+
+    def batches_ahead(self, step: int, seen: int, count: int) -> Generator[Batch]:
+        """Make the same batches as `batches` in a thread, before they are asked for."""
+        return read_ahead(self.batches(step, seen, count), MADE_AHEAD)
 
     def batches(self, step: int, seen: int, count: int) -> Iterator[Batch]:
-        """`count` batches from step `step` of the run, after `seen` samples."""
+        """Make `count` batches from step `step` of the run, after `seen` samples."""
         own = self.lanes.count // self.world
-        each, start = self.stage.batch // self.lanes.count, seen // self.lanes.count
+        each, start = self.leg.batch // self.lanes.count, seen // self.lanes.count
         ahead = {}  # batches before it is used, a lane's shard is asked for
         for i in range(own):
             lane = self.rank * own + i
@@ -82,40 +81,36 @@ class StageData:
             for lane, first in ahead.items():
                 if s + first < count:
                     self._request(lane, start + (s + first) * each, each)
-            yield self._batch(step + s, seen + s * self.stage.batch)
+            yield self._batch(step + s, seen + s * self.leg.batch)
             self.cache.trim()
 
     def _request(self, lane: int, start: int, count: int) -> None:
         """Begin to read the shards of some samples of a lane, in their order."""
         if count <= 0:
             return
-        shards = self.index.shard[self.lanes.samples(lane, start, count)]
-        for shard in dict.fromkeys(shards.tolist()):
-            where = self.index.shards[shard]
-            for column in (self.stage.latents, *self.text):
-                if self.cache.broken.why(column, where) is None:
-                    self.cache.request(column, where)
+        for number in dict.fromkeys(self.index.shard[self.lanes.samples(lane, start, count)].tolist()):
+            shard = self.index.shards[number]
+            for column in (self.leg.latents, *self.text):
+                if self.cache.broken.why(column, shard) is None:
+                    self.cache.request(column, shard)
 
     def _room(self) -> float:
-        """How much of another window there is room for, beside the one that is read: 0 to 1.
+        """Compute how much of another window there is room for, beside the one that is read: 0 to 1.
 
         Raises:
             RequestError: there is no room for one, and it would come from a bucket again and again.
         """
         if self.cache.corpus.store.root is not None:
             return 1.0
-        sizes = [[c.size for c in self.cache.columns[column].values()] for column in (self.stage.latents, *self.text)]
+        sizes = [[c.size for c in self.cache.columns[column].values()] for column in (self.leg.latents, *self.text)]
         own = self.lanes.count // self.world
         window = own * min(self.lanes.window, -(-len(self.index.shards) // self.lanes.count) + 1)
-        needed = sum(min(sum(found), window * sum(found) / len(found)) for found in sizes)
-        name, room, advice = "cache_mb", float(self.cache.max_bytes), ""
-        if self.cache.disk is not None:
-            name, room = "cache_gb", float(self.cache.disk.max_bytes)
+        needed = sum(min(sum(column), window * sum(column) / len(column)) for column in sizes)
+        name, room, unit, advice = "cache_mb", self.cache.max_bytes, 1 << 20, "give cache_folder, a local folder, or "
+        if (disk := self.cache.reader.disk) is not None:
+            name, room, unit, advice = "cache_gb", disk.max_bytes, 10**9, ""
             needed *= int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
-        else:
-            advice = "give cache_folder, a folder of this machine's disk, or "
         if needed > room:
-            unit = {"cache_mb": 1 << 20, "cache_gb": 1e9}[name]
             raise RequestError(
                 f"{name} = {room / unit:g}: {own} lanes of a process read {window} shards at a time, for which this "
                 f"machine needs {needed / 1e9:.3g} GB, and would ask the bucket for them again and again; {advice}"
@@ -124,10 +119,10 @@ class StageData:
         return min(room / needed - 1, 1.0)
 
     def _batch(self, step: int, seen: int) -> Batch:
-        rows, positions = self.lanes.batch(seen, self.stage.batch, self.rank, self.world)
-        draw = Draw.of(self.recipe.seed, step, self.stage.batch, rows)
+        rows, positions = self.lanes.batch(seen, self.leg.batch, self.rank, self.world)
+        draw = Draw.of(self.recipe.seed, step, self.leg.batch, rows)
         positions, latents, texts = self._samples(seen, rows, positions, draw)
-        size = self.stage.micro_batch or len(rows)
+        size = self.leg.micro_batch or len(rows)
         order = np.arange(len(rows))
         if size < len(rows):  # texts of like length together: less padding
             order = np.argsort([len(text) for text in texts], kind="stable")
@@ -137,7 +132,7 @@ class StageData:
     def _samples(
         self, seen: int, rows: np.ndarray, positions: np.ndarray, draw: Draw
     ) -> tuple[np.ndarray, list[Field], list[Field]]:
-        """Positions, latents and texts of these rows; a dropped caption is one token of zeros."""
+        """Read positions, latents and texts of these rows; a dropped caption is one token of zeros."""
         latents, texts, taken = [], [], positions.tolist()
         columns = np.searchsorted(self.text_bounds, draw.caption, side="right").clip(max=len(self.text) - 1)
         dropped = draw.dropout < self.recipe.caption_dropout
@@ -145,7 +140,9 @@ class StageData:
             column, tries = None if drop else self.text[number], 0
             while True:
                 try:
-                    latent, text = self._sample(taken[i], column)
+                    shard, shard_row = self.index.locate(taken[i])
+                    latent = self._field(self.leg.latents, shard, shard_row)
+                    text = self._no_text if column is None else self._field(column, shard, shard_row)
                     break
                 except BrokenError as error:
                     self._refuse_too_many()
@@ -155,37 +152,40 @@ class StageData:
                             f"lane {row % self.lanes.count}: no sample of it can be read, the last because {error}; "
                             "run `microdit verify`, then `microdit build --repair`"
                         ) from None
-                    taken[i] = self.lanes.replacement(*self.lanes.place(seen, row), tries)
+                    taken[i] = self.lanes.replacement(seen, row, tries)
             latents.append(latent)
             texts.append(text)
         return np.array(taken), latents, texts
 
-    def _sample(self, position: int, column: str | None) -> tuple[Field, Field]:
-        """Latent and text (zeros without a column) of a sample; raises BrokenError if one of them cannot be read."""
-        where, row = self.index.shards[self.index.shard[position]], int(self.index.row[position])
-        channels, *sides = self.latent_shape
-        wanted = (2 * channels if self.moments else channels, *sides)
-        latent = self.cache.field(self.stage.latents, where, row)
-        if latent.shape != wanted:
-            self._broken(self.stage.latents, where, row, f"its shape is {latent.shape}, the others' is {wanted}")
-        if column is None:
-            return latent, self._nothing
-        text = self.cache.field(column, where, row)
-        if len(text.shape) != 2 or not len(text) or text.shape[1] != self.text_width:
-            self._broken(column, where, row, f"its shape is {text.shape}, expected (tokens, {self.text_width})")
-        return latent, text
+    def _field(self, column: str, shard: ShardId, row: int) -> Field:
+        """Read one field of a sample. Raises BrokenError, after it was noted, if it cannot be read or does not fit."""
+        value = self.cache.field(column, shard, row)
+        try:
+            return self.checked(column, value)
+        except BrokenError as error:
+            self.cache.broken.add(column, shard, row, str(error))
+            raise
 
-    def _broken(self, column: str, where: tuple[str, str], row: int, why: str) -> None:
-        self.cache.broken.add(column, where, row, why)
-        raise BrokenError(why)
+    def checked(self, column: str, value: Field | BrokenError) -> Field:
+        """Return the same field of a sample; raises BrokenError if it is one, or has another shape than the others."""
+        if isinstance(value, BrokenError):
+            raise value
+        if column == self.leg.latents:
+            channels, *sides = self.latent_shape
+            expected = (2 * channels if self.moments else channels, *sides)
+            if value.shape != expected:
+                raise BrokenError(f"its shape in {column} is {value.shape}, the others' is {expected}")
+        elif len(value.shape) != 2 or not len(value) or value.shape[1] != self.text_width:
+            raise BrokenError(f"its shape in {column} is {value.shape}, expected (tokens, {self.text_width})")
+        return value
 
     def _refuse_too_many(self) -> None:
-        """Raises RequestError once more of this stage's samples are broken than the recipe allows."""
+        """Raise RequestError once more of this leg's samples are broken than the recipe allows."""
         broken = self.cache.broken
-        if len(broken) == self._counted:
+        if len(broken) == self._broken_before:
             return
-        self._counted = len(broken)
-        count, most = broken.samples(self.index, (self.stage.latents, *self.text)), self.recipe.max_broken
+        self._broken_before = len(broken)
+        count, most = broken.count(self.index, (self.leg.latents, *self.text)), self.recipe.max_broken
         if count > most * len(self.index):
             column, _, shard, row, why = broken.listed()[-1]
             raise RequestError(
@@ -218,37 +218,29 @@ class StageData:
         )
 
 
-def open_cache(recipe: Recipe, samples: RunSamples) -> ShardCache:
-    """What a run reads its shards through."""
-    disk = None if recipe.cache_folder is None else DiskCache(recipe.cache_folder, int(recipe.cache_gb * 1e9))
-    return ShardCache(samples.corpus, samples.columns, recipe.cache_mb << 20, disk)
-
-
-def shapes(
-    cache: ShardCache, index: SampleIndex, latents: str, text: Sequence[str]
+def sample_shape(
+    cache: NotingShardCache, index: SampleIndex, latents: str, text: Sequence[str]
 ) -> tuple[tuple[int, int, int], int]:
-    """Shape of a latent (C, H, W) and width of a caption embedding, from the first sample that can be read.
+    """Find the shape of a latent (C, H, W) and the width of a caption embedding from the first sample that can be read.
 
     Raises:
         RequestError: text columns of different widths, which one network cannot read; or none can be read.
     """
     firsts = np.flatnonzero(np.diff(index.shard, prepend=-1))  # of each shard
     for position in firsts[:MOST_TRIES].tolist():
-        where, row = index.shards[index.shard[position]], int(index.row[position])
+        shard, row = index.locate(position)
         try:
-            widths = {column: cache.field(column, where, row).shape[1] for column in text}
-            channels, height, width = cache.field(latents, where, row).shape
+            widths = {column: cache.field(column, shard, row).shape[1] for column in text}
+            channels, height, width = cache.field(latents, shard, row).shape
         except (BrokenError, IndexError) as error:
             last = error
             continue
         if len(set(widths.values())) > 1:
             raise RequestError(f"text: the columns differ in width: {widths}; take columns of one text encoder")
-        if holds_moments(cache.corpus, latents):
-            channels //= 2
-        return (channels, height, width), widths[text[0]]
+        return (channels // 2 if holds_moments(cache, latents) else channels, height, width), widths[text[0]]
     raise RequestError(f"column {latents}: no sample can be read, the last because {last}; run `microdit verify`")
 
 
-def holds_moments(corpus: Corpus, latents: str) -> bool:
+def holds_moments(cache: NotingShardCache, latents: str) -> bool:
     """Whether a latents column holds means and standard deviations (2C, H, W), of which each step draws a sample."""
-    return bool(corpus.column(latents).made_by.get("posterior") == "moments")
+    return bool(cache.corpus.column(latents).made_by.get("posterior") == "moments")

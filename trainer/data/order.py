@@ -7,11 +7,9 @@ With weights the lanes are of equal weight: a sample on the border of two belong
 each. In an epoch of a lane, as long as N / C, a sample of r times the mean weight comes floor(r) times or once more.
 """
 
-import math
-
 import numpy as np
 
-from microdit.trainer.data.sample_index import SampleIndex
+from microdit.pipeline.selection.sample_index import SampleIndex
 
 
 def _raw(n: int, *seed: int) -> np.ndarray:
@@ -19,14 +17,14 @@ def _raw(n: int, *seed: int) -> np.ndarray:
 
 
 def _shuffled(n: int, *seed: int) -> np.ndarray:
-    """A permutation of range(n); raw bits and a stable sort, because numpy may change `permutation` but not these."""
+    """Permute range(n) by raw bits and a stable sort, because numpy may change `permutation` but not these."""
     return np.argsort(_raw(n, *seed), kind="stable")
 
 
 class Lanes:
     """The order of the samples of an index.
 
-    lanes: wished for; with fewer samples it is the largest divisor of it that leaves none empty.
+    lanes: requested number; with fewer samples, the largest divisor of it that leaves no lane empty.
     window: shards of a lane among which rows are shuffled.
     """
 
@@ -41,13 +39,13 @@ class Lanes:
         self._epochs: dict[int, dict[int, tuple[int, np.ndarray]]] = {}  # by lane, then by number
 
     def size(self, lane: int) -> int:
-        """Samples in an epoch of a lane."""
+        """Count the samples in an epoch of a lane."""
         if self._ends is not None:
             return max(round(len(self.index) / self.count), 1)
         return self._bounds[lane + 1] - self._bounds[lane]
 
     def samples(self, lane: int, start: int, count: int) -> np.ndarray:
-        """Positions in the index of samples start, start + 1, ... of a lane, without end."""
+        """Return the positions in the index of samples start, start + 1, ... of a lane, without end."""
         parts = []
         while count > 0:
             epoch, offset = divmod(start, self.size(lane))
@@ -57,21 +55,23 @@ class Lanes:
         return np.concatenate(parts)
 
     def window_size(self, lane: int, n: int) -> float:
-        """Mean number of samples in the windows of the epoch of a lane's n-th sample."""
+        """Compute the mean number of samples in the windows of the epoch of a lane's n-th sample."""
         size = self.size(lane)
         return size / self._epoch(lane, n // size)[0]
 
-    def replacement(self, lane: int, n: int, tries: int) -> int:
-        """Position of the sample that takes the place of a lane's n-th, the first `tries - 1` of them being broken too.
+    def replacement(self, seen: int, row: int, tries: int) -> int:
+        """Choose what replaces a row of the batch after `seen` samples, `tries - 1` others having been broken too.
 
-        It stands a window further on, which is read soon anyway, so that a broken shard's samples find other ones.
+        It stands a window further on in its lane, which is read soon anyway, so that a broken shard's samples find
+        other ones.
         """
+        lane, n = row % self.count, seen // self.count + row // self.count
         epoch, offset = divmod(n, size := self.size(lane))
         windows, order = self._epoch(lane, epoch)
         return int(order[(offset + tries * (size // windows) + tries // windows) % size])  # after a round, the next one
 
     def _epoch(self, lane: int, epoch: int) -> tuple[int, np.ndarray]:
-        """How many windows an epoch of a lane has, and its samples in order."""
+        """Return how many windows an epoch of a lane has, and its samples in order."""
         known = self._epochs.setdefault(lane, {})
         if epoch not in known:
             own = self._drawn(lane, epoch)
@@ -87,7 +87,7 @@ class Lanes:
         return known[epoch]
 
     def _drawn(self, lane: int, epoch: int) -> np.ndarray:
-        """The samples of an epoch of a lane, shard by shard, as often as they come."""
+        """Draw the samples of an epoch of a lane, shard by shard, as often as they come."""
         if self._ends is None:
             return self._samples[self._bounds[lane] : self._bounds[lane + 1]]
         low, high = (self._ends[-1] * border / self.count for border in (lane, lane + 1))
@@ -105,27 +105,8 @@ class Lanes:
         return np.repeat(self._samples[first : last + 1], times)
 
     def batch(self, seen: int, batch: int, rank: int = 0, world: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """A rank's part of the global batch after `seen` samples: (rows in that batch, positions in the index)."""
+        """Return a rank's part of the global batch after `seen` samples: (rows in it, positions in the index)."""
         each, own = batch // self.count, self.count // world
         lanes = np.arange(rank * own, (rank + 1) * own)
         positions = np.stack([self.samples(lane, seen // self.count, each) for lane in lanes.tolist()], axis=1)
         return (np.arange(each)[:, None] * self.count + lanes).ravel(), positions.ravel()
-
-    def place(self, seen: int, row: int) -> tuple[int, int]:
-        """Lane, and number in it, of a row of the global batch after `seen` samples."""
-        return row % self.count, seen // self.count + row // self.count
-
-
-def shuffle_quality(order: np.ndarray, group: np.ndarray) -> float:
-    """Mean distance in a sequence between a sample and the next one of its group, by what a uniform shuffle gives.
-
-    order: positions in the sequence's order; group: of each position. 1 is as good as uniform, less is clumped.
-    """
-    found = group[order]
-    places = np.argsort(found, kind="stable")
-    gaps = np.diff(places)[np.diff(found[places]) == 0]
-    counts = np.bincount(found)
-    counts = counts[counts > 1]
-    # of n places drawn from N the mean distance between neighbours is (N + 1) / (n + 1)
-    uniform = ((len(order) + 1) / (counts + 1) * (counts - 1)).sum() / (counts - 1).sum()
-    return math.nan if not len(gaps) else float(gaps.mean() / uniform)

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microdit.trainer.data.buffers import Buffers
-from microdit.trainer.data.sample_index import splitmix
+from microdit.pipeline.selection.sample_index import splitmix
+from microdit.trainer.data.batch import Buffers
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Draw:
 
     @classmethod
     def of(cls, seed: int, step: int, batch: int, rows: np.ndarray) -> "Draw":
-        """Drawn for all `batch` rows by one generator, so that no process's depend on the others."""
-        generator = torch.Generator().manual_seed(_seed(seed, step))
+        """Draw for all `batch` rows by one generator, so that no process's depend on the others."""
+        generator = torch.Generator().manual_seed(_seed(seed, 3, step))
         normal = torch.randn(batch, generator=generator)
         caption, dropout = (torch.rand(batch, generator=generator).numpy() for _ in range(2))
         return cls(normal[torch.from_numpy(rows)], caption[rows], dropout[rows])
@@ -47,7 +47,7 @@ class Noise:
         moments: bool = False,
         buffer: Buffers | None = None,
     ) -> "Noise":
-        """tokens: length of the permutations of patches; None without masking. moments: latents are drawn as well."""
+        """Draw for some rows. tokens: length of the permutations, None without masking. moments: draw latents too."""
         new, shape, single = buffer or Buffers(), (len(rows), *latent_shape), np.dtype(np.float32)
         noise, posterior = new(shape, single), new(shape, single) if moments else None
         order = None if tokens is None else torch.empty(len(rows), tokens)
@@ -62,12 +62,31 @@ class Noise:
         return cls(noise, None if order is None else order.argsort(dim=1), posterior)
 
 
-def _seed(seed: int, step: int) -> int:
-    """Of a step's generator, 63 bits."""
-    words = np.random.SeedSequence((seed, 3, step)).generate_state(1, np.uint64)
-    return int(words[0] >> np.uint64(1))
+@dataclass(frozen=True)
+class HeldOutDraw:
+    """What is random about a held-out sample but its noise level; `column` counts in `LegData.text`."""
+
+    column: int
+    noise: Tensor
+    posterior: Tensor
+
+    @classmethod
+    def of(cls, sample: int, text_bounds: np.ndarray, latent_shape: Sequence[int]) -> "HeldOutDraw":
+        """Draw for one sample. sample: its hash. text_bounds: cumulative shares of the text columns."""
+        generator = torch.Generator().manual_seed(_seed(sample, 6))
+        caption = torch.rand(1, generator=generator).item()
+        return cls(
+            min(int(np.searchsorted(text_bounds, caption, side="right")), len(text_bounds) - 1),
+            torch.randn(*latent_shape, generator=generator),
+            torch.randn(*latent_shape, generator=generator),
+        )
+
+
+def _seed(*words: int) -> int:
+    """Derive the seed of a generator, 63 bits."""
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _row_seeds(seed: int, step: int, rows: np.ndarray) -> np.ndarray:
-    """Of the rows' generators, 63 bits each."""
-    return splitmix(rows.astype(np.uint64), np.uint64(_seed(seed, step))) >> np.uint64(1)
+    """Derive the seeds of the rows' generators, 63 bits each."""
+    return splitmix(rows.astype(np.uint64), np.uint64(_seed(seed, 3, step))) >> np.uint64(1)

@@ -1,4 +1,4 @@
-"""Where a run is, and what it tells: log.jsonl, TensorBoard, and one line on the terminal."""
+"""The log of a run: log.jsonl, TensorBoard, W&B, and one line on the terminal."""
 
 import importlib
 import json
@@ -14,8 +14,8 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.trainer.monitoring.progress import Progress
 from microdit.trainer.objective import NOISE_EDGES
-from microdit.trainer.progress import Progress
 
 NOISE_NAMES = [
     f"{low:g}..{high:g}" for low, high in zip((-float("inf"), *NOISE_EDGES), (*NOISE_EDGES, float("inf")), strict=True)
@@ -39,7 +39,7 @@ class Log:
         self._wandb = _wandb_ready(wandb) if wandb is not None and active else None
         self._writer: SummaryWriter | None = None
         self._terminal = sys.stdout.isatty()
-        self._told = -PLAIN_STATUS_SECONDS
+        self._printed = -PLAIN_STATUS_SECONDS
 
     def open(self, step: int, progress: "Progress") -> None:
         """Begin, or go on after `step`: lines of later steps, written before a kill, are dropped.
@@ -62,7 +62,7 @@ class Log:
         self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
 
     def line(self, step: int, **values: Any) -> None:
-        """A value may be a dictionary of numbers, or of such; None stands for what is not known."""
+        """Write a line. A value may be a dictionary of numbers, or of such; None stands for what is not known."""
         if self._writer is None:
             return
         numbers = _flat(values)
@@ -77,7 +77,7 @@ class Log:
             self._run.log(numbers, step=step)
 
     def picture(self, step: int, picture: Image.Image) -> None:
-        """A sheet of pictures, to TensorBoard."""
+        """Give a sheet of pictures to TensorBoard and W&B."""
         if self._writer is not None:
             self._writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
         if self._run is not None and self._wandb is not None:
@@ -86,15 +86,15 @@ class Log:
     def status(self, text: str, last: bool = False) -> None:
         """Replace the status line; `last`: it stays."""
         now = time.monotonic()
-        if not self.active or not (self._terminal or last or now - self._told >= PLAIN_STATUS_SECONDS):
+        if not self.active or not (self._terminal or last or now - self._printed >= PLAIN_STATUS_SECONDS):
             return
-        self._told = now
+        self._printed = now
         print(
             f"\r\x1b[2K{text}" if self._terminal else text, end="" if self._terminal and not last else "\n", flush=True
         )
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if self.active:
             print(f"\r\x1b[2K{text}" if self._terminal else text, flush=True)
 
@@ -106,7 +106,7 @@ class Log:
 
 
 def _wandb_ready(project: str) -> Any:
-    """The module of W&B, with somebody logged in or offline. Raises RequestError."""
+    """Import W&B, with somebody logged in or offline. Raises RequestError."""
     try:
         wandb = importlib.import_module("wandb")
     except ImportError as error:
@@ -122,23 +122,23 @@ def _wandb_ready(project: str) -> Any:
 
 
 def by_noise(sums: Sequence[float], counts: Sequence[float]) -> dict[str, float | None]:
-    """Mean losses by noise, from sums and numbers of samples."""
+    """Compute mean losses by noise from sums and numbers of samples."""
     return {name: loss / n if n else None for name, loss, n in zip(NOISE_NAMES, sums, counts, strict=True)}
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers of nested dictionaries, by names with slashes."""
-    found: dict[str, float] = {}
+    """Flatten the numbers of nested dictionaries, by names with slashes."""
+    flat: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            found |= {f"{name}/{key}": number for key, number in _flat(value).items()}
+            flat |= {f"{name}/{key}": number for key, number in _flat(value).items()}
         elif value is not None:
-            found[name] = value
-    return found
+            flat[name] = value
+    return flat
 
 
 def _lines(path: Path) -> list[str]:
-    """The whole lines of a log; a kill may have cut the last one."""
+    """Read the whole lines of a log; a kill may have cut the last one."""
     if not path.exists():
         return []
     text = path.read_text()

@@ -1,17 +1,26 @@
-"""Measure speed and losses between two lines of the log."""
+"""What the steps give: speed and losses between two lines of the log, and which gradients were not finite."""
 
-import resource
+import json
 import time
+from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from microdit.model.device import peak_memory_mb
 from microdit.model.flops import gpu_peak
+from microdit.pipeline.selection.sample_index import SampleIndex
 from microdit.trainer.data.batch import Batch
 from microdit.trainer.monitoring.log import Log, by_noise
+from microdit.trainer.monitoring.progress import Progress
 from microdit.trainer.objective import NOISE_BINS, Step
 from microdit.trainer.processes import Team
-from microdit.trainer.progress import Progress
+
+LIMIT = 3  # steps in a row whose gradient is not finite, and the run stops
 
 
 class Meter:
@@ -30,7 +39,7 @@ class Meter:
         self.peak = gpu_peak(torch.cuda.get_device_name()) if team.device.type == "cuda" else None
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time until each is there counts as waited."""
+        """Give the same batches; the time until each is there counts as waited."""
         while True:
             start = time.perf_counter()
             batch = next(batches, None)
@@ -40,12 +49,13 @@ class Meter:
             yield batch
 
     def pause(self, seconds: float) -> None:
-        """So much time went by beside the training, and does not count as slow."""
+        """Take out time that went by beside the training, which does not count as slow."""
         self.marked += seconds
 
     def add(self, step: Step) -> None:
-        found = torch.cat([step.loss.reshape(1), step.noise.flatten()])
-        self.sums += torch.where(step.bad > 0, 0.0, found)
+        """Count a step; one that is not finite counts as skipped."""
+        sums = torch.cat([step.loss.reshape(1), step.noise.flatten()])
+        self.sums += torch.where(step.bad > 0, 0.0, sums)
         self.loss_steps += (step.bad == 0).long()
         self.skipped += step.bad.long()
         self.norm = step.norm
@@ -62,7 +72,7 @@ class Meter:
         self.progress.loss_steps, self.progress.skipped = int(self.loss_steps), int(self.skipped)
 
     def write(self, stage: int, rate: float, images_left: int) -> None:
-        """A line of the log."""
+        """Write a line of the log."""
         self.settle()
         progress, seconds = self.progress, time.perf_counter() - self.marked
         self.speed = speed = (progress.seen - self.marked_seen) / seconds
@@ -89,8 +99,31 @@ class Meter:
         self.marked, self.marked_seen, self.waited, self.flops = time.perf_counter(), progress.seen, 0.0, 0
 
 
-def peak_memory_mb(device: torch.device) -> int:
-    """The most that this process has held so far: of the GPU, or of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+class NotFinite:
+    """Notes steps whose gradient was not finite; it never waits for the device, so they are known some steps later.
+
+    Each process writes the samples of its part of a bad batch as a line of OUT/not-finite-RANK.jsonl.
+    """
+
+    def __init__(self, out: Path, team: Team):
+        self.path, self.device = out / f"not-finite-{team.rank}.jsonl", team.device
+        self.in_a_row = 0
+        self._pending: deque[tuple[int, Tensor, Any, SampleIndex, np.ndarray]] = deque()
+
+    def add(self, step: int, bad: Tensor, index: SampleIndex, positions: np.ndarray) -> None:
+        """bad: 1 if the gradient of this step was not finite, else 0; positions: of its samples in the index."""
+        event = None
+        if self.device.type == "cuda":
+            bad, event = bad.to("cpu", non_blocking=True), torch.cuda.Event()
+            event.record()
+        self._pending.append((step, bad, event, index, positions))
+        while self._pending and (self._pending[0][2] is None or self._pending[0][2].query()):
+            step, bad, _, index, positions = self._pending.popleft()
+            self.in_a_row = self.in_a_row + 1 if bad.item() else 0
+            if bad.item():
+                self._write(step, [index.name(i) for i in positions.tolist()])
+
+    def _write(self, step: int, samples: list[str]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, "samples": samples}) + "\n")

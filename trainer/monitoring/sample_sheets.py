@@ -6,7 +6,6 @@ compiled or shared out. The others wait. The text encoder is needed once, at the
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from microdit.model.checkpoint import CheckpointError
 from microdit.model.edm import EDM
+from microdit.model.encoded_prompts import EncodedPrompts
 from microdit.model.loading import trained_part
 from microdit.model.network import MicroDiT
 from microdit.model.picture_files import grid
@@ -22,8 +22,9 @@ from microdit.model.pretrained.hub import ModelFilesError
 from microdit.model.pretrained.text import TextEncoder
 from microdit.model.text_to_image import MicroDiTPipeline, load_encoders
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.selection.sample_index import read_captions
 from microdit.trainer.checkpoints.contents import folder_name
-from microdit.trainer.data.sample_index import RunSamples, read_captions
+from microdit.trainer.data.samples import RunSamples
 from microdit.trainer.learner import Learner
 from microdit.trainer.monitoring.log import Log
 from microdit.trainer.processes import Team
@@ -35,8 +36,8 @@ SEED = 1  # of the first picture's noise
 PATIENCE = timedelta(hours=6)  # of the others: models may have to be downloaded
 
 
-class Drawing:
-    """Draws what a recipe's `sample_prompts` say. Every process makes one, and calls it at the same steps.
+class SampleSheets:
+    """Draws what a recipe's `sample_prompts` say. Every process makes one, and draws at the same steps.
 
     Raises:
         RequestError: text encoder or autoencoder of the columns cannot be had.
@@ -47,42 +48,40 @@ class Drawing:
         self.every = int(recipe.sample_every or 0)
         # a group of its own, because the others wait much longer here than for each other's gradients
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if team.world > 1 else None
-        failed = None
-        if team.rank == 0:
-            try:
-                self._load()
-            except (ModelFilesError, CheckpointError, ValueError, KeyError, OSError, RequestError) as error:
-                failed = (
-                    f"sample_every = {recipe.sample_every}: what draws pictures cannot be had: {error}; "
-                    "leave sample_every out to train without them"
-                )
-        if failed := self._told(failed):
-            raise RequestError(failed)
+        team.from_first(self._load, self._group)
 
-    def __call__(self, step: int, learner: Learner, latent_shape: Sequence[int]) -> None:
+    def draw(self, step: int, learner: Learner, latent_shape: Sequence[int]) -> None:
         """Draw OUT/samples/step-*.png. What goes wrong is told, and the run goes on."""
         weights = learner.drawing_weights(keep=self.team.rank == 0)
-        if self.team.rank == 0:
+
+        def drawn() -> None:
             try:
                 self._draw(step, learner, weights, latent_shape)
             except (OSError, RuntimeError, ValueError) as error:  # the disk is full, or the GPU's memory
                 self.log.say(f"step {step}: no pictures, because {str(error).splitlines()[0]}")
-        self._told(None)
+
+        self.team.from_first(drawn, self._group)
 
     def _load(self) -> None:
         recipe, samples = self.recipe, self.samples
-        self.prompts = list(recipe.sample_prompts) or read_captions(
-            samples.corpus, recipe.main_text, samples.held.take(samples.held.lowest(CAPTIONS, recipe.seed + 1))
-        )
-        encoder, self.autoencoder = load_encoders(
-            trained_part(samples.corpus.column(recipe.main_text).made_by, "encoder"),
-            trained_part(samples.corpus.column(recipe.stages[-1].latents).made_by, "autoencoder"),
-            self.team.device,
-        )
-        self.texts = _Encoded(encoder, self.prompts)
-        self.autoencoder.to("cpu")
-        with torch.device("meta"):
-            self._pipeline(MicroDiT(**self.config))  # which sees whether it all fits together
+        try:
+            self.prompts = list(recipe.sample_prompts) or read_captions(
+                samples.corpus, recipe.main_text, samples.held.take(samples.held.lowest(CAPTIONS, recipe.seed + 1))
+            )
+            encoder, self.autoencoder = load_encoders(
+                trained_part(samples.corpus.column(recipe.main_text).made_by, "encoder"),
+                trained_part(samples.corpus.column(recipe.stages[-1].latents).made_by, "autoencoder"),
+                self.team.device,
+            )
+            self.texts = EncodedPrompts(encoder, self.prompts)
+            self.autoencoder.to("cpu")
+            with torch.device("meta"):
+                self._pipeline(MicroDiT(**self.config))  # which sees whether it all fits together
+        except (ModelFilesError, CheckpointError, ValueError, KeyError, OSError, RequestError) as error:
+            raise RequestError(
+                f"sample_every = {recipe.sample_every}: what draws pictures cannot be had: {error}; "
+                "leave sample_every out to train without them"
+            ) from error
 
     def _pipeline(self, net: MicroDiT, **options: Any) -> MicroDiTPipeline:
         edm, texts = EDM(sigma_data=self.recipe.sigma_data), cast(TextEncoder, self.texts)
@@ -105,38 +104,9 @@ class Drawing:
         finally:
             self.autoencoder.to("cpu")
         sheet = grid([[picture] for picture in pictures], self.prompts)
-        path = sheet_path(self.recipe.out, step)
+        path = self.recipe.out / "samples" / f"{folder_name(step)}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         sheet.save(partial, "PNG")
         partial.rename(path)
         self.log.picture(step, sheet)
-
-    def _told(self, message: str | None) -> str | None:
-        """The first process's message, in all of them."""
-        told: list[Any] = [message]
-        if self._group is not None:
-            dist.broadcast_object_list(told, group=self._group)
-        return cast(str | None, told[0])
-
-
-def sheet_path(out: Path, step: int) -> Path:
-    return out / "samples" / f"{folder_name(step)}.png"
-
-
-class _Encoded:
-    """Stands for a text encoder that has encoded the prompts and is gone: it may be larger than the network."""
-
-    def __init__(self, encoder: TextEncoder, prompts: Sequence[str]):
-        self.name, self.width, self.device = encoder.name, encoder.width, encoder.device
-        encoded = {prompt: encoder.encode([prompt]) for prompt in prompts}
-        self._found = {prompt: (text.cpu(), lengths.cpu()) for prompt, (text, lengths) in encoded.items()}
-
-    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        (text,) = texts
-        embeddings, lengths = self._found[text]
-        return embeddings.to(self.device), lengths
-
-    def to(self, device: str | torch.device) -> "_Encoded":
-        self.device = torch.device(device)
-        return self

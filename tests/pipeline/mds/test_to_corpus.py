@@ -29,9 +29,8 @@ from microdit.pipeline.selection.view import query
 from microdit.pipeline.stages.scores.pixels import basic_score_stage
 from microdit.pipeline.stages.stage import Task
 from microdit.pipeline.upkeep.verify import verify
-from microdit.trainer.data.batches import StageData
-from microdit.trainer.data.sample_index import open_samples
-from microdit.trainer.data.shard_cache import ShardCache
+from microdit.trainer.data.batches import LegData
+from microdit.trainer.data.samples import NotingShardCache, open_samples
 from microdit.trainer.recipe import Recipe
 from tests.data.mds import make
 from tests.pipeline.helpers.mds_folders import (
@@ -313,8 +312,8 @@ def test_the_trainer_reads_it(tmp_path: Path, small: Corpus) -> None:
         }
     )
     samples = open_samples(recipe)
-    cache = ShardCache(samples.corpus, samples.columns, 1 << 26)
-    data = StageData(recipe, recipe.stages[0], samples.stages[0], cache, patch_size=2)
+    cache = NotingShardCache(samples.corpus, samples.columns, 1 << 26)
+    data = LegData(recipe, recipe.stages[0], samples.legs[0], cache, patch_size=2)
     (batch,) = data.batches(0, 0, 1)
     cache.close()
     (micro,) = batch.micro_batches

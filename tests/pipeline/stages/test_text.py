@@ -16,11 +16,11 @@ from microdit.pipeline.config.build import load_config
 from microdit.pipeline.corpus.arrays import array_from_bytes
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.quantised import dequantise
+from microdit.pipeline.corpus.shard_cache import ShardCache
 from microdit.pipeline.corpus.shard_files import read_tar
 from microdit.pipeline.upkeep.ls import ls
 from microdit.pipeline.upkeep.verify import verify
 from microdit.trainer.data.batch import pad_text
-from microdit.trainer.data.shard_cache import ShardCache
 from tests.model.pretrained.text_models import clip_files
 from tests.pipeline.helpers.stage_outputs import CAPTIONS, lines, make, start
 

@@ -19,12 +19,14 @@ import torch
 from microdit.model.checkpoint import CheckpointError, load_model
 from microdit.model.loading import find_parts
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.cli.bucket_checkpoint import on_this_machine
 from microdit.pipeline.cli.generate import generate
 from microdit.pipeline.storage import bucket as bucket_store
-from microdit.pipeline.storage.store import Store, open_store
+from microdit.pipeline.storage import ranges
+from microdit.pipeline.storage.store import open_store
 from microdit.trainer.checkpoints import bucket as bucket_module
-from microdit.trainer.checkpoints.bucket import Bucket, on_this_machine
-from microdit.trainer.checkpoints.contents import Checkpoint, Snapshot, snapshot
+from microdit.trainer.checkpoints.bucket import BucketCheckpoints
+from microdit.trainer.checkpoints.contents import Checkpoint, TensorSnapshot, snapshot
 from microdit.trainer.checkpoints.saver import Saver, load_latest
 from microdit.trainer.learner import Learner
 from microdit.trainer.train import train
@@ -36,68 +38,72 @@ from tests.trainer.conftest import STAGE
 
 
 @pytest.fixture
-def place(s3_url: str, tmp_path: Path) -> Bucket:
-    return Bucket(open_store(s3_url), tmp_path / "scratch")
+def checkpoints(s3_url: str, tmp_path: Path) -> BucketCheckpoints:
+    return BucketCheckpoints(open_store(s3_url), tmp_path / "scratch")
 
 
-def saved(place: Bucket, step: int, keep: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
+def saved(checkpoints: BucketCheckpoints, step: int, keep: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint that is there now."""
     net, optimizer = made(seed)
     ema = {name: p.detach() * 2 for name, p in net.named_parameters()}
-    with Saver(place, keep, None, pytest.fail) as saver:
+    with Saver(checkpoints, keep, None, pytest.fail) as saver:
         saver.save(step, snapshot(net, [ema], optimizer), {"note": seed}, {"latent_shape": [4, 4, 4]})
         saver.finish()
     return net.state_dict()
 
 
-def latest(place: Bucket, tell=pytest.fail) -> Checkpoint | None:
-    return load_latest(place, tell, ALONE)
+def latest(checkpoints: BucketCheckpoints, tell=pytest.fail) -> Checkpoint | None:
+    return load_latest(checkpoints, tell, ALONE)
 
 
 def losses(out: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())}
 
 
-def test_what_is_saved_is_loaded_and_the_last_are_kept(place: Bucket) -> None:
-    assert latest(place) is None
+def test_what_is_saved_is_loaded_and_the_last_are_kept(checkpoints: BucketCheckpoints) -> None:
+    assert latest(checkpoints) is None
     for step in (10, 20, 30):
-        weights = saved(place, step, seed=step)
-    found = latest(place)
-    assert found is not None and found.name == f"{place}/step-00000030" and found.state["note"] == 30
+        weights = saved(checkpoints, step, seed=step)
+    found = latest(checkpoints)
+    assert found is not None and found.name == f"{checkpoints}/step-00000030" and found.state["note"] == 30
     assert all(torch.equal(found.model[name], value) for name, value in weights.items())
     assert torch.equal(found.averages[0]["blocks.0.attn.qkv.weight"], 2 * weights["blocks.0.attn.qkv.weight"])
-    names = sorted(place.store.names())
+    names = sorted(checkpoints.store.names())
     assert [name for name in names if "/" not in name] == ["step-00000020.json", "step-00000030.json"]
     assert len(names) == 2 * (1 + 4)
-    assert not list(place.scratch.iterdir())
+    assert not list(checkpoints.scratch.iterdir())
 
 
-def test_what_is_damaged_is_passed_over_and_said_so(place: Bucket) -> None:
+def test_what_is_damaged_is_passed_over_and_said_so(checkpoints: BucketCheckpoints) -> None:
     for step in (10, 20, 30, 40, 50):
-        saved(place, step, keep=9)
-    states = {step: place.state(f"step-{step:08d}") for step in (20, 30)}
+        saved(checkpoints, step, keep=9)
+    states = {step: checkpoints.state(f"step-{step:08d}") for step in (20, 30)}
     cut = states[20]["files"]["ema.safetensors"]["object"]
-    half = place.store.get(cut)[:-1] + b"x"
+    half = checkpoints.store.get(cut)[:-1] + b"x"
     gone = [states[30]["files"]["optimizer.safetensors"]["object"], "step-00000040.json", "step-00000050.json", cut]
-    place.store.delete(gone)
-    place.store.create(cut, half)
-    place.store.create("step-00000040.json", b'{"version": 1, "step')
-    place.store.create("step-00000050.json", b'{"version": 1, "files": {"../../x": {"object": "a", "sha256": "b"}}}')
+    checkpoints.store.delete(gone)
+    checkpoints.store.create(cut, half)
+    checkpoints.store.create("step-00000040.json", b'{"version": 1, "step')
+    checkpoints.store.create(
+        "step-00000050.json", b'{"version": 1, "files": {"../../x": {"object": "a", "sha256": "b"}}}'
+    )
     said: list[str] = []
-    found = latest(place, said.append)
+    found = latest(checkpoints, said.append)
     assert found is not None and found.state["step"] == 10
     assert [message.partition(" cannot be read")[0][-2:] for message in said] == ["50", "40", "30", "20"]
     assert "SHA-256" in said[3] and "ema.safetensors" in said[3] and "no known form" in said[0]
     # the run writes step 20 again, and this one is whole
-    weights = saved(place, 20, keep=9, seed=7)
-    place.store.delete(["step-00000040.json", "step-00000050.json", "step-00000030.json"])
-    again = latest(place)
+    weights = saved(checkpoints, 20, keep=9, seed=7)
+    checkpoints.store.delete(["step-00000040.json", "step-00000050.json", "step-00000030.json"])
+    again = latest(checkpoints)
     assert again is not None and again.state["note"] == 7
     assert all(torch.equal(again.model[name], value) for name, value in weights.items())
 
 
-def test_a_kill_at_any_request_leaves_the_one_before_and_leftovers_are_swept(place: Bucket, monkeypatch) -> None:
-    saved(place, 10)
+def test_a_kill_at_any_request_leaves_the_one_before_and_leftovers_are_swept(
+    checkpoints: BucketCheckpoints, monkeypatch
+) -> None:
+    saved(checkpoints, 10)
     for number in range(1, 7):  # three files, generate.json, state
         asked = itertools.count(1)
 
@@ -111,39 +117,39 @@ def test_a_kill_at_any_request_leaves_the_one_before_and_leftovers_are_swept(pla
 
         with monkeypatch.context() as patch:
             for name in ("create", "publish"):
-                patch.setattr(Store, name, until(getattr(Store, name)))
+                patch.setattr(bucket_store.Bucket, name, until(getattr(bucket_store.Bucket, name)))
             try:
-                saved(place, 20 + number, keep=9)
+                saved(checkpoints, 20 + number, keep=9)
             except KeyboardInterrupt:
                 assert number < 6
-        found = latest(place)
+        found = latest(checkpoints)
         assert found is not None and found.state["step"] == (10 if number < 6 else 26)
     client = boto3.client("s3")
-    prefix = place.store.url.removeprefix(f"s3://{BUCKET}/")
+    prefix = checkpoints.store.url.removeprefix(f"s3://{BUCKET}/")
     client.create_multipart_upload(Bucket=BUCKET, Key=f"{prefix}/step-00000021-0123456789abcdef/model.safetensors")
-    place.store.create("step-00000026.json.x", b"not ours")
-    place.store.create("step-00000027.json", b"[1]")  # damaged: what may be its own stays
-    place.store.create("step-00000027-0123456789abcdef/ema.safetensors", b"x")
-    left = len(list(place.store.names()))
-    place.sweep()
-    assert len(list(place.store.names())) == left > 2 * 5 + 3
+    checkpoints.store.create("step-00000026.json.x", b"not ours")
+    checkpoints.store.create("step-00000027.json", b"[1]")  # damaged: what may be its own stays
+    checkpoints.store.create("step-00000027-0123456789abcdef/ema.safetensors", b"x")
+    left = len(list(checkpoints.store.names()))
+    checkpoints.sweep()
+    assert len(list(checkpoints.store.names())) == left > 2 * 5 + 3
     monkeypatch.setattr(bucket_module, "OLD", timedelta(seconds=-3600))
-    place.sweep()
-    assert len(list(place.store.names())) == 2 * 5 + 3
-    place.remove("step-00000027")
-    place.sweep()
-    assert len(list(place.store.names())) == 2 * 5 + 1
+    checkpoints.sweep()
+    assert len(list(checkpoints.store.names())) == 2 * 5 + 3
+    checkpoints.remove("step-00000027")
+    checkpoints.sweep()
+    assert len(list(checkpoints.store.names())) == 2 * 5 + 1
     assert "Uploads" not in client.list_multipart_uploads(Bucket=BUCKET, Prefix=prefix)
 
 
-def test_large_files_go_in_parts_both_ways(place: Bucket, monkeypatch) -> None:
+def test_large_files_go_in_parts_both_ways(checkpoints: BucketCheckpoints, monkeypatch) -> None:
     tensors = {"w": torch.randn(5, 1 << 20)}  # 20 MiB
-    monkeypatch.setattr(bucket_module, "RANGE", 3 << 20)
-    place.write(3, Snapshot({"model.safetensors": tensors, "optimizer.safetensors": {}}, {}), {}, {})
-    found = place.read("step-00000003")
+    monkeypatch.setattr(ranges, "RANGE", 3 << 20)
+    checkpoints.write(3, TensorSnapshot({"model.safetensors": tensors, "optimizer.safetensors": {}}, {}), {}, {})
+    found = checkpoints.read("step-00000003")
     assert torch.equal(found.model["w"], tensors["w"])
-    bucket, _, prefix = place.store.url.removeprefix("s3://").partition("/")
-    entry = place.state("step-00000003")["files"]["model.safetensors"]["object"]
+    bucket, _, prefix = checkpoints.store.url.removeprefix("s3://").partition("/")
+    entry = checkpoints.state("step-00000003")["files"]["model.safetensors"]["object"]
     assert "-" in boto3.client("s3").head_object(Bucket=bucket, Key=f"{prefix}/{entry}")["ETag"]  # of several parts
 
 
@@ -187,7 +193,7 @@ def test_a_new_machine_goes_on_where_the_old_one_was_lost_on_a_bucket_that_fails
     assert names == {"model.safetensors", "ema.safetensors", "generate.json", "state.json"}
     assert find_parts(folder).weights == folder / "ema.safetensors"
     load_model(folder / "ema.safetensors")
-    monkeypatch.setattr(Bucket, "download", None)
+    monkeypatch.setattr(BucketCheckpoints, "download", None)
     assert on_this_machine(f"{s3_url}/step-00000012") == folder == on_this_machine(s3_url)
     with pytest.raises(RequestError, match=r"s3://.*/step-00000001: .*step-00000001\.json"):
         generate(f"{s3_url}/step-00000001", ["a snail"], out=tmp_path / "pictures")
@@ -200,7 +206,7 @@ def test_a_bucket_that_is_down_costs_a_checkpoint_and_not_the_run(
 ) -> None:
     monkeypatch.setattr(bucket_store, "PAUSE", 0.01)
     monkeypatch.setattr(bucket_store, "PATIENCE", 0.2)
-    real, down = Bucket.write, [2]
+    real, down = BucketCheckpoints.write, [2]
     with FaultyS3(s3_server, 0, rates={}) as proxy, environ(environment(proxy.url)):
 
         def write(self, step, *args):
@@ -210,27 +216,27 @@ def test_a_bucket_that_is_down_costs_a_checkpoint_and_not_the_run(
             finally:
                 proxy.rates = {}
 
-        monkeypatch.setattr(Bucket, "write", write)
+        monkeypatch.setattr(BucketCheckpoints, "write", write)
         fields = {"stages": [STAGE | {"steps": 3}], "checkpoint_every": 1, "checkpoints": s3_url}
         assert train(recipe(**fields))["steps"] == 3
         assert "the checkpoint of step 2 cannot be written" in capsys.readouterr().out
-        place = Bucket(open_store(s3_url), Path("unused"))
-        assert place.names() == ["step-00000003", "step-00000001"]
+        checkpoints = BucketCheckpoints(open_store(s3_url), Path("unused"))
+        assert checkpoints.names() == ["step-00000003", "step-00000001"]
         down.append(4)
         with pytest.raises(RequestError, match="was made with stages"):
             train(recipe(**fields | {"stages": [STAGE | {"steps": 4}]}))
-        place.remove("step-00000003")
+        checkpoints.remove("step-00000003")
         down[:] = [3]
         with pytest.raises(CheckpointError, match=r"step 3 cannot be written: .*tries to"):
             train(recipe(**fields))
-        assert place.names() == ["step-00000002", "step-00000001"]
+        assert checkpoints.names() == ["step-00000002", "step-00000001"]
 
 
 @pytest.mark.parametrize("kind", ["full disk", "limit on a file's size"])  # for the first one has to be root
 def test_a_full_temporary_folder_costs_a_checkpoint_and_not_the_run(
     recipe, s3_url: str, tmp_path: Path, monkeypatch, capsys, kind: str
 ) -> None:
-    real, full = Bucket.write, [2]
+    real, full = BucketCheckpoints.write, [2]
     with ExitStack() as stack:
         if kind == "full disk":
             folder = stack.enter_context(small_disk(tmp_path / "disk", "8m"))
@@ -254,7 +260,7 @@ def test_a_full_temporary_folder_costs_a_checkpoint_and_not_the_run(
                 (folder / "others").unlink(missing_ok=True)
                 assert not list(folder.glob(f"{bucket_store.SCRATCH}*"))
 
-        monkeypatch.setattr(Bucket, "write", write)
+        monkeypatch.setattr(BucketCheckpoints, "write", write)
         fields = {"stages": [STAGE | {"steps": 3}], "checkpoint_every": 1, "checkpoints": s3_url}
         assert train(recipe(**fields))["steps"] == 3
         told = [line for line in capsys.readouterr().out.splitlines() if "cannot be written" in line]
@@ -262,16 +268,16 @@ def test_a_full_temporary_folder_costs_a_checkpoint_and_not_the_run(
         assert line.startswith("the checkpoint of step 2 cannot be written: ") and (
             "No space left" in line if kind == "full disk" else "too large" in line
         )
-        place = Bucket(open_store(s3_url), tmp_path / "scratch")
-        assert place.names() == ["step-00000003", "step-00000001"]
+        checkpoints = BucketCheckpoints(open_store(s3_url), tmp_path / "scratch")
+        assert checkpoints.names() == ["step-00000003", "step-00000001"]
         # the last one of a run: an error, and the one before is what the next run goes on from
-        place.remove("step-00000003")
+        checkpoints.remove("step-00000003")
         full[:] = [3]
         with pytest.raises(CheckpointError, match="the checkpoint of step 3 cannot be written: "):
             train(recipe(**fields))
-        assert place.names() == ["step-00000002", "step-00000001"]
-        for name in place.names():
-            place.read(name)  # whole: each file's SHA-256 is checked
+        assert checkpoints.names() == ["step-00000002", "step-00000001"]
+        for name in checkpoints.names():
+            checkpoints.read(name)  # whole: each file's SHA-256 is checked
         full.clear()
         assert train(recipe(**fields))["steps"] == 3
 

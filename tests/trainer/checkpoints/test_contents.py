@@ -11,7 +11,7 @@ from microdit.model.checkpoint import CheckpointError
 from microdit.model.network import MicroDiT
 from microdit.trainer.checkpoints import folder as checkpoint_folder
 from microdit.trainer.checkpoints.contents import Checkpoint, load_optimizer, snapshot
-from microdit.trainer.checkpoints.folder import Folder
+from microdit.trainer.checkpoints.folder import FolderCheckpoints
 from microdit.trainer.checkpoints.saver import Saver, load_latest
 from microdit.trainer.processes import Team
 from microdit.trainer.train import train
@@ -36,7 +36,7 @@ def save(out: Path, step: int, keep: int = 2, seed: int = 0, hours: float = 0.0,
     net, optimizer = made(seed)
     ema = {name: p.detach() * 2 for name, p in net.named_parameters()}
     tensors = snapshot(net, [ema], optimizer)
-    with Saver(Folder(out), keep, keep_hours, pytest.fail) as saver:
+    with Saver(FolderCheckpoints(out), keep, keep_hours, pytest.fail) as saver:
         state = {"note": seed, "progress": {"seconds": 3600 * hours}}
         saver.save(step, tensors, state, {"latent_shape": [4, 4, 4]})
         saver.finish()
@@ -44,7 +44,7 @@ def save(out: Path, step: int, keep: int = 2, seed: int = 0, hours: float = 0.0,
 
 
 def latest(out: Path, tell=pytest.fail) -> Checkpoint | None:
-    return load_latest(Folder(out), tell, ALONE)
+    return load_latest(FolderCheckpoints(out), tell, ALONE)
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Pa
 def test_a_disk_that_is_full_costs_a_checkpoint_and_not_the_run(recipe, tmp_path: Path, monkeypatch, capsys) -> None:
     """The limit on a file's size stands for the disk: the weights fit, AdamW's state does not, but for the last one."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    written, real = [], Folder.write
+    written, real = [], FolderCheckpoints.write
 
     def write(self, step, *args):
         written.append(step)
@@ -152,7 +152,7 @@ def test_a_disk_that_is_full_costs_a_checkpoint_and_not_the_run(recipe, tmp_path
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(Folder, "write", write)
+    monkeypatch.setattr(FolderCheckpoints, "write", write)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         summary = train(recipe())
@@ -167,6 +167,6 @@ def test_a_disk_that_is_full_costs_a_checkpoint_and_not_the_run(recipe, tmp_path
         def never(*args):
             raise OSError(28, "No space left on device")
 
-        patch.setattr(Folder, "write", never)
+        patch.setattr(FolderCheckpoints, "write", never)
         with pytest.raises(CheckpointError, match=r"step 4 cannot be written: .*No space left"):
             train(recipe(out=str(tmp_path / "other"), stages=[STAGE | {"steps": 4}]))

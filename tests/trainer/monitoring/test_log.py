@@ -12,7 +12,7 @@ from PIL import Image
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.trainer.monitoring.log import Log
-from microdit.trainer.progress import Progress
+from microdit.trainer.monitoring.progress import Progress
 from microdit.trainer.train import train
 from tests.trainer.conftest import STAGE
 

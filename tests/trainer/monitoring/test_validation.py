@@ -14,8 +14,8 @@ from microdit.model.edm import EDM
 from microdit.pipeline.corpus.arrays import array_bytes
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.trainer.data.batch import pad_text
-from microdit.trainer.data.batches import StageData, open_cache
-from microdit.trainer.data.sample_index import open_samples
+from microdit.trainer.data.batches import LegData
+from microdit.trainer.data.samples import open_cache, open_samples
 from microdit.trainer.learner import Learner
 from microdit.trainer.monitoring.log import Log
 from microdit.trainer.monitoring.validation import Validation
@@ -29,7 +29,7 @@ from tests.trainer.test_shipped_recipes import write_corpus
 TEAM = Team(0, 1, torch.device("cpu"))
 
 
-class Run:
+class BegunRun:
     """What a validation is given, for a recipe, at its beginning."""
 
     def __init__(self, recipe: Recipe):
@@ -39,15 +39,15 @@ class Run:
         self.learner = Learner(recipe, config, TEAM)
         torch.manual_seed(5)
         torch.nn.init.normal_(self.learner.net.final_layer.linear.weight, std=0.1)  # it says nothing at first
-        self.stages = [
-            StageData(recipe, stage, index, cache, config["patch_size"])
-            for stage, index in zip(recipe.stages, samples.stages, strict=True)
+        self.legs = [
+            LegData(recipe, leg, index, cache, config["patch_size"])
+            for leg, index in zip(recipe.stages, samples.legs, strict=True)
         ]
         cache.close()
         self.validation = Validation(samples, TEAM, Log(recipe.out, True))
 
-    def measure(self, stage: int = 0) -> dict:
-        found = self.validation.measure(self.learner, self.stages[stage], stage)
+    def measure(self, leg: int = 0) -> dict:
+        found = self.validation.measure(self.learner, self.legs[leg], leg)
         assert found is not None
         return found
 
@@ -83,8 +83,8 @@ def test_without_a_hold_out_there_is_none(recipe, tmp_path) -> None:
 
 def test_the_loss_is_that_of_the_checkpoints_weights_on_what_is_held_out(corpus: Corpus, recipe, tmp_path) -> None:
     given = recipe(hold_out=9, stages=[STAGE | {"steps": 3, "mask_ratio": 0.5, "p_mean": 0.2, "micro_batch": 4}])
-    summary, run = train(given), Run(given)
-    rows = run.validation._read(run.stages[0], 0)
+    summary, run = train(given), BegunRun(given)
+    rows = run.validation._read(run.legs[0], 0)
     held = run.samples.held
     # which samples: the first number of a latent tells shard and row
     for place, latents in enumerate(rows.latents):
@@ -109,8 +109,8 @@ def test_the_loss_is_that_of_the_checkpoints_weights_on_what_is_held_out(corpus:
 
 def test_a_sample_is_measured_the_same_whatever_the_others_are(tmp_path) -> None:
     corpus = build_corpus(tmp_path / "corpus")
-    run = Run(build_recipe(corpus, tmp_path / "run", hold_out=24, stages=[STAGE | {"steps": 1}]))
-    before, whole = run.validation._read(run.stages[0], 0), run.measure()
+    run = BegunRun(build_recipe(corpus, tmp_path / "run", hold_out=24, stages=[STAGE | {"steps": 1}]))
+    before, whole = run.validation._read(run.legs[0], 0), run.measure()
     commit = corpus.commits("latents/demo-32")[1]
     corpus.store.delete([commit.object.name])
     shards = [where[1] for where in run.samples.held.shards]
@@ -129,7 +129,7 @@ def test_a_sample_is_measured_the_same_whatever_the_others_are(tmp_path) -> None
     run.validation._rows = None
     found = run.measure()
     assert (found["samples"], found["left_out"]) == (24 - gone.sum(), gone.sum())
-    after = run.validation._read(run.stages[0], 0)
+    after = run.validation._read(run.legs[0], 0)
     kept = torch.from_numpy(~gone)
     assert torch.equal(after.weight, kept.float())
     for name in ("latents", "noise", "sigma_normal"):
@@ -140,15 +140,15 @@ def test_a_sample_is_measured_the_same_whatever_the_others_are(tmp_path) -> None
 def test_a_stage_measures_what_its_own_column_has_of_it(tmp_path) -> None:
     corpus = build_corpus(tmp_path / "corpus", failed={"latents/demo-32": (0, 1, 2, 3)})
     stages = [STAGE | {"steps": 1}, STAGE | {"steps": 1, "latents": "latents/demo-64", "batch": 8}]
-    run = Run(build_recipe(corpus, tmp_path / "run", hold_out=24, stages=stages))
+    run = BegunRun(build_recipe(corpus, tmp_path / "run", hold_out=24, stages=stages))
     small, large = run.measure(0), run.measure(1)
     missing = int((run.samples.held.row < 4).sum())
     assert missing > 0 and (small["left_out"], large["left_out"]) == (missing, 0)
     assert small["samples"] + missing == large["samples"] == 24
 
     held = run.samples.held
-    none = replace(run.samples, held_by_stage=[held.take(np.zeros(24, dtype=bool)), held])
-    found = Validation(none, TEAM, Log(tmp_path, False)).measure(run.learner, run.stages[0], 0)
+    none = replace(run.samples, held_by_leg=[held.take(np.zeros(24, dtype=bool)), held])
+    found = Validation(none, TEAM, Log(tmp_path, False)).measure(run.learner, run.legs[0], 0)
     assert (found["loss"], found["samples"], found["left_out"]) == (None, 0, 24)
 
 
@@ -156,18 +156,18 @@ def test_of_moments_a_sample_is_drawn_once_and_for_all(tmp_path) -> None:
     latents = {"stage": "latents", "autoencoder": "demo", "resolution": 32, "posterior": "moments"}
     text = {"text/tiny@source": ({"stage": "text", "encoder": "tiny"}, (5, 16))}
     corpus = write_corpus(tmp_path / "corpus", {"latents/demo-32": (latents, (8, 4, 4)), **text}, rows=24)
-    run = Run(
+    run = BegunRun(
         build_recipe(
             corpus, tmp_path / "run", hold_out=4, stages=[STAGE | {"steps": 1}], text={"text/tiny@source": 1.0}
         )
     )
-    first, second = run.validation._read(run.stages[0], 0), run.validation._read(run.stages[0], 0)
+    first, second = run.validation._read(run.legs[0], 0), run.validation._read(run.legs[0], 0)
     assert torch.equal(first.latents, second.latents) and first.latents.shape == (4, 4, 4, 4)
     assert run.measure() | {"seconds": 0} == run.measure() | {"seconds": 0}
 
 
 def test_averages_and_weights_change_places_and_come_back(recipe) -> None:
-    run = Run(recipe(hold_out=4))
+    run = BegunRun(recipe(hold_out=4))
     generator = torch.Generator().manual_seed(0)
     parameters = run.learner.parameters
     run.learner.averages = [{name: torch.randn(p.shape, generator=generator) for name, p in parameters.items()}]

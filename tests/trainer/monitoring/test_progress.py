@@ -1,12 +1,11 @@
 import pytest
 
-from microdit.trainer.progress import Progress
-from microdit.trainer.recipe import StageRecipe
-from microdit.trainer.time_budget import TimeBudget
+from microdit.trainer.monitoring.progress import Progress, TimeBudget
+from microdit.trainer.recipe import LegRecipe
 
-STAGES = [
-    StageRecipe(latents="latents/demo-64", steps=100, batch=10, learning_rate=1e-3),
-    StageRecipe(latents="latents/demo-64", steps=300, batch=10, learning_rate=1e-3),
+LEGS = [
+    LegRecipe(latents="latents/demo-64", steps=100, batch=10, learning_rate=1e-3),
+    LegRecipe(latents="latents/demo-64", steps=300, batch=10, learning_rate=1e-3),
 ]
 
 
@@ -22,7 +21,7 @@ def run(progress: Progress, budget: TimeBudget, clock: Clock, seconds: list[floa
     start = clock.now
     while True:
         if progress.stage_step >= progress.lengths[progress.stage]:
-            if progress.stage + 1 == len(STAGES):
+            if progress.stage + 1 == len(LEGS):
                 return clock.now - start
             progress.stage, progress.stage_step = progress.stage + 1, 0
             continue
@@ -30,13 +29,13 @@ def run(progress: Progress, budget: TimeBudget, clock: Clock, seconds: list[floa
         progress.stage_step += 1
         progress.step += 1
         if progress.step % fit_every == 0:
-            budget.observe(STAGES[progress.stage].batch / seconds[progress.stage])
+            budget.observe(LEGS[progress.stage].batch / seconds[progress.stage])
             budget.fit(budget.share())
 
 
 def begin(left: float, step_seconds: list[float] | None = None) -> tuple[Progress, TimeBudget, Clock]:
     progress, clock = Progress([100, 300]), Clock()
-    budget = TimeBudget(progress, STAGES, step_seconds or [1.0, 2.0], left, clock)
+    budget = TimeBudget(progress, LEGS, step_seconds or [1.0, 2.0], left, clock)
     budget.fit(budget.share())
     return progress, budget, clock
 
@@ -67,7 +66,7 @@ def test_a_machine_that_was_busy_at_first_gets_its_steps_back() -> None:
     run(progress, budget, clock, [1.0, 2.0], fit_every=1)
     # the first stage was over before the speed was known; the second is nearly whole
     assert progress.lengths[1] > 250
-    assert progress.images(STAGES) == 10 * sum(progress.lengths)
+    assert progress.images(LEGS) == 10 * sum(progress.lengths)
 
 
 def test_no_time_at_all_leaves_a_step_of_each_stage() -> None:
@@ -79,6 +78,6 @@ def test_no_time_at_all_leaves_a_step_of_each_stage() -> None:
 
 def test_what_is_done_counts_by_its_share_of_the_stage() -> None:
     progress, clock = Progress([50, 150], stage_step=25), Clock()  # half through the first, which had been halved
-    budget = TimeBudget(progress, STAGES, [1.0, 2.0], 1e9, clock)
+    budget = TimeBudget(progress, LEGS, [1.0, 2.0], 1e9, clock)
     assert budget.share() == 1 and budget.fit(1.0)
     assert progress.lengths == [75, 300]

@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from microdit.trainer.data.buffers import MOST_FREE, Buffers
+from microdit.pipeline.base.errors import RequestError
+from microdit.trainer.data.batch import MOST_FREE, Buffers, pad_text
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there torch keeps pinned memory by itself")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there torch keeps pinned memory by itself")
 HALF = np.dtype(np.float16)
 
 
+@without_gpu
 def test_memory_comes_back_when_nothing_shares_it() -> None:
     buffers = Buffers()
     first = buffers((4, 8), HALF)
@@ -23,12 +25,14 @@ def test_memory_comes_back_when_nothing_shares_it() -> None:
     assert place in places and len(places) <= 2
 
 
+@without_gpu
 def test_what_is_in_use_is_given_to_nobody_else() -> None:
     buffers = Buffers()
     held = [buffers((n, 3), HALF).fill_(n) for n in (5, 5, 7, 5)]
     assert [tensor.unique().tolist() for tensor in held] == [[5], [5], [7], [5]]
 
 
+@without_gpu
 def test_it_gives_memory_of_a_like_size_again_and_no_other() -> None:
     buffers = Buffers()
     place = buffers((1000,), HALF).data_ptr()
@@ -42,6 +46,7 @@ def test_it_gives_memory_of_a_like_size_again_and_no_other() -> None:
     assert len(buffers._free) <= MOST_FREE
 
 
+@without_gpu
 def test_threads_share_it() -> None:
     buffers, wrong = Buffers(), []
 
@@ -57,3 +62,12 @@ def test_threads_share_it() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_padding() -> None:
+    texts = [np.ones((n, 3), np.float16) for n in (2, 5, 1)]
+    padded, mask = pad_text(texts, [4, 8, 16])
+    assert padded.shape == (3, 8, 3) and mask.sum(axis=1).tolist() == [2, 5, 1]
+    assert padded.sum() == 3 * 8
+    with pytest.raises(RequestError, match="17 tokens, the last length is 16; add 17"):
+        pad_text([np.ones((17, 3), np.float16)], [4, 8, 16])

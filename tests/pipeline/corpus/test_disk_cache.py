@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.disk_cache import FOLDER, DiskCache
 from microdit.pipeline.corpus.records import ObjectRef
-from microdit.trainer.data.batches import open_cache
-from microdit.trainer.data.disk_cache import FOLDER, DiskCache
-from microdit.trainer.data.sample_index import open_samples
+from microdit.trainer.data.samples import open_cache, open_samples
 from tests.trainer.conftest import build_corpus, build_recipe
 
 
@@ -77,7 +76,7 @@ def test_what_a_kill_left_is_counted_and_later_removed(tmp_path: Path) -> None:
 
 def test_many_at_once_stay_within_the_bound_and_kills_leave_whole_copies(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from tests.trainer.data.test_disk_cache import some, DiskCache\n"
+        "import sys; from pathlib import Path; from tests.pipeline.corpus.test_disk_cache import some, DiskCache\n"
         "cache = DiskCache(Path(sys.argv[1]), 350_000)\nprint(1, flush=True)\n"
         "while True:\n    for n in range(20): cache.put(*some(n, 100_000))"
     )
@@ -115,7 +114,7 @@ def test_a_corpus_on_a_bucket_is_read_once_and_a_damaged_copy_is_fetched_again(s
     corpus = build_corpus(s3_url, units=1)
     recipe = build_recipe(corpus, tmp_path / "run", cache_folder=str(tmp_path / "copies"), cache_gb=1)
     samples = open_samples(recipe)
-    where = samples.stages[0].shards[0]
+    shard = samples.legs[0].shards[0]
 
     def read(expected: int) -> np.ndarray:
         asked: list[str] = []
@@ -124,7 +123,7 @@ def test_a_corpus_on_a_bucket_is_read_once_and_a_damaged_copy_is_fetched_again(s
         store.get_buffer = lambda name: (asked.append(name), real(name))[1]  # type: ignore[method-assign]
         try:
             with closing(open_cache(recipe, samples)) as cache:
-                latent = np.array(cache.field("latents/demo-32", where, 2))
+                latent = np.array(cache.field("latents/demo-32", shard, 2))
         finally:
             del store.get_buffer
         assert len(asked) == expected, asked
@@ -132,7 +131,7 @@ def test_a_corpus_on_a_bucket_is_read_once_and_a_damaged_copy_is_fetched_again(s
 
     first = read(2)  # object and sidecar
     assert np.array_equal(read(0), first)
-    name = samples.columns["latents/demo-32"][where].object.sha256
+    name = samples.columns["latents/demo-32"][shard].object.sha256
     copy = tmp_path / "copies" / FOLDER / name
     data = copy.read_bytes()
     copy.write_bytes(data[:-1] + b"x")

@@ -8,10 +8,19 @@ import pytest
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import ShardRef
-from microdit.trainer.data.sample_index import SampleIndex, index_samples, open_columns, open_samples, split
-from tests.trainer.conftest import build_corpus, build_recipe, write_shard
+from microdit.pipeline.selection.sample_index import SampleIndex, index_samples, open_columns
+from tests.trainer.conftest import build_corpus, write_shard
 
 COLUMNS = ["latents/demo-32", "text/tiny@source", "text/tiny@long"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """6 shards; rows 3 and 7 of each are bad in one column or another."""
+    return build_corpus(
+        tmp_path_factory.mktemp("corpus"),
+        failed={"latents/demo-32": (3,), "latents/demo-64": (3,), "text/tiny@long": (7,)},
+    )
 
 
 def rows_by_shard(index: SampleIndex) -> dict[str, list[int]]:
@@ -121,28 +130,6 @@ def test_stale_lineage_is_refused_at_any_depth(tmp_path) -> None:
     assert found["latents/demo-32"][("art", "art-000000-01")].generation == 1
 
 
-def test_hold_out_is_disjoint_stable_and_the_same_for_all_stages(corpus: Corpus) -> None:
-    full, _ = index_samples(corpus, open_columns(corpus, COLUMNS[:2]))
-    fewer, _ = index_samples(corpus, open_columns(corpus, COLUMNS))
-    (a, b), (of_full, held) = split([full, fewer], 10, seed=5)
-    assert len(of_full) == len(held)
-    names = {held.name(i) for i in range(len(held))}
-    assert len(names) == 10
-    assert len(b) == len(fewer) - 10
-    for index in (a, b):
-        assert not names & {index.name(i) for i in range(len(index))}
-    (again,) = split([fewer], 10, seed=5)[1]
-    assert {again.name(i) for i in range(10)} == names
-    (other,) = split([fewer], 10, seed=6)[1]
-    assert {other.name(i) for i in range(10)} != names
-
-
-def test_holding_out_everything_is_refused(corpus: Corpus) -> None:
-    index, _ = index_samples(corpus, open_columns(corpus, COLUMNS))
-    with pytest.raises(RequestError, match="hold_out: 84 leaves nothing"):
-        split([index], 84, seed=0)
-
-
 def test_digest_names_the_samples() -> None:
     def index(shards, shard, row):
         return SampleIndex([("art", s) for s in shards], np.array(shard, np.int32), np.array(row, np.int32))
@@ -152,11 +139,3 @@ def test_digest_names_the_samples() -> None:
     others = [index(["a", "b"], [0, 1, 1], [1, 2, 1]), index(["a", "b"], [0, 0, 1], [1, 3, 1])]
     others += [index(["a", "x"], [0, 0, 1], [1, 2, 1]), index(["a", "b"], [0, 0], [1, 2])]
     assert len({base.digest, *(o.digest for o in others)}) == 5
-
-
-def test_open_samples_of_a_recipe_with_two_resolutions(corpus: Corpus, tmp_path) -> None:
-    stage = {"batch": 8, "learning_rate": 1e-3, "steps": 2}
-    stages = [stage | {"latents": "latents/demo-32"}, stage | {"latents": "latents/demo-64"}]
-    found = open_samples(build_recipe(corpus, tmp_path / "run", stages=stages, hold_out=4))
-    assert [len(index) for index in found.stages] == [80, 80]
-    assert len(found.held) == 4

@@ -1,0 +1,217 @@
+"""The samples of several columns joined by row: the rows of a selection that are ok in every one of them."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.base.threads import threaded
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.records import Commit
+from microdit.pipeline.corpus.shard_cache import ShardId
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """Samples by shard and row: `shard` (int32, N) counts in `shards`; ordered by source, shard and row."""
+
+    shards: list[ShardId]
+    shard: np.ndarray
+    row: np.ndarray
+    weight: np.ndarray | None = None
+    """How often each comes, by the mean (float32, N); None if all come alike."""
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def locate(self, i: int) -> tuple[ShardId, int]:
+        """Return shard and row of sample `i`."""
+        return self.shards[self.shard[i]], int(self.row[i])
+
+    def name(self, i: int) -> str:
+        (source, shard), row = self.locate(i)
+        return f"{source}/{shard}/{row}"
+
+    def by_shard(self) -> dict[ShardId, list[int]]:
+        """Group the rows by shard, without shards that have none; shards and rows ascend."""
+        rows: dict[ShardId, list[int]] = {}
+        for shard, row in zip(self.shard.tolist(), self.row.tolist(), strict=True):
+            rows.setdefault(self.shards[shard], []).append(row)
+        return rows
+
+    def take(self, keep: np.ndarray) -> "SampleIndex":
+        """Keep the samples at these positions, or where this is true."""
+        weight = None if self.weight is None else self.weight[keep]
+        return SampleIndex(self.shards, self.shard[keep], self.row[keep], weight)
+
+    def mixed(self, mix: Mapping[str, float]) -> "SampleIndex":
+        """Multiply the weights by their source's in `mix`, 1 if it is not there.
+
+        Raises:
+            RequestError: `mix` names a source of which there is no sample.
+        """
+        sources = [source for source, _ in self.shards]
+        present = {sources[number] for number in np.unique(self.shard).tolist()}
+        if unknown := sorted(mix.keys() - present):
+            raise RequestError(
+                f"mix: there is no sample of {', '.join(unknown)}; the sources are {', '.join(sorted(present))}"
+            )
+        factor = np.array([mix.get(source, 1.0) for source in sources], dtype=np.float32)[self.shard]
+        weight = factor if self.weight is None else self.weight * factor
+        return replace(self, weight=None if (weight == weight[0]).all() else weight)
+
+    def hashes(self, seed: int) -> np.ndarray:
+        """Hash each sample (uint64): a function of nothing but the seed, its shard's name and its row."""
+        starts = [
+            int.from_bytes(hashlib.sha256(f"{seed}/{source}/{shard}".encode()).digest()[:8])
+            for source, shard in self.shards
+        ]
+        return splitmix(self.row.astype(np.uint64), np.array(starts, dtype=np.uint64)[self.shard])
+
+    def lowest(self, count: int, seed: int) -> np.ndarray:
+        """Draw `count` samples by a seed, those of the lowest hashes: their positions, ascending."""
+        return np.sort(np.argsort(self.hashes(seed), kind="stable")[:count])
+
+    @property
+    def digest(self) -> str:
+        """A hash of the samples, by name, and of their weights."""
+        digest = hashlib.sha256()
+        bounds = np.searchsorted(self.shard, np.arange(len(self.shards) + 1))
+        for (source, shard), start, end in zip(self.shards, bounds, bounds[1:], strict=False):
+            if end > start:
+                digest.update(f"{source}/{shard}\n".encode() + self.row[start:end].astype("<i4").tobytes())
+        if self.weight is not None:
+            digest.update(self.weight.astype("<f4").tobytes())
+        return digest.hexdigest()[:16]
+
+
+def splitmix(number: np.ndarray, start: np.ndarray | np.uint64) -> np.ndarray:
+    """Compute the `number`-th outputs (uint64) of the generators splitmix64 that begin at `start`."""
+    x = start + number * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(31))
+
+
+def index_samples(
+    corpus: Corpus, columns: Mapping[str, Mapping[ShardId, Commit]], selection: str | None = None
+) -> tuple[SampleIndex, int]:
+    """Index the samples that are kept and ok in every column, and count the kept ones that are not.
+
+    Without a selection all rows of shards that every column has are kept.
+
+    Raises:
+        RequestError: no such selection, none of its samples can be had, or a sidecar cannot be read.
+    """
+    kept = None if selection is None else selected_rows(corpus, selection)
+    usable = usable_rows(corpus, columns, kept)
+    sizes = [len(rows) for rows, _ in usable.values()]
+    if not sum(sizes):
+        what = f"selection {selection}" if selection else "the corpus"
+        raise RequestError(f"{what} has no sample that is ok in all of {', '.join(columns)}")
+    index = SampleIndex(
+        list(usable),
+        np.repeat(np.arange(len(usable), dtype=np.int32), sizes),
+        np.concatenate([rows for rows, _ in usable.values()]).astype(np.int32),
+        np.concatenate([weights for _, weights in usable.values()]),
+    )
+    missing = 0 if kept is None else sum(len(rows) for rows, _ in kept.values()) - len(index)
+    return index.mixed({}), missing
+
+
+def open_columns(corpus: Corpus, columns: Sequence[str]) -> dict[str, dict[ShardId, Commit]]:
+    """Read the newest commits of columns, by shard.
+
+    Raises:
+        RequestError: a column is unknown, empty, or stale: what it was made from has been rebuilt since.
+    """
+    commits: dict[str, dict[ShardId, Commit]] = {}
+    waiting = list(columns)
+    while waiting:  # the columns, what they were made from, and so on
+        column = waiting.pop()
+        if column not in commits:
+            corpus.column(column)
+            commits[column] = {(c.source, c.shard): c for c in corpus.commits(column)}
+            waiting += sorted({ref.column for commit in commits[column].values() for ref in commit.inputs})
+    hashes = {name: {shard: c.sha256 for shard, c in own.items()} for name, own in commits.items()}
+    for column, own in commits.items():
+        for shard, commit in own.items():
+            for ref in commit.inputs:
+                if hashes[ref.column].get(shard) != ref.sha256:
+                    now = commits[ref.column].get(shard)
+                    raise RequestError(
+                        f"column {column}, shard {shard[1]}: it was made from generation {ref.generation} of "
+                        f"{ref.column}, the corpus now has "
+                        f"{'none' if now is None else f'generation {now.generation}'}; "
+                        "run `microdit build --repair`, which makes it anew"
+                    )
+    for column in columns:
+        if not commits[column]:
+            raise RequestError(f"column {column}: corpus {corpus.url} has no shard of it; build it first")
+    return {column: commits[column] for column in columns}
+
+
+def selected_rows(corpus: Corpus, selection: str) -> dict[ShardId, tuple[np.ndarray, np.ndarray]]:
+    """Read the rows (int32) and weights (float32) of a selection, by shard. Raises as `load_selection`."""
+    from microdit.pipeline.selection.selections import load_selection  # it brings duckdb
+
+    table = load_selection(corpus, selection)
+    if not len(table):
+        return {}
+    # ordered by source, shard and row: a shard's rows lie together
+    names = [table[name].combine_chunks() for name in ("source", "shard")]
+    changes = np.logical_or.reduce([np.diff(n.dictionary_encode().indices.to_numpy()) != 0 for n in names])
+    starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
+    shards = zip(*(name.take(pa.array(starts)).to_pylist() for name in names), strict=True)
+    rows, weights = (np.split(table[name].to_numpy(), starts[1:]) for name in ("row", "weight"))
+    return dict(zip(shards, zip(rows, weights, strict=True), strict=True))
+
+
+def usable_rows(
+    corpus: Corpus,
+    columns: Mapping[str, Mapping[ShardId, Commit]],
+    selected: Mapping[ShardId, tuple[np.ndarray, np.ndarray]] | None = None,
+) -> dict[ShardId, tuple[np.ndarray, np.ndarray]]:
+    """Find the rows that are ok in every column, and their weights, by shard; shards and rows ascend.
+
+    selected: what `selected_rows` gives; without it all rows of the shards that every column has, with weight 1.
+
+    Raises:
+        RequestError: a sidecar cannot be read.
+    """
+    shards = sorted(set.intersection(*(set(own) for own in columns.values())))
+    if selected is not None:
+        shards = [shard for shard in shards if shard in selected]
+
+    def usable(shard: ShardId) -> tuple[np.ndarray, np.ndarray]:
+        ok = np.logical_and.reduce([_ok_rows(corpus, own[shard]) for own in columns.values()])
+        if selected is None:
+            return np.flatnonzero(ok), np.ones(ok.sum(), dtype=np.float32)
+        rows, weights = selected[shard]
+        use = (rows < len(ok)) & ok[np.minimum(rows, len(ok) - 1)]
+        return rows[use], weights[use]
+
+    return dict(zip(shards, threaded(usable, shards), strict=True))
+
+
+def _ok_rows(corpus: Corpus, commit: Commit) -> np.ndarray:
+    try:
+        return pc.equal(corpus.sidecar(commit)["status"], "ok").to_numpy()
+    except (FileNotFoundError, pa.ArrowException) as error:
+        raise RequestError(
+            f"column {commit.column}, shard {commit.shard}: {commit.sidecar.name} is missing or damaged "
+            f"({first_line(error)}), so that nobody knows its samples; run `microdit verify`, then "
+            "`microdit build --repair`"
+        ) from None
+
+
+def read_captions(corpus: Corpus, text: str, index: SampleIndex) -> list[str]:
+    """Read the captions that a text column was made of, of samples, in the index' order."""
+    column = f"captions/{text.partition('@')[2]}"
+    commits = open_columns(corpus, [column])[column]
+    tables = {shard: corpus.sidecar(commits[shard])["caption"].to_pylist() for shard in index.by_shard()}
+    return [tables[shard][row] for shard, rows in index.by_shard().items() for row in rows]

@@ -1,0 +1,3 @@
+from tests.trainer.conftest import coloured
+
+__all__ = ["coloured"]
