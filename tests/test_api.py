@@ -1,4 +1,4 @@
-"""The public interface: what its import costs, what it names, and every example in its docstrings, which all run."""
+"""The public interface: what its import costs, what it names, and the examples in its docstrings, which really run."""
 
 import doctest
 import importlib
@@ -84,6 +84,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     write_tar(folder / "my/pictures.tar", pictures())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        for setting in ("raylet_start_wait_time_s", "worker_register_timeout_seconds"):
+            patch.setenv(f"RAY_{setting}", "300")  # as in tests/pipeline/conftest.py
         run(BUILD)
         ray.init(
             address="local",
