@@ -10,7 +10,7 @@ MOST_FAILED = 0.1  # the share of a column's samples that may fail before the ex
 
 
 @dataclass(frozen=True)
-class ColumnCounts:
+class MdsColumnCounts:
     """Samples of one column: `inputs` = `out` + `failed`, and why they failed, commonest reason first."""
 
     inputs: int
@@ -19,7 +19,7 @@ class ColumnCounts:
     reasons: dict[str, int]
 
     @classmethod
-    def of(cls, totals: Totals) -> "ColumnCounts":
+    def of(cls, totals: Totals) -> "MdsColumnCounts":
         return cls(totals.inputs, totals.out, totals.failed, dict(totals.reasons.most_common()))
 
     @property
@@ -40,7 +40,7 @@ class UnreadShard:
 
 
 @dataclass(frozen=True)
-class UnitCounts:
+class MdsUnitCounts:
     """MDS shards: all, those that are committed, and those that this run set aside."""
 
     total: int
@@ -54,10 +54,10 @@ class ImportSummary:
 
     corpus: str
     source: str
-    units: UnitCounts
+    units: MdsUnitCounts
     inputs: int
     """Samples according to the index: those that were read, and the `unread`."""
-    columns: dict[str, ColumnCounts]
+    columns: dict[str, MdsColumnCounts]
     unread: int
     """Samples of shards that cannot be read."""
     set_aside: list[UnreadShard]

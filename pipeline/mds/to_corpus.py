@@ -20,7 +20,7 @@ from microdit.pipeline.mds.columns import PICTURES, Conversion, Naming, last, pl
 from microdit.pipeline.mds.convert_unit import Redo, convert_unit, shards_of
 from microdit.pipeline.mds.format import hasher
 from microdit.pipeline.mds.progress import ConversionProgress
-from microdit.pipeline.mds.summary import ColumnCounts, ImportSummary, UnitCounts, UnreadShard
+from microdit.pipeline.mds.summary import ImportSummary, MdsColumnCounts, MdsUnitCounts, UnreadShard
 from microdit.pipeline.stages.ingest import SCALARS, ingest_stage
 from microdit.pipeline.storage.store import open_store
 from microdit.pipeline.tables.commit_table import Totals, commit_table, totals
@@ -131,14 +131,14 @@ def _summary(
     corpus: Corpus, conversion: Conversion, aside: Sequence[UnreadShard], written: int, seconds: float
 ) -> ImportSummary:
     source, counted = conversion.naming.source, totals(commit_table(corpus))
-    columns = {column: ColumnCounts.of(counted.get((column, source), Totals())) for column in conversion.columns}
+    columns = {column: MdsColumnCounts.of(counted.get((column, source), Totals())) for column in conversion.columns}
     inputs = sum(shard.samples for shard in conversion.shards)
     hashes = {name for shard in conversion.shards for name in shard.raw_data.hashes}
     committed_units = counted.get((UNITS, source), Totals()).done
     return ImportSummary(
         corpus=corpus.url,
         source=source,
-        units=UnitCounts(total=len(conversion.shards), read=committed_units, set_aside=len(aside)),
+        units=MdsUnitCounts(total=len(conversion.shards), read=committed_units, set_aside=len(aside)),
         inputs=inputs,
         unread=inputs - columns[IMAGES].inputs,
         columns=columns,
