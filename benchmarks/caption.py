@@ -12,9 +12,7 @@ the stage's own work weighs the most. What a random model says is no caption; th
 that nothing is asked for once more.
 """
 
-import argparse
 import contextlib
-import json
 import random
 import statistics
 import sys
@@ -25,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import argument_parser, print_figures
 from benchmarks.ingest import photograph
 from microdit.pipeline.base.threads import chunks
 from microdit.pipeline.config.build import Resources
@@ -140,7 +139,7 @@ def let_through(*answer: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument(
         "--model", default="", help="a name of microdit.model.pretrained.captioners, a folder or a repository"
     )
@@ -149,7 +148,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--side", type=int, default=512, help="of an image, at most")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args()
     asking.fault = let_through  # type: ignore[assignment]
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,11 +155,7 @@ def main() -> None:
         found = measure(
             options.model, device, options.images, options.batch, options.rounds, options.max_tokens, options.side
         )
-    if options.json:
-        print(json.dumps(found))
-        return
-    for name, value in found.items():
-        print(f"{name:24} {value}")
+    print_figures(found, options.json)
 
 
 if __name__ == "__main__":

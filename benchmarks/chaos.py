@@ -18,7 +18,6 @@ the same shard was killed three times. Exit status 1 if anything is lost, twice 
 import argparse
 import hashlib
 import io
-import json
 import logging
 import os
 import random
@@ -39,6 +38,7 @@ import numpy as np
 import ray
 from PIL import Image
 
+from benchmarks.harness import argument_parser, print_figures
 from microdit.pipeline.config.build import BuildConfig
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, unit_name
@@ -350,11 +350,10 @@ def run(minutes: float, units: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=20.0, help="no build is begun later")
     parser.add_argument("--units", type=int, default=8, help=f"of {UNIT_INPUTS} images each, in every build")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--drive", help=argparse.SUPPRESS)
     parser.add_argument("--log", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -362,11 +361,7 @@ def main() -> int:
         return drive(options.drive, options.units, options.log)
     print(f"seed {options.seed}", file=sys.stderr)
     found = run(options.minutes, options.units, options.seed)
-    if options.json:
-        print(json.dumps(found))
-    else:
-        for name, value in found.items():
-            print(f"{name:16} {value}")
+    print_figures(found, options.json)
     return 1 if found["lost"] or found["twice"] or found["other_bytes"] or found["problems"] else 0
 
 

@@ -7,7 +7,6 @@ same and a link, so that nothing is overwritten). Shard: a whole attempt of a co
 checksum, commit, two objects. All three in turns, in several rounds, by the same number of processes; medians.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from benchmarks.harness import argument_parser
 from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
@@ -96,12 +96,11 @@ def measure(folder: Path, seconds: float, rounds: int, writers: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--folder", help="a folder on the disk to measure (default: the system's temporary folder)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each kind in each round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--writers", type=int, default=2, help="processes that write at the same time")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         found = measure(Path(folder), options.seconds, options.rounds, options.writers)

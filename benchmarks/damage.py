@@ -11,8 +11,6 @@ crash or a hang is counted, and the next item gets another process. An item is m
 `damaged_image(seed, number)`.
 """
 
-import argparse
-import json
 import random
 import resource
 import tempfile
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.damage_inputs import OPTIONS, PER_ARCHIVE, Item, damaged_archive, damaged_image
+from benchmarks.harness import argument_parser, print_figures
 from microdit.pipeline.content.images import BadImage, decode, prepare
 from microdit.pipeline.files.archives import members
 from microdit.pipeline.sources.file_source import MAX_BYTES
@@ -178,26 +177,13 @@ def _examined(child: Careful[dict[str, Any]], item: Item, bound: float) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--count", type=int, default=10_000, help="images; an archive more for every 50")
     parser.add_argument("--seed", type=int, default=None, help="default: another one each time; it is printed")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1 << 32)
     found = measure(options.count, seed)
-    if options.json:
-        print(json.dumps(found))
-    else:
-        for name, value in found.items():
-            if isinstance(value, dict):
-                print(name)
-                for key, number in value.items():
-                    print(f"  {key:20} {number}")
-            elif isinstance(value, list):
-                for line in value:
-                    print(f"{name}: {line}")
-            else:
-                print(f"{name:22} {value}")
+    print_figures(found, options.json)
     if found["bad"] or not found["adds_up"]:
         raise SystemExit(1)
 

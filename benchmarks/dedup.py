@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.harness import argument_parser, print_figures
 from benchmarks.ingest import photograph
 from microdit.pipeline.curation.hamming import groups
 from microdit.pipeline.curation.semantic import groups as semantic_groups
@@ -224,13 +225,12 @@ def look_up(count: int, distance: int, threads: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--images", type=int, default=300, help="pictures; 0 for none")
     parser.add_argument("--hashes", type=int, default=10_000_000, help="hashes; 0 for none")
     parser.add_argument("--distance", type=int, default=6)
     parser.add_argument("--similarity", type=float, default=0.95)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:
@@ -243,11 +243,7 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent.parent)
         found |= json.loads(done.stdout)
     found["goals"] = GOALS
-    if options.json:
-        print(json.dumps(found))
-        return
-    for name, value in found.items():
-        print(f"{name:34} {value}")
+    print_figures(found, options.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train the demo's autoencoder: a diffusers AutoencoderKL (f8, 4 latent channels) small enough to ship, on OpenMoji.
 
-    python benchmarks/demo_autoencoder.py --minutes 60 --out model/demo_autoencoder
-    python benchmarks/demo_autoencoder.py --minutes 0 --init model/demo_autoencoder --json      # measure, train nothing
+    python benchmarks/demo_autoencoder.py --minutes 60 --out model/pretrained/demo_autoencoder
+    python benchmarks/demo_autoencoder.py --minutes 0 --init model/pretrained/demo_autoencoder --json   # only measures
 
 Figures are for drawings that training never sees (a seeded 5% of those that have names, skin tones of them included):
 mean over images of the PSNR of the uint8 image, at 64 and at 128 pixels, from the posterior's mean and from a sample.
@@ -26,6 +26,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
+from benchmarks.harness import argument_parser, print_figures
 from microdit.pipeline.sources.openmoji import drawings as openmoji
 
 SIZES = (64, 128)
@@ -239,14 +240,13 @@ def measure(vae: AutoencoderKL, held_out: dict[int, Tensor]) -> dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=50.0, help="wall time to train (0: only measure --init)")
     parser.add_argument("--out", type=Path, help="folder for the diffusers autoencoder, written every few minutes")
     parser.add_argument("--init", type=Path, help="begin with the weights of this folder")
     parser.add_argument("--channels", default="16,32,64,96", help="block_out_channels of the four levels")
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's peak rate; AdamW's is a tenth")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     args = parser.parse_args()
     if args.minutes <= 0 and args.init is None:
         parser.error("--minutes 0 measures weights that exist: give their folder with --init")
@@ -269,7 +269,15 @@ def main() -> None:
         result["folder_bytes"] = save(vae, args.out, scaling)
         if result["folder_bytes"] > MAX_FOLDER_BYTES:
             sys.exit(f"{args.out} has {result['folder_bytes']} bytes; the demo ships at most {MAX_FOLDER_BYTES}")
-    print(json.dumps(result) if args.json else "\n".join(f"{name:>16} {value}" for name, value in result.items()))
+    print_figures(result, args.json)
+
+
+def split_parameters(vae: AutoencoderKL) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """Split into the inner convolutions, for Muon, and the rest (first and last convolutions, norms, biases)."""
+    inner = ("down_blocks", "up_blocks", "mid_block")
+    matrices = [p for name, p in vae.named_parameters() if p.ndim == 4 and any(part in name for part in inner)]
+    known = {id(p) for p in matrices}
+    return matrices, [p for p in vae.parameters() if id(p) not in known]
 
 
 def train(
@@ -280,10 +288,7 @@ def train(
     print(f"{len(codes)} drawings, {sum(map(len, data.values()))} rasters", file=sys.stderr, flush=True)
     average = AutoencoderKL.from_config(vae.config)
     average.load_state_dict(vae.state_dict())
-    inner = ("down_blocks", "up_blocks", "mid_block")  # first and last convolutions, norms and biases go to AdamW
-    matrices = [p for name, p in vae.named_parameters() if p.ndim == 4 and any(part in name for part in inner)]
-    known = {id(p) for p in matrices}
-    others = [p for p in vae.parameters() if id(p) not in known]
+    matrices, others = split_parameters(vae)
     optimizers: list[torch.optim.Optimizer] = [
         Muon(matrices, lr=args.lr),
         torch.optim.AdamW(others, lr=args.lr / 10, betas=(0.9, 0.98), weight_decay=0.0, fused=True),

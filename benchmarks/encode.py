@@ -22,7 +22,6 @@ more where the processor is the device and has other things to do. What was not 
 """
 
 import argparse
-import json
 import os
 import resource
 import statistics
@@ -41,6 +40,7 @@ from torch import Tensor
 
 from benchmarks.encode_inputs import CAPTIONS, MODELS, SIZES, make_corpus
 from benchmarks.encode_others import Plain, arrays, bare_feed, common_images, common_text, difference, without_model
+from benchmarks.harness import argument_parser, print_figures
 from microdit.pipeline.config.build import Resources
 from microdit.pipeline.config.encoders import LatentsColumn, TextColumn
 from microdit.pipeline.corpus.corpus import Corpus
@@ -211,13 +211,8 @@ def measure_images(setting: Setting, name: str, rounds: int) -> Found:
             for _ in range(0, len(images), size):
                 encode(side, size)
 
-    cores = len(os.sched_getaffinity(0))
-    some = images[: max(64, len(images) // 4)]
-    ways = [(b, w) for b in (8, 32) for w in sorted({0 if setting.device == "cpu" else cores // 2, cores})]
     common = partial(common_images, setting.folder / "common.tar", setting.device, plain, sides)
-    common(some[:8], 8, 0, True)
-    tried = {way: setting.time(partial(common, some, *way, True)).clock for way in ways}
-    best = min(tried, key=lambda way: tried[way])
+    best = best_common(setting, common)
 
     without_model(feed)
     commits, _ = run_stage(setting, checked)
@@ -239,6 +234,16 @@ def measure_images(setting: Setting, name: str, rounds: int) -> Found:
     )
     found.told |= {"resolutions": list(sides), "bare_batch": ceiling, "common_batch_workers": list(best)}
     return found
+
+
+def best_common(setting: Setting, common: Callable[..., Any]) -> tuple[int, int]:
+    """Find the batch size and the number of workers with which the common loop is fastest on some of the images."""
+    cores = len(os.sched_getaffinity(0))
+    some = setting.images[: max(64, len(setting.images) // 4)]
+    ways = [(b, w) for b in (8, 32) for w in sorted({0 if setting.device == "cpu" else cores // 2, cores})]
+    common(some[:8], 8, 0, True)
+    tried = {way: setting.time(partial(common, some, *way, True)).clock for way in ways}
+    return min(tried, key=lambda way: tried[way])
 
 
 def watch_stage(setting: Setting, stage: Any, found: Found) -> Took:
@@ -361,7 +366,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU, if there is one")
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), help="by default real sizes on a GPU, else small")
     parser.add_argument("--feed-only", action="store_true", help="of autoencoders; for real sizes without a GPU")
@@ -371,7 +376,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32, help="of our stages")
     parser.add_argument("--threads", type=int, help="that decode; by default 8 on a GPU, else 2")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args()
     if options.device == "cpu":  # the stages take a GPU where they see one
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -380,16 +384,7 @@ def main() -> None:
     options.samples = options.samples or (512 if options.device == "cuda" else 32)
     options.threads = options.threads or (8 if options.device == "cuda" else 2)
     found = measure(options)
-    if options.json:
-        print(json.dumps(found))
-        return
-    rows = found.pop("models")
-    for name, value in found.items():
-        print(f"{name:18} {value}")
-    for row in rows:
-        print()
-        for name, value in row.items():
-            print(f"{name:24} {value}")
+    print_figures(found, options.json)
 
 
 if __name__ == "__main__":

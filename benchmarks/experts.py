@@ -7,7 +7,6 @@ processor's time, of all threads together, so that other programs on the machine
 above what was held before (weights, input). Outputs and gradients of the two forms are checked equal in fp32 first.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.harness import argument_parser
 from microdit.model.layers import Experts
 
 WIDTHS = {"xl": (1024, 2304), "tiny": (512, 1024)}  # width and expert width of a block in the middle
@@ -148,8 +148,7 @@ def compare(width: str, tokens: int, batch_tokens: int, repeat: int, device: str
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser = argument_parser(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES), help="of weights and input")
     parser.add_argument("--widths", nargs="+", default=list(WIDTHS), choices=tuple(WIDTHS))

@@ -10,7 +10,6 @@ Both give the same JPEGs, which is checked. In turns; medians. `ratio_bare` is t
 goal: at least 0.85. `ratio_cpu` is the same of processor seconds, which depend less on what else the machine does.
 """
 
-import argparse
 import io
 import json
 import os
@@ -27,6 +26,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageDraw
 
+from benchmarks.harness import argument_parser, print_figures
 from microdit.pipeline.config.build import BuildConfig, Resources
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.config.sources import Cc12mSource
@@ -194,19 +194,14 @@ def measure(tars: int, samples: int, rounds: int, threads: int) -> dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--tars", type=int, default=2)
     parser.add_argument("--samples", type=int, default=200, help="images in each")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="that decode, in both")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args()
     found = measure(options.tars, options.samples, options.rounds, options.threads)
-    if options.json:
-        print(json.dumps(found))
-        return
-    for name, value in found.items():
-        print(f"{name:18} {value}")
+    print_figures(found, options.json)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.harness import argument_parser, print_figures
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.tables.joins.build import build
@@ -144,11 +145,10 @@ def measure(kind: str, count: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--rows", type=int, default=14_000_000, help="of DiffusionDB's metadata")
     parser.add_argument("--entries", type=int, default=10_000_000, help="of SA-1B's captions")
     parser.add_argument("--folder", help="a folder on the disk to use (default: the system's temporary folder)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--task", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:
@@ -159,11 +159,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for kind, count in (("diffusiondb", options.rows), ("sa1b", options.entries)):
             found |= measure(kind, count, Path(folder))
-    if options.json:
-        print(json.dumps(found))
-        return
-    for name, value in found.items():
-        print(f"{name:44} {value}")
+    print_figures(found, options.json)
 
 
 if __name__ == "__main__":

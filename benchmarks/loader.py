@@ -14,7 +14,6 @@ reader who does nothing else, `s3_..._server` its processor seconds by the secon
 `shuffle`: distance between neighbours of a shard, and of a source, by that of a uniform shuffle (1).
 """
 
-import argparse
 import io
 import json
 import math
@@ -36,6 +35,7 @@ import numpy as np
 import pyarrow as pa
 import webdataset
 
+from benchmarks.harness import argument_parser, print_figures
 from benchmarks.loader_streaming import batched, drain
 from microdit.pipeline.corpus.arrays import array_bytes
 from microdit.pipeline.corpus.attempt import begin_attempt
@@ -300,19 +300,14 @@ def processor_seconds(process: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--samples", type=int, default=4096, help=f"a multiple of {SHARD}")
     parser.add_argument("--width", type=int, default=1024, help="channels of the text")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streaming-python", metavar="PATH", help="of an environment with mosaicml-streaming")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args()
     found = measure(options.samples, options.width, options.rounds, options.streaming_python)
-    if options.json:
-        print(json.dumps(found))
-        return
-    for name, value in found.items():
-        print(f"{name:34} {value}")
+    print_figures(found, options.json)
 
 
 if __name__ == "__main__":

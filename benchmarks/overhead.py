@@ -8,8 +8,6 @@ are worked on at once, over the number of commits between; so no start of a proc
 what else the machine does counts less. Bare and with the engine in turns; medians. Goal: at most 1.05.
 """
 
-import argparse
-import json
 import logging
 import statistics
 import tempfile
@@ -20,6 +18,7 @@ from typing import Any, cast
 
 import ray
 
+from benchmarks.harness import argument_parser, print_figures
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import ShardRef
 from microdit.pipeline.engine.build import carry_out
@@ -86,18 +85,13 @@ def measure(shards: int, seconds: float, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--shards", type=int, default=30, help="in each round")
     parser.add_argument("--seconds", type=float, default=1.0, help="that the stage takes for a shard")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args()
     found = measure(options.shards, options.seconds, options.rounds)
-    if options.json:
-        print(json.dumps(found))
-        return
-    for name, value in found.items():
-        print(f"{name:22} {value}")
+    print_figures(found, options.json)
 
 
 if __name__ == "__main__":

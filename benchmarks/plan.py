@@ -8,7 +8,6 @@ evenly spread lines of it), the large one the list as many times over, with all 
 bytes within 3%, the time within 25%. `rates` are the large build's, as `pipeline/rates.json` could have them.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.harness import argument_parser, print_figures
 from microdit.pipeline.config.sources import OpenmojiSource
 from microdit.pipeline.config.yaml import find_file
 from microdit.pipeline.estimate.past_build import spread
@@ -129,19 +129,14 @@ def said(what: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--inputs", type=int, default=1974, help="lines of the list that the small build fetches")
     parser.add_argument("--times", type=int, default=10, help="how often the large one has them")
     parser.add_argument("--folder", help="where both corpora go (default: the system's temporary folder)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         found = measure(Path(folder), options.inputs, options.times)
-    if options.json:
-        print(json.dumps(found))
-        return
-    for name, value in found.items():
-        print(f"{name:22} {value}")
+    print_figures(found, options.json)
 
 
 if __name__ == "__main__":

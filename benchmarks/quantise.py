@@ -9,7 +9,6 @@ the tar, headers and filling counted. `less`: how many times fewer bytes than pa
 that one thread turns back into float16.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.harness import argument_parser
 from microdit.model.pretrained.text import load_text_encoder
 from microdit.pipeline.corpus.arrays import array_bytes, array_from_bytes, arrays_bytes
 from microdit.pipeline.corpus.quantised import Loss, Storage, quantise
@@ -82,9 +82,8 @@ def rows(name: str, embeddings: list[np.ndarray]) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--captions", type=int, default=500)
-    parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     embeddings = {"minilm": minilm(asked.captions)}

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness import argument_parser
 from microdit.model.checkpoint import load_model
 from microdit.model.edm import EDM
 from microdit.model.network import MicroDiT
@@ -103,8 +104,7 @@ def measure(net: MicroDiT, latents: Tensor, y: Tensor, options: argparse.Namespa
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser = argument_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, help=".pt or .safetensors")
     parser.add_argument("--text", type=Path, help="caption embeddings (.npy) for --checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

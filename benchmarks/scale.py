@@ -26,6 +26,7 @@ from typing import Any
 
 import boto3
 
+from benchmarks.harness import argument_parser, print_figures
 from microdit.pipeline.base.progress import Snapshot
 from microdit.pipeline.base.signals import Stopped
 from microdit.pipeline.corpus.attempt import begin_attempt
@@ -264,11 +265,10 @@ def said(what: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--shards", type=int, default=1_000_000)
     parser.add_argument("--commits", type=int, default=3000, help="that a real driver makes, to see how fast it is")
     parser.add_argument("--folder", help="a folder on the disk to measure (default: the system's temporary folder)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--task", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:
@@ -278,10 +278,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         found = measure(Path(folder), options.shards, options.commits)
-        if options.json:
-            print(json.dumps(found), flush=True)
-        for name, value in found.items() if not options.json else ():
-            print(f"{name:26} {value}", flush=True)
+        print_figures(found, options.json)
         said("removing what was made")
 
 

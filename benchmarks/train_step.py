@@ -18,6 +18,7 @@ mfu               model FLOPs of ours (microdit.model.flops) of the GPU's peak i
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import sys
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 
 import microdit.model.layers
 from benchmarks.experts import one_hot_experts, peak_bytes
+from benchmarks.harness import argument_parser
 from microdit.model.device import has_fast_bf16
 from microdit.model.edm import EDM
 from microdit.model.flops import gpu_peak, training_flops
@@ -175,6 +177,31 @@ def product_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * 1024**3 / min(seconds)
 
 
+def time_in_turns(
+    runs: dict[tuple[str, int], Callable[[], Any]], images: int, repeat: int, device: str
+) -> dict[str, dict[str, Any]]:
+    """Time each (form, micro-batch) in turns; return the fastest micro-batch of each form that fits into memory."""
+    peaks = {}
+    for key, run in runs.items():
+        with contextlib.suppress(torch.OutOfMemoryError):
+            peaks[key] = peak_bytes(run, device)  # and warm
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in peaks}
+    for _ in range(repeat):
+        for key, measured in seconds.items():
+            start = clock(device)
+            runs[key]()
+            measured.append(clock(device) - start)
+    best: dict[str, dict[str, Any]] = {}
+    for (name, micro_batch), measured in seconds.items():
+        row = {
+            "seconds": min(measured), "images_per_second": images / min(measured), "micro_batch": micro_batch,
+            "peak_mib": peaks[name, micro_batch] / 2**20,
+        }  # fmt: skip
+        if name not in best or row["seconds"] < best[name]["seconds"]:
+            best[name] = row
+    return best
+
+
 def measure(options: argparse.Namespace, pixels: int, mask_ratio: float) -> dict[str, Any]:
     device, size = options.device, pixels // 8
     learner = make_learner(options.preset, size, mask_ratio, device)
@@ -196,31 +223,12 @@ def measure(options: argparse.Namespace, pixels: int, mask_ratio: float) -> dict
     }
     if options.compile:
         forms["reference_compiled"] = Reference(learner.net, stage, learner.bf16, compiled=True).step
-    runs = {}
+    runs: dict[tuple[str, int], Callable[[], Any]] = {}
     for micro_batch in options.micro_batches:
         for name, form in forms.items():
             batch = make_batch(config, images, micro_batch, ragged=name == "ours")
             runs[name, micro_batch] = partial(form, batch)
-    best: dict[str, dict[str, Any]] = {}
-    peaks = {}
-    for key, run in list(runs.items()):
-        try:
-            peaks[key] = peak_bytes(run, device)  # and warm
-        except torch.OutOfMemoryError:
-            del runs[key]
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
-    for _ in range(options.repeat):
-        for key, run in runs.items():
-            start = clock(device)
-            run()
-            seconds[key].append(clock(device) - start)
-    for (name, micro_batch), found in seconds.items():
-        row = {
-            "seconds": min(found), "images_per_second": images / min(found), "micro_batch": micro_batch,
-            "peak_mib": peaks[name, micro_batch] / 2**20,
-        }  # fmt: skip
-        if name not in best or row["seconds"] < best[name]["seconds"]:
-            best[name] = row
+    best = time_in_turns(runs, images, options.repeat, device)
     theirs = min((row for name, row in best.items() if name.startswith("reference")), key=lambda row: row["seconds"])
     parts = make_batch(config, images, best["ours"]["micro_batch"], ragged=True).micro_batches
     shape = (config["in_channels"], size, size)
@@ -245,8 +253,7 @@ def measure(options: argparse.Namespace, pixels: int, mask_ratio: float) -> dict
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser = argument_parser(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--preset", choices=tuple(PRESETS), help="default: xl_2 on a GPU, tiny_2 on a CPU")
     parser.add_argument("--pixels", nargs="+", type=int, help="default: 256 and 512 on a GPU, 256 on a CPU")

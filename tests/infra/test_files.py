@@ -52,6 +52,8 @@ def test_the_image_gets_every_file_that_the_wheel_is_made_of() -> None:
     copied = {name for kind, rest in instructions() if kind == "COPY" for name in rest.split()[:-1]}
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     needed = {"pyproject.toml", "constraints.txt", PROJECT["readme"], *PROJECT["license-files"], *packages["packages"]}
+    for package in packages["packages"]:  # and the folders that its links lead to
+        needed |= {path.resolve().name for path in (ROOT / package).iterdir() if path.is_symlink()}
     assert copied == needed
     assert all((ROOT / name).exists() for name in copied)
 

@@ -44,7 +44,7 @@ STUBS = {
 ASKED = {
     "build.sbatch": "build|one|two words|192.0.2.1:23456|token|",
     "train.sbatch": "--nnodes=2|--nproc-per-node=8|--max-restarts=3|--rdzv-backend=c10d|"
-    "--rdzv-endpoint=192.0.2.1:23456|--rdzv-id=123456|-m|trainer|one|two words|",
+    "--rdzv-endpoint=192.0.2.1:23456|--rdzv-id=123456|-m|microdit.trainer|one|two words|",
 }
 
 
