@@ -24,6 +24,9 @@ from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import ShardRef
 from microdit.trainer.learner import Learner
 from microdit.trainer.recipe import Recipe
+from tests.servers.hub import hub
+
+__all__ = ["hub"]
 
 CAPTIONS = ("source", "long")
 
