@@ -32,7 +32,7 @@ LAYOUT = 1
 LEAST = 1000  # commits that were read one by one before a table is worth its writing; later a tenth of all
 AT_ONCE, BATCH = 32, 50_000  # commits that a thread reads in one go, and lines of a part of the table
 SAVE_EVERY = 500_000  # commits that were read: a run that is stopped goes on from there (millions take minutes)
-Line = dict[str, Any]  # of the table, by the names of `LINE`
+CommitLine = dict[str, Any]  # of the table, by the names of `LINE`
 FORBIDDEN = (PermissionDeniedError, PermissionError)
 
 LINE = pa.schema(
@@ -143,7 +143,7 @@ def _has_newer(table: pa.Table, commit_id: CommitId) -> bool:
 def _read(corpus: Corpus, names: pa.Array, damaged: dict[CommitId, DamagedError]) -> Iterator[pa.Table]:
     """Read commits, in tables of many lines; those that cannot be understood are added to `damaged`."""
 
-    def read(name: pa.StringScalar) -> Line | None:
+    def read(name: pa.StringScalar) -> CommitLine | None:
         match = COMMIT.fullmatch(name.as_py())
         if match is None:  # `verify` reports it
             return None
@@ -156,10 +156,10 @@ def _read(corpus: Corpus, names: pa.Array, damaged: dict[CommitId, DamagedError]
             damaged[commit_id] = error
             return None
 
-    def read_some(start: int) -> list[Line]:
+    def read_some(start: int) -> list[CommitLine]:
         return [line for name in names[start : start + AT_ONCE] if (line := read(name)) is not None]
 
-    lines: list[Line] = []
+    lines: list[CommitLine] = []
     for some in threaded(read_some, range(0, len(names), AT_ONCE)):
         lines += some
         if len(lines) >= BATCH:
@@ -168,7 +168,7 @@ def _read(corpus: Corpus, names: pa.Array, damaged: dict[CommitId, DamagedError]
     yield pa.Table.from_pylist(lines, LINE)
 
 
-def _line(corpus: Corpus, commit_id: CommitId) -> Line:
+def _line(corpus: Corpus, commit_id: CommitId) -> CommitLine:
     """Read one commit as a line."""
     line = commit_id._asdict() | {"name": commit_name(*commit_id)}
     if commit_id.column == UNITS:

@@ -1,69 +1,21 @@
-"""Table jobs on a small corpus of real pictures: what is double, what is near an evaluation set, and what one sees."""
+"""Table jobs on a small corpus of real pictures: near-duplicates, and what is near an evaluation set."""
 
-import hashlib
-import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from click.testing import Result
-from PIL import Image
-from typer.testing import CliRunner
 
 from microdit.pipeline.base.errors import RequestError
-from microdit.pipeline.cli.app import app
-from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import shard_name, unit_name
-from microdit.pipeline.corpus.records import ShardRef
 from microdit.pipeline.curation.duplicates import decontaminate, dedup, hash_table
 from microdit.pipeline.selection.selections import load_selection, select
 from microdit.pipeline.selection.view import query
-from microdit.pipeline.stages.scores.pixels import basic_score_stage
-from microdit.pipeline.stages.stage import Task
-from tests.pipeline.helpers.small_corpus import IMAGE_SCALARS, SOURCE
+from tests.pipeline.helpers.picture_corpus import UNIT, corpus_of, microdit, photo, write
+from tests.pipeline.helpers.small_corpus import IMAGE_SCALARS
 
-UNIT = unit_name(SOURCE, 0)
 KEEP = "SELECT source, shard, row FROM samples WHERE duplicate_keep"
-
-
-def photo(seed: int, side: int = 96) -> Image.Image:
-    small = np.random.default_rng(seed).integers(0, 255, (9, 9, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
-
-
-def write(corpus: Corpus, number: int, images: list[Image.Image | None]) -> None:
-    """A shard of pictures, and their scores by the stage itself."""
-    ref = ShardRef(source=SOURCE, unit=UNIT, shard=shard_name(UNIT, number))
-    with begin_attempt(corpus, "images", ref) as attempt:
-        for row, image in enumerate(images):
-            key = f"{ref.shard}-{row}"
-            if image is None:
-                attempt.fail(row, key, "http_404", "the server said 404")
-                continue
-            buffer = io.BytesIO()
-            image.save(buffer, "png")
-            data, sizes = buffer.getvalue(), dict(zip(("width", "height"), image.size, strict=True))
-            about = dict.fromkeys(("caption", "origin", "license", "fields"), "") | sizes
-            about |= {f"original_{name}": size for name, size in sizes.items()}
-            about |= {"sha256": hashlib.sha256(data).hexdigest()}
-            attempt.add(row, key, {"png": data, "json": b"{}"}, **about, format="png", bytes=len(data))
-        attempt.commit()
-    stage = basic_score_stage("scores/basic", 1 << 24)
-    stage.run(corpus, Task(ref, {"scores/basic": 0}))
-
-
-def corpus_of(url: Path, images: list[Image.Image | None]) -> Corpus:
-    corpus = Corpus.create(url, "doubles", shard_samples=8)
-    corpus.declare_source(SOURCE, {"adapter": "made"})
-    corpus.declare_column("images", {"stage": "images"}, IMAGE_SCALARS)
-    spec = basic_score_stage("scores/basic", 1 << 24).columns["scores/basic"]
-    corpus.declare_column("scores/basic", spec.stage, spec.scalars)
-    write(corpus, 0, images)
-    return corpus
 
 
 @pytest.fixture
@@ -144,11 +96,6 @@ def test_what_cannot_be_asked(corpus: Corpus, tmp_path: Path) -> None:
     empty.declare_column("images", {"stage": "images"}, IMAGE_SCALARS)
     with pytest.raises(RequestError, match="it has no scores/basic with hashes"):
         dedup(empty)
-
-
-# -- the command line --------------------------------------------------------------------------------------------------
-def microdit(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_both_commands(corpus: Corpus, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from microdit.pipeline.curation.semantic import dedup_semantic, groups
 from microdit.pipeline.selection.selections import load_selection, select
 from microdit.pipeline.selection.view import query
 from microdit.pipeline.stages.scores.pixels import basic_score_stage
-from tests.pipeline.curation.test_duplicates import microdit, photo, write
+from tests.pipeline.helpers.picture_corpus import microdit, photo, write
 from tests.pipeline.helpers.small_corpus import IMAGE_SCALARS, SOURCE
 
 UNIT = unit_name(SOURCE, 0)

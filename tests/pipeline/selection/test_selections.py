@@ -1,16 +1,15 @@
-"""Choosing: the named queries, weights by source, and that a choice is the same whenever and wherever it is made."""
+"""Selections: immutable, named by their hash, and the same whenever and wherever they are made."""
 
+import hashlib
+import io
 import json
-import math
 import os
-import random
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,199 +17,227 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microdit.pipeline.base.errors import RequestError
-from microdit.pipeline.cli.choose import select as command
-from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
-from microdit.pipeline.corpus.records import ShardRef
-from microdit.pipeline.curation.duplicates import decontaminate, dedup
-from microdit.pipeline.selection.queries import named_queries, parse
-from microdit.pipeline.selection.selections import SELECTION, load_selection, select
-from microdit.pipeline.selection.weights import parse_shares, weigh
-from tests.pipeline.helpers.small_corpus import IMAGE_SCALARS
-
-ROOT = Path(__file__).parents[3]
-ROWS = 4
-OK = "SELECT source, shard, row FROM samples WHERE status = 'ok'"
-
-SCORES = {
-    "scores/basic": {"sharpness": "float32", "phash": "string", "pixels_sha256": "string"},
-    "scores/nsfw": {"nsfw": "float32"},
-    "scores/text": {"area": "float32"},
-}
-
-BAD = {  # what is wrong with a row
-    0: {"phash": 5},  # nothing
-    1: {"width": 200},
-    2: {"nsfw": 0.21},
-    3: {"area": 0.11},
-    4: {"sharpness": 19.0},
-    5: {"width": 2000},
-    6: {"phash": 5},  # as that of row 0
-    7: {"phash": 77},  # of the evaluation set
-    8: {"nsfw": None},  # not scored
-}
-
-
-def sample(number: int) -> dict:
-    """The facts of an image, and its scores."""
-    wide = np.random.default_rng(number).integers(0, 2**63)
-    good = {"width": 400, "height": 300, "nsfw": 0.1, "area": 0.05, "sharpness": 80.0, "phash": int(wide)}
-    return good | BAD.get(number, {})
-
-
-def make(
-    folder: Path, sources: Sequence[tuple[str, int]], columns: Sequence[str] = tuple(SCORES), order: int = 0
-) -> Corpus:
-    """A corpus of tables alone: `rows` images of each source, written shard by shard in some order."""
-    corpus = Corpus.create(folder, "choosing", shard_samples=ROWS)
-    corpus.declare_column("images", {"stage": "images"}, IMAGE_SCALARS)
-    for column in columns:
-        corpus.declare_column(column, {"stage": column}, SCORES[column])
-    shards = []
-    for source, rows in sources:
-        corpus.declare_source(source, {"adapter": "made"})
-        unit = unit_name(source, 0)
-        for first in range(0, rows, ROWS):
-            ref = ShardRef(source=source, unit=unit, shard=shard_name(unit, first // ROWS))
-            shards.append((ref, range(first, min(first + ROWS, rows))))
-    random.Random(order).shuffle(shards)
-    for ref, numbers in shards:
-        with begin_attempt(corpus, "images", ref) as attempt:
-            for row, number in enumerate(numbers):
-                found = sample(number)
-                about = {"width": found["width"], "height": found["height"], "fields": fields(ref.source, number)}
-                about |= {f"original_{name}": about[name] for name in ("width", "height")}
-                texts = {"caption": f"number {number}", "origin": "", "license": "", "sha256": "0" * 64}
-                attempt.add(row, f"k{number}", {"jpg": b"-", "json": b"{}"}, **about, **texts, format="jpeg", bytes=1)
-            images = attempt.commit()
-        for column in columns:
-            with begin_attempt(corpus, column, ref, [images]) as attempt:
-                for row, number in enumerate(numbers):
-                    found = sample(number)
-                    found["phash"], found["pixels_sha256"] = f"{found['phash']:016x}", f"{number:064x}"
-                    scores = {name: found[name] for name in SCORES[column]}
-                    if None in scores.values():
-                        attempt.fail(row, f"k{number}", "damaged")
-                    else:
-                        attempt.add(row, f"k{number}", **scores)
-                attempt.commit()
-    return corpus
-
-
-def fields(source: str, number: int) -> str:
-    return json.dumps({"image_nsfw": number / 10, "prompt_nsfw": 0.1}) if source == "diffusiondb" else ""
-
-
-def chosen(corpus: Corpus, name: str, **arguments) -> dict[str, list[int]]:
-    """The rows of each source in a new selection, counted through its shards."""
-    select(corpus, name, **arguments)
-    found: dict[str, list[int]] = {}
-    for line in load_selection(corpus, name).to_pylist():
-        found.setdefault(line["source"], []).append(int(line["shard"][-2:]) * ROWS + line["row"])
-    return found
-
-
-# -- named queries -----------------------------------------------------------------------------------------------------
-def test_named_queries_are_told_where_they_are_looked_for(tmp_path: Path) -> None:
-    known = named_queries()
-    assert [query.name for query in known] == ["clean", "paper", "paper-512", "synthetic-only"]
-    for named in known:
-        assert named.about.endswith(".") and "--" not in named.about and named.sql.startswith("SELECT")
-        assert parse(named.sql).unsteady() is None and parse(named.sql).conditions() is not None
-        assert f"`{named.name}`" in str(command.__doc__)
-    corpus = make(tmp_path, [("a", 2)])
-    with pytest.raises(RequestError, match=r"no query named 'cleen'; give SQL .*(\n  [\w-]+: .+){4}$"):
-        select(corpus, "cleen")
-
-
-def test_the_papers_data(tmp_path: Path) -> None:
-    corpus = make(tmp_path, [(name, 4) for name in ("sa1b", "cc12m", "textcaps", "journeydb", "diffusiondb", "mine")])
-    large = [0, 2, 3]
-    safe = [0, 2]  # row 1 is small, row 3 scored 0.3
-    others = dict.fromkeys(("sa1b", "cc12m", "textcaps", "journeydb"), large)
-    assert chosen(corpus, "paper") == others | {"diffusiondb": safe}
-    assert chosen(corpus, "paper-512") == {name: rows for name, rows in others.items() if name != "cc12m"}
-    assert chosen(corpus, "synthetic-only") == {"journeydb": [0, 1, 2, 3], "diffusiondb": [0, 1, 2, 3]}
-
-
-def test_clean_says_what_it_needs_and_leaves_out_what_it_says(tmp_path: Path) -> None:
-    bare = make(tmp_path / "bare", [("a", 3)], columns=["scores/basic"])
-    with pytest.raises(RequestError) as told:
-        select(bare, "clean")
-    text = str(told.value)
-    assert "contaminated: from `microdit decontaminate`, run again whenever the corpus has changed" in text
-    assert "duplicate_keep: from `microdit dedup`" in text
-    assert "nsfw: from `scores/nsfw` in the config of the corpus, and `microdit build`" in text
-    assert "text_area: from `scores/text` in the config" in text
-
-    corpus = make(tmp_path / "corpus", [("a", 11), ("b", 1)])
-    dedup(corpus, 0)
-    evaluation = pa.table({"key": ["coco/7"], "pixels_sha256": ["f" * 64], "phash": [f"{77:016x}"]})
-    pq.write_table(evaluation, tmp_path / "coco.parquet")
-    decontaminate(corpus, [str(tmp_path / "coco.parquet")], 0)
-    assert chosen(corpus, "clean") == {"a": [0, 9, 10]}  # b's one row is a's first
-    columns = select(corpus, "clean").columns
-    assert sorted(columns) == ["images", "scores/basic", "scores/nsfw", "scores/text"]
-
-
-# -- weights by source -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("weights", "shares"),
-    [(None, [2 / 10, 8 / 10]), ("equal", [1 / 2, 1 / 2]), ("a=1,b=3", [1 / 4, 3 / 4]), ("b=0.5, a=2", [4 / 5, 1 / 5])],
+from microdit.pipeline.corpus.records import canonical
+from microdit.pipeline.selection.selections import (
+    SELECTION,
+    changed_since,
+    list_selections,
+    load_selection,
+    select,
+    selection_hash,
 )
-def test_sources_come_as_often_as_they_shall(tmp_path: Path, weights: str | None, shares: list[float]) -> None:
-    corpus = make(tmp_path, [("a", 2), ("b", 8)])
-    given = None if weights is None else parse_shares(weights)
-    made = select(corpus, "mixed", OK, given)
-    table = load_selection(corpus, "mixed")
-    total = {"a": 0.0, "b": 0.0}
-    for line in table.to_pylist():
-        total[line["source"]] += line["weight"]
-    assert [total[source] / 10 for source in "ab"] == pytest.approx(shares)
-    about = json.loads(table.schema.metadata[b"microdit"])
-    assert about.get("weights") == given
-    assert made.hash == select(corpus, "mixed", OK, given).hash
+from microdit.pipeline.selection.weights import parse_shares
+from tests.pipeline.helpers.scored_corpus import OK, make
+from tests.pipeline.helpers.small_corpus import (
+    COLUMNS,
+    SOURCE,
+    fill,
+    make_corpus,
+    write_column,
+    write_images,
+)
 
 
-SHARE = st.floats(0.01, 100)
-WEIGHT = st.floats(0.125, 8, width=32)
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Corpus]:
+    """Two units of two shards with all columns; for tests that only read."""
+    made = make_corpus(tmp_path_factory.mktemp("samples") / "corpus")
+    fill(made, units=2)
+    yield made
+
+
+def _hash_of_names(corpus: Corpus, column: str) -> str:
+    names = sorted(commit.name for commit in corpus.commits(column))
+    return hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
+
+
+def test_a_selection_gives_back_its_rows(corpus_url: str) -> None:
+    corpus = make_corpus(corpus_url)
+    fill(corpus)
+    made = select(corpus, "small", f"{OK} AND width <= 67 ORDER BY row DESC")
+    assert made.rows == 6 and made.path == f"selections/small@{made.hash}.parquet"
+    table = load_selection(Corpus.open(corpus_url), "small")
+    assert table.schema.equals(SELECTION)
+    shards = [shard_name(unit_name(SOURCE, 0), number) for number in range(2)]
+    assert [tuple(line.values()) for line in table.to_pylist()] == [
+        (SOURCE, shard, row, 1.0) for shard in shards for row in (0, 1, 3)
+    ]
+    assert json.loads(table.schema.metadata[b"microdit"]) == {
+        "name": "small",
+        "query": made.query,
+        "rows": 6,
+        "columns": {"images": _hash_of_names(corpus, "images")},
+    }
+    assert list_selections(corpus) == [made]
+    data = corpus.store.get(made.path)
+    assert select(corpus, "small", made.query) == made and corpus.store.get(made.path) == data
+    write_column(corpus, "scores/basic", {"images": corpus.commits("images")[0]}, generation=1)
+    assert select(corpus, "small", made.query) == made and not changed_since(corpus, f"small@{made.hash}")
+    write_images(corpus, corpus.commits("images")[0].ref, generation=1)
+    assert changed_since(corpus, f"small@{made.hash}") == ["images"]
+    later = select(corpus, "small", made.query)  # of other commits
+    assert later.hash != made.hash and load_selection(corpus, f"small@{made.hash}").equals(table)
+    with pytest.raises(RequestError, match=rf"several.*small@({made.hash}|{later.hash}), small@"):
+        load_selection(corpus, "small")
+
+
+def test_the_same_corpus_gives_the_same_file(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        corpus = make_corpus(tmp_path / name)
+        fill(corpus)
+        select(corpus, "x", f"SELECT *, 0.1 AS weight FROM ({OK})")
+    files = [next((tmp_path / name / "selections").iterdir()) for name in ("a", "b")]
+    assert files[0].name == files[1].name and files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("sql", "columns"),
+    [
+        (f"{OK} AND basic_sharpness > 0", ["images", "scores/basic"]),
+        (f"{OK} AND CAPTION_SOURCE != '' AND has_latents_demo_64", ["captions/source", "images", "latents/demo-64"]),
+        ("SELECT * FROM samples WHERE status = 'ok'", ["images", *COLUMNS]),
+        ("SELECT source, shard, row FROM samples s WHERE status = 'ok' ORDER BY s", ["images", *COLUMNS]),
+        ("SELECT source, shard, row FROM samples WHERE status = 'ok' QUALIFY count(*) OVER () > 1", ["images"]),
+    ],
+)
+def test_a_selection_pins_the_columns_that_it_reads(corpus: Corpus, sql: str, columns: list[str]) -> None:
+    found = select(corpus, "pins", sql)
+    assert found.columns == {column: _hash_of_names(corpus, column) for column in sorted(columns)}
+    assert changed_since(corpus, f"pins@{found.hash}") == []
+
+
+@pytest.mark.parametrize(
+    ("sql", "what"),
+    [
+        (f"{OK} AND random() < 0.5", "random()"),
+        (f"{OK} USING SAMPLE 5 ROWS", "SAMPLE without REPEATABLE"),
+        ("SELECT source, shard, row FROM samples TABLESAMPLE 50% WHERE status = 'ok'", "SAMPLE without REPEATABLE"),
+        (f"SELECT * FROM ({OK} ORDER BY uuid() LIMIT 3)", "uuid()"),
+        (f"{OK} AND current_date > '2020-01-01'", "current_date"),
+        (f"{OK} AND now() > '2020-01-01'", "now()"),
+    ],
+)
+def test_what_gives_other_rows_every_time_is_refused(corpus: Corpus, sql: str, what: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(f"SQL: {what} gives something else every time")):
+        select(corpus, "bad", sql)
+
+
+@pytest.mark.parametrize("sql", ["PIVOT samples ON status USING count(*) GROUP BY source", "DROP VIEW samples", ""])
+def test_a_selection_is_one_select(corpus: Corpus, sql: str) -> None:
+    with pytest.raises(RequestError, match="expected one SELECT over the view samples"):
+        select(corpus, "bad", sql)
+
+
+def test_weights(corpus: Corpus) -> None:
+    select(corpus, "weighted", "SELECT source, shard, row, 1 + row / 10 AS weight FROM samples WHERE status = 'ok'")
+    table = load_selection(corpus, "weighted")
+    assert table["weight"].to_pylist() == pytest.approx([1 + row / 10 for row in table["row"].to_pylist()])
+    assert table["weight"].type == pa.float32()
+
+
+def test_all_columns_of_samples_may_stand_in_a_selection(corpus: Corpus) -> None:
+    made = select(corpus, "star", "SELECT * FROM samples WHERE status = 'ok' AND has_latents_demo_64")
+    assert made.rows == 20 and load_selection(corpus, "star").column_names == SELECTION.names
+
+
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        (
+            "SELECT source, shard FROM samples",
+            r"gives the columns \['source', 'shard'\]; expected source",
+        ),
+        (f"SELECT *, 2 AS wieght FROM ({OK})", "expected source, shard and row, and weight"),
+        ("SELECT source, shard, row, row AS ROW FROM samples", "gives the columns"),
+        ("SELECT source, shard, row FROM samples", r"4 of 24 rows .*row 2 of .*http_404\); add WHERE status = 'ok'"),
+        (f"{OK} UNION ALL {OK}", "row 0 of shard demo-000000-00 of source demo is there 2 times"),
+        ("SELECT 'demo' AS source, 'demo-000000-00' AS shard, 99 AS row", "there is no such row"),
+        (f"SELECT source, shard, row / 2 AS row FROM ({OK})", "row must be int32"),
+        (f"SELECT source, shard, [row] AS row FROM ({OK})", "row must be int32"),
+        (f"SELECT source, NULL AS shard, row FROM ({OK})", "shard is null in 20 rows"),
+        (f"{OK} AND width > 10000", "gives no rows"),
+        (f"SELECT *, 0 AS weight FROM ({OK})", "a weight is 0.0; expected finite numbers above 0"),
+        (f"SELECT *, 'NaN'::FLOAT AS weight FROM ({OK})", "a weight is nan"),
+        (f"SELECT *, 1e300 AS weight FROM ({OK})", "a weight is inf"),
+        (f"SELECT *, CASE WHEN row > 0 THEN 1 END AS weight FROM ({OK})", "weight is null in 4 rows"),
+        (f"SELECT *, 'heavy' AS weight FROM ({OK})", "weight must be float"),
+        ("SELECT nothing FROM samples", "nothing.* not found"),
+    ],
+)
+def test_bad_selections_are_refused(corpus: Corpus, sql: str, message: str) -> None:
+    with pytest.raises(RequestError, match=f"SQL: (?s:.*){message}"):
+        select(corpus, "bad", sql)
+    assert not [item for item in list_selections(corpus) if item.name == "bad"]
+
+
+@pytest.mark.parametrize("name", ["", "a@b", "a/b", "../a", ".a", "a b"])
+def test_bad_selection_names(corpus: Corpus, name: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(f"selection {name!r}")):
+        select(corpus, name, OK)
+
+
+@pytest.mark.parametrize("damage", ["cut", "rows", "schema", "metadata", "bytes"])
+def test_a_damaged_selection_is_named(tmp_path: Path, damage: str) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus, shards=1)
+    path = tmp_path / select(corpus, "x", OK).path
+    table = pq.read_table(path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-20])
+    elif damage == "bytes":
+        path.write_bytes(b"")
+    else:
+        other = {
+            "rows": table.slice(1),
+            "schema": table.drop_columns(["weight"]),
+            "metadata": table.replace_schema_metadata({"microdit": b"{}"}),
+        }[damage]
+        pq.write_table(other, path)
+    with pytest.raises(RequestError, match=r"selections/x@.*\.parquet is damaged"):
+        load_selection(corpus, "x")
+
+
+def test_there_is_no_such_selection(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    with pytest.raises(RequestError, match=r"'x' .*no such selection; give one of: none, make one with"):
+        load_selection(corpus, "x")
+    with pytest.raises(RequestError, match=r"none, make one .*; `microdit select .* paper-512` makes it"):
+        load_selection(corpus, "paper-512")
+    fill(corpus, shards=1, columns=[])
+    made = select(corpus, "y", OK)
+    with pytest.raises(RequestError, match=f"no such selection; give one of: y@{made.hash}"):
+        load_selection(corpus, "x")
+
+
+SELECTED = st.lists(
+    st.tuples(
+        st.from_regex(r"[a-z0-9][a-z0-9_-]{0,5}", fullmatch=True),
+        st.from_regex(r"[a-z0-9][a-z0-9_-]{0,9}", fullmatch=True),
+        st.integers(0, 2**31 - 1),
+        st.floats(width=32, min_value=0, exclude_min=True, allow_infinity=False),
+    ),
+    max_size=12,
+)
 
 
 @settings(max_examples=100, deadline=None, print_blob=True)
-@given(st.dictionaries(st.sampled_from("abcd"), st.tuples(SHARE, st.lists(WEIGHT, min_size=1, max_size=9)), min_size=1))
-def test_weights_keep_their_proportions_within_a_source(sources: dict[str, tuple[float, list[float]]]) -> None:
-    rows = [(source, "s", row, w) for source in sorted(sources) for row, w in enumerate(sources[source][1])]
-    table = pa.table([list(column) for column in zip(*rows, strict=True)], schema=SELECTION)
-    found = weigh(table, {source: share for source, (share, _) in sources.items()})
-    assert found.drop(["weight"]).equals(table.drop(["weight"])) and found.schema.equals(SELECTION)
-    weight = found["weight"].to_numpy().astype(np.float64)
-    assert weight.mean() == pytest.approx(1, rel=1e-5)
-    whole = sum(share for share, _ in sources.values())
-    for source, (share, before) in sources.items():
-        mine = weight[np.array(found["source"].to_pylist()) == source]
-        assert mine.sum() / len(rows) == pytest.approx(share / whole, rel=1e-5)
-        assert mine / mine.sum() == pytest.approx(np.array(before) / math.fsum(before), rel=1e-5)
-    if len({share for share, _ in sources.values()}) == 1:
-        assert weigh(table, "equal").equals(found)
+@given(SELECTED, st.dictionaries(st.text(max_size=3), st.integers(), max_size=2))
+def test_the_hash_is_that_of_the_page(rows: list[tuple[str, str, int, float]], about: dict[str, int]) -> None:
+    """docs/corpus.md, section 6, word by word; and a selection that was stored has the hash that it had before."""
+    text = canonical({**about})
+    table = pa.table([list(column) for column in zip(*rows, strict=True)] or [[]] * 4, schema=SELECTION)
+    lines = "".join(f"{source}\t{shard}\t{row}\t{weight:.9g}\n" for source, shard, row, weight in rows)
+    wanted = hashlib.sha256(text + b"\n" + lines.encode()).hexdigest()[:16]
+    assert selection_hash(text, table) == wanted
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    assert selection_hash(text, pq.read_table(io.BytesIO(buffer.getvalue()))) == wanted
 
 
-@pytest.mark.parametrize("text", ["", "a", "a=", "=1", "a=0", "a=-1", "a=nan", "a=inf", "a=1,,b=1", "a=1,a=2", "a:1"])
-def test_weights_that_say_nothing_are_refused(text: str) -> None:
-    with pytest.raises(RequestError, match=re.escape(f"--weights {text}: ") + ".*expected equal, or each source once"):
-        parse_shares(text)
+ROOT = Path(__file__).parents[3]
 
-
-def test_weights_name_every_source_and_no_other(tmp_path: Path) -> None:
-    corpus = make(tmp_path, [("a", 2), ("b", 2)])
-    message = r"there is no row of c, b has no number; expected a number for each source .*: a, b"
-    with pytest.raises(RequestError, match=message):
-        select(corpus, "x", OK, {"a": 1, "c": 1})
-    with pytest.raises(RequestError, match="too far apart for 32-bit numbers"):
-        select(corpus, "x", OK, {"a": 1e-300, "b": 1})
-
-
-# -- the same choice everywhere ----------------------------------------------------------------------------------------
 QUERIES = [
     f"{OK} AND width > 250",
     f"{OK} ORDER BY basic_sharpness LIMIT 7",  # nearly all are alike

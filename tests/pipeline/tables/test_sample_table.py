@@ -1,0 +1,158 @@
+"""The sample table: its lines, its cache, and what makes another one."""
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import shard_name, unit_name
+from microdit.pipeline.corpus.records import ShardRef
+from microdit.pipeline.selection.view import query
+from microdit.pipeline.storage.store import open_store
+from microdit.pipeline.tables.sample_table import sample_table
+from tests.pipeline.helpers.small_corpus import (
+    FAILED,
+    SHARD_SAMPLES,
+    SOURCE,
+    fill,
+    make_corpus,
+    write_column,
+    write_images,
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Corpus]:
+    """Two units of two shards with all columns; for tests that only read."""
+    made = make_corpus(tmp_path_factory.mktemp("samples") / "corpus")
+    fill(made, units=2)
+    yield made
+
+
+def _count(corpus: Corpus, condition: str) -> int:
+    return int(query(corpus, f"SELECT count(*) AS n FROM samples WHERE {condition}")["n"][0].as_py())
+
+
+def test_there_is_a_line_for_every_row(corpus: Corpus) -> None:
+    table = query(corpus, "SELECT * FROM samples")
+    assert len(table) == 4 * SHARD_SAMPLES
+    assert table.column_names[:9] == ["id", "source", "unit", "shard", "row", "key", "status", "reason", "detail"]
+    assert {"width", "license", "bytes", "caption_source", "caption_source_tokens", "basic_sharpness"} <= set(
+        table.column_names
+    )
+    lines = table.to_pylist()
+    assert [(line["shard"], line["row"]) for line in lines] == sorted((line["shard"], line["row"]) for line in lines)
+    failed, whole = lines[FAILED[0]], lines[1]
+    assert failed["id"] == "demo/demo-000000-00-2" and failed["unit"] == "demo-000000"
+    assert (failed["status"], failed["reason"], failed["detail"]) == ("failed", "http_404", "the server said 404")
+    assert failed["has_latents_demo_64"] is failed["has_text_minilm_source"] is False
+    assert failed["width"] is failed["caption_source"] is failed["basic_sharpness"] is None
+    assert whole["has_latents_demo_64"] is whole["has_text_minilm_source"] is True
+    assert (whole["caption_source"], whole["caption_source_tokens"]) == ("picture 1 — é", 4)
+    assert whole["text_minilm_source_tokens"] == 4 and whole["width"] == 65
+    assert lines[0]["caption_source"] == ""  # an empty caption is one
+
+
+def test_what_is_not_there_yet_is_null(corpus_url: str) -> None:
+    corpus = make_corpus(corpus_url)
+    assert query(corpus, "SELECT * FROM samples").num_rows == 0
+    fill(corpus, shards=1, columns=["scores/basic"])
+    (line,) = query(corpus, "SELECT * FROM samples WHERE row = 1").to_pylist()
+    assert line["basic_sharpness"] == pytest.approx(0.1)
+    assert line["caption_source"] is line["text_minilm_source_tokens"] is None
+    assert line["has_latents_demo_64"] is False
+
+
+def test_a_new_commit_generation_or_column_makes_a_new_table(corpus_url: str) -> None:
+    corpus = make_corpus(corpus_url)
+    fill(corpus, shards=1, columns=["captions/source"])
+    first = sample_table(corpus)
+    assert sample_table(corpus) == first == sample_table(Corpus.open(corpus_url))
+    ref = ShardRef(source=SOURCE, unit=unit_name(SOURCE, 0), shard=shard_name(unit_name(SOURCE, 0), 0))
+    newer = write_images(corpus, ref, failed=(), generation=1)
+    second = sample_table(corpus)
+    assert (_count(corpus, "status = 'ok'"), first.rows, second.rows) == (SHARD_SAMPLES, SHARD_SAMPLES, SHARD_SAMPLES)
+    write_column(corpus, "latents/demo-64", {"images": newer})
+    third = sample_table(corpus)
+    corpus.declare_column("scores/more", {"stage": "scores"}, {"x": "float32"})
+    fourth = sample_table(corpus)
+    assert len({table.object.name for table in (first, second, third, fourth)}) == 4
+    assert len({table.commits for table in (first, second, third)}) == 3
+    assert third.commits == fourth.commits  # nothing is committed in the new column
+    assert "more_x" in query(corpus, "SELECT * FROM samples LIMIT 0").column_names
+    assert third.names == sorted(
+        [
+            "commits/captions/source/demo/demo-000000-00.0.json",
+            "commits/images/demo/demo-000000-00.1.json",
+            "commits/latents/demo-64/demo/demo-000000-00.0.json",
+        ]
+    )
+    assert third.commits == hashlib.sha256("".join(f"{name}\n" for name in third.names).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("damage", ["table", "manifest", "both", "nonsense", "elsewhere"])
+def test_the_cache_may_be_deleted_at_any_time(corpus_url: str, damage: str) -> None:
+    corpus = make_corpus(corpus_url)
+    fill(corpus, shards=1, columns=[])
+    table = sample_table(corpus)
+    manifest = next(item.name for item in corpus.store.list("tables") if item.name.endswith(".json"))
+    gone = {"table": [table.object.name], "both": [table.object.name, manifest]}
+    corpus.store.delete(gone.get(damage, [manifest]))
+    if damage == "nonsense":
+        corpus.store.create(manifest, b"\xff{")
+    if damage == "elsewhere":
+        elsewhere = table.object.model_copy(update={"name": "corpus.json"})
+        corpus.store.create(manifest, table.model_copy(update={"object": elsewhere}).to_bytes())
+    assert _count(corpus, "status = 'ok'") == SHARD_SAMPLES - 1
+    assert corpus.store.exists(sample_table(corpus).object.name)
+
+
+def test_a_damaged_table_is_named(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus, shards=1, columns=[])
+    path = tmp_path / sample_table(corpus).object.name
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RequestError, match=r"tables/.* is damaged .*; remove the folder tables"):
+        query(corpus, "SELECT 1")
+
+
+def test_several_may_make_the_table_at_once(corpus_url: str) -> None:
+    fill(make_corpus(corpus_url), shards=2, columns=[])
+    barrier = threading.Barrier(3)
+
+    def make(_: int) -> str:
+        corpus = Corpus.open(corpus_url)
+        barrier.wait(60)
+        return sample_table(corpus).object.name
+
+    with ThreadPoolExecutor(3) as pool:
+        names = set(pool.map(make, range(3)))
+    assert len(names) == 1
+    assert {item.name for item in open_store(corpus_url).list("tables") if item.name.endswith(".parquet")} == names
+
+
+def test_columns_that_would_have_one_name_are_refused(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    corpus.declare_column("latents/demo_64", {})
+    with pytest.raises(RequestError, match=r"'latents/demo-64' and .* would both be 'has_latents_demo_64'"):
+        query(corpus, "SELECT 1")
+
+
+def test_a_corpus_without_images(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="it has no images yet"):
+        query(Corpus.create(tmp_path, "empty"), "SELECT 1")
+
+
+def test_sidecars_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    ref = ShardRef(source=SOURCE, unit=unit_name(SOURCE, 0), shard=shard_name(unit_name(SOURCE, 0), 0))
+    long = write_images(corpus, ref)
+    write_column(corpus, "scores/basic", {"images": long})
+    write_images(corpus, ref, rows=3, generation=1)
+    with pytest.raises(RequestError, match=r"scores/basic/demo/demo-000000-00\.0\.json: .*6 rows, .*images 3"):
+        query(corpus, "SELECT 1")
