@@ -15,7 +15,7 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.arrays import arrays_bytes
 from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import Where
+from microdit.pipeline.corpus.names import ShardId
 from microdit.pipeline.corpus.quantised import quantise
 from microdit.pipeline.corpus.records import Commit, ShardRef
 from microdit.pipeline.selection.selections import select
@@ -253,7 +253,7 @@ def test_samples_without_a_picture(tmp_path: Path) -> None:
 
 
 def test_what_is_read_later_or_elsewhere_is_what_was_planned(corpus: Corpus) -> None:
-    shards: list[Where] = [(shard.source, shard.shard) for shard in plan_join(corpus, ALL)]
+    shards: list[ShardId] = [(shard.source, shard.shard) for shard in plan_join(corpus, ALL)]
     planned = pickle.loads(pickle.dumps((corpus, plan_join(corpus, ALL))))
     late = CorpusReader(corpus).rows(ALL)
     write_images(corpus, REF, generation=1, quality=70)

@@ -14,6 +14,7 @@ from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import ShardRef
+from microdit.pipeline.stages.scores.pixels import basic_score_stage
 from microdit.pipeline.stages.stage import Task
 from tests.pipeline.helpers.small_corpus import IMAGE_SCALARS, SOURCE
 

@@ -334,7 +334,7 @@ def test_the_demo_source_from_end_to_end(tmp_path: Path):
     }  # fmt: skip
     reasons = {url: wanted[kind] for kind, urls in source.prepared.bad.items() for url in urls}
     assert {url: line["reason"] for url, line in found.items()} == {url: reasons.get(url) for url in found}
-    assert corpus.source("openmoji").stage["attribution"].startswith("All emojis designed by OpenMoji")
+    assert corpus.source("openmoji").made_by["attribution"].startswith("All emojis designed by OpenMoji")
     assert found[next(iter(found))]["license"] == "CC BY-SA 4.0"
     # the list, and so the declaration, is the same whatever port the server has
     assert Openmoji("openmoji", options).stage() == source.stage()

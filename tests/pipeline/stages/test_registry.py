@@ -39,4 +39,4 @@ def test_a_build_makes_its_sources_and_stages_once_and_declares_what_it_runs(
     assert engine.build(asked) == "carried out"
     corpus = Corpus.open(asked.corpus)
     assert {"images", "captions/source", "scores/basic"} <= set(corpus.columns())
-    assert corpus.source("photos").stage["adapter"] == "urls"
+    assert corpus.source("photos").made_by["adapter"] == "urls"
