@@ -12,8 +12,7 @@ from typing import NamedTuple, TypeVar
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.failures import failures
-from microdit.pipeline.corpus.names import IMAGES, UNITS
-from microdit.pipeline.corpus.names import ShardId as Where
+from microdit.pipeline.corpus.names import IMAGES, UNITS, ShardId
 from microdit.pipeline.corpus.records import ShardRef
 from microdit.pipeline.stages.stage import Stage
 
@@ -78,7 +77,7 @@ class Plan:
         stages: Sequence[Stage],
         columns: Collection[str] | None = None,
         retry_failed: bool = False,
-        redo: Mapping[str, Collection[Where]] | None = None,
+        redo: Mapping[str, Collection[ShardId]] | None = None,
     ):
         self.stages = list(stages)
         made = [column for stage in self.stages for column in stage.columns]
@@ -99,13 +98,13 @@ class Plan:
             ]
             for stage in self.stages
         ]
-        self.ready: list[deque[Where]] = [deque() for _ in self.stages]
+        self.ready: list[deque[ShardId]] = [deque() for _ in self.stages]
         self.units: deque[UnitJob] = deque()
         self.units_total = self.units_done = 0
-        self.aside: dict[str, set[Where]] = {column: set() for column in [UNITS, *self.columns]}
+        self.aside: dict[str, set[ShardId]] = {column: set() for column in [UNITS, *self.columns]}
         self.done: Counter[str] = Counter()
-        self._state: dict[Where, int] = {}
-        self._generation: dict[tuple[str, Where], int] = {}  # of what is made again
+        self._state: dict[ShardId, int] = {}
+        self._generation: dict[tuple[str, ShardId], int] = {}  # of what is made again
         self._list(corpus, sources, retry_failed, redo or {})
 
     def _list(
@@ -113,10 +112,10 @@ class Plan:
         corpus: Corpus,
         sources: Mapping[str, Sequence[str]],
         retry_failed: bool,
-        redo: Mapping[str, Collection[Where]],
+        redo: Mapping[str, Collection[ShardId]],
     ) -> None:
         again = {where for column, places in redo.items() if column != UNITS for where in places}
-        highest: dict[tuple[str, Where], int] = {}
+        highest: dict[tuple[str, ShardId], int] = {}
         lock = Lock()
 
         def listed(source: str, column: str) -> None:
@@ -149,9 +148,9 @@ class Plan:
 
     def _again(
         self,
-        shards: Collection[Where],
-        redo: Mapping[str, Collection[Where]],
-        highest: Mapping[tuple[str, Where], int],
+        shards: Collection[ShardId],
+        redo: Mapping[str, Collection[ShardId]],
+        highest: Mapping[tuple[str, ShardId], int],
     ) -> None:
         """Mark the columns to make again, and those computed from them, as not committed."""
         specs = {column: spec for stage in self.stages for column, spec in stage.columns.items()}
@@ -169,7 +168,7 @@ class Plan:
                         self._state[where] &= ~self._bit[column]
 
     def _list_units(
-        self, source: str, names: Sequence[str], units: Mapping[Where, int], redo: Mapping[str, Collection[Where]]
+        self, source: str, names: Sequence[str], units: Mapping[ShardId, int], redo: Mapping[str, Collection[ShardId]]
     ) -> None:
         shards: dict[str, dict[str, int]] = defaultdict(dict)
         for (column, (of, shard)), generation in self._generation.items():
@@ -184,10 +183,10 @@ class Plan:
                 generation = units[source, name] + 1 if name in damaged and committed else units.get((source, name), 0)
                 self.units.append(UnitJob(source, name, shards.get(name, {}) if again else None, generation))
 
-    def _has(self, shard: Where, column: str) -> bool:
+    def _has(self, shard: ShardId, column: str) -> bool:
         return bool(self._state.get(shard, 0) & self._bit[column])
 
-    def _todo(self, stage: int, shard: Where) -> dict[str, int]:
+    def _todo(self, stage: int, shard: ShardId) -> dict[str, int]:
         state = self._state[shard]
         return {
             column: self._generation.get((column, shard), 0)
@@ -195,7 +194,7 @@ class Plan:
             if not state & bit and state & needs == needs and shard not in self.aside[column]
         }
 
-    def _consider(self, shard: Where) -> None:
+    def _consider(self, shard: ShardId) -> None:
         for stage, busy in enumerate(self._busy):
             if not self._state[shard] & busy and self._todo(stage, shard):
                 self._state[shard] |= busy
