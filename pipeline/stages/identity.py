@@ -59,10 +59,10 @@ def vision_identity(column: str, task: Any, name: str, label: str | None, revisi
 def carried_identity(column: str, name: str) -> dict[str, Any]:
     """The same for a model that a package carries (`microdit.model.pretrained.packaged`)."""
     from microdit.model.pretrained.hub import ModelFilesError
-    from microdit.model.pretrained.packaged import carried
+    from microdit.model.pretrained.packaged import package_fingerprint
 
     try:
-        return carried(name)
+        return package_fingerprint(name)
     except ModelFilesError as error:
         raise RequestError(f"columns.{column}: {error}") from error
 

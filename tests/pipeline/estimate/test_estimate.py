@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from microdit.model.pretrained.autoencoder import AUTOENCODERS, autoencoder_fingerprint
-from microdit.model.pretrained.text import TEXT_ENCODERS
+from microdit.model.pretrained.text_registry import TEXT_ENCODERS
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.cli.app import app
 from microdit.pipeline.config.build import BuildConfig, load_config
