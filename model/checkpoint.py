@@ -24,7 +24,7 @@ LISTED = 20  # entries of each kind that an error names
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not fit the network. The message says which file and what to do."""
+    """A checkpoint cannot be read, or does not fit the network. The message says which file and what to do."""
 
 
 def _check_suffix(path: Path) -> None:
@@ -33,7 +33,7 @@ def _check_suffix(path: Path) -> None:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a checkpoint file, on the CPU (mapped from the file where the format allows), by name."""
+    """Read the tensors of a checkpoint file, by name, on the CPU (mapped from the file where the format allows)."""
     path = Path(path)
     _check_suffix(path)
     if not path.is_file():
@@ -51,21 +51,19 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             "is the file whole, and does it hold nothing but tensors?"
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        found = (
-            f"entries {', '.join(map(str, list(state)[:5]))}" if isinstance(state, Mapping) else type(state).__name__
-        )
-        raise CheckpointError(f"{path}: expected a state dict (names to tensors), found {found}")
+        kind = f"entries {', '.join(map(str, list(state)[:5]))}" if isinstance(state, Mapping) else type(state).__name__
+        raise CheckpointError(f"{path}: expected a state dict (names to tensors), found {kind}")
     return dict(state)
 
 
 def _is_zip(path: Path) -> bool:
-    """Files of torch before 1.6 are no zip and cannot be mapped."""
+    """Recognise a zip: files of torch before 1.6 are none, and cannot be mapped."""
     with path.open("rb") as file:
         return file.read(2) == b"PK"
 
 
 def read_config(path: str | Path) -> dict[str, Any] | None:
-    """The `MicroDiT` arguments stored in a safetensors file, None if there are none (as in every `.pt`)."""
+    """Read the `MicroDiT` arguments stored in a safetensors file; None if there are none (as in every `.pt`)."""
     if Path(path).suffix != ".safetensors":
         return None
     try:
@@ -85,7 +83,7 @@ def read_config(path: str | Path) -> dict[str, Any] | None:
 def write_state_dict(path: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> None:
     """Write tensors in the format of the suffix; the file appears whole or not at all.
 
-    config: `MicroDiT` arguments, kept in the header of a safetensors file; a `.pt` has no place for them.
+    config: `MicroDiT` arguments, kept in the header of a safetensors file; a `.pt` cannot hold them.
     """
     path = Path(path)
     _check_suffix(path)
@@ -155,7 +153,7 @@ def _listing(kind: str, entries: list[str]) -> str:
 def load_model(
     path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **config: Any
 ) -> MicroDiT:
-    """The network of a checkpoint file, in eval mode.
+    """Load the network of a checkpoint file, in eval mode.
 
     Its arguments are those stored in the file, or told from the shapes; `config` overrides them
     (`input_size=64, pos_interp_scale=2.0` loads a 256 px checkpoint for 512 px).
@@ -184,9 +182,9 @@ def _count(state: Mapping[str, Tensor], part: str) -> int:
 
 
 def config_from_state_dict(state: Mapping[str, Tensor], **known: Any) -> dict[str, Any]:
-    """Arguments of `MicroDiT` that give a network of these shapes.
+    """Infer arguments of `MicroDiT` that give a network of these shapes.
 
-    Not to be seen in shapes: head_dim (taken from the preset of the same dim and depth; otherwise it must be given),
+    Not visible in shapes: head_dim (taken from the preset of the same dim and depth; otherwise it must be given),
     expert_capacity, norm_eps and depth_init (defaults). `known` arguments are taken as they are.
     """
     try:
@@ -216,7 +214,7 @@ def config_from_state_dict(state: Mapping[str, Tensor], **known: Any) -> dict[st
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the shapes tell. Raises KeyError on an entry that every MicroDiT has and this has not."""
+    """Infer arguments from shapes. Raises KeyError if an entry is missing that every MicroDiT has."""
     dim, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     depth, mixer_depth = _count(state, "blocks."), _count(state, "patch_mixer.")
     config: dict[str, Any] = {
@@ -257,7 +255,7 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _ffn_ratio(state: Mapping[str, Tensor], block: str, dim: int) -> float:
-    """The largest ratio that gives a feed-forward of this width (ratios are rounded down, widths up)."""
+    """Compute the largest ratio that gives a feed-forward of this width (ratios are rounded down, widths up)."""
     experts = state.get(block + "mlp.w1")
     if experts is not None:
         return (experts.shape[2] + 0.5) / dim
@@ -265,7 +263,7 @@ def _ffn_ratio(state: Mapping[str, Tensor], block: str, dim: int) -> float:
 
 
 def _position_scale(table: Tensor) -> float:
-    """pos_interp_scale of a position table (1, T, D): in its second row, features 0 and D/4 are sin, cos of 1/scale."""
+    """Infer pos_interp_scale of a table (1, T, D): in its second row, features 0 and D/4 are sin, cos of 1/scale."""
     if table.shape[1] < 2:
         return 1.0
     angle = math.atan2(table[0, 1, 0], table[0, 1, table.shape[2] // 4])

@@ -1,4 +1,4 @@
-"""Choose a device, and tell whether bfloat16 is fast on it."""
+"""Choose a device, and know if bfloat16 is fast on it."""
 
 import resource
 from typing import TYPE_CHECKING
@@ -8,14 +8,12 @@ if TYPE_CHECKING:
 
 
 def best_device() -> str:
-    """`cuda` if there is one."""
-    import torch
-
+    """Choose `cuda` if there is a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def has_fast_bf16(device: "torch.device") -> bool:
-    """Whether bf16 is the faster way here: every GPU, and CPUs that multiply it (AMX; AVX-512 BF16: twice as fast)."""
+    """Tell if bf16 is faster than float32: on every GPU, and on CPUs that multiply it (AMX, AVX-512 BF16: twice)."""
     import torch
 
     return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

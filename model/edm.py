@@ -21,7 +21,7 @@ from microdit.model.samplers import SAMPLERS
 
 @dataclass(frozen=True)
 class EDM:
-    """sigma_data: deviation of the latents that the preconditioning assumes. sigma_min, sigma_max, rho: sampling."""
+    """The constants. sigma_data: deviation of the latents. sigma_min, sigma_max, rho: the noise levels of sampling."""
 
     sigma_data: float = 0.9
     sigma_min: float = 0.002
@@ -30,11 +30,11 @@ class EDM:
 
     @staticmethod
     def sigma_from_normal(rnd: Tensor, p_mean: float, p_std: float) -> Tensor:
-        """Training noise levels exp(p_mean + p_std * rnd) from standard normals, same shape."""
+        """Compute training noise levels exp(p_mean + p_std * rnd) from standard normals, same shape."""
         return (rnd * p_std + p_mean).exp()
 
     def preconditioning(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """c_skip, c_out, c_in as (B, 1, 1, 1) and c_noise as (B,), from sigma (B,)."""
+        """Compute c_skip, c_out, c_in as (B, 1, 1, 1) and c_noise as (B,), from sigma (B,)."""
         s = sigma.view(-1, 1, 1, 1)
         variance = s**2 + self.sigma_data**2
         root = variance.sqrt()
@@ -51,7 +51,7 @@ class EDM:
         negative: Tensor | None = None,
         negative_mask: Tensor | None = None,
     ) -> Tensor:
-        """D(x; sigma) in float32, (B, C, H, W), from noisy x (B, C, H, W).
+        """Compute D(x; sigma) in float32, (B, C, H, W), from noisy x (B, C, H, W).
 
         sigma: one number, or (B,). With guidance_scale != 1 the network runs once on [x; x], [y; negative] and
         F = u + guidance_scale * (c - u). text_mask: bool (B, L), as in `MicroDiT.forward`. negative: what to steer away
@@ -85,7 +85,7 @@ class EDM:
         permutation: Tensor | None = None,
         reduction: Literal["mean", "none"] = "mean",
     ) -> Tensor:
-        """Weighted denoising loss: the mean over samples, or (B,) with reduction="none"; float32.
+        """Compute the weighted denoising loss: the mean over samples, or (B,) with reduction="none"; float32.
 
         x0, noise: (B, C, H, W); sigma: (B,). With mask_ratio > 0 a sample's loss is the mean over the patches that
         the network kept. permutation: as in `MicroDiT.forward`.
@@ -108,7 +108,7 @@ class EDM:
         return loss.mean() if reduction == "mean" else loss
 
     def sigmas(self, steps: int) -> Tensor:
-        """Noise levels of a run, float64 (steps + 1,), falling from sigma_max to sigma_min, then 0 (eq. 5)."""
+        """Compute noise levels, float64 (steps + 1,), falling from sigma_max to sigma_min, then 0 (eq. 5)."""
         ramp = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
         high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
         return torch.cat([(high + ramp * (low - high)) ** self.rho, torch.zeros(1, dtype=torch.float64)])

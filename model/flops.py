@@ -18,12 +18,12 @@ PEAKS = {
 
 
 def gpu_peak(name: str) -> float | None:
-    """Peak of a GPU in bf16, FLOP/s, by torch's name for it; None if it is not known."""
+    """Look up the bf16 peak of a GPU, FLOP/s, by torch's name for it; None if it is not known."""
     return next((peak for key, peak in PEAKS.items() if key in name), None)
 
 
 def forward_flops(net: MicroDiT, latent_shape: tuple[int, int, int], text_tokens: int, mask_ratio: float = 0.0) -> int:
-    """FLOPs of a forward pass for one sample with latents (C, H, W) and padded text."""
+    """Count the FLOPs of a forward pass for one sample with latents (C, H, W) and padded text."""
     patch = net.patch_size
     tokens = latent_shape[1] // patch * (latent_shape[2] // patch)
     kept = int(tokens * (1 - mask_ratio))
@@ -41,12 +41,12 @@ def forward_flops(net: MicroDiT, latent_shape: tuple[int, int, int], text_tokens
 
 
 def training_flops(net: MicroDiT, latent_shape: tuple[int, int, int], text_tokens: int, mask_ratio: float) -> int:
-    """FLOPs of forward and backward for one sample: three times the forward pass (what is recomputed counts once)."""
+    """Count the FLOPs of forward and backward for one sample: three forward passes (recomputation is not counted)."""
     return 3 * forward_flops(net, latent_shape, text_tokens, mask_ratio)
 
 
 def _linears(module: nn.Module) -> int:
-    """FLOPs of all linear layers in a module, for one token."""
+    """Count the FLOPs of all linear layers in a module, for one token."""
     return sum(2 * m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
 
 

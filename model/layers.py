@@ -16,7 +16,7 @@ PLAIN_ATTENTION_KEYS = 128
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm that also takes float32 tokens with a weight in bfloat16, as FSDP gathers it: a CPU would refuse."""
+    """LayerNorm that also takes float32 tokens with a bfloat16 weight, as FSDP gathers it; torch on a CPU refuses."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight if self.weight.dtype == torch.float32 else self.weight.to(x.dtype)
@@ -24,27 +24,27 @@ class LayerNorm(nn.LayerNorm):
 
 
 def layer_norm(dim: int, eps: float) -> nn.LayerNorm:
-    """LayerNorm with a weight and no bias, as everywhere in the network."""
+    """Make a LayerNorm with a weight and no bias, as everywhere in the network."""
     return LayerNorm(dim, eps=eps, bias=False)
 
 
 def gelu_tanh() -> nn.GELU:
-    """The activation of everything but the experts (exact GELU) and the dense feed-forward (SwiGLU)."""
+    """Make the activation of everything but the experts (exact GELU) and the dense feed-forward (SwiGLU)."""
     return nn.GELU(approximate="tanh")
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, T, D) scaled by 1 + scale and shifted; shift and scale (B, D)."""
+    """Scale x (B, T, D) by 1 + scale, and shift it; shift and scale (B, D)."""
     return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last axis, in float32 at least."""
+    """Take the softmax over the last axis, in float32 at least."""
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, eps: float, key_mask: Tensor | None = None) -> Tensor:
-    """Softmax attention with q and k normalised over all heads jointly, before the split into heads.
+    """Attend with q and k normalised over all heads jointly, before the split into heads.
 
     q (B, N, H), k and v (B, M, H) -> (B, N, H). key_mask: bool (B, M), True = attend; no row may be all False.
     """
@@ -64,25 +64,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, eps: float, key_mask:
     return out.transpose(1, 2).reshape(batch, queries, hidden)
 
 
-def padded(y: Tensor, mask: Tensor | None, places: Tensor | None) -> Tensor:
-    """Packed caption tokens (N, D), the real ones of `mask` (B, L) alone -> (B, L, D) with zeros between.
+def padded(y: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    """Unpack caption tokens (N, D), the real ones of `mask` (B, L) alone -> (B, L, D) with zeros between.
 
-    places: int64 (N,), where they are among the B * L. Without it y is (B, L, D), and stays as it is.
+    positions: int64 (N,), their indices among the B * L. Without it y is (B, L, D), and is returned as it is.
     """
-    if mask is None or places is None:
+    if mask is None or positions is None:
         return y
-    return y.new_zeros(mask.numel(), y.shape[-1]).index_copy(0, places, y).view(*mask.shape, -1)
+    return y.new_zeros(mask.numel(), y.shape[-1]).index_copy(0, positions, y).view(*mask.shape, -1)
 
 
 def modulation(cond_dim: int, out_dim: int) -> nn.Sequential:
-    """adaLN: conditioning (B, cond_dim) -> shifts, scales and gates (B, out_dim)."""
+    """Make the adaLN layers: conditioning (B, cond_dim) -> shifts, scales and gates (B, out_dim)."""
     return nn.Sequential(gelu_tanh(), nn.Linear(cond_dim, out_dim))
 
 
 class SelfAttention(nn.Module):
     """Self-attention of width `hidden` (a multiple of the head size) on tokens (B, T, dim) -> (B, T, dim).
 
-    Packed tokens (N, dim) with their places (see `padded`) stay packed.
+    Packed tokens (N, dim) with their positions (see `padded`) stay packed.
     """
 
     def __init__(self, dim: int, hidden: int, heads: int, eps: float, bias: bool) -> None:
@@ -91,10 +91,10 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * hidden, bias=bias)
         self.proj = nn.Linear(hidden, dim, bias=bias)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
-        q, k, v = padded(self.qkv(x), key_mask, places).chunk(3, dim=-1)
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        q, k, v = padded(self.qkv(x), key_mask, positions).chunk(3, dim=-1)
         out = attention(q, k, v, self.heads, self.eps, key_mask)
-        return self.proj(out if places is None else out.flatten(0, 1).index_select(0, places))
+        return self.proj(out if positions is None else out.flatten(0, 1).index_select(0, positions))
 
     def init_weights(self, out_std: float) -> None:
         nn.init.trunc_normal_(self.qkv.weight, std=0.02)
@@ -111,8 +111,8 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(dim, 2 * dim, bias=bias)
         self.proj = nn.Linear(dim, dim, bias=bias)
 
-    def forward(self, x: Tensor, y: Tensor, key_mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
-        k, v = padded(self.kv_linear(y), key_mask, places).chunk(2, dim=-1)
+    def forward(self, x: Tensor, y: Tensor, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        k, v = padded(self.kv_linear(y), key_mask, positions).chunk(2, dim=-1)
         return self.proj(attention(self.q_linear(x), k, v, self.heads, self.eps, key_mask))
 
     def init_weights(self, out_std: float) -> None:
@@ -216,13 +216,13 @@ class Block(nn.Module):
         self.adaLN_modulation = modulation(cond_dim, 6 * dim)
 
     def forward(
-        self, x: Tensor, y: Tensor, c: Tensor, text_mask: Tensor | None = None, places: Tensor | None = None
+        self, x: Tensor, y: Tensor, c: Tensor, text_mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """x (B, T, D), y (B, L, D) or packed (see `padded`), c (B, cond_dim), text_mask bool (B, L) or None
         -> (B, T, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = torch.addcmul(x, gate1.unsqueeze(1), self.attn(modulate(self.norm1(x), shift1, scale1)))
-        x = x + self.cross_attn(self.norm2(x), y, text_mask, places)
+        x = x + self.cross_attn(self.norm2(x), y, text_mask, positions)
         return torch.addcmul(x, gate2.unsqueeze(1), self.mlp(modulate(self.norm3(x), shift2, scale2)))
 
     def init_weights(self) -> None:
@@ -241,8 +241,8 @@ class CaptionBlock(nn.Module):
         self.norm2 = layer_norm(dim, eps)
         self.mlp = FeedForward(dim, 4 * dim, multiple_of, bias)
 
-    def forward(self, y: Tensor, text_mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
-        y = y + self.attn(self.norm1(y), text_mask, places)
+    def forward(self, y: Tensor, text_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        y = y + self.attn(self.norm1(y), text_mask, positions)
         return y + self.mlp(self.norm2(y))
 
     def init_weights(self) -> None:

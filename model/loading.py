@@ -1,4 +1,4 @@
-"""What a checkpoint consists of, wherever it lies; told before anything large is loaded.
+"""Find the parts of a checkpoint, on this machine or on the hub, before anything large is loaded.
 
 a run's folder, or one of its checkpoints        generate.json beside model.safetensors and ema.safetensors
 a pipeline, as a folder or a hub repository      model_index.json, transformer/, vae/, text_encoder/
@@ -71,7 +71,7 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class Part:
-    """An autoencoder or a text encoder: `where` and `options` for its loader, and the name it goes by.
+    """An autoencoder or a text encoder: `where` and `options` for its loader, and its name for people.
 
     trained_with: the fingerprint that the training saw, None if it is not known.
     """
@@ -84,9 +84,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything that makes pictures.
+    """All parts of a pipeline.
 
-    weights, config: file of the network, and arguments of `MicroDiT` beside those that it tells. sample_size: height
+    weights, config: file of the network, and arguments of `MicroDiT` that it does not tell. sample_size: height
     and width of the latents, None for what the network was built for. origin: what is written into pictures.
     """
 
@@ -107,7 +107,7 @@ def find_parts(
     autoencoder: str | None = None,
     text_encoder: str | None = None,
 ) -> Parts:
-    """The parts of any of the checkpoints above. What exists on this machine is never looked for on the hub.
+    """Find the parts of any of the checkpoints above. What exists on this machine is never looked for on the hub.
 
     revision: commit, tag or branch of the hub repository. autoencoder, text_encoder: names of
     `model.pretrained.autoencoder` and `model.pretrained.text`, folders or hub repositories, in place of those that
@@ -137,14 +137,14 @@ def find_parts(
 
 
 def checkpoint_folders(out: Path) -> list[Path]:
-    """The checkpoints in a run's folder, or in one of checkpoints alone, the newest first."""
+    """List the checkpoints in a run's folder, or in one of checkpoints alone, the newest first."""
     folder = out / "checkpoints" if (out / "checkpoints").is_dir() else out
-    found = (f for f in folder.glob("step-*") if STEP_FOLDER.fullmatch(f.name) and f.is_dir())
-    return sorted(found, key=lambda f: int(f.name[5:]), reverse=True)
+    steps = (f for f in folder.glob("step-*") if STEP_FOLDER.fullmatch(f.name) and f.is_dir())
+    return sorted(steps, key=lambda f: int(f.name[5:]), reverse=True)
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that is meant: the one itself, or the newest one of a run.
+    """Find a checkpoint folder: the path itself, or the newest one of a run.
 
     Raises:
         CheckpointError: there is none.
@@ -180,7 +180,7 @@ def _find_on_hub(name: str, revision: str | None, autoencoder: Part | None, text
 
 
 def _parts_of_file(path: Path, origin: dict[str, str], autoencoder: Part | None, text_encoder: Part | None) -> Parts:
-    """Of a file of weights: what `generate.json` beside it says, or what is known of the released ones."""
+    """Find the parts of a file of weights, by `generate.json` beside it, or by what is known of the released ones."""
     if path.suffix not in SUFFIXES:
         raise CheckpointError(f"{path}: there is no checkpoint; {_EXPECTED}")
     if (path.parent / INFO).is_file():
@@ -199,7 +199,7 @@ def _parts_of_file(path: Path, origin: dict[str, str], autoencoder: Part | None,
 
 
 def _parts_of_run(path: Path, origin: dict[str, str], autoencoder: Part | None, text_encoder: Part | None) -> Parts:
-    """Of a checkpoint that the trainer wrote: the columns say what the network was trained with."""
+    """Find the parts of a checkpoint that the trainer wrote, by the declarations of the columns that it trained on."""
     info = _read_json(path.parent / INFO, "take an older checkpoint")
     try:
         _, height, width = info["latent_shape"]
@@ -219,32 +219,35 @@ def _parts_of_run(path: Path, origin: dict[str, str], autoencoder: Part | None, 
         ) from error
 
 
-def trained_part(stage: Mapping[str, Any], kind: str) -> Part:
-    """Of a column's declaration. Its `revision` may have been a branch; the model's own is the commit."""
-    model = stage.get("model")
+def trained_part(declaration: Mapping[str, Any], kind: str) -> Part:
+    """Read the part from what a column declares. Its `revision` may be a branch; the model's own is the commit."""
+    model = declaration.get("model")
     options = _loading_options(model or {})
-    revision = (model or {}).get("revision") or stage.get("revision")
-    return Part(stage[kind], str(stage[kind]), {"revision": revision, **options}, model)
+    revision = (model or {}).get("revision") or declaration.get("revision")
+    return Part(declaration[kind], str(declaration[kind]), {"revision": revision, **options}, model)
 
 
 def _parts_of_pipeline(
     folder: Path, origin: dict[str, str], autoencoder: Part | None, text_encoder: Part | None
 ) -> Parts:
-    """Of a folder that `MicroDiTPipeline.save_pretrained` wrote."""
+    """Find the parts of a folder that `MicroDiTPipeline.save_pretrained` wrote.
+
+    The names of classes in its index are for people: older folders have `model.network` for our network.
+    """
     index = _read_json(folder / INDEX, "save the pipeline again")
     if index.get("_class_name") != PIPELINE:
         raise CheckpointError(f"{folder / INDEX}: it is a {index.get('_class_name')}, expected a {PIPELINE}")
     config = _read_json(folder / "transformer" / "config.json", "save the pipeline again")
     try:
         height, width = index["sample_size"]
-        found = {
+        encoders = {
             kind: Part(str(folder / kind), str(options["name"]), _loading_options(options))
             for kind, options in ((kind, index[f"{kind}_options"]) for kind in ("vae", "text_encoder"))
         }
         return Parts(
             folder / "transformer" / WEIGHTS,
-            autoencoder or found["vae"],
-            text_encoder or found["text_encoder"],
+            autoencoder or encoders["vae"],
+            text_encoder or encoders["text_encoder"],
             {key: value for key, value in config.items() if not key.startswith("_")},
             (int(height), int(width)),
             EDM(**{key: float(value) for key, value in index["edm"].items()}),
@@ -256,22 +259,22 @@ def _parts_of_pipeline(
 
 
 def _loading_options(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What a fingerprint (or a pipeline's index) tells the loader of an autoencoder or a text encoder."""
+    """Take the loader's options from a fingerprint, or from a pipeline's index."""
     return {key: DTYPES[model[key]] if key == "dtype" else model[key] for key in LOADING if key in model}
 
 
 def _read_json(path: Path, advice: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); {advice}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged (it is no JSON object); {advice}")
-    return found
+    return content
 
 
 def check_trained_with(part: Part, model: Any, kind: str) -> None:
-    """Refuses a model that is another one than the training saw.
+    """Refuse a model that is another one than the training saw.
 
     Raises:
         CheckpointError: the fingerprints differ.
@@ -294,7 +297,7 @@ def write_pipeline(
     sample_size: tuple[int, int],
     names: Mapping[str, Any],
 ) -> None:
-    """The folder of a pipeline. names: what `autoencoder` and `text_encoder` go by, if not by their own name.
+    """Write the folder of a pipeline. names: other names of `autoencoder` and `text_encoder` than their own.
 
     Raises:
         FileExistsError: the folder has something in it.
@@ -307,8 +310,8 @@ def write_pipeline(
     text_encoder.save_pretrained(folder / "text_encoder")
 
     def options(model: Autoencoder | TextEncoder, name: str) -> dict[str, Any]:
-        told = {key: model.fingerprint[key] for key in LOADING if key in model.fingerprint}
-        return {"name": names.get(name, model.name), **told}
+        loading = {key: model.fingerprint[key] for key in LOADING if key in model.fingerprint}
+        return {"name": names.get(name, model.name), **loading}
 
     index = {
         "_class_name": PIPELINE,
@@ -321,5 +324,5 @@ def write_pipeline(
         "guidance_scale": guidance_scale,
         "edm": asdict(edm),
     }
-    # last: without it the folder is none that can be opened
+    # last: without it the folder cannot be opened
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -10,7 +10,7 @@ State-dict keys, shapes and numbers are those of the released checkpoints.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def position_embedding(
     dim: int, height: int, width: int, scale: float, device: torch.device | str | None = None
 ) -> Tensor:
-    """Sin-cos position embedding (height * width, dim), float32, rows row-major over the grid.
+    """Compute the sin-cos position embedding (height * width, dim), float32, row-major over the grid.
 
     The first half of the features encodes the column, the second the row, sines before cosines in each; positions
     are divided by `scale`. Angles are computed in float64 from float32 positions. `dim` must be divisible by 4.
@@ -55,7 +55,7 @@ def position_embedding(
 
 
 def _per_block(values: Sequence[float] | None, depth: int, low: float, high: float, name: str) -> list[float]:
-    """One multiplier per block: linear from low to high when None; a shorter list covers equal runs of blocks."""
+    """Give each block a multiplier: linear from low to high when None; a shorter list covers equal runs of blocks."""
     if values is None:
         return [low + i * (high - low) / max(depth - 1, 1) for i in range(depth)]
     values = [float(v) for v in values]
@@ -114,28 +114,14 @@ class MicroDiT(nn.Module):
         self.config: dict[str, Any] = {
             k: v for k, v in locals().items() if k in MicroDiT.__init__.__annotations__ and k != "return"
         }
-        for name, width in (("dim", dim), ("patch_mixer_dim", patch_mixer_dim if use_patch_mixer else dim)):
-            if width % head_dim or width % 4:
-                raise ValueError(f"{name}={width} must be a multiple of head_dim={head_dim} and of 4")
-        if input_size % patch_size:
-            raise ValueError(f"input_size={input_size} is not a multiple of patch_size={patch_size}")
+        self._check_sizes()
         qkv_ratios = _per_block(qkv_multipliers, depth, 0.5, 1.0, "qkv_multipliers")
         ffn_ratios = _per_block(ffn_multipliers, depth, 0.5, 4.0, "ffn_multipliers")
         self.config |= {"qkv_multipliers": qkv_ratios, "ffn_multipliers": ffn_ratios}
         self.patch_size, self.in_channels, self.caption_channels = patch_size, in_channels, caption_channels
         self.grid_size = input_size // patch_size
         self.pos_interp_scale = pos_interp_scale
-
-        def experts(i: int) -> int:
-            return num_experts if experts_every_n and (i + 1) % experts_every_n == 0 else 0
-
-        def block(width: int, qkv_ratio: float, mlp_ratio: float, block_experts: int, std: float) -> Block:
-            return Block(
-                width, dim, head_dim, qkv_ratio, mlp_ratio, multiple_of, norm_eps, use_bias,
-                block_experts, expert_capacity, std,
-            )  # fmt: skip
-
-        flat_std = 0.02 / math.sqrt(2 * depth)
+        # the order of what follows is that of the state dict, and decides which random numbers a weight starts from
         self.register_buffer("pos_embed", torch.empty(1, self.grid_size**2, dim, dtype=torch.float32))
         self.register_buffer("mask_token", torch.zeros(1, 1, patch_size**2 * in_channels))
         self.x_embedder = PatchEmbedder(patch_size, in_channels, dim)
@@ -143,47 +129,74 @@ class MicroDiT(nn.Module):
         self.y_embedder = CaptionEmbedder(caption_channels, dim, norm_eps)
         self.y_emb_preprocess = CaptionBlock(dim, head_dim, multiple_of, norm_eps, use_bias)
         self.pooled_y_emb_process = NormMlp(dim, dim, norm_eps)
-        mixer_blocks = patch_mixer_depth if use_patch_mixer else 0
-        self.patch_mixer = nn.ModuleList(
-            block(patch_mixer_dim, patch_mixer_qkv_ratio, patch_mixer_mlp_ratio, experts(i) if i else 0, flat_std)
-            for i in range(mixer_blocks)
-        )
-
-        def projection(source: int, target: int) -> nn.Module:
-            if not use_patch_mixer or patch_mixer_dim == dim:
-                return nn.Identity()
-            return nn.Sequential(layer_norm(source, norm_eps), nn.Linear(source, target, bias=use_bias))
-
-        self.patch_mixer_map_xin = projection(dim, patch_mixer_dim)
-        self.patch_mixer_map_xout = projection(patch_mixer_dim, dim)
-        self.patch_mixer_map_y = projection(dim, patch_mixer_dim)
-        self.blocks = nn.ModuleList(
-            block(
-                dim,
-                qkv_ratios[i],
-                ffn_ratios[i],
-                experts(i) if i < depth - 1 else 0,
-                0.02 / math.sqrt(2 * (i + 1)) if depth_init else flat_std,
-            )
-            for i in range(depth)
-        )
+        self.patch_mixer = nn.ModuleList(self._mixer_blocks())
+        self.patch_mixer_map_xin = self._projection(dim, patch_mixer_dim)
+        self.patch_mixer_map_xout = self._projection(patch_mixer_dim, dim)
+        self.patch_mixer_map_y = self._projection(dim, patch_mixer_dim)
+        self.blocks = nn.ModuleList(self._backbone_blocks(qkv_ratios, ffn_ratios))
         self.final_layer = FinalLayer(dim, patch_size**2 * in_channels, norm_eps)
         if not self.mask_token.is_meta:
             self.reset_positions()
             self.init_weights()
 
+    def _check_sizes(self) -> None:
+        """Raise ValueError if a width does not divide into heads and position features, or the input into patches."""
+        config = self.config
+        mixer_dim = config["patch_mixer_dim"] if config["use_patch_mixer"] else config["dim"]
+        for name, width in (("dim", config["dim"]), ("patch_mixer_dim", mixer_dim)):
+            if width % config["head_dim"] or width % 4:
+                raise ValueError(f"{name}={width} must be a multiple of head_dim={config['head_dim']} and of 4")
+        if config["input_size"] % config["patch_size"]:
+            raise ValueError(
+                f"input_size={config['input_size']} is not a multiple of patch_size={config['patch_size']}"
+            )
+
+    def _block(self, width: int, qkv_ratio: float, mlp_ratio: float, num_experts: int, std: float) -> Block:
+        config = self.config
+        return Block(
+            width, config["dim"], config["head_dim"], qkv_ratio, mlp_ratio, config["multiple_of"], config["norm_eps"],
+            config["use_bias"], num_experts, config["expert_capacity"], std,
+        )  # fmt: skip
+
+    def _experts_of(self, block: int) -> int:
+        """Count the experts of a block: none in most, see `experts_every_n`."""
+        every = self.config["experts_every_n"]
+        return self.config["num_experts"] if every and (block + 1) % every == 0 else 0
+
+    def _mixer_blocks(self) -> Iterator[Block]:
+        config = self.config
+        std = 0.02 / math.sqrt(2 * config["depth"])
+        ratios = config["patch_mixer_qkv_ratio"], config["patch_mixer_mlp_ratio"]
+        for i in range(config["patch_mixer_depth"] if config["use_patch_mixer"] else 0):
+            yield self._block(config["patch_mixer_dim"], *ratios, self._experts_of(i) if i else 0, std)
+
+    def _backbone_blocks(self, qkv_ratios: Sequence[float], ffn_ratios: Sequence[float]) -> Iterator[Block]:
+        depth = self.config["depth"]
+        for i in range(depth):
+            std = 0.02 / math.sqrt(2 * (i + 1 if self.config["depth_init"] else depth))
+            experts = self._experts_of(i) if i < depth - 1 else 0
+            yield self._block(self.config["dim"], qkv_ratios[i], ffn_ratios[i], experts, std)
+
+    def _projection(self, source: int, target: int) -> nn.Module:
+        """Make what leads from the backbone's width to the mixer's, or back."""
+        config = self.config
+        if not config["use_patch_mixer"] or config["patch_mixer_dim"] == config["dim"]:
+            return nn.Identity()
+        norm = layer_norm(source, config["norm_eps"])
+        return nn.Sequential(norm, nn.Linear(source, target, bias=config["use_bias"]))
+
     @classmethod
     def xl_2(cls, **config: Any) -> "MicroDiT":
-        """MicroDiT-XL/2, the released size: 1,165M parameters. Any argument of the constructor may be given."""
+        """Build MicroDiT-XL/2, the released size: 1,165M parameters. Any argument of the constructor may be given."""
         return cls(**(PRESETS["xl_2"] | config))
 
     @classmethod
     def tiny_2(cls, **config: Any) -> "MicroDiT":
-        """MicroDiT-Tiny/2: 201M parameters. Any argument of the constructor may be given."""
+        """Build MicroDiT-Tiny/2: 201M parameters. Any argument of the constructor may be given."""
         return cls(**(PRESETS["tiny_2"] | config))
 
     def init_weights(self) -> None:
-        """Fresh weights as the released models started: the network's output is zero at first."""
+        """Draw fresh weights as the released models started: the network's output is zero at first."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -196,8 +209,8 @@ class MicroDiT(nn.Module):
         ):  # fmt: skip
             part.init_weights()
 
-    def _positions(self, rows: int, columns: int, device: torch.device | None) -> Tensor:
-        """Position table (1, T, D) of a grid. Any grid spans the area of the one built for, at its own aspect ratio.
+    def _pos_embed(self, rows: int, columns: int, device: torch.device | None) -> Tensor:
+        """Compute the position embedding (1, T, D) of a grid, of the same area as the one built for.
 
         A model built for 256 px thus sees a 512 px grid with positions halved, as the released 512 px models do.
         """
@@ -206,8 +219,8 @@ class MicroDiT(nn.Module):
 
     @torch.no_grad()
     def reset_positions(self) -> None:
-        """Compute the position buffer anew, in place: after `to_empty`, or for a checkpoint of another size."""
-        self.pos_embed.copy_(self._positions(self.grid_size, self.grid_size, self.pos_embed.device))
+        """Compute the position buffer again, in place: after `to_empty`, or for a checkpoint of another size."""
+        self.pos_embed.copy_(self._pos_embed(self.grid_size, self.grid_size, self.pos_embed.device))
 
     def forward(
         self,
@@ -236,33 +249,25 @@ class MicroDiT(nn.Module):
         if y.ndim == 4:
             y = y.squeeze(1)
         self._check(x, t, y, text_mask)
-        batch = x.shape[0]
-        rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        dtype = self.x_embedder.proj.weight.dtype
-
-        built_for = (rows, columns) == (self.grid_size, self.grid_size)
-        positions = self.pos_embed if built_for else self._positions(rows, columns, x.device).to(dtype)
-        x = self.x_embedder(x.to(dtype)) + positions
+        batch, rows, columns = x.shape[0], x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
+        x = self._embed_patches(x, rows, columns)
         if text_mask is not None:
             text_mask = text_mask | ~text_mask.any(dim=1, keepdim=True)
-        places = self._places(text_mask)
-        if places is not None:
-            y = y.flatten(0, 1).index_select(0, places)
-        y = self.y_emb_preprocess(self.y_embedder(y.to(dtype)), text_mask, places)
-        pooled = self._mean(padded(y, text_mask, places), text_mask)
+        positions = self._real_positions(text_mask)
+        y, pooled = self._embed_captions(y, text_mask, positions)
         c = self.t_embedder(t.expand(batch)) + self.pooled_y_emb_process(pooled)
 
         x = self.patch_mixer_map_xin(x)
         y_mixer = self.patch_mixer_map_y(y)
         for block in self.patch_mixer:
-            x = block(x, y_mixer, c, text_mask, places)
+            x = block(x, y_mixer, c, text_mask, positions)
         tokens = x.shape[1]
         keep = self._keep(batch, tokens, mask_ratio, permutation, x.device) if mask_ratio > 0 else None
         if keep is not None:
             x = x.gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[2]))
         x = self.patch_mixer_map_xout(x)
         for block in self.blocks:
-            x = block(x, y, c, text_mask, places)
+            x = block(x, y, c, text_mask, positions)
         x = self.final_layer(x, c)
         if keep is None:
             return {"sample": self._unpatchify(x, rows, columns)}
@@ -271,7 +276,23 @@ class MicroDiT(nn.Module):
         mask = torch.ones(batch, tokens, device=x.device).scatter(1, keep, 0.0)
         return {"sample": self._unpatchify(x, rows, columns), "mask": mask}
 
+    def _embed_patches(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """Turn latents (B, C, H, W) into tokens with positions, (B, rows * columns, D)."""
+        dtype = self.x_embedder.proj.weight.dtype
+        built_for = (rows, columns) == (self.grid_size, self.grid_size)
+        pos_embed = self.pos_embed if built_for else self._pos_embed(rows, columns, x.device).to(dtype)
+        return self.x_embedder(x.to(dtype)) + pos_embed
+
+    def _embed_captions(self, y: Tensor, text_mask: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Turn embeddings (B, L, Ccap) into tokens (B, L, D), or packed (see `padded`), and their mean (B, D)."""
+        if positions is not None:
+            y = y.flatten(0, 1).index_select(0, positions)
+        y = y.to(self.x_embedder.proj.weight.dtype)
+        y = self.y_emb_preprocess(self.y_embedder(y), text_mask, positions)
+        return y, self._mean(padded(y, text_mask, positions), text_mask)
+
     def _check(self, x: Tensor, t: Tensor, y: Tensor, text_mask: Tensor | None) -> None:
+        """Raise ValueError if an input of `forward` has another shape or dtype than expected."""
         batch = x.shape[0]
         if (
             x.ndim != 4
@@ -296,11 +317,11 @@ class MicroDiT(nn.Module):
             )
 
     @staticmethod
-    def _places(text_mask: Tensor | None) -> Tensor | None:
-        """Where the real caption tokens are, int64 (N,), if they are to be packed: on a CPU.
+    def _real_positions(text_mask: Tensor | None) -> Tensor | None:
+        """Find the positions of the real caption tokens, int64 (N,), to pack them by: on a CPU alone, else None.
 
-        There every token costs time, so that padding is left out wherever a layer takes each token by itself. A GPU
-        would have to wait for their number, and a compiled graph could not go on without it.
+        There every token costs time, so padding is left out wherever a layer takes each token by itself. A GPU would
+        have to wait for their number, and a compiled graph would break at it.
         """
         if text_mask is None or text_mask.device.type != "cpu" or torch.compiler.is_compiling():
             return None
@@ -308,7 +329,7 @@ class MicroDiT(nn.Module):
 
     @staticmethod
     def _mean(y: Tensor, text_mask: Tensor | None) -> Tensor:
-        """Mean over the (real) caption tokens: (B, L, D) -> (B, D)."""
+        """Average the (real) caption tokens: (B, L, D) -> (B, D)."""
         if text_mask is None:
             return y.mean(dim=1)
         weight = text_mask.to(y.dtype).unsqueeze(-1)
@@ -316,7 +337,7 @@ class MicroDiT(nn.Module):
 
     @staticmethod
     def _keep(batch: int, tokens: int, ratio: float, permutation: Tensor | None, device: torch.device) -> Tensor:
-        """Indices of the tokens kept, int64 (B, T')."""
+        """Choose the tokens to keep: their indices, int64 (B, T')."""
         count = int(tokens * (1 - ratio))
         if not 0 < count <= tokens:
             raise ValueError(f"mask_ratio={ratio} keeps {count} of {tokens} tokens: expected 0 <= mask_ratio < 1")
@@ -327,7 +348,7 @@ class MicroDiT(nn.Module):
         return permutation[:, :count]
 
     def _unpatchify(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        """(B, T, p*p*C), each patch in the order (p, q, c) -> (B, C, H, W)."""
+        """Put patches together: (B, T, p*p*C), each in the order (p, q, c) -> (B, C, H, W)."""
         p = self.patch_size
         x = x.reshape(x.shape[0], rows, columns, p, p, self.in_channels).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(x.shape[0], self.in_channels, rows * p, columns * p)

@@ -1,4 +1,4 @@
-"""Pictures as files: a PNG for each, with what made it in its text fields, and a sheet of them all."""
+"""Pictures as files: a PNG for each, with its prompt and settings in text fields, and a sheet of them all."""
 
 import json
 import math
@@ -65,7 +65,7 @@ def generate(
 
 
 def _save(picture: Image.Image, folder: Path, number: int, words: str, text: dict[str, Any]) -> Path:
-    """A new file; if somebody else took its name meanwhile, with the next free number."""
+    """Write a picture to a new file, with the next number that is free."""
     png = _png(picture, text)
     while not _write_new(path := folder / f"{number:05d}-{words}.png", png):
         number += 1
@@ -73,6 +73,7 @@ def _save(picture: Image.Image, folder: Path, number: int, words: str, text: dic
 
 
 def _png(picture: Image.Image, text: dict[str, Any]) -> bytes:
+    """Encode a picture with its prompt and settings."""
     info, buffer = PngInfo(), BytesIO()
     info.add_itxt("prompt", text["prompt"])
     info.add_itxt("parameters", json.dumps(text, ensure_ascii=False))
@@ -81,7 +82,7 @@ def _png(picture: Image.Image, text: dict[str, Any]) -> bytes:
 
 
 def _write_new(path: Path, data: bytes) -> bool:
-    """Whether the file could be written: not if there is one."""
+    """Write a new file. False if there is one of that name."""
     try:
         with path.open("xb") as file:
             file.write(data)
@@ -91,7 +92,7 @@ def _write_new(path: Path, data: bytes) -> bool:
 
 
 def grid(cells: Sequence[Sequence[Image.Image]], captions: Sequence[str], columns: int | None = None) -> Image.Image:
-    """Cells of pictures of one size, side by side, each over its caption; by default about as wide as it is high."""
+    """Lay out cells of pictures of one size, each over its caption; by default about as wide as it is high."""
     first = cells[0][0]
     wide = min(max(96, first.width), 512)
     high = max(1, round(wide * first.height / first.width))

@@ -16,7 +16,7 @@ Sampler = Callable[[Denoiser, Tensor, Sequence[float], Callback], Tensor]
 
 
 def heun(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float], callback: Callback = None) -> Tensor:
-    """Second-order Heun, 2 n - 1 calls for n steps (arXiv 2206.00364, algorithm 1). The released sampler."""
+    """Sample with second-order Heun, 2 n - 1 calls for n steps (arXiv 2206.00364, algorithm 1). As released."""
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
         slope = (x - denoiser(x, sigma)) / sigma
         ahead = x + (following - sigma) * slope
@@ -30,20 +30,20 @@ def heun(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float], callback: Callb
 
 
 def dpmpp_2m(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float], callback: Callback = None) -> Tensor:
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), n calls for n steps."""
+    """Sample with DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), n calls for n steps."""
     return _multistep(denoiser, x, sigmas, callback, corrected=False)
 
 
 def unipc(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float], callback: Callback = None) -> Tensor:
-    """DPM-Solver++(2M) with UniPC's corrector (UniC-1, arXiv 2302.04867), n calls for n steps.
+    """Sample with DPM-Solver++(2M) and UniPC's corrector (UniC-1, arXiv 2302.04867), n calls for n steps.
 
-    What the denoiser says at a predicted state also corrects that state, at no further call.
+    The denoiser's output at a predicted state also corrects that state, at no further call.
     """
     return _multistep(denoiser, x, sigmas, callback, corrected=True)
 
 
 def _multistep(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float], callback: Callback, corrected: bool) -> Tensor:
-    """With lambda = -ln(sigma), a step of size h is x' = e^-h x + integral of e^(s-h) D over s in [0, h].
+    """Step with lambda = -ln(sigma): a step of size h is x' = e^-h x + integral of e^(s-h) D over s in [0, h].
 
     Predictor: D is constant, at the middle of the step, extrapolated from the last two calls. Corrector: D is linear
     between the calls at both ends of the step. The last step, to sigma 0, ends at the denoised state itself.

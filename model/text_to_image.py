@@ -27,14 +27,13 @@ from microdit.model.checkpoint import load_model
 from microdit.model.edm import EDM, Sampling
 from microdit.model.loading import Part, check_trained_with, find_parts, write_pipeline
 from microdit.model.network import MicroDiT
+from microdit.model.noise import NoiseSource, draw_noise, noise_sources
 from microdit.model.pretrained.autoencoder import Autoencoder, load_autoencoder
 from microdit.model.pretrained.text import TextEncoder, load_text_encoder
 
 # Image tokens that go through the network together: a GPU is busy with them, and a CPU gains nothing from more.
 GPU_TOKENS, CPU_TOKENS = 32_768, 4_096
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# what a picture's noise comes from: a seed, a generator, the noise itself, torch's global generator
-NoiseSource = int | torch.Generator | Tensor | None
 PromptPair = tuple[str, str | None]  # a prompt and its negative prompt; None is zero embeddings
 
 
@@ -223,7 +222,7 @@ class MicroDiTPipeline:
         sampling.check()
         pairs = _prompt_pairs(prompt, negative_prompt, num_images_per_prompt, guided=scale > 1)
         shape = self._latent_shape(height, width)
-        sources = _noise_sources((len(pairs), *shape), seed, generator, latents)
+        sources = noise_sources((len(pairs), *shape), seed, generator, latents)
         images = []
         for number, drawn in enumerate(self._draw(pairs, sources, shape, batch_size, sampling)):
             picture = self._picture(drawn, output_type)
@@ -252,7 +251,7 @@ class MicroDiTPipeline:
         with tqdm(**{"total": len(pairs) * steps, "unit": "step", "desc": "drawing", **self._progress}) as bar:
             while done < len(pairs):
                 batch = pairs[done : done + together]
-                noise += [_noise(source, shape) for source in sources[done + len(noise) : done + len(batch)]]
+                noise += [draw_noise(source, shape) for source in sources[done + len(noise) : done + len(batch)]]
                 embeddings = {
                     text: embeddings[text] if text in embeddings else self._embed(text)
                     for text in dict.fromkeys(text for pair in batch for text in pair)
@@ -354,46 +353,6 @@ def _texts(name: str, given: str | Sequence[str] | None) -> list[Any]:
     if not texts or not all(isinstance(text, str) or (text is None and name == "negative_prompt") for text in texts):
         raise ValueError(f"{name}={given!r}: expected a string, or several")
     return texts
-
-
-def _noise_sources(
-    shape: tuple[int, ...],
-    seed: int | Sequence[int] | None,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    latents: Tensor | None,
-) -> Sequence[NoiseSource]:
-    """Say for each picture where its noise comes from. shape: (B, C, h, w) of the noise of all pictures."""
-    given = [
-        name for name, value in (("seed", seed), ("generator", generator), ("latents", latents)) if value is not None
-    ]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} were both given: give one of them")
-    count = shape[0]
-    if latents is not None:
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"latents {tuple(latents.shape)}: expected {shape}")
-        return list(latents.float())
-    if seed is None:
-        if generator is None or isinstance(generator, torch.Generator):
-            return [generator] * count
-        if len(generator) != count:
-            raise ValueError(f"{len(generator)} generators for {count} pictures: give one, or one for each")
-        return generator
-    seeds = [int(one) for one in seed] if isinstance(seed, Sequence) else [int(seed) + i for i in range(count)]
-    if len(seeds) != count:
-        raise ValueError(f"{len(seeds)} seeds for {count} pictures: give one for each, or the first alone")
-    if not all(0 <= one < 2**64 for one in seeds):
-        raise ValueError(f"seed={seed}: expected 0 to 2^64 - 1")
-    return seeds
-
-
-def _noise(source: NoiseSource, shape: tuple[int, int, int]) -> Tensor:
-    """Draw the starting noise of one picture, standard normal."""
-    if isinstance(source, Tensor):
-        return source
-    if isinstance(source, int):
-        source = torch.Generator().manual_seed(source)
-    return torch.randn(shape, generator=source, device="cpu" if source is None else source.device)
 
 
 def _conditions(batch: Sequence[PromptPair], embeddings: dict[str | None, Tensor]) -> dict[str, Tensor | None]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microdit.model.pretrained.hub import ModelFiles, fetch, new_folder, require
+from microdit.model.pretrained.hub import Fingerprint, ModelConfig, ModelFiles, fetch, new_folder, require
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Where an autoencoder lies and how it runs.
+class AutoencoderEntry:
+    """The repository or folder of an autoencoder, and how it runs.
 
     where: a hub repository or a folder. subfolder: of it; None is `vae` where there is one, else the root. revision: a
-    commit's hash or the beginning of it; None is what `main` is when it is asked for, which the fingerprint then names.
+    commit's hash or the beginning of it; None is the newest commit of `main`, which the fingerprint then names.
     dtype: the same on every machine, so that a corpus can be made on several; bfloat16 is safe for every one of them
     (the SDXL one gives NaN in float16).
     """
@@ -41,12 +41,14 @@ class Entry:
 
 
 AUTOENCODERS = {
-    "demo": Entry(str(Path(__file__).parent / "demo_autoencoder"), dtype=torch.float32),
-    "sdxl": Entry("stabilityai/stable-diffusion-xl-base-1.0", "vae", "462165984030d82259a11f4367a4eed129e94a7b"),
-    "sdxl-fp16-fix": Entry("madebyollin/sdxl-vae-fp16-fix", "", "207b116dae70ace3637169f1ddd2434b91b3a8cd"),
+    "demo": AutoencoderEntry(str(Path(__file__).parent / "demo_autoencoder"), dtype=torch.float32),
+    "sdxl": AutoencoderEntry(
+        "stabilityai/stable-diffusion-xl-base-1.0", "vae", "462165984030d82259a11f4367a4eed129e94a7b"
+    ),
+    "sdxl-fp16-fix": AutoencoderEntry("madebyollin/sdxl-vae-fp16-fix", "", "207b116dae70ace3637169f1ddd2434b91b3a8cd"),
     # the commits before it have another scaling factor
-    "ostris": Entry("ostris/vae-kl-f8-d16", "", "77878ec"),
-    "flux2": Entry("black-forest-labs/FLUX.2-klein-4B", "vae", "e7b7dc27f91deacad38e78976d1f2b499d76a294"),
+    "ostris": AutoencoderEntry("ostris/vae-kl-f8-d16", "", "77878ec"),
+    "flux2": AutoencoderEntry("black-forest-labs/FLUX.2-klein-4B", "vae", "e7b7dc27f91deacad38e78976d1f2b499d76a294"),
 }
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLFlux2")
@@ -58,29 +60,57 @@ WEIGHTS = (
     ("diffusion_pytorch_model.bin",),
 )
 
+Kind = Literal["shift_scale", "mean_std", "batch_norm"]
 CPU_PIXELS = 4 * 128 * 128  # images that go through a CPU together: with more, activations leave its caches
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """How latents are normalised (see the top of this file): the kind, and the numbers of that kind."""
+
+    kind: Kind
+    shift: float | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    scale: float | None = None
+    eps: float | None = None
+
+    def to_json(self) -> Fingerprint:
+        """Give the kind and its numbers, as fingerprints hold them."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class ResolvedAutoencoder:
+    """What a name stands for: the entry with all its fields decided, its config file, and what that says."""
+
+    entry: AutoencoderEntry
+    files: ModelFiles
+    config: ModelConfig
 
 
 class Autoencoder:
     """A loaded autoencoder. Made by `load_autoencoder`.
 
     Attributes:
-        name: what it was asked for by. revision: the commit on the hub, None for a folder.
+        name: as given to `load_autoencoder`. revision: the commit on the hub, None for a folder.
         channels: C of the latents.
-        downsample: pixels of an image's side for one of the latents'.
-        deterministic: whether it gives latents, and no posterior of them.
+        downsample: sides of an image over sides of its latents.
+        deterministic: it gives latents, and no posterior of them.
         normaliser: `shift_scale`, `mean_std` or `batch_norm`.
         class_name: diffusers' class of its network.
-        fingerprint: what identifies its numbers: files, dtype and normaliser, as `autoencoder_fingerprint` tells them.
+        fingerprint: identifies its numbers: files, dtype and normaliser, as `autoencoder_fingerprint` gives them.
     """
 
-    def __init__(self, module: Any, name: str, fingerprint: dict[str, Any], device: str | torch.device):
+    def __init__(
+        self, module: Any, name: str, fingerprint: Fingerprint, normaliser: Normaliser, device: str | torch.device
+    ):
         self.name, self.fingerprint, self.revision = name, fingerprint, fingerprint.get("revision")
         self.class_name = type(module).__name__
         self.deterministic = self.class_name in DETERMINISTIC
-        self.normaliser: str = fingerprint["normaliser"]["kind"]
+        self.normaliser: Kind = normaliser.kind
         self._module = module
-        self._mean, self._deviation = _statistics(module, fingerprint["normaliser"])
+        self._mean, self._deviation = _statistics(module, normaliser)
         self._dtype: torch.dtype = getattr(torch, fingerprint["dtype"])
         for part, network in module.named_children():
             if part != "bn":  # the statistics of a batch norm would lose their digits in bfloat16
@@ -94,7 +124,7 @@ class Autoencoder:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device it runs on."""
         return self._mean.device
 
     def to(self, device: str | torch.device) -> Autoencoder:
@@ -122,7 +152,7 @@ class Autoencoder:
         seeds: Sequence[int] | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """Normalised latents, float32 (B, C, h, w), of uint8 images (B, H, W, 3).
+        """Encode uint8 images (B, H, W, 3) to normalised latents, float32 (B, C, h, w).
 
         On a GPU the call may return before they are computed; images and noise in pinned memory are copied meanwhile.
 
@@ -162,24 +192,24 @@ class Autoencoder:
         return self._normalise(mean + deviation * noise.to(mean.device, non_blocking=True))
 
     def noise(self, seeds: Sequence[int], height: int, width: int) -> Tensor:
-        """What `encode` draws a posterior's samples with: standard normal, on the CPU, each image's of its own seed.
+        """Draw the noise of `encode`'s posterior samples: standard normal, on the CPU, each image's of its own seed.
 
-        float32 (B, c, h, w), one number for each that the network gives of an image of height x width pixels.
+        float32 (B, c, h, w), of the shape of what the network gives for images of height x width pixels.
         """
         scale = self.downsample // self._patch
         shape = self.channels // self._patch**2, height // scale, width // scale
-        drawn = torch.empty(len(seeds), *shape)
-        for out, seed in zip(drawn, seeds, strict=True):
+        noise = torch.empty(len(seeds), *shape)
+        for out, seed in zip(noise, seeds, strict=True):
             torch.randn(shape, generator=torch.Generator().manual_seed(seed), out=out)
-        return drawn
+        return noise
 
     def together(self, side: int, most: int) -> int:
-        """How many images of side x side pixels go through the network at once: `most`, and on a CPU often fewer."""
+        """Say how many images of side x side pixels to put through the network at once: `most`, or fewer on a CPU."""
         return min(most, self._together(side * side, most))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """uint8 images (B, H, W, 3), on the CPU, of normalised latents (B, C, h, w).
+        """Decode normalised latents (B, C, h, w) to uint8 images (B, H, W, 3), on the CPU.
 
         Raises:
             ValueError: the latents have another number of channels.
@@ -196,11 +226,11 @@ class Autoencoder:
         return torch.cat(parts)
 
     def _together(self, area: int, batch: int) -> int:
-        """How many images of `area` pixels go through the network at once."""
+        """Say how many images of `area` pixels to put through the network at once."""
         return max(1, CPU_PIXELS // area) if self.device.type == "cpu" else batch
 
     def _moments(self, images: Tensor) -> tuple[Tensor, Any]:
-        """Mean and standard deviation (None if deterministic) as the network gives them, float32."""
+        """Compute mean and standard deviation (None if deterministic) as the network gives them, float32."""
         pixels = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
         encoded = self._module.encode(pixels.to(self._dtype, memory_format=torch.channels_last))
         if not hasattr(encoded, "latent_dist"):
@@ -218,7 +248,7 @@ def load_autoencoder(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Autoencoder:
-    """An autoencoder of `AUTOENCODERS`, a hub repository (`owner/name`, `owner/name:subfolder`) or a folder.
+    """Load an autoencoder of `AUTOENCODERS`, a hub repository (`owner/name`, `owner/name:subfolder`) or a folder.
 
     Of a repository or folder without a named sub-folder, `vae/` is taken where there is one, else the root. A
     repository of `AUTOENCODERS` is used as its name is.
@@ -228,15 +258,16 @@ def load_autoencoder(
         microdit.model.pretrained.hub.ModelFilesError: its files cannot be had.
     """
     name = str(name_or_path)
-    entry, files, config = _find(name, revision, dtype)
+    resolved = _resolve(name, revision, dtype)
+    entry, config = resolved.entry, resolved.config
     if entry.dtype == torch.float16 and config.get("force_upcast"):
         raise ValueError(f"autoencoder {name!r} overflows in float16 (force_upcast); take bfloat16 or sdxl-fp16-fix")
-    prefix = f"{entry.subfolder}/" if entry.subfolder else ""
-    files = fetch(entry.where, [f"{prefix}config.json"], weights=_weights(entry), revision=files.revision)
+    prefix = _prefix(entry)
+    files = fetch(entry.where, [f"{prefix}config.json"], weights=_weights(entry), revision=resolved.files.revision)
     import diffusers
 
     try:
-        module, found = getattr(diffusers, config["_class_name"]).from_pretrained(
+        module, report = getattr(diffusers, config["_class_name"]).from_pretrained(
             files.folder / prefix,
             torch_dtype=torch.float32,
             local_files_only=True,
@@ -246,75 +277,79 @@ def load_autoencoder(
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise files.damaged(files.weights[0], error) from error
-    files.check_loaded(found["missing_keys"])
+    files.check_loaded(report["missing_keys"])
     module = module.eval().requires_grad_(False)
-    return Autoencoder(module, name, _fingerprint(entry, files, config), device)
+    return Autoencoder(module, name, _fingerprint(replace(resolved, files=files)), _normaliser(config), device)
 
 
 def autoencoder_fingerprint(
     name_or_path: str | Path, *, revision: str | None = None, dtype: torch.dtype | None = None
-) -> dict[str, Any]:
-    """The fingerprint of `load_autoencoder(...)`, told from its files: of a repository only the config is fetched.
+) -> Fingerprint:
+    """Give the fingerprint of `load_autoencoder(...)` from its files: of a repository only the config is fetched.
 
     Raises:
         As `load_autoencoder`, but for files that are damaged.
     """
-    entry, files, config = _find(str(name_or_path), revision, dtype)
-    require(files, weights=_weights(entry))
-    return _fingerprint(entry, files, config)
+    resolved = _resolve(str(name_or_path), revision, dtype)
+    require(resolved.files, weights=_weights(resolved.entry))
+    return _fingerprint(resolved)
 
 
-def _weights(entry: Entry) -> list[list[str]]:
-    """What its weights may lie in, the best first."""
-    prefix = f"{entry.subfolder}/" if entry.subfolder else ""
-    return [[prefix + file for file in group] for group in WEIGHTS]
+def _prefix(entry: AutoencoderEntry) -> str:
+    return f"{entry.subfolder}/" if entry.subfolder else ""
 
 
-def _find(name: str, revision: str | None, dtype: torch.dtype | None) -> tuple[Entry, ModelFiles, dict[str, Any]]:
-    """The entry with every question answered, its config file and what that says."""
+def _weights(entry: AutoencoderEntry) -> list[list[str]]:
+    """List the files that its weights may be in, the best first."""
+    return [[_prefix(entry) + file for file in group] for group in WEIGHTS]
+
+
+def _resolve(name: str, revision: str | None, dtype: torch.dtype | None) -> ResolvedAutoencoder:
+    """Find the entry that a name stands for, and fetch its config. Raises as `load_autoencoder`."""
     entry = AUTOENCODERS.get(name) or next((e for e in AUTOENCODERS.values() if e.where == name), None)
     if entry is None:
         where, _, subfolder = name.partition(":") if not Path(name).is_dir() else (name, "", "")
-        entry = Entry(where, subfolder or None)
+        entry = AutoencoderEntry(where, subfolder or None)
     subfolders = ("vae", "") if entry.subfolder is None else (entry.subfolder,)
     candidates = {f"{folder}/config.json" if folder else "config.json": folder for folder in subfolders}
     try:
         files = fetch(entry.where, list(candidates), revision=revision or entry.revision)
     except ValueError as error:
         raise ValueError(f"autoencoder {error}; named ones are {', '.join(AUTOENCODERS)}") from error
-    found = [path for path in candidates if (files.folder / path).is_file()]
-    if not found:
+    configs = [path for path in candidates if (files.folder / path).is_file()]
+    if not configs:
         known = f"; named ones are {', '.join(AUTOENCODERS)}"
         raise ValueError(f"autoencoder {name!r}: there is no {' or '.join(candidates)} in {entry.where}{known}")
-    config = files.read_json(found[0])
+    config = files.read_json(configs[0])
     if config.get("_class_name") not in CLASSES:
         kind = config.get("_class_name")
         raise ValueError(f"autoencoder {name!r}: its class is {kind!r}, expected one of {', '.join(CLASSES)}")
-    return replace(entry, subfolder=candidates[found[0]], dtype=dtype or entry.dtype), files, config
+    entry = replace(entry, subfolder=candidates[configs[0]], dtype=dtype or entry.dtype)
+    return ResolvedAutoencoder(entry, files, config)
 
 
-def _fingerprint(entry: Entry, files: ModelFiles, config: dict[str, Any]) -> dict[str, Any]:
-    prefix = f"{entry.subfolder}/" if entry.subfolder else ""
+def _fingerprint(resolved: ResolvedAutoencoder) -> Fingerprint:
+    entry = resolved.entry
     patterns = ["config.json", *(file for group in WEIGHTS for file in group)]
-    origin: dict[str, Any] = files.origin(*(prefix + pattern for pattern in patterns))
+    origin: Fingerprint = resolved.files.origin(*(_prefix(entry) + pattern for pattern in patterns))
     if entry.subfolder:
         origin["subfolder"] = entry.subfolder
-    return {**origin, "dtype": str(entry.dtype).removeprefix("torch."), "normaliser": _normaliser(config)}
+    dtype = str(entry.dtype).removeprefix("torch.")
+    return {**origin, "dtype": dtype, "normaliser": _normaliser(resolved.config).to_json()}
 
 
-def _normaliser(config: dict[str, Any]) -> dict[str, Any]:
-    """Kind and numbers, as the config has them; those of a batch norm are in the weights."""
+def _normaliser(config: ModelConfig) -> Normaliser:
+    """Read kind and numbers from the config; the mean and deviation of a batch norm are in the weights."""
     if config["_class_name"] == "AutoencoderKLFlux2":
-        return {"kind": "batch_norm", "eps": _option(config, "batch_norm_eps")}
+        return Normaliser("batch_norm", eps=_option(config, "batch_norm_eps"))
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
-        return {"kind": "mean_std", "mean": mean, "std": std, "scale": _option(config, "scaling_factor")}
-    shift, scale = config.get("shift_factor") or 0.0, _option(config, "scaling_factor")
-    return {"kind": "shift_scale", "shift": shift, "scale": scale}
+        return Normaliser("mean_std", mean=mean, std=std, scale=_option(config, "scaling_factor"))
+    return Normaliser("shift_scale", shift=config.get("shift_factor") or 0.0, scale=_option(config, "scaling_factor"))
 
 
-def _option(config: dict[str, Any], name: str) -> Any:
-    """An option of the config; old ones leave out what is the default of the class."""
+def _option(config: ModelConfig, name: str) -> Any:
+    """Read an option of the config; old ones leave out the defaults of the class."""
     if name in config:
         return config[name]
     import diffusers
@@ -322,20 +357,21 @@ def _option(config: dict[str, Any], name: str) -> Any:
     return inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters[name].default
 
 
-def _statistics(module: Any, normaliser: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """(mean, deviation), float32 (1, C or 1, 1, 1), with latents = (patchified z - mean) / deviation."""
-    if normaliser["kind"] == "batch_norm":
-        mean, deviation = module.bn.running_mean, (module.bn.running_var + normaliser["eps"]).sqrt()
-    elif normaliser["kind"] == "mean_std":
-        mean, deviation = normaliser["mean"], torch.as_tensor(normaliser["std"]) / normaliser["scale"]
-    else:
-        mean, deviation = [normaliser["shift"]], [1 / normaliser["scale"]]
+def _statistics(module: Any, normaliser: Normaliser) -> tuple[Tensor, Tensor]:
+    """Compute (mean, deviation), float32 (1, C or 1, 1, 1), with latents = (patchified z - mean) / deviation."""
+    scale = 1.0 if normaliser.scale is None else normaliser.scale
+    mean: Any = [normaliser.shift]
+    deviation: Any = [1 / scale]
+    if normaliser.kind == "batch_norm":
+        mean, deviation = module.bn.running_mean, (module.bn.running_var + normaliser.eps).sqrt()
+    elif normaliser.kind == "mean_std":
+        mean, deviation = normaliser.mean, torch.as_tensor(normaliser.std) / scale
     by_channel = [torch.as_tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, deviation)]
     return by_channel[0], by_channel[1]
 
 
 def _patchify(z: Tensor, patch: int) -> Tensor:
-    """(B, C, h, w) to (B, C * patch^2, h / patch, w / patch), channels in the order (c, row, column)."""
+    """Turn (B, C, h, w) into (B, C * patch^2, h / patch, w / patch), channels in the order (c, row, column)."""
     return torch.nn.functional.pixel_unshuffle(z, patch) if patch > 1 else z
 
 

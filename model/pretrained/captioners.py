@@ -20,30 +20,30 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from microdit.model.pretrained.hub import ModelFiles, ModelFilesError, fetch, require
+from microdit.model.pretrained.hub import Fingerprint, ModelFiles, ModelFilesError, fetch, require
 
 
 @dataclass(frozen=True)
-class Captioner:
-    """Where a captioner lies, and at which commit (None: what `main` is when it is asked for)."""
+class CaptionerEntry:
+    """The repository or folder of a captioner, and its commit (None: the newest of `main`)."""
 
     where: str
     revision: str | None = None
 
 
 CAPTIONERS = {
-    "qwen3-vl-2b": Captioner("Qwen/Qwen3-VL-2B-Instruct"),
-    "qwen3-vl-4b": Captioner("Qwen/Qwen3-VL-4B-Instruct"),
-    "qwen3-vl-8b": Captioner("Qwen/Qwen3-VL-8B-Instruct"),
-    "qwen2.5-vl-3b": Captioner("Qwen/Qwen2.5-VL-3B-Instruct"),
-    "qwen2.5-vl-7b": Captioner("Qwen/Qwen2.5-VL-7B-Instruct"),
-    "florence-2-base": Captioner("florence-community/Florence-2-base"),
-    "florence-2-large": Captioner("florence-community/Florence-2-large"),
-    "internvl3-1b": Captioner("OpenGVLab/InternVL3-1B-hf"),
-    "internvl3-8b": Captioner("OpenGVLab/InternVL3-8B-hf"),
-    "blip-base": Captioner("Salesforce/blip-image-captioning-base"),
-    "blip-large": Captioner("Salesforce/blip-image-captioning-large"),
-    "llava-1.5-7b": Captioner("llava-hf/llava-1.5-7b-hf"),
+    "qwen3-vl-2b": CaptionerEntry("Qwen/Qwen3-VL-2B-Instruct"),
+    "qwen3-vl-4b": CaptionerEntry("Qwen/Qwen3-VL-4B-Instruct"),
+    "qwen3-vl-8b": CaptionerEntry("Qwen/Qwen3-VL-8B-Instruct"),
+    "qwen2.5-vl-3b": CaptionerEntry("Qwen/Qwen2.5-VL-3B-Instruct"),
+    "qwen2.5-vl-7b": CaptionerEntry("Qwen/Qwen2.5-VL-7B-Instruct"),
+    "florence-2-base": CaptionerEntry("florence-community/Florence-2-base"),
+    "florence-2-large": CaptionerEntry("florence-community/Florence-2-large"),
+    "internvl3-1b": CaptionerEntry("OpenGVLab/InternVL3-1B-hf"),
+    "internvl3-8b": CaptionerEntry("OpenGVLab/InternVL3-8B-hf"),
+    "blip-base": CaptionerEntry("Salesforce/blip-image-captioning-base"),
+    "blip-large": CaptionerEntry("Salesforce/blip-image-captioning-large"),
+    "llava-1.5-7b": CaptionerEntry("llava-hf/llava-1.5-7b-hf"),
 }
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
@@ -75,29 +75,29 @@ KEPT = (  # of a model's generation config: its tokens, and what keeps it from r
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as the model takes it: the image processor's tensors, and how many tokens stand for it in a prompt."""
+    """An image prepared for the model: the image processor's tensors, and how many tokens stand for it in a prompt."""
 
     tensors: Mapping[str, Tensor]
     tokens: int
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a model said. `finished`: it ended by itself, and was not cut at the most tokens that it may write."""
+class CaptionAnswer:
+    """The text that a model wrote. `finished`: it ended by itself, and was not cut at `max_tokens`."""
 
     text: str
     finished: bool
 
 
-class VisionModel:
+class CaptionModel:
     """A loaded captioner. Made by `load_captioner`.
 
     Attributes:
         module: transformers' network.
-        fingerprint: what identifies its numbers: files, family and dtype, as `captioner_fingerprint` tells them.
+        fingerprint: identifies its numbers: files, family and dtype, as `captioner_fingerprint` gives them.
     """
 
-    def __init__(self, module: Any, tokenizer: Any, images: Any, files: ModelFiles, fingerprint: dict[str, Any]):
+    def __init__(self, module: Any, tokenizer: Any, images: Any, files: ModelFiles, fingerprint: Fingerprint):
         from transformers import GenerationConfig
 
         self.fingerprint, self.family = fingerprint, fingerprint["family"]
@@ -124,24 +124,24 @@ class VisionModel:
         return device
 
     def prepare(self, pixels: np.ndarray) -> Picture:
-        """(H, W, 3) uint8 as the model takes it. Safe to call in many threads at once."""
+        """Prepare (H, W, 3) uint8 for the model. Safe to call in many threads at once."""
         more = {"crop_to_patches": True} if self.family == "internvl" else {}
-        found = self._images(images=[pixels], return_tensors="pt", input_data_format="channels_last", **more)
-        tensors = {name: value for name, value in found.items() if name in ("pixel_values", "image_grid_thw")}
-        return Picture(tensors, self._tokens(found))
+        prepared = self._images(images=[pixels], return_tensors="pt", input_data_format="channels_last", **more)
+        tensors = {name: value for name, value in prepared.items() if name in ("pixel_values", "image_grid_thw")}
+        return Picture(tensors, self._tokens(prepared))
 
-    def _tokens(self, found: Any) -> int:
-        """How many of the prompt's tokens the model gives its features of an image to."""
+    def _tokens(self, prepared: Any) -> int:
+        """Count the tokens of the prompt that stand for an image."""
         if self.family in QWEN:
-            return int(found["image_grid_thw"].prod()) // self._images.merge_size**2
+            return int(prepared["image_grid_thw"].prod()) // self._images.merge_size**2
         if self.family == "internvl":
-            return int(self.module.config.image_seq_length) * len(found["pixel_values"])
+            return int(self.module.config.image_seq_length) * len(prepared["pixel_values"])
         if self.family == "florence2":
             return int(self._images.image_seq_length)
         if self.family == "llava":
             config = self.module.config
             side = int(self._options.get("patch_size") or config.vision_config.patch_size)
-            height, width = found["pixel_values"].shape[-2:]
+            height, width = prepared["pixel_values"].shape[-2:]
             strategy = self._options.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
             # a CLIP tower has a class token in front, which most leave out
             classes = self._options.get("num_additional_image_tokens", int(strategy == "default"))
@@ -151,23 +151,23 @@ class VisionModel:
     @torch.inference_mode()
     def generate(
         self, pictures: Sequence[Picture], prompt: str, max_tokens: int, temperature: float, seeds: Sequence[int]
-    ) -> list[Answer]:
-        """An answer to `prompt` for each picture, of at most `max_tokens` tokens.
+    ) -> list[CaptionAnswer]:
+        """Answer `prompt` for each picture, with at most `max_tokens` tokens.
 
-        With a temperature above 0 each one is drawn by its own seed: no other picture of the batch has a part in it
-        but through rounding.
+        With a temperature above 0 each answer is sampled with its own seed, and depends on the rest of the batch
+        through rounding alone.
         """
         inputs = self.collate(pictures, prompt)
-        draw = [] if not temperature else [_Draw(temperature, _uniform(seeds, max_tokens).to(self.device))]
-        found = self.module.generate(**inputs, logits_processor=draw, max_new_tokens=max_tokens, do_sample=False)
-        return self.answers(found, inputs)
+        draw = [] if not temperature else [_TokenDraw(temperature, _uniform(seeds, max_tokens).to(self.device))]
+        written = self.module.generate(**inputs, logits_processor=draw, max_new_tokens=max_tokens, do_sample=False)
+        return self.answers(written, inputs)
 
     def collate(self, pictures: Sequence[Picture], prompt: str) -> dict[str, Tensor]:
-        """What the network's `generate` takes of pictures that are asked about, on its device."""
+        """Make the inputs of the network's `generate` for pictures and a prompt, on its device."""
         rows = [self.ids(prompt, picture.tokens) for picture in pictures]
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), self._pad)
-        for i, row in enumerate(rows):  # filled up in front: what is generated begins at one place
+        for i, row in enumerate(rows):  # padded on the left: what is generated begins at the same index
             ids[i, longest - len(row) :] = torch.tensor(row)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
@@ -178,13 +178,13 @@ class VisionModel:
         inputs = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
         return inputs | {"pixel_values": inputs["pixel_values"].to(self.module.dtype)}
 
-    def answers(self, found: Tensor, inputs: Mapping[str, Tensor]) -> list[Answer]:
-        """What the token ids say that `generate` gave for these inputs."""
+    def answers(self, written: Tensor, inputs: Mapping[str, Tensor]) -> list[CaptionAnswer]:
+        """Decode the token ids that `generate` gave for these inputs."""
         begin = inputs["input_ids"].shape[1] if self.family not in ("florence2", "blip") else 1
-        return [self._answer(row[begin:].tolist()) for row in found.cpu()]
+        return [self._answer(row[begin:].tolist()) for row in written.cpu()]
 
     def ids(self, prompt: str, tokens: int) -> list[int]:
-        """The token ids of a prompt and an image that has so many tokens.
+        """Tokenize a prompt and an image that has so many tokens.
 
         Raises:
             ValueError: the prompt holds the very token that stands for an image.
@@ -202,7 +202,7 @@ class VisionModel:
         return [*layout[:at], *[self._image_id] * tokens, *layout[at + 1 :]]
 
     def _laid_out(self, prompt: str) -> tuple[str, bool]:
-        """The text of a prompt with one token for the image, and whether the tokenizer shall add its own to it."""
+        """Lay a prompt out with one token for the image; the flag says if the tokenizer shall add special tokens."""
         tokenizer = self._tokenizer
         if self.family == "blip":
             return prompt, True
@@ -219,15 +219,15 @@ class VisionModel:
         begins = getattr(tokenizer, "bos_token", None)
         return text, not (begins and text.startswith(begins))
 
-    def _answer(self, tokens: list[int]) -> Answer:
+    def _answer(self, tokens: list[int]) -> CaptionAnswer:
         ends = [i for i, token in enumerate(tokens) if token in self._ends]
         kept = tokens[: ends[0]] if ends else tokens
         text = self._tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Answer(text.strip(), bool(ends))
+        return CaptionAnswer(text.strip(), bool(ends))
 
 
-class _Draw:
-    """A logits processor that leaves each row one token: where its own uniform number falls in its distribution."""
+class _TokenDraw:
+    """Sample one token a row: leave the logit where the row's own uniform number falls in its distribution."""
 
     def __init__(self, temperature: float, uniform: Tensor):
         self._temperature, self._uniform = temperature, uniform
@@ -242,14 +242,14 @@ class _Draw:
 
 
 def _uniform(seeds: Sequence[int], steps: int) -> Tensor:
-    """(B, steps) float64 in [0, 1), the same on every device."""
+    """Draw (B, steps) float64 in [0, 1), the same on every device."""
     return torch.from_numpy(np.stack([np.random.default_rng(seed).random(steps) for seed in seeds]))
 
 
 def load_captioner(
     name_or_path: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu"
-) -> VisionModel:
-    """A captioner of `CAPTIONERS`, or any model of `FAMILIES` by repository or folder. Nothing in it is run as code.
+) -> CaptionModel:
+    """Load a captioner of `CAPTIONERS`, or any model of `FAMILIES` by repository or folder; runs no code of it.
 
     Raises:
         ValueError: there is no such name, or it is of another kind.
@@ -268,18 +268,18 @@ def load_captioner(
     except (OSError, ValueError) as error:
         raise ModelFilesError(f"{files.name}: its tokenizer or image processor cannot be loaded: {error}") from error
     module = module.to(device).eval().requires_grad_(False)
-    return VisionModel(module, tokenizer, images, files, _fingerprint(files, family))
+    return CaptionModel(module, tokenizer, images, files, _fingerprint(files, family))
 
 
 def fetch_captioner(name: str, revision: str | None) -> tuple[ModelFiles, str]:
-    """All files of a captioner, and its family. Raises as `load_captioner`."""
+    """Fetch all files of a captioner, and tell its family. Raises as `load_captioner`."""
     files, family = _whole(name, revision)
     where = files.folder if files.revision is None else files.name
     return fetch(where, [*CONFIGS, *TEXTS], weights=WEIGHTS, revision=files.revision), family
 
 
-def captioner_fingerprint(name_or_path: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """The fingerprint of `load_captioner(...)`, told from its files: of a repository only the config is fetched.
+def captioner_fingerprint(name_or_path: str | Path, *, revision: str | None = None) -> Fingerprint:
+    """Give the fingerprint of `load_captioner(...)` from its files: of a repository only the config is fetched.
 
     Raises:
         As `load_captioner`, but for files that are damaged.
@@ -288,12 +288,12 @@ def captioner_fingerprint(name_or_path: str | Path, *, revision: str | None = No
 
 
 def dtype_of(family: str) -> torch.dtype:
-    """The same on every machine. BLIP's small text decoder is kept in float32."""
+    """Choose the dtype of a family, the same on every machine. BLIP's small text decoder is kept in float32."""
     return torch.float32 if family == "blip" else torch.bfloat16
 
 
 def _find(name: str, revision: str | None) -> tuple[ModelFiles, str]:
-    entry = CAPTIONERS.get(name) or Captioner(name)
+    entry = CAPTIONERS.get(name) or CaptionerEntry(name)
     try:
         files = fetch(entry.where, CONFIGS, revision=revision or entry.revision)
     except ValueError as error:
@@ -305,20 +305,20 @@ def _find(name: str, revision: str | None) -> tuple[ModelFiles, str]:
 
 
 def _whole(name: str, revision: str | None) -> tuple[ModelFiles, str]:
-    """The config files of a captioner that lacks none, and its family."""
+    """Fetch the config files of a captioner, check that no file is missing, and tell its family."""
     files, family = _find(name, revision)
     # without a vocabulary transformers would go on with an empty one
     require(files, IMAGE_PROCESSORS, VOCABULARIES, weights=WEIGHTS)
     return files, family
 
 
-def _fingerprint(files: ModelFiles, family: str) -> dict[str, Any]:
+def _fingerprint(files: ModelFiles, family: str) -> Fingerprint:
     origin = files.origin(*CONFIGS, *TEXTS, *(file for group in WEIGHTS for file in group))
     return {**origin, "family": family, "dtype": str(dtype_of(family)).removeprefix("torch.")}
 
 
 def _chat_template(files: ModelFiles) -> str | None:
-    """That of the processor; None: the tokenizer's own."""
+    """Read the processor's chat template; None: the tokenizer's own."""
     if files.matching("chat_template.jinja"):
         return (files.folder / "chat_template.jinja").read_text(encoding="utf-8")
     if files.matching("chat_template.json"):
@@ -332,10 +332,12 @@ def _load(files: ModelFiles, kind: Any, dtype: torch.dtype) -> Any:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        module, found = kind.from_pretrained(files.folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+        module, report = kind.from_pretrained(
+            files.folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
     except (OSError, RuntimeError, UnpicklingError, SafetensorError, json.JSONDecodeError) as error:
         raise files.damaged(files.weights[0], error) from error
     finally:
         logging.set_verbosity(verbosity)
-    files.check_loaded(list(found["missing_keys"]))
+    files.check_loaded(list(report["missing_keys"]))
     return module

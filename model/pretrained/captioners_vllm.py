@@ -1,4 +1,4 @@
-"""A captioner in vLLM, which makes its own batches of the requests that it is given: `pip install "microdit[vllm]"`.
+"""A captioner in vLLM, which makes its own batches of requests: `pip install "microdit[vllm]"`.
 
 vLLM prepares the images itself, and computes in a process of its own while the next ones are prepared.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from microdit.model.pretrained.captioners import Answer, fetch_captioner
+from microdit.model.pretrained.captioners import CaptionAnswer, fetch_captioner
 
 NOT_THERE = ("blip", "florence2")  # in vLLM
 MOST_TOKENS = 32768  # of a request; an image of 4096 pixels a side has up to 21,316. What there must be memory for
@@ -22,7 +22,7 @@ MEMORY = 0.9  # of the GPU, for weights and cache
 
 
 class VllmModel:
-    """What `captioners.VisionModel` is to the pipeline: `prepare` and `generate`. Made by `load_vllm`."""
+    """A captioner with the methods `prepare` and `generate` of `captioners.CaptionModel`. Made by `load_vllm`."""
 
     def __init__(self, folder: Path, memory: float):
         self._folder, self._memory = folder, memory
@@ -52,8 +52,8 @@ class VllmModel:
 
     def generate(
         self, pictures: Sequence[Image.Image], prompt: str, max_tokens: int, temperature: float, seeds: Sequence[int]
-    ) -> list[Answer]:
-        """As that of `VisionModel`.
+    ) -> list[CaptionAnswer]:
+        """Answer a prompt, as `CaptionModel.generate`.
 
         Raises:
             torch.AcceleratorError: vLLM's process died meanwhile. The next call starts another one.
@@ -72,15 +72,15 @@ class VllmModel:
         if self._llm is None or not all(process.is_alive() for process in self._engine):
             self._start()  # if it died between two calls, vLLM may wait for it for ever
         try:
-            found = [request.outputs[0] for request in self._llm.chat(asked, drawn, use_tqdm=False)]
+            written = [request.outputs[0] for request in self._llm.chat(asked, drawn, use_tqdm=False)]
         except EngineDeadError as error:
             self._llm = None
             raise torch.AcceleratorError(f"vLLM's process died: {error}") from error
-        return [Answer(one.text.strip(), one.finish_reason == "stop") for one in found]
+        return [CaptionAnswer(one.text.strip(), one.finish_reason == "stop") for one in written]
 
 
 def load_vllm(name_or_path: str | Path, *, revision: str | None = None, share: float = 1.0) -> VllmModel:
-    """As `microdit.model.pretrained.captioners.load_captioner`. `share`: of the GPU that it may have.
+    """Load a captioner, as `captioners.load_captioner`. share: of the GPU's memory that it may have.
 
     Raises:
         ValueError: the model is of a family that vLLM does not have; and as `load_captioner`.

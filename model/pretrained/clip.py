@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microdit.model.pretrained.hub import ModelConfig
+
 START, END = "<start_of_text>", "<end_of_text>"
 
 
@@ -27,7 +29,7 @@ WORDS = rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{
 
 
 def clean(caption: str) -> str:
-    """A caption as open_clip reads it: mojibake mended, HTML unescaped twice, white space single, lower case."""
+    """Clean a caption as open_clip does: mojibake mended, HTML unescaped twice, white space single, lower case."""
     import ftfy
 
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split()).lower()
@@ -55,7 +57,7 @@ class ClipTokenizer:
         self._bpe = BPE(vocab=vocabulary, merges=list(merges), end_of_word_suffix="</w>")
 
     def __call__(self, captions: Iterable[str]) -> Tensor:
-        """int64 (B, length): start, the caption's tokens, end, then 0. The end of a longer caption is cut."""
+        """Tokenize captions, int64 (B, length): start, the caption's tokens, end, then 0; a longer caption is cut."""
         rows = []
         for caption in captions:
             ids = [self.start]
@@ -79,14 +81,14 @@ class ClipTokenizer:
 
 
 def _byte_letters() -> dict[int, str]:
-    """A visible letter for each byte, in the order of the ids: the printable ones stand for themselves."""
+    """Map each byte to a visible letter, in the order of the ids: printable ones to themselves."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def read_merges(folder: Path, vocabulary: int) -> list[tuple[str, str]]:
-    """The merges of a tokenizer with `vocabulary` tokens, from `merges.txt` or `tokenizer.json`.
+    """Read the merges of a tokenizer with `vocabulary` tokens, from `merges.txt` or `tokenizer.json`.
 
     Raises:
         ValueError: neither is there, or it holds too few.
@@ -105,8 +107,8 @@ def read_merges(folder: Path, vocabulary: int) -> list[tuple[str, str]]:
     return [(first, second) for first, second in pairs[:wanted]]
 
 
-def open_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of transformers' `CLIPTextConfig` for a model that `open_clip_config.json` describes.
+def open_clip_config(config: Mapping[str, Any]) -> ModelConfig:
+    """Make the options of transformers' `CLIPTextConfig` for a model that `open_clip_config.json` describes.
 
     Raises:
         ValueError: its text tower is no plain CLIP tower.
@@ -134,7 +136,7 @@ def open_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The text tower of open_clip's state dict (classes CLIP and CustomTextCLIP) with the names of `CLIPTextModel`.
+    """Rename the text tower of an open_clip state dict (CLIP, CustomTextCLIP) to the names of `CLIPTextModel`.
 
     Raises:
         ValueError: there is no such tower in it.
@@ -142,7 +144,7 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefix = "text." if "text.token_embedding.weight" in state else ""
     if f"{prefix}token_embedding.weight" not in state:
         raise ValueError("these weights hold no open_clip text tower: there is no token_embedding.weight")
-    found = {
+    renamed = {
         "embeddings.token_embedding.weight": state[f"{prefix}token_embedding.weight"],
         "embeddings.position_embedding.weight": state[f"{prefix}positional_embedding"],
         "final_layer_norm.weight": state[f"{prefix}ln_final.weight"],
@@ -159,15 +161,15 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if rest.startswith("attn.in_proj_"):
             kind = rest.removeprefix("attn.in_proj_")
             for name, part in zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True):
-                found[f"{layer}self_attn.{name}.{kind}"] = part
+                renamed[f"{layer}self_attn.{name}.{kind}"] = part
         else:
             module, _, kind = rest.rpartition(".")
-            found[f"{layer}{names[module]}.{kind}"] = value
-    return found
+            renamed[f"{layer}{names[module]}.{kind}"] = value
+    return renamed
 
 
 def load_open_clip(weights: Path, options: Mapping[str, Any]) -> Any:
-    """A `CLIPTextModel` (float32, CPU) with the text tower of open_clip weights: safetensors or a torch state dict."""
+    """Load a `CLIPTextModel` (float32, CPU) with open_clip's text tower, from safetensors or a torch state dict."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     state: Any
@@ -178,7 +180,7 @@ def load_open_clip(weights: Path, options: Mapping[str, Any]) -> Any:
     else:
         state = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
     module = CLIPTextModel(CLIPTextConfig(**options))
-    found = from_open_clip(state.get("state_dict", state))
+    renamed = from_open_clip(state.get("state_dict", state))
     prefix = "text_model." if "text_model.final_layer_norm.weight" in module.state_dict() else ""
-    module.load_state_dict({prefix + key: value.float() for key, value in found.items()}, strict=True)
+    module.load_state_dict({prefix + key: value.float() for key, value in renamed.items()}, strict=True)
     return module

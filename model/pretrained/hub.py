@@ -17,6 +17,9 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+Fingerprint = dict[str, Any]  # JSON that identifies a model's numbers; a column's declaration holds it
+ModelConfig = dict[str, Any]  # JSON of a model's own config files
+
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BEGINNING = re.compile(r"[0-9a-f]{7,39}")  # of a commit's hash
 
@@ -39,12 +42,12 @@ class ModelFiles:
     weights: tuple[str, ...] = ()
 
     def matching(self, *patterns: str) -> list[str]:
-        """The files that match any of the globs, sorted, as POSIX paths relative to the folder."""
+        """List the files that match any of the globs, sorted, as POSIX paths relative to the folder."""
         files = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
         return sorted(file for file in files if any(fnmatch(file, pattern) for pattern in patterns))
 
     def origin(self, *patterns: str) -> dict[str, str]:
-        """What identifies the bytes: repository and commit, or a folder's name and a sha256 over the matching files."""
+        """Identify the bytes: by repository and commit, or by a folder's name and a sha256 over the matching files."""
         if self.revision is not None:
             return {"repo": self.name, "revision": self.revision}
         digest = hashlib.sha256()
@@ -53,26 +56,26 @@ class ModelFiles:
                 digest.update(f"{file}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
         return {"folder": self.name, "sha256": digest.hexdigest()}
 
-    def read_json(self, file: str) -> dict[str, Any]:
-        """The object in a JSON file.
+    def read_json(self, file: str) -> ModelConfig:
+        """Read the object in a JSON file.
 
         Raises:
             ModelFilesError: it holds none.
         """
         try:
-            found = json.loads((self.folder / file).read_text(encoding="utf-8"))
+            config = json.loads((self.folder / file).read_text(encoding="utf-8"))
         except ValueError as error:
             raise self.damaged(file, error) from error
-        if not isinstance(found, dict):
+        if not isinstance(config, dict):
             raise self.damaged(file, ValueError("it is no JSON object"))
-        return found
+        return config
 
     def damaged(self, file: str, error: Exception) -> ModelFilesError:
-        """What to raise for a file that cannot be read."""
+        """Make the error for a file that cannot be read."""
         return ModelFilesError(f"{self.name}: {file} is damaged ({reason(error)}); {self._remedy()}")
 
     def check_loaded(self, missing: Sequence[str]) -> None:
-        """Refuses a model of which a part would be random, which its library but warns of.
+        """Refuse a model of which some weights would be random, of which its library only warns.
 
         Raises:
             ModelFilesError: there are missing weights.
@@ -95,7 +98,7 @@ def fetch(
     weights: Sequence[Sequence[str]] = (),
     revision: str | None = None,
 ) -> ModelFiles:
-    """The files that match `patterns` (globs over paths in the repository) of a folder or a hub repository.
+    """Fetch the files that match `patterns` (globs over paths in the repository) of a folder or a hub repository.
 
     weights: alternatives, the best first, each one a group of patterns; just the first one that the repository holds is
         taken, so that a repository with several copies of its weights is downloaded once.
@@ -115,8 +118,8 @@ def fetch(
     for group in weights:
         if files.revision is not None:  # the listing of a commit is kept, so that another group costs no request
             _fetch_hub(files.name, [*patterns, *group], files.revision)
-        if found := files.matching(*group):
-            return replace(files, weights=tuple(found))
+        if matching := files.matching(*group):
+            return replace(files, weights=tuple(matching))
     raise ModelFilesError(
         f"{name_or_path}{f' at {files.revision}' if files.revision else ''} holds no weights; expected one of "
         + ", ".join(group[0] for group in weights)
@@ -124,10 +127,10 @@ def fetch(
 
 
 def require(files: ModelFiles, *needed: Sequence[str], weights: Sequence[Sequence[str]]) -> None:
-    """Refuses a model that lacks files, before any of its weights is downloaded.
+    """Refuse a model that lacks files, before any of its weights is downloaded.
 
-    It looks into the folder; of a repository into the cache, and if that is not enough asks the hub what the commit
-    holds. Nothing is downloaded but the index of weights in several files.
+    Checks the folder; of a repository the cache, and if that is not enough the hub's list of the commit's files.
+    Nothing is downloaded but the index of weights in several files.
 
     needed: groups of patterns; of each group one file has to be there.
     weights: alternatives, as in `fetch`. The first one of which anything is there has to be whole: its index and all
@@ -155,7 +158,7 @@ def require(files: ModelFiles, *needed: Sequence[str], weights: Sequence[Sequenc
 def _lacking(
     files: ModelFiles, there: Sequence[str], needed: Sequence[Sequence[str]], weights: Sequence[Sequence[str]]
 ) -> list[str]:
-    """What is missing `there`, in words."""
+    """Name what is missing among the files `there`."""
 
     def some(patterns: Sequence[str]) -> bool:
         return any(fnmatch(file, pattern) for pattern in patterns for file in there)
@@ -180,7 +183,7 @@ def _lacking(
 
 
 def new_folder(path: str | Path) -> Path:
-    """Make a folder to save a model in, so that nothing is overwritten and no older file is taken for a part of it.
+    """Make an empty folder to save a model in: no file is overwritten, and no older one is taken for a part of it.
 
     Raises:
         FileExistsError: there is something in it.
@@ -193,7 +196,7 @@ def new_folder(path: str | Path) -> Path:
 
 
 def reason(error: Exception) -> str:
-    """Why a file could not be read, in one line; without torch's advice, which is to unpickle whatever it holds."""
+    """Say in one line why a file could not be read; without torch's advice, which is to unpickle it all the same."""
     if isinstance(error, UnpicklingError):
         return "something in it is no tensor"
     return (str(error).strip() or repr(error)).splitlines()[0]
@@ -239,7 +242,7 @@ def _fetch_hub(repo: str, patterns: Sequence[str], revision: str | None) -> Mode
 
 
 def _commit(repo: str, beginning: str) -> str:
-    """The hash that begins so, of the commits in the cache, else of those on `main`; if there is none, what was given.
+    """Complete the beginning of a hash, by the commits in the cache, else by those on `main`; else return it as it is.
 
     The hub itself takes nothing but whole hashes.
 
@@ -249,11 +252,11 @@ def _commit(repo: str, beginning: str) -> str:
     from huggingface_hub import HfApi, constants, errors
 
     snapshots = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "snapshots")
-    found = [folder.name for folder in snapshots.glob(f"{beginning}*")]
+    commits = [folder.name for folder in snapshots.glob(f"{beginning}*")]
     try:
-        found = found or [c.commit_id for c in HfApi().list_repo_commits(repo) if c.commit_id.startswith(beginning)]
+        commits = commits or [c.commit_id for c in HfApi().list_repo_commits(repo) if c.commit_id.startswith(beginning)]
     except errors.HfHubHTTPError:
         raise
     except Exception:  # the HTTP library's, which is another one in other versions: nothing answers
         return beginning  # the cache may know a branch of this name; if not, whoever downloads it says so
-    return found[0] if len(found) == 1 else beginning
+    return commits[0] if len(commits) == 1 else beginning

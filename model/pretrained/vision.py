@@ -1,6 +1,6 @@
-"""Vision models that score pictures: transformers' models by hub repository or folder, and one that a package carries.
+"""Vision models that score pictures: transformers' models by hub repository or folder, and one that is a package.
 
-    uint8 (H, W, 3) --image processor, on Pillow--> float32 (3, h, w) --network--> what the task says
+    uint8 (H, W, 3) --image processor, on Pillow--> float32 (3, h, w) --network--> by the task
 
     classify   the probability of a label
     aesthetic  a number: a CLIP image tower with the head of LAION's predictor V2; or as classify
@@ -23,9 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from microdit.model.pretrained.hub import ModelFiles, ModelFilesError, fetch, require
-from microdit.model.pretrained.packaged import EFFICIENTNET, carried, load_efficientnet
-from microdit.model.pretrained.text import TOKENIZER, VOCABULARIES
+from microdit.model.pretrained.hub import Fingerprint, ModelConfig, ModelFiles, ModelFilesError, fetch, require
+from microdit.model.pretrained.packaged import EFFICIENTNET, load_efficientnet, package_fingerprint
+from microdit.model.pretrained.text_registry import TOKENIZER, VOCABULARIES
 
 Task = Literal["classify", "aesthetic", "embed", "compare"]
 CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
@@ -40,17 +40,17 @@ HALF = ("clip", "siglip")  # model types that float16 holds, which rounds an eig
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a model's config files say. `label`: index of the one that is asked for."""
+class ResolvedVisionModel:
+    """What a name stands for: config files, what they say, and the dtype. `label`: index of the label asked for."""
 
     files: ModelFiles
-    config: dict[str, Any]
+    config: ModelConfig
     dtype: torch.dtype
     label: int | None = None
 
     @property
     def has_head(self) -> bool:
-        """Whether it is a CLIP image tower with the head of LAION's predictor."""
+        """True of a CLIP image tower with the head of LAION's predictor."""
         return any(name.startswith(HEAD) for name in self.config.get("architectures") or ())
 
 
@@ -58,11 +58,11 @@ class VisionModel:
     """A loaded model. Made by `load_vision_model`.
 
     Attributes:
-        fingerprint: what identifies its numbers: files, dtype, label, as `vision_fingerprint` tells them.
-        device: where it runs.
+        fingerprint: identifies its numbers: files, dtype, label, as `vision_fingerprint` gives them.
+        device: what it runs on.
     """
 
-    def __init__(self, network: Any, processor: Any, fingerprint: dict[str, Any], tokenizer: Any = None):
+    def __init__(self, network: Any, processor: Any, fingerprint: Fingerprint, tokenizer: Any = None):
         self.fingerprint = fingerprint
         self._network, self._processor, self._tokenizer = network, processor, tokenizer
         self._dtype: torch.dtype = getattr(torch, fingerprint["dtype"])
@@ -73,13 +73,13 @@ class VisionModel:
         return device
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 (H, W, 3) as the network takes it: float32 (3, h, w). May be called by several threads."""
-        found = self._processor(pixels, return_tensors="np", input_data_format="channels_last")["pixel_values"][0]
-        return np.asarray(found, np.float32)
+        """Prepare uint8 (H, W, 3) for the network: float32 (3, h, w). May be called by several threads."""
+        batch = self._processor(pixels, return_tensors="np", input_data_format="channels_last")["pixel_values"]
+        return np.asarray(batch[0], np.float32)
 
     @torch.inference_mode()
     def see(self, images: Sequence[np.ndarray], size: int | None = None) -> np.ndarray:
-        """float32, of prepared images: (B,) scores, or (B, width) features of unit length.
+        """Compute float32 (B,) scores, or (B, width) features of unit length, of prepared images.
 
         size: the images are filled up to so many with black ones, as rounding depends on the shape of a batch.
 
@@ -91,12 +91,12 @@ class VisionModel:
             if image.shape != batch.shape[1:]:
                 raise ValueError(f"an image of shape {image.shape} beside one of {tuple(batch.shape[1:])}")
             batch[i] = torch.from_numpy(image)
-        found: Tensor = self._network(batch.to(self.device, self._dtype))
-        return found[: len(images)].float().cpu().numpy()
+        scores: Tensor = self._network(batch.to(self.device, self._dtype))
+        return scores[: len(images)].float().cpu().numpy()
 
     @torch.inference_mode()
     def read(self, captions: Sequence[str], size: int | None = None) -> np.ndarray:
-        """float32 (B, width): features of unit length of captions, by the text tower; `size` as in `see`."""
+        """Compute float32 (B, width), features of unit length of captions, by the text tower; `size` as in `see`."""
         padded = [*captions, *[""] * ((size or 0) - len(captions))]
         tokens = self._tokenizer(
             padded, padding="max_length", truncation=True, max_length=self._network.length, return_tensors="pt"
@@ -106,17 +106,17 @@ class VisionModel:
 
 def vision_fingerprint(
     name_or_path: str | Path, task: Task, *, label: str | None = None, revision: str | None = None
-) -> dict[str, Any]:
-    """The fingerprint of `load_vision_model(...)`, told from its files: of a repository only the configs are fetched.
+) -> Fingerprint:
+    """Give the fingerprint of `load_vision_model(...)` from its files: of a repository only the configs are fetched.
 
     Raises:
         As `load_vision_model`, but for files that are damaged.
     """
     if str(name_or_path) == EFFICIENTNET and task == "embed":
-        return {**carried(EFFICIENTNET), "dtype": "float32"}
-    found = _find(str(name_or_path), task, label, revision)
-    require(found.files, *([VOCABULARIES] if task == "compare" else []), weights=WEIGHTS)
-    return _fingerprint(found, task, label)
+        return {**package_fingerprint(EFFICIENTNET), "dtype": "float32"}
+    resolved = _resolve(str(name_or_path), task, label, revision)
+    require(resolved.files, *([VOCABULARIES] if task == "compare" else []), weights=WEIGHTS)
+    return _fingerprint(resolved, task, label)
 
 
 def load_vision_model(
@@ -127,7 +127,7 @@ def load_vision_model(
     revision: str | None = None,
     device: str | torch.device = "cpu",
 ) -> VisionModel:
-    """A model of a hub repository (`owner/name`) or a folder; to embed, `efficientnet` too.
+    """Load a model of a hub repository (`owner/name`) or a folder; to embed, `efficientnet` too.
 
     label: of a classifier, whose probability is the score; not needed if it has but one, or a head as `aesthetic` says.
 
@@ -139,9 +139,9 @@ def load_vision_model(
     if name == EFFICIENTNET and task == "embed":
         network, processor = load_efficientnet()
         return VisionModel(network.to(device), processor, vision_fingerprint(name, task))
-    found = _find(name, task, label, revision)
+    resolved = _resolve(name, task, label, revision)
     patterns = [*CONFIGS, *(TOKENIZER if task == "compare" else ())]
-    files = fetch(name, patterns, weights=WEIGHTS, revision=found.files.revision)
+    files = fetch(name, patterns, weights=WEIGHTS, revision=resolved.files.revision)
     from transformers import AutoImageProcessor, AutoTokenizer
     from transformers.utils import logging
 
@@ -150,11 +150,11 @@ def load_vision_model(
         files.folder, backend="pil", local_files_only=True, trust_remote_code=False
     )
     tokenizer = AutoTokenizer.from_pretrained(files.folder, local_files_only=True) if task == "compare" else None
-    network = _network(files, found, task).to(device).eval().requires_grad_(False)
-    return VisionModel(network, processor, _fingerprint(found, task, label), tokenizer)
+    network = _network(files, resolved, task).to(device).eval().requires_grad_(False)
+    return VisionModel(network, processor, _fingerprint(resolved, task, label), tokenizer)
 
 
-def _find(name: str, task: Task, label: str | None, revision: str | None) -> Found:
+def _resolve(name: str, task: Task, label: str | None, revision: str | None) -> ResolvedVisionModel:
     try:
         files = fetch(name, CONFIGS, revision=revision)
     except ValueError as error:
@@ -166,55 +166,55 @@ def _find(name: str, task: Task, label: str | None, revision: str | None) -> Fou
     if kind is None or there == ["config.json"]:
         lacks = "config.json with a model_type" if kind is None else "preprocessor_config.json"
         raise ValueError(f"vision model {name!r}: there is no {lacks}: it is no vision model of transformers")
-    found = Found(files, config, torch.float16 if str(kind).startswith(HALF) else torch.bfloat16)
+    resolved = ResolvedVisionModel(files, config, torch.float16 if str(kind).startswith(HALF) else torch.bfloat16)
     if task == "compare" and not {"text_config", "vision_config"} <= config.keys():
         raise ValueError(f"vision model {name!r}: {kind!r} has no text tower beside that for images, as a CLIP has")
     if task in ("embed", "compare"):
-        return found
-    if found.has_head and task == "aesthetic":
+        return resolved
+    if resolved.has_head and task == "aesthetic":
         if label is not None:
             raise ValueError(f"vision model {name!r}: it gives a number and has no labels; leave out label = {label!r}")
-        return Found(files, config, torch.float16)
+        return ResolvedVisionModel(files, config, torch.float16)
     labels = {str(text): int(i) for i, text in (config.get("id2label") or {}).items()}
     if label is None and len(labels) == 1:
-        return Found(files, config, found.dtype, 0)
+        return ResolvedVisionModel(files, config, resolved.dtype, 0)
     if label not in labels:
         known = ", ".join(labels) or "none: it is no classifier"
         raise ValueError(f"vision model {name!r}: it has no label {label!r}; its labels are {known}")
-    return Found(files, config, found.dtype, labels[label])
+    return ResolvedVisionModel(files, config, resolved.dtype, labels[label])
 
 
-def _fingerprint(found: Found, task: Task, label: str | None) -> dict[str, Any]:
+def _fingerprint(resolved: ResolvedVisionModel, task: Task, label: str | None) -> Fingerprint:
     tokenizer = TOKENIZER if task == "compare" else ()
-    origin = found.files.origin(*CONFIGS, *tokenizer, *(file for group in WEIGHTS for file in group))
-    return {**origin, "dtype": str(found.dtype).removeprefix("torch."), **({"label": label} if label else {})}
+    origin = resolved.files.origin(*CONFIGS, *tokenizer, *(file for group in WEIGHTS for file in group))
+    return {**origin, "dtype": str(resolved.dtype).removeprefix("torch."), **({"label": label} if label else {})}
 
 
-# -- networks: float (B, 3, h, w) to what the task says ----------------------------------------------------------------
-def _network(files: ModelFiles, found: Found, task: Task) -> torch.nn.Module:
+# -- networks: float (B, 3, h, w) to scores or features ----------------------------------------------------------------
+def _network(files: ModelFiles, resolved: ResolvedVisionModel, task: Task) -> torch.nn.Module:
     from transformers import AutoModel, AutoModelForImageClassification, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     if task in ("embed", "compare"):
-        module, random = _load(files, AutoModel, found.dtype, may_lack="pooler.")
+        module, random = _load(files, AutoModel, resolved.dtype, may_lack="pooler.")
         return _Features(module, pooled=not random)
-    if found.has_head and task == "aesthetic":
-        config = CLIPVisionConfig(**{key: value for key, value in found.config.items() if key != "model_type"})
-        module, _ = _load(files, CLIPVisionModelWithProjection, found.dtype, config=config)
-        return _WithHead(module, _head(files, found.config))
-    module, _ = _load(files, AutoModelForImageClassification, found.dtype)
-    return _Probability(module, int(found.label or 0))
+    if resolved.has_head and task == "aesthetic":
+        config = CLIPVisionConfig(**{key: value for key, value in resolved.config.items() if key != "model_type"})
+        module, _ = _load(files, CLIPVisionModelWithProjection, resolved.dtype, config=config)
+        return _WithHead(module, _head(files, resolved.config))
+    module, _ = _load(files, AutoModelForImageClassification, resolved.dtype)
+    return _Probability(module, int(resolved.label or 0))
 
 
 def _load(
     files: ModelFiles, kind: Any, dtype: torch.dtype, may_lack: str | None = None, **more: Any
 ) -> tuple[torch.nn.Module, list[str]]:
-    """The module, and which of its weights were not there; none but those whose name has `may_lack`."""
+    """Load a module, and list the weights that the files lack: none but those with `may_lack` in their names."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else a table of all that is in the files and not asked for
     try:
-        module, found = kind.from_pretrained(
+        module, report = kind.from_pretrained(
             files.folder,
             dtype=dtype,
             local_files_only=True,
@@ -227,8 +227,8 @@ def _load(
         raise files.damaged(files.weights[0], error) from error
     finally:
         logging.set_verbosity(verbosity)
-    random = [key for key in found["missing_keys"] if may_lack is not None and may_lack in key]
-    files.check_loaded([key for key in found["missing_keys"] if key not in random])
+    random = [key for key in report["missing_keys"] if may_lack is not None and may_lack in key]
+    files.check_loaded([key for key in report["missing_keys"] if key not in random])
     return module, random
 
 
@@ -258,13 +258,13 @@ class _Features(torch.nn.Module):
 
 
 def _pooled(output: Any) -> Tensor:
-    """Of `get_image_features` and `get_text_features`, which give a tensor, or an output around it."""
+    """Take the tensor of `get_image_features` or `get_text_features`, which may come in an output object."""
     features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return features
 
 
 class _Probability(torch.nn.Module):
-    """The probability of one label; of a model with a single one, what it gives itself."""
+    """The probability of one label; of a model with a single label, its output as it is."""
 
     def __init__(self, module: Any, label: int):
         super().__init__()
@@ -287,12 +287,12 @@ class _WithHead(torch.nn.Module):
         self.module, self.head = module, head
 
     def forward(self, pixels: Tensor) -> Tensor:
-        found: Tensor = self.head(_unit(self.module(pixel_values=pixels).image_embeds)).squeeze(-1)
-        return found
+        score: Tensor = self.head(_unit(self.module(pixel_values=pixels).image_embeds)).squeeze(-1)
+        return score
 
 
 def _head(files: ModelFiles, config: Mapping[str, Any]) -> torch.nn.Sequential:
-    """The layers of LAION's head (`layers.<n>.weight` and `.bias`), float32; ReLUs in between if its class says so.
+    """Load the layers of LAION's head (`layers.<n>.weight` and `.bias`), float32; with ReLUs if its class has them.
 
     Raises:
         ModelFilesError: there are no such weights, or they do not fit together.

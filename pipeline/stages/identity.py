@@ -67,10 +67,10 @@ def carried_identity(column: str, name: str) -> dict[str, Any]:
         RequestError: the package is missing.
     """
     from microdit.model.pretrained.hub import ModelFilesError
-    from microdit.model.pretrained.packaged import carried
+    from microdit.model.pretrained.packaged import package_fingerprint
 
     try:
-        return carried(name)
+        return package_fingerprint(name)
     except ModelFilesError as error:
         raise RequestError(f"columns.{column}: {error}") from error
 

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from microdit.model.pretrained.autoencoder import AUTOENCODERS
-from microdit.model.pretrained.text import TEXT_ENCODERS
+from microdit.model.pretrained.text_registry import TEXT_ENCODERS
 from tests.model.pretrained.openclip_format import DATA, read_tower, write_model
 from tests.model.pretrained.text_models import t5_files
 from tests.servers.hub import Hub

@@ -196,7 +196,7 @@ def test_config_of_every_released_model_is_told_from_shapes() -> None:
     for name, entry in parity.manifest().items():
         with torch.device("meta"):
             net = MicroDiT(**constructor_config(entry["constructor"], {}))
-        positions = net._positions(net.grid_size, net.grid_size, torch.device("cpu"))
+        positions = net._pos_embed(net.grid_size, net.grid_size, torch.device("cpu"))
         state = net.state_dict() | {"pos_embed": positions}
         told = config_from_state_dict(state, **({"head_dim": 16} if name == "small_custom" else {}))
         with torch.device("meta"):

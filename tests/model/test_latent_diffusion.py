@@ -13,7 +13,8 @@ from microdit.model.edm import EDM
 from microdit.model.latent_diffusion import LatentDiffusion, create_latent_diffusion
 from microdit.model.network import PRESETS, MicroDiT
 from microdit.model.pretrained.autoencoder import AUTOENCODERS, load_autoencoder
-from microdit.model.pretrained.text import TEXT_ENCODERS, load_text_encoder
+from microdit.model.pretrained.text import load_text_encoder
+from microdit.model.pretrained.text_registry import TEXT_ENCODERS
 from microdit.model.text_to_image import MicroDiTPipeline
 from tests.model.pretrained.openclip_format import DATA, read_tower, write_model
 from tests.model.pretrained.test_autoencoder import kl

@@ -67,10 +67,10 @@ def test_packed_captions_equal_padded_ones(ratio: float, monkeypatch: pytest.Mon
         out = net(x, t, y, mask, ratio, order)["sample"]
         return [out, *torch.autograd.grad(out.square().sum(), list(net.parameters()))]
 
-    places = net._places(mask)
-    assert places is not None and places.tolist() == [0, 1, *range(6, 12)]
+    positions = net._real_positions(mask)
+    assert positions is not None and positions.tolist() == [0, 1, *range(6, 12)]
     packed = run()
-    monkeypatch.setattr(net, "_places", lambda mask: None)
+    monkeypatch.setattr(net, "_real_positions", lambda mask: None)
     torch.testing.assert_close(packed, run(), atol=1e-10, rtol=1e-8)
 
 

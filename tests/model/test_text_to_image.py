@@ -19,7 +19,8 @@ from microdit.model.edm import EDM
 from microdit.model.network import PRESETS
 from microdit.model.pretrained.autoencoder import AUTOENCODERS, load_autoencoder
 from microdit.model.pretrained.hub import ModelFilesError
-from microdit.model.pretrained.text import TEXT_ENCODERS, load_text_encoder
+from microdit.model.pretrained.text import load_text_encoder
+from microdit.model.pretrained.text_registry import TEXT_ENCODERS
 from microdit.model.text_to_image import MicroDiTPipeline
 from tests.model.pretrained.openclip_format import DATA, read_tower, write_model
 from tests.model.pretrained.test_autoencoder import flux2, kl
@@ -307,6 +308,16 @@ def test_parts_that_do_not_fit_together(run: Path, tmp_path: Path) -> None:
         (tmp_path / "t5" / name).write_bytes(data)
     with pytest.raises(ValueError, match=r"t5' is 32 wide, the network takes 384: name the text encoder"):
         MicroDiTPipeline.from_pretrained(run, text_encoder=str(tmp_path / "t5"))
+
+
+def test_a_pipeline_that_older_code_saved(pipe: MicroDiTPipeline, tmp_path: Path) -> None:
+    """Before the package was called microdit, the index named the module of the network otherwise."""
+    pipe.save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "model_index.json"
+    index = json.loads(path.read_text())
+    assert index["transformer"] == ["microdit.model.network", "MicroDiT"]
+    path.write_text(json.dumps(index | {"transformer": ["model.network", "MicroDiT"]}))
+    assert torch.equal(latents(MicroDiTPipeline.from_pretrained(tmp_path / "saved")), latents(pipe))
 
 
 def test_damaged_pipelines(pipe: MicroDiTPipeline, tmp_path: Path) -> None:

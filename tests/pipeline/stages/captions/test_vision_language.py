@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from microdit.model.pretrained.captioners import Answer, VisionModel, load_captioner
+from microdit.model.pretrained.captioners import CaptionAnswer, CaptionModel, load_captioner
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.build import load_config
 from microdit.pipeline.config.captions import CaptionsColumn
@@ -50,11 +50,11 @@ def in_batches(corpus: Corpus, columns: dict[str, Any]) -> dict[str, list[Commit
     return make(corpus, columns, resources={"captions_batch": BATCH})
 
 
-def expected(corpus: Corpus, model: VisionModel, column: str, options: CaptionsColumn) -> dict[str, tuple[str, str]]:
+def expected(corpus: Corpus, model: CaptionModel, column: str, options: CaptionsColumn) -> dict[str, tuple[str, str]]:
     """(caption, reason) of each image by its key: a bare loop over the samples, in the batches that a shard has."""
     found: dict[str, tuple[str, str]] = {}
 
-    def ask(some: list[tuple[str, Any]], name: str, temperature: float) -> list[Answer]:
+    def ask(some: list[tuple[str, Any]], name: str, temperature: float) -> list[CaptionAnswer]:
         seeds = [seed_of(name, "photos", key) for key, _ in some]
         return model.generate([p for _, p in some], str(options.prompt), options.most_tokens, temperature, seeds)
 
@@ -87,7 +87,7 @@ def test_long_and_short_come_of_one_pass_over_the_images(
 ) -> None:
     loads, prepared = [], []
 
-    def load(*where: Any, **options: Any) -> VisionModel:
+    def load(*where: Any, **options: Any) -> CaptionModel:
         loads.append(where)
         model = load_captioner(*where, **options)
         prepare: Callable[[Any], Any] = model.prepare
@@ -175,11 +175,14 @@ def test_what_is_no_caption_is_asked_for_once_more(
     """What a real model would say of a hard image: no random one says it."""
     temperatures = []
 
-    def generate(self: Any, pictures: Any, prompt: str, most: int, temperature: float, seeds: Any) -> list[Answer]:
+    def generate(
+        self: Any, pictures: Any, prompt: str, most: int, temperature: float, seeds: Any
+    ) -> list[CaptionAnswer]:
         temperatures.append(temperature)
-        return [Answer(second if temperature else first, "." in second if temperature else "." in first)] * len(seeds)
+        said = second if temperature else first
+        return [CaptionAnswer(said, "." in said)] * len(seeds)
 
-    monkeypatch.setattr(VisionModel, "generate", generate)
+    monkeypatch.setattr(CaptionModel, "generate", generate)
     made = make(corpus, {"captions/long": asked(folder, temperature=0.0)})["captions/long"]
     found = set(told(corpus, made).values())
     assert found == ({("", outcome)} if outcome else {(second, "")})
@@ -192,15 +195,15 @@ def test_what_is_no_caption_is_asked_for_once_more(
 def test_a_model_that_cannot_do_one_image_does_the_others(
     corpus: Corpus, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate = VisionModel.generate
+    generate = CaptionModel.generate
     seed = seed_of("captions/long", "photos", "k1")
 
-    def fails(self: Any, pictures: Any, prompt: str, most: int, temperature: float, seeds: Any) -> list[Answer]:
+    def fails(self: Any, pictures: Any, prompt: str, most: int, temperature: float, seeds: Any) -> list[CaptionAnswer]:
         if seed in seeds:
             raise RuntimeError("this one")
         return generate(self, pictures, prompt, most, temperature, seeds)
 
-    monkeypatch.setattr(VisionModel, "generate", fails)
+    monkeypatch.setattr(CaptionModel, "generate", fails)
     found = {
         line["key"]: line for line in lines(corpus, make(corpus, {"captions/long": asked(folder)})["captions/long"])
     }

@@ -126,7 +126,7 @@ def test_they_are_named_before_a_build_begins_where_they_are_not_installed(
     def missing(name: str) -> None:
         return None
 
-    carried.carried.cache_clear()
+    carried.package_fingerprint.cache_clear()
     monkeypatch.setattr(carried.importlib.util, "find_spec", missing)
     for column, options in (
         ("scores/nsfw", {}),
