@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from microdit.pipeline.config.images import ImageOptions
-from microdit.pipeline.content.images import BadImage, _scans, decode, encode, prepare, resize, short_side_size
+from microdit.pipeline.content.images import BadImage, decode, encode, prepare, resize, short_side_size
+from microdit.pipeline.content.jpeg import count_scans
 
 OPTIONS = ImageOptions(min_side=8, max_side=64)
 PIXELS = 1_000_000
@@ -328,7 +329,7 @@ def test_a_side_that_its_format_cannot_write_is_refused():
 
 @given(st.lists(st.sampled_from(b"\xff\xda\x00\x07"), max_size=40).map(bytes))
 def test_scans_are_counted_as_bytes_count_them(data: bytes):
-    assert _scans(data) == data.count(b"\xff\xda")
+    assert count_scans(data) == data.count(b"\xff\xda")
 
 
 @settings(max_examples=400, deadline=None)
