@@ -8,7 +8,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from microdit.pipeline.content.colour import flattened, to_srgb
+from microdit.pipeline.content.colour import flattened
 from microdit.pipeline.content.decoded import BadImage, Decoded, Limits
 from microdit.pipeline.content.jpeg_scan import check_markers, decode_whole
 from microdit.pipeline.content.orientation import orientation, readable, upright, upright_array
@@ -70,7 +70,7 @@ def _in_srgb(pixels: np.ndarray, colours: str, profile: bytes | None) -> tuple[n
     if profile is None:
         return pixels, ""
     image = Image.fromarray(np.ascontiguousarray(pixels[..., 0]) if colours == "Gray" else pixels)
-    converted, note = to_srgb(image, profile)
+    converted, note = flattened(image, profile)
     return (converted if note == "converted" else pixels), note
 
 

@@ -9,6 +9,8 @@ import simplejpeg
 from microdit.pipeline.content.decoded import BadImage
 
 FEW = 4  # stray bytes that some cameras write between a complete picture and its end
+READ_AHEAD = 16  # bytes, and more than libjpeg reads before it needs them; those it does not count as stray
+END = b"\xff\xd9"
 MARKER = re.compile(rb"\xff+([^\x00\xff])", re.DOTALL)
 STRAY = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 
@@ -27,42 +29,64 @@ def decode_whole(data: bytes, **options: Any) -> np.ndarray:
         return simplejpeg.decode_jpeg(data, **options)
     except ValueError as error:
         stray = STRAY.search(str(error))
-        end = end_of_scans(data)
+        end, scans = end_of_scans(data)
         if stray is None or end is None:
             raise
-        begins = end - int(stray[1])
-        padding = data[begins:end]
-        if len(padding) > FEW and padding.count(padding[:1]) < len(padding):
+        counted = int(stray[1])
+        if counted > FEW and not _equal(data[end - counted : end]):
             raise
-        pixels = simplejpeg.decode_jpeg(data, strict=False, **options)
-        if data[begins - 2 : begins] != b"\xff\0" and not _ends_in_ones(data, begins - 1, pixels, options):
+        last = _last_byte(data, end - counted, options)
+        if end - last - 1 > FEW and not _equal(data[last + 1 : end]):
+            raise
+        pixels = simplejpeg.decode_jpeg(data[: last + 1] + END, **options)
+        if scans == 1 and not _ends_in_ones(data, last, pixels, options):  # the last bits of many scans hardly show
             raise
         return pixels
+
+
+def _equal(padding: bytes) -> bool:
+    return padding.count(padding[:1]) == len(padding)
+
+
+def _last_byte(data: bytes, last: int, options: dict[str, Any]) -> int:
+    """Find the last byte that the decoder needs, at most `READ_AHEAD` before `last`: without it too few are there."""
+    least = last - READ_AHEAD
+    while least < last:
+        middle = (least + last) // 2
+        try:
+            simplejpeg.decode_jpeg(data[: middle + 1] + END, **options)
+        except ValueError as error:
+            if "premature" in str(error):
+                least = middle + 1
+                continue
+        last = middle
+    return last
 
 
 def _ends_in_ones(data: bytes, at: int, pixels: np.ndarray, options: dict[str, Any]) -> bool:
     """Check that the bits of the byte `at` that the decoder has no use for, the last ones, are all set."""
     last = data[at]
+    if last == 0xFF or data[at - 1 : at + 1] == b"\xff\0":
+        return True
     turned = last | (last + 1)  # the last zero set: without effect if it is among those bits
-    if turned > 0xFE:
-        return last == 0xFF or _is_used(data[:at] + b"\xff\0" + data[at + 1 :], pixels, options)
-    return _is_used(data[:at] + bytes([turned]) + data[at + 1 :], pixels, options)
+    changed = data[:at] + (b"\xff\0" if turned == 0xFF else bytes([turned])) + END
+    try:
+        return not np.array_equal(simplejpeg.decode_jpeg(changed, **options), pixels)
+    except ValueError:  # it has an effect
+        return True
 
 
-def _is_used(changed: bytes, pixels: np.ndarray, options: dict[str, Any]) -> bool:
-    return not np.array_equal(simplejpeg.decode_jpeg(changed, strict=False, **options), pixels)
-
-
-def end_of_scans(data: bytes) -> int | None:
-    """Find the end marker of a JPEG; None if its scans go on to the end of the bytes."""
-    at = 2
+def end_of_scans(data: bytes) -> tuple[int | None, int]:
+    """Find the end marker of a JPEG, None if its scans go on to the end of the bytes, and count the scans."""
+    at, scans = 2, 0
     while match := MARKER.search(data, at):
         name, at = match[1][0], match.end()
         if name == 0xD9:
-            return match.end() - 2
+            return match.start(), scans
+        scans += name == 0xDA
         if not 0xD0 <= name <= 0xD8 and name != 0x01:
             at += int.from_bytes(data[at : at + 2], "big")
-    return None
+    return None, scans
 
 
 def check_markers(data: bytes) -> None:
@@ -71,7 +95,7 @@ def check_markers(data: bytes) -> None:
     Raises:
         BadImage: `truncated` or `damaged`.
     """
-    if (end := end_of_scans(data)) is None:
+    if (end := end_of_scans(data)[0]) is None:
         raise BadImage("truncated", "the JPEG has no end marker")
     turn, begin = 0, data.find(b"\xff\xda")
     for match in re.finditer(rb"\xff([^\x00\xff])", data[begin + 2 : end], re.DOTALL):
