@@ -29,17 +29,19 @@ def decode_whole(data: bytes, **options: Any) -> np.ndarray:
         return simplejpeg.decode_jpeg(data, **options)
     except ValueError as error:
         stray = STRAY.search(str(error))
-        end, scans = end_of_scans(data)
-        if stray is None or end is None:
+        end, begins = end_of_scans(data)
+        if stray is None or end is None or not begins:
             raise
         counted = int(stray[1])
         if counted > FEW and not _equal(data[end - counted : end]):
             raise
-        last = _last_byte(data, end - counted, options)
+        last = _last_byte(data, begins[-1], end - counted, options)
         if end - last - 1 > FEW and not _equal(data[last + 1 : end]):
             raise
         pixels = simplejpeg.decode_jpeg(data[: last + 1] + END, **options)
-        if scans == 1 and not _ends_in_ones(data, last, pixels, options):  # the last bits of many scans hardly show
+        if len(begins) == 1 and not _ends_in_ones(
+            data, last, pixels, options
+        ):  # the last bits of many scans hardly show
             raise
         return pixels
 
@@ -48,15 +50,15 @@ def _equal(padding: bytes) -> bool:
     return padding.count(padding[:1]) == len(padding)
 
 
-def _last_byte(data: bytes, last: int, options: dict[str, Any]) -> int:
-    """Find the last byte that the decoder needs, at most `READ_AHEAD` before `last`: without it too few are there."""
-    least = last - READ_AHEAD
+def _last_byte(data: bytes, begin: int, last: int, options: dict[str, Any]) -> int:
+    """Find the last byte of the scan from `begin` that the decoder needs, at most `READ_AHEAD` before `last`."""
+    least = max(begin, last - READ_AHEAD)
     while least < last:
         middle = (least + last) // 2
         try:
             simplejpeg.decode_jpeg(data[: middle + 1] + END, **options)
         except ValueError as error:
-            if "premature" in str(error):
+            if not STRAY.search(str(error)):  # too few
                 least = middle + 1
                 continue
         last = middle
@@ -76,17 +78,18 @@ def _ends_in_ones(data: bytes, at: int, pixels: np.ndarray, options: dict[str, A
         return True
 
 
-def end_of_scans(data: bytes) -> tuple[int | None, int]:
-    """Find the end marker of a JPEG, None if its scans go on to the end of the bytes, and count the scans."""
-    at, scans = 2, 0
+def end_of_scans(data: bytes) -> tuple[int | None, list[int]]:
+    """Find the end marker of a JPEG, None if its scans go on to the end of the bytes, and where the scans begin."""
+    at, begins = 2, list[int]()
     while match := MARKER.search(data, at):
         name, at = match[1][0], match.end()
         if name == 0xD9:
-            return match.start(), scans
-        scans += name == 0xDA
+            return match.start(), begins
         if not 0xD0 <= name <= 0xD8 and name != 0x01:
             at += int.from_bytes(data[at : at + 2], "big")
-    return None, scans
+        if name == 0xDA:
+            begins.append(at)
+    return None, begins
 
 
 def check_markers(data: bytes) -> None:

@@ -44,10 +44,7 @@ def decode_other(data: bytes, limits: Limits) -> Decoded:
 def _opened(data: bytes) -> ImageFile.ImageFile:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
-    except (
-        UnidentifiedImageError,
-        ValueError,
-    ):  # Pillow reads an AVIF's EXIF data, which may be broken, before the picture
+    except (UnidentifiedImageError, ValueError):  # by an AVIF's EXIF data, which are read first and may be broken
         without = AVIF_EXIF.sub(rb"\1none", data, count=1) if data[4:8] == b"ftyp" else data
         if without == data:
             raise
