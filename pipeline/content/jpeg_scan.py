@@ -10,6 +10,7 @@ from microdit.pipeline.content.decoded import BadImage
 
 FEW = 4  # stray bytes that some cameras write between a complete picture and its end
 READ_AHEAD = 16  # bytes, and more than libjpeg reads before it needs them; those it does not count as stray
+ZEROS = bytes(32)
 END = b"\xff\xd9"
 MARKER = re.compile(rb"\xff+([^\x00\xff])", re.DOTALL)
 STRAY = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
@@ -25,6 +26,7 @@ def decode_whole(data: bytes, **options: Any) -> np.ndarray:
     Raises:
         ValueError: the JPEG is damaged; the message is libjpeg's.
     """
+    _check_zeros(data)
     try:
         return simplejpeg.decode_jpeg(data, **options)
     except ValueError as error:
@@ -39,11 +41,38 @@ def decode_whole(data: bytes, **options: Any) -> np.ndarray:
         if end - last - 1 > FEW and not _equal(data[last + 1 : end]):
             raise
         pixels = simplejpeg.decode_jpeg(data[: last + 1] + END, **options)
-        if len(begins) == 1 and not _ends_in_ones(
-            data, last, pixels, options
-        ):  # the last bits of many scans hardly show
+        # the last bits of many scans hardly show
+        if len(begins) == 1 and not _ends_in_ones(data, last, pixels, options):
             raise
         return pixels
+
+
+def _check_zeros(data: bytes) -> None:
+    """Refuse a scan with a run of zeros that no encoder writes, as of a block of a file that never came."""
+    if ZEROS not in data:
+        return
+    end, begins = end_of_scans(data)
+    if end is None or len(begins) != 1:  # scans of one component or one sort of coefficients may have such runs
+        return
+    at = data.find(ZEROS, begins[0], end)
+    if at >= 0 and data[at:end].strip(b"\0") and not _zeros_end_blocks(data[: begins[0]]):
+        raise ValueError(f"a run of zeros in the scan, {at - begins[0]} bytes from its beginning")
+
+
+def _zeros_end_blocks(header: bytes) -> bool:
+    """Check that zeros are the code for "nothing more in this block" in all tables: then a flat picture is many zeros.
+
+    Where they are a coefficient's code, a run of them is all coefficients of a block, of one value.
+    """
+    at = 2
+    while match := MARKER.match(header, at):
+        at, end = match.end() + 2, match.end() + int.from_bytes(header[match.end() : match.end() + 2], "big")
+        while match[1] == b"\xc4" and at + 17 < end:  # a table: its kind, how many codes have each length, the symbols
+            if header[at] >= 0x10 and header[at + 17] != 0:
+                return False
+            at += 17 + sum(header[at + 1 : at + 17])
+        at = end
+    return True
 
 
 def _equal(padding: bytes) -> bool:

@@ -244,6 +244,21 @@ def test_a_scan_that_has_lost_its_place_is_refused(mode: str, progressive: bool)
     assert accepted <= 8  # those that found their place again in time: no decoder can tell
 
 
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_a_zeroed_block_of_a_jpeg_is_damage_and_a_flat_picture_is_none(subsampling: int):
+    noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    data = saved(Image.fromarray(noise).resize((480, 320), Image.Resampling.BICUBIC), "JPEG", subsampling=subsampling)
+    for at in range(data.index(b"\xff\xda") + 20, len(data) - 600, 997):
+        with pytest.raises(BadImage):
+            decode(data[:at] + bytes(512) + data[at + 512 :], PIXELS)
+    for colour in ("white", "gray", "black"):
+        for options in ({}, {"optimize": True}, {"progressive": True}):
+            flat = Image.new("RGB", (900, 700), colour)
+            for mode in ("RGB", "L", "CMYK"):
+                whole = saved(flat.convert(mode), "JPEG", subsampling=subsampling, **options)
+                assert np.ptp(decode(whole, PIXELS).pixels) == 0
+
+
 def test_a_gif_frame_smaller_than_its_screen_lies_on_white():
     small = saved(Image.new("P", (8, 8), 1), "GIF")
     data = bytearray(small)
