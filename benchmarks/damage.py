@@ -4,11 +4,13 @@
 
 Pictures of every format and kind that is taken (and animations, which are not) are drawn, encoded and damaged: bits
 turned over, cut off, spliced, runs of zeros or noise, headers that lie; some are left whole. Each goes through
-`pipeline.content.images.prepare`, and what comes of it is decoded again. Of every 50 one archive is made (tar, tgz,
-zip; some members with another extension than their own), which is damaged likewise and read by
-`pipeline.files.archives`. All of it in a child process: when that dies or takes more than the bound for one item, a
-crash or a hang is counted, and the next item gets another process. An item is made of the seed and its number:
-`damaged_image(seed, number)`.
+`pipeline.content.images.prepare`, and what comes of it is decoded again and compared with what comes of the file before
+it was damaged: `accepted_wrong` counts those of which more than a tenth of the pixels are wrong. For every ten images
+the scan of a photograph is damaged, and compared likewise: `scans` (benchmarks/damage_scans.py). Of every 50 images one
+archive is made (tar, tgz, zip; some members with another extension than their own), which is damaged likewise and read
+by `pipeline.files.archives`. All images and archives in a child process: when that dies or takes more than the bound
+for one item, a crash or a hang is counted, and the next item gets another process. An item is made of the seed and its
+number: `damaged_image(seed, number)`.
 """
 
 import random
@@ -21,7 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.damage_inputs import OPTIONS, PER_ARCHIVE, Item, damaged_archive, damaged_image
+from benchmarks.damage_scans import measure_scans, wrong_share
 from benchmarks.harness import argument_parser, print_figures
 from microdit.pipeline.content.images import BadImage, decode, prepare
 from microdit.pipeline.files.archives import members
@@ -35,12 +40,29 @@ MEMBER_REASONS = {"too_large", "not_a_file", "encrypted", "unsupported", "damage
 
 
 # -- in the child ----------------------------------------------------------------------------------------------------
-def examine_image(data: bytes) -> dict[str, Any]:
-    """What comes of an image: `outcome` is `ok`, a reason, or `escaped` if something else than a reason comes."""
+def examine_image(sent: bytes) -> dict[str, Any]:
+    """What comes of an image: `outcome` is `ok`, a reason, or `escaped` if something else than a reason comes.
+
+    `wrong`: the share of its pixels that are not those of the whole file, which is `sent` with it (`packed`).
+    """
     warnings.simplefilter("ignore")
+    length = int.from_bytes(sent[:4], "big")
+    whole, data = sent[4 : 4 + length], sent[4 + length :]
     began = time.perf_counter()
     outcome, detail = _prepared(data)
-    return {"outcome": outcome, "detail": detail, "seconds": time.perf_counter() - began, "memory": _memory()}
+    found = {"outcome": outcome, "detail": detail, "seconds": time.perf_counter() - began, "memory": _memory()}
+    if outcome == "ok" and data != whole and _prepared(whole)[0] == "ok":
+        found["wrong"] = wrong_share(_stored(data), _stored(whole))
+    return found
+
+
+def _stored(data: bytes) -> np.ndarray:
+    return decode(prepare(data, OPTIONS).data, OPTIONS.max_pixels).pixels
+
+
+def packed(item: Item) -> bytes:
+    """An image as it is sent to the child."""
+    return len(item.whole).to_bytes(4, "big") + item.whole + item.data
 
 
 def examine_archive(data: bytes) -> dict[str, Any]:
@@ -101,6 +123,9 @@ class Totals:
     seconds: float = 0.0
     slowest: dict[str, Any] = field(default_factory=lambda: {"seconds": 0.0})
     memory: int = 0
+    compared: int = 0
+    wrong: Counter[str] = field(default_factory=Counter)
+    """By kind: accepted, with more than a tenth of the pixels wrong."""
 
     def add(self, item: Item, number: int, found: dict[str, Any]) -> None:
         outcome = found["outcome"]
@@ -108,6 +133,9 @@ class Totals:
         self.by_kind.setdefault(item.kind, Counter())[outcome] += 1
         for damage in set(item.damage.split("+")):
             self.by_damage.setdefault(damage, Counter())[outcome] += 1
+        self.compared += "wrong" in found
+        if found.get("wrong", 0.0) > 0.1:
+            self.wrong[item.kind] += 1
         self.seconds += found["seconds"]
         self.memory = max(self.memory, found["memory"])
         if found["seconds"] > self.slowest["seconds"]:
@@ -122,7 +150,7 @@ def measure(count: int, seed: int, bound: float = BOUND) -> dict[str, Any]:
     with IsolatedDecoder(examine_image, bound) as image_child, IsolatedDecoder(examine_archive, bound) as archive_child:
         for number in range(count):
             item = damaged_image(seed, number)
-            found = _examined(image_child, item, bound)
+            found = _examined(image_child, packed(item), bound)
             images.add(item, number, found)
             if found["outcome"] in ("crash", "stall", "escaped") or (
                 item.damage == "whole" and found["outcome"] != item.expected
@@ -131,7 +159,7 @@ def measure(count: int, seed: int, bound: float = BOUND) -> dict[str, Any]:
         for number in range(-(-count // PER_ARCHIVE)):
             size = min(PER_ARCHIVE, count)
             item = damaged_archive(seed, number, size)
-            found = _examined(archive_child, item, bound)
+            found = _examined(archive_child, item.data, bound)
             archives.add(item, number, found)
             held = found.get("members", {})
             inside.update(held)
@@ -150,6 +178,10 @@ def measure(count: int, seed: int, bound: float = BOUND) -> dict[str, Any]:
         "bad": len(bad),
         "adds_up": images.outcomes.total() == count
         and all(sum(kind.total() for kind in t.by_kind.values()) == t.outcomes.total() for t in totals),
+        "accepted_damaged": images.compared,
+        "accepted_wrong": images.wrong.total(),
+        "accepted_wrong_by_kind": dict(images.wrong.most_common()),
+        "scans": measure_scans(count // 10, seed),
         "slowest_image": images.slowest,
         "slowest_archive": archives.slowest,
         "images_per_second": round(count / images.seconds, 1) if images.seconds else 0.0,
@@ -164,9 +196,9 @@ def measure(count: int, seed: int, bound: float = BOUND) -> dict[str, Any]:
     }
 
 
-def _examined(child: IsolatedDecoder[dict[str, Any]], item: Item, bound: float) -> dict[str, Any]:
+def _examined(child: IsolatedDecoder[dict[str, Any]], data: bytes, bound: float) -> dict[str, Any]:
     try:
-        return child(item.data)
+        return child(data)
     except BadImage as error:
         return {
             "outcome": error.reason,
@@ -184,7 +216,7 @@ def main() -> None:
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1 << 32)
     found = measure(options.count, seed)
     print_figures(found, options.json)
-    if found["bad"] or not found["adds_up"]:
+    if found["bad"] or not found["adds_up"] or found["scans"]["padded_refused"]:
         raise SystemExit(1)
 
 

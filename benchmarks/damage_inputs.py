@@ -253,6 +253,8 @@ class Item:
     """What must come of it if it is whole."""
     inside: int = 0
     """Of an archive: the members that are asked for."""
+    whole: bytes = b""
+    """Of an image: the file before it was damaged."""
 
 
 def damaged_image(seed: int, number: int) -> Item:
@@ -264,7 +266,7 @@ def damaged_image(seed: int, number: int) -> Item:
 
     kind, (data, expected) = whole()
     made, how = damaged(data, rng, lambda: whole()[1][0])
-    return Item(kind, how, made, expected)
+    return Item(kind, how, made, expected, whole=data)
 
 
 def damaged_archive(seed: int, number: int, size: int = PER_ARCHIVE) -> Item:

@@ -84,6 +84,10 @@ def test_damage(given: int | None) -> None:
     assert (found["crashes"], found["hangs"], found["escaped"], found["bad_items"]) == (0, 0, 0, [])
     assert found["adds_up"] and sum(found["image_outcomes"].values()) == 150
     assert sum(found["archive_outcomes"].values()) == 3
+    assert found["accepted_wrong"] <= found["accepted_damaged"] <= found["image_outcomes"]["ok"]
+    scans = found["scans"]
+    assert (scans["scans"], scans["padded"], scans["padded_refused"]) == (15, 3, 0)
+    assert scans["forgiven_wrong"] <= scans["accepted_wrong"] <= sum(scans["outcomes"].values()) == 15
     assert found["image_outcomes"]["ok"] > 0 and len(found["image_outcomes"]) > 3
     assert found["slowest_image"]["seconds"] > 0
 

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image
 
-from microdit.pipeline.content.images import SHRINK_MARGIN, Decoded, decode, short_side_size
+from microdit.pipeline.content.decoded import Decoded
+from microdit.pipeline.content.images import decode, short_side_size
+from microdit.pipeline.content.jpeg import SHRINK_MARGIN
 
 
 def squares(data: bytes, out: Mapping[int, np.ndarray], max_pixels: int) -> None:
@@ -44,10 +45,10 @@ def _centre(image: Decoded, side: int) -> np.ndarray:
     """`square` of an image, which may have been decoded at a fraction of its size."""
     size = short_side_size(image.width, image.height, side)
     left, top = ((length - side) // 2 for length in size)
-    if size == (image.pixels.shape[1], image.pixels.shape[0]):
+    if image.scale == 1 and size == (image.width, image.height):
         return image.pixels[top : top + side, left : left + side]
     # at a fraction the last row and column may be half beyond the picture
     across, down = image.width * image.scale, image.height * image.scale
     x, y = across / size[0], down / size[1]  # pixels for one of the result's; only the crop is resized
     box = (left * x, top * y, min((left + side) * x, across), min((top + side) * y, down))
-    return np.asarray(image.picture.resize((side, side), Image.Resampling.BICUBIC, box))
+    return image.resized((side, side), box)

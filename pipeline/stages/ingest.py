@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
@@ -103,9 +104,13 @@ def ingest_unit(
                 ref = ShardRef(source=source.name, unit=task.unit, shard=shard)
                 with begin_attempt(corpus, IMAGES, ref, generation=unit_shards.generation(shard)) as attempt:
                     fail_point("fetching")
+                    profiles: Counter[str] = Counter()
                     for sample, image in samples:
                         _write(attempt, source.name, sample, image, corpus.shard_samples, config.images.format)
-                    commit = attempt.commit(wait_seconds=began - since, cpu_seconds=time.process_time() - worked)
+                        if isinstance(image, Prepared) and image.profile:
+                            profiles[f"profiles_{image.profile}"] += 1
+                    seconds = {"wait_seconds": began - since, "cpu_seconds": time.process_time() - worked}
+                    commit = attempt.commit(**seconds, **profiles)
                 inputs += commit.counts["in"]
                 if report is not None and commit.ours:
                     report(commit)

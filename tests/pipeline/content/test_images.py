@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from microdit.pipeline.config.images import ImageOptions
-from microdit.pipeline.content.images import BadImage, _scans, decode, encode, prepare, resize, short_side_size
+from microdit.pipeline.content.images import BadImage, decode, encode, prepare, resize, short_side_size
+from microdit.pipeline.content.jpeg import count_scans
 
 OPTIONS = ImageOptions(min_side=8, max_side=64)
 PIXELS = 1_000_000
@@ -173,11 +174,21 @@ def test_a_long_short_side_is_reduced(size: tuple[int, int], format: str):
 def test_a_reduced_decode_is_as_good_as_a_whole_one(size: tuple[int, int]):
     noise = np.random.default_rng(0).integers(60, 190, (30, 40, 3), dtype=np.uint8)
     data = saved(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC), "JPEG", quality=95)
-    options = ImageOptions(min_side=8, max_side=150, format="png")
     assert decode(data, PIXELS, shrink_to=150).pixels.shape[0] < size[1] / 2
-    found = decode(prepare(data, options).data, PIXELS).pixels
+    found = decode(data, PIXELS, shrink_to=150).resized(short_side_size(*size, 150))
     wanted = resize(decode(data, PIXELS).pixels, short_side_size(*size, 150))
     assert 10 * np.log10(255**2 / np.mean((found.astype(float) - wanted) ** 2)) > 42
+
+
+@pytest.mark.parametrize("size", [(320, 260), (640, 480), (810, 643)])
+def test_fine_text_is_as_good_as_from_a_whole_decode(size: tuple[int, int]):
+    image = Image.new("RGB", size, "white")
+    lines = "\n".join("the quick brown fox jumps over the lazy dog " * 4 for _ in range(60))
+    ImageDraw.Draw(image).multiline_text((2, 2), lines, "black", ImageFont.load_default(max(10, size[0] // 40)))
+    data = saved(image, "JPEG", quality=95, subsampling=0)
+    found = decode(prepare(data, ImageOptions(min_side=8, max_side=128, format="png")).data, PIXELS).pixels
+    wanted = resize(decode(data, PIXELS).pixels, short_side_size(*size, 128))
+    assert np.mean((found.astype(float) - wanted) ** 2) < 255**2 / 10**3.7  # 37 dB
 
 
 def test_the_short_side_decides_what_is_too_small():
@@ -328,7 +339,7 @@ def test_a_side_that_its_format_cannot_write_is_refused():
 
 @given(st.lists(st.sampled_from(b"\xff\xda\x00\x07"), max_size=40).map(bytes))
 def test_scans_are_counted_as_bytes_count_them(data: bytes):
-    assert _scans(data) == data.count(b"\xff\xda")
+    assert count_scans(data) == data.count(b"\xff\xda")
 
 
 @settings(max_examples=400, deadline=None)

@@ -357,3 +357,12 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder(None) == tmp_path / ".cache/microdit"
     assert cache_folder(str(tmp_path / "mine")) == tmp_path / "mine"
+
+
+def test_colour_profiles_are_counted_in_the_commit(tmp_path: Path, corpus: Corpus):
+    cases = Path(__file__).parents[2] / "data" / "cases" / "images"
+    adobe, broken = ((cases / name).read_bytes() for name in ("i-adobergb-jpg.jpg", "i-big-png.png"))
+    ingest_unit(corpus, given(6, row1=adobe, row2=broken, row3=adobe), UnitTask("given-000000"), config(tmp_path))
+    first, second = corpus.commits("images")
+    assert (first.timings["profiles_converted"], first.timings["profiles_ignored"]) == (2, 1)
+    assert not any(name.startswith("profiles") for name in second.timings)
