@@ -87,14 +87,19 @@ class Saver:
         except CheckpointError as error:
             self.say(f"{error}; the run goes on, and the checkpoint before it stays")
 
-    def save(self, step: int, tensors: TensorSnapshot, state: Mapping[str, Any], generate: Mapping[str, Any]) -> None:
-        """Begin to write; after `settle`."""
+    def save(
+        self, step: int, tensors: TensorSnapshot, state: Mapping[str, Any], generate: Mapping[str, Any],
+        remove: bool = True,
+    ) -> None:  # fmt: skip
+        """Begin to write; after `settle`. remove: those before that are not to be kept."""
         self._step = step
-        self._writing = self._pool.submit(self._write, step, tensors, state, generate)
+        self._writing = self._pool.submit(self._write, remove, step, tensors, state, generate)
 
-    def _write(self, step: int, *contents: Any) -> None:
+    def _write(self, remove: bool, step: int, *contents: Any) -> None:
         self.checkpoints.write(step, *contents)
         try:
+            if not remove:
+                return
             names = self.checkpoints.names()
             hours = [self._hours(name) if self.keep_hours else None for name in names]
             for i in superfluous(hours, self.keep, self.keep_hours):

@@ -100,28 +100,36 @@ class Meter:
 
 
 class NotFinite:
-    """Notes steps whose gradient was not finite; it never waits for the device, so they are known some steps later.
+    """Notes steps whose gradient was not finite; only `settle` waits for the device, else they are known later.
 
-    Each process writes the samples of its part of a bad batch as a line of OUT/not-finite-RANK.jsonl.
+    before: the `Progress.position` before the first of those `in_a_row`. Each process writes the samples of its part of
+    a bad batch as a line of OUT/not-finite-RANK.jsonl.
     """
 
     def __init__(self, out: Path, team: Team):
         self.path, self.device = out / f"not-finite-{team.rank}.jsonl", team.device
-        self.in_a_row = 0
-        self._pending: deque[tuple[int, Tensor, Any, SampleIndex, np.ndarray]] = deque()
+        self.in_a_row, self.before = 0, dict[str, Any]()
+        self._pending: deque[tuple[dict[str, Any], Tensor, Any, SampleIndex, np.ndarray]] = deque()
 
-    def add(self, step: int, bad: Tensor, index: SampleIndex, positions: np.ndarray) -> None:
-        """bad: 1 if the gradient of this step was not finite, else 0; positions: of its samples in the index."""
+    def add(self, before: dict[str, Any], bad: Tensor, index: SampleIndex, positions: np.ndarray) -> None:
+        """Note a step. bad: 1 if its gradient was not finite, else 0; positions: of its samples in the index."""
         event = None
         if self.device.type == "cuda":
             bad, event = bad.to("cpu", non_blocking=True), torch.cuda.Event()
             event.record()
-        self._pending.append((step, bad, event, index, positions))
-        while self._pending and (self._pending[0][2] is None or self._pending[0][2].query()):
-            step, bad, _, index, positions = self._pending.popleft()
-            self.in_a_row = self.in_a_row + 1 if bad.item() else 0
+        self._pending.append((before, bad, event, index, positions))
+        self.settle(wait=False)
+
+    def settle(self, wait: bool = True) -> None:
+        """Take in all steps that are known, or wait for all."""
+        while self._pending and (wait or self._pending[0][2] is None or self._pending[0][2].query()):
+            before, bad, event, index, positions = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
             if bad.item():
-                self._write(step, [index.name(i) for i in positions.tolist()])
+                self.before = before if self.in_a_row == 0 else self.before
+                self._write(before["step"] + 1, [index.name(i) for i in positions.tolist()])
+            self.in_a_row = self.in_a_row + 1 if bad.item() else 0
 
     def _write(self, step: int, samples: list[str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
