@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.json_lines import plain
 from microdit.pipeline.base.noted_signals import NotedSignals
 from microdit.trainer import start
 from microdit.trainer.checkpoints.contents import folder_name, snapshot
@@ -153,7 +154,7 @@ class Run:
         if measure:
             figures = self.validation.measure(self.learner, self.legs[number], number)
             if figures is not None:
-                progress.validation = figures["loss"] if figures["ema_loss"] is None else figures["ema_loss"]
+                progress.validation = plain(figures["loss"] if figures["ema_loss"] is None else figures["ema_loss"])
                 self.log.line(progress.step, images=progress.seen, stage=number + 1, validation=figures)
         if self.sheets is not None and draw:
             self.sheets.draw(progress.step, self.learner, self.legs[number].latent_shape)

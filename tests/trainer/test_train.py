@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -269,6 +270,54 @@ def test_weights_that_are_not_finite_are_not_saved(recipe, tmp_path, at_step, mo
     with pytest.raises(RequestError, match=r"step 1: the weights are not finite and are not saved; there is no"):
         train(recipe(checkpoint_every=1))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_step_in_which_nothing_was_learned_is_null_in_the_log(recipe, tmp_path, spoiled, capsys) -> None:
+    spoiled((2, 3))
+    train(recipe())
+
+    def refuse(name: str) -> None:
+        pytest.fail(name)
+
+    text = (tmp_path / "run" / "log.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    assert [line["step"] for line in lines if line["loss"] is None] == [3, 4]
+    assert [line["step"] for line in lines if line["grad_norm"] is None] == [3, 4]
+    json.dumps(state(tmp_path / "run", 12), allow_nan=False)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_line_of_the_log(recipe, tmp_path, monkeypatch, capfd) -> None:
+    """The limit on a file's size stands for the disk."""
+    limits, log = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "run" / "log.jsonl"
+    before, original = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), Run.report
+
+    def report(self) -> None:
+        full = 3 <= self.progress.step <= 9
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + 100 if full else limits[0], limits[1]))
+        original(self)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        if full and self.progress.step > 3:
+            assert list(losses(tmp_path / "run")) == [1, 2]  # no line is torn
+
+    monkeypatch.setattr(Run, "report", report)
+    try:
+        assert train(recipe())["steps"] == 12
+    finally:
+        signal.signal(signal.SIGXFSZ, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(losses(tmp_path / "run")) == list(range(1, 13))
+    said = capfd.readouterr()
+    assert said.out.count("waits in memory until there is room") == 1 and said.out.count("is written again") == 1
+    assert "Traceback" not in said.err
+    assert tensorboard_steps(tmp_path / "run") == list(range(1, 13))
+
+
+def tensorboard_steps(out: Path) -> list[int]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    return sorted({event.step for event in events.Scalars("loss")})
 
 
 def test_a_finished_run_is_made_longer(recipe, tmp_path) -> None:

@@ -1,6 +1,5 @@
 """What the steps give: speed and losses between two lines of the log, and which gradients were not finite."""
 
-import json
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from microdit.model.device import peak_memory_mb
 from microdit.model.flops import gpu_peak
+from microdit.pipeline.base.json_lines import JsonLines
 from microdit.pipeline.selection.sample_index import SampleIndex
 from microdit.trainer.data.batch import Batch
 from microdit.trainer.monitoring.log import Log, by_noise
@@ -76,7 +76,7 @@ class Meter:
         self.settle()
         progress, seconds = self.progress, time.perf_counter() - self.marked
         self.speed = speed = (progress.seen - self.marked_seen) / seconds
-        progress.loss = progress.loss_sum / max(progress.loss_steps, 1)
+        progress.loss = progress.loss_sum / progress.loss_steps if progress.loss_steps else None
         sums, counts = progress.noise[:NOISE_BINS], progress.noise[NOISE_BINS:]
         self.log.line(
             progress.step, images=progress.seen, stage=stage + 1, loss=progress.loss,
@@ -87,10 +87,11 @@ class Meter:
             seconds=round(progress.seconds, 3), seconds_left=round(images_left / speed, 1),
         )  # fmt: skip
         minutes, rest = divmod(round(images_left / speed), 60)
+        loss = "nothing learned" if progress.loss is None else f"loss {progress.loss:.4f}"
         validation = "" if progress.validation is None else f"  validation {progress.validation:.4f}"
         self.log.status(
             f"stage {stage + 1}/{len(progress.lengths)}  step {progress.step}/{sum(progress.lengths)}  "
-            f"loss {progress.loss:.4f}{validation}  {speed:,.0f} images/s  {minutes}:{rest:02d} left"
+            f"{loss}{validation}  {speed:,.0f} images/s  {minutes}:{rest:02d} left"
             + (f"  {progress.skipped} steps skipped" if progress.skipped else ""),
             last=images_left == 0,
         )
@@ -108,6 +109,7 @@ class NotFinite:
 
     def __init__(self, out: Path, team: Team):
         self.path, self.device = out / f"not-finite-{team.rank}.jsonl", team.device
+        self._lines = JsonLines(self.path)
         self.in_a_row, self.before = 0, dict[str, Any]()
         self._pending: deque[tuple[dict[str, Any], Tensor, Any, SampleIndex, np.ndarray]] = deque()
 
@@ -128,10 +130,6 @@ class NotFinite:
                 event.synchronize()
             if bad.item():
                 self.before = before if self.in_a_row == 0 else self.before
-                self._write(before["step"] + 1, [index.name(i) for i in positions.tolist()])
+                samples = [index.name(i) for i in positions.tolist()]
+                self._lines.append({"step": before["step"] + 1, "samples": samples})
             self.in_a_row = self.in_a_row + 1 if bad.item() else 0
-
-    def _write(self, step: int, samples: list[str]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "samples": samples}) + "\n")
