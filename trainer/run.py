@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.folder_lock import folder_lock
 from microdit.pipeline.base.json_lines import plain
 from microdit.pipeline.base.noted_signals import NotedSignals
 from microdit.trainer import start
@@ -38,7 +39,9 @@ class Run:
         self.team = stack.enter_context(joined_team())
         self.signals = stack.enter_context(NotedSignals())
         self.log = stack.enter_context(closing(Log(recipe.out, self.team.rank == 0, recipe.wandb, recipe.name)))
+        self.team.from_first(lambda: stack.enter_context(folder_lock(recipe.out, "run")))
         self.samples = open_samples(recipe)
+        self.team.from_first(lambda: start.refuse_long_captions(recipe, self.samples))
         self.init = None if recipe.init is None else start.Init(recipe, self.samples)
         self.cache = stack.enter_context(closing(open_cache(recipe, self.samples)))
         self.config = start.network_config(recipe, self.samples, self.cache, self.init)

@@ -14,6 +14,7 @@ from microdit.model.network import PRESETS, MicroDiT
 from microdit.model.pretrained.hub import ModelFilesError
 from microdit.model.trained_with import differences
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.selection.sample_index import largest_scalar
 from microdit.trainer.checkpoints.contents import Checkpoint
 from microdit.trainer.data.batch import MicroBatch
 from microdit.trainer.data.batches import LegData, sample_shape
@@ -48,6 +49,18 @@ def begin_message(recipe: Recipe, samples: RunSamples, legs: Sequence[LegData], 
     if (lanes := legs[-1].lanes.count) < recipe.lanes:
         lines.append(f"{recipe.lanes} lanes are more than there are samples: {lanes} lanes")
     return "\n".join(lines)
+
+
+def refuse_long_captions(recipe: Recipe, samples: RunSamples) -> None:
+    """Raises RequestError if a caption is longer than the last of `text_lengths`, by the sidecars of the columns."""
+    for column in recipe.text:
+        for index in (*{one.digest: one for one in samples.legs}.values(), samples.held):
+            longest = largest_scalar(samples.corpus, samples.columns[column], index, "tokens")
+            if longest is not None and longest[0] > recipe.text_lengths[-1]:
+                raise RequestError(
+                    f"text_lengths: {column} has a caption of {longest[0]} tokens ({longest[1]}), the last length is "
+                    f"{recipe.text_lengths[-1]}; add {longest[0]}"
+                )
 
 
 def selection_names(recipe: Recipe, samples: RunSamples) -> list[str | None]:

@@ -320,6 +320,31 @@ def tensorboard_steps(out: Path) -> list[int]:
     return sorted({event.step for event in events.Scalars("loss")})
 
 
+def test_a_second_run_in_one_folder_is_refused_while_the_first_lives(recipe, tmp_path, at_step, monkeypatch) -> None:
+    def second() -> None:
+        with pytest.raises(RequestError, match=r"another run works in .*/run \(process .*take another folder"):
+            train(recipe())
+
+    at_step(6, second)
+    assert train(recipe())["steps"] == 12
+    assert list(losses(tmp_path / "run")) == list(range(1, 13))
+
+
+def test_what_changes_only_rounding_is_changed_on_resume_and_long_captions_are_found_at_the_start(
+    recipe, tmp_path, at_step
+) -> None:
+    with pytest.raises(RequestError, match=r"text_lengths: text/tiny@long has a caption of 21 .*the last length is 20"):
+        train(recipe(text_lengths=[4, 20]))
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+    train(recipe(out=str(tmp_path / "whole")))
+    at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    train(recipe())
+    stages = [stage.model_dump(exclude_none=True) | {"micro_batch": 3} for stage in recipe().stages]
+    assert train(recipe(stages=stages, text_lengths=[8, 21], name="other"))["steps"] == 12
+    whole, parted = losses(tmp_path / "whole"), losses(tmp_path / "run")
+    assert list(parted.values()) == pytest.approx(list(whole.values()), rel=1e-5)
+
+
 def test_a_finished_run_is_made_longer(recipe, tmp_path) -> None:
     stages = [stage.model_dump(exclude_none=True) for stage in recipe().stages]
     train(recipe())
