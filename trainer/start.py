@@ -14,11 +14,12 @@ from microdit.model.network import PRESETS, MicroDiT
 from microdit.model.pretrained.hub import ModelFilesError
 from microdit.model.trained_with import differences
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.selection.broken_samples import NotingShardCache
 from microdit.pipeline.selection.sample_index import largest_scalar
 from microdit.trainer.checkpoints.contents import Checkpoint
 from microdit.trainer.data.batch import MicroBatch
 from microdit.trainer.data.batches import LegData, sample_shape
-from microdit.trainer.data.samples import NotingShardCache, RunSamples
+from microdit.trainer.data.samples import RunSamples
 from microdit.trainer.learner import Learner
 from microdit.trainer.monitoring.progress import Progress
 from microdit.trainer.processes import Team

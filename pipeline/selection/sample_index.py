@@ -217,8 +217,7 @@ def largest_scalar(
 
     def largest(number: int) -> tuple[int, int] | None:
         start, end = bounds[number : number + 2]
-        table = corpus.sidecar(commits[index.shards[number]])
-        if start == end or scalar not in table.column_names:
+        if start == end or scalar not in (table := corpus.sidecar(commits[index.shards[number]])).column_names:
             return None
         values = table[scalar].fill_null(0).to_numpy()[index.row[start:end]]
         return int(values.max()), int(start + values.argmax())
