@@ -64,7 +64,7 @@ class Run:
         """Go on from the newest checkpoint if that is allowed, or begin."""
         recipe = self.recipe
         saved = load_latest(self.checkpoints, self.log.say, self.team, allowed)
-        self.resumed_step = self.saved_step = -1 if saved is None else int(saved.state["step"])
+        self.resumed_step = self.saved_step = self.saver.saved = -1 if saved is None else int(saved.state["step"])
         self.changes: list[dict[str, Any]] = []
         if saved is None:
             self.progress = Progress([leg.length for leg in recipe.stages])
@@ -119,13 +119,12 @@ class Run:
     def step(self, batch: Batch) -> None:
         """Take a step on a batch, and count it."""
         progress, data = self.progress, self.legs[self.progress.stage]
-        before = progress.position()
         length, leg_seen = progress.lengths[progress.stage], (progress.stage_step + 1) * data.leg.batch
         self.rate = learning_rate(data.leg, progress.stage_step, length, progress.scale)
         taken = self.learner.step(batch, data.leg, self.rate, progress.scale, leg_seen)
         self.meter.add(taken)
+        self.not_finite.add(progress.position(), taken.bad, data.index, batch.positions)
         progress.advance(data.leg.batch)
-        self.not_finite.add(before, taken.bad, data.index, batch.positions)
 
     def report(self) -> None:
         """Write a line of the log if one is due, and fit the lengths of the legs to the time left."""
@@ -141,7 +140,8 @@ class Run:
         """Ask whether a signal came to any process, or nothing is learned; they ask each other now and then only."""
         if self.moments.now(self.progress.step):
             self.signals.received = int(self.team.largest(self.signals.received))
-            self.not_finite.in_a_row = int(self.team.largest(self.not_finite.in_a_row))
+            if self.team.largest(self.not_finite.in_a_row) >= LIMIT:
+                self.not_finite.settle()  # those that are not known yet may be good again
             self.stopped = self.signals.received > 0 or self.not_finite.in_a_row >= LIMIT
         return self.stopped
 
@@ -173,7 +173,7 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        """Begin to write a checkpoint, once the one before is written: of the state before gradients became bad.
+        """Begin to write a checkpoint, once the one before is written: the state before gradients became bad.
 
         Raises:
             RequestError: the weights are not finite.
@@ -184,6 +184,8 @@ class Run:
         self.meter.settle()
         if bad := self.not_finite.in_a_row:  # they changed nothing, and are taken again
             progress = replace(progress, **self.not_finite.before, skipped=progress.skipped - bad)
+        self.saver.settle()
+        self.saved_step = self.team.from_first(lambda: self.saver.saved)
         if progress.step == self.saved_step:
             return
         if not learner.finite():
@@ -191,7 +193,6 @@ class Run:
         self.saved_step = progress.step
         for listed in self.team.gathered(self.cache.broken.listed()):
             self.cache.broken.restore(listed)
-        self.saver.settle()
         tensors = snapshot(learner.net, learner.averages, learner.optimizer, keep=first)
         if first:
             state = {"recipe": recipe.model_dump(mode="json"), "data": self.trained_on, "progress": asdict(progress)}

@@ -78,14 +78,18 @@ class Saver:
         self.checkpoints, self.keep, self.keep_hours, self.say = checkpoints, keep, keep_hours, say
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        self._step = 0
+        self._step, self._failing = 0, False
+        self.saved = -1  # the last step that was written
 
     def settle(self) -> None:
         """Wait for the one before: the memory holds one copy at a time."""
         try:
             self.finish()
+            self._failing = False
         except CheckpointError as error:
-            self.say(f"{error}; the run goes on, and the checkpoint before it stays")
+            if not self._failing:
+                self.say(f"{error}; the run goes on and tries again with the next one, and the one before it stays")
+            self._failing = True
 
     def save(
         self, step: int, tensors: TensorSnapshot, state: Mapping[str, Any], generate: Mapping[str, Any],
@@ -125,6 +129,7 @@ class Saver:
         try:
             if writing is not None:
                 writing.result()
+                self.saved = self._step
         except OSError as error:
             raise CheckpointError(f"the checkpoint of step {self._step} cannot be written: {error}") from error
 

@@ -3,6 +3,7 @@
 import importlib
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch.utils.tensorboard import SummaryWriter
 
 from microdit.pipeline.base.errors import RequestError
@@ -40,7 +42,7 @@ class Log:
         self.path, self.active, self.name = out / "log.jsonl", active, name
         self._lines, self._numbers = JsonLines(self.path), list[tuple[int, dict[str, float]]]()
         self._step: int | None = None  # after which the run goes on, until TensorBoard knows
-        self._opened = self._full = False
+        self._full = False
         self._project, self._run = wandb, None
         self._wandb = _wandb_ready(wandb) if wandb is not None and active else None
         self._writer: SummaryWriter | None = None
@@ -55,7 +57,8 @@ class Log:
         """
         if not self.active:
             return
-        self._step, self._opened = step, True
+        self._step = step
+        threading.excepthook = _quiet_excepthook
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lines.keep(lambda line: isinstance(line.get("step"), int) and line["step"] <= step)
@@ -71,15 +74,14 @@ class Log:
 
     def line(self, step: int, **values: Any) -> None:
         """Write a line. A value may be a dictionary of numbers, or of such; None stands for what is not known."""
-        if not self._opened:
+        if not self.active:
             return
         numbers = _flat(plain(values))
         self._numbers.append((step, numbers))
         error = self._lines.append({"step": step} | values) or self._to_tensorboard()
-        if error is not None and not self._full:  # which stops no run
-            self.say(f"step {step}: the log in {self.path.parent} waits in memory until there is room: {error}")
-        if error is None and self._full:
-            self.say(f"step {step}: the log in {self.path.parent} is written again")
+        if self._full == (error is None):  # which stops no run
+            what = f"waits in memory until there is room: {error}" if error else "is written again"
+            self.say(f"step {step}: the log in {self.path.parent} {what}")
         self._full = error is not None
         if self._run is not None:
             with suppress(OSError):  # its own process writes, and goes on
@@ -109,10 +111,9 @@ class Log:
 
     def picture(self, step: int, picture: Image.Image) -> None:
         """Give a sheet of pictures to TensorBoard and W&B."""
-        with suppress(OSError):
-            if self._writer is not None:
+        if self._writer is not None:
+            with suppress(OSError):
                 self._writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
-                self._writer.flush()
         if self._run is not None and self._wandb is not None:
             self._run.log({"samples": self._wandb.Image(picture)}, step=step)
 
@@ -137,6 +138,12 @@ class Log:
         self._close_writer()
         if self._run is not None:
             self._run.finish()
+
+
+def _quiet_excepthook(thrown: threading.ExceptHookArgs) -> None:
+    """Print what ends a thread, but for a full disk's error in TensorBoard's, which the next number raises again."""
+    if type(thrown.thread) is not _AsyncWriterThread or not isinstance(thrown.exc_value, OSError):
+        threading.__excepthook__(thrown)
 
 
 def _wandb_ready(project: str) -> Any:
