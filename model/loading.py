@@ -132,8 +132,18 @@ def find_parts(
         return _parts_of_pipeline(path, {"checkpoint": path.as_posix()}, *named)
     folder = find_checkpoint(path)
     ema = folder / "ema.safetensors"
-    weights = ema if ema.is_file() else folder / "model.safetensors"
+    weights = ema if ema.is_file() or _lists(folder, ema.name) else folder / "model.safetensors"
+    if not weights.is_file():
+        raise CheckpointError(f"{folder} is not whole: it has no {weights.name}; take another checkpoint")
     return _parts_of_file(weights, {"checkpoint": weights.as_posix()}, *named)
+
+
+def _lists(folder: Path, file: str) -> bool:
+    """Whether a checkpoint's state.json says that this file belongs to it."""
+    try:
+        return file in json.loads((folder / "state.json").read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def checkpoint_folders(out: Path) -> list[Path]:

@@ -92,10 +92,10 @@ class Learner:
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # AdamW leaves everything as it is where this is 1
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._average(leg, scale, leg_seen)
+        self._average(leg, scale, leg_seen, bad)
         return Step(loss, norm, bad, noise, flops)
 
-    def _average(self, leg: LegRecipe, scale: float, leg_seen: float) -> None:
+    def _average(self, leg: LegRecipe, scale: float, leg_seen: float, bad: Tensor) -> None:
         half_lives = leg.half_lives
         if leg_seen <= leg.ema_start * scale:
             self.averages = []
@@ -105,8 +105,14 @@ class Learner:
         while len(self.averages) < len(half_lives):  # it begins with the weights of now
             self.averages.append({name: p.detach().clone() for name, p in self.parameters.items()})
         for average, half_life in zip(self.averages, half_lives, strict=True):
-            parts = [own_part(value) for value in average.values()]
-            torch._foreach_lerp_(parts, weights, 1 - 0.5 ** (leg.batch / (half_life * scale)))
+            share = (1 - 0.5 ** (leg.batch / (half_life * scale))) * (1 - bad)  # nothing where nothing was learned
+            for value, weight in zip(average.values(), weights, strict=True):
+                own_part(value).lerp_(weight, share)
+
+    def finite(self) -> bool:
+        """Whether all weights are finite; all have to ask together."""
+        norms = torch.stack(torch._foreach_norm([own_part(p.detach()) for p in self.parameters.values()]))
+        return self.team.largest(float(not norms.isfinite().all())) == 0
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -181,8 +181,10 @@ class Recipe(RecipePart):
 OPERATION = {"corpus", "out", "cache_mb", "time_budget", "checkpoint_every", "checkpoint_keep", "log_every"} | {
     "guidance_scale", "compile", "checkpoint_minutes", "wandb", "cache_folder", "cache_gb", "max_broken",
     "validate_every", "sample_every", "sample_prompts",
-    "checkpoints", "checkpoint_keep_hours", "parallel",
+    "checkpoints", "checkpoint_keep_hours", "parallel", "name", "text_lengths",
 }  # fmt: skip
+# And with other values of these in a leg that is not over, and with another optimizer; a checkpoint tells what changed.
+LEG_CHANGES = {"learning_rate", "final_learning_rate", "warmup", "schedule", "clip", "images", "steps"}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -195,8 +197,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """Collect what must be equal for a run to go on: the recipe without `OPERATION` and the micro-batches."""
+    """Collect what decides what is computed, by name (`stages.0.batch`): all but `OPERATION` and the micro-batches."""
     fields = recipe.model_dump(mode="json", exclude=OPERATION)
-    for leg in fields["stages"]:
-        del leg["micro_batch"]
+    legs, optimizer = fields.pop("stages"), fields.pop("optimizer")
+    fields |= {"stages": len(legs)} | {f"optimizer.{name}": value for name, value in optimizer.items()}
+    for number, leg in enumerate(legs):
+        fields |= {f"stages.{number}.{name}": value for name, value in leg.items() if name != "micro_batch"}
     return fields

@@ -3,10 +3,12 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.folder_lock import folder_lock
+from microdit.pipeline.base.json_lines import plain
 from microdit.pipeline.base.noted_signals import NotedSignals
 from microdit.trainer import start
 from microdit.trainer.checkpoints.contents import folder_name, snapshot
@@ -37,7 +39,9 @@ class Run:
         self.team = stack.enter_context(joined_team())
         self.signals = stack.enter_context(NotedSignals())
         self.log = stack.enter_context(closing(Log(recipe.out, self.team.rank == 0, recipe.wandb, recipe.name)))
+        self.team.from_first(lambda: stack.enter_context(folder_lock(recipe.out, "run")))
         self.samples = open_samples(recipe)
+        self.team.from_first(lambda: start.refuse_long_captions(recipe, self.samples))
         self.init = None if recipe.init is None else start.Init(recipe, self.samples)
         self.cache = stack.enter_context(closing(open_cache(recipe, self.samples)))
         self.config = start.network_config(recipe, self.samples, self.cache, self.init)
@@ -60,15 +64,20 @@ class Run:
         """Go on from the newest checkpoint if that is allowed, or begin."""
         recipe = self.recipe
         saved = load_latest(self.checkpoints, self.log.say, self.team, allowed)
-        self.resumed_step = -1 if saved is None else int(saved.state["step"])
+        self.resumed_step = self.saved_step = self.saver.saved = -1 if saved is None else int(saved.state["step"])
+        self.changes: list[dict[str, Any]] = []
         if saved is None:
             self.progress = Progress([leg.length for leg in recipe.stages])
             if self.init is not None:
                 self.init.load(self.learner)
             self.log.say(start.begin_message(recipe, self.samples, self.legs, self.learner))
             return
-        start.refuse_other_run(saved, recipe, self.trained_on)
+        changes = start.find_changes(saved, recipe, self.trained_on)
+        self.changes = [*saved.state.get("changes", []), *changes]
         self.progress = Progress(**saved.state["progress"])
+        start.change_lengths(self.progress, recipe, changes)
+        for one in changes:
+            self.log.say(f"going on with {one['name']} = {one['to']}, which was {one['from']}")
         self.learner.load(saved)
         self.cache.broken.restore(saved.state.get("broken", []))
         if self.progress.seen < self.total:
@@ -114,8 +123,8 @@ class Run:
         self.rate = learning_rate(data.leg, progress.stage_step, length, progress.scale)
         taken = self.learner.step(batch, data.leg, self.rate, progress.scale, leg_seen)
         self.meter.add(taken)
+        self.not_finite.add(progress.position(), taken.bad, data.index, batch.positions)
         progress.advance(data.leg.batch)
-        self.not_finite.add(progress.step, taken.bad, data.index, batch.positions)
 
     def report(self) -> None:
         """Write a line of the log if one is due, and fit the lengths of the legs to the time left."""
@@ -131,7 +140,8 @@ class Run:
         """Ask whether a signal came to any process, or nothing is learned; they ask each other now and then only."""
         if self.moments.now(self.progress.step):
             self.signals.received = int(self.team.largest(self.signals.received))
-            self.not_finite.in_a_row = int(self.team.largest(self.not_finite.in_a_row))
+            if self.team.largest(self.not_finite.in_a_row) >= LIMIT:
+                self.not_finite.settle()  # those that are not known yet may be good again
             self.stopped = self.signals.received > 0 or self.not_finite.in_a_row >= LIMIT
         return self.stopped
 
@@ -147,7 +157,7 @@ class Run:
         if measure:
             figures = self.validation.measure(self.learner, self.legs[number], number)
             if figures is not None:
-                progress.validation = figures["loss"] if figures["ema_loss"] is None else figures["ema_loss"]
+                progress.validation = plain(figures["loss"] if figures["ema_loss"] is None else figures["ema_loss"])
                 self.log.line(progress.step, images=progress.seen, stage=number + 1, validation=figures)
         if self.sheets is not None and draw:
             self.sheets.draw(progress.step, self.learner, self.legs[number].latent_shape)
@@ -163,20 +173,33 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        """Begin to write a checkpoint, once the one before is written."""
+        """Begin to write a checkpoint, once the one before is written: the state before gradients became bad.
+
+        Raises:
+            RequestError: the weights are not finite.
+        """
         recipe, progress, learner, first = self.recipe, self.progress, self.learner, self.team.rank == 0
         self.saved_at = time.monotonic()
+        self.not_finite.settle()
         self.meter.settle()
+        if bad := self.not_finite.in_a_row:  # they changed nothing, and are taken again
+            progress = replace(progress, **self.not_finite.before, skipped=progress.skipped - bad)
+        self.saver.settle()
+        self.saved_step = self.team.from_first(lambda: self.saver.saved)
+        if progress.step == self.saved_step:
+            return
+        if not learner.finite():
+            raise RequestError(f"step {progress.step}: the weights are not finite and are not saved; {self._advice}")
+        self.saved_step = progress.step
         for listed in self.team.gathered(self.cache.broken.listed()):
             self.cache.broken.restore(listed)
-        self.saver.settle()
         tensors = snapshot(learner.net, learner.averages, learner.optimizer, keep=first)
         if first:
             state = {"recipe": recipe.model_dump(mode="json"), "data": self.trained_on, "progress": asdict(progress)}
-            state["broken"] = self.cache.broken.listed()
+            state |= {"broken": self.cache.broken.listed(), "changes": self.changes}
             selection = self.trained_on[progress.stage]["selection"]
             info = start.generate_info(recipe, self.samples, self.legs[progress.stage], selection)
-            self.saver.save(progress.step, tensors, state, info)
+            self.saver.save(progress.step, tensors, state, info, remove=not bad)
 
     def end_leg(self) -> None:
         """Go on to the next leg, if this one is over and not the last."""
@@ -193,24 +216,32 @@ class Run:
             CheckpointError: the checkpoint cannot be written.
         """
         progress, not_finite = self.progress, self.not_finite
+        not_finite.settle()
         if progress.step > self.resumed_step:
-            if progress.seen >= self.total:
+            if progress.seen >= self.total and not not_finite.in_a_row:
                 self.look(last=True)
             self.save()
         self.saver.finish()
-        if not_finite.in_a_row >= LIMIT:
+        if not_finite.in_a_row >= LIMIT or (not_finite.in_a_row and progress.seen >= self.total):
             raise RequestError(
                 f"step {progress.step}: the last {not_finite.in_a_row} gradients were not finite and nothing was "
-                f"learned; their samples are in {not_finite.path}. Lower the learning rate, or look at the latents; "
-                "the same command goes on after them"
+                f"learned; their samples are in {not_finite.path}; {self._advice}"
             )
         what = "stopped" if progress.seen < self.total else "finished"
         self.log.say(f"{what}: {progress.seen:,} of {self.total:,} images, {self.newest}")
 
     @property
     def newest(self) -> str:
-        """Where the checkpoint of this step is."""
-        return f"{self.checkpoints}/{folder_name(self.progress.step)}"
+        """Where the newest checkpoint is."""
+        return f"{self.checkpoints}/{folder_name(self.saved_step)}"
+
+    @property
+    def _advice(self) -> str:
+        what = f"{self.newest} is from before" if self.saved_step >= 0 else "there is no checkpoint"
+        return (
+            f"{what}. Lower learning_rate or clip in stages.{self.progress.stage}, with which the run may go on from "
+            "there, or look at the latents of those samples"
+        )
 
     def summary(self) -> dict[str, Any]:
         """Sum up the run, as `train` says."""

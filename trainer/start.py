@@ -14,13 +14,16 @@ from microdit.model.network import PRESETS, MicroDiT
 from microdit.model.pretrained.hub import ModelFilesError
 from microdit.model.trained_with import differences
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.selection.broken_samples import NotingShardCache
+from microdit.pipeline.selection.sample_index import largest_scalar
 from microdit.trainer.checkpoints.contents import Checkpoint
 from microdit.trainer.data.batch import MicroBatch
 from microdit.trainer.data.batches import LegData, sample_shape
-from microdit.trainer.data.samples import NotingShardCache, RunSamples
+from microdit.trainer.data.samples import RunSamples
 from microdit.trainer.learner import Learner
+from microdit.trainer.monitoring.progress import Progress
 from microdit.trainer.processes import Team
-from microdit.trainer.recipe import AUTO, LegRecipe, Recipe, identity
+from microdit.trainer.recipe import AUTO, LEG_CHANGES, LegRecipe, Recipe, identity
 
 CPU_MICRO_BATCH = 32  # what `auto` is on a CPU, where memory is no good measure
 WARM_STEPS, TIMED_STEPS = 3, 8  # of a leg, to measure the speed
@@ -49,6 +52,18 @@ def begin_message(recipe: Recipe, samples: RunSamples, legs: Sequence[LegData], 
     return "\n".join(lines)
 
 
+def refuse_long_captions(recipe: Recipe, samples: RunSamples) -> None:
+    """Raises RequestError if a caption is longer than the last of `text_lengths`, by the sidecars of the columns."""
+    for column in recipe.text:
+        for index in (*{one.digest: one for one in samples.legs}.values(), samples.held):
+            longest = largest_scalar(samples.corpus, samples.columns[column], index, "tokens")
+            if longest is not None and longest[0] > recipe.text_lengths[-1]:
+                raise RequestError(
+                    f"text_lengths: {column} has a caption of {longest[0]} tokens ({longest[1]}), the last length is "
+                    f"{recipe.text_lengths[-1]}; add {longest[0]}"
+                )
+
+
 def selection_names(recipe: Recipe, samples: RunSamples) -> list[str | None]:
     """Return `name@hash` of each leg's selection, None where there is none."""
     from microdit.pipeline.selection.selections import find_selection  # it brings duckdb
@@ -65,15 +80,23 @@ def trained_on(recipe: Recipe, samples: RunSamples) -> list[dict[str, Any]]:
     ]
 
 
-def refuse_other_run(saved: Checkpoint, recipe: Recipe, data: Sequence[Mapping[str, Any]]) -> None:
-    """Raises RequestError if a checkpoint is of another recipe, or of other samples than `trained_on` gives."""
-    advice = f"put it back, or set out to another folder than {recipe.out}"
+def find_changes(saved: Checkpoint, recipe: Recipe, data: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """List what the recipe changes in the run of a checkpoint.
+
+    Raises:
+        RequestError: the run cannot go on with that, or with other samples than `trained_on` gives.
+    """
+    advice, stage = f"put it back, or set out to another folder than {recipe.out}", saved.state["progress"]["stage"]
     before, now = identity(Recipe.model_validate(saved.state["recipe"])), identity(recipe)
+    open_fields = {f"stages.{number}.{name}" for number in range(stage, len(recipe.stages)) for name in LEG_CHANGES}
+    changes = []
     for name in now:
-        if before[name] != now[name]:
-            raise RequestError(
-                f"{saved.name} was made with {name} = {before[name]}, the recipe says {now[name]}; {advice}"
-            )
+        if before.get(name) != now[name]:
+            if name not in open_fields and not name.startswith("optimizer."):
+                raise RequestError(
+                    f"{saved.name} was made with {name} = {before.get(name)}, the recipe says {now[name]}; {advice}"
+                )
+            changes.append({"step": saved.state["step"], "name": name, "from": before[name], "to": now[name]})
     for old, new in zip(saved.state["data"], data, strict=True):
         if any(old[name] != new[name] for name in ("latents", "samples", "digest")):
             raise RequestError(
@@ -81,6 +104,20 @@ def refuse_other_run(saved: Checkpoint, recipe: Recipe, data: Sequence[Mapping[s
                 f"corpus and the selection now give {new['samples']:,} ({new['digest']}); name the selection "
                 f"with its hash, or {advice}"
             )
+    return changes
+
+
+def change_lengths(progress: Progress, recipe: Recipe, changes: Sequence[Mapping[str, Any]]) -> None:
+    """Give the legs the lengths that the changes say.
+
+    Raises:
+        RequestError: a leg has done more already.
+    """
+    for number in {int(one["name"].split(".")[1]) for one in changes if one["name"].endswith((".images", ".steps"))}:
+        length, done = recipe.stages[number].length, progress.stage_step if number == progress.stage else 0
+        if length < done:
+            raise RequestError(f"stages.{number}: {length} steps are fewer than the {done} that are done; give more")
+        progress.lengths[number] = max(round(length * progress.scale), done, 1)
 
 
 def generate_info(recipe: Recipe, samples: RunSamples, data: LegData, selection: str | None) -> dict[str, Any]:

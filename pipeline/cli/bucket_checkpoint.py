@@ -13,7 +13,7 @@ from microdit.model.loading import STEP_FOLDER
 from microdit.pipeline.storage.bucket import SCHEMES
 from microdit.pipeline.storage.store import open_store
 from microdit.trainer.checkpoints.bucket import BucketCheckpoints
-from microdit.trainer.checkpoints.contents import OPTIMIZER, check_version
+from microdit.trainer.checkpoints.contents import OPTIMIZER
 
 
 def on_this_machine(checkpoint: str | Path) -> Path:
@@ -39,7 +39,6 @@ def on_this_machine(checkpoint: str | Path) -> Path:
         if not name:
             raise CheckpointError("there is no checkpoint")
         state = bucket.state(name)
-        check_version(state)
         # equal states name equal files
         key = hashlib.sha256(json.dumps([bucket.store.url, state], sort_keys=True).encode()).hexdigest()[:16]
         folder = cache / key / name

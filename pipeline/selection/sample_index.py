@@ -209,6 +209,23 @@ def _ok_rows(corpus: Corpus, commit: Commit) -> np.ndarray:
         ) from None
 
 
+def largest_scalar(
+    corpus: Corpus, commits: Mapping[ShardId, Commit], index: SampleIndex, scalar: str
+) -> tuple[int, str] | None:
+    """Find the largest value of a sidecar's column among samples, and the sample; None if no sidecar has it."""
+    bounds = np.searchsorted(index.shard, np.arange(len(index.shards) + 1))
+
+    def largest(number: int) -> tuple[int, int] | None:
+        start, end = bounds[number : number + 2]
+        if start == end or scalar not in (table := corpus.sidecar(commits[index.shards[number]])).column_names:
+            return None
+        values = table[scalar].fill_null(0).to_numpy()[index.row[start:end]]
+        return int(values.max()), int(start + values.argmax())
+
+    found = [one for one in threaded(largest, range(len(index.shards))) if one is not None]
+    return None if not found else (max(found)[0], index.name(max(found)[1]))
+
+
 def read_captions(corpus: Corpus, text: str, index: SampleIndex) -> list[str]:
     """Read the captions that a text column was made of, of samples, in the index' order."""
     column = f"captions/{text.partition('@')[2]}"

@@ -53,7 +53,9 @@ def write_shard(corpus: Corpus, column: str, ref: ShardRef, inputs: list, genera
                 attempt.add(row, key, {"npy": array_bytes(latent)})
             else:
                 tokens = 2 + (number + row) % (5 if column.endswith("source") else 20)
-                attempt.add(row, key, {"npy": array_bytes(rng.normal(size=(tokens, 16)).astype(np.float16))})
+                attempt.add(
+                    row, key, {"npy": array_bytes(rng.normal(size=(tokens, 16)).astype(np.float16))}, tokens=tokens
+                )
         return attempt.commit()
 
 
@@ -67,7 +69,7 @@ def build_corpus(
     corpus.declare_column("images", {"stage": "images"})
     for captions in CAPTIONS:
         corpus.declare_column(f"captions/{captions}", {"stage": "captions"}, {"caption": "string", "tokens": "int32"})
-        corpus.declare_column(f"text/tiny@{captions}", {"stage": "text", "encoder": "tiny"})
+        corpus.declare_column(f"text/tiny@{captions}", {"stage": "text", "encoder": "tiny"}, {"tokens": "int32"})
     for side in (32, 64):
         corpus.declare_column(f"latents/demo-{side}", {"stage": "latents", "autoencoder": "demo", "resolution": side})
     for u in range(units):

@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from microdit.model.checkpoint import load_model
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.trainer.__main__ import main
+from microdit.trainer.data.batches import LegData
 from microdit.trainer.objective import learning_rate
 from microdit.trainer.recipe import LegRecipe
+from microdit.trainer.run import Run
 from microdit.trainer.start import largest_that_fits
 from microdit.trainer.train import train
 from tests.trainer.conftest import STAGE, build_corpus, build_recipe, validations
@@ -147,47 +150,213 @@ def test_micro_batches_change_nothing_but_rounding(recipe, tmp_path) -> None:
     assert list(losses(tmp_path / "b").values()) == pytest.approx(list(losses(tmp_path / "a").values()), rel=1e-5)
 
 
-def test_steps_with_a_gradient_that_is_not_finite_are_skipped_and_counted(recipe, tmp_path, monkeypatch) -> None:
-    from microdit.trainer.data.batches import LegData
-
+@pytest.fixture
+def spoiled(monkeypatch):
+    """Make the gradients of some steps not finite, counted from 0."""
     original = LegData._batch
 
-    def spoiled(self, step, seen):
-        batch = original(self, step, seen)
-        if step in (2, 7):
-            batch.micro_batches[0].noise[0] = math.nan
-        return batch
+    def spoil(steps) -> None:
+        def batch(self, step, seen):
+            made = original(self, step, seen)
+            if step in steps:
+                made.micro_batches[0].noise[0] = math.nan
+            return made
 
-    monkeypatch.setattr(LegData, "_batch", spoiled)
+        monkeypatch.setattr(LegData, "_batch", batch)
+
+    return spoil
+
+
+def saved_steps(out: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (out / "checkpoints").iterdir())
+
+
+def test_steps_with_a_gradient_that_is_not_finite_are_skipped_and_counted(recipe, tmp_path, spoiled) -> None:
+    spoiled((2, 7))
     summary = train(recipe(log_every=2, checkpoint_every=1, checkpoint_keep=20))
     assert summary["skipped"] == 2
-    before, after = tensors(tmp_path / "run", 2), tensors(tmp_path / "run", 3)
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    before, after = tensors(tmp_path / "run", 2, "optimizer"), tensors(tmp_path / "run", 3, "optimizer")
-    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert saved_steps(tmp_path / "run") == [1, 2, 4, 5, 6, 7, 9, 10, 11, 12]  # after bad ones there is nothing new
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())
-    assert not torch.equal(tensors(tmp_path / "run", 3)["final_layer.linear.weight"], torch.zeros(1)) and all(
-        value.isfinite().all() for value in tensors(tmp_path / "run", 12).values()
-    )
+    before, after = tensors(tmp_path / "run", 2, "optimizer"), tensors(tmp_path / "run", 4, "optimizer")
+    name = "final_layer.linear.weight"
+    assert after[f"{name}.step"] == before[f"{name}.step"] + 1
+    assert not torch.equal(tensors(tmp_path / "run", 4)[name], tensors(tmp_path / "run", 2)[name])
+    assert all(value.isfinite().all() for value in tensors(tmp_path / "run", 12).values())
 
 
-def test_a_run_that_learns_nothing_any_more_ends(recipe, tmp_path, monkeypatch) -> None:
-    from microdit.trainer.data.batches import LegData
-
-    original = LegData._batch
-
-    def spoiled(self, step, seen):
-        batch = original(self, step, seen)
-        batch.micro_batches[0].noise[0] = math.nan
-        return batch
-
-    monkeypatch.setattr(LegData, "_batch", spoiled)
-    with pytest.raises(RequestError, match="step 3: the last 3 gradients were not finite"):
-        train(recipe(log_every=100, checkpoint_every=100))
-    assert state(tmp_path / "run", 3)["progress"]["skipped"] == 3
+def test_a_run_that_learns_nothing_any_more_ends_and_goes_on_with_another_rate(
+    recipe, tmp_path, spoiled, monkeypatch, capsys
+) -> None:
+    train(recipe(out=str(tmp_path / "whole"), checkpoint_every=6, checkpoint_keep=9))
+    fields = {"log_every": 100, "checkpoint_every": 3, "checkpoint_keep": 1}
+    spoiled(range(6, 12))
+    with pytest.raises(RequestError, match=r"step 9: the last 3 .*step-00000006 is from before\. Lower learning_rate"):
+        train(recipe(**fields))
+    # three bad ones in a row, of which the last would have been saved; what is saved is the state before them
+    assert saved_steps(tmp_path / "run") == [6]
+    for name in ("model", "ema", "optimizer"):
+        before, after = tensors(tmp_path / "whole", 6, name), tensors(tmp_path / "run", 6, name)
+        assert all(torch.equal(before[key], after[key]) for key in before), name
     lines = [json.loads(line) for line in (tmp_path / "run" / "not-finite-0.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["step"] for line in lines] == [7, 8, 9]
     assert all(len(line["samples"]) == STAGE["batch"] and "art/art-00000" in line["samples"][0] for line in lines)
+    for _ in range(2):  # again and again: nothing is lost
+        with pytest.raises(RequestError, match="step 9: the last 3"):
+            train(recipe(**fields))
+    assert saved_steps(tmp_path / "run") == [6]
+
+    monkeypatch.undo()
+    stages = [stage.model_dump(exclude_none=True) for stage in recipe().stages]
+    with pytest.raises(RequestError, match=r"made with stages\.0\.learning_rate = 0\.001, the recipe says 0\.0005"):
+        train(recipe(**fields, stages=[stages[0] | {"learning_rate": 5e-4}, stages[1]]))
+    stages[1] |= {"learning_rate": 5e-4, "clip": 0.1}
+    capsys.readouterr()
+    assert train(recipe(**fields, stages=stages, optimizer={"weight_decay": 0.2}))["skipped"] == 0
+    assert "going on with stages.1.learning_rate = 0.0005, which was 0.001" in capsys.readouterr().out
+    changes = state(tmp_path / "run", 12)["changes"]
+    assert [(one["step"], one["name"], one["from"], one["to"]) for one in changes] == [
+        (6, "optimizer.weight_decay", 0.1, 0.2),
+        (6, "stages.1.learning_rate", 1e-3, 5e-4),
+        (6, "stages.1.clip", None, 0.1),
+    ]
+
+
+def test_the_state_before_bad_steps_is_saved_where_none_was_and_the_one_before_it_stays(recipe, tmp_path, spoiled):
+    train(recipe(out=str(tmp_path / "whole"), checkpoint_every=7, checkpoint_keep=9))
+    spoiled(range(7, 10))
+    with pytest.raises(RequestError, match="step 10: the last 3"):
+        train(recipe(checkpoint_every=5, checkpoint_keep=1))
+    assert saved_steps(tmp_path / "run") == [5, 7]
+    found = state(tmp_path / "run", 7)["progress"]
+    assert (found["step"], found["stage_step"], found["seen"], found["skipped"]) == (7, 2, 112, 0)
+    for name in ("model", "ema", "optimizer"):
+        before, after = tensors(tmp_path / "whole", 7, name), tensors(tmp_path / "run", 7, name)
+        assert all(torch.equal(before[key], after[key]) for key in before), name
+
+
+@pytest.mark.parametrize("bad", [(11,), (10, 11)])
+def test_a_run_that_ends_on_bad_steps_has_not_finished(yaml_recipe, tmp_path, spoiled, capsys, bad) -> None:
+    spoiled(bad)
+    path = str(yaml_recipe())
+    for _ in range(2):
+        assert main([path]) == 2
+        assert f"step 12: the last {len(bad)} gradients were not finite" in capsys.readouterr().err
+    assert saved_steps(tmp_path / "run")[-1] == min(bad)
+
+
+def test_bad_steps_are_counted_over_a_stop(recipe, tmp_path, spoiled, at_step, monkeypatch) -> None:
+    spoiled(range(5, 12))
+    with monkeypatch.context():
+        at_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(recipe())["signal"] == signal.SIGTERM
+    assert saved_steps(tmp_path / "run") == [4, 5]
+    monkeypatch.undo()
+    spoiled(range(5, 12))
+    with pytest.raises(RequestError, match="step 8: the last 3"):
+        train(recipe())
+    assert saved_steps(tmp_path / "run") == [4, 5]
+
+
+def test_weights_that_are_not_finite_are_not_saved(recipe, tmp_path, at_step, monkeypatch) -> None:
+    saved = []
+
+    def spoil() -> None:
+        with torch.no_grad():
+            saved[0].learner.net.final_layer.linear.bias.fill_(math.inf)
+
+    original = Run.__init__
+    monkeypatch.setattr(Run, "__init__", lambda self, *args: (saved.append(self), original(self, *args))[1])
+    monkeypatch.setattr(Run, "step", lambda self, batch, real=Run.step: (real(self, batch), spoil())[0])
+    with pytest.raises(RequestError, match=r"step 1: the weights are not finite and are not saved; there is no"):
+        train(recipe(checkpoint_every=1))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_step_in_which_nothing_was_learned_is_null_in_the_log(recipe, tmp_path, spoiled, capsys) -> None:
+    spoiled((2, 3))
+    train(recipe())
+
+    def refuse(name: str) -> None:
+        pytest.fail(name)
+
+    text = (tmp_path / "run" / "log.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    assert [line["step"] for line in lines if line["loss"] is None] == [3, 4]
+    assert [line["step"] for line in lines if line["grad_norm"] is None] == [3, 4]
+    json.dumps(state(tmp_path / "run", 12), allow_nan=False)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_line_of_the_log(recipe, tmp_path, monkeypatch, capfd) -> None:
+    """The limit on a file's size stands for the disk."""
+    limits, log = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "run" / "log.jsonl"
+    before, original = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), Run.report
+
+    def report(self) -> None:
+        full = 3 <= self.progress.step <= 9
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + 100 if full else limits[0], limits[1]))
+        original(self)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        if full and self.progress.step > 3:
+            assert list(losses(tmp_path / "run")) == [1, 2]  # no line is torn
+
+    monkeypatch.setattr(Run, "report", report)
+    try:
+        assert train(recipe())["steps"] == 12
+    finally:
+        signal.signal(signal.SIGXFSZ, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(losses(tmp_path / "run")) == list(range(1, 13))
+    said = capfd.readouterr()
+    assert said.out.count("waits in memory until there is room") == 1 and said.out.count("is written again") == 1
+    assert "Traceback" not in said.err
+    assert tensorboard_steps(tmp_path / "run") == list(range(1, 13))
+
+
+def tensorboard_steps(out: Path) -> list[int]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    return sorted({event.step for event in events.Scalars("loss")})
+
+
+def test_a_second_run_in_one_folder_is_refused_while_the_first_lives(recipe, tmp_path, at_step, monkeypatch) -> None:
+    def second() -> None:
+        with pytest.raises(RequestError, match=r"another run works in .*/run \(process .*take another folder"):
+            train(recipe())
+
+    at_step(6, second)
+    assert train(recipe())["steps"] == 12
+    assert list(losses(tmp_path / "run")) == list(range(1, 13))
+
+
+def test_what_changes_only_rounding_is_changed_on_resume_and_long_captions_are_found_at_the_start(
+    recipe, tmp_path, at_step
+) -> None:
+    with pytest.raises(RequestError, match=r"text_lengths: text/tiny@long has a caption of 21 .*the last length is 20"):
+        train(recipe(text_lengths=[4, 20]))
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+    train(recipe(out=str(tmp_path / "whole")))
+    at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    train(recipe())
+    stages = [stage.model_dump(exclude_none=True) | {"micro_batch": 3} for stage in recipe().stages]
+    assert train(recipe(stages=stages, text_lengths=[8, 21], name="other"))["steps"] == 12
+    whole, parted = losses(tmp_path / "whole"), losses(tmp_path / "run")
+    assert list(parted.values()) == pytest.approx(list(whole.values()), rel=1e-5)
+
+
+def test_a_finished_run_is_made_longer(recipe, tmp_path) -> None:
+    stages = [stage.model_dump(exclude_none=True) for stage in recipe().stages]
+    train(recipe())
+    longer = [stages[0], stages[1] | {"steps": 10}]
+    summary = train(recipe(stages=longer))
+    assert summary["steps"] == 15 and list(losses(tmp_path / "run")) == list(range(1, 16))
+    optimizer = tensors(tmp_path / "run", 15, "optimizer")
+    assert optimizer["final_layer.linear.weight.step"] == 15
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "run" / "log.jsonl").open()]
+    assert rates[12:] == [learning_rate(recipe(stages=longer).stages[1], step, 10) for step in (7, 8, 9)]
+    with pytest.raises(RequestError, match=r"stages\.1: 9 steps are fewer than the 10 that are done"):
+        train(recipe(stages=[stages[0], stages[1] | {"steps": 9}]))
 
 
 def test_the_log_tells_loss_by_noise_memory_and_time_left(recipe, tmp_path) -> None:

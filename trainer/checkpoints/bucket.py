@@ -20,7 +20,6 @@ from obstore.exceptions import BaseError
 from microdit.model.checkpoint import CheckpointError
 from microdit.model.loading import STEP_FOLDER
 from microdit.pipeline.base.errors import first_line
-from microdit.pipeline.corpus.shard_files import sha256_file
 from microdit.pipeline.storage import ranges
 from microdit.pipeline.storage.store import Store
 from microdit.pipeline.storage.uploads import old_uploads
@@ -61,15 +60,14 @@ class BucketCheckpoints:
 
     @_plain_errors()
     def state(self, name: str) -> dict[str, Any]:
-        return dict(json.loads(self.store.get(f"{name}.json")))
+        return contents.parse_state(bytes(self.store.get(f"{name}.json")))
 
     def read(self, name: str) -> Checkpoint:
         state = self.state(name)
-        contents.check_version(state)
         folder = self.scratch / f"{name}.download"
         try:
             self.download(state, folder)
-            return contents.read(folder, f"{self}/{name}")
+            return contents.read(folder, state, f"{self}/{name}")
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # the tensors are mapped, and need no name
 
@@ -86,7 +84,7 @@ class BucketCheckpoints:
         def upload(file: str) -> dict[str, Any]:
             with self.store.scratch(f"{attempt}/{file}") as path:
                 contents.write_file(path, file, tensors, generate)
-                entry = {"object": f"{attempt}/{file}", "size": path.stat().st_size, "sha256": sha256_file(path)}
+                entry = {"object": f"{attempt}/{file}", **contents.listed(path)}
                 self.store.publish({f"{attempt}/{file}": path})
             return entry
 
@@ -95,7 +93,7 @@ class BucketCheckpoints:
         if self.store.exists(f"{name}.json"):  # of a run that went back to an older one
             self.remove(name)
         try:
-            self.store.create(f"{name}.json", contents.state_text(step, {**state, "files": files}).encode())
+            self.store.create(f"{name}.json", contents.state_text(step, state, files).encode())
         except FileExistsError as error:
             raise OSError(f"{self}/{name}: another run has just written it") from error
 
@@ -143,7 +141,5 @@ class BucketCheckpoints:
             if Path(name).name != name or not ATTEMPT.fullmatch(file["object"]) or not HASHED.fullmatch(file["sha256"]):
                 raise CheckpointError(f"file {name!r}: object or SHA-256 are of no known form")
             ranges.download(self.store, file["object"], int(file["size"]), folder / name)
-            size, digest = (folder / name).stat().st_size, sha256_file(folder / name)
-            if (size, digest) != (file["size"], file["sha256"]):
-                raise CheckpointError(f"{self}/{file['object']} is damaged: SHA-256 {digest}, expected {file}")
+            contents.check_file(folder / name, file, f"{self}/{file['object']}")
         (folder / "state.json").write_text(json.dumps(state, indent=1))

@@ -5,11 +5,13 @@ ema.safetensors        their moving average, of the same form; only if the leg k
 ema-2.safetensors ...  those of the second half-life and so on
 optimizer.safetensors  AdamW's state, as `<parameter>.exp_avg` and so on
 generate.json          what `microdit.model.loading` needs beside the weights
-state.json             where the run is, and its recipe
+state.json             where the run is, its recipe, name, size and SHA-256 of each other file, and its own SHA-256
 
-The files are the same however many processes the run has, and whether they share the parameters out or not.
+The files are the same however many processes the run has, and whether they share the parameters out or not. In a
+folder of an earlier version state.json lists no files: those that are there count.
 """
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from microdit.model.checkpoint import CheckpointError, read_state_dict, write_state_dict
 from microdit.model.loading import INFO
 from microdit.model.network import MicroDiT
+from microdit.pipeline.corpus.shard_files import sha256_file
 from microdit.trainer.processes import Team
 from microdit.trainer.sharding import shared_as, whole_tensors
 
@@ -76,9 +79,19 @@ def write_file(path: Path, name: str, tensors: TensorSnapshot, generate: Mapping
         raise OSError(str(error)) from error
 
 
-def state_text(step: int, state: Mapping[str, Any]) -> str:
-    """The text of state.json."""
-    return json.dumps({"version": VERSION, "step": step, **state}, indent=1)
+def listed(path: Path) -> dict[str, Any]:
+    """Describe a written file for `files` of state.json."""
+    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def state_text(step: int, state: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Write the text of state.json, with its own hash. files: by name, as `listed` describes them."""
+    whole = {"version": VERSION, "step": step, **state, "files": files}
+    return json.dumps(whole | {"sha256": _digest(whole)}, indent=1)
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -103,22 +116,54 @@ class Checkpoint:
         return vars(self) | {"model": outline(self.model), "averages": averages, "optimizer": outline(self.optimizer)}
 
 
-def check_version(state: Mapping[str, Any]) -> None:
-    if state["version"] != VERSION:
-        raise CheckpointError(f"state.json is of version {state['version']}, this trainer reads {VERSION}")
-
-
-def read(folder: Path, name: str) -> Checkpoint:
-    """Read a checkpoint from its files; the tensors are mapped from them.
+def parse_state(text: str | bytes) -> dict[str, Any]:
+    """Read the text of state.json, without its own hash.
 
     Raises:
-        CheckpointError, OSError, ValueError, KeyError: it is not whole, or not of this version.
+        CheckpointError, ValueError, KeyError, TypeError: it is damaged, or not of this version.
     """
-    state = json.loads((folder / "state.json").read_text())
-    check_version(state)
-    averages = itertools.takewhile(Path.exists, (folder / name for name in _average_names()))
+    state = dict(json.loads(text))
+    if state["version"] != VERSION:
+        raise CheckpointError(f"state.json is of version {state['version']}, this trainer reads {VERSION}")
+    expected = state.pop("sha256", None)
+    if expected is not None and expected != _digest(state):
+        raise CheckpointError(f"state.json is damaged: SHA-256 {_digest(state)}, expected {expected}")
+    return state
+
+
+def check_file(path: Path, expected: Mapping[str, Any], name: str) -> None:
+    """Raises CheckpointError if a file is not the one that was `listed`, OSError if it cannot be read."""
+    found = listed(path)
+    if found != {key: expected[key] for key in found}:
+        raise CheckpointError(f"{name} is damaged: size and SHA-256 are {found}, expected {expected}")
+
+
+def read(folder: Path, state: dict[str, Any], name: str) -> Checkpoint:
+    """Read a checkpoint from its files, which were checked; the tensors are mapped from them.
+
+    Raises:
+        CheckpointError, OSError, ValueError, KeyError: it is not whole.
+    """
+    files = state.get("files")
+    averages = [
+        read_state_dict(folder / file)
+        for file in itertools.takewhile(lambda f: f in files if files else (folder / f).exists(), _average_names())
+    ]
+    if files is None and len(averages) < (due := _averages_due(state)):
+        raise CheckpointError(f"it has {len(averages)} of {due} moving averages")
     model, optimizer = (read_state_dict(folder / file) for file in ("model.safetensors", OPTIMIZER))
-    return Checkpoint(name, state, model, [read_state_dict(path) for path in averages], optimizer)
+    return Checkpoint(name, state, model, averages, optimizer)
+
+
+def _averages_due(state: Mapping[str, Any]) -> int:
+    """Count the averages that a checkpoint must have which does not list its files, as far as that can be told."""
+    if "recipe" not in state or not state["progress"]["stage_step"]:
+        return 0
+    leg = state["recipe"]["stages"][state["progress"]["stage"]]
+    half_lives = leg.get("ema_half_life")
+    if half_lives is None or leg.get("ema_start"):
+        return 0
+    return len(half_lives) if isinstance(half_lives, list) else 1
 
 
 def _average_names() -> Iterator[str]:

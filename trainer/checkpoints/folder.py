@@ -3,13 +3,13 @@
 FOLDER/step-00001200/model.safetensors ...        written as step-00001200.partial, synced, and renamed
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from microdit.model.loading import checkpoint_folders
+from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.storage.disk import sync
 from microdit.trainer.checkpoints import contents
 from microdit.trainer.checkpoints.contents import Checkpoint, TensorSnapshot, folder_name
@@ -29,10 +29,13 @@ class FolderCheckpoints:
         return [folder.name for folder in checkpoint_folders(self.root)]
 
     def state(self, name: str) -> dict[str, Any]:
-        return dict(json.loads((self.root / name / "state.json").read_text()))
+        return contents.parse_state((self.root / name / "state.json").read_bytes())
 
     def read(self, name: str) -> Checkpoint:
-        return contents.read(self.root / name, str(self.root / name))
+        folder, state = self.root / name, self.state(name)
+        listed = [(folder / file, expected, file) for file, expected in state.get("files", {}).items()]
+        list(threaded(lambda one: contents.check_file(*one), listed))
+        return contents.read(folder, state, str(folder))
 
     def write(self, step: int, tensors: TensorSnapshot, state: Mapping[str, Any], generate: Mapping[str, Any]) -> None:
         """Write the checkpoint of a step, durable when this returns. A kill, or a full disk, leaves those before.
@@ -47,9 +50,11 @@ class FolderCheckpoints:
         partial = self.root / f"{final.name}.partial"
         partial.mkdir()
         try:
-            for name in contents.file_names(tensors):
+            names = contents.file_names(tensors)
+            for name in names:
                 contents.write_file(partial / name, name, tensors, generate)
-            (partial / "state.json").write_text(contents.state_text(step, state))
+            files = dict(zip(names, threaded(lambda name: contents.listed(partial / name), names), strict=True))
+            (partial / "state.json").write_text(contents.state_text(step, state, files))
             for path in (*partial.iterdir(), partial):
                 sync(path)
         except OSError:

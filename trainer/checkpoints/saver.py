@@ -78,23 +78,32 @@ class Saver:
         self.checkpoints, self.keep, self.keep_hours, self.say = checkpoints, keep, keep_hours, say
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        self._step = 0
+        self._step, self._failing = 0, False
+        self.saved = -1  # the last step that was written
 
     def settle(self) -> None:
         """Wait for the one before: the memory holds one copy at a time."""
         try:
             self.finish()
+            self._failing = False
         except CheckpointError as error:
-            self.say(f"{error}; the run goes on, and the checkpoint before it stays")
+            if not self._failing:
+                self.say(f"{error}; the run goes on and tries again with the next one, and the one before it stays")
+            self._failing = True
 
-    def save(self, step: int, tensors: TensorSnapshot, state: Mapping[str, Any], generate: Mapping[str, Any]) -> None:
-        """Begin to write; after `settle`."""
+    def save(
+        self, step: int, tensors: TensorSnapshot, state: Mapping[str, Any], generate: Mapping[str, Any],
+        remove: bool = True,
+    ) -> None:  # fmt: skip
+        """Begin to write; after `settle`. remove: those before that are not to be kept."""
         self._step = step
-        self._writing = self._pool.submit(self._write, step, tensors, state, generate)
+        self._writing = self._pool.submit(self._write, remove, step, tensors, state, generate)
 
-    def _write(self, step: int, *contents: Any) -> None:
+    def _write(self, remove: bool, step: int, *contents: Any) -> None:
         self.checkpoints.write(step, *contents)
         try:
+            if not remove:
+                return
             names = self.checkpoints.names()
             hours = [self._hours(name) if self.keep_hours else None for name in names]
             for i in superfluous(hours, self.keep, self.keep_hours):
@@ -120,6 +129,7 @@ class Saver:
         try:
             if writing is not None:
                 writing.result()
+                self.saved = self._step
         except OSError as error:
             raise CheckpointError(f"the checkpoint of step {self._step} cannot be written: {error}") from error
 

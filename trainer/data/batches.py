@@ -17,11 +17,11 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.threads import read_ahead
 from microdit.pipeline.corpus.open_shard import BrokenError, Field
 from microdit.pipeline.corpus.shard_cache import ShardId
+from microdit.pipeline.selection.broken_samples import WHOLE, NotingShardCache
 from microdit.pipeline.selection.sample_index import SampleIndex
 from microdit.trainer.data.batch import Batch, Buffers, MicroBatch, pad_text
 from microdit.trainer.data.order import Lanes
 from microdit.trainer.data.randomness import Draw, Noise
-from microdit.trainer.data.samples import WHOLE, NotingShardCache
 from microdit.trainer.recipe import LegRecipe, Recipe
 
 AHEAD = 4  # batches before it is used, a shard is asked for at least

@@ -1,19 +1,22 @@
 """The log of a run: log.jsonl, TensorBoard, W&B, and one line on the terminal."""
 
 import importlib
-import json
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch.utils.tensorboard import SummaryWriter
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.json_lines import JsonLines, plain
 from microdit.trainer.monitoring.progress import Progress
 from microdit.trainer.objective import NOISE_EDGES
 
@@ -27,6 +30,8 @@ PLAIN_STATUS_SECONDS = 10.0  # without a terminal the status line is printed thi
 class Log:
     """Writes only where `active` (the first process). Every number of a `line` goes to TensorBoard too.
 
+    Where the disk is full, lines and numbers wait in memory until there is room.
+
     wandb: a project of W&B that gets them as well.
 
     Raises:
@@ -35,6 +40,9 @@ class Log:
 
     def __init__(self, out: Path, active: bool, wandb: str | None = None, name: str | None = None):
         self.path, self.active, self.name = out / "log.jsonl", active, name
+        self._lines, self._numbers = JsonLines(self.path), list[tuple[int, dict[str, float]]]()
+        self._step: int | None = None  # after which the run goes on, until TensorBoard knows
+        self._full = False
         self._project, self._run = wandb, None
         self._wandb = _wandb_ready(wandb) if wandb is not None and active else None
         self._writer: SummaryWriter | None = None
@@ -45,13 +53,17 @@ class Log:
         """Begin, or go on after `step`: lines of later steps, written before a kill, are dropped.
 
         Raises:
-            RequestError: W&B does not take the run.
+            RequestError: W&B does not take the run, or the disk is full.
         """
         if not self.active:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [text for text in _lines(self.path) if json.loads(text)["step"] <= step]
-        self.path.write_text("".join(f"{text}\n" for text in kept))
+        self._step = step
+        threading.excepthook = _quiet_excepthook
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lines.keep(lambda line: isinstance(line.get("step"), int) and line["step"] <= step)
+        except OSError as error:
+            raise RequestError(f"{self.path} cannot be written: {error}; make room, or set out elsewhere") from error
         if self._wandb is not None:
             progress.wandb_run = progress.wandb_run or secrets.token_hex(4)
             names = {"project": self._project, "name": self.name, "id": progress.wandb_run}
@@ -59,27 +71,49 @@ class Log:
                 self._run = self._wandb.init(**names, dir=str(self.path.parent), resume="allow")
             except self._wandb.Error as error:
                 raise RequestError(f"wandb = {self._project}: {error}; or set WANDB_MODE=offline") from error
-        self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
 
     def line(self, step: int, **values: Any) -> None:
         """Write a line. A value may be a dictionary of numbers, or of such; None stands for what is not known."""
-        if self._writer is None:
+        if not self.active:
             return
-        numbers = _flat(values)
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step} | values) + "\n")
-            for key, number in numbers.items():
-                self._writer.add_scalar(key, number, step)
-        except OSError as error:  # a full disk stops no run; the next line may find room
-            self.say(f"step {step}: a line of {self.path} is lost: {error}")
+        numbers = _flat(plain(values))
+        self._numbers.append((step, numbers))
+        error = self._lines.append({"step": step} | values) or self._to_tensorboard()
+        if self._full == (error is None):  # which stops no run
+            what = f"waits in memory until there is room: {error}" if error else "is written again"
+            self.say(f"step {step}: the log in {self.path.parent} {what}")
+        self._full = error is not None
         if self._run is not None:
-            self._run.log(numbers, step=step)
+            with suppress(OSError):  # its own process writes, and goes on
+                self._run.log(numbers, step=step)
+
+    def _to_tensorboard(self) -> OSError | None:
+        """Write the numbers that wait. Returns why not, or None."""
+        try:
+            if self._writer is None:
+                purge = None if self._step is None else self._step + 1
+                self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=purge)
+            for step, numbers in self._numbers:
+                for key, number in numbers.items():
+                    self._writer.add_scalar(key, number, step)
+            self._writer.flush()  # here, so that its thread never meets a full disk
+        except OSError as error:
+            self._close_writer()  # it writes no more; the next one has a file of its own
+            return error
+        self._numbers, self._step = [], None
+        return None
+
+    def _close_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        with suppress(OSError):
+            if writer is not None:
+                writer.close()
 
     def picture(self, step: int, picture: Image.Image) -> None:
         """Give a sheet of pictures to TensorBoard and W&B."""
         if self._writer is not None:
-            self._writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+            with suppress(OSError):
+                self._writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
         if self._run is not None and self._wandb is not None:
             self._run.log({"samples": self._wandb.Image(picture)}, step=step)
 
@@ -99,10 +133,17 @@ class Log:
             print(f"\r\x1b[2K{text}" if self._terminal else text, flush=True)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._full and (error := self._lines.write() or self._to_tensorboard()):
+            self.say(f"the last lines of {self.path} and of TensorBoard are lost: {error}")
+        self._close_writer()
         if self._run is not None:
             self._run.finish()
+
+
+def _quiet_excepthook(thrown: threading.ExceptHookArgs) -> None:
+    """Print what ends a thread, but for a full disk's error in TensorBoard's, which the next number raises again."""
+    if type(thrown.thread) is not _AsyncWriterThread or not isinstance(thrown.exc_value, OSError):
+        threading.__excepthook__(thrown)
 
 
 def _wandb_ready(project: str) -> Any:
@@ -135,11 +176,3 @@ def _flat(values: Mapping[str, Any]) -> dict[str, float]:
         elif value is not None:
             flat[name] = value
     return flat
-
-
-def _lines(path: Path) -> list[str]:
-    """Read the whole lines of a log; a kill may have cut the last one."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    return text[: text.rfind("\n") + 1].splitlines()

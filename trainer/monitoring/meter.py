@@ -1,6 +1,5 @@
 """What the steps give: speed and losses between two lines of the log, and which gradients were not finite."""
 
-import json
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from microdit.model.device import peak_memory_mb
 from microdit.model.flops import gpu_peak
+from microdit.pipeline.base.json_lines import JsonLines
 from microdit.pipeline.selection.sample_index import SampleIndex
 from microdit.trainer.data.batch import Batch
 from microdit.trainer.monitoring.log import Log, by_noise
@@ -76,7 +76,7 @@ class Meter:
         self.settle()
         progress, seconds = self.progress, time.perf_counter() - self.marked
         self.speed = speed = (progress.seen - self.marked_seen) / seconds
-        progress.loss = progress.loss_sum / max(progress.loss_steps, 1)
+        progress.loss = progress.loss_sum / progress.loss_steps if progress.loss_steps else None
         sums, counts = progress.noise[:NOISE_BINS], progress.noise[NOISE_BINS:]
         self.log.line(
             progress.step, images=progress.seen, stage=stage + 1, loss=progress.loss,
@@ -87,10 +87,11 @@ class Meter:
             seconds=round(progress.seconds, 3), seconds_left=round(images_left / speed, 1),
         )  # fmt: skip
         minutes, rest = divmod(round(images_left / speed), 60)
+        loss = "nothing learned" if progress.loss is None else f"loss {progress.loss:.4f}"
         validation = "" if progress.validation is None else f"  validation {progress.validation:.4f}"
         self.log.status(
             f"stage {stage + 1}/{len(progress.lengths)}  step {progress.step}/{sum(progress.lengths)}  "
-            f"loss {progress.loss:.4f}{validation}  {speed:,.0f} images/s  {minutes}:{rest:02d} left"
+            f"{loss}{validation}  {speed:,.0f} images/s  {minutes}:{rest:02d} left"
             + (f"  {progress.skipped} steps skipped" if progress.skipped else ""),
             last=images_left == 0,
         )
@@ -100,30 +101,35 @@ class Meter:
 
 
 class NotFinite:
-    """Notes steps whose gradient was not finite; it never waits for the device, so they are known some steps later.
+    """Notes steps whose gradient was not finite; only `settle` waits for the device, else they are known later.
 
-    Each process writes the samples of its part of a bad batch as a line of OUT/not-finite-RANK.jsonl.
+    before: the `Progress.position` before the first of those `in_a_row`. Each process writes the samples of its part of
+    a bad batch as a line of OUT/not-finite-RANK.jsonl.
     """
 
     def __init__(self, out: Path, team: Team):
         self.path, self.device = out / f"not-finite-{team.rank}.jsonl", team.device
-        self.in_a_row = 0
-        self._pending: deque[tuple[int, Tensor, Any, SampleIndex, np.ndarray]] = deque()
+        self._lines = JsonLines(self.path)
+        self.in_a_row, self.before = 0, dict[str, Any]()
+        self._pending: deque[tuple[dict[str, Any], Tensor, Any, SampleIndex, np.ndarray]] = deque()
 
-    def add(self, step: int, bad: Tensor, index: SampleIndex, positions: np.ndarray) -> None:
-        """bad: 1 if the gradient of this step was not finite, else 0; positions: of its samples in the index."""
+    def add(self, before: dict[str, Any], bad: Tensor, index: SampleIndex, positions: np.ndarray) -> None:
+        """Note a step. bad: 1 if its gradient was not finite, else 0; positions: of its samples in the index."""
         event = None
         if self.device.type == "cuda":
             bad, event = bad.to("cpu", non_blocking=True), torch.cuda.Event()
             event.record()
-        self._pending.append((step, bad, event, index, positions))
-        while self._pending and (self._pending[0][2] is None or self._pending[0][2].query()):
-            step, bad, _, index, positions = self._pending.popleft()
-            self.in_a_row = self.in_a_row + 1 if bad.item() else 0
-            if bad.item():
-                self._write(step, [index.name(i) for i in positions.tolist()])
+        self._pending.append((before, bad, event, index, positions))
+        self.settle(wait=False)
 
-    def _write(self, step: int, samples: list[str]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "samples": samples}) + "\n")
+    def settle(self, wait: bool = True) -> None:
+        """Take in all steps that are known, or wait for all."""
+        while self._pending and (wait or self._pending[0][2] is None or self._pending[0][2].query()):
+            before, bad, event, index, positions = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            if bad.item():
+                self.before = before if self.in_a_row == 0 else self.before
+                samples = [index.name(i) for i in positions.tolist()]
+                self._lines.append({"step": before["step"] + 1, "samples": samples})
+            self.in_a_row = self.in_a_row + 1 if bad.item() else 0

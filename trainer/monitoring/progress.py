@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from microdit.trainer.objective import NOISE_BINS
 from microdit.trainer.processes import Team
@@ -36,6 +37,10 @@ class Progress:
     def images(self, legs: Sequence[LegRecipe]) -> int:
         """Count the images that the whole run sees."""
         return sum(length * leg.batch for length, leg in zip(self.lengths, legs, strict=True))
+
+    def position(self) -> dict[str, Any]:
+        """Return what a step, and a look after it, change of this."""
+        return {name: getattr(self, name) for name in ("stage", "stage_step", "step", "seen", "validation", "looked")}
 
     def advance(self, images: int) -> None:
         """Count a step."""

@@ -25,12 +25,13 @@ from microdit.pipeline.corpus.rows import read_rows
 from microdit.pipeline.mds.columns import Naming, plan_conversion
 from microdit.pipeline.mds.format import INDEX, MdsWriter, read_index
 from microdit.pipeline.mds.to_corpus import to_corpus
+from microdit.pipeline.selection.broken_samples import NotingShardCache
 from microdit.pipeline.selection.view import query
 from microdit.pipeline.stages.scores.pixels import basic_score_stage
 from microdit.pipeline.stages.stage import Task
 from microdit.pipeline.upkeep.verify import verify
 from microdit.trainer.data.batches import LegData
-from microdit.trainer.data.samples import NotingShardCache, open_samples
+from microdit.trainer.data.samples import open_samples
 from microdit.trainer.recipe import Recipe
 from tests.data.mds import make
 from tests.pipeline.helpers.mds_folders import (

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from microdit.model.checkpoint import CheckpointError
+from microdit.model.loading import find_parts
 from microdit.model.network import MicroDiT
 from microdit.trainer.checkpoints import folder as checkpoint_folder
-from microdit.trainer.checkpoints.contents import Checkpoint, load_optimizer, snapshot
+from microdit.trainer.checkpoints.contents import Checkpoint, load_optimizer, parse_state, snapshot
 from microdit.trainer.checkpoints.folder import FolderCheckpoints
 from microdit.trainer.checkpoints.saver import Saver, load_latest
 from microdit.trainer.processes import Team
@@ -51,7 +52,11 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     folder = save(tmp_path, 7, seed=3)
     found = latest(tmp_path)
     assert found is not None and found.name == str(folder)
+    files = found.state.pop("files")
     assert found.state == {"version": 1, "step": 7, "note": 3, "progress": {"seconds": 0.0}}
+    assert {name: entry["size"] for name, entry in files.items()} == {
+        path.name: path.stat().st_size for path in folder.iterdir() if path.name != "state.json"
+    }
     net, optimizer = made(3)
     assert found.model.keys() == net.state_dict().keys()
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in found.model.items())
@@ -93,6 +98,62 @@ def test_a_checkpoint_cut_in_half_is_passed_over_and_said_so(tmp_path: Path, fil
     found = latest(tmp_path, said.append)
     assert found is not None and found.state["step"] == 10
     assert len(said) == 1 and "step-00000020 cannot be read and is passed over" in said[0]
+
+
+@pytest.mark.parametrize("file", ["model", "ema", "optimizer", "generate"])
+def test_a_lost_file_or_a_flipped_bit_is_passed_over_and_said_so(tmp_path: Path, file: str) -> None:
+    save(tmp_path, 10)
+    path = next(save(tmp_path, 20).glob(f"{file}.*"))
+    data = path.read_bytes()
+    for at in (0, len(data) // 3, len(data) - 1):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        said: list[str] = []
+        found = latest(tmp_path, said.append)
+        assert found is not None and found.state["step"] == 10
+        assert len(said) == 1 and f"step-00000020 cannot be read and is passed over: {path.name} is damaged" in said[0]
+    path.unlink()
+    found = latest(tmp_path, said.append)
+    assert found is not None and found.state["step"] == 10 and path.name in said[-1]
+
+
+def test_a_state_with_a_flipped_bit_is_never_taken_for_another(tmp_path: Path) -> None:
+    path = save(tmp_path, 20) / "state.json"
+    text = path.read_bytes()
+    whole = parse_state(text)
+    assert "sha256" not in whole
+    same = 0
+    for at in range(len(text)):
+        for bit in (1, 4):
+            try:
+                found = parse_state(text[:at] + bytes([text[at] ^ bit]) + text[at + 1 :])
+            except (ValueError, KeyError, TypeError):
+                continue
+            assert {name: found[name] for name in whole} == whole  # white space, or the name of the hash
+            same += 1
+    assert same < len(text) / 4
+
+
+def test_a_checkpoint_without_a_list_of_files_is_read_but_not_without_the_average_that_it_must_have(tmp_path) -> None:
+    folder = save(tmp_path, 20)
+    state = parse_state((folder / "state.json").read_bytes())
+    del state["files"]
+    (folder / "state.json").write_text(json.dumps(state))
+    found = latest(tmp_path)
+    assert found is not None and len(found.averages) == 1
+    state["recipe"] = {"stages": [{"ema_half_life": [10, 20]}]}
+    state["progress"] |= {"stage": 0, "stage_step": 3}
+    (folder / "state.json").write_text(json.dumps(state))
+    said: list[str] = []
+    with pytest.raises(CheckpointError):
+        latest(tmp_path, said.append)
+    assert "it has 1 of 2 moving averages" in said[0]
+
+
+def test_nothing_is_drawn_from_the_weights_in_place_of_a_lost_average(tmp_path: Path) -> None:
+    folder = save(tmp_path, 20)
+    (folder / "ema.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"it has no ema\.safetensors; take another checkpoint"):
+        find_parts(folder)
 
 
 def test_missing_files_and_other_versions_are_passed_over_and_none_left_is_an_error(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from microdit.pipeline.corpus.arrays import array_bytes, array_from_bytes
 from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.disk_cache import DiskCache
+from microdit.pipeline.selection.broken_samples import NotingShardCache
 from microdit.trainer.data.batches import LegData
 from microdit.trainer.data.randomness import Draw, Noise
-from microdit.trainer.data.samples import NotingShardCache, open_samples
+from microdit.trainer.data.samples import open_samples
 from tests.servers.faulty_s3 import FaultyS3
 from tests.servers.s3 import environ, environment
 from tests.trainer.conftest import STAGE, build_corpus, build_recipe, write_shard
