@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.sources import url_fetcher as fetch
-from microdit.pipeline.sources.adapters.urls import MAX_LINE, Urls, index_list
+from microdit.pipeline.sources.adapters.urls import MAX_LINE, Urls, index_list, read_lines
 from microdit.pipeline.sources.source import Input
 
 QUICK = FetchOptions(concurrency=8, timeout=6, idle_timeout=1, max_bytes=100_000, max_redirects=3, retry_after=1)
@@ -335,8 +335,7 @@ def test_units_are_the_list_cut_up(tmp_path_factory, lines, last_has_end, unit_i
         assert len(index.offsets) - 1 == -(-len(wanted) // unit_inputs)
         if not wanted:
             return
-        urls = Urls("web", file, unit_inputs, QUICK, limit)
-    found = [list(urls._lines(number)) for number in range(len(urls.units()))]
+    found = [list(read_lines(file, index, number)) for number in range(len(index.offsets) - 1)]
     assert [line for unit in found for line in unit] == [line.rstrip(b"\r") for line in wanted]
     assert all(len(unit) == unit_inputs for unit in found[:-1])
 
