@@ -166,7 +166,9 @@ class Urls:
             if fetched is None:
                 yield item
             else:
-                yield replace(item, data=fetched.data, reason=fetched.reason, detail=fetched.detail)
+                moved = self.base is None and fetched.url not in ("", item.origin)
+                fields = {"final_url": fetched.url} if moved else {}  # placeholders share it: "photo removed"
+                yield replace(item, data=fetched.data, reason=fetched.reason, detail=fetched.detail, fields=fields)
 
     def _requests(self, unit: str, wanted: Callable[[int], bool]) -> Iterator[tuple[Input, str | None]]:
         """List the unit's inputs without their bytes, and the URLs to fetch them from."""
