@@ -40,6 +40,9 @@ class HostPace:
         Returns:
             False if the host is dead, or allows so few requests that the turn does not come.
         """
+        if self._proven and not self._interval and not self.put_off:
+            self._open += 1
+            return True
         since = time.monotonic()
         self.waiting += 1
         try:
