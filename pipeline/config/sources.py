@@ -34,11 +34,12 @@ class FetchOptions(Options):
 
 
 class UrlsSource(Options):
-    """A list of `url<TAB>caption` lines without a header, as CC12M and CC3M are published."""
+    """A list of lines with a URL and a caption each: `url<TAB>caption` as CC12M is published, `caption<TAB>url` as CC3M
+    is, or a TSV or CSV whose first line names its columns; in UTF-8 or UTF-16."""
 
     adapter: Literal["urls"]
     list: str
-    """The file with the list."""
+    """The file with the list, on a disk of this machine."""
     license: str = ""
     unit_inputs: int = Field(default=4096, ge=1, le=1_000_000)
     """Lines of a unit, which one worker fetches."""

@@ -3,25 +3,34 @@
 import asyncio
 import contextlib
 import queue
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 
-from microdit.pipeline.base.retry import Backoff, retry_after
+from microdit.pipeline.base.liveness import alive
+from microdit.pipeline.base.retry import Backoff
 from microdit.pipeline.config.sources import FetchOptions
+from microdit.pipeline.sources.host_pace import HostPace
+from microdit.pipeline.sources.spool import Spool
+from microdit.pipeline.sources.url_request import RequestFailed, new_session, request
 
-WINDOW = 2048  # requests that may be running or completed ahead of the one that is waited for
-MAX_HELD = 256 << 20  # bytes of completed requests that may wait for their turn; running ones may add to them
+WINDOW = 16384  # requests that may be running or completed ahead of the one that is waited for
+MAX_HELD = 256 << 20  # bytes of completed requests that may wait in memory; running ones may add to them
+MAX_SPOOLED = 4 << 30  # and of those that may wait on disk
+LATE_AFTER = 0.5  # seconds without an answer after which a request lets another one begin beside it
+MAX_LATE = 1024
 TRIES = 2
+REFUSALS = 10  # further tries of a URL whose host refuses it and allows others
+SECOND_WAIT = 1.0  # seconds for an answer where the first wait for it was in vain
 PAUSE, JITTER = 0.4, (0.5, 1.5)  # seconds before the retry, and the range of their random factor
-TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-CHUNK = 64 << 10
+TICK = 0.1
+STUCK = 5.0  # seconds without a tick after which the thread hangs
 T = TypeVar("T")
 
 
@@ -32,31 +41,26 @@ class Fetched:
     data: bytes | None
     reason: str | None = None
     detail: str = ""
-
-
-class _Failed(Exception):
-    """One try that failed. `transient`: another one may succeed, after `asked` seconds if the server says so."""
-
-    def __init__(self, reason: str, detail: str, transient: bool = False, asked: float = 0.0):
-        super().__init__(detail)
-        self.reason, self.detail, self.transient, self.asked = reason, detail, transient, asked
+    url: str = ""
+    """Where the bytes came from, after redirects."""
+    spooled: tuple[int, int] | None = None
 
 
 def fetch_all(requests: Iterable[tuple[T, str | None]], options: FetchOptions) -> Iterator[tuple[T, Fetched | None]]:
     """Fetch the URLs of (anything, URL) pairs; yield (anything, result) in the same order.
 
     Where the URL is None nothing is fetched and the result is None. Fetching goes on in a thread while the caller works
-    on a result. A URL costs at most `options.timeout` seconds and holds up only those that wait for their turn behind
-    it: meanwhile up to 2,048 others are fetched, or 256 MiB of them.
+    on a result. A URL costs at most `options.timeout` seconds, waiting for its host's pace apart, and holds up only
+    those that wait for their turn behind it: meanwhile up to 16,384 others are fetched, 256 MiB of them into memory and
+    4 GiB onto disk. A host that was silent several times is tried again when nothing else is left.
     """
     fetcher = _Fetcher(iter(requests), options)
     fetcher.thread.start()
     try:
-        while (item := fetcher.started.get()) is not None:
+        while (item := fetcher.wait(fetcher.started.get)) is not None:
             what, future = item
-            fetched = None if future is None else future.result()
-            fetcher.make_room(fetched)
-            yield what, fetched
+            fetched = None if future is None else fetcher.wait(future.result)
+            yield what, fetcher.hand_over(fetched)
         if fetcher.error is not None:
             raise fetcher.error
     finally:
@@ -64,18 +68,62 @@ def fetch_all(requests: Iterable[tuple[T, str | None]], options: FetchOptions) -
 
 
 class _Fetcher:
-    """An event loop in a thread, with `options.concurrency` workers that take one request after the other."""
+    """An event loop in a thread, with a task for each request ahead, of which `options.concurrency` are active."""
 
     def __init__(self, requests: Iterator[tuple[Any, str | None]], options: FetchOptions):
         self._requests, self._options = requests, options
         self.started: queue.SimpleQueue[tuple[Any, Future[Fetched] | None] | None] = queue.SimpleQueue()
         self.error: BaseException | None = None
-        self._ahead = self._held = 0  # requests started and not handed over, and the bytes that came for them
+        self._ahead = self._held = 0  # requests started and not handed over, and the bytes in memory for them
+        self._handed = 0  # requests handed over
+        self._running = self._late = 0
+        self._exhausted = False
+        self._hosts: dict[str, HostPace] = {}
+        self._spool, self._lock = Spool(), threading.Lock()
+        self._ticked = time.monotonic()
+        self._room, self._at_end = asyncio.Event(), asyncio.Event()
         self._loop = asyncio.new_event_loop()
         # names are looked up in these; one dead name server must not hold up the look-ups at the others
         self._loop.set_default_executor(ThreadPoolExecutor(options.concurrency, "lookup"))
         self.thread = threading.Thread(target=self._run, name="fetch", daemon=True)
 
+    # -- in the caller's thread --------------------------------------------------------------------------------------
+    def wait(self, get: Callable[..., Any]) -> Any:
+        """Wait for a result; the process is alive for as long as the loop turns."""
+        while True:
+            try:
+                return get(timeout=1.0)
+            except (queue.Empty, TimeoutError):
+                if time.monotonic() - self._ticked < STUCK:
+                    alive()
+
+    def hand_over(self, fetched: Fetched | None) -> Fetched | None:
+        """Return a result with its bytes, and make room for another request."""
+        held = len(fetched.data or b"") if fetched is not None else 0
+        if fetched is not None and fetched.spooled is not None:
+            with self._lock:
+                fetched = replace(fetched, data=self._spool.take(fetched.spooled), spooled=None)
+
+        def update() -> None:
+            self._ahead -= 1
+            self._handed += 1
+            self._held -= held
+            self._room.set()
+            self._room = asyncio.Event()
+
+        self._call(update)
+        return fetched
+
+    def stop(self) -> None:
+        self._call(lambda: self._main.cancel())
+        self.thread.join()
+        self._spool.close()
+
+    def _call(self, function: Callable[[], object]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: all is fetched
+            self._loop.call_soon_threadsafe(function)
+
+    # -- in the loop's -----------------------------------------------------------------------------------------------
     def _run(self) -> None:
         self._main = self._loop.create_task(self._work())
         try:
@@ -86,124 +134,155 @@ class _Fetcher:
             self.started.put(None)
             self._loop.close()
 
-    def make_room(self, fetched: Fetched | None) -> None:
-        """Make room for another request: the next result was handed over."""
-
-        def update() -> None:
-            self._ahead -= 1
-            self._held -= len(fetched.data or b"") if fetched is not None else 0
-            self._room.set()
-
-        self._call(update)
-
-    def stop(self) -> None:
-        self._call(lambda: self._main.cancel())
-        self.thread.join()
-
-    def _call(self, function: Callable[[], object]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: all is fetched
-            self._loop.call_soon_threadsafe(function)
-
     async def _work(self) -> None:
-        options = self._options
-        self._room, self._taking = asyncio.Event(), asyncio.Lock()
-        session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=options.concurrency, ttl_dns_cache=300),
-            timeout=aiohttp.ClientTimeout(connect=options.idle_timeout, sock_read=options.idle_timeout),
-            headers={"User-Agent": options.user_agent, "Accept": "image/*,*/*;q=0.5"},
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
-        async with session, asyncio.TaskGroup() as workers:
-            for _ in range(options.concurrency):
-                workers.create_task(self._worker(session))
+        self._slots = asyncio.Semaphore(self._options.concurrency)
+        ticks = asyncio.create_task(self._tick())
+        try:
+            async with new_session(self._options) as session, asyncio.TaskGroup() as tasks:
+                number = 0
+                while (started := await self._next()) is not None:
+                    url, future = started
+                    if future is not None:
+                        self._running += 1
+                        tasks.create_task(self._answer(session, number, url, future))
+                    number += 1
+                    if number % 64 == 0:
+                        await asyncio.sleep(0)
+                self._exhausted = True
+        finally:
+            ticks.cancel()
 
-    async def _worker(self, session: aiohttp.ClientSession) -> None:
-        while (request := await self._next()) is not None:
-            url, future = request
-            try:
-                fetched = await self._fetch(session, url)
-                self._held += len(fetched.data or b"")
-                future.set_result(fetched)
-            finally:
-                future.cancel()  # no effect on one that has its result
-
-    async def _next(self) -> tuple[str, Future[Fetched]] | None:
-        """Take the next request with a URL, once there is room for one; None if there are no more."""
-        async with self._taking:
-            while True:
-                while self._ahead >= WINDOW or self._held >= MAX_HELD:
-                    self._room.clear()
-                    await self._room.wait()
-                try:
-                    request = next(self._requests, None)
-                except Exception as error:  # raised in the caller, behind the results of the requests before it
-                    self.error, request = error, None
-                    self._requests = iter(())
-                if request is None:
-                    return None
-                what, url = request
-                self._ahead += 1
-                if url is not None:
-                    future: Future[Fetched] = Future()
-                    self.started.put((what, future))
-                    return url, future
-                self.started.put((what, None))
-
-    async def _fetch(self, session: aiohttp.ClientSession, url: str) -> Fetched:
-        """Fetch a URL in at most `TRIES` tries within its time; aiohttp itself resends where a connection breaks."""
-        end = time.monotonic() + self._options.timeout
-        backoff = Backoff(PAUSE, jitter=JITTER, tries=TRIES)
+    async def _tick(self) -> None:
+        """Find out when all that is left are the URLs of silent hosts."""
         while True:
+            await asyncio.sleep(TICK)
+            self._ticked = time.monotonic()
+            if (self._exhausted or self._ahead >= WINDOW) and self._running:
+                put_off = sum(host.waiting for host in self._hosts.values() if host.put_off)
+                if put_off == self._running:
+                    self._at_end.set()
+
+    async def _next(self) -> tuple[str, Future[Fetched] | None] | None:
+        """Take the next request, once there is room for one; None if there are no more."""
+        while self._ahead >= WINDOW:
+            await self._room.wait()
+        try:
+            what, url = next(self._requests)
+        except StopIteration:
+            return None
+        except Exception as error:  # raised in the caller, behind the results of the requests before it
+            self.error = error
+            return None
+        self._ahead += 1
+        future: Future[Fetched] | None = Future() if url is not None else None
+        self.started.put((what, future))
+        return url or "", future
+
+    async def _answer(self, session: aiohttp.ClientSession, number: int, url: str, future: Future[Fetched]) -> None:
+        try:
+            fetched = await self._fetch(session, number, url)
+            if fetched.data is not None and self._held + len(fetched.data) > MAX_HELD and MAX_SPOOLED:
+                with self._lock:
+                    fetched = replace(fetched, data=None, spooled=self._spool.put(fetched.data))
+            self._held += len(fetched.data or b"")
+            future.set_result(fetched)
+        finally:
+            self._running -= 1
+            future.cancel()  # no effect on one that has its result
+
+    async def _fetch(self, session: aiohttp.ClientSession, number: int, url: str) -> Fetched:
+        """Fetch a URL in several tries within its time; aiohttp itself resends where a connection breaks."""
+        host = self._hosts.setdefault(_host(url), HostPace())
+        left, wait, lenient = self._options.timeout, self._options.idle_timeout, False
+        backoff, refusals = Backoff(PAUSE, jitter=JITTER, tries=TRIES), REFUSALS
+        failed: RequestFailed | None = None
+        while True:
+            if not await host.begin(self._at_end):
+                detail = "its host did not answer" if host.dead else "its host allows too few requests"
+                failed = failed or RequestFailed("timeout" if host.dead else "http_429", detail)
+                return Fetched(None, failed.reason, failed.detail)
+            began, allowed = time.monotonic(), host.allowed
             try:
-                async with asyncio.timeout(end - time.monotonic()):
-                    return Fetched(await self._get(session, url))
-            except TimeoutError:
-                failed = _Failed("timeout", f"no complete answer within {self._options.timeout:g} seconds")
-            except _Failed as error:
+                if host.put_off:
+                    wait = min(wait, SECOND_WAIT)
+                data, final = await self._try(session, number, url, min(left, wait), left, lenient, host)
+                host.allow()
+                return Fetched(data, url=final)
+            except RequestFailed as error:
                 failed = error
             except Exception as error:  # whatever a server can provoke must fail its own image only
-                failed = _Failed("connection", f"{type(error).__name__}: {error}")
+                failed = RequestFailed("connection", f"{type(error).__name__}: {error}")
+            finally:
+                host.end()
+            left -= time.monotonic() - began
+            if failed.silent:
+                host.silent(last=self._at_end.is_set())
+                wait = min(wait, SECOND_WAIT)
+            lenient = lenient or failed.unreadable
+            if _refused(failed):
+                if failed.transient:
+                    host.refuse(PAUSE if failed.asked is None else failed.asked)
+                    refusals -= 1
+                    if refusals and host.allowed > allowed:
+                        continue
+            elif not failed.silent:
+                host.allow()
             pause = backoff.next_pause() if failed.transient else None
-            if pause is None or time.monotonic() + max(failed.asked, pause) >= end:
+            pause = max(pause, failed.asked or 0.0) if pause is not None else None
+            if pause is None or pause >= left:
                 return Fetched(None, failed.reason, failed.detail)
-            await asyncio.sleep(max(failed.asked, pause))
+            if not failed.unreadable and not failed.silent:
+                await asyncio.sleep(pause)
+                left -= pause
 
-    async def _get(self, session: aiohttp.ClientSession, url: str) -> bytes:
-        """Make one request.
+    async def _try(
+        self,
+        session: aiohttp.ClientSession,
+        number: int,
+        url: str,
+        wait: float,
+        left: float,
+        lenient: bool,
+        host: HostPace,
+    ) -> tuple[bytes, str]:
+        """Make one try once there is room for its answer, and a slot, which it gives back early if it is late."""
+        while self._held + self._spool.size >= MAX_HELD + MAX_SPOOLED and number > self._handed:
+            await self._room.wait()
+        await self._slots.acquire()
+        owned, late = True, False
 
-        Raises:
-            _Failed: there is no complete answer of status 200 within the limits.
-        """
-        options = self._options
+        def give_back() -> None:
+            nonlocal owned, late
+            if self._late < MAX_LATE:
+                self._late += 1
+                owned, late = False, True
+                self._slots.release()
+
+        timer = self._loop.call_later(LATE_AFTER, give_back)
+
+        def heard() -> None:
+            timer.cancel()
+            host.heard()
+
         try:
-            # aiohttp gives up at this number, not after it, and takes 0 for no bound
-            async with session.get(url, max_redirects=options.max_redirects + 1) as response:
-                if response.status != 200:
-                    asked = retry_after(response.headers.get("Retry-After")) or 0.0
-                    transient = response.status in TRANSIENT and asked <= options.retry_after
-                    detail = f"{response.status} {response.reason or ''}"
-                    raise _Failed(f"http_{response.status}", detail, transient, asked)
-                if (response.content_length or 0) > options.max_bytes:
-                    raise _Failed("too_large", f"{response.content_length} bytes, at most {options.max_bytes} are read")
-                data = bytearray()
-                async for chunk in response.content.iter_chunked(CHUNK):
-                    data += chunk
-                    if len(data) > options.max_bytes:
-                        raise _Failed("too_large", f"more than {options.max_bytes} bytes")
-                return bytes(data)
-        except aiohttp.ServerTimeoutError as error:
-            detail = str(error) or f"silent for {options.idle_timeout:g} seconds"
-            raise _Failed("timeout", detail, transient=True) from None
-        except aiohttp.TooManyRedirects:
-            raise _Failed("redirects", f"more than {options.max_redirects} redirects") from None
-        except aiohttp.ClientConnectorDNSError as error:
-            transient = getattr(error.os_error, "errno", None) == socket.EAI_AGAIN
-            raise _Failed("dns", str(error), transient) from None
-        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
-            raise _Failed("bad_url", f"{type(error).__name__}: {error}") from None
-        except aiohttp.ClientPayloadError as error:
-            raise _Failed("truncated", f"the transfer broke off: {error}", transient=True) from None
-        except (aiohttp.ClientConnectionError, OSError) as error:
-            raise _Failed("connection", f"{type(error).__name__}: {error}", transient=True) from None
-        except aiohttp.ClientError as error:
-            raise _Failed("connection", f"{type(error).__name__}: {error}") from None
+            async with asyncio.timeout(left):
+                return await request(session, url, self._options, wait, lenient, heard)
+        except TimeoutError:
+            raise RequestFailed("timeout", f"no complete answer within {self._options.timeout:g} seconds") from None
+        finally:
+            timer.cancel()
+            self._late -= late
+            if owned:
+                self._slots.release()
+
+
+def _host(url: str) -> str:
+    try:
+        return urlsplit(url).netloc.lower()
+    except ValueError:
+        return ""
+
+
+def _refused(failed: RequestFailed) -> bool:
+    """Tell whether the host wants fewer requests."""
+    return failed.reason == "http_429" or (failed.reason == "http_503" and failed.asked is not None)

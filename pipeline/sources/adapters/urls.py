@@ -1,10 +1,11 @@
-"""`urls`: a list of `url<TAB>caption` lines without a header, as CC12M is published. A line is an input."""
+"""`urls`: a list of lines with a URL and a caption each, as CC12M and CC3M are published. A line is an input."""
 
 import hashlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -15,10 +16,10 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import unit_name
+from microdit.pipeline.sources.list_format import MAX_LINE, PLAIN, SAMPLE, ListFormat, find_format
 from microdit.pipeline.sources.source import Input
 from microdit.pipeline.sources.url_fetcher import fetch_all
 
-MAX_LINE = 64 << 10
 BLOCK = 8 << 20
 
 
@@ -33,23 +34,33 @@ class ListIndex:
     """Offsets of the first byte of each unit, and of the end of the last one."""
 
 
-def index_list(path: Path, unit_inputs: int, limit: int | None = None) -> ListIndex:
+def index_list(
+    path: Path,
+    unit_inputs: int,
+    limit: int | None = None,
+    form: ListFormat = PLAIN,
+) -> ListIndex:
     """Find the units of a list; cached as long as the file is unchanged.
 
     Raises:
         OSError: the file cannot be read.
     """
     stat = path.stat()
-    return _index_list(path, unit_inputs, limit, stat.st_mtime_ns, stat.st_size)
+    return _index_list(path, unit_inputs, limit, form, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=16)
-def _index_list(path: Path, unit_inputs: int, limit: int | None, modified: int, size: int) -> ListIndex:
-    digest, inputs, end = hashlib.sha256(), 0, 0
-    offsets = [0]
+def _index_list(
+    path: Path, unit_inputs: int, limit: int | None, form: ListFormat, modified: int, size: int
+) -> ListIndex:
+    kind = np.dtype({"utf-8": "u1", "utf-16-le": "<u2", "utf-16-be": ">u2"}[form.encoding])
+    digest, inputs, end = hashlib.sha256(), 0, form.start
+    offsets = [form.start]
     with path.open("rb") as file:
-        while (limit is None or inputs < limit) and (block := file.read(BLOCK)):
-            ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1
+        file.seek(form.start)
+        while (limit is None or inputs < limit) and (block := file.read(BLOCK * kind.itemsize)):
+            characters = np.frombuffer(block, kind, len(block) // kind.itemsize)
+            ends = (np.flatnonzero(characters == ord("\n")) + 1) * kind.itemsize
             if limit is not None and inputs + len(ends) >= limit:
                 ends = ends[: limit - inputs]
                 block = block[: ends[-1]]
@@ -58,11 +69,35 @@ def _index_list(path: Path, unit_inputs: int, limit: int | None, modified: int, 
             digest.update(block)
             end += len(block)
             inside = len(ends) == 0 or ends[-1] < len(block)
-    if end and inside:  # a last line without an end
+    if end > form.start and inside:  # a last line without an end
         inputs += 1
     if offsets[-1] != end:
         offsets.append(end)
     return ListIndex(digest.hexdigest(), inputs, tuple(offsets))
+
+
+def read_lines(path: Path, index: ListIndex, number: int) -> Iterator[bytes]:
+    """Read the lines of a unit without their line ends; of one longer than `MAX_LINE`, a byte more than that."""
+    start, end = index.offsets[number : number + 2]
+    with path.open("rb") as file:
+        file.seek(start)
+        while file.tell() < end:
+            line = part = file.readline(MAX_LINE + 2)
+            while part and not part.endswith(b"\n"):
+                part = file.readline(MAX_LINE)
+            yield line.rstrip(b"\r\n") if len(line) <= MAX_LINE else line[: MAX_LINE + 1]
+
+
+def decode_lines(path: Path, index: ListIndex, number: int, count: int, encoding: str) -> Iterator[bytes]:
+    """Read `count` lines of a unit in another encoding, as `read_lines` does, and encode them as UTF-8."""
+    with path.open("rb") as file:
+        file.seek(index.offsets[number])
+        text = TextIOWrapper(file, encoding, "replace", newline="\n")
+        for _ in range(count):
+            line = part = text.readline(MAX_LINE + 2)
+            while part and not part.endswith("\n"):
+                part = text.readline(MAX_LINE)
+            yield line.rstrip("\r\n").encode()[: MAX_LINE + 1]
 
 
 class Urls:
@@ -73,7 +108,7 @@ class Urls:
         base: URL that relative URLs of the list are relative to; the origin of an input is as the list has it.
 
     Raises:
-        RequestError: the list is absent or empty.
+        RequestError: the list is absent, empty, or no list of URLs and captions.
     """
 
     def __init__(
@@ -91,12 +126,19 @@ class Urls:
         self._path = Path(path).expanduser().absolute()
         self._unit_inputs, self._license, self._fetch = unit_inputs, license, fetch
         try:
-            self._index = index_list(self._path, unit_inputs, limit)
+            with self._path.open("rb") as file:
+                head = file.read(SAMPLE)
+            self._format = PLAIN
+            if head and base is None:
+                self._format = find_format(head, self._path.stat().st_size <= SAMPLE, limit)
+            self._index = index_list(self._path, unit_inputs, limit, self._format)
         except OSError as error:
             raise RequestError(
                 f"sources.{name}.list = {str(path)!r}: it cannot be read ({error.strerror}); "
                 "expected a file of url<TAB>caption lines"
             ) from None
+        except ValueError as error:
+            raise RequestError(f"sources.{name}.list = {str(path)!r}: {error}") from None
         if self._index.inputs == 0:
             raise RequestError(f"sources.{name}.list = {str(path)!r}: it is empty; expected url<TAB>caption lines")
 
@@ -110,6 +152,7 @@ class Urls:
             "unit_inputs": self._unit_inputs,
             "license": self._license,
             "max_bytes": self._fetch.max_bytes,
+            **self._format.stage(),
         }
 
     def units(self) -> list[str]:
@@ -123,7 +166,9 @@ class Urls:
             if fetched is None:
                 yield item
             else:
-                yield replace(item, data=fetched.data, reason=fetched.reason, detail=fetched.detail)
+                moved = self.base is None and fetched.url not in ("", item.origin)
+                fields = {"final_url": fetched.url} if moved else {}  # placeholders share it: "photo removed"
+                yield replace(item, data=fetched.data, reason=fetched.reason, detail=fetched.detail, fields=fields)
 
     def _requests(self, unit: str, wanted: Callable[[int], bool]) -> Iterator[tuple[Input, str | None]]:
         """List the unit's inputs without their bytes, and the URLs to fetch them from."""
@@ -131,7 +176,7 @@ class Urls:
         for ordinal, line in enumerate(self._lines(number)):
             key = f"{number * self._unit_inputs + ordinal:09d}"
             try:
-                origin, caption = parse_line(line)
+                origin, caption = self._format.parse(line)
                 url = urljoin(self.base, origin) if self.base else origin
                 if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
                     raise ValueError(f"expected an http:// or https:// URL, found {origin[:80]!r}")
@@ -142,27 +187,7 @@ class Urls:
             yield item, url if wanted(ordinal) else None
 
     def _lines(self, number: int) -> Iterator[bytes]:
-        """Read the lines of a unit without their line ends; of one longer than `MAX_LINE`, a byte more than that."""
-        start, end = self._index.offsets[number : number + 2]
-        with self._path.open("rb") as file:
-            file.seek(start)
-            while file.tell() < end:
-                line = part = file.readline(MAX_LINE + 2)
-                while part and not part.endswith(b"\n"):
-                    part = file.readline(MAX_LINE)
-                yield line.rstrip(b"\r\n") if len(line) <= MAX_LINE else line[: MAX_LINE + 1]
-
-
-def parse_line(line: bytes) -> tuple[str, str]:
-    """Parse the URL and the caption of a list's line.
-
-    Raises:
-        ValueError: the line is malformed; the message says how.
-    """
-    if len(line) > MAX_LINE:
-        raise ValueError(f"the line is longer than {MAX_LINE} bytes")
-    text = line.decode("utf-8")
-    url, tab, caption = text.partition("\t")
-    if not tab or not url.strip():
-        raise ValueError(f"expected url<TAB>caption, found {text[:80]!r}")
-    return url.strip(), " ".join(caption.split())
+        if self._format.encoding == "utf-8":
+            return read_lines(self._path, self._index, number)
+        count = min(self._unit_inputs, self._index.inputs - number * self._unit_inputs)
+        return decode_lines(self._path, self._index, number, count, self._format.encoding)

@@ -1,0 +1,187 @@
+"""Ask a web server for a URL once: follow redirects, bound the answer, and name the reason where there is none."""
+
+import re
+import socket
+import ssl
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import aiohttp
+from yarl import URL
+
+from microdit.pipeline.base.retry import retry_after
+from microdit.pipeline.config.sources import FetchOptions
+from microdit.pipeline.sources.lenient_http import GZIP, MAX_HEADERS, BadAnswer, ask_leniently, unpacked
+from microdit.pipeline.sources.web_url import as_written, redirected
+
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504, *range(520, 525), 529}
+REDIRECTS = {301, 302, 303, 307, 308}
+CHUNK = 64 << 10
+WHOLE = re.compile(r"bytes 0-(\d+)/(\d+|\*)")
+
+
+class RequestFailed(Exception):
+    """One try that failed.
+
+    Args:
+        reason: a short code.
+        transient: another try may succeed, after `asked` seconds if the server says so.
+        unreadable: the answer broke the rules of HTTP; `ask_leniently` may read it.
+        silent: not a byte came.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        detail: str,
+        transient: bool = False,
+        asked: float | None = None,
+        unreadable: bool = False,
+        silent: bool = False,
+    ):
+        super().__init__(detail)
+        self.reason, self.detail, self.transient, self.asked = reason, detail, transient, asked
+        self.unreadable, self.silent = unreadable, silent
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The body of an answer, or where it redirects to."""
+
+    data: bytes = b""
+    location: str | None = None
+
+
+async def request(
+    session: aiohttp.ClientSession,
+    url: str,
+    options: FetchOptions,
+    wait: float,
+    lenient: bool,
+    heard: Callable[[], None],
+) -> tuple[bytes, str]:
+    """Ask for a URL and follow its redirects; return the bytes and the URL that they came from.
+
+    Args:
+        wait: seconds to wait for a connection, or for the next byte.
+        lenient: read answers that break the rules of HTTP, each on a connection of its own.
+        heard: called when an answer begins.
+
+    Raises:
+        RequestFailed: there is no complete answer within the limits.
+    """
+    for _ in range(options.max_redirects + 1):
+        target = _checked(url)
+        if lenient:
+            answer = await _ask_leniently(session, target, options, heard)
+        else:
+            answer = await _ask(session, target, options, wait, heard)
+        if answer.location is None:
+            return answer.data, url
+        url = redirected(url, answer.location)
+    raise RequestFailed("redirects", f"more than {options.max_redirects} redirects")
+
+
+def _checked(url: str) -> URL:
+    try:
+        target = as_written(url)
+    except ValueError as error:
+        raise RequestFailed("bad_url", f"{url[:200]!r}: {error}") from None
+    if target.scheme not in ("http", "https") or not target.raw_host or " " in target.raw_host:
+        raise RequestFailed("bad_url", f"expected http:// or https:// and a host, found {url[:200]!r}")
+    return target
+
+
+async def _ask(
+    session: aiohttp.ClientSession, url: URL, options: FetchOptions, wait: float, heard: Callable[[], None]
+) -> Answer:
+    timeout = aiohttp.ClientTimeout(connect=wait, sock_read=wait)
+    begun = False
+    try:
+        async with session.get(url, allow_redirects=False, timeout=timeout) as response:
+            heard()
+            begun = True
+            location = _location(response.status, response.reason or "", response.headers, options)
+            if location is not None:
+                return Answer(location=location)
+            if (response.content_length or 0) > options.max_bytes:
+                raise RequestFailed(
+                    "too_large", f"{response.content_length} bytes, at most {options.max_bytes} are read"
+                )
+            data = bytearray()
+            async for chunk in response.content.iter_chunked(CHUNK):
+                data += chunk
+                if len(data) > options.max_bytes:
+                    raise RequestFailed("too_large", f"more than {options.max_bytes} bytes")
+            if data.startswith(GZIP):  # aiohttp knows neither x-gzip nor gzip that is named twice
+                encodings = response.headers.get("Content-Encoding", "")
+                return Answer(unpacked(bytes(data), encodings, options.max_bytes))
+            return Answer(bytes(data))
+    except BadAnswer as error:
+        raise RequestFailed(error.reason, str(error)) from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise _failed(error, wait, begun) from None
+
+
+def _location(status: int, reason: str, headers: Mapping[str, str], options: FetchOptions) -> str | None:
+    """Return where an answer redirects to, None where it has the whole body.
+
+    Raises:
+        RequestFailed: it is neither.
+    """
+    location = headers.get("Location")
+    if status in REDIRECTS and location:
+        return location
+    whole = WHOLE.match(headers.get("Content-Range", "")) if status == 206 else None
+    if status in (200, 203) or (whole and whole[2] in ("*", str(int(whole[1]) + 1))):
+        return None
+    asked = retry_after(headers.get("Retry-After"))
+    transient = status in TRANSIENT and (asked or 0.0) <= options.retry_after
+    raise RequestFailed(f"http_{status}", f"{status} {reason}", transient, asked)
+
+
+def _failed(error: Exception, wait: float, begun: bool) -> RequestFailed:
+    """Name the reason of an error of aiohttp, and tell whether another try may succeed."""
+    detail = f"{type(error).__name__}: {error}"
+    match error:
+        case aiohttp.ServerTimeoutError() | TimeoutError():
+            return RequestFailed("timeout", str(error) or f"silent for {wait:g} seconds", True, silent=not begun)
+        case aiohttp.ClientConnectorDNSError():
+            number = getattr(error.os_error, "errno", None)
+            why = "the name server did not answer" if number == socket.EAI_AGAIN else "there is no such host"
+            return RequestFailed("dns", f"{why}: {error}", number == socket.EAI_AGAIN)
+        case aiohttp.ClientConnectorCertificateError():
+            return RequestFailed("certificate", detail)
+        case aiohttp.InvalidURL():
+            return RequestFailed("bad_url", detail)
+        case aiohttp.ClientPayloadError():
+            return RequestFailed("truncated", f"the transfer broke off: {error}", True, unreadable=True)
+        case aiohttp.ClientConnectionError() | OSError():
+            return RequestFailed("connection", detail, True)
+    return RequestFailed("connection", detail, isinstance(error, aiohttp.ClientResponseError), unreadable=True)
+
+
+async def _ask_leniently(
+    session: aiohttp.ClientSession, url: URL, options: FetchOptions, heard: Callable[[], None]
+) -> Answer:
+    try:
+        head, body = await ask_leniently(url, dict(session.headers), options.max_bytes)
+        heard()
+        location = _location(head.status, head.reason, head.headers, options)
+        return Answer(body, location)
+    except BadAnswer as error:
+        raise RequestFailed(error.reason, str(error)) from None
+    except (OSError, ssl.SSLError, EOFError) as error:
+        raise RequestFailed("connection", f"{type(error).__name__}: {error}") from None
+
+
+def new_session(options: FetchOptions) -> aiohttp.ClientSession:
+    """Make a session; the caller bounds the number of its connections."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=300),
+        headers={"User-Agent": options.user_agent, "Accept": "image/*,*/*;q=0.5"},
+        cookie_jar=aiohttp.DummyCookieJar(),
+        max_line_size=MAX_HEADERS,
+        max_field_size=MAX_HEADERS,
+        max_headers=1000,
+    )
