@@ -210,12 +210,12 @@ def test_a_server_that_is_down_fails_the_shard_and_no_image(corpus: Corpus, serv
     assert corpus.commits("captions/vl") == [] and server.fired["503"] >= 4 * chat.TRIES
 
 
-@pytest.mark.parametrize(
-    "fault", [400, 422, b'{"error": {"message": "no model of that name"}}', b"<html>hello</html>"]
-)
+@pytest.mark.parametrize("fault", [400, 422, b'{"error": {"message": "no model of that name"}}', b"<html>hello</html>"])
 def test_a_server_that_rejects_all_commits_nothing(corpus: Corpus, server: Server, fault: int | bytes) -> None:
     server.faults = [fault] * 1000
-    with pytest.raises(ServerRejects, match=r"4 requests rejected, the last with (http_4|bad_answer: .*(no model|hello))"):
+    with pytest.raises(
+        ServerRejects, match=r"4 requests rejected, the last with (http_4|bad_answer: .*(no model|hello))"
+    ):
         captions(corpus, server, concurrency=1)
     assert corpus.commits("captions/vl") == [] and len(server.requests) == 8
 
