@@ -72,6 +72,10 @@ def dedup(
     - `microdit dedup my/corpus --semantic --similarity 0.97`
 
     - `microdit select my/corpus once "SELECT source, shard, row FROM samples WHERE duplicate_keep AND semantic_keep"`
+
+    - `microdit select my/corpus once "SELECT source, shard, row FROM samples WHERE nsfw < 0.2 QUALIFY
+      one_per_group(duplicate_group)"`: beside other conditions `duplicate_keep` drops a group whose kept picture they
+      drop; this keeps the largest that is left of each
     """
     from microdit.pipeline.curation.duplicates import dedup as find
     from microdit.pipeline.curation.semantic import dedup_semantic

@@ -85,6 +85,21 @@ def test_of_pictures_with_one_hash_the_equal_one_is_named(tmp_path: Path) -> Non
     assert itself.exact == 3 and all(line["contaminated_by"] == line["id"] for line in rows(own, "id, contaminated_by"))
 
 
+def test_the_keeper_is_chosen_among_what_the_other_conditions_leave(corpus: Corpus) -> None:
+    """The kept one of the group is 160 pixels wide; a WHERE that drops it leaves another one of the group."""
+    dedup(corpus)
+    small = "SELECT source, shard, row FROM samples WHERE status = 'ok' AND width < 100"
+    lost = load_selection(corpus, f"lost@{select(corpus, 'lost', f'{small} AND duplicate_keep').hash}")
+    assert lost["row"].to_pylist() == [4, 5]
+    chosen = select(corpus, "once", f"{small} QUALIFY one_per_group(duplicate_group)")
+    assert load_selection(corpus, f"once@{chosen.hash}")["row"].to_pylist() == [0, 4, 5]
+    assert "scores/basic" in chosen.columns
+    every = select(
+        corpus, "every", "SELECT * FROM samples s WHERE status = 'ok' QUALIFY one_per_group(s.duplicate_group)"
+    )
+    assert load_selection(corpus, f"every@{every.hash}")["row"].to_pylist() == [2, 4, 5]
+
+
 def test_a_new_commit_asks_for_a_new_table(corpus: Corpus) -> None:
     first = dedup(corpus)
     write(corpus, 1, [photo(2)])
