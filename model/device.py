@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 def best_device() -> str:
     """Choose `cuda` if there is a GPU, else `cpu`."""
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

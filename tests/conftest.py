@@ -29,7 +29,7 @@ LONG = [
     *("cli/test_app.py", "trainer/test_train.py", "trainer/test_sharding.py", "trainer/test_shipped_recipes.py"),
     *("monitoring/test_sample_sheets.py", "cli/test_demo_evaluation.py", "trainer/test_compile.py"),
     *("base/test_liveness.py", "model/test_network.py", "model/test_text_to_image.py", "storage/test_bucket.py"),
-    *("scores/test_registry.py",),
+    *("scores/test_registry.py", "tests/test_package.py", "tests/test_api.py", "access/test_doors.py"),
 ]
 
 

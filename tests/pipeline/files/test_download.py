@@ -237,8 +237,8 @@ def test_headway_is_told(files_server: FilesServer, scratch: Path, monkeypatch: 
     """Received bytes count as progress for the watch that ends hung workers."""
     told: list[float] = []
     monkeypatch.setattr(watch, "_timeout", 1e9)
-    monkeypatch.setattr(watch, "_wound", -1e9)
-    monkeypatch.setattr(watch, "_wind", told.append)
+    monkeypatch.setattr(watch, "_armed_at", -1e9)
+    monkeypatch.setattr(watch, "_arm", told.append)
     url = files_server.add("x.tar", DATA, faults=[("slow", 100_000)])
     assert fetched(RemoteFile("x.tar", url), scratch) == DATA
     assert len(told) >= 5

@@ -17,7 +17,7 @@ from microdit.pipeline.config.build import BuildConfig, Resources
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.config.sources import FetchOptions, OpenmojiSource, UrlsSource
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.records import ShardRef
+from microdit.pipeline.corpus.records import Commit, ShardRef
 from microdit.pipeline.corpus.shard_files import read_tar
 from microdit.pipeline.sources.openmoji.source import Openmoji, cache_folder
 from microdit.pipeline.sources.registry import sources_of
@@ -109,15 +109,15 @@ def lines(corpus: Corpus) -> list[dict]:
 
 
 def test_a_unit_becomes_shards(tmp_path: Path, corpus: Corpus):
-    messages: list[dict] = []
-    record = ingest_unit(corpus, given(10), UnitTask("given-000000"), config(tmp_path), messages.append)
+    written: list[Commit] = []
+    record = ingest_unit(corpus, given(10), UnitTask("given-000000"), config(tmp_path), written.append)
     assert record.inputs == 10
     assert record.shards == ["given-000000-00", "given-000000-01", "given-000000-02"]
     assert corpus.units("given") == {"given-000000": record}
-    assert [(m["shard"], m["in"], m["out"], m["failed"]) for m in messages] == [
+    assert [(c.shard, c.counts["in"], c.counts["out"], c.counts["failed"]) for c in written] == [
         (shard, count, count, 0) for shard, count in zip(record.shards, (4, 4, 2), strict=True)
     ]
-    assert all(m["seconds"] >= 0 for m in messages)
+    assert all(c.timings["seconds"] >= 0 for c in written)
     commits = corpus.commits("images")
     assert {c.fingerprint for c in commits} == {corpus.source("given").fingerprint}
     assert [line["row"] for line in lines(corpus)] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
@@ -199,10 +199,10 @@ def test_what_is_committed_is_not_read_again(tmp_path: Path, corpus: Corpus):
     assert first.shard == "given-000000-00"
     assert corpus.units("given") == {}
     again = given(12)
-    messages: list[dict] = []
-    record = ingest_unit(corpus, again, UnitTask("given-000000"), config(tmp_path), messages.append)
+    written: list[Commit] = []
+    record = ingest_unit(corpus, again, UnitTask("given-000000"), config(tmp_path), written.append)
     assert again.asked == list(range(4, 12))
-    assert [m["shard"] for m in messages] == record.shards[1:]
+    assert [c.shard for c in written] == record.shards[1:]
     assert record.inputs == 12
     assert corpus.commits("images")[0] == first
     assert not list(corpus.store.unfinished())
@@ -225,13 +225,13 @@ def test_shards_of_two_units_do_not_mix(tmp_path: Path, corpus: Corpus):
 
 
 def test_two_workers_at_once_make_one_unit(tmp_path: Path, corpus: Corpus):
-    def in_between(message: dict) -> None:
-        if message["shard"].endswith("-00"):
+    def in_between(commit: Commit) -> None:
+        if commit.shard.endswith("-00"):
             ingest_unit(corpus, given(10), UnitTask("given-000000"), config(tmp_path))
 
-    messages: list[dict] = []
+    written: list[Commit] = []
     record = ingest_unit(
-        corpus, given(10), UnitTask("given-000000"), config(tmp_path), lambda m: (messages.append(m), in_between(m))
+        corpus, given(10), UnitTask("given-000000"), config(tmp_path), lambda m: (written.append(m), in_between(m))
     )
     assert [c.shard for c in corpus.commits("images")] == record.shards
     named = {c.object.name for c in corpus.commits("images")} | {c.sidecar.name for c in corpus.commits("images")}

@@ -239,10 +239,10 @@ def test_the_report_shows_the_means_of_moments(corpus: Corpus, one: str) -> None
     made = run(stage_of(corpus, columns(moments=(one, 64, "moments"), mode=(one, 64, "mode"))), corpus)
     commits = {column: [commit] for column, commit in made.items()} | {"images": corpus.commits("images")}
     shown = pictures(corpus, {column: corpus.column(column) for column in made}, commits, [], ["status = 'ok'"])
-    assert shown["problems"] == [] and len(shown["samples"]) > 5
-    assert shown["psnr"]["latents/moments"] == shown["psnr"]["latents/mode"]
-    for sample in shown["samples"]:
-        first, second = (view["uri"] for view in sample["views"][1:])
+    assert shown.problems == [] and len(shown.samples) > 5
+    assert shown.psnr["latents/moments"] == shown.psnr["latents/mode"]
+    for sample in shown.samples:
+        first, second = (view.uri for view in sample.views[1:])
         assert first == second
 
 
