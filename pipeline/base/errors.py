@@ -15,3 +15,7 @@ class RequestError(ValueError):
 
 class DamagedError(RequestError):
     """A record of a corpus cannot be parsed: what depends on it fails, the rest of a build goes on."""
+
+
+class ServerRejects(OSError):
+    """A server rejects most of what one shard asks for; with its words. It may be wrong for every shard."""

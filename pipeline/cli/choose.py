@@ -59,6 +59,7 @@ def dedup(
 ) -> None:
     """Find pictures that are double or nearly so; remove nothing. For a corpus that has changed run it again.
 
+    What is dropped is near what is kept itself, not only linked to it by others.
     By the hashes of `scores/basic`: `samples` gains `duplicate_group` (the id of the one to keep: the largest, then
     the first), `duplicate_distance` (bits between the two), `duplicate_exact` (the same pixels came before) and
     `duplicate_keep`. By the embeddings of `scores/embedding`, with `--semantic`: `semantic_group`,
@@ -71,6 +72,10 @@ def dedup(
     - `microdit dedup my/corpus --semantic --similarity 0.97`
 
     - `microdit select my/corpus once "SELECT source, shard, row FROM samples WHERE duplicate_keep AND semantic_keep"`
+
+    - `microdit select my/corpus once "SELECT source, shard, row FROM samples WHERE nsfw < 0.2 QUALIFY
+      one_per_group(duplicate_group)"`: beside other conditions `duplicate_keep` drops a group whose kept picture they
+      drop; this keeps the largest that is left of each
     """
     from microdit.pipeline.curation.duplicates import dedup as find
     from microdit.pipeline.curation.semantic import dedup_semantic
@@ -90,11 +95,12 @@ def dedup(
     what = (
         f"{answer['without_embedding']:,} more have no embedding in {answer['column']}"
         if semantic
-        else f"{answer['exact']:,} repeat another one's pixels; {answer['without_hash']:,} more have no hash"
+        else f"{answer['exact']:,} repeat another one's pixels; {answer['without_hash']:,} more have no hash; "
+        f"{answer['beyond']:,} to drop are more than {answer['distance']} bits from what is kept"
     )
     print(
         f"{answer['groups']:,} groups: {answer['kept']:,} of {answer['samples']:,} samples to keep, "
-        f"{answer['dropped']:,} to drop; {what}"
+        f"{answer['dropped']:,} to drop; {what}; the largest group has {answer['largest']:,}"
     )
 
 

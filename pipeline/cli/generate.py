@@ -14,6 +14,8 @@ from microdit.pipeline.base.errors import RequestError
 if TYPE_CHECKING:
     from microdit.model.text_to_image import MicroDiTPipeline
 
+MOST_SIDE = 8192  # pixels: far above what any checkpoint was trained with
+
 
 # longer than 60 lines by its options and its help alone
 def generate(
@@ -93,6 +95,7 @@ def generate(
     """
     texts = [*(prompt or ()), *(_read_prompts(prompts) if prompts else ())]
     _check_request(texts, out, save)
+    _check_numbers(seed, len(texts) * images_per_prompt, {"height": height, "width": width})
     from microdit.model.edm import Sampling
     from microdit.model.picture_files import generate as draw
 
@@ -123,6 +126,17 @@ def _check_request(texts: list[str], out: Path, save: Path | None) -> None:
         raise RequestError("there is nothing to draw: give --prompt TEXT or --prompts FILE")
     if texts and out.exists() and not out.is_dir():
         raise RequestError(f"--out {out}: it is a file; give a folder")
+
+
+def _check_numbers(seed: int, pictures: int, sides: dict[str, int | None]) -> None:
+    """Raise RequestError for what no checkpoint can draw, before one is loaded."""
+    if seed + max(pictures, 1) > 2**64:
+        raise RequestError(
+            f"--seed {seed}: expected 0 to {2**64 - max(pictures, 1)}, as {pictures:,} pictures are drawn"
+        )
+    for name, side in sides.items():
+        if side is not None and not 0 < side <= MOST_SIDE:
+            raise RequestError(f"--{name} {side}: expected 1 to {MOST_SIDE:,} pixels")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Print results of commands for people; `--json` prints the records themselves."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,13 @@ def print_rows(columns: list[str], rows: Sequence[Mapping[str, Any]], most: int 
 
 
 def console() -> Any:
-    """Open standard output: as wide as the terminal, and as wide as a line needs elsewhere."""
+    """Open standard output: as wide as the terminal, or as COLUMNS says, and as wide as a line needs elsewhere."""
     from rich.console import Console
 
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=1000)
+    columns = os.environ.get("COLUMNS", "")
+    if sys.stdout.isatty() or columns.isdecimal():
+        return Console(highlight=False)
+    return Console(highlight=False, width=1000)
 
 
 def print_status(status: "CorpusStatus") -> None:

@@ -20,7 +20,9 @@ from obstore.exceptions import BaseError
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import Record
+from microdit.pipeline.curation.greedy import group_sizes, nearest_kept
 from microdit.pipeline.curation.hamming import MAX_DISTANCE, groups, nearest
+from microdit.pipeline.curation.hashes import equal_pixels, near, numbers, read_hashes, repeated
 from microdit.pipeline.curation.job import (
     BASIC,
     CONTAMINATED,
@@ -30,13 +32,14 @@ from microdit.pipeline.curation.job import (
     batches,
     cached_job,
     job_base,
-    keepers,
     texts,
     write_rows,
 )
 from microdit.pipeline.storage.store import open_store
 from microdit.pipeline.tables.published import Table, cached, publish
 from microdit.pipeline.tables.sample_table import SampleTable, sample_table
+
+METHOD = 2  # 1: groups by chains of links; the first of equal hashes for the picture that is found
 
 HASH_TABLE = pa.schema([("key", pa.string()), ("pixels_sha256", pa.string()), ("phash", pa.string())])
 
@@ -66,6 +69,10 @@ class DuplicatesTable(HashJob):
     """Samples whose pixels an earlier sample has."""
     cut: int
     """`microdit.pipeline.curation.hamming.Groups.cut`."""
+    largest: int = 0
+    """Samples of the largest group."""
+    beyond: int = 0
+    """Dropped samples that are further than the distance from the one that is kept of their group."""
 
 
 class EvaluationSet(Record):
@@ -104,6 +111,10 @@ class Deduplication:
     """Samples, dropped or kept, whose pixels an earlier sample has."""
     cut: int
     """`microdit.pipeline.curation.hamming.Groups.cut`."""
+    largest: int
+    """Samples of the largest group."""
+    beyond: int
+    """Dropped samples that are further than the distance from the one that is kept of their group."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -127,28 +138,13 @@ class Decontamination:
         return {**vars(self), "against": [each.model_dump() for each in self.against]}
 
 
-@dataclass(frozen=True)
-class Hashed:
-    """The samples of a corpus that have hashes, in the order of the sample table."""
-
-    line: np.ndarray
-    """(n,) int64: the line of the sample table."""
-    phash: np.ndarray
-    """(n,) uint64"""
-    pixels: np.ndarray
-    """(n, 2) uint64: the first 128 bits of the SHA-256 of the pixels."""
-    area: np.ndarray
-    """(n,) int64: pixels of the picture as it came."""
-    without: int
-    """Samples that are ok and have no hash."""
-
-
 # -- the jobs ----------------------------------------------------------------------------------------------------------
 def dedup(corpus: Corpus, distance: int = 6) -> Deduplication:
-    """Group the samples whose 64-bit hashes are linked by steps of at most `distance` bits.
+    """Drop the samples whose 64-bit hashes are at most `distance` bits from that of a sample that is kept.
 
-    Of a group the sample with the largest picture, as it came, is kept, of several the first one in the order of the
-    sample table. Returns immediately if the table exists; another distance replaces it.
+    Of samples near each other the one with the largest picture, as it came, is kept, of several the first one in the
+    order of the sample table (`nearest_kept`). Flat pictures must also be of one colour (`FLAT_BITS`). Returns
+    immediately if the table exists; another distance replaces it.
 
     Raises:
         RequestError: the corpus has no `scores/basic`, or the distance is out of bounds.
@@ -156,17 +152,18 @@ def dedup(corpus: Corpus, distance: int = 6) -> Deduplication:
     _check_distance(distance)
     table = _scored(corpus)
     base = job_base(DUPLICATES, table)
-    job = cached_job(corpus, base, DuplicatesTable, lambda job: job.distance == distance)
+    job = cached_job(corpus, base, DuplicatesTable, lambda job: (job.distance, job.method) == (distance, METHOD))
     if job is None:
-        hashed = _hashed(corpus, table)
+        hashed = read_hashes(corpus, table)
         grouped = groups(hashed.phash, distance)
-        keeper, size = keepers(grouped.labels, hashed.area)
-        exact = _repeated(hashed.pixels)
+        keeper = nearest_kept(grouped.labels, hashed.area, partial(near, hashed, distance))
+        size = group_sizes(keeper)
+        exact = repeated(hashed.pixels)
         members = np.flatnonzero(size > 1)
+        away = np.bitwise_count(hashed.phash[members] ^ hashed.phash[keeper[members]])
 
         def write(path: Path) -> int:
             ids = texts(corpus, table, "id", hashed.line[keeper[members]])
-            away = np.bitwise_count(hashed.phash[members] ^ hashed.phash[keeper[members]])
             columns = [ids, pa.array(away, pa.int16()), pa.array(exact[members]), pa.array(keeper[members] == members)]
             return write_rows(corpus, table, path, hashed.line[members], columns, "duplicate_")
 
@@ -178,6 +175,9 @@ def dedup(corpus: Corpus, distance: int = 6) -> Deduplication:
             groups=int((keeper[members] == members).sum()),
             exact=int(exact.sum()),
             cut=grouped.cut,
+            largest=int(size.max(initial=0)),
+            beyond=int((away > distance).sum()),
+            method=METHOD,
         )
         job = publish(corpus, base, write, lambda object, rows: record(object=object, rows=rows))
     dropped = job.rows - job.groups
@@ -191,6 +191,8 @@ def dedup(corpus: Corpus, distance: int = 6) -> Deduplication:
         kept=job.samples - dropped,
         exact=job.exact,
         cut=job.cut,
+        largest=job.largest,
+        beyond=job.beyond,
     )
 
 
@@ -212,15 +214,15 @@ def decontaminate(corpus: Corpus, against: Sequence[str], distance: int = 6) -> 
         EvaluationSet(name=name, rows=len(hashes), sha256=_sha256(hashes))
         for name, hashes in zip(against, sets, strict=True)
     ]
-    base = job_base(CONTAMINATED, table)
-    job = cached_job(corpus, base, ContaminatedTable, lambda job: (job.distance, job.against) == (distance, about))
+    base, asked = job_base(CONTAMINATED, table), (distance, about, METHOD)
+    job = cached_job(corpus, base, ContaminatedTable, lambda job: asked == (job.distance, job.against, job.method))
     if job is None:
-        hashed, others = _hashed(corpus, table), pa.concat_tables(sets).combine_chunks()
-        index, away = nearest(hashed.phash, _numbers(others["phash"], 1)[:, 0], distance)
-        members = np.flatnonzero(index >= 0)
-        theirs = _numbers(others["pixels_sha256"], 4)[:, :2]
-        known = {tuple(pair) for pair in theirs[np.unique(index[members])].tolist()}  # equal pixels have equal hashes
-        exact = sum(tuple(pair) in known for pair in hashed.pixels[members].tolist())
+        hashed, others = read_hashes(corpus, table), pa.concat_tables(sets).combine_chunks()
+        index, away = nearest(hashed.phash, numbers(others["phash"], 1)[:, 0], distance)
+        same = equal_pixels(hashed.pixels, numbers(others["pixels_sha256"], 4)[:, :2])
+        index = np.where(same >= 0, same, index)  # of pictures with one hash the equal one is named
+        away = np.where(same >= 0, 0, away)
+        members, exact = np.flatnonzero(index >= 0), int((same >= 0).sum())
 
         def write(path: Path) -> int:
             columns = [others["key"].take(pa.array(index[members])), pa.array(away[members], pa.int16())]
@@ -233,6 +235,7 @@ def decontaminate(corpus: Corpus, against: Sequence[str], distance: int = 6) -> 
             without_hash=hashed.without,
             against=about,
             exact=exact,
+            method=METHOD,
         )
         job = publish(corpus, base, write, lambda object, rows: record(object=object, rows=rows))
     return Decontamination(
@@ -285,50 +288,6 @@ def _scored(corpus: Corpus) -> SampleTable:
     return sample_table(corpus)
 
 
-def _hashed(corpus: Corpus, table: SampleTable) -> Hashed:
-    """Read the hashes of all samples that have them."""
-    names = ["status", "original_width", "original_height", "basic_phash", "basic_pixels_sha256"]
-    lines, hashes, pixels, areas = [], [], [], []
-    number = ok = 0
-    for batch in batches(corpus, table, names):
-        has_hash = pc.is_valid(batch["basic_phash"])
-        ok += pc.sum(pc.equal(batch["status"], "ok")).as_py() or 0
-        lines.append(np.flatnonzero(has_hash.to_numpy()) + number)
-        kept = batch.filter(has_hash)
-        hashes.append(_numbers(kept["basic_phash"], 1)[:, 0])
-        pixels.append(_numbers(kept["basic_pixels_sha256"], 4)[:, :2])
-        area = pc.multiply(kept["original_width"].cast(pa.int64()), kept["original_height"].cast(pa.int64()))
-        areas.append(pc.fill_null(area, 0).to_numpy())
-        number += len(batch)
-    line = np.concatenate([np.empty(0, np.int64), *lines])
-    phash = np.concatenate([np.empty(0, np.uint64), *hashes])
-    whole = np.concatenate([np.empty((0, 2), np.uint64), *pixels])
-    area = np.concatenate([np.empty(0, np.int64), *areas])
-    return Hashed(line, phash, whole, area, ok - len(line))
-
-
-def _numbers(texts: pa.ChunkedArray, words: int) -> np.ndarray:
-    """Parse texts of 16 hex digits a word as (n, words) uint64.
-
-    Raises:
-        RequestError: one is something else.
-    """
-    good = pc.fill_null(pc.match_substring_regex(texts, f"^[0-9a-f]{{{16 * words}}}$"), False)
-    if not pc.all(good, min_count=0).as_py():
-        bad = pc.filter(texts, pc.invert(good))
-        raise RequestError(f"hash {bad[0].as_py()!r}: expected {16 * words} hex digits; run `microdit verify`")
-    data = bytes.fromhex("".join(texts.to_pylist()))
-    return np.frombuffer(data, ">u8").astype(np.uint64).reshape(-1, words)
-
-
-def _repeated(pixels: np.ndarray) -> np.ndarray:
-    """Mark the (n, 2) pixel hashes that occur at a smaller index, too."""
-    order = np.lexsort((pixels[:, 1], pixels[:, 0]))
-    repeated = np.zeros(len(order), bool)
-    repeated[order[1:]] = (pixels[order[1:]] == pixels[order[:-1]]).all(1)
-    return repeated
-
-
 # -- evaluation sets ---------------------------------------------------------------------------------------------------
 def _evaluation(url: str) -> pa.Table:
     """Read the hash table of an evaluation set: of a file, or of a corpus."""
@@ -348,8 +307,8 @@ def _evaluation(url: str) -> pa.Table:
         ) from None
     if not len(hashes):
         raise RequestError(f"--against {url}: it has no hashes; build its {BASIC} first")
-    _numbers(hashes["phash"], 1)
-    _numbers(hashes["pixels_sha256"], 4)
+    numbers(hashes["phash"], 1)
+    numbers(hashes["pixels_sha256"], 4)
     return hashes
 
 

@@ -37,6 +37,8 @@ class TableJob(Table):
 
     samples: int
     """Samples that have what the job reads."""
+    method: int = 1
+    """How it chooses. Tables of an older number are shown as they are, and made again by the next run of the job."""
 
     @property
     def present(self) -> str:
@@ -81,25 +83,6 @@ def batches(corpus: Corpus, table: SampleTable, columns: list[str]) -> Iterator[
     with corpus.store.open(table.object.name) as file:
         for batch in pq.ParquetFile(file).iter_batches(ROW_GROUP, columns=columns):
             yield pa.Table.from_batches([batch])
-
-
-def keepers(labels: np.ndarray, area: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the sample to keep of each group, the largest and then the first.
-
-    Args:
-        labels, area: (n,) the group and the area in pixels of each sample.
-
-    Returns:
-        (n,) int64, the index of the sample that is kept of each one's group; (n,) int64, the size of its group.
-    """
-    order = np.lexsort((-area, labels))  # stable: of equal areas the first
-    begins = np.ones(len(order), bool)
-    begins[1:] = labels[order][1:] != labels[order][:-1]
-    starts = np.flatnonzero(begins)
-    sizes = np.diff(np.append(starts, len(order)))
-    keeper, size = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
-    keeper[order], size[order] = np.repeat(order[starts], sizes), np.repeat(sizes, sizes)
-    return keeper, size
 
 
 def texts(corpus: Corpus, table: SampleTable, column: str, lines: np.ndarray) -> pa.Array:

@@ -30,6 +30,7 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import COMMIT, ShardId
 from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.corpus.rows import read_rows
+from microdit.pipeline.curation.greedy import group_sizes, nearest_kept
 from microdit.pipeline.curation.hamming import Forest
 from microdit.pipeline.curation.job import (
     EMBEDDING,
@@ -39,7 +40,6 @@ from microdit.pipeline.curation.job import (
     cached_job,
     is_embedding,
     job_base,
-    keepers,
     texts,
     write_rows,
 )
@@ -55,6 +55,7 @@ ROUNDS = 10  # of k-means
 PART = 1 << 16  # vectors at a time
 BLOCK = 256  # of a cluster's vectors, compared with all of it at a time
 SEED = 0
+METHOD = 2  # 1: groups by chains of links
 
 
 class SemanticTable(TableJob):
@@ -70,6 +71,8 @@ class SemanticTable(TableJob):
     clusters: int
     cut: int
     """Vectors in clusters that were too large to be compared as one, summed over the clusters."""
+    largest: int = 0
+    """Samples of the largest group."""
 
     @property
     def present(self) -> str:
@@ -96,6 +99,8 @@ class SemanticDeduplication:
     clusters: int
     cut: int
     """`SemanticTable.cut`."""
+    largest: int
+    """Samples of the largest group."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -116,10 +121,11 @@ class Embedded:
 
 
 def dedup_semantic(corpus: Corpus, column: str | None = None, similarity: float = 0.95) -> SemanticDeduplication:
-    """Group the samples whose embeddings are linked by steps of at least this cosine.
+    """Drop the samples whose embeddings have at least this cosine with that of a sample that is kept.
 
-    Of a group the sample with the largest picture, as it came, is kept, of several the first one in the order of the
-    sample table. Returns immediately if the table exists; another column or similarity replaces it.
+    Of samples near each other the one with the largest picture, as it came, is kept, of several the first one in the
+    order of the sample table (`nearest_kept`). Returns immediately if the table exists; another column or similarity
+    replaces it.
 
     Args:
         column: `scores/embedding` or `scores/embedding-<name>`; None if the corpus has just one.
@@ -132,8 +138,8 @@ def dedup_semantic(corpus: Corpus, column: str | None = None, similarity: float 
         raise RequestError(f"similarity {similarity:g}: expected a cosine above 0, 1 at most, e.g. 0.95")
     column = _column(corpus, column)
     table = sample_table(corpus)
-    base = job_base(SEMANTIC, table)
-    job = cached_job(corpus, base, SemanticTable, lambda job: (job.column, job.similarity) == (column, similarity))
+    base, asked = job_base(SEMANTIC, table), (column, similarity, METHOD)
+    job = cached_job(corpus, base, SemanticTable, lambda job: (job.column, job.similarity, job.method) == asked)
     if job is None:
         with tempfile.TemporaryDirectory(prefix="microdit-semantic-") as folder:
             job = _run(corpus, table, base, column, similarity, Path(folder) / "vectors")
@@ -149,6 +155,7 @@ def dedup_semantic(corpus: Corpus, column: str | None = None, similarity: float 
         kept=job.samples - dropped,
         clusters=job.clusters,
         cut=job.cut,
+        largest=job.largest,
     )
 
 
@@ -156,7 +163,8 @@ def _run(corpus: Corpus, table: SampleTable, base: str, column: str, similarity:
     """Run the job and publish its table; the vectors are spilled to a file."""
     embedded = _embedded(corpus, table, column, spill)
     labels, clusters, cut = groups(embedded.vectors, similarity)
-    keeper, size = keepers(labels, embedded.area)
+    keeper = nearest_kept(labels, embedded.area, partial(_similar, embedded.vectors, similarity))
+    size = group_sizes(keeper)
     members = np.flatnonzero(size > 1)
     kept = keeper[members]
 
@@ -175,6 +183,8 @@ def _run(corpus: Corpus, table: SampleTable, base: str, column: str, similarity:
         groups=int((kept == members).sum()),
         clusters=clusters,
         cut=cut,
+        largest=int(size.max(initial=0)),
+        method=METHOD,
     )
     return publish(corpus, base, write, lambda object, rows: record(object=object, rows=rows))
 
@@ -349,6 +359,16 @@ def _linked(vectors: np.ndarray, similarity: float) -> np.ndarray:
         ones, others = np.nonzero(near)
         forest.join(ones + start, others + start)
     return forest.labels()
+
+
+def _similar(vectors: np.ndarray, similarity: float, ones: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Compare pairs of vectors; `ones` may be one index."""
+    if np.ndim(ones):
+        return _cosines(vectors, ones, others) >= similarity
+    one, near = _unit(vectors[[ones]])[0], np.empty(len(others), bool)
+    for start in range(0, len(others), PART):
+        near[start : start + PART] = _unit(vectors[others[start : start + PART]]) @ one >= similarity
+    return near
 
 
 def _cosines(vectors: np.ndarray, ones: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -233,6 +233,7 @@ class Driver:
         assert isinstance(job, Job)
         if error is not None:
             error.raise_if_request()
+        self.retries.answered(job, error)
         self._end_call(ref, call)
         for column in (*message.written, *message.existing):
             self.plan.committed(job.source, job.shard, column)

@@ -17,6 +17,8 @@ class ErrorReport:
     """A `RequestError`: the build ends with it."""
     full_disk_of: str | None = None
     """The host whose disk was full."""
+    server_rejects: bool = False
+    """A server rejected most of what the shard asked for (`ServerRejects`)."""
 
     def raise_if_request(self) -> None:
         """Raise the error if the request itself is wrong.

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.engine.messages import ErrorReport
 from microdit.pipeline.engine.plan import Job, UnitJob
 from microdit.pipeline.stages.stage import Task, UnitTask
@@ -19,6 +20,7 @@ DEATHS = 2  # of processes on a shard before one of its samples is suspected
 MAX_ASIDE = 16  # samples of a shard that may be set aside; with more it is not the samples
 MAX_LOST = 10  # nodes that a job may lose by no fault of its own: one that ends every node must not go round for ever
 MAX_SEARCHES = 2  # that find nothing
+MAX_REJECTED = 3  # shards of a stage in a row that a server rejects: it would reject the others, too
 
 
 @dataclass
@@ -83,6 +85,7 @@ class Retries:
     def __init__(self, max_attempts: int, shard_samples: int):
         self.max_attempts, self.shard_samples = max_attempts, shard_samples
         self.histories: dict[Job | UnitJob, History] = {}
+        self._rejected: dict[int, set[str]] = {}
 
     def of(self, job: Job | UnitJob) -> History:
         """Return a job's history; an empty one if it never failed."""
@@ -147,6 +150,23 @@ class Retries:
         history.deaths = 0
         history.attempts = min(history.attempts, 1)
         return self._again(history)
+
+    def answered(self, job: Job, error: ErrorReport | None) -> None:
+        """Note whether a server answered what a shard asked for, or rejected it; other errors say neither.
+
+        Raises:
+            RequestError: it rejected `MAX_REJECTED` shards of the stage in a row.
+        """
+        if error is None:
+            self._rejected.pop(job.stage, None)
+        elif error.server_rejects:
+            shards = self._rejected.setdefault(job.stage, set())
+            shards.add(job.shard)
+            if len(shards) >= MAX_REJECTED:
+                raise RequestError(
+                    f"{error.message}; so it was with {len(shards)} shards in a row, of which nothing was committed. "
+                    "Mend the server or the column's options, and run the same command again"
+                )
 
     def lost(self, job: Job | UnitJob, error: ErrorReport, node: str | None) -> float | None:
         """Count a node that is gone, or was out of memory: not the job's fault, so not an attempt."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from microdit.pipeline.base.errors import DamagedError, RequestError
+from microdit.pipeline.base.errors import DamagedError, RequestError, ServerRejects
 from microdit.pipeline.base.liveness import end_with_parent, watched
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import commit_name
@@ -64,6 +64,7 @@ def error_report(error: BaseException) -> ErrorReport:
         traceback="".join(traceback.format_exception(error)),
         is_request=isinstance(error, RequestError) and not isinstance(error, DamagedError),
         full_disk_of=socket.gethostname() if full else None,
+        server_rejects=isinstance(error, ServerRejects),
     )
 
 

@@ -24,6 +24,7 @@ DROPPED = 5  # pictures of what a filter would drop
 GROUPS = 3  # groups of duplicates that are the largest, and as many drawn of the others
 MEMBERS = 5  # pictures of a group
 OK = "status = 'ok'"
+HAS_KEPT, KEPT = "(duplicate_keep IS NOT NULL)", "duplicate_keep"  # `clean` chooses among the rows that are left
 PICTURE = "{'id': id, 'source': source, 'shard': shard, 'row': \"row\"}"
 
 WORDS = {  # the conditions of `clean`, by a column in them
@@ -181,6 +182,7 @@ def filters(view: _SampleView, columns: set[str]) -> Filters:
     """
     clean = parse(named_query("clean").sql).conditions()
     texts = [text for text in (clean.each if clean else []) if text != f"({OK})"]
+    texts = [KEPT if text == HAS_KEPT else text for text in texts]
     if "semantic_keep" in columns:
         texts.insert(1, "semantic_keep")
     missing = {text: parse(f"SELECT * FROM samples WHERE {text}").columns - columns for text in texts}
@@ -337,3 +339,7 @@ def _condition_steps(view: _SampleView, conditions: Conditions) -> Iterator[Sele
         unknown = view.count(" AND ".join([*passed, f"({text}) IS NULL"]), conditions.table)
         passed.append(text)
         yield SelectionStep(_bare(text), view.count(" AND ".join(passed), conditions.table), unknown, code=True)
+    for number in range(len(conditions.qualify)):
+        clause = " AND ".join(conditions.qualify[: number + 1])
+        left = f"(SELECT 1 FROM {conditions.table} WHERE {' AND '.join(passed)} QUALIFY {clause})"
+        yield SelectionStep(_bare(conditions.qualify[number]), view.count("true", left), code=True)

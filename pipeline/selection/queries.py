@@ -88,28 +88,32 @@ class Parsed:
         return next(iter(sorted(self.columns & NOW)), None)
 
     def conditions(self) -> "Conditions | None":
-        """Split its WHERE into conditions; None if it is more than a SELECT of rows of `samples` with a WHERE."""
+        """Split its WHERE and QUALIFY into conditions; None if it is more than a SELECT from `samples` by them."""
         node = self.tree["statements"][0]["node"]
         table = node.get("from_table") or {}
         plain = (
             node["type"] == "SELECT_NODE"
             and (table.get("type"), str(table.get("table_name")).lower()) == ("BASE_TABLE", "samples")
-            and not any(node[part] for part in ("group_expressions", "having", "qualify", "sample"))
+            and not any(node[part] for part in ("group_expressions", "having", "sample"))
             and not (table.get("sample") or node["cte_map"]["map"])
         )
         if not plain:
             return None
         alias = str(table.get("alias") or "samples").replace('"', '""')
-        return Conditions(f'samples AS "{alias}"', _sql(_conjuncts(node["where_clause"])))
+        where, qualify = (_sql(_conjuncts(node[part])) for part in ("where_clause", "qualify"))
+        return Conditions(f'samples AS "{alias}"', where, qualify)
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """The conditions that a WHERE joins by AND, as DuckDB writes them."""
+    """The conditions that a WHERE and a QUALIFY join by AND, as DuckDB writes them."""
 
     table: str
     """What follows FROM."""
     each: list[str]
+    """Of WHERE: each is about one row."""
+    qualify: list[str]
+    """Of QUALIFY: about the rows that are left by WHERE."""
 
 
 def parse(sql: str) -> Parsed:

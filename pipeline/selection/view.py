@@ -47,6 +47,12 @@ class JobView:
     """SQL; `{present}` is the condition that a sample has what the job reads."""
 
 
+# as the jobs choose, but among the rows that a query's WHERE leaves; a sample that is in no group stays
+ONE_PER_GROUP = (
+    "CREATE MACRO one_per_group(group_id) AS (group_id IS NULL OR row_number() OVER (PARTITION BY group_id ORDER BY "
+    "original_width::BIGINT * original_height DESC NULLS LAST, source, shard, row) = 1)"
+)
+
 JOBS = {  # by the job's folder
     DUPLICATES: JobView(
         DuplicatesTable,
@@ -83,7 +89,7 @@ def query(corpus: Corpus, sql: str) -> pa.Table:
 def connected(
     corpus: Corpus, table: SampleTable, **config: str | bool | int | float | list[str]
 ) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Connect to the view `samples`, and nothing else.
+    """Connect to the view `samples` and the macro `one_per_group`, and nothing else.
 
     Args:
         config: further settings of DuckDB.
@@ -101,6 +107,7 @@ def connected(
             joined += f" LEFT JOIN job_{number} USING (source, shard, row)"
         if jobs:
             connection.execute(f"CREATE VIEW samples AS SELECT {', '.join(shown)} FROM {joined}")
+        connection.execute(ONE_PER_GROUP)
         connection.execute("SET lock_configuration=true")
         yield connection
 

@@ -5,6 +5,7 @@ from typing import Any
 from microdit.model.pretrained.prompts import default_prompt
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.captions import CaptionsColumn
+from microdit.pipeline.content.caption_answers import clean_answer
 from microdit.pipeline.content.caption_faults import fault, known_languages
 from microdit.pipeline.stages.rows import Outcome, Output, RowFailure
 
@@ -13,7 +14,11 @@ AGAIN = 0.7  # the temperature, at least, with which a rejected answer is asked 
 
 
 def judge(text: str, finished: bool, options: CaptionsColumn) -> Outcome:
-    """Turn a model's answer into a caption, white space as single spaces, or say what is wrong with it."""
+    """Turn a model's answer into a caption, white space as single spaces, or say what is wrong with it.
+
+    What stands around the caption is cut (`clean_answer`).
+    """
+    text = clean_answer(text)
     rejected = fault(text, finished, options.asked_kind, options.language)
     return RowFailure(*rejected) if rejected is not None else caption_output(" ".join(text.split()))
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ FIRST_WAIT = 1.0  # seconds before the second try; twice as long before each fur
 LONGEST_WAIT = 60.0  # also where the server asks for more
 REQUEST_SECONDS = 180.0
 MOST_BYTES = 1 << 20  # of an answer
+USED_UP = re.compile("insufficient_quota|billing_hard_limit|credit balance", re.IGNORECASE)  # a 429 that stays
 PASSING = (408, 409, 425, 429, *range(500, 600))  # these statuses may be others a moment later
 
 
@@ -34,12 +36,18 @@ class Unanswered(BadAnswer):
 
 @dataclass(frozen=True)
 class Reply:
-    """What the server said, whether it came to an end, and the tokens that it read and wrote (None: it did not say)."""
+    """What the server said, and the tokens that it read and wrote (None: it did not say)."""
 
     text: str
-    finished: bool
+    ended: str | None
+    """Its `finish_reason`: `stop`, `length` (it was cut at `max_tokens`), or something that is no end of an answer."""
     read: int | None
     wrote: int | None
+
+    @property
+    def finished(self) -> bool:
+        """The model ended by itself."""
+        return self.ended == "stop"
 
 
 def request(model: str, prompt: str, jpeg: bytes, max_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
@@ -62,8 +70,9 @@ async def ask(session: aiohttp.ClientSession, url: str, key: str | None, body: d
 
     Raises:
         Unanswered: it was not, for a reason that may pass: busy, broken, slow.
-        BadAnswer: the server takes this request for wrong, or its answer is none.
-        RequestError: it would answer no other request: the key, the URL or the model is wrong.
+        BadAnswer: the server rejects this request, or its reply is not a chat completion.
+        RequestError: it would answer no other request: the key, the URL or the model is wrong, or nothing is left
+            of what was paid.
     """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     backoff = Backoff(FIRST_WAIT, jitter=(0.75, 1.25), tries=TRIES)
@@ -91,6 +100,8 @@ async def ask(session: aiohttp.ClientSession, url: str, key: str | None, body: d
             if status in (400, 413, 415, 422):
                 raise BadAnswer(*fault)
             raise RequestError(f"endpoint {url}: it answers {status}: {fault[1]}; check the URL, the model and the key")
+        if status == 429 and USED_UP.search(fault[1]):
+            raise RequestError(f"endpoint {url}: it answers 429: {fault[1]}; add credit there, and run this again")
         pause = backoff.next_pause()
         if pause is None:
             raise Unanswered(*fault)
@@ -103,18 +114,45 @@ def parse(data: bytes) -> Reply:
     Raises:
         BadAnswer: it is none.
     """
+    shown = data[:200].decode("utf-8", "replace")
     try:
         found = json.loads(data)
+        if isinstance(found, dict) and found.get("error") and not found.get("choices"):
+            raise BadAnswer("bad_answer", f"error: {_text(found['error'])[:200]}")
         choice = found["choices"][0]
-        text, reason = choice["message"]["content"], choice.get("finish_reason")
-        if not isinstance(text, str):
-            raise TypeError(f"content is {type(text).__name__}")
+        text, reason = _content(choice["message"]["content"]), choice.get("finish_reason")
         usage = found.get("usage")
         usage = usage if isinstance(usage, dict) else {}
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        shown = data[:200].decode("utf-8", "replace")
-        raise BadAnswer("bad_answer", f"{type(error).__name__}: {error}: {shown}") from None
-    return Reply(text.strip(), reason != "length", _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
+        if isinstance(error, BadAnswer):
+            raise
+        raise BadAnswer("bad_answer", f"{type(error).__name__}: {error}: {shown}"[:500]) from None
+    ended = reason if isinstance(reason, str) else None
+    return Reply(text.strip(), ended, _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
+
+
+def _content(content: Any) -> str:
+    """Return the text of a message, which may come as a list of parts.
+
+    Raises:
+        TypeError: it is no text.
+    """
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and content:
+        return "".join(part if isinstance(part, str) else _content(part["text"]) for part in content if _is_text(part))
+    raise TypeError(f"content is {type(content).__name__}")
+
+
+def _is_text(part: Any) -> bool:
+    """Tell the parts that are text from those that are thinking and the like."""
+    return isinstance(part, str) or part.get("type", "text") in ("text", "output_text")
+
+
+def _text(error: Any) -> str:
+    """Return the server's words about an error."""
+    message = error.get("message") if isinstance(error, dict) else None
+    return message if isinstance(message, str) else json.dumps(error)
 
 
 def _count(usage: dict[str, Any], name: str) -> int | None:

@@ -16,7 +16,7 @@ import numpy as np
 import simplejpeg
 
 from microdit.model.pretrained.prompts import default_prompt
-from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.errors import RequestError, ServerRejects
 from microdit.pipeline.config.build import Resources
 from microdit.pipeline.config.captions import CaptionsColumn
 from microdit.pipeline.content.images import decode_within
@@ -31,8 +31,8 @@ from microdit.pipeline.stages.rows import Outcome, RowFailure, ShardRun, image_b
 from microdit.pipeline.stages.stage import ColumnSpec, Task, seed_of
 
 QUALITY = 90  # of the JPEGs that are sent
-# a shard with more unanswered samples, a share and a number of them, is tried again: the server is at fault
-UNANSWERED, LEAST = 0.05, 3
+# a shard with more samples that got no answer, a share and a number of them, is tried again: the server is at fault
+NO_ANSWER, LEAST = 0.05, 3
 
 Image = PreparedImage[bytes]
 
@@ -46,6 +46,11 @@ class Bill:
     read: int = 0
     wrote: int = 0
     unanswered: int = 0
+    """Samples that the server was too busy, broken or slow for."""
+    rejected: int = 0
+    """Samples that the server rejected, or gave no answer to."""
+    last: str = ""
+    """What it said to the last request of both."""
     again: int = 0
 
 
@@ -97,7 +102,7 @@ class Endpoint:
         with open_shard(corpus, task, images) as shard, BatchLine(self._threads) as line:
             ahead = 2 * self._options.concurrency
             prepared = prepared_images(line, shard.rows(), self._prepare, shard.write, ahead)
-            allowed = max(LEAST, UNANSWERED * images.counts["out"])
+            allowed = max(LEAST, NO_ANSWER * images.counts["out"])
             asyncio.run(self._ask_all(shard, prepared, bill, allowed))
             costs = {"spend": bill.spent, "tokens_read": bill.read, "tokens_wrote": bill.wrote, "again": bill.again}
             return shard.commit(lambda column: costs)
@@ -112,6 +117,7 @@ class Endpoint:
 
         Raises:
             OSError: more than `allowed` images stay unanswered.
+            ServerRejects: more than `allowed` are rejected.
         """
         loop, running = asyncio.get_running_loop(), set[asyncio.Task[None]]()
         with ThreadPoolExecutor(1) as reader:
@@ -129,7 +135,11 @@ class Endpoint:
                             ended.result()
                             running.remove(ended)
                         if bill.unanswered > allowed:
-                            raise OSError(f"endpoint {self._options.endpoint}: {bill.unanswered} images unanswered")
+                            what = f"{bill.unanswered} images unanswered, the last with {bill.last}"
+                            raise OSError(f"endpoint {self._options.endpoint}: {what}")
+                        if bill.rejected > allowed:
+                            what = f"{bill.rejected} requests rejected, the last with {bill.last}"
+                            raise ServerRejects(f"endpoint {self._options.endpoint}: {what}")
                 finally:
                     for left in running:
                         left.cancel()
@@ -140,16 +150,20 @@ class Endpoint:
 
     async def _caption(self, session: aiohttp.ClientSession, image: Image, source: str, bill: Bill) -> Outcome:
         """Ask for a sample's caption; once more if the answer is rejected."""
-        temperature = self._options.temperature
-        try:
-            outcome = await self._answer(session, image, temperature, seed_of(self.name, source, image.row.key), bill)
-            if isinstance(outcome, RowFailure):
-                bill.again += 1
-                seed = seed_of(f"{self.name} again", source, image.row.key)
-                outcome = await self._answer(session, image, max(temperature, AGAIN), seed, bill)
-        except Unanswered as error:  # the request itself was repeated often enough
-            bill.unanswered += 1
-            return RowFailure(error.reason, str(error))
+        temperature, no_answer = self._options.temperature, False
+        for again, salt, warmth in ((0, self.name, temperature), (1, f"{self.name} again", max(temperature, AGAIN))):
+            bill.again += again
+            try:
+                seed = seed_of(salt, source, image.row.key)
+                outcome, no_answer = await self._answer(session, image, warmth, seed, bill), False
+            except Unanswered as error:  # the request itself was repeated often enough
+                bill.unanswered, bill.last = bill.unanswered + 1, f"{error.reason}: {error}"
+                return RowFailure(error.reason, str(error))
+            except BadAnswer as error:
+                outcome, no_answer, bill.last = RowFailure(error.reason, str(error)), True, f"{error.reason}: {error}"
+            if not isinstance(outcome, RowFailure):
+                break
+        bill.rejected += no_answer
         return outcome
 
     async def _answer(
@@ -159,17 +173,17 @@ class Endpoint:
 
         Raises:
             Unanswered: the server gives no answer.
+            BadAnswer: it rejects the request, or what it answers is no answer.
         """
         self._check(bill)
         most = self._options.most_tokens
         body = request(str(self._options.model), self._prompt, image.image, most, temperature, seed)
-        try:
-            reply = await ask(session, str(self._options.endpoint), self._key, body)
-        except Unanswered:
-            raise
-        except BadAnswer as error:
-            return RowFailure(error.reason, str(error))
+        reply = await ask(session, str(self._options.endpoint), self._key, body)
         self._charge(bill, reply)
+        if reply.ended == "content_filter":
+            return RowFailure("cut_off", f"the server's filter stopped it: {reply.text[:200]}")
+        if reply.ended not in ("stop", "length"):
+            raise BadAnswer("cut_off", f"finish_reason is {reply.ended!r}, expected 'stop': {reply.text[:200]}")
         return judge(reply.text, reply.finished, self._options)
 
     # -- the cost ------------------------------------------------------------------------------------------------------

@@ -137,6 +137,20 @@ def test_bad_requests(
     assert not list(tmp_path.rglob("*.png"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--height", "100000"), "--height 100000: expected 1 to 8,192 pixels"),
+        (("--width", "0"), "--width 0: expected 1 to 8,192 pixels"),
+        (("--seed", str(2**64)), f"--seed {2**64}: expected 0 to {2**64 - 1}"),
+        (("--seed", str(2**64 - 1), "--images-per-prompt", "2"), f"expected 0 to {2**64 - 2}, as 2 pictures"),
+    ],
+)
+def test_numbers_are_refused_before_a_checkpoint_is_loaded(arguments: tuple[str, ...], message: str) -> None:
+    result = generate("no/such/checkpoint", "--prompt", "dog", *arguments)
+    assert result.exit_code == 2 and message in result.stderr and "no/such" not in result.stderr
+
+
 @pytest.mark.parametrize("name", ["none", "runs/none/step", "VSehwag24/MicroDiT"])
 def test_no_such_checkpoint(name: str) -> None:
     result = generate(name, "--prompt", "dog")

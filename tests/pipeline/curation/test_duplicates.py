@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
@@ -48,6 +49,55 @@ def test_the_largest_of_a_group_is_kept(corpus: Corpus) -> None:
     assert chosen["row"].to_pylist() == [2, 4, 5]
     assert dedup(corpus) == found  # at once
     assert dedup(corpus, 0).path != found.path
+
+
+def test_plain_colours_are_different_pictures(tmp_path: Path) -> None:
+    colours = ["red", "blue", "white", "red"]
+    found = dedup(corpus_of(tmp_path / "flat", [Image.new("RGB", (64, 64), colour) for colour in colours]))
+    assert (found.groups, found.dropped, found.largest, found.beyond) == (1, 1, 2, 0)
+
+
+def test_a_table_of_before_is_shown_and_made_again_when_asked_for(corpus: Corpus) -> None:
+    """Records of method 1 do not have these fields; they count groups that were linked by steps."""
+    found = dedup(corpus)
+    name = found.path.rsplit(".", 2)[0] + ".json"
+    record = json.loads(corpus.store.get(name))
+    for field in ("largest", "beyond", "method"):
+        del record[field]
+    corpus.store.delete([name])
+    corpus.store.create(name, json.dumps(record).encode())
+    assert [line["duplicate_keep"] for line in rows(corpus, "duplicate_keep")][:3] == [False, False, True]
+    again = dedup(corpus)
+    assert again.path != found.path and again.largest == 3
+
+
+def test_of_pictures_with_one_hash_the_equal_one_is_named(tmp_path: Path) -> None:
+    """Plain colours have one hash; each is compared with all of the evaluation set."""
+    pictures: list[Image.Image | None] = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "white")]
+    own = corpus_of(tmp_path / "own", pictures)
+    other = corpus_of(tmp_path / "other", [*reversed(pictures)])
+    found = decontaminate(own, [other.url])
+    assert (found.contaminated, found.exact) == (3, 3)
+    lines = rows(own, "contaminated_by, contaminated_distance")
+    assert [line["contaminated_by"][-1] for line in lines] == ["2", "1", "0"]
+    assert {line["contaminated_distance"] for line in lines} == {0}
+    itself = decontaminate(own, [own.url])
+    assert itself.exact == 3 and all(line["contaminated_by"] == line["id"] for line in rows(own, "id, contaminated_by"))
+
+
+def test_the_keeper_is_chosen_among_what_the_other_conditions_leave(corpus: Corpus) -> None:
+    """The kept one of the group is 160 pixels wide; a WHERE that drops it leaves another one of the group."""
+    dedup(corpus)
+    small = "SELECT source, shard, row FROM samples WHERE status = 'ok' AND width < 100"
+    lost = load_selection(corpus, f"lost@{select(corpus, 'lost', f'{small} AND duplicate_keep').hash}")
+    assert lost["row"].to_pylist() == [4, 5]
+    chosen = select(corpus, "once", f"{small} QUALIFY one_per_group(duplicate_group)")
+    assert load_selection(corpus, f"once@{chosen.hash}")["row"].to_pylist() == [0, 4, 5]
+    assert "scores/basic" in chosen.columns
+    every = select(
+        corpus, "every", "SELECT * FROM samples s WHERE status = 'ok' QUALIFY one_per_group(s.duplicate_group)"
+    )
+    assert load_selection(corpus, f"every@{every.hash}")["row"].to_pylist() == [2, 4, 5]
 
 
 def test_a_new_commit_asks_for_a_new_table(corpus: Corpus) -> None:

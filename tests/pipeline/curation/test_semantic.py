@@ -154,6 +154,7 @@ def test_the_largest_of_a_group_is_kept(corpus: Corpus) -> None:
         "kept": 3,
         "clusters": 1,
         "cut": 0,
+        "largest": 2,
     }
     lines = rows(corpus, "semantic_group, semantic_similarity, semantic_keep")
     assert [line["semantic_keep"] for line in lines] == [False, True, None, True, True, False]
@@ -229,7 +230,8 @@ def test_the_command(corpus: Corpus) -> None:
     said = microdit("dedup", corpus.url, "--semantic")
     assert said.exit_code == 0, said.output
     assert said.stdout == (
-        "2 groups: 3 of 5 samples to keep, 2 to drop; 0 more have no embedding in scores/embedding\n"
+        "2 groups: 3 of 5 samples to keep, 2 to drop; 0 more have no embedding in scores/embedding; "
+        "the largest group has 2\n"
     )
     found = json.loads(microdit("dedup", corpus.url, "--semantic", "--similarity", "0.9999", "--json").stdout)
     assert (found["groups"], found["similarity"]) == (0, 0.9999)

@@ -2,9 +2,10 @@
 
 import pytest
 
+from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.engine.messages import ErrorReport
 from microdit.pipeline.engine.plan import Job, UnitJob
-from microdit.pipeline.engine.retries import BACKOFF_SECONDS, MAX_ASIDE, MAX_LOST, Retries, Search
+from microdit.pipeline.engine.retries import BACKOFF_SECONDS, MAX_ASIDE, MAX_LOST, MAX_REJECTED, Retries, Search
 
 JOB = Job(0, "pictures", "pictures-000000-00", {"captions/a": 0})
 UNIT = UnitJob("pictures", "pictures-000000")
@@ -118,3 +119,18 @@ def test_a_unit_that_killed_its_process_is_decoded_in_isolation() -> None:
     assert retries.unit_task(UNIT).isolated
     assert retries.died(UNIT, "crash", ERROR, None) == 4 * BACKOFF_SECONDS
     assert retries.died(UNIT, "crash", ERROR, None) is None
+
+
+def test_a_server_that_rejects_several_shards_in_a_row_ends_the_build() -> None:
+    retries, rejects = Retries(3, 8), ErrorReport("endpoint x: 4 requests rejected", "...", server_rejects=True)
+    jobs = [Job(0, "pictures", f"pictures-000000-{n:02}", {"captions/a": 0}) for n in range(MAX_REJECTED)]
+    for _ in range(5):
+        retries.answered(jobs[0], rejects)  # one shard, however often
+    for job in jobs[:-1]:
+        retries.answered(job, rejects)
+    retries.answered(jobs[-1], ERROR)  # says nothing of the server
+    retries.answered(jobs[-1], None)
+    for job in jobs[:-1]:
+        retries.answered(job, rejects)
+    with pytest.raises(RequestError, match="x: 4 requests rejected; so it was with 3 shards in a row"):
+        retries.answered(jobs[-1], rejects)

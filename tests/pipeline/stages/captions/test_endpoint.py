@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.errors import RequestError, ServerRejects
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.stages.captions import chat
@@ -31,7 +31,7 @@ GOOD = "A square of many colours lies on a table, seen from above."
 KEY = "TEST_ENDPOINT_KEY"
 
 
-def completion(text: object = GOOD, reason: str = "stop", **more: Any) -> dict[str, Any]:
+def completion(text: object = GOOD, reason: str | None = "stop", **more: Any) -> dict[str, Any]:
     usage = {"prompt_tokens": 1000, "completion_tokens": 100}
     return {"choices": [{"message": {"content": text}, "finish_reason": reason}], "usage": usage, **more}
 
@@ -69,7 +69,8 @@ class Server:
                 return web.Response(body=fault, content_type="application/json")
             if fault == "hang up" and request.transport is not None:
                 request.transport.close()
-            return web.json_response(self.answer(body))
+            answer = self.answer(body)
+            return answer if isinstance(answer, web.Response) else web.json_response(answer)
         finally:
             self.now -= 1
 
@@ -204,9 +205,39 @@ def test_an_image_that_breaks_the_server_fails_alone(corpus: Corpus, server: Ser
 
 def test_a_server_that_is_down_fails_the_shard_and_no_image(corpus: Corpus, server: Server) -> None:
     server.faults = [503] * 1000
-    with pytest.raises(OSError, match=r"4 images unanswered"):
+    with pytest.raises(OSError, match=r"4 images unanswered, the last with http_503: no"):
         captions(corpus, server, concurrency=4)
     assert corpus.commits("captions/vl") == [] and server.fired["503"] >= 4 * chat.TRIES
+
+
+@pytest.mark.parametrize("fault", [400, 422, b'{"error": {"message": "no model of that name"}}', b"<html>hello</html>"])
+def test_a_server_that_rejects_all_commits_nothing(corpus: Corpus, server: Server, fault: int | bytes) -> None:
+    server.faults = [fault] * 1000
+    with pytest.raises(
+        ServerRejects, match=r"4 requests rejected, the last with (http_4|bad_answer: .*(no model|hello))"
+    ):
+        captions(corpus, server, concurrency=1)
+    assert corpus.commits("captions/vl") == [] and len(server.requests) == 8
+
+
+def test_a_quota_that_is_used_up_ends_the_build(corpus: Corpus, server: Server) -> None:
+    server.answer = lambda body: web.json_response({"error": {"code": "insufficient_quota"}}, status=429)
+    with pytest.raises(RequestError, match=r"answers 429: .*insufficient_quota.*; add credit there"):
+        captions(corpus, server, concurrency=1)
+    assert len(server.requests) == 1
+
+
+def test_content_as_a_list_of_parts_is_joined(corpus: Corpus, server: Server) -> None:
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": GOOD[:9]}, {"text": GOOD[9:]}]
+    server.answer = lambda body: completion(parts)
+    assert outcomes(corpus, captions(corpus, server)) == {GOOD: 10}
+
+
+@pytest.mark.parametrize("reason", ["content_filter", "error", "abort", None])
+def test_what_did_not_end_by_itself_is_no_caption(corpus: Corpus, server: Server, reason: str | None) -> None:
+    ends = iter([reason, reason])
+    server.answer = lambda body: completion(reason=next(ends, "stop"))
+    assert outcomes(corpus, captions(corpus, server, concurrency=1)) == {GOOD: 9, "cut_off": 1}
 
 
 @pytest.mark.parametrize("status", [401, 404, 302])
