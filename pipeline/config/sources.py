@@ -93,6 +93,9 @@ class JoinOptions(Options):
     by: Literal["key", "origin"] = "key"
     """What the table's key is matched with: the sample's key in the dataset (of a webdataset the name of its members),
     or its origin in the file: the member with the image, a row's key, or without one `row-<number>`."""
+    rows_of: Literal["beside", "all"] | None = None
+    """Whose samples a table's file describes: those of the archive beside it (`a/7.parquet` of `a/7.tar`), or all; by
+    default those beside it if every file of the table lies beside one."""
 
 
 def _check_names(fields: Mapping[str, str], joins: Sequence[JoinOptions]) -> None:

@@ -58,14 +58,16 @@ class Parquet(FileSource):
     def details(self) -> dict[str, Any]:
         options = self._options
         by = [join.by for join in options.joins]
-        return {**options.model_dump(include={"image", "caption", "fields", "key"}), "joins": by}
+        rows_of = [join.rows_of for join in options.joins]
+        told = {"rows_of": rows_of} if any(rows_of) else {}
+        return {**told, **options.model_dump(include={"image", "caption", "fields", "key"}), "joins": by}
 
     def tables(self) -> Sequence[JoinSpec]:
         return self._tables
 
     @cached_property
     def _tables(self) -> list[JoinSpec]:
-        return tables_of(self.name, self._options.joins)
+        return tables_of(self.name, self._options.joins, self._listing)
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
@@ -80,7 +82,7 @@ class Parquet(FileSource):
             for batch, columns in self._batches(path, file):
                 alive()
                 for index in range(batch.num_rows):
-                    yield self._sample(batch, index, columns, row)
+                    yield self._sample(batch, index, columns, row, file)
                     row += 1
         except _DamagedFile as error:
             detail = f"nothing can be read behind row {row}: {error}"
@@ -108,7 +110,7 @@ class Parquet(FileSource):
                 raise  # this machine's fault, not the file's
             raise _DamagedFile(" ".join(str(error).split())[:300]) from error
 
-    def _sample(self, batch: pa.RecordBatch, index: int, columns: _Columns, row: int) -> FileSample:
+    def _sample(self, batch: pa.RecordBatch, index: int, columns: _Columns, row: int, file: RemoteFile) -> FileSample:
         """Make the sample of row `index` of a batch, which is row `row` of the file."""
         options, origin = self._options, f"row-{row}"
         values: dict[str, object] = {}
@@ -123,7 +125,7 @@ class Parquet(FileSource):
         key = "" if raw_key is None else str(raw_key)
         origin = key or origin
         fields = fields_of((name, values[f"fields.{name}"]) for name in options.fields)
-        fields |= joined(options.joins, self.table, key, origin)
+        fields |= joined(options.joins, self._tables, self.table, file, key, origin)
         caption = as_text(values.get("caption"))
         cell = _cell(batch, columns.image, index)
         data = None if cell is None else cell.as_buffer()

@@ -59,18 +59,20 @@ class Webdataset(FileSource):
     def details(self) -> dict[str, Any]:
         options = self._options
         by = [join.by for join in options.joins]
-        return {**options.model_dump(include={"image", "caption", "fields", "keys"}), "joins": by}
+        rows_of = [join.rows_of for join in options.joins]
+        told = {"rows_of": rows_of} if any(rows_of) else {}
+        return {**told, **options.model_dump(include={"image", "caption", "fields", "keys"}), "joins": by}
 
     def tables(self) -> Sequence[JoinSpec]:
         return self._tables
 
     @cached_property
     def _tables(self) -> list[JoinSpec]:
-        return tables_of(self.name, self._options.joins)
+        return tables_of(self.name, self._options.joins, self._listing)
 
     def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[FileSample]:
         for group in self._groups(members(path, self._is_read, MAX_BYTES)):
-            yield self._sample(group)
+            yield self._sample(group, file)
 
     def _groups(self, members: Iterator[Member]) -> Iterator[_Group]:
         """Group the members of a tar into samples. A `damaged_archive` is one as well, without a name."""
@@ -92,7 +94,7 @@ class Webdataset(FileSource):
         if group.extensions:
             yield group
 
-    def _sample(self, group: _Group) -> FileSample:
+    def _sample(self, group: _Group, file: RemoteFile) -> FileSample:
         image, options = group.image, self._options
         key = group.key if options.keys == "member" else ""
         if image is None:
@@ -112,7 +114,7 @@ class Webdataset(FileSource):
             return text if path == "txt" else nested_value(record, path.removeprefix("json."))
 
         fields = fields_of((name, value_at(path)) for name, path in options.fields.items())
-        fields |= joined(options.joins, self.table, group.key, image.name)
+        fields |= joined(options.joins, self._tables, self.table, file, group.key, image.name)
         caption = as_text(value_at(options.caption)) if options.caption else ""
         return FileSample(key, image.data, caption, image.name, fields)
 

@@ -21,7 +21,7 @@ from microdit.pipeline.stages.captions.asking import SCALARS, caption_output
 from microdit.pipeline.stages.row_stage import compute_rows
 from microdit.pipeline.stages.rows import RowFailure, Scalars, open_shard
 from microdit.pipeline.stages.stage import ColumnSpec, Task
-from microdit.pipeline.tables.joins.lookup import Joined
+from microdit.pipeline.tables.joins.lookup import AMBIGUOUS, Joined
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
 READERS = {".parquet": "parquet", ".jsonl": "jsonl", ".gz": "jsonl", ".json": "jsonl"}
@@ -87,8 +87,10 @@ class GivenCaptions:
             text = field_text(row.scalars.get("fields"), options.field)
             return text or fallback, f"no text came as {options.field!r}"
         if self._joined is not None:
-            entry = table.get(row.scalars[options.by], {})
-            return entry.get("caption") or "", f"the table has none for its {options.by}"
+            entry = table.get(row.scalars[options.by])
+            if entry is AMBIGUOUS:
+                raise RowFailure("ambiguous_key", f"its {options.by} comes again in the table with another caption")
+            return (entry or {}).get("caption") or "", f"the table has none for its {options.by}"
         return source, "no caption came with it"
 
 

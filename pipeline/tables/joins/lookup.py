@@ -1,6 +1,6 @@
 """Look up rows of a join table by key."""
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable
 from functools import cached_property
@@ -13,6 +13,8 @@ from microdit.pipeline.storage.store import Store
 from microdit.pipeline.tables.joins.spec import JoinSpec, JoinTable
 
 KEPT = 4  # row groups in memory of a worker, for each table
+AMBIGUOUS: dict[str, Any] = {}
+"""The fields of a key that comes several times, with different values: none, as nobody knows whose each is."""
 
 
 class Joined:
@@ -26,15 +28,19 @@ class Joined:
         return {"_store": self._store, "_base": self._base, "_groups": OrderedDict()}
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """Return the fields of a key; None if the key is absent."""
-        number = bisect_left(self._table.last, key)
-        if number == len(self._table.last):
-            return None
-        keys, rows = self._group(number)
-        row = bisect_left(keys, key)
-        if row == len(keys) or keys[row] != key:
-            return None
-        return dict(zip(self._table.fields, rows.slice(row, 1).to_pylist()[0].values(), strict=True))
+        """Return the fields of a key; None if the key is absent, `AMBIGUOUS` if its rows have different values."""
+        found: list[Any] = []
+        for number in range(bisect_left(self._table.last, key), len(self._table.last)):
+            keys, rows = self._group(number)
+            first, end = bisect_left(keys, key), bisect_right(keys, key)
+            for row in rows.slice(first, end - first).to_pylist():
+                values = list(row.values())
+                if found and repr(values) != repr(found):  # as text, so that NaN is NaN
+                    return AMBIGUOUS
+                found = found or values
+            if end < len(keys):
+                break
+        return dict(zip(self._table.fields, found, strict=True)) if found else None
 
     def get_many(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Return the fields of the keys that the table has, given in any order; each row group is read once at most."""

@@ -19,7 +19,7 @@ from microdit.pipeline.base.threads import chunks
 from microdit.pipeline.files.archives import stem
 from microdit.pipeline.files.download import local_copy
 from microdit.pipeline.files.tars import tar_chunks, tar_members
-from microdit.pipeline.tables.joins.spec import JoinSpec
+from microdit.pipeline.tables.joins.spec import JoinSpec, prefix_of
 
 BATCH = 8192
 MAX_LINE, MAX_TEXT = 4 << 20, 256 << 10
@@ -70,9 +70,10 @@ def _batches(spec: JoinSpec, schema: pa.Schema, scratch: Path, tally: JoinTally)
     key_of = rules[spec.key_of]
     number = 0
     for source in spec.listing.files:
+        before = prefix_of(source) if spec.beside else ""
         with local_copy(source, scratch) as path:
             for keys, columns in read(path, spec, tally, source.name):
-                batch = _to_batch(keys, columns, schema, number, key_of)
+                batch = _to_batch(keys, columns, schema, number, key_of, before)
                 if without_key := len(keys) - batch.num_rows:
                     tally.leave_out("no_key", f"{without_key:,} rows near row {number:,} of {source.name}", without_key)
                 number += batch.num_rows
@@ -81,11 +82,16 @@ def _batches(spec: JoinSpec, schema: pa.Schema, scratch: Path, tally: JoinTally)
 
 
 def _to_batch(
-    keys: Sequence[Any], columns: Sequence[Any], schema: pa.Schema, number: int, key_of: Callable[[str], str]
+    keys: Sequence[Any],
+    columns: Sequence[Any],
+    schema: pa.Schema,
+    number: int,
+    key_of: Callable[[str], str],
+    before: str,
 ) -> pa.RecordBatch:
     """Make a batch of the rows that have a key, numbered from `number`, with the fields cast to the schema's types."""
     has_key = [key is not None and key != "" for key in keys]
-    made = [_replace_surrogates(key_of(str(key))) for key, has in zip(keys, has_key, strict=True) if has]
+    made = [_replace_surrogates(before + key_of(str(key))) for key, has in zip(keys, has_key, strict=True) if has]
     arrays = [pa.array(made, pa.string()), pa.array(range(number, number + len(made)), pa.int64())]
     mask = pa.array(has_key, pa.bool_())
     for kind, column in zip(schema.types[2:], columns, strict=True):
