@@ -1,8 +1,8 @@
 """Decode untrusted bytes to pixels, and encode pixels for storage. Everything is bounded before it is decoded.
 
-Accepted are JPEG, PNG, WebP, AVIF, GIF and BMP with one picture in them. EXIF rotation is applied, palettes are
-resolved, transparency is laid on white, CMYK, gray and 16-bit become 8-bit RGB. Animations are refused: their captions
-describe no single frame. ICC profiles are not applied.
+Accepted are JPEG, PNG, WebP, AVIF, GIF and BMP with one picture in them, and the first page of a TIFF. EXIF rotation is
+applied, palettes are resolved, transparency is laid on white, CMYK, gray and 16-bit become 8-bit RGB. Animations are
+refused: their captions describe no single frame. ICC profiles are not applied.
 """
 
 import io
@@ -17,8 +17,9 @@ import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from microdit.pipeline.config.images import ImageOptions
+from microdit.pipeline.content.tiff import UnsupportedTiffError, check_tiff, is_tiff
 
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 MEMBER_FORMATS = {"jpg": "jpeg", "png": "png", "webp": "webp"}
 LONGEST = {"jpg": 65_500, "png": 2**31 - 1, "webp": 16_383}  # pixels of a side that each format can hold
 ORIENTATION = 0x0112
@@ -65,7 +66,7 @@ class Prepared:
     original_width: int
     original_height: int
     format: str
-    """Of the bytes that came: `jpeg`, `png`, `webp`, `avif`, `gif` or `bmp`."""
+    """Of the bytes that came: `jpeg`, `png`, `webp`, `avif`, `gif`, `bmp` or `tiff`."""
 
 
 def prepare(data: bytes, options: ImageOptions) -> Prepared:
@@ -109,7 +110,9 @@ def decode(data: bytes, max_pixels: int, shrink_to: int | None = None) -> Decode
             return _decode_jpeg(data, max_pixels, shrink_to)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _bound(image.width, image.height, max_pixels)
-            if getattr(image, "is_animated", False):
+            if image.format == "TIFF":  # of several pages the first; to count them would read the whole file
+                check_tiff(image)
+            elif getattr(image, "is_animated", False):
                 raise BadImage("animated", f"{image.format} with several frames; expected one picture")
             decoded = _decode_pillow(image, str(image.format).lower())
             if image.format == "PNG" and _may_lack_rows(image):
@@ -119,6 +122,8 @@ def decode(data: bytes, max_pixels: int, shrink_to: int | None = None) -> Decode
         raise
     except Image.DecompressionBombError as error:
         raise BadImage("bomb", str(error)) from None
+    except UnsupportedTiffError as error:
+        raise BadImage("unsupported", str(error)) from None
     except UnidentifiedImageError:
         reason = _fault(data) if _known(data) else "not_an_image"
         raise BadImage(reason, f"no picture that can be read; it begins with {data[:24]!r}") from None
@@ -286,6 +291,7 @@ def _known(data: bytes) -> bool:
     return (
         data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM"))
         or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+        or is_tiff(data)
         or data[4:12] in (b"ftypavif", b"ftypavis")
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.sources import JoinOptions
+from microdit.pipeline.content.text_bytes import NotTextError, checked_text
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.sources.members import one_line
@@ -18,20 +19,33 @@ READERS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl"}
 
 
 def plain(value: object) -> Plain:
-    """Convert a value to what a field can hold: lists and objects to JSON, NaN to None, dates to text."""
+    """Convert a value to what a field can hold: lists and objects to JSON, NaN to None, dates to text.
+
+    Raises:
+        NotTextError: a text that is none.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, str):
+        return checked_text(value)
     if isinstance(value, Plain):
         return value
     if isinstance(value, list | dict):
-        return json.dumps(value, ensure_ascii=False, default=str)
+        return checked_text(json.dumps(value, ensure_ascii=False, default=str))
     return str(value)
 
 
-def fields_of(values: Iterable[tuple[str, object]]) -> dict[str, Plain]:
-    """Make fields of named values, without the empty ones."""
-    converted = ((name, plain(value)) for name, value in values)
-    return {name: value for name, value in converted if value is not None and value != ""}
+def fields_of(values: Iterable[tuple[str, object]], faults: dict[str, str] | None = None) -> dict[str, Plain]:
+    """Make fields of named values, without the empty ones, and without texts that are none: `faults` says which."""
+    fields: dict[str, Plain] = {}
+    for name, value in values:
+        try:
+            if (converted := plain(value)) is not None and converted != "":
+                fields[name] = converted
+        except NotTextError as error:
+            if faults is not None:
+                faults[name] = str(error)
+    return fields
 
 
 def tables_of(source: str, joins: Sequence[JoinOptions], archives: Listing) -> list[JoinSpec]:
@@ -64,6 +78,14 @@ def tables_of(source: str, joins: Sequence[JoinOptions], archives: Listing) -> l
     return specs
 
 
+def declared_later(texts: str, joins: Sequence[JoinOptions]) -> dict[str, Any]:
+    """Declare options that sources of earlier versions did not have, if they are given."""
+    declared: dict[str, Any] = {} if texts == "first" else {"texts": texts}
+    if any(join.rows_of for join in joins):
+        declared["rows_of"] = [join.rows_of for join in joins]
+    return declared
+
+
 def nested_value(values: Any, name: str) -> Any:
     """Return the value of a dotted name in nested dicts; None if it is absent."""
     if isinstance(values, dict) and name in values:
@@ -72,9 +94,19 @@ def nested_value(values: Any, name: str) -> Any:
     return nested_value(values.get(first), rest) if dot and isinstance(values, dict) else None
 
 
-def as_text(value: Any) -> str:
-    """Put a caption on one line; of a list of captions the first. Empty if it is no text."""
-    return one_line(value[0] if isinstance(value, list) and value else value)
+def as_text(value: Any, faults: dict[str, str], texts: str = "first") -> str:
+    """Put a caption on one line; of a list of them the first that is not empty, the `longest`, or all (`join`).
+
+    Empty if it is no text; what is wrong with it is noted in `faults["caption"]`.
+    """
+    if not isinstance(value, list):
+        return one_line(value, "caption", faults)
+    lines = [line for one in value if (line := one_line(one, "caption", faults))]
+    if lines and texts != "join":
+        lines = [lines[0] if texts == "first" else max(lines, key=len)]
+    if lines:
+        faults.pop("caption", None)
+    return " ".join(lines)
 
 
 def joined(

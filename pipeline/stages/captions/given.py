@@ -74,10 +74,21 @@ class GivenCaptions:
         if self._options.clean is not None:
             caption = clean_caption(caption)
         if not caption.split():
-            raise RowFailure("no_caption", missing)
+            raise self._why_none(row) or RowFailure("no_caption", missing)
         if SURROGATES.search(caption):
             raise RowFailure("not_text", "it has lone surrogates, which UTF-8 cannot write")
         return caption_output(caption).scalars
+
+    def _why_none(self, row: Row) -> RowFailure | None:
+        """The failure that the source noted, of a text that it could not take; None if it noted none."""
+        if self.table is not None:
+            return None
+        name = self._options.field or "caption"
+        for fault in field_text(row.scalars.get("fields"), "not_text").split("; "):
+            if fault.startswith(f"{name}: "):
+                return RowFailure("not_text", fault)
+        apart = field_text(row.scalars.get("fields"), "not_side_by_side")
+        return RowFailure("not_side_by_side", apart) if apart else None
 
     def _caption(self, row: Row, table: TableRows) -> tuple[str, str]:
         """The caption of a sample, empty if there is none, and the detail of the failure in that case."""

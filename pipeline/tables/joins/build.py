@@ -50,7 +50,8 @@ def build(corpus: Corpus, spec: JoinSpec, scratch: Path, report: Callable[[str],
     def write(path: Path) -> int:
         _write_sorted(spec, scratch, tally, path)
         last.extend(_last_keys(path))
-        _count_ambiguous(path, tally)
+        if not spec.first_counts:
+            _count_ambiguous(path, tally)
         return tally.rows
 
     def record(object: ObjectRef, rows: int) -> JoinTable:

@@ -21,11 +21,11 @@ class Joined:
     """A table made by `build`. Picklable: workers open it at the first look-up."""
 
     def __init__(self, store: Store, spec: JoinSpec):
-        self._store, self._base = store, spec.base
+        self._store, self._base, self._first_counts = store, spec.base, spec.first_counts
         self._groups: OrderedDict[int, tuple[list[str], pa.RecordBatch]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_store": self._store, "_base": self._base, "_groups": OrderedDict()}
+        return {name: vars(self)[name] for name in ("_store", "_base", "_first_counts")} | {"_groups": OrderedDict()}
 
     def get(self, key: str) -> dict[str, Any] | None:
         """Return the fields of a key; None if the key is absent, `AMBIGUOUS` if its rows have different values."""
@@ -35,10 +35,10 @@ class Joined:
             first, end = bisect_left(keys, key), bisect_right(keys, key)
             for row in rows.slice(first, end - first).to_pylist():
                 values = list(row.values())
-                if found and repr(values) != repr(found):  # as text, so that NaN is NaN
+                if found and not self._first_counts and repr(values) != repr(found):  # as text, so that NaN is NaN
                     return AMBIGUOUS
                 found = found or values
-            if end < len(keys):
+            if end < len(keys) or (found and self._first_counts):
                 break
         return dict(zip(self._table.fields, found, strict=True)) if found else None
 

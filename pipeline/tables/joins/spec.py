@@ -34,6 +34,8 @@ class JoinSpec:
     key_of: str = ""
     what: str = "table"
     """The field of the config, for messages."""
+    first_counts: bool = False
+    """Of a key that comes again the first row counts: in a dataset's own table all of them are of one sample."""
     beside: bool = False
     """The rows of each file belong to the archive of the same folder and name alone."""
 
