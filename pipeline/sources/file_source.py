@@ -18,6 +18,7 @@ from microdit.pipeline.corpus.names import unit_name
 from microdit.pipeline.files.download import local_copy
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.files.wrong_files import what_it_is
+from microdit.pipeline.sources.known_files import kept_to, note
 from microdit.pipeline.sources.source import Fields, Input
 from microdit.pipeline.tables.joins.build import build
 from microdit.pipeline.tables.joins.lookup import Joined
@@ -139,8 +140,23 @@ class FileSource:
     def units(self) -> list[str]:
         return [unit_name(self.name, number) for number in self._shares]
 
+    def keep_to_known_files(self, corpus: Corpus, grow: bool, report: Callable[[str], None]) -> None:
+        """Keep to the files that the corpus knows of this source; with `grow`, new ones become new units.
+
+        Raises:
+            RequestError: a file that was read is another one now; a limit, with which a source cannot grow.
+        """
+        if grow and self._file_options.limit is not None:
+            raise RequestError(
+                f"sources.{self.name}.limit = {self._file_options.limit}: a source with a limit cannot grow, as the "
+                "limit is shared out among its files; take the limit away, or build without --grow"
+            )
+        self._listing = kept_to(corpus, self.name, self._listing, grow, report)
+        self.__dict__.pop("_shares", None)
+
     @contextmanager
     def running(self, corpus: Corpus, report: Callable[[str], None]) -> Iterator[None]:
+        note(corpus, self.name, self._listing)
         if tables := self.tables():
             for spec in tables:
                 build(corpus, spec, self._scratch, report)
