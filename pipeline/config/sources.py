@@ -182,6 +182,16 @@ class ParquetSource(FileOptions):
         return self
 
 
+class Img2datasetSource(FileOptions):
+    """A folder that img2dataset has written: tars, parquet tables, or files in folders."""
+
+    adapter: Literal["img2dataset"]
+    folder: str
+    """The folder, here, in a bucket or on the hub (`hf://datasets/OWNER/NAME/FOLDER`)."""
+    caption: str = "caption"
+    """The column with the caption; all others are fields."""
+
+
 # -- datasets by name ------------------------------------------------------------------------------------------------
 class Sa1bSource(FileOptions):
     """SA-1B: from Meta, by the list of links that comes with its licence, or from a mirror of tars."""
@@ -306,6 +316,7 @@ SourceOptions = Annotated[
     | OpenmojiSource
     | WebdatasetSource
     | ParquetSource
+    | Img2datasetSource
     | Sa1bSource
     | Cc12mSource
     | JourneydbSource

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from microdit.pipeline.stages.stage import ColumnSpec, Task
 from microdit.pipeline.tables.joins.lookup import AMBIGUOUS, Joined
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
+FILE_NUMBER = re.compile(r"^\d{6,}-")
 READERS = {".parquet": "parquet", ".jsonl": "jsonl", ".gz": "jsonl", ".json": "jsonl"}
 TableRows = Mapping[str, Mapping[str, Any]]
 """Rows of a joined table, by the key or origin of a sample."""
@@ -65,7 +67,8 @@ class GivenCaptions:
         rows = list(read_lines(corpus, images))
         table: TableRows = {}
         if self._joined is not None:  # all at once: a shard is not in the table's order
-            table = self._joined.get_many(row.scalars[self._options.by] for row in rows if row.ok)
+            keys = [row.scalars[self._options.by] for row in rows if row.ok]
+            table = self._joined.get_many([*keys, *map(_own_name, keys)])
         with open_shard(corpus, task, images) as shard:
             return compute_rows(shard, partial(self._scalars, table), rows)
 
@@ -99,10 +102,15 @@ class GivenCaptions:
             return text or fallback, f"no text came as {options.field!r}"
         if self._joined is not None:
             entry = table.get(row.scalars[options.by])
-            if entry is AMBIGUOUS:
+            if entry is AMBIGUOUS or (entry is None and table.get(_own_name(row.scalars[options.by])) is AMBIGUOUS):
                 raise RowFailure("ambiguous_key", f"its {options.by} comes again in the table with another caption")
             return (entry or {}).get("caption") or "", f"the table has none for its {options.by}"
         return source, "no caption came with it"
+
+
+def _own_name(key: str) -> str:
+    """A key without the file's number that a source puts before names that begin again in each file."""
+    return FILE_NUMBER.sub("", key)
 
 
 def field_text(fields: str | None, name: str) -> str:

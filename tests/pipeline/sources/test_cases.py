@@ -67,6 +67,16 @@ def test_a_table_that_lies_elsewhere_is_of_all_tars(tmp_path: Path) -> None:
     assert [image["fields"] for image in images] == [f'{{"long": "folder a caption {n}"}}' for n in range(3)]
 
 
+def test_a_captions_column_says_that_a_key_is_ambiguous(tmp_path: Path) -> None:
+    """Its table knows no files, so that nobody can tell whose caption it is."""
+    table = str(NUMBERED_TWICE / "*" / "*.parquet")
+    for keys, pattern in (("one", NUMBERED_TWICE / "a" / "*.tar"), ("two", NUMBERED_TWICE / "*" / "*.tar")):
+        source = {"adapter": "webdataset", "files": str(pattern), "keys": "member"}
+        column = {"join": table, "by": "key"}
+        _, captions = ingested(tmp_path / keys, source, column)
+        assert {(row["caption"], row["reason"]) for row in captions} == {(None, "ambiguous_key")}
+
+
 def test_names_with_dots(tmp_path: Path) -> None:
     """`22.05.png` and `22.06.png` are two pictures, each with its own text."""
     found = built(tmp_path, CASES / "W2-dots-in-names")
