@@ -13,6 +13,10 @@ class RequestError(ValueError):
     """
 
 
+class UnreadableError(RequestError):
+    """A unit of which nothing can be read: it is set aside, the rest of a build goes on."""
+
+
 class DamagedError(RequestError):
     """A record of a corpus cannot be parsed: what depends on it fails, the rest of a build goes on."""
 

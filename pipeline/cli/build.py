@@ -31,6 +31,7 @@ def build(
     repair: Annotated[
         bool, typer.Option("--repair", help="Read all that is there; make again what is damaged, lost or stale.")
     ] = False,
+    grow: Annotated[bool, typer.Option("--grow", help="Take files that were added to the sources as well.")] = False,
     as_json: Json = False,
 ) -> None:
     """Build a corpus, or go on with it: everything the config asks for that is not there.
@@ -56,7 +57,8 @@ def build(
     wanted = [name.strip() for name in columns.split(",") if name.strip()] if columns is not None else None
     with json_answer(as_json) as answer, shown() as progress:
         loaded = load_config(config, overrides or (), corpus)
-        summary = build_corpus(loaded, wanted, retry_failed=retry_failed, repair=repair, progress=progress)
+        how = {"retry_failed": retry_failed, "repair": repair, "grow": grow}
+        summary = build_corpus(loaded, wanted, **how, progress=progress)
         answer.update(summary.to_dict())
     if not as_json:
         print(summary.text())

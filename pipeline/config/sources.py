@@ -13,7 +13,8 @@ TEXTCAPS_IMAGES = "https://dl.fbaipublicfiles.com/textvqa/images/train_val_image
 TEXTCAPS_CAPTIONS = "https://dl.fbaipublicfiles.com/textvqa/data/textcaps/TextCaps_0.1_{split}.json"
 COCO_IMAGES = "http://images.cocodataset.org/zips/val2014.zip"
 COCO_CAPTIONS = "http://images.cocodataset.org/annotations/annotations_trainval2014.zip"
-TEXT_MEMBER = re.compile(r"txt|json(\.[^.]+)+")  # where a text of a webdataset comes from
+TEXT_MEMBER = re.compile(r"(?P<json>(?:[^.]+\.)*?json)(?P<field>(?:\.[^.]+)+)|(?P<text>[^.]+(?:\.[^.]+)*)")
+"""Where a text of a webdataset comes from: a member by its extension, or a field of a json."""
 
 
 class FetchOptions(Options):
@@ -94,6 +95,9 @@ class JoinOptions(Options):
     by: Literal["key", "origin"] = "key"
     """What the table's key is matched with: the sample's key in the dataset (of a webdataset the name of its members),
     or its origin in the file: the member with the image, a row's key, or without one `row-<number>`."""
+    rows_of: Literal["beside", "all"] | None = None
+    """Whose samples a table's file describes: those of the archive beside it (`a/7.parquet` of `a/7.tar`), or all; by
+    default those beside it if every file of the table lies beside one."""
 
 
 def _check_names(fields: Mapping[str, str], joins: Sequence[JoinOptions]) -> None:
@@ -108,6 +112,14 @@ def _check_names(fields: Mapping[str, str], joins: Sequence[JoinOptions]) -> Non
             taken.add(name)
 
 
+def text_member(path: str) -> tuple[str, str]:
+    """Split where a text comes from into a member's extension and a json's field; two empty ones if it is neither."""
+    match = TEXT_MEMBER.fullmatch(path)
+    if match is None or (match["text"] or "").rpartition(".")[2] == "json":
+        return "", ""
+    return (match["json"] or match["text"]).lower(), (match["field"] or "").removeprefix(".")
+
+
 class WebdatasetSource(FileOptions):
     """Tars of images with their texts beside them: members that share a name up to its first dot are a sample."""
 
@@ -117,11 +129,15 @@ class WebdatasetSource(FileOptions):
     image: list[str] = Field(default=[])
     """Extensions of the image, of which the first that a sample has is taken; by default all formats that are read."""
     caption: str = "txt"
-    """`txt`, or `json.FIELD` for a field of the json member, or empty for none."""
+    """The extension of the text (`txt`, `cap`, `output.txt`), or `json.FIELD` for a field of the json member, or empty
+    for none."""
     fields: dict[str, str] = Field(default={})
-    """Further fields of a sample: by name `txt` or `json.FIELD`, where they come from."""
+    """Further fields of a sample: by name an extension or `json.FIELD`, where they come from."""
+    texts: Literal["first", "longest", "join"] = "first"
+    """Of a caption that is a list of texts: the first that is not empty, the longest, or all, joined by spaces."""
     keys: Literal["number", "member"] = "number"
-    """A sample's key: the numbers of file and sample, which are always unique; or the name of its members."""
+    """A sample's key: the numbers of file and sample, which are always unique; or the name of its members, with the
+    file's number in front if names begin again in each file."""
     joins: list[JoinOptions] = Field(default=[])
 
     @model_validator(mode="after")
@@ -129,11 +145,11 @@ class WebdatasetSource(FileOptions):
         for number, extension in enumerate(self.image):
             if extension != extension.strip("./ \t") or not extension:
                 raise FieldError(("image", number), "expected an extension such as jpg", extension)
-        if self.caption and not TEXT_MEMBER.fullmatch(self.caption):
-            raise FieldError(("caption",), "expected txt, json.FIELD or nothing", self.caption)
+        if self.caption and not text_member(self.caption)[0]:
+            raise FieldError(("caption",), "expected an extension such as txt, json.FIELD or nothing", self.caption)
         for name, member in self.fields.items():
-            if not TEXT_MEMBER.fullmatch(member):
-                raise FieldError(("fields", name), "expected txt or json.FIELD", member)
+            if not text_member(member)[0]:
+                raise FieldError(("fields", name), "expected an extension such as txt, or json.FIELD", member)
         _check_names(self.fields, self.joins)
         return self
 
@@ -148,6 +164,8 @@ class ParquetSource(FileOptions):
     """The column with the image: bytes, or a struct of bytes and path; by default the only such column."""
     caption: str = ""
     """The column with the caption, dotted inside of structs; empty for none."""
+    texts: Literal["first", "longest", "join"] = "first"
+    """Of a caption that is a list of texts: the first that is not empty, the longest, or all, joined by spaces."""
     fields: dict[str, str] = Field(default={})
     """Further fields of a sample: names, and the columns that they come from."""
     key: str | None = None
@@ -163,6 +181,16 @@ class ParquetSource(FileOptions):
                 )
         _check_names(self.fields, self.joins)
         return self
+
+
+class Img2datasetSource(FileOptions):
+    """A folder that img2dataset has written: tars, parquet tables, or files in folders."""
+
+    adapter: Literal["img2dataset"]
+    folder: str
+    """The folder, here, in a bucket or on the hub (`hf://datasets/OWNER/NAME/FOLDER`)."""
+    caption: str = "caption"
+    """The column with the caption; all others are fields."""
 
 
 # -- datasets by name ------------------------------------------------------------------------------------------------
@@ -289,6 +317,7 @@ SourceOptions = Annotated[
     | OpenmojiSource
     | WebdatasetSource
     | ParquetSource
+    | Img2datasetSource
     | Sa1bSource
     | Cc12mSource
     | JourneydbSource

@@ -1,9 +1,9 @@
 """Decode untrusted bytes to pixels, and encode pixels for storage. Everything is bounded before it is decoded.
 
-Accepted are JPEG, PNG, WebP, AVIF, GIF and BMP with one picture in them. Orientation (EXIF, else XMP) is undone,
-colour profiles are converted to sRGB, palettes are resolved, transparency is laid on white, CMYK, gray and 16-bit
-become 8-bit RGB. Metadata that is damaged is no fault of the picture. Animations are refused: their captions describe
-no single frame.
+Accepted are JPEG, PNG, WebP, AVIF, GIF and BMP with one picture in them, and the first page of a TIFF. Orientation
+(EXIF, else XMP) is undone, colour profiles are converted to sRGB, palettes are resolved, transparency is laid on
+white, CMYK, gray and 16-bit become 8-bit RGB. Metadata that is damaged is no fault of the picture. Animations are
+refused: their captions describe no single frame.
 """
 
 import io
@@ -20,6 +20,7 @@ from microdit.pipeline.content.decoded import BadImage, Decoded, Limits
 from microdit.pipeline.content.jpeg import decode_jpeg
 from microdit.pipeline.content.other_formats import decode_other
 from microdit.pipeline.content.png import SIGNATURE, decode_png
+from microdit.pipeline.content.tiff import UnsupportedTiffError, is_tiff
 
 MEMBER_FORMATS = {"jpg": "jpeg", "png": "png", "webp": "webp"}
 STORED_MARGIN = 2  # what is stored is reduced from so much more: fine text has 40 dB then, and 29 to 35 without
@@ -36,7 +37,7 @@ class Prepared:
     original_width: int
     original_height: int
     format: str
-    """Of the bytes that came: `jpeg`, `png`, `webp`, `avif`, `gif` or `bmp`."""
+    """Of the bytes that came: `jpeg`, `png`, `webp`, `avif`, `gif`, `bmp` or `tiff`."""
     profile: str = ""
     """What became of a colour profile, as `Decoded.profile` has it."""
 
@@ -91,6 +92,8 @@ def _decode(data: bytes, limits: Limits, shrink_to: int | None) -> Decoded:
         raise
     except Image.DecompressionBombError as error:
         raise BadImage("bomb", str(error)) from None
+    except UnsupportedTiffError as error:
+        raise BadImage("unsupported", str(error)) from None
     except UnidentifiedImageError:
         reason = _fault(data) if _known(data) else "not_an_image"
         raise BadImage(reason, f"no picture that can be read; it begins with {data[:24]!r}") from None
@@ -141,6 +144,7 @@ def _known(data: bytes) -> bool:
     return (
         data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM"))
         or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+        or is_tiff(data)
         or data[4:12] in (b"ftypavif", b"ftypavis")
     )
 

@@ -1,4 +1,4 @@
-"""Decode WebP, AVIF, GIF and BMP by Pillow."""
+"""Decode WebP, AVIF, GIF, BMP and the first page of a TIFF by Pillow."""
 
 import io
 import re
@@ -8,8 +8,9 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from microdit.pipeline.content.colour import flattened
 from microdit.pipeline.content.decoded import BadImage, Decoded, Limits
 from microdit.pipeline.content.orientation import orientation, readable, upright
+from microdit.pipeline.content.tiff import check_tiff
 
-FORMATS = ("WEBP", "AVIF", "GIF", "BMP")
+FORMATS = ("WEBP", "AVIF", "GIF", "BMP", "TIFF")
 AVIF_EXIF = re.compile(rb"(infe\x02.{7})Exif", re.DOTALL)  # the entry of EXIF data in an AVIF's list of items
 
 
@@ -21,7 +22,9 @@ def decode_other(data: bytes, limits: Limits) -> Decoded:
     """
     with _opened(data) as image:
         limits.check(image.width, image.height)
-        if getattr(image, "is_animated", False):
+        if image.format == "TIFF":  # of several pages the first; to count them would read the whole file
+            check_tiff(image)
+        elif getattr(image, "is_animated", False):
             raise BadImage("animated", f"{image.format} with several frames; expected one picture")
         limits.admit(image.width * image.height)
         frame = image.tile[0].extents if image.format == "GIF" and image.tile else None

@@ -34,6 +34,7 @@ def build(
     *,
     retry_failed: bool = False,
     repair: bool = False,
+    grow: bool = False,
     max_attempts: int = 3,
     progress: Progress | None = None,
 ) -> BuildSummary:
@@ -47,6 +48,7 @@ def build(
         retry_failed: try shards and units again that earlier builds set aside.
         repair: read everything that is committed first (`verify`), and make shards again that are damaged, lost or
             stale, and everything that is computed from them.
+        grow: take files that have been added to a source as new units.
         max_attempts: tries that a shard or a unit gets before it is set aside.
         progress: called about four times a second with a snapshot.
 
@@ -61,7 +63,7 @@ def build(
         if progress is not None:
             progress(Snapshot(0.0, [], [note]))
 
-    declare(corpus, config, sources, stages, say)
+    declare(corpus, config, sources, stages, say, grow)
 
     def ingest(corpus: Corpus, source: Source, task: UnitTask, report: Callable[[Commit], None]) -> UnitCommit:
         return ingest_unit(corpus, source, task, config, report)

@@ -41,7 +41,9 @@ def give_up(corpus: Corpus, plan: Plan, job: Job | UnitJob, history: History) ->
                 f"corpus {corpus.url}: it cannot be written ({first_line(refusal)}); {name} failed in {stage} "
                 f"before that: {error.message}. Make room, or mend the access, and run the same command again"
             ) from refusal
-    return f"{stage}: {name} is set aside after {attempts} attempts: {error.message.splitlines()[0]}"
+    return (
+        f"{stage}: {name} is set aside after {attempts} attempt{'s' * (attempts > 1)}: {error.message.splitlines()[0]}"
+    )
 
 
 def stage_name(plan: Plan, job: Job | UnitJob) -> str:

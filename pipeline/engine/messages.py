@@ -15,6 +15,8 @@ class ErrorReport:
     traceback: str
     is_request: bool = False
     """A `RequestError`: the build ends with it."""
+    is_final: bool = False
+    """Another attempt would end in the same way: the job is set aside immediately."""
     full_disk_of: str | None = None
     """The host whose disk was full."""
     server_rejects: bool = False

@@ -116,7 +116,7 @@ class Retries:
         if history.search is not None:  # what the search looks for did not happen
             return self.survived(job)
         history.attempts += 1
-        return self._again(history)
+        return None if error.is_final else self._again(history)
 
     def died(
         self, job: Job | UnitJob, reason: Literal["crash", "stall"], error: ErrorReport, node: str | None

@@ -89,7 +89,7 @@ class BuildSummary:
 
     def text(self) -> str:
         """Return the summary for people: a table that adds up, then lines about failures."""
-        lines = [] if self.worked else ["nothing to do: all that can be made is there"]
+        lines = [] if self.worked or self.units.set_aside else ["nothing to do: all that can be made is there"]
         lines.append(f"corpus {self.corpus}: {self.units.read:,} of {self.units.total:,} units read")
         width = max(map(len, self.columns), default=0)
         lines.append(f"{'column':{width}}  {'shards':>13}  {'in':>11} = {'out':>11} + {'failed':>9}  {'images/s':>8}")

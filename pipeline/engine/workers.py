@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from microdit.pipeline.base.errors import DamagedError, RequestError, ServerRejects
+from microdit.pipeline.base.errors import DamagedError, RequestError, ServerRejects, UnreadableError
 from microdit.pipeline.base.liveness import end_with_parent, watched
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import commit_name
@@ -62,7 +62,8 @@ def error_report(error: BaseException) -> ErrorReport:
     return ErrorReport(
         message=text if isinstance(error, RequestError) else f"{type(error).__name__}: {text}".rstrip(": "),
         traceback="".join(traceback.format_exception(error)),
-        is_request=isinstance(error, RequestError) and not isinstance(error, DamagedError),
+        is_request=isinstance(error, RequestError) and not isinstance(error, DamagedError | UnreadableError),
+        is_final=isinstance(error, UnreadableError),
         full_disk_of=socket.gethostname() if full else None,
         server_rejects=isinstance(error, ServerRejects),
     )

@@ -21,7 +21,14 @@ def members(path: Path, wanted: Callable[[str], bool], max_bytes: int) -> Iterat
     """
     with path.open("rb") as file:
         zipped = not is_tar(file.read(BLOCK)) and is_zip(file)
-    return (zip_members if zipped else tar_members)(path, wanted, max_bytes)
+    return (zip_members if zipped else tar_members)(
+        path, lambda name: not is_of_macos(name) and wanted(name), max_bytes
+    )
+
+
+def is_of_macos(name: str) -> bool:
+    """Tell what macOS adds to archives, beside every file, under the file's own extension."""
+    return name.rpartition("/")[2].startswith("._") or "__MACOSX/" in name
 
 
 def stem(name: str) -> tuple[str, str]:

@@ -10,13 +10,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
-from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.errors import RequestError, UnreadableError
 from microdit.pipeline.base.liveness import alive
 from microdit.pipeline.config.sources import FileOptions
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import unit_name
 from microdit.pipeline.files.download import local_copy
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
+from microdit.pipeline.files.wrong_files import what_it_is
+from microdit.pipeline.sources.known_files import kept_to, note
 from microdit.pipeline.sources.source import Fields, Input
 from microdit.pipeline.tables.joins.build import build
 from microdit.pipeline.tables.joins.lookup import Joined
@@ -26,6 +28,7 @@ MAX_BYTES = 64 << 20
 """Of one image, or of one text beside it; a larger one fails with `too_large`."""
 
 LONGEST_KEY = 80
+COMPARED = 64  # files whose first names are compared
 NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]")
 
 
@@ -57,12 +60,15 @@ class FileSource:
     adapter: ClassVar[str]
     version: ClassVar[int] = 1
     """Raise it when the same files give other samples."""
+    has_names: bool = False
+    """The samples' keys are names of the dataset, which may begin again in each file."""
 
     def __init__(self, name: str, options: FileOptions, scratch: Path):
         self.name, self._file_options, self._scratch = name, options, scratch
         self.license: str = options.license
         self.terms: str = options.license or "no licence is stated: see the dataset's own terms"
         self._joined: list[Joined] | None = None
+        self._numbered = False
 
     # -- for adapters to implement ---------------------------------------------------------------------------------
 
@@ -78,9 +84,13 @@ class FileSource:
         """Stream the samples of one file, which is at `path`, in an order that is always the same.
 
         Where the file is damaged and nothing further can be read, the last sample has the reason `damaged_archive`;
-        that is no exception.
+        that is no exception. If it is the first sample as well, the unit is set aside.
         """
         raise NotImplementedError
+
+    def why_empty(self, path: Path) -> str:
+        """Say why there are no samples in the file at `path`; empty if that is nothing to worry about."""
+        return ""
 
     def details(self) -> dict[str, Any]:
         """Declare what else the samples depend on."""
@@ -130,26 +140,60 @@ class FileSource:
     def units(self) -> list[str]:
         return [unit_name(self.name, number) for number in self._shares]
 
+    def keep_to_known_files(self, corpus: Corpus, grow: bool, report: Callable[[str], None]) -> None:
+        """Keep to the files that the corpus knows of this source; with `grow`, new ones become new units.
+
+        Raises:
+            RequestError: a file that was read is another one now; a limit, with which a source cannot grow.
+        """
+        if grow and self._file_options.limit is not None:
+            raise RequestError(
+                f"sources.{self.name}.limit = {self._file_options.limit}: a source with a limit cannot grow, as the "
+                "limit is shared out among its files; take the limit away, or build without --grow"
+            )
+        self._listing = kept_to(corpus, self.name, self._listing, grow, report)
+        self.__dict__.pop("_shares", None)
+
     @contextmanager
     def running(self, corpus: Corpus, report: Callable[[str], None]) -> Iterator[None]:
+        note(corpus, self.name, self._listing)
         if tables := self.tables():
             for spec in tables:
                 build(corpus, spec, self._scratch, report)
             self._joined = [Joined(corpus.store, spec) for spec in tables]
+        if self.has_names and (again := self._name_that_comes_again()):
+            self._numbered = True
+            report(f"source {self.name}: names begin again in each file ({again}); keys begin with the file's number")
         try:
             yield
         finally:
-            self._joined = None
+            self._joined, self._numbered = None, False
+
+    def _name_that_comes_again(self) -> str:
+        """Compare the first names of a few files; return one that two of them have. Remote files are not asked for."""
+        seen: dict[str, str] = {}
+        for number in list(self._shares)[:COMPARED]:
+            file = self._listing.files[number]
+            if "://" in file.url:
+                continue
+            with closing(_generator(self.samples(Path(file.url), file, number))) as samples:
+                first = next((sample.key for sample in samples if sample.key), "")
+            if first and seen.setdefault(first, file.name) != file.name:
+                return f"{first!r} in {seen[first]} and {file.name}"
+        return ""
 
     def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:
         number = int(unit.rpartition("-")[2])
         file, share = self._listing.files[number], self._shares.get(number)
         before = f"{self.dataset}/{file.name}/"
-        keys = _Keys(number)
+        keys = _Keys(number, self._numbered)
         with local_copy(file, self._scratch) as path, closing(_generator(self.samples(path, file, number))) as samples:
+            ordinal = -1
             for ordinal, sample in enumerate(islice(samples, share)):
                 alive()
-                key, duplicate = keys.next(sample.key, ordinal)
+                if ordinal == 0 and sample.reason == "damaged_archive":
+                    raise UnreadableError(f"{self.dataset}/{file.name}: {what_it_is(path) or sample.detail}")
+                key, duplicate = keys.next(sample.key, ordinal, sample.reason != "missing")
                 origin = sample.origin if "://" in sample.origin else before + sample.origin
                 common = (origin, sample.caption, self.license, sample.fields)
                 if duplicate and sample.reason is None:
@@ -158,6 +202,8 @@ class FileSource:
                 else:
                     data = sample.data if wanted(ordinal) else None
                     yield Input(ordinal, key, data, *common, reason=sample.reason, detail=sample.detail)
+            if ordinal < 0 and (why := self.why_empty(path)):
+                raise UnreadableError(f"{self.dataset}/{file.name}: {what_it_is(path) or why}")
 
     # -- choice of files -------------------------------------------------------------------------------------------
 
@@ -199,21 +245,24 @@ class FileSource:
 class _Keys:
     """Make the keys of one unit from the dataset's: valid in a corpus, and unique."""
 
-    def __init__(self, number: int):
-        self._number = number
+    def __init__(self, number: int, numbered: bool):
+        self._number, self._before = number, f"{number:06d}-" if numbered else ""
         self._raw_of: dict[str, bytes] = {}
+        self._with_image = set[str]()
 
-    def next(self, raw: str, ordinal: int) -> tuple[str, bool]:
-        """Return the key of the next sample, and if its raw key is a duplicate."""
+    def next(self, raw: str, ordinal: int, has_image: bool = True) -> tuple[str, bool]:
+        """Return the key of the next sample, and if its raw key is that of an earlier one with an image."""
         numbers = f"{self._number:06d}-{ordinal:06d}"
-        whole = raw or numbers
+        whole = self._before + raw if raw else numbers
         digest = hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         key = NOT_IN_KEYS.sub("_", whole)
         if len(key) > LONGEST_KEY:
             key = self._distinguish(key, digest.hex())
         if self._raw_of.get(key, digest) != digest:  # another name that became the same
             key = self._distinguish(key, digest.hex())
-        duplicate = key in self._raw_of
+        duplicate = key in self._with_image
+        if has_image:
+            self._with_image.add(key)
         while key in self._raw_of:
             key = self._distinguish(key, numbers)
             numbers += "_"

@@ -1,12 +1,16 @@
 """Group the members of archives into samples, for the adapters of archives."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
+from microdit.pipeline.content.text_bytes import NotTextError, checked_text, decode_text
 from microdit.pipeline.files.archives import stem
 from microdit.pipeline.files.tars import Member
 from microdit.pipeline.sources.file_source import FileSample
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp")
+IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
+
+
+NOT_TEXT = "not_text"
 
 
 def is_image(name: str) -> bool:
@@ -42,14 +46,31 @@ def grouped(members: Iterable[Member]) -> Iterator[tuple[str, Member, dict[str, 
     yield from sample()
 
 
-def text_of(member: Member | None) -> str:
-    """Decode a text member onto one line; empty if there is none."""
-    return "" if member is None or member.data is None else " ".join(member.data.decode("utf-8", "replace").split())
+def text_of(member: Member | None, name: str, faults: dict[str, str]) -> str:
+    """Decode a text member onto one line; empty if there is none, or it is no text: `faults[name]` then says why."""
+    if member is None or member.data is None:
+        return ""
+    try:
+        return " ".join(decode_text(member.data).split())
+    except NotTextError as error:
+        faults[name] = str(error)
+        return ""
 
 
-def one_line(value: object) -> str:
-    """Put a caption of a table on one line; empty if it is no text."""
-    return " ".join(value.split()) if isinstance(value, str) else ""
+def one_line(value: object, name: str = "", faults: dict[str, str] | None = None) -> str:
+    """Put a caption of a table on one line; empty if it is no text. A text that is none is noted in `faults[name]`."""
+    try:
+        return " ".join(checked_text(value).split()) if isinstance(value, str) else ""
+    except NotTextError as error:
+        if faults is not None:
+            faults[name] = str(error)
+        return ""
+
+
+def fault_fields(faults: Mapping[str, str]) -> dict[str, str]:
+    """Make the field `not_text`, which tells a captions column why a sample lacks a text; none without faults."""
+    text = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
+    return {NOT_TEXT: text} if text else {}
 
 
 def failed(member: Member, key: str) -> FileSample:

@@ -7,6 +7,7 @@ from microdit.pipeline.config.sources import (
     Cc12mSource,
     CocoSource,
     DiffusiondbSource,
+    Img2datasetSource,
     JourneydbSource,
     OpenmojiSource,
     ParquetSource,
@@ -20,6 +21,7 @@ from microdit.pipeline.files.download import scratch_folder
 from microdit.pipeline.sources.adapters.cc12m import Cc12m
 from microdit.pipeline.sources.adapters.coco import Coco
 from microdit.pipeline.sources.adapters.diffusiondb import Diffusiondb
+from microdit.pipeline.sources.adapters.img2dataset import Img2dataset
 from microdit.pipeline.sources.adapters.journeydb import Journeydb
 from microdit.pipeline.sources.adapters.parquet import Parquet
 from microdit.pipeline.sources.adapters.sa1b import Sa1b
@@ -60,5 +62,7 @@ def _source(name: str, options: SourceOptions, scratch: Path, config: BuildConfi
             return Coco(name, options, scratch)
         case WebdatasetSource():
             return Webdataset(name, options, scratch)
+        case Img2datasetSource():
+            return Img2dataset(name, options, scratch)
         case ParquetSource():
             return Parquet(name, options, scratch)

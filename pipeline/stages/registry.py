@@ -10,6 +10,7 @@ from microdit.pipeline.config.sources import OpenmojiSource
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.files.download import scratch_folder
+from microdit.pipeline.sources.file_source import FileSource
 from microdit.pipeline.sources.openmoji.source import Openmoji
 from microdit.pipeline.sources.source import Source
 from microdit.pipeline.stages.captions.endpoint import Endpoint
@@ -78,14 +79,19 @@ def declare(
     sources: Iterable[Source],
     stages: Iterable[Stage],
     say: Callable[[str], None] = lambda note: None,
+    grow: bool = False,
 ) -> None:
     """Declare the sources and columns of a config, and sort the tables that captions come from into the corpus.
+
+    With `grow`, files that have been added to a source become new units of it.
 
     Raises:
         RequestError: a source or column of the corpus was made otherwise; a table cannot be read.
     """
     corpus.declare_column(IMAGES, {"stage": "ingest", "version": 1}, SCALARS)
     for source in sources:
+        if isinstance(source, FileSource):
+            source.keep_to_known_files(corpus, grow, say)
         corpus.declare_source(source.name, {**source.stage(), "images": ingest_stage(config.images)})
     for stage in stages:
         if isinstance(stage, GivenCaptions) and stage.table is not None:

@@ -11,7 +11,7 @@ from microdit.pipeline.files.archives import members, stem
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
-from microdit.pipeline.sources.members import failed, grouped, is_image, one_line, text_of
+from microdit.pipeline.sources.members import NOT_TEXT, failed, fault_fields, grouped, is_image, one_line, text_of
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
 LLAVANEXT = {"llavanext_long": "caption_llava", "llavanext_short": "caption_llava_short"}
@@ -48,7 +48,7 @@ class Cc12m(FileSource):
             return []
         listing = list_files(self._options.llavanext, f"sources.{self.name}.llavanext")
         reader = "parquet" if listing.files[0].name.endswith(".parquet") else "jsonl"
-        return [JoinSpec(listing, reader, "key", LLAVANEXT, what=f"sources.{self.name}.llavanext")]
+        return [JoinSpec(listing, reader, "key", LLAVANEXT, what=f"sources.{self.name}.llavanext", first_counts=True)]
 
     def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[FileSample]:
         options = self._options
@@ -59,8 +59,10 @@ class Cc12m(FileSource):
                 yield failed(image, key)
                 continue
             row = (table.get(key) if table is not None else None) or {}
-            captions = {"alt": text_of(others.get("txt")), **{name: one_line(row.get(name)) for name in LLAVANEXT}}
-            fields = {name: text for name, text in captions.items() if text}
+            faults = dict[str, str]()
+            captions = {"alt": text_of(others.get("txt"), "alt", faults)}
+            captions |= {name: one_line(row.get(name)) for name in LLAVANEXT}
+            fields = {name: text for name, text in captions.items() if text} | fault_fields(faults)
             caption = captions[options.caption]
             if options.caption == "alt" and options.clean:
                 caption = clean_caption(caption)
@@ -68,5 +70,7 @@ class Cc12m(FileSource):
                 yield FileSample(key, image.data, caption, image.name, fields)
             else:
                 cleaned = "; cleaning left nothing of it" if captions[options.caption] else ""
-                detail = f"it has no caption {options.caption!r}{cleaned}"
-                yield FileSample(key, None, "", image.name, fields, "no_caption", detail)
+                fault = faults.get(options.caption)
+                reason = NOT_TEXT if fault else "no_caption"
+                detail = fault or f"it has no caption {options.caption!r}{cleaned}"
+                yield FileSample(key, None, "", image.name, fields, reason, detail)

@@ -61,7 +61,12 @@ class Diffusiondb(FileSource):
         # by part, so that the rows of a zip lie side by side
         return [
             JoinSpec(
-                listing, "parquet", "part_id/image_name", {name: name for name in KNOWN}, what=f"sources.{self.name}"
+                listing,
+                "parquet",
+                "part_id/image_name",
+                {name: name for name in KNOWN},
+                what=f"sources.{self.name}",
+                first_counts=True,
             )
         ]
 

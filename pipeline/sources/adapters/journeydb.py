@@ -76,6 +76,7 @@ class Journeydb(FileSource):
                 FIELDS,
                 "path_dir_stem",
                 f"sources.{self.name}.root",
+                first_counts=True,
             )
             for split in self._options.splits
         ]

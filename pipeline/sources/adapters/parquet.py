@@ -1,6 +1,7 @@
 """`parquet`: Parquet files with images inside."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.errors import RequestError, UnreadableError
 from microdit.pipeline.base.liveness import alive
 from microdit.pipeline.config.sources import ParquetSource
+from microdit.pipeline.content.text_bytes import NotTextError
+from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
-from microdit.pipeline.sources.joined_fields import as_text, fields_of, joined, plain, tables_of
+from microdit.pipeline.sources.joined_fields import as_text, declared_later, fields_of, joined, plain, tables_of
+from microdit.pipeline.sources.members import fault_fields
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
 ROWS = 16  # read at once: each is an image of 0.1 to 4 MB
@@ -51,6 +55,7 @@ class Parquet(FileSource):
     def __init__(self, name: str, options: ParquetSource, scratch: Path):
         super().__init__(name, options, scratch)
         self._options = options
+        self.has_names = options.key is not None
 
     def listing(self) -> Listing:
         return list_files(self._options.files, f"sources.{self.name}.files")
@@ -58,14 +63,18 @@ class Parquet(FileSource):
     def details(self) -> dict[str, Any]:
         options = self._options
         by = [join.by for join in options.joins]
-        return {**options.model_dump(include={"image", "caption", "fields", "key"}), "joins": by}
+        return {
+            **declared_later(options.texts, options.joins),
+            **options.model_dump(include={"image", "caption", "fields", "key"}),
+            "joins": by,
+        }
 
     def tables(self) -> Sequence[JoinSpec]:
         return self._tables
 
     @cached_property
     def _tables(self) -> list[JoinSpec]:
-        return tables_of(self.name, self._options.joins)
+        return tables_of(self.name, self._options.joins, self._listing)
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
@@ -73,18 +82,41 @@ class Parquet(FileSource):
         """Read the rows as the base class says.
 
         Raises:
-            RequestError: a column of the options is not in the file.
+            RequestError: a column of the options is not in the first file.
+            UnreadableError: it is not in another one.
         """
         row = 0
         try:
+            self._check_columns(path, file, number)
             for batch, columns in self._batches(path, file):
                 alive()
                 for index in range(batch.num_rows):
-                    yield self._sample(batch, index, columns, row)
+                    yield self._sample(batch, index, columns, row, file)
                     row += 1
         except _DamagedFile as error:
             detail = f"nothing can be read behind row {row}: {error}"
             yield FileSample("", None, origin=f"row-{row}", reason="damaged_archive", detail=detail)
+
+    def _check_columns(self, path: Path, file: RemoteFile, number: int) -> None:
+        try:
+            with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as table:
+                self._find_columns(table.schema_arrow, file.name)
+        except RequestError as error:
+            if number == next(iter(self._shares)):
+                raise
+            raise UnreadableError(f"{error}. The first file is as expected: this one alone is set aside") from None
+        except (pa.ArrowException, OSError):
+            return  # `_batches` says why
+
+    @contextmanager
+    def running(self, corpus: Corpus, report: Callable[[str], None]) -> Iterator[None]:
+        """Refuse wrong columns before anything is read, by the first file that is on this machine."""
+        number = next((n for n in self._shares if "://" not in self._listing.files[n].url), None)
+        if number is not None and number == next(iter(self._shares)):
+            file = self._listing.files[number]
+            self._check_columns(Path(file.url), file, number)
+        with super().running(corpus, report):
+            yield
 
     def _batches(self, path: Path, file: RemoteFile) -> Iterator[tuple[pa.RecordBatch, _Columns]]:
         """Read the rows of a file, a few at a time.
@@ -108,23 +140,33 @@ class Parquet(FileSource):
                 raise  # this machine's fault, not the file's
             raise _DamagedFile(" ".join(str(error).split())[:300]) from error
 
-    def _sample(self, batch: pa.RecordBatch, index: int, columns: _Columns, row: int) -> FileSample:
+    def _sample(self, batch: pa.RecordBatch, index: int, columns: _Columns, row: int, file: RemoteFile) -> FileSample:
         """Make the sample of row `index` of a batch, which is row `row` of the file."""
         options, origin = self._options, f"row-{row}"
         values: dict[str, object] = {}
+        faults: dict[str, str] = {}
         for option, path in columns.others.items():
             try:
                 value = _cell(batch, path, index)
                 values[option] = None if value is None else value.as_py()
-            except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date before all dates
+            except UnicodeDecodeError as error:
+                faults[option.removeprefix("fields.")] = str(error)
+                if option == "key":
+                    detail = f"column {'.'.join(path)!r} cannot be read: {error}"
+                    return FileSample("", None, origin=origin, reason="bad_value", detail=detail)
+            except (ValueError, OverflowError) as error:  # a date before all dates
                 detail = f"column {'.'.join(path)!r} cannot be read: {error}"
                 return FileSample("", None, origin=origin, reason="bad_value", detail=detail)
-        raw_key = plain(values.get("key"))
+        try:
+            raw_key = plain(values.get("key"))
+        except NotTextError as error:
+            return FileSample("", None, origin=origin, reason="bad_value", detail=f"its key is no text: {error}")
         key = "" if raw_key is None else str(raw_key)
         origin = key or origin
-        fields = fields_of((name, values[f"fields.{name}"]) for name in options.fields)
-        fields |= joined(options.joins, self.table, key, origin)
-        caption = as_text(values.get("caption"))
+        fields = fields_of(((name, values.get(f"fields.{name}")) for name in options.fields), faults)
+        fields |= joined(options.joins, self._tables, self.table, file, key, origin)
+        caption = as_text(values.get("caption"), faults, options.texts)
+        fields |= fault_fields(faults)
         cell = _cell(batch, columns.image, index)
         data = None if cell is None else cell.as_buffer()
         if data is None or not len(data):
@@ -152,6 +194,12 @@ class Parquet(FileSource):
         others = {}
         for option, column in named.items():
             others[option], kind = self._find(schema, option, column, file)
+            if option == "caption" and not _is_text(kind):
+                would_do = [field.name for field in schema if _is_text(field.type)]
+                raise RequestError(
+                    f"sources.{self.name}.caption = {column!r}: that column of {file} is of the type {kind}; expected "
+                    f"text or a list of texts, as {', '.join(would_do[:NAMED]) or 'no column of this file'}"
+                )
             if _is_binary(kind) or (option == "key" and pa.types.is_nested(kind)):
                 raise RequestError(
                     f"sources.{self.name}.{option} = {column!r}: that column of {file} is of the type {kind}; "
@@ -208,6 +256,14 @@ def _list_columns(schema: pa.Schema) -> str:
 
 def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Check for texts and lists of texts; a column of nulls may be one."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return bool(text or pa.types.is_null(kind))
 
 
 def _path_to_bytes(kind: pa.DataType) -> ColumnPath | None:

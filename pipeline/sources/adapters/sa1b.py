@@ -22,7 +22,7 @@ from microdit.pipeline.files.archives import members, stem
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
-from microdit.pipeline.sources.members import failed, grouped, is_image, one_line, text_of
+from microdit.pipeline.sources.members import NOT_TEXT, failed, fault_fields, grouped, is_image, one_line, text_of
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
 PAGE = "https://ai.meta.com/datasets/segment-anything-downloads/"
@@ -62,7 +62,7 @@ class Sa1b(FileSource):
         listing = list_files(options.captions, f"sources.{self.name}.captions")
         name = listing.files[0].name
         if name.endswith((".tar.gz", ".tgz", ".tar")):
-            return [JoinSpec(listing, "tar_txt", "", {"joined": "txt"}, "stem", f"sources.{self.name}.captions")]
+            return [JoinSpec(listing, "tar_txt", "", {"joined": "txt"}, "stem", f"sources.{self.name}.captions", True)]
         reader = "parquet" if name.endswith(".parquet") else "jsonl"
         return [
             JoinSpec(
@@ -72,6 +72,7 @@ class Sa1b(FileSource):
                 {"joined": options.captions_text},
                 "stem",
                 f"sources.{self.name}.captions",
+                first_counts=True,
             )
         ]
 
@@ -92,14 +93,17 @@ class Sa1b(FileSource):
                 yield failed(image, key)
                 continue
             row = None if table is None else table.get(key)
-            captions = {"joined": one_line((row or {}).get("joined")), "txt": text_of(others.get("txt"))}
+            faults = dict[str, str]()
+            captions = {"joined": one_line((row or {}).get("joined")), "txt": text_of(others.get("txt"), "txt", faults)}
             caption = captions[self._options.caption]
-            fields = {name: text for name, text in captions.items() if text}
+            fields = {name: text for name, text in captions.items() if text} | fault_fields(faults)
             if caption or not self._options.require_caption:
                 yield FileSample(key, image.data, caption, image.name, fields)
             else:
                 where = "the table of captions has none" if table is not None else "the tar has none"
-                yield FileSample(key, None, "", image.name, fields, "no_caption", f"{where} for {key}")
+                fault = faults.get(self._options.caption)
+                reason, detail = (NOT_TEXT, fault) if fault else ("no_caption", f"{where} for {key}")
+                yield FileSample(key, None, "", image.name, fields, reason, detail)
 
 
 def read_links(path: str, what: str) -> tuple[RemoteFile, ...]:

@@ -1,47 +1,36 @@
 """`webdataset`: tars of images with their texts beside them, under any names."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from microdit.pipeline.config.sources import WebdatasetSource
+from microdit.pipeline.config.sources import WebdatasetSource, text_member
 from microdit.pipeline.files.archives import members, stem
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.files.tars import Member
 from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
-from microdit.pipeline.sources.joined_fields import as_text, fields_of, joined, nested_value, tables_of
-from microdit.pipeline.sources.members import IMAGES, failed, text_of, whole_stem
+from microdit.pipeline.sources.joined_fields import as_text, declared_later, fields_of, joined, nested_value, tables_of
+from microdit.pipeline.sources.members import IMAGES, failed, fault_fields, text_of
+from microdit.pipeline.sources.neighbours import Neighbours, TarSample, neighbours, rank
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
 TEXTS = ("txt", "json")
+NOT_SIDE_BY_SIDE = "not_side_by_side"
+REPACK = "members of a sample must be neighbours: pack the tar again with its names sorted (tar --sort=name)"
+MAX_NAMES = 1 << 20  # of a tar, remembered to tell members that lie apart
 MAX_JSON = 8 << 20  # bytes; parsed it takes twenty times as much
-MAX_MEMBERS = 100  # of a sample; more begin another one
-
-
-@dataclass
-class _Group:
-    """Adjacent members of a tar whose names differ in the extension only: the preferred image, and the texts read."""
-
-    name: str
-    image: Member | None = None
-    rank: int = 0
-    texts: dict[str, Member] = field(default_factory=dict)
-    extensions: list[str] = field(default_factory=list)
-
-    @property
-    def key(self) -> str:
-        return self.name.rpartition("/")[2]
 
 
 class Webdataset(FileSource):
     """The adapter `webdataset`. Fields: those of the options, and those of the joined tables.
 
-    A sample fails without an image (`missing`), with json that cannot be read (`damaged_json`), and with the reasons
-    of its members. Without a caption it does not fail.
+    A sample fails without an image (`missing`, `not_side_by_side`), with json that cannot be read (`damaged_json`), and
+    with the reasons of its members. Without a caption it does not fail. An image of which another one is taken is a
+    failed row (`not_taken`).
     """
 
     adapter = "webdataset"
@@ -50,8 +39,11 @@ class Webdataset(FileSource):
         super().__init__(name, options, scratch)
         self._options = options
         self._images = [extension.lower() for extension in options.image]
+        self.has_names = options.keys == "member"
         paths = [options.caption, *options.fields.values()]
-        self._texts = {text for text in TEXTS if any(path.partition(".")[0] == text for path in paths)}
+        named = [text_member(path) for path in paths if path]
+        self._texts = {extension for extension, _ in named}
+        self._records = sorted({extension for extension, field in named if field})
 
     def listing(self) -> Listing:
         return list_files(self._options.files, f"sources.{self.name}.files")
@@ -59,76 +51,114 @@ class Webdataset(FileSource):
     def details(self) -> dict[str, Any]:
         options = self._options
         by = [join.by for join in options.joins]
-        return {**options.model_dump(include={"image", "caption", "fields", "keys"}), "joins": by}
+        return {
+            **declared_later(options.texts, options.joins),
+            **options.model_dump(include={"image", "caption", "fields", "keys"}),
+            "joins": by,
+        }
 
     def tables(self) -> Sequence[JoinSpec]:
         return self._tables
 
     @cached_property
     def _tables(self) -> list[JoinSpec]:
-        return tables_of(self.name, self._options.joins)
+        return tables_of(self.name, self._options.joins, self._listing)
 
     def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[FileSample]:
-        for group in self._groups(members(path, self._is_read, MAX_BYTES)):
-            yield self._sample(group)
+        seen = _SeenNames()
+        for group in neighbours(members(path, self._is_read, MAX_BYTES)):
+            if group.damaged is not None:
+                yield failed(group.damaged, "")
+                continue
+            samples = group.samples(self._images, self._texts)
+            apart = seen.add(group.name, bool(samples), bool(self._texts & group.members.keys()))
+            if not samples and group.members.keys() & {*TEXTS, *self._texts}:
+                yield self._without_image(group, apart)
+            for sample in samples:
+                yield self._sample(sample, file, apart)
+                for other in sample.others:
+                    key = other.name.rpartition("/")[2] if self._options.keys == "member" else ""
+                    detail = f"of this sample {sample.image.name} is taken; `image` names the extensions to take"
+                    yield FileSample(key, None, origin=other.name, reason="not_taken", detail=detail)
 
-    def _groups(self, members: Iterator[Member]) -> Iterator[_Group]:
-        """Group the members of a tar into samples. A `damaged_archive` is one as well, without a name."""
-        group = _Group("")
-        for member in members:
-            name, extension = whole_stem(member.name), stem(member.name)[1]
-            damaged = member.reason == "damaged_archive"
-            again = extension in group.extensions or len(group.extensions) == MAX_MEMBERS
-            if damaged or again or name != group.name:
-                if group.extensions:
-                    yield group
-                group = _Group("" if damaged else name)
-            group.extensions.append(extension)
-            rank = 0 if damaged else self._rank(extension)
-            if rank is not None and (group.image is None or rank < group.rank):
-                group.image, group.rank = member, rank
-            elif extension in self._texts:
-                group.texts[extension] = member
-        if group.extensions:
-            yield group
+    def why_empty(self, path: Path) -> str:
+        extensions = Counter[str]()
 
-    def _sample(self, group: _Group) -> FileSample:
-        image, options = group.image, self._options
-        key = group.key if options.keys == "member" else ""
-        if image is None:
-            wanted = " or ".join(self._images or IMAGES)
-            detail = f"it has no image ({wanted}), but {', '.join(group.extensions)}"
-            return FileSample(key, None, origin=group.name, reason="missing", detail=detail)
-        for member in (image, *group.texts.values()):
+        def note(name: str) -> bool:
+            if not name.endswith("/"):
+                extensions[stem(name)[1]] += 1
+            return False
+
+        list(members(path, note, 0))
+        if not extensions:
+            return ""
+        found = ", ".join(f"{count:,} .{extension}" for extension, count in extensions.most_common(8))
+        example = extensions.most_common(1)[0][0]
+        known = " or ".join(self._images or IMAGES)
+        return (
+            f"none of its members has a known extension; it has {found}, expected {known}. "
+            f"Name those of the images and of the texts, for example image: [{example}], caption: cap"
+        )
+
+    def _without_image(self, group: Neighbours, apart: bool) -> FileSample:
+        key = group.name.rpartition("/")[2] if self._options.keys == "member" else ""
+        if apart:
+            detail = f"its image came before; {REPACK}"
+            return FileSample(key, None, origin=group.name, reason=NOT_SIDE_BY_SIDE, detail=detail)
+        wanted = " or ".join(self._images or IMAGES)
+        detail = f"it has no image ({wanted}), but {', '.join(group.members)}"
+        return FileSample(key, None, origin=group.name, reason="missing", detail=detail)
+
+    def _sample(self, sample: TarSample, file: RemoteFile, apart: bool) -> FileSample:
+        image, options = sample.image, self._options
+        key = sample.key if options.keys == "member" else ""
+        for member in (image, *sample.texts.values()):
             if member.data is None:
                 return failed(member, key)
-        record, fault = _parse_json(group.texts.get("json"))
-        if fault:
-            reason = "damaged_json" if record is None else "too_large"
-            return FileSample(key, None, origin=group.texts["json"].name, reason=reason, detail=fault)
-        text = text_of(group.texts.get("txt"))
+        records: dict[str, dict[str, Any]] = {}
+        for extension in self._records:
+            record, fault = _parse_json(sample.texts.get(extension))
+            if fault:
+                reason = "damaged_json" if record is None else "too_large"
+                return FileSample(key, None, origin=sample.texts[extension].name, reason=reason, detail=fault)
+            records[extension] = record or {}
+        faults: dict[str, str] = {}
 
-        def value_at(path: str) -> object:
-            return text if path == "txt" else nested_value(record, path.removeprefix("json."))
+        def value_at(path: str, name: str) -> object:
+            extension, field = text_member(path)
+            if field:
+                return nested_value(records[extension], field)
+            return text_of(sample.texts.get(extension), name, faults)
 
-        fields = fields_of((name, value_at(path)) for name, path in options.fields.items())
-        fields |= joined(options.joins, self.table, group.key, image.name)
-        caption = as_text(value_at(options.caption)) if options.caption else ""
+        fields = fields_of(((name, value_at(path, name)) for name, path in options.fields.items()), faults)
+        fields |= joined(options.joins, self._tables, self.table, file, sample.key, image.name)
+        caption = as_text(value_at(options.caption, "caption"), faults, options.texts) if options.caption else ""
+        fields |= fault_fields(faults)
+        if apart and not sample.texts:
+            fields[NOT_SIDE_BY_SIDE] = f"its texts came before its image; {REPACK}"
         return FileSample(key, image.data, caption, image.name, fields)
 
     def _is_read(self, name: str) -> bool:
         # texts that no option names as well: else a sample that has lost its image would go unnoticed
         extension = stem(name)[1]
-        return extension in TEXTS or self._rank(extension) is not None
+        own = any(extension.endswith(f".{text}") for text in self._texts)  # `05.txt` of the sample `22.05`
+        return own or extension in TEXTS or extension in self._texts or rank(extension, self._images) is not None
 
-    def _rank(self, extension: str) -> int | None:
-        """Rank the images of a sample, of which the lowest is taken; None for other members."""
-        if self._images:
-            return self._images.index(extension) if extension in self._images else None
-        if extension in IMAGES:
-            return IMAGES.index(extension)
-        last = extension.rpartition(".")[2]  # of `photo.small.jpg`
-        return len(IMAGES) + IMAGES.index(last) if last in IMAGES else None
+
+class _SeenNames:
+    """The names of the samples of a tar that came with an image, and of those with texts alone."""
+
+    def __init__(self) -> None:
+        self._with_image: set[int] = set()
+        self._texts_alone: set[int] = set()
+
+    def add(self, name: str, image: bool, texts: bool) -> bool:
+        """Note a sample; return True if its image or its texts came before, not side by side with it."""
+        code = hash(name)
+        apart = code in (self._texts_alone if image else self._with_image)
+        if len(self._with_image) + len(self._texts_alone) < MAX_NAMES:
+            (self._with_image if image else self._texts_alone).add(code)
+        return apart
 
 
 def _parse_json(member: Member | None) -> tuple[dict[str, Any] | None, str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,9 +22,10 @@ from microdit.pipeline.stages.captions.asking import SCALARS, caption_output
 from microdit.pipeline.stages.row_stage import compute_rows
 from microdit.pipeline.stages.rows import RowFailure, Scalars, open_shard
 from microdit.pipeline.stages.stage import ColumnSpec, Task
-from microdit.pipeline.tables.joins.lookup import Joined
+from microdit.pipeline.tables.joins.lookup import AMBIGUOUS, Joined
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
+FILE_NUMBER = re.compile(r"^\d{6,}-")
 READERS = {".parquet": "parquet", ".jsonl": "jsonl", ".gz": "jsonl", ".json": "jsonl"}
 TableRows = Mapping[str, Mapping[str, Any]]
 """Rows of a joined table, by the key or origin of a sample."""
@@ -65,7 +67,8 @@ class GivenCaptions:
         rows = list(read_lines(corpus, images))
         table: TableRows = {}
         if self._joined is not None:  # all at once: a shard is not in the table's order
-            table = self._joined.get_many(row.scalars[self._options.by] for row in rows if row.ok)
+            keys = [row.scalars[self._options.by] for row in rows if row.ok]
+            table = self._joined.get_many([*keys, *map(_own_name, keys)])
         with open_shard(corpus, task, images) as shard:
             return compute_rows(shard, partial(self._scalars, table), rows)
 
@@ -74,10 +77,21 @@ class GivenCaptions:
         if self._options.clean is not None:
             caption = clean_caption(caption)
         if not caption.split():
-            raise RowFailure("no_caption", missing)
+            raise self._why_none(row) or RowFailure("no_caption", missing)
         if SURROGATES.search(caption):
             raise RowFailure("not_text", "it has lone surrogates, which UTF-8 cannot write")
         return caption_output(caption).scalars
+
+    def _why_none(self, row: Row) -> RowFailure | None:
+        """The failure that the source noted, of a text that it could not take; None if it noted none."""
+        if self.table is not None:
+            return None
+        name = self._options.field or "caption"
+        for fault in field_text(row.scalars.get("fields"), "not_text").split("; "):
+            if fault.startswith(f"{name}: "):
+                return RowFailure("not_text", fault)
+        apart = field_text(row.scalars.get("fields"), "not_side_by_side")
+        return RowFailure("not_side_by_side", apart) if apart else None
 
     def _caption(self, row: Row, table: TableRows) -> tuple[str, str]:
         """The caption of a sample, empty if there is none, and the detail of the failure in that case."""
@@ -87,9 +101,16 @@ class GivenCaptions:
             text = field_text(row.scalars.get("fields"), options.field)
             return text or fallback, f"no text came as {options.field!r}"
         if self._joined is not None:
-            entry = table.get(row.scalars[options.by], {})
-            return entry.get("caption") or "", f"the table has none for its {options.by}"
+            entry = table.get(row.scalars[options.by])
+            if entry is AMBIGUOUS or (entry is None and table.get(_own_name(row.scalars[options.by])) is AMBIGUOUS):
+                raise RowFailure("ambiguous_key", f"its {options.by} comes again in the table with another caption")
+            return (entry or {}).get("caption") or "", f"the table has none for its {options.by}"
         return source, "no caption came with it"
+
+
+def _own_name(key: str) -> str:
+    """A key without the file's number that a source puts before names that begin again in each file."""
+    return FILE_NUMBER.sub("", key)
 
 
 def field_text(fields: str | None, name: str) -> str:

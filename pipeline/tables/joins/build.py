@@ -14,10 +14,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import duckdb
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.liveness import alive
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import ObjectRef
 from microdit.pipeline.tables.database import connect
@@ -33,8 +36,8 @@ SPILL, OLD_SPILL = "microdit-join-", 48 * 3600.0  # folders in scratch; seconds 
 def build(corpus: Corpus, spec: JoinSpec, scratch: Path, report: Callable[[str], None]) -> None:
     """Sort a table into the corpus; returns immediately if it exists.
 
-    Of rows with equal keys the first one in the order of the files counts. Rows without a key, lines that are not JSON
-    and the rest of a damaged archive are left out, counted in the table's record, and reported.
+    A key whose rows have different values is joined to nothing (`ambiguous_key`). Its rows, rows without a key, lines
+    that are not JSON and the rest of a damaged archive are counted in the table's record, and reported.
 
     Raises:
         RequestError: a column is absent, or nothing can be read.
@@ -47,6 +50,8 @@ def build(corpus: Corpus, spec: JoinSpec, scratch: Path, report: Callable[[str],
     def write(path: Path) -> int:
         _write_sorted(spec, scratch, tally, path)
         last.extend(_last_keys(path))
+        if not spec.first_counts:
+            _count_ambiguous(path, tally)
         return tally.rows
 
     def record(object: ObjectRef, rows: int) -> JoinTable:
@@ -101,6 +106,29 @@ def _last_keys(path: Path) -> list[str]:
     with pq.ParquetFile(path) as file:
         groups = range(file.metadata.num_row_groups)
         return [file.read_row_group(number, ["key"])["key"][-1].as_py() for number in groups]
+
+
+def _count_ambiguous(path: Path, tally: JoinTally) -> None:
+    """Count the rows of a sorted table whose key comes again with other values. They stay; no look-up takes them."""
+    key, values, rows, differs = "", "", 0, False
+    with pq.ParquetFile(path) as file:
+        for number in range(file.metadata.num_row_groups):
+            alive()
+            group = file.read_row_group(number)
+            keys = group["key"].combine_chunks()
+            equal = pc.equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False)
+            again = np.flatnonzero(equal) + 1
+            for index in np.union1d(np.concatenate([again - 1, again]), [0, len(keys) - 1]).tolist():
+                this = keys[index].as_py()
+                row = repr(group.slice(index, 1).drop_columns(["key"]).to_pylist()[0])
+                if rows and this == key:
+                    rows, differs = rows + 1, differs or row != values
+                    continue
+                if differs:
+                    tally.leave_out("ambiguous_key", f"{key!r} comes {rows:,} times with different values", rows)
+                key, values, rows, differs = this, row, 1, False
+    if differs:
+        tally.leave_out("ambiguous_key", f"{key!r} comes {rows:,} times with different values", rows)
 
 
 def _quoted(path: Path) -> str:

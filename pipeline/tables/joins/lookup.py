@@ -1,6 +1,6 @@
 """Look up rows of a join table by key."""
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable
 from functools import cached_property
@@ -13,28 +13,34 @@ from microdit.pipeline.storage.store import Store
 from microdit.pipeline.tables.joins.spec import JoinSpec, JoinTable
 
 KEPT = 4  # row groups in memory of a worker, for each table
+AMBIGUOUS: dict[str, Any] = {}
+"""The fields of a key that comes several times, with different values: none, as nobody knows whose each is."""
 
 
 class Joined:
     """A table made by `build`. Picklable: workers open it at the first look-up."""
 
     def __init__(self, store: Store, spec: JoinSpec):
-        self._store, self._base = store, spec.base
+        self._store, self._base, self._first_counts = store, spec.base, spec.first_counts
         self._groups: OrderedDict[int, tuple[list[str], pa.RecordBatch]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_store": self._store, "_base": self._base, "_groups": OrderedDict()}
+        return {name: vars(self)[name] for name in ("_store", "_base", "_first_counts")} | {"_groups": OrderedDict()}
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """Return the fields of a key; None if the key is absent."""
-        number = bisect_left(self._table.last, key)
-        if number == len(self._table.last):
-            return None
-        keys, rows = self._group(number)
-        row = bisect_left(keys, key)
-        if row == len(keys) or keys[row] != key:
-            return None
-        return dict(zip(self._table.fields, rows.slice(row, 1).to_pylist()[0].values(), strict=True))
+        """Return the fields of a key; None if the key is absent, `AMBIGUOUS` if its rows have different values."""
+        found: list[Any] = []
+        for number in range(bisect_left(self._table.last, key), len(self._table.last)):
+            keys, rows = self._group(number)
+            first, end = bisect_left(keys, key), bisect_right(keys, key)
+            for row in rows.slice(first, end - first).to_pylist():
+                values = list(row.values())
+                if found and not self._first_counts and repr(values) != repr(found):  # as text, so that NaN is NaN
+                    return AMBIGUOUS
+                found = found or values
+            if end < len(keys) or (found and self._first_counts):
+                break
+        return dict(zip(self._table.fields, found, strict=True)) if found else None
 
     def get_many(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Return the fields of the keys that the table has, given in any order; each row group is read once at most."""

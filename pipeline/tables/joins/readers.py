@@ -16,10 +16,12 @@ import pyarrow.parquet as pq
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.threads import chunks
-from microdit.pipeline.files.archives import stem
+from microdit.pipeline.content.caption_faults import SURROGATES
+from microdit.pipeline.content.text_bytes import NotTextError, checked_text, decode_text
+from microdit.pipeline.files.archives import is_of_macos, stem
 from microdit.pipeline.files.download import local_copy
 from microdit.pipeline.files.tars import tar_chunks, tar_members
-from microdit.pipeline.tables.joins.spec import JoinSpec
+from microdit.pipeline.tables.joins.spec import JoinSpec, prefix_of
 
 BATCH = 8192
 MAX_LINE, MAX_TEXT = 4 << 20, 256 << 10
@@ -70,9 +72,10 @@ def _batches(spec: JoinSpec, schema: pa.Schema, scratch: Path, tally: JoinTally)
     key_of = rules[spec.key_of]
     number = 0
     for source in spec.listing.files:
+        before = prefix_of(source) if spec.beside else ""
         with local_copy(source, scratch) as path:
             for keys, columns in read(path, spec, tally, source.name):
-                batch = _to_batch(keys, columns, schema, number, key_of)
+                batch = _to_batch(keys, columns, schema, number, key_of, before)
                 if without_key := len(keys) - batch.num_rows:
                     tally.leave_out("no_key", f"{without_key:,} rows near row {number:,} of {source.name}", without_key)
                 number += batch.num_rows
@@ -81,11 +84,16 @@ def _batches(spec: JoinSpec, schema: pa.Schema, scratch: Path, tally: JoinTally)
 
 
 def _to_batch(
-    keys: Sequence[Any], columns: Sequence[Any], schema: pa.Schema, number: int, key_of: Callable[[str], str]
+    keys: Sequence[Any],
+    columns: Sequence[Any],
+    schema: pa.Schema,
+    number: int,
+    key_of: Callable[[str], str],
+    before: str,
 ) -> pa.RecordBatch:
     """Make a batch of the rows that have a key, numbered from `number`, with the fields cast to the schema's types."""
-    has_key = [key is not None and key != "" for key in keys]
-    made = [_replace_surrogates(key_of(str(key))) for key, has in zip(keys, has_key, strict=True) if has]
+    has_key = [key is not None and key != "" and not SURROGATES.search(str(key)) for key in keys]
+    made = [before + key_of(str(key)) for key, has in zip(keys, has_key, strict=True) if has]
     arrays = [pa.array(made, pa.string()), pa.array(range(number, number + len(made)), pa.int64())]
     mask = pa.array(has_key, pa.bool_())
     for kind, column in zip(schema.types[2:], columns, strict=True):
@@ -113,20 +121,16 @@ def _dir_and_stem(path: str) -> str:
     return f"{folder.rpartition('/')[2]}/{stem(path)[0]}"
 
 
-def _replace_surrogates(text: str) -> str:
-    """Replace lone surrogates, which JSON and tars can hold and UTF-8 cannot."""
-    return text.encode("utf-8", "replace").decode()
-
-
 # -- parquet ---------------------------------------------------------------------------------------------------------
 def _parquet(path: Path, spec: JoinSpec, tally: JoinTally, name: str) -> Iterator[_Columns]:
     wanted = [*spec.key.split("/"), *spec.fields.values()]
     with _open_parquet(path, spec, name) as file:
         for batch in file.iter_batches(BATCH, columns=wanted):
             table = _flatten(pa.Table.from_batches([batch]), spec)
-            parts = [_valid_text(pc.cast(table[column], pa.string(), safe=False)) for column in spec.key.split("/")]
+            casts = [pc.cast(table[column], pa.string(), safe=False) for column in spec.key.split("/")]
+            parts = [_valid_text(column, tally, f"a key of {name}") for column in casts]
             keys = parts[0] if len(parts) == 1 else pc.binary_join_element_wise(*parts, "/")
-            yield keys.to_pylist(), [_valid_text(table[column]) for column in spec.fields.values()]
+            yield keys.to_pylist(), [_valid_text(table[c], tally, f"{c!r} of {name}") for c in spec.fields.values()]
 
 
 def _parquet_types(spec: JoinSpec, scratch: Path) -> list[pa.DataType]:
@@ -171,29 +175,44 @@ def _flatten(table: pa.Table, spec: JoinSpec) -> pa.Table:
     return table
 
 
-def _valid_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Replace what is not UTF-8 in a text column: Parquet files may hold it, and reading does not check."""
+def _valid_text(column: pa.ChunkedArray, tally: JoinTally, what: str) -> pa.ChunkedArray:
+    """Leave out the texts of a column that are none, as Parquet files may hold; reading them does not check."""
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         return column
     try:
         column.validate(full=True)
+        if not pc.any(pc.match_substring(column, "\0")).as_py():
+            return column
     except pa.ArrowInvalid:
-        values = column.cast(pa.large_binary()).to_pylist()
-        texts = [None if value is None else value.decode("utf-8", "replace") for value in values]
-        return pa.chunked_array([pa.array(texts, column.type)])
-    return column
+        pass
+    texts: list[str | None] = []
+    for value in column.cast(pa.large_binary()).to_pylist():
+        try:
+            texts.append(None if value is None else checked_text(value.decode()))
+        except ValueError as error:
+            tally.leave_out("not_text", f"{what}: {error}")
+            texts.append(None)
+    return pa.chunked_array([pa.array(texts, column.type)])
 
 
 # -- tars of texts ---------------------------------------------------------------------------------------------------
+def _is_text_member(name: str) -> bool:
+    return stem(name)[1] == "txt" and not is_of_macos(name)
+
+
 def _tar_txt(path: Path, spec: JoinSpec, tally: JoinTally, name: str) -> Iterator[_Columns]:
-    for members in chunks(tar_members(path, lambda member: stem(member)[1] == "txt", MAX_TEXT), BATCH):
+    for members in chunks(tar_members(path, _is_text_member, MAX_TEXT), BATCH):
         keys, texts = [], []
         for member in members:
             if member.data is None:
                 tally.leave_out(member.reason or "missing", f"{member.name or name}: {member.detail}")
             else:
-                keys.append(_replace_surrogates(member.name))
-                texts.append(member.data.decode("utf-8", "replace"))
+                try:
+                    texts.append(decode_text(member.data))
+                except NotTextError as error:
+                    tally.leave_out("not_text", f"{member.name}: {error}")
+                else:
+                    keys.append(member.name)
         yield keys, [pa.array(texts, pa.string())] * len(spec.fields)
 
 
@@ -207,7 +226,7 @@ def _jsonl(path: Path, spec: JoinSpec, tally: JoinTally, name: str) -> Iterator[
 
 
 def _tar_jsonl(path: Path, spec: JoinSpec, tally: JoinTally, name: str) -> Iterator[_Columns]:
-    member = tar_chunks(path, lambda member: stem(member)[1].endswith(("json", "jsonl")))
+    member = tar_chunks(path, lambda name: stem(name)[1].endswith(("json", "jsonl")) and not is_of_macos(name))
     yield from _JsonRows(spec, tally, name).columns(_lines(io.BufferedReader(_ChunkReader(member)), tally, name))
 
 
@@ -255,7 +274,7 @@ class _JsonRows:
                 parts = [_nested_value(row, part) for part in self._key_parts]
                 keys.append(None if None in parts else "/".join(map(str, parts)))
                 for column, name in zip(columns, self._spec.fields.values(), strict=True):
-                    column.append(_as_text(_nested_value(row, name)))
+                    column.append(self._as_text(_nested_value(row, name), name))
             yield keys, [pa.array(column, pa.string()) for column in columns]
         if self._columns and self._unseen:
             missing = ", ".join(map(repr, sorted(self._unseen)))
@@ -277,6 +296,15 @@ class _JsonRows:
         self._note_columns(row)
         return row
 
+    def _as_text(self, value: Any, name: str) -> str | None:
+        """Return a text as it is, and another value as JSON; None for a text that is none, which the tally counts."""
+        text = value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False)
+        try:
+            return None if text is None else checked_text(text)
+        except NotTextError as error:
+            self._tally.leave_out("not_text", f"{name!r} of line {self._number:,} of {self._name}: {error}")
+            return None
+
     def _note_columns(self, row: dict[str, object]) -> None:
         self._unseen -= row.keys()
         self._columns = list(row)
@@ -290,12 +318,6 @@ def _nested_value(row: Any, name: str) -> Any:
     for part in name.split("."):
         row = row.get(part) if isinstance(row, dict) else None
     return row
-
-
-def _as_text(value: Any) -> str | None:
-    """Return texts without lone surrogates, and other values as JSON."""
-    text = value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False)
-    return None if text is None else _replace_surrogates(text)
 
 
 class _ChunkReader(io.RawIOBase):

@@ -66,10 +66,12 @@ def picture(seed: int, size: tuple[int, int] = (48, 40)) -> bytes:
     return buffer.getvalue()
 
 
-def ingested(folder: Path, source: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def ingested(
+    folder: Path, source: dict[str, Any], column: dict[str, Any] | None = None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Build one source without the driver; return the rows of its images, and of `captions/source`."""
     given = {"name": "tried", "corpus": str(folder / "corpus"), "shard_samples": 4, "sources": {"own": source}}
-    given |= {"images": {"min_side": 32}, "columns": {"captions/source": {}}}
+    given |= {"images": {"min_side": 32}, "columns": {"captions/source": column or {}}}
     config = BuildConfig.model_validate({**given, "resources": {"scratch": str(folder / "scratch")}})
     corpus = Corpus.create(str(folder / "corpus"), "tried", 4)
     sources, stages = sources_of(config), stages_of(config)

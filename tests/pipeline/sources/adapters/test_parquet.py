@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.errors import RequestError, UnreadableError
 from microdit.pipeline.config.sources import ParquetSource
 from microdit.pipeline.sources import file_source as files
 from microdit.pipeline.sources.adapters.parquet import Parquet
@@ -86,4 +86,5 @@ def test_what_comes_before_a_broken_place_counts(tmp_path: Path) -> None:
     assert [item.key for item in found[:40]] == [str(n) for n in range(40)]
     assert found[-1].reason == "damaged_archive" and 40 < len(found) <= 61
     (tmp_path / "none.parquet").write_bytes(b"no parquet")
-    assert [item.reason for item in read_all(source(tmp_path / "none.parquet"))] == ["damaged_archive"]
+    with pytest.raises(UnreadableError, match=r"mine/none\.parquet: nothing can be read behind row 0"):
+        read_all(source(tmp_path / "none.parquet"))

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pydantic
 import pytest
 
-from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.errors import RequestError, UnreadableError
 from microdit.pipeline.config.sources import ParquetSource
 from microdit.pipeline.sources.adapters.parquet import Parquet
 from tests.pipeline.helpers.dataset_archives import empty, ingested, picture, read_all
@@ -55,19 +55,19 @@ def test_a_row_without_its_key_has_its_place(tmp_path: Path):
     assert [item.origin for item in found] == ["own/t.parquet/a", "own/t.parquet/row-1", "own/t.parquet/row-2"]
 
 
-def test_text_that_is_no_utf8_fails_its_row_alone(tmp_path: Path):
+def test_text_that_is_no_utf8_is_noted_in_its_row_alone(tmp_path: Path):
     text = pa.array([b"good", b"\xff\xfe", b"fine"]).view(pa.string())
     write(tmp_path, {"jpg": [b"1", b"2", b"3"], "text": text})
     found = read_all(source(tmp_path, caption="text"))
-    assert [(item.caption, item.reason) for item in found] == [("good", None), ("", "bad_value"), ("fine", None)]
-    assert found[1].detail.startswith("column 'text' cannot be read: ")
+    assert [(item.caption, item.reason) for item in found] == [("good", None), ("", None), ("fine", None)]
+    assert "can't decode byte 0xff" in str(found[1].fields["not_text"])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"image": "n"}, r"image = 'n': that column of t\.parquet is of the type int64; expected bytes, or a struct"),
-        ({"caption": "jpg"}, r"caption = 'jpg': that column of t\.parquet is of the type binary; expected text or nu"),
+        ({"caption": "jpg"}, r"caption = 'jpg': that column of t\.parquet is of the type binary; expected text or a l"),
         ({"key": "deep"}, r"key = 'deep': that column .* expected text or numbers"),
         ({"caption": "alt"}, r"caption = 'alt': t\.parquet has no such column; it has jpg, n, deep\.a"),
     ],
@@ -91,14 +91,19 @@ def test_any_damage_gives_rows_and_then_one_failed_row(tmp_path: Path):
     whole = path.read_bytes()
     for at in range(4, len(whole), len(whole) // 40):
         path.write_bytes(whole[:at] + bytes(60) + whole[at + 60 :])
-        found = read_all(source(tmp_path, caption="text"))
+        try:
+            found = read_all(source(tmp_path, caption="text"))
+        except UnreadableError as error:
+            assert "nothing can be read behind row 0" in str(error)
+            continue
         assert len(found) <= rows + 1
-        assert [item.reason for item in found[:-1] if item.reason not in (None, "bad_value", "missing")] == []
+        assert [item.reason for item in found[:-1] if item.reason not in (None, "missing")] == []
         if len(found) != rows:
             assert found[-1].reason == "damaged_archive" and "behind row" in found[-1].detail
     for at in (0, 3, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:at])
-        assert [item.reason for item in read_all(source(tmp_path))] == ["damaged_archive"]
+        with pytest.raises(UnreadableError, match=r"it is empty|nothing can be read behind row 0"):
+            read_all(source(tmp_path))
 
 
 def test_little_of_a_row_group_is_in_memory(tmp_path: Path):

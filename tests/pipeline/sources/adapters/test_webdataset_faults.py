@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.errors import RequestError, UnreadableError
 from microdit.pipeline.config.build import BuildConfig
 from microdit.pipeline.config.sources import WebdatasetSource
+from microdit.pipeline.files.tars import Member
+from microdit.pipeline.sources import neighbours
 from microdit.pipeline.sources.adapters import webdataset as module
 from microdit.pipeline.sources.adapters.webdataset import Webdataset
 from microdit.pipeline.sources.registry import sources_of
@@ -67,9 +69,12 @@ def test_captions_and_fields_of_json(tmp_path: Path):
 
 def test_which_image(tmp_path: Path):
     members = {"1.seg.png": b"seg", "1.png": b"png", "1.jpg": b"jpg", "2.v1.jpg": b"v1", "3.seg.png": b"seg3"}
-    assert [item.data for item in read(tmp_path, members)] == [b"jpg", b"v1", b"seg3"]
+    left = (None, "not_taken")
+    found = read(tmp_path, members)
+    assert [(item.data, item.reason) for item in found] == [(b"jpg", None), left, left, (b"v1", None), (b"seg3", None)]
+    assert found[1].origin == "own/a.tar/1.seg.png" and "1.jpg is taken" in found[1].detail
     found = read(tmp_path, members, image=["Seg.png", "png"])
-    assert [(item.data, item.reason) for item in found] == [(b"seg", None), (b"seg3", None)]
+    assert [(item.data, item.reason) for item in found] == [(b"seg", None), left, (b"seg3", None)]
 
 
 def test_what_cannot_be_a_sample_fails_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -114,8 +119,10 @@ def test_a_member_twice_is_another_sample(tmp_path: Path):
 
 
 def test_members_of_one_name_without_end_are_not_held(tmp_path: Path):
-    found = read(tmp_path, {f"1.{n}.jpg": b"x" for n in range(2 * module.MAX_MEMBERS + 1)})
-    assert len(found) == 3
+    found = read(tmp_path, {f"1.{n}.jpg": b"x" for n in range(2 * neighbours.MAX_MEMBERS + 1)})
+    assert len(found) == 2 * neighbours.MAX_MEMBERS + 1 and all(item.data == b"x" for item in found)
+    groups = neighbours.neighbours(Member(f"1.{n}.jpg", b"x") for n in range(1000))
+    assert max(len(group.members) for group in groups) <= 2 * neighbours.MAX_MEMBERS
 
 
 LETTERS = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=12)
@@ -127,11 +134,15 @@ LETTERS = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs
 def test_any_names(tmp_path_factory: pytest.TempPathFactory, names: list[tuple[str, str]], keys: str):
     folder = tmp_path_factory.mktemp("names")
     members = {f"{name.rstrip('/')}.{extension}": b"{}" for name, extension in names}
+    if members and all(extension == "cls" for _, extension in names):
+        with pytest.raises(UnreadableError, match="none of its members has a known extension"):
+            read(folder, members)
+        return
     found = read(folder, members, caption="json.c", keys=keys)
     by_key_of(found)
     for item in found:
         assert 1 <= len(item.key) <= 80 and item.key.isascii() and "/" not in item.key and "." not in item.key
-        assert (item.data is None) == (item.reason in ("missing", "duplicate_key"))
+        assert (item.data is None) == (item.reason in ("missing", "duplicate_key", "not_taken", "not_side_by_side"))
     assert [item.ordinal for item in found] == list(range(len(found)))
     if all(extension in ("jpg", "PNG") for _, extension in names) and keys == "number":
         assert sum(item.data is not None for item in found) <= len(members)
@@ -154,6 +165,7 @@ def test_joins_by_key_and_by_origin(tmp_path: Path):
 
 
 def test_a_table_of_another_kind_is_refused(tmp_path: Path):
+    empty(tmp_path / "t.tar")
     join = {"file": str(empty(tmp_path / "t.csv")), "key": "id", "fields": {"a": "b"}}
     with pytest.raises(RequestError, match=r"sources\.own\.joins\.0\.file = .*expected \.parquet.*found t\.csv"):
         source(tmp_path, joins=[join]).tables()
@@ -162,8 +174,8 @@ def test_a_table_of_another_kind_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"caption": "text"}, {"caption": "json"}, {"caption": "json."}, {"caption": "json.a..b"}, {"image": [".jpg"]},
-        {"image": [""]}, {"fields": {"a": "cls"}},
+        {"caption": "te..xt"}, {"caption": "json"}, {"caption": "a.json"}, {"caption": "json."},
+        {"caption": "json.a..b"}, {"image": [".jpg"]}, {"image": [""]}, {"fields": {"a": "cls."}},
         {"fields": {"a": "txt"}, "joins": [{"file": "t.jsonl", "key": "k", "fields": {"a": "b"}}]},
     ],
 )  # fmt: skip

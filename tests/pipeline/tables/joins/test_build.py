@@ -63,7 +63,7 @@ def tar_of(path: Path, members: dict[str, bytes]) -> Path:
     st.text(max_size=6),
 )
 @settings(max_examples=40, deadline=None)
-def test_the_first_row_of_a_key_is_found_and_no_other(
+def test_a_key_is_found_if_its_rows_agree_and_no_other(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str | None]], other: str
 ) -> None:
     folder = tmp_path_factory.mktemp("table")
@@ -71,10 +71,15 @@ def test_the_first_row_of_a_key_is_found_and_no_other(
     rows = [("first", "one"), *rows]
     path = jsonl(folder / "t.jsonl", [{"key": key, "text": text} for key, text in rows])
     table, _ = built(corpus, spec_of(path, "jsonl", "key", {"caption": "text"}), folder)
-    wanted: dict[str, str | None] = {}
+    texts: dict[str, set[str | None]] = {}
     for key, text in rows:
-        wanted.setdefault(readers._replace_surrogates(key), None if text is None else readers._replace_surrogates(text))
-    assert {key: table.get(key) for key in wanted} == {key: {"caption": text} for key, text in wanted.items()}
+        replaced = None if text is None or "\0" in text else text
+        texts.setdefault(key, set()).add(replaced)
+    wanted = {key: {"caption": next(iter(some))} if len(some) == 1 else lookup.AMBIGUOUS for key, some in texts.items()}
+    assert {key: table.get(key) for key in wanted} == wanted
+    many = {key: sum(other == key for other, _ in rows) for key in wanted}
+    ambiguous = sum(many[key] for key in wanted if wanted[key] is lookup.AMBIGUOUS)
+    assert table._table.left_out.get("ambiguous_key", 0) == ambiguous
     if other not in wanted:
         assert table.get(other) is None
 
@@ -225,9 +230,8 @@ def test_strings_of_a_parquet_file_that_are_no_text(corpus: Corpus, tmp_path: Pa
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
     table, _ = built(corpus, spec_of(tmp_path / "t.parquet", "parquet", "key", {"caption": "caption"}), tmp_path)
     assert table.get("ok") == {"caption": "ok" if bad == "caption" else "x"}
-    assert table.get("other" if bad == "caption" else "\ufffd\ufffd") == {
-        "caption": "\ufffd\ufffd" if bad == "caption" else "y"
-    }
+    assert table.get("other") == ({"caption": None} if bad == "caption" else None)
+    assert table._table.left_out["not_text"] == 1
 
 
 def test_a_signal_ends_it_as_itself(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,3 +279,17 @@ def test_what_a_killed_build_left_is_swept(corpus: Corpus, tmp_path: Path) -> No
     path = jsonl(tmp_path / "t.jsonl", [{"key": "a", "caption": "x"}])
     built(corpus, spec_of(path, "jsonl", "key", {"caption": "caption"}), tmp_path)
     assert sorted(each.name for each in scratch.iterdir()) == ["microdit-join-new", "other"]
+
+
+def test_a_key_whose_rows_fill_several_groups_is_ambiguous(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joins, "ROW_GROUP", 2048)
+    rows = [{"key": "a", "text": "a"}, *[{"key": "b", "text": "b"}] * 5000, *[{"key": "c", "text": "c"}] * 5000]
+    rows += [{"key": "c", "text": "other"}, {"key": "d", "text": "d"}]
+    table, said = built(corpus, spec_of(jsonl(tmp_path / "t.jsonl", rows), "jsonl", "key", {"c": "text"}), tmp_path)
+    assert [table.get(key) for key in "abcd"] == [{"c": "a"}, {"c": "b"}, lookup.AMBIGUOUS, {"c": "d"}]
+    assert said[1:] == [
+        "t.jsonl: 5,001 left out, ambiguous_key",
+        "t.jsonl: ambiguous_key: 'c' comes 5,001 times with different values",
+    ]
