@@ -4,15 +4,14 @@ The command line and the demo call `build`. It may be killed at any moment: the 
 """
 
 import time
-import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from microdit.pipeline.base.progress import Progress, Snapshot
 from microdit.pipeline.base.signals import Stopped, stop_signals
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import PROBES
+from microdit.pipeline.corpus.presence import presence
 from microdit.pipeline.corpus.records import Commit, UnitCommit
 from microdit.pipeline.engine.plan import Plan
 from microdit.pipeline.engine.retries import Retries
@@ -130,7 +129,7 @@ def carry_out(
 
             board = Board([stage.name for stage in stages], progress)
             retries = Retries(max_attempts, corpus.shard_samples)
-            context = BuildContext(corpus, stack.enter_context(_probe(corpus)), stall_timeout)
+            context = BuildContext(corpus, stack.enter_context(presence(corpus)), stall_timeout)
             driver = Driver(plan, sources, ingest, retries, context, resources or {}, board)
             signals.stop = driver.ask_to_stop
             signals.install()  # ray.init put its own handlers there
@@ -153,17 +152,3 @@ def _damage(corpus: Corpus, say: Callable[[str], None]) -> Mapping[str, Collecti
         for source, shard in sorted(places):
             say(f"repair: {column}/{source}/{shard} is made again")
     return found.redo
-
-
-@contextmanager
-def _probe(corpus: Corpus) -> Iterator[str | None]:
-    """Keep an object that every node must see while the build runs; yield its name. None on a bucket: all see it."""
-    if corpus.store.root is None:
-        yield None
-        return
-    name = f"{PROBES}/{uuid.uuid4().hex}"
-    corpus.store.create(name, b"")
-    try:
-        yield name
-    finally:
-        corpus.store.delete([name])

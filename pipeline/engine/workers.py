@@ -49,8 +49,8 @@ class BuildContext:
     """What every call of a build needs."""
 
     corpus: Corpus
-    probe: str | None
-    """An object of the corpus that every node must see; None on a bucket."""
+    probe: str
+    """An object of the corpus that every node must see."""
     stall_timeout: float
     """Seconds without headway after which a worker ends itself."""
 
@@ -73,7 +73,7 @@ def check_sees_corpus(context: BuildContext) -> None:
     Raises:
         RequestError: it does not.
     """
-    if context.probe is None or context.probe in _seen_probes:
+    if context.corpus.store.root is None or context.probe in _seen_probes:  # all see a bucket
         return
     if not context.corpus.store.exists(context.probe):
         raise RequestError(

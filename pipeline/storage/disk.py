@@ -70,6 +70,13 @@ class Disk:
         files = [self.root / name for name in objects]
         list(side_by_side().map(sync, [*files, *{file.parent for file in files}]))
 
+    def renew(self, name: str, data: bytes) -> None:
+        """Set the time of a probe to now, and write it again if it is gone."""
+        try:
+            os.utime(self.root / name)
+        except FileNotFoundError:
+            self.create(name, data)
+
     def delete(self, names: Sequence[str]) -> None:
         """Remove objects; one that is already gone is no error."""
         for name in names:

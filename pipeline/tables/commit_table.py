@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from microdit.pipeline.base.errors import DamagedError
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import COMMIT, UNITS, commit_name
+from microdit.pipeline.corpus.names import COMMIT, TABLE, UNITS, commit_name
 from microdit.pipeline.tables.database import connect
 from microdit.pipeline.tables.published import Table, publish
 
@@ -115,7 +115,7 @@ def _with_progress(parts: Iterator[pa.Table], total: int) -> Iterator[pa.Table]:
 def _newest(corpus: Corpus) -> pa.Table:
     """Open the table that was published last; an empty one if there is none. Damaged tables are deleted."""
     manifests = sorted(corpus.store.list(FOLDER), key=lambda item: item.modified, reverse=True)
-    for name in [item.name for item in manifests if item.name.endswith(".json")]:
+    for name in [item.name for item in manifests if item.name.endswith(".json") and TABLE.fullmatch(item.name)]:
         try:
             record = Table.parse(corpus.store.get(name))
             data = corpus.store.get(record.object.name)

@@ -101,8 +101,11 @@ class ShardCheck:
             commit = Commit.parse(data)
             if commit.name != name:
                 raise ValueError(f"it is the commit {commit.name}")
-        except (ValueError, OSError, BaseError) as error:
+        except (ValueError, FileNotFoundError) as error:
             self._add("commit", name, first_line(error))
+            return
+        except (OSError, BaseError) as error:
+            self._add("unreadable", name, first_line(error))
             return
         self.commits[column] = commit
         self.findings.commits += 1
