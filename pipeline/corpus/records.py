@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from microdit.pipeline.corpus.names import ATTEMPT, COLUMN, SHARD, SOURCE, column_kind, commit_name
 
 VERSION: Literal[1] = 1
+UNREPAIRED = "unrepaired"
+"""In a commit's timings: rows that were damaged and could not be had again, or whose bytes could not be checked."""
 
 
 class Record(BaseModel):
