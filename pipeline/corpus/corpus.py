@@ -1,6 +1,7 @@
 """Read a corpus: its declarations, commits and shards (docs/corpus.md). `attempt` writes."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from microdit.pipeline.base.errors import DamagedError, RequestError, first_line
 from microdit.pipeline.corpus.names import (
     COLUMN,
     COMMIT,
+    PROBES,
     RESERVED,
     SOURCE,
     UNITS,
@@ -51,11 +53,13 @@ class Corpus:
         """Open the corpus at `url`, or make it if there is none.
 
         Raises:
-            RequestError: there is one of another name or shard size, or the root cannot be reached.
+            RequestError: there is one of another name or shard size, the root cannot be reached, or its storage does
+                not let exactly one of two writers win.
         """
         store = open_store(url)
         about = {"name": name, "version": VERSION, "shard_samples": shard_samples, "format": "microdit-corpus"}
         try:
+            store.check_exclusive(f"{PROBES}/{os.urandom(16).hex()}")
             store.create("corpus.json", canonical(about))
         except FileExistsError:
             corpus = cls.open(url)

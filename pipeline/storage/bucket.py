@@ -5,6 +5,7 @@ Requests are retried for longer than obstore does: a bucket that throttles slows
 
 import io
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -23,6 +24,7 @@ from obstore.store import from_url
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.retry import Backoff
 from microdit.pipeline.base.threads import side_by_side
+from microdit.pipeline.storage.exclusive import ADVICE, ASKED, check_exclusive
 from microdit.pipeline.storage.object_info import ObjectInfo
 
 T = TypeVar("T")
@@ -44,6 +46,7 @@ FINAL = (  # errors that another try would not change; all others may be throttl
     exceptions.UnauthenticatedError,
     exceptions.UnknownConfigurationKeyError,
 )
+NOT_IMPLEMENTED = re.compile(r"\b501 Not Implemented\b|<Code>NotImplemented</Code>")
 SCRATCH, OLD_SCRATCH = "microdit-scratch-", 24 * 3600.0  # seconds: no attempt may be committed that is half as old
 
 
@@ -100,6 +103,17 @@ class Bucket:
 
         self._retry("write", name, put)
 
+    def check_exclusive(self, name: str) -> None:
+        """Write an object twice: of two writers exactly one may win.
+
+        Raises:
+            RequestError: this storage cannot do that.
+        """
+        try:
+            check_exclusive(self, name)
+        except exceptions.NotSupportedError as error:
+            raise RequestError(f"corpus {self.url}: {ASKED}: {first_line(error)}. {ADVICE}") from error
+
     @contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
         """Yield a local path to write the object `name` at, before `publish`; it is removed afterwards."""
@@ -151,6 +165,8 @@ class Bucket:
             except FINAL:
                 raise
             except exceptions.BaseError as error:
+                if NOT_IMPLEMENTED.search(str(error)):
+                    raise exceptions.NotSupportedError(first_line(error)) from error
                 pause = backoff.next_pause(PATIENCE if self._answered else FIRST_PATIENCE)
                 if pause is None:
                     raise OSError(

@@ -4,6 +4,7 @@ Plain files without obstore, which links a file to its name without syncing it f
 empty commit, and lists sixteen times slower.
 """
 
+import errno
 import os
 import random
 import re
@@ -13,9 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
+from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.threads import side_by_side
+from microdit.pipeline.storage.exclusive import check_exclusive
 from microdit.pipeline.storage.object_info import ObjectInfo
 
+CANNOT = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK}  # of link and fsync
 UNFINISHED = re.compile(r"#\d+$")
 
 
@@ -81,6 +85,23 @@ class Disk:
         """Remove objects; one that is already gone is no error."""
         for name in names:
             (self.root / name).unlink(missing_ok=True)
+
+    def check_exclusive(self, name: str) -> None:
+        """Write an object twice: of two writers exactly one may win, and its bytes must be durable.
+
+        Raises:
+            RequestError: this folder cannot do that.
+        """
+        try:
+            check_exclusive(self, name)
+        except OSError as error:
+            if error.errno not in CANNOT:
+                raise
+            raise RequestError(
+                f"corpus {self.url}: this folder has no hard links, or cannot sync a folder ({error.strerror}): two "
+                "writers would overwrite each other, and a power cut would lose what is done; use a folder on a local "
+                "disk or on NFS (ext4, XFS, ZFS), or a bucket"
+            ) from error
 
     # -- reading -------------------------------------------------------------------------------------------------
 

@@ -88,11 +88,9 @@ def test_one_flipped_bit_costs_one_row_and_only_until_the_server_is_back(tmp_pat
     assert verify(corpus).ok
 
 
-def test_rows_that_an_earlier_repair_lost_come_back(tmp_path: Path) -> None:
-    """From the generation below: readers of it are gone, its objects are not."""
+def test_a_shard_whose_pictures_are_whole_needs_no_source(tmp_path: Path) -> None:
     corpus = _corpus(tmp_path, inputs_of(4))
     whole = corpus.commit("images", "given", SHARD, 0)
-    replace(corpus, whole.sidecar.name, corpus.store.get(whole.sidecar.name))
     ingest_unit(corpus, _stopped(4), UnitTask(UNIT, {SHARD: 1}), config(tmp_path))
     newest = corpus.commit("images", "given", SHARD, 1)
     assert newest.counts["out"] == 4 and newest.object.sha256 == whole.object.sha256
