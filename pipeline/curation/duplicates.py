@@ -30,6 +30,7 @@ from microdit.pipeline.curation.job import (
     batches,
     cached_job,
     job_base,
+    job_since,
     keepers,
     texts,
     write_rows,
@@ -156,7 +157,7 @@ def dedup(corpus: Corpus, distance: int = 6) -> Deduplication:
     _check_distance(distance)
     table = _scored(corpus)
     base = job_base(DUPLICATES, table)
-    job = cached_job(corpus, base, DuplicatesTable, lambda job: job.distance == distance)
+    job = cached_job(corpus, table, base, DuplicatesTable, lambda job: job.distance == distance)
     if job is None:
         hashed = _hashed(corpus, table)
         grouped = groups(hashed.phash, distance)
@@ -213,7 +214,9 @@ def decontaminate(corpus: Corpus, against: Sequence[str], distance: int = 6) -> 
         for name, hashes in zip(against, sets, strict=True)
     ]
     base = job_base(CONTAMINATED, table)
-    job = cached_job(corpus, base, ContaminatedTable, lambda job: (job.distance, job.against) == (distance, about))
+    job = cached_job(
+        corpus, table, base, ContaminatedTable, lambda job: (job.distance, job.against) == (distance, about)
+    )
     if job is None:
         hashed, others = _hashed(corpus, table), pa.concat_tables(sets).combine_chunks()
         index, away = nearest(hashed.phash, _numbers(others["phash"], 1)[:, 0], distance)
@@ -263,7 +266,7 @@ def hash_table(corpus: Corpus) -> Table:
         return rows
 
     base = job_base(HASHES, table)
-    return cached(corpus, base, Table) or publish(
+    return cached(corpus, base, Table, job_since(HASHES, table)) or publish(
         corpus, base, write, lambda object, rows: Table(object=object, rows=rows)
     )
 

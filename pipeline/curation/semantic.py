@@ -133,7 +133,9 @@ def dedup_semantic(corpus: Corpus, column: str | None = None, similarity: float 
     column = _column(corpus, column)
     table = sample_table(corpus)
     base = job_base(SEMANTIC, table)
-    job = cached_job(corpus, base, SemanticTable, lambda job: (job.column, job.similarity) == (column, similarity))
+    job = cached_job(
+        corpus, table, base, SemanticTable, lambda job: (job.column, job.similarity) == (column, similarity)
+    )
     if job is None:
         with tempfile.TemporaryDirectory(prefix="microdit-semantic-") as folder:
             job = _run(corpus, table, base, column, similarity, Path(folder) / "vectors")
