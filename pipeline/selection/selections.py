@@ -107,7 +107,7 @@ def select(corpus: Corpus, name: str, sql: str | None = None, weights: Shares | 
     except (OSError, BaseError) as error:
         raise RequestError(
             f"corpus {corpus.url}: the selection {name}@{digest} of {len(chosen):,} rows cannot be written "
-            f"({first_line(error)}): it is kept in the corpus, which needs the right to write; `microdit query` does not"
+            f"({first_line(error)}): it is kept in the corpus, and needs the right to write; `microdit query` does not"
         ) from error
     return selection
 

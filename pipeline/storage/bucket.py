@@ -63,6 +63,11 @@ class Bucket:
         self.url = url.rstrip("/")
         self._answered = False
         scheme = urlsplit(url).scheme
+        if found := [character for character in "#?%" if character in url]:
+            raise RequestError(
+                f"corpus {url!r}: its prefix has {' and '.join(found)}, which programs read in different ways; "
+                f"expected {scheme}://bucket/prefix of letters, digits, / . _ and -"
+            )
         options = bucket_options(scheme)
         try:
             self._bucket: Any = from_url(self.url, **options)
@@ -309,15 +314,17 @@ def bucket_options(scheme: str) -> dict[str, Any]:
         if endpoint:
             options["endpoint"] = endpoint
             options["client_options"]["allow_http"] = endpoint.startswith("http://")
-        if not os.environ.get("AWS_ACCESS_KEY_ID"):  # profiles and instance roles, as boto3 finds them
+        has_keys = bool(os.environ.get("AWS_ACCESS_KEY_ID"))
+        has_region = bool(os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"))
+        if not (has_keys and has_region):  # profiles, instance roles and ~/.aws/config, as boto3 finds them
             import boto3
             from obstore.auth.boto3 import Boto3CredentialProvider
 
             session = boto3.Session()
-            if session.get_credentials() is not None:
+            if not has_keys and session.get_credentials() is not None:
                 options["credential_provider"] = Boto3CredentialProvider(session)
-        if not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
-            options["region"] = "us-east-1"
+            if not has_region:
+                options["region"] = session.region_name or "us-east-1"
     return options
 
 
