@@ -1,7 +1,6 @@
 """Read a corpus: its declarations, commits and shards (docs/corpus.md). `attempt` writes."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -16,7 +15,6 @@ from microdit.pipeline.base.errors import DamagedError, RequestError, first_line
 from microdit.pipeline.corpus.names import (
     COLUMN,
     COMMIT,
-    PROBES,
     RESERVED,
     SOURCE,
     UNITS,
@@ -60,7 +58,7 @@ class Corpus:
         store = open_store(url)
         about = {"name": name, "version": VERSION, "shard_samples": shard_samples, "format": "microdit-corpus"}
         try:
-            store.check_exclusive(f"{PROBES}/{os.urandom(16).hex()}")
+            store.check_exclusive()
             store.create("corpus.json", canonical(about))
         except FileExistsError:
             corpus = cls.open(url)

@@ -166,7 +166,7 @@ def is_alive(node_id: str) -> bool:
 
 
 def check_nodes(context: workers.BuildContext) -> None:
-    """Make sure that every node sees the corpus.
+    """Make sure that every node has the same software and sees the corpus.
 
     Raises:
         RequestError: one does not.

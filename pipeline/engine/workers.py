@@ -10,13 +10,14 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 
 from microdit.pipeline.base.errors import DamagedError, RequestError
 from microdit.pipeline.base.liveness import end_with_parent, watched
+from microdit.pipeline.base.versions import differences, versions
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import commit_name
 from microdit.pipeline.corpus.records import Commit, UnitCommit
@@ -53,6 +54,8 @@ class BuildContext:
     """An object of the corpus that every node must see."""
     stall_timeout: float
     """Seconds without headway after which a worker ends itself."""
+    versions: dict[str, str] = field(default_factory=versions)
+    """Of the driver's software: all nodes must have the same."""
 
 
 def error_report(error: BaseException) -> ErrorReport:
@@ -67,15 +70,20 @@ def error_report(error: BaseException) -> ErrorReport:
     )
 
 
-def check_sees_corpus(context: BuildContext) -> None:
-    """Make sure that this node sees the folder in which the corpus is.
+def check_fits(context: BuildContext) -> None:
+    """Make sure that this node has the driver's software, and sees the folder in which the corpus is.
 
     Raises:
         RequestError: it does not.
     """
-    if context.corpus.store.root is None or context.probe in _seen_probes:  # all see a bucket
+    if context.probe in _seen_probes:
         return
-    if not context.corpus.store.exists(context.probe):
+    if differ := differences(context.versions, versions()):
+        raise RequestError(
+            f"node {socket.gethostname()} has other software than the build's driver: {'; '.join(differ)}. Its samples "
+            "would mix with others under one fingerprint: install the same on all nodes, and run the same command again"
+        )
+    if context.corpus.store.root is not None and not context.corpus.store.exists(context.probe):
         raise RequestError(
             f"corpus {context.corpus.url}: node {socket.gethostname()} does not see this folder as the others do. "
             "A folder serves one machine, or a mount that all nodes share: "
@@ -85,9 +93,9 @@ def check_sees_corpus(context: BuildContext) -> None:
 
 
 def check_node(refs: list[Any]) -> ErrorReport | None:
-    """Run `check_sees_corpus` as a task; refs: the context."""
+    """Run `check_fits` as a task; refs: the context."""
     try:
-        check_sees_corpus(ray.get(refs[0]))
+        check_fits(ray.get(refs[0]))
     except RequestError as error:
         return error_report(error)
     return None
@@ -113,7 +121,7 @@ def ingest(refs: list[Any], task: UnitTask) -> Iterator[Began | IngestMessage]:
 
     def read() -> None:
         try:
-            check_sees_corpus(context)
+            check_fits(context)
             with watched(context.stall_timeout):
                 record = function(context.corpus, source, task, report)
             messages.put(UnitIngested(tuple(record.shards)))
@@ -163,7 +171,7 @@ def stage_task(refs: list[Any], task: Task) -> Iterator[Began | ShardEnded | Loa
     if key not in _stages:
         stage: Stage = ray.get(refs[1])
         try:
-            check_sees_corpus(context)
+            check_fits(context)
             stage.load()
         except Exception as error:
             yield LoadFailed(error_report(error))
@@ -191,7 +199,7 @@ class StageActor:
     def load(self) -> LoadMessage:
         """Load the models."""
         try:
-            check_sees_corpus(self._context)
+            check_fits(self._context)
             self._stage.load()
         except Exception as error:
             return LoadFailed(error_report(error))

@@ -108,14 +108,14 @@ class Bucket:
 
         self._retry("write", name, put)
 
-    def check_exclusive(self, name: str) -> None:
-        """Write an object twice: of two writers exactly one may win.
+    def check_exclusive(self) -> None:
+        """Write a probe twice: of two writers exactly one may win.
 
         Raises:
             RequestError: this storage cannot do that.
         """
         try:
-            check_exclusive(self, name)
+            check_exclusive(self, f"probes/{os.urandom(16).hex()}")
         except exceptions.NotSupportedError as error:
             raise RequestError(f"corpus {self.url}: {ASKED}: {first_line(error)}. {ADVICE}") from error
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.threads import side_by_side
-from microdit.pipeline.storage.exclusive import check_exclusive
+from microdit.pipeline.storage.exclusive import ADVICE, ASKED
 from microdit.pipeline.storage.object_info import ObjectInfo
 
 CANNOT = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK}  # of link and fsync
@@ -86,14 +86,20 @@ class Disk:
         for name in names:
             (self.root / name).unlink(missing_ok=True)
 
-    def check_exclusive(self, name: str) -> None:
-        """Write an object twice: of two writers exactly one may win, and its bytes must be durable.
+    def check_exclusive(self) -> None:
+        """Check that of two writers of a name exactly one wins, and that names can be made durable.
 
         Raises:
             RequestError: this folder cannot do that.
         """
         try:
-            check_exclusive(self, name)
+            with self.scratch("corpus.json") as path, self.scratch("corpus.json") as name:
+                path.write_bytes(b"")
+                os.link(path, name)
+                sync(name.parent)
+                with suppress(FileExistsError):
+                    os.link(path, name)
+                    raise RequestError(f"corpus {self.url}: {ASKED}: it overwrote a file. {ADVICE}")
         except OSError as error:
             if error.errno not in CANNOT:
                 raise
