@@ -8,15 +8,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.progress import Progress, Snapshot
 from microdit.pipeline.base.signals import Stopped, stop_signals
 from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import IMAGES, UNITS
 from microdit.pipeline.corpus.presence import presence
 from microdit.pipeline.corpus.records import Commit, UnitCommit
 from microdit.pipeline.engine.plan import Plan
 from microdit.pipeline.engine.retries import Retries
 from microdit.pipeline.engine.summary import BuildSummary, Work, summarize
-from microdit.pipeline.sources.registry import sources_of
+from microdit.pipeline.sources.committed import CommittedSource
+from microdit.pipeline.sources.registry import source_of
 from microdit.pipeline.sources.source import Source
 from microdit.pipeline.stages.ingest import ingest_unit
 from microdit.pipeline.stages.registry import declare, stages_of
@@ -54,12 +57,14 @@ def build(
         Stopped: a signal came; what is committed stays.
     """
     corpus = Corpus.create(config.corpus, config.name, config.shard_samples)
-    sources, stages = sources_of(config), stages_of(config)
 
     def say(note: str) -> None:
         if progress is not None:
             progress(Snapshot(0.0, [], [note]))
 
+    reads = columns is None or IMAGES in columns
+    sources = [_open_source(config, corpus, name, reads, say) for name in config.sources]
+    stages = stages_of(config)
     declare(corpus, config, sources, stages, say)
 
     def ingest(corpus: Corpus, source: Source, task: UnitTask, report: Callable[[Commit], None]) -> UnitCommit:
@@ -81,6 +86,32 @@ def build(
         stall_timeout=config.resources.stall_timeout,
         progress=progress,
     )
+
+
+def _open_source(config: "BuildConfig", corpus: Corpus, name: str, reads: bool, say: Callable[[str], None]) -> Source:
+    """Open a source; if it is gone and nothing has to be read, what is committed of it stands for it.
+
+    Args:
+        reads: units may have to be read.
+
+    Raises:
+        RequestError: the source cannot be used, and is needed.
+    """
+    try:
+        source = source_of(config, name)
+        source.stage()
+        return source
+    except RequestError as error:
+        if name not in corpus.sources() or not corpus.committed(UNITS, name):
+            raise
+        committed = CommittedSource(corpus, name, error)
+        if reads and not committed.complete:
+            raise RequestError(
+                f"{error}. What is committed of source {name} needs it no more: `--columns` with the columns to make, "
+                "without images, works on that alone"
+            ) from error
+        say(f"source {name} cannot be used ({error}); what is committed of it is")
+        return committed
 
 
 def carry_out(

@@ -7,6 +7,7 @@ the end its result. An error comes back as a message too.
 import errno
 import queue
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -99,6 +100,21 @@ def check_node(refs: list[Any]) -> ErrorReport | None:
     except RequestError as error:
         return error_report(error)
     return None
+
+
+def check_gpu(stage: str, gpus: list[str]) -> None:
+    """Make sure that a model is on the GPU that Ray gave its process, and not on a CPU, a hundred times slower.
+
+    Raises:
+        RequestError: torch, which the stage has loaded, cannot use it.
+    """
+    torch = sys.modules.get("torch")
+    if gpus and torch is not None and not torch.cuda.is_available():
+        raise RequestError(
+            f"stage {stage}: Ray says that node {socket.gethostname()} has GPU {', '.join(gpus)}, and torch "
+            f"{torch.__version__} cannot use it (`nvidia-smi` and `python -c 'import torch; torch.cuda.init()'` there "
+            "tell more). Mend its driver, install torch's CUDA build, or start Ray there with --num-gpus=0"
+        )
 
 
 def node_id() -> str:
@@ -201,6 +217,7 @@ class StageActor:
         try:
             check_fits(self._context)
             self._stage.load()
+            check_gpu(self._stage.name, ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
         except Exception as error:
             return LoadFailed(error_report(error))
         return ActorLoaded()

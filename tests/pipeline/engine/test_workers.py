@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.versions import differences, versions
@@ -34,3 +35,12 @@ def test_commits_say_what_made_them(tmp_path: Path) -> None:
 def test_kinds_of_one_version_are_equal() -> None:
     assert differences({"torch": "2.13.0+cpu"}, {"torch": "2.13.0+cu128"}) == []
     assert differences({"torch": "2.13.0"}, {}) == ["torch none there, 2.13.0 here"]
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    workers.check_gpu("latents", [])
+    with pytest.raises(RequestError, match=r"has GPU 0, and torch .* cannot use it .*--num-gpus=0"):
+        workers.check_gpu("latents", ["0"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    workers.check_gpu("latents", ["0"])
