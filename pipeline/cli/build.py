@@ -23,7 +23,10 @@ def build(
     overrides: Overrides = None,
     corpus: Annotated[str | None, typer.Option(metavar="URL", help="The corpus, in place of the config's.")] = None,
     columns: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Make these columns alone; `images` reads the sources.")
+        str | None,
+        typer.Option(
+            metavar="A,B", help="Make these columns alone; `images` reads the sources, which may be gone otherwise."
+        ),
     ] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Take again the shards and units that were set aside.")

@@ -84,11 +84,18 @@ def ls(
 
 def gc(
     corpus: CorpusUrl,
-    older_than_hours: Annotated[float, typer.Option(metavar="HOURS", help="Leave what is younger.", min=0)] = 48,
+    older_than_hours: Annotated[
+        float,
+        typer.Option(metavar="HOURS", help="Leave what is younger; below 12 only if nothing else writes here.", min=0),
+    ] = 48,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove what no commit names: leftovers of killed workers and of lost races."""
+    """Remove what no commit names: leftovers of killed workers and of lost races.
+
+    Other corpora below the root, and files that this corpus did not write, are left alone. While a build is at work on
+    the corpus, what is younger than 12 hours is left to it.
+    """
     from microdit.pipeline.upkeep.gc import gc as collect
 
     with json_answer(as_json) as answer:

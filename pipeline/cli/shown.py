@@ -84,9 +84,13 @@ def print_verification(result: "Verification") -> None:
 
 
 def print_garbage(result: "Garbage") -> None:
-    """Print what `gc` removed: every name, then the counts."""
+    """Print what `gc` removed: every name, what it left alone, then the counts."""
     for name in result.names:
         print(name)
+    for folder in result.foreign:
+        print(f"left alone: {folder} is another corpus; `microdit gc` can be run on it")
+    if result.builds:
+        print(f"{result.builds:,} builds are at work here: what is younger than 12 hours was left to them")
     counts = ", ".join(f"{getattr(result, sort):,} {sort}" for sort in ("attempts", "tables", "unfinished", "uploads"))
     print(f"{'would remove' if result.dry_run else 'removed'} {counts}; {in_bytes(result.bytes)}")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from microdit.pipeline.base.fail_points import fail_point
 from microdit.pipeline.base.liveness import alive
+from microdit.pipeline.base.versions import versions
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import KEY, UNITS, commit_name
 from microdit.pipeline.corpus.records import Commit, Declaration, InputRef, ObjectRef, ShardRef, UnitCommit
@@ -195,6 +196,7 @@ class Attempt:
             },
             host=socket.gethostname(),
             device=_device(),
+            software=versions(),
         )
 
     def _lost_to(self, winner: Commit) -> Commit:

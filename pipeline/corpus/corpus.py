@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from sys import intern
 from typing import Any, BinaryIO, TypeVar
@@ -51,11 +52,13 @@ class Corpus:
         """Open the corpus at `url`, or make it if there is none.
 
         Raises:
-            RequestError: there is one of another name or shard size, or the root cannot be reached.
+            RequestError: there is one of another name or shard size, the root cannot be reached, or its storage does
+                not let exactly one of two writers win.
         """
         store = open_store(url)
         about = {"name": name, "version": VERSION, "shard_samples": shard_samples, "format": "microdit-corpus"}
         try:
+            store.check_exclusive()
             store.create("corpus.json", canonical(about))
         except FileExistsError:
             corpus = cls.open(url)
@@ -201,6 +204,18 @@ class Corpus:
             match = COMMIT.fullmatch(name)  # `verify` reports other names
             if match and match[1] == column:  # "captions" lists "captions/long" too
                 yield (intern(match[2]), match[3]), int(match[4])
+
+    def listed_since(self, column: str) -> tuple[dict[ShardId, int], datetime | None]:
+        """List the committed shards of a column as `committed` does, and when the newest commit was written."""
+        highest: dict[ShardId, int] = {}
+        newest: datetime | None = None
+        for item in self.store.list(f"commits/{column}"):
+            match = COMMIT.fullmatch(item.name)
+            if match and match[1] == column:
+                shard_id = (intern(match[2]), match[3])
+                highest[shard_id] = max(highest.get(shard_id, 0), int(match[4]))
+                newest = item.modified if newest is None else max(newest, item.modified)
+        return highest, newest
 
     def commit(self, column: str, source: str, shard: str, generation: int) -> Commit:
         """Read one commit.

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from microdit.pipeline.corpus.names import ATTEMPT, COLUMN, SHARD, SOURCE, column_kind, commit_name
 
 VERSION: Literal[1] = 1
+UNREPAIRED = "unrepaired"
+"""In a commit's timings: rows that were damaged and could not be had again, or whose bytes could not be checked."""
 
 
 class Record(BaseModel):
@@ -91,6 +93,8 @@ class Commit(Record):
     host: str
     device: str = ""
     """What the process worked with: `cpu`, or its GPU's name; empty where it is not said."""
+    software: dict[str, str] = {}
+    """Versions of the packages that made the numbers, and of this one's code; empty where it is not said."""
     _stored: str | None = PrivateAttr(None)
     _ours: bool = PrivateAttr(True)
 

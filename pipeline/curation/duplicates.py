@@ -32,6 +32,7 @@ from microdit.pipeline.curation.job import (
     batches,
     cached_job,
     job_base,
+    job_since,
     texts,
     write_rows,
 )
@@ -152,7 +153,7 @@ def dedup(corpus: Corpus, distance: int = 6) -> Deduplication:
     _check_distance(distance)
     table = _scored(corpus)
     base = job_base(DUPLICATES, table)
-    job = cached_job(corpus, base, DuplicatesTable, lambda job: (job.distance, job.method) == (distance, METHOD))
+    job = cached_job(corpus, table, base, DuplicatesTable, lambda job: (job.distance, job.method) == (distance, METHOD))
     if job is None:
         hashed = read_hashes(corpus, table)
         grouped = groups(hashed.phash, distance)
@@ -215,7 +216,9 @@ def decontaminate(corpus: Corpus, against: Sequence[str], distance: int = 6) -> 
         for name, hashes in zip(against, sets, strict=True)
     ]
     base, asked = job_base(CONTAMINATED, table), (distance, about, METHOD)
-    job = cached_job(corpus, base, ContaminatedTable, lambda job: asked == (job.distance, job.against, job.method))
+    job = cached_job(
+        corpus, table, base, ContaminatedTable, lambda job: asked == (job.distance, job.against, job.method)
+    )
     if job is None:
         hashed, others = read_hashes(corpus, table), pa.concat_tables(sets).combine_chunks()
         index, away = nearest(hashed.phash, numbers(others["phash"], 1)[:, 0], distance)
@@ -266,7 +269,7 @@ def hash_table(corpus: Corpus) -> Table:
         return rows
 
     base = job_base(HASHES, table)
-    return cached(corpus, base, Table) or publish(
+    return cached(corpus, base, Table, job_since(HASHES, table)) or publish(
         corpus, base, write, lambda object, rows: Table(object=object, rows=rows)
     )
 

@@ -6,6 +6,7 @@ A table job reads the newest commits of some columns and writes one small table 
 
 import hashlib
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import COMMIT
 from microdit.pipeline.corpus.records import canonical
-from microdit.pipeline.tables.published import Table, cached
+from microdit.pipeline.tables.published import Table, cached, open_table
 from microdit.pipeline.tables.sample_table import JOB_COLUMNS, ROW_GROUP, SampleTable
 
 LAYOUT = 1
@@ -69,9 +70,14 @@ def job_base(folder: str, table: SampleTable) -> str:
     return f"{folder}/{hashlib.sha256(canonical({'layout': LAYOUT, 'commits': names})).hexdigest()}"
 
 
-def cached_job(corpus: Corpus, base: str, kind: type[J], same: Callable[[J], bool]) -> J | None:
-    """The cached table if it was built with the same parameters. One built with others is deleted."""
-    job = cached(corpus, base, kind)
+def job_since(folder: str, table: SampleTable) -> datetime | None:
+    """When the newest of the commits that a table job reads was written: an older result is of other commits."""
+    return table.newest(lambda column: reads(folder, column))
+
+
+def cached_job(corpus: Corpus, table: SampleTable, base: str, kind: type[J], same: Callable[[J], bool]) -> J | None:
+    """The cached result if it was built with the same parameters. One built with others is deleted."""
+    job = cached(corpus, base, kind, job_since(base.rpartition("/")[0], table))
     if job is not None and not same(job):
         corpus.store.delete([f"{base}.json", job.object.name])
         return None
@@ -80,7 +86,7 @@ def cached_job(corpus: Corpus, base: str, kind: type[J], same: Callable[[J], boo
 
 def batches(corpus: Corpus, table: SampleTable, columns: list[str]) -> Iterator[pa.Table]:
     """Read columns of the sample table in row groups."""
-    with corpus.store.open(table.object.name) as file:
+    with open_table(corpus, table) as file:
         for batch in pq.ParquetFile(file).iter_batches(ROW_GROUP, columns=columns):
             yield pa.Table.from_batches([batch])
 

@@ -139,7 +139,7 @@ def dedup_semantic(corpus: Corpus, column: str | None = None, similarity: float 
     column = _column(corpus, column)
     table = sample_table(corpus)
     base, asked = job_base(SEMANTIC, table), (column, similarity, METHOD)
-    job = cached_job(corpus, base, SemanticTable, lambda job: (job.column, job.similarity, job.method) == asked)
+    job = cached_job(corpus, table, base, SemanticTable, lambda job: (job.column, job.similarity, job.method) == asked)
     if job is None:
         with tempfile.TemporaryDirectory(prefix="microdit-semantic-") as folder:
             job = _run(corpus, table, base, column, similarity, Path(folder) / "vectors")

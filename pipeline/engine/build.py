@@ -4,20 +4,22 @@ The command line and the demo call `build`. It may be killed at any moment: the 
 """
 
 import time
-import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.progress import Progress, Snapshot
 from microdit.pipeline.base.signals import Stopped, stop_signals
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import PROBES
+from microdit.pipeline.corpus.names import IMAGES, UNITS
+from microdit.pipeline.corpus.presence import presence
 from microdit.pipeline.corpus.records import Commit, UnitCommit
 from microdit.pipeline.engine.plan import Plan
 from microdit.pipeline.engine.retries import Retries
 from microdit.pipeline.engine.summary import BuildSummary, Work, summarize
-from microdit.pipeline.sources.registry import sources_of
+from microdit.pipeline.sources.committed import CommittedSource
+from microdit.pipeline.sources.registry import source_of
 from microdit.pipeline.sources.source import Source
 from microdit.pipeline.stages.ingest import ingest_unit
 from microdit.pipeline.stages.registry import declare, stages_of
@@ -57,12 +59,14 @@ def build(
         Stopped: a signal came; what is committed stays.
     """
     corpus = Corpus.create(config.corpus, config.name, config.shard_samples)
-    sources, stages = sources_of(config), stages_of(config)
 
     def say(note: str) -> None:
         if progress is not None:
             progress(Snapshot(0.0, [], [note]))
 
+    reads = columns is None or IMAGES in columns
+    sources = [_open_source(config, corpus, name, reads, say) for name in config.sources]
+    stages = stages_of(config)
     declare(corpus, config, sources, stages, say, grow)
 
     def ingest(corpus: Corpus, source: Source, task: UnitTask, report: Callable[[Commit], None]) -> UnitCommit:
@@ -84,6 +88,32 @@ def build(
         stall_timeout=config.resources.stall_timeout,
         progress=progress,
     )
+
+
+def _open_source(config: "BuildConfig", corpus: Corpus, name: str, reads: bool, say: Callable[[str], None]) -> Source:
+    """Open a source; if it is gone and nothing has to be read, what is committed of it stands for it.
+
+    Args:
+        reads: units may have to be read.
+
+    Raises:
+        RequestError: the source cannot be used, and is needed.
+    """
+    try:
+        source = source_of(config, name)
+        source.stage()
+        return source
+    except RequestError as error:
+        if name not in corpus.sources() or not corpus.committed(UNITS, name):
+            raise
+        committed = CommittedSource(corpus, name, error)
+        if reads and not committed.complete:
+            raise RequestError(
+                f"{error}. What is committed of source {name} needs it no more: `--columns` with the columns to make, "
+                "without images, works on that alone"
+            ) from error
+        say(f"source {name} cannot be used ({error}); what is committed of it is")
+        return committed
 
 
 def carry_out(
@@ -132,7 +162,7 @@ def carry_out(
 
             board = Board([stage.name for stage in stages], progress)
             retries = Retries(max_attempts, corpus.shard_samples)
-            context = BuildContext(corpus, stack.enter_context(_probe(corpus)), stall_timeout)
+            context = BuildContext(corpus, stack.enter_context(presence(corpus)), stall_timeout)
             driver = Driver(plan, sources, ingest, retries, context, resources or {}, board)
             signals.stop = driver.ask_to_stop
             signals.install()  # ray.init put its own handlers there
@@ -155,17 +185,3 @@ def _damage(corpus: Corpus, say: Callable[[str], None]) -> Mapping[str, Collecti
         for source, shard in sorted(places):
             say(f"repair: {column}/{source}/{shard} is made again")
     return found.redo
-
-
-@contextmanager
-def _probe(corpus: Corpus) -> Iterator[str | None]:
-    """Keep an object that every node must see while the build runs; yield its name. None on a bucket: all see it."""
-    if corpus.store.root is None:
-        yield None
-        return
-    name = f"{PROBES}/{uuid.uuid4().hex}"
-    corpus.store.create(name, b"")
-    try:
-        yield name
-    finally:
-        corpus.store.delete([name])

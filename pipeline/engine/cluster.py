@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.base.retry import Backoff
 from microdit.pipeline.engine import workers
 from microdit.pipeline.engine.layout import Layout
 from microdit.pipeline.engine.messages import ErrorReport
@@ -28,6 +30,7 @@ OBJECT_STORE = 100 << 20  # bytes: only names and small records travel
 # one thread a process: the engine, not OpenMP, spreads the work
 WORKERS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 MEASURE_EVERY = 5.0  # seconds between two queries of the cluster's size
+HEAD_SECONDS = 20.0  # for the cluster's head to answer
 NODE_CHECK_SECONDS = 60.0  # for every node to say that it sees the corpus
 
 
@@ -42,6 +45,8 @@ def joined() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
+    if address:
+        check_address(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
@@ -56,10 +61,45 @@ def joined() -> Iterator[None]:
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); "
             "start it, or unset RAY_ADDRESS to work on this machine"
         ) from error
+    except (OSError, ValueError) as error:
+        if "AF_UNIX" not in str(error):
+            raise
+        raise RequestError(
+            f"Ray cannot start here: {error}; its sockets lie in a folder below RAY_TMPDIR, else TMPDIR: set "
+            "RAY_TMPDIR=/tmp, or another short path"
+        ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """Check RAY_ADDRESS before Ray does, which takes minutes over a head that is gone.
+
+    Raises:
+        RequestError: it is no address of a head, or nothing listens there.
+    """
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal():
+        raise RequestError(
+            f"RAY_ADDRESS={address}: expected HOST:PORT of the cluster's head, such as 10.0.0.1:6379, or auto; an "
+            "http:// address is the dashboard's (`ray job submit`), ray:// is Ray Client's, which builds do not use"
+        )
+    backoff = Backoff(1.0, 5.0)
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_SECONDS / 2).close()
+            return
+        except OSError as error:
+            if (pause := backoff.next_pause(HEAD_SECONDS)) is None:
+                raise RequestError(
+                    f"RAY_ADDRESS={address}: no Ray cluster answers there ({first_line(error)}); "
+                    "start it, or unset RAY_ADDRESS to work on this machine"
+                ) from error
+        time.sleep(pause)
 
 
 @contextmanager
@@ -126,7 +166,7 @@ def is_alive(node_id: str) -> bool:
 
 
 def check_nodes(context: workers.BuildContext) -> None:
-    """Make sure that every node sees the corpus.
+    """Make sure that every node has the same software and sees the corpus.
 
     Raises:
         RequestError: one does not.

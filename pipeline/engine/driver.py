@@ -214,6 +214,10 @@ class Driver:
             case messages.ShardIngested(shard, work):
                 if self.plan.committed(job.source, shard, IMAGES):
                     self.board.ingested(work)
+                if work.unrepaired:
+                    self.board.note(
+                        f"ingest: {shard}: {work.unrepaired} damaged rows could not be had again; --repair tries again"
+                    )
             case messages.UnitIngested(shards):
                 del self._calls[ref]
                 for shard in shards:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from microdit.pipeline.base.errors import RequestError
-from microdit.pipeline.corpus.records import Commit
+from microdit.pipeline.corpus.records import UNREPAIRED, Commit
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,21 @@ class ShardWork:
     seconds: float
     encode_seconds: float | None = None
     """Of these the seconds in which the model worked, where the stage measures them."""
+    unrepaired: int = 0
+    """Rows that a repair could not have again from the source."""
 
     @classmethod
     def of(cls, commit: Commit) -> "ShardWork":
         """Summarize a commit."""
         counts, timings = commit.counts, commit.timings
-        return cls(counts["in"], counts["failed"], commit.size, timings["seconds"], timings.get("encode_seconds"))
+        return cls(
+            counts["in"],
+            counts["failed"],
+            commit.size,
+            timings["seconds"],
+            timings.get("encode_seconds"),
+            int(timings.get(UNREPAIRED, 0)),
+        )
 
     @property
     def busy_seconds(self) -> float:

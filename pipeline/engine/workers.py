@@ -7,16 +7,18 @@ the end its result. An error comes back as a message too.
 import errno
 import queue
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 
 from microdit.pipeline.base.errors import DamagedError, RequestError, ServerRejects, UnreadableError
 from microdit.pipeline.base.liveness import end_with_parent, watched
+from microdit.pipeline.base.versions import differences, versions
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import commit_name
 from microdit.pipeline.corpus.records import Commit, UnitCommit
@@ -49,10 +51,12 @@ class BuildContext:
     """What every call of a build needs."""
 
     corpus: Corpus
-    probe: str | None
-    """An object of the corpus that every node must see; None on a bucket."""
+    probe: str
+    """An object of the corpus that every node must see."""
     stall_timeout: float
     """Seconds without headway after which a worker ends itself."""
+    versions: dict[str, str] = field(default_factory=versions)
+    """Of the driver's software: all nodes must have the same."""
 
 
 def error_report(error: BaseException) -> ErrorReport:
@@ -69,15 +73,20 @@ def error_report(error: BaseException) -> ErrorReport:
     )
 
 
-def check_sees_corpus(context: BuildContext) -> None:
-    """Make sure that this node sees the folder in which the corpus is.
+def check_fits(context: BuildContext) -> None:
+    """Make sure that this node has the driver's software, and sees the folder in which the corpus is.
 
     Raises:
         RequestError: it does not.
     """
-    if context.probe is None or context.probe in _seen_probes:
+    if context.probe in _seen_probes:
         return
-    if not context.corpus.store.exists(context.probe):
+    if differ := differences(context.versions, versions()):
+        raise RequestError(
+            f"node {socket.gethostname()} has other software than the build's driver: {'; '.join(differ)}. Its samples "
+            "would mix with others under one fingerprint: install the same on all nodes, and run the same command again"
+        )
+    if context.corpus.store.root is not None and not context.corpus.store.exists(context.probe):
         raise RequestError(
             f"corpus {context.corpus.url}: node {socket.gethostname()} does not see this folder as the others do. "
             "A folder serves one machine, or a mount that all nodes share: "
@@ -87,12 +96,27 @@ def check_sees_corpus(context: BuildContext) -> None:
 
 
 def check_node(refs: list[Any]) -> ErrorReport | None:
-    """Run `check_sees_corpus` as a task; refs: the context."""
+    """Run `check_fits` as a task; refs: the context."""
     try:
-        check_sees_corpus(ray.get(refs[0]))
+        check_fits(ray.get(refs[0]))
     except RequestError as error:
         return error_report(error)
     return None
+
+
+def check_gpu(stage: str, gpus: list[str]) -> None:
+    """Make sure that a model is on the GPU that Ray gave its process, and not on a CPU, a hundred times slower.
+
+    Raises:
+        RequestError: torch, which the stage has loaded, cannot use it.
+    """
+    torch = sys.modules.get("torch")
+    if gpus and torch is not None and not torch.cuda.is_available():
+        raise RequestError(
+            f"stage {stage}: Ray says that node {socket.gethostname()} has GPU {', '.join(gpus)}, and torch "
+            f"{torch.__version__} cannot use it (`nvidia-smi` and `python -c 'import torch; torch.cuda.init()'` there "
+            "tell more). Mend its driver, install torch's CUDA build, or start Ray there with --num-gpus=0"
+        )
 
 
 def node_id() -> str:
@@ -115,7 +139,7 @@ def ingest(refs: list[Any], task: UnitTask) -> Iterator[Began | IngestMessage]:
 
     def read() -> None:
         try:
-            check_sees_corpus(context)
+            check_fits(context)
             with watched(context.stall_timeout):
                 record = function(context.corpus, source, task, report)
             messages.put(UnitIngested(tuple(record.shards)))
@@ -165,7 +189,7 @@ def stage_task(refs: list[Any], task: Task) -> Iterator[Began | ShardEnded | Loa
     if key not in _stages:
         stage: Stage = ray.get(refs[1])
         try:
-            check_sees_corpus(context)
+            check_fits(context)
             stage.load()
         except Exception as error:
             yield LoadFailed(error_report(error))
@@ -193,8 +217,9 @@ class StageActor:
     def load(self) -> LoadMessage:
         """Load the models."""
         try:
-            check_sees_corpus(self._context)
+            check_fits(self._context)
             self._stage.load()
+            check_gpu(self._stage.name, ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
         except Exception as error:
             return LoadFailed(error_report(error))
         return ActorLoaded()

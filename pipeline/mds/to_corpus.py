@@ -8,6 +8,7 @@ import hashlib
 import re
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from microdit.pipeline.base.progress import Progress, Snapshot
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, UNITS
+from microdit.pipeline.corpus.presence import presence
 from microdit.pipeline.corpus.records import canonical
 from microdit.pipeline.mds.columns import PICTURES, Conversion, Naming, last, plan_conversion
 from microdit.pipeline.mds.convert_unit import Redo, convert_unit, shards_of
@@ -61,10 +63,11 @@ def to_corpus(
     reporter = ConversionProgress(progress, began, total, total - len(todo), threads)
     reporter.begin()
     aside: list[UnreadShard] = []
-    for unit in threaded(partial(convert_unit, corpus, conversion, redo=redo), todo, threads):
-        if unit.message:
-            aside.append(UnreadShard(conversion.shards[unit.number].samples, unit.message))
-        reporter.add(unit.samples, unit.failed, unit.bytes, aside=bool(unit.message))
+    with presence(corpus) if todo else nullcontext():  # so that no cleaner takes what it holds
+        for unit in threaded(partial(convert_unit, corpus, conversion, redo=redo), todo, threads):
+            if unit.message:
+                aside.append(UnreadShard(conversion.shards[unit.number].samples, unit.message))
+            reporter.add(unit.samples, unit.failed, unit.bytes, aside=bool(unit.message))
     return _summary(corpus, conversion, aside, reporter.samples, time.monotonic() - began)
 
 

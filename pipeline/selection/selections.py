@@ -10,8 +10,9 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from obstore.exceptions import BaseError
 
-from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import COMMIT, commit_name
 from microdit.pipeline.corpus.records import canonical
@@ -103,6 +104,11 @@ def select(corpus: Corpus, name: str, sql: str | None = None, weights: Shares | 
         corpus.store.create(selection.path, buffer.getvalue())
     except FileExistsError:
         load_selection(corpus, f"{name}@{digest}")  # it is the same, or damaged
+    except (OSError, BaseError) as error:
+        raise RequestError(
+            f"corpus {corpus.url}: the selection {name}@{digest} of {len(chosen):,} rows cannot be written "
+            f"({first_line(error)}): it is kept in the corpus, and needs the right to write; `microdit query` does not"
+        ) from error
     return selection
 
 

@@ -17,11 +17,11 @@ from pyarrow.fs import LocalFileSystem
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.curation.duplicates import ContaminatedTable, DuplicatesTable
-from microdit.pipeline.curation.job import CONTAMINATED, DUPLICATES, SEMANTIC, TableJob, job_base
+from microdit.pipeline.curation.job import CONTAMINATED, DUPLICATES, SEMANTIC, TableJob, job_base, job_since
 from microdit.pipeline.curation.semantic import SemanticTable
 from microdit.pipeline.selection.queries import parse
 from microdit.pipeline.tables.database import connect
-from microdit.pipeline.tables.published import Table, cached
+from microdit.pipeline.tables.published import Table, cached, open_table
 from microdit.pipeline.tables.sample_table import SampleTable, sample_table
 
 READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI)  # multi is PIVOT
@@ -117,9 +117,10 @@ def _view(corpus: Corpus, table: Table, spill: Path) -> ds.FileSystemDataset:
 
     Several scans of one query would share a Python file, which deadlocks and mixes up reads.
     """
-    path = spill / Path(table.object.name).name if corpus.store.root is None else corpus.store.root / table.object.name
-    if corpus.store.root is None:
-        with corpus.store.open(table.object.name) as file, path.open("wb") as copy:
+    path = (corpus.store.root or spill) / table.object.name  # a table of this process alone has a whole path
+    if corpus.store.root is None and not path.is_file():
+        path = spill / path.name
+        with open_table(corpus, table) as file, path.open("wb") as copy:
             shutil.copyfileobj(file, copy, 16 << 20)
     try:
         fragment = ds.ParquetFileFormat().make_fragment(str(path), LocalFileSystem())
@@ -133,7 +134,10 @@ def _view(corpus: Corpus, table: Table, spill: Path) -> ds.FileSystemDataset:
 
 def jobs_of(corpus: Corpus, table: SampleTable) -> dict[str, TableJob]:
     """Find the table jobs that read the very commits of this sample table, by folder."""
-    jobs = {folder: cached(corpus, job_base(folder, table), view.record) for folder, view in JOBS.items()}
+    jobs = {
+        folder: cached(corpus, job_base(folder, table), view.record, job_since(folder, table))
+        for folder, view in JOBS.items()
+    }
     return {folder: job for folder, job in jobs.items() if job is not None}
 
 

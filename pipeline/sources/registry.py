@@ -38,8 +38,12 @@ def sources_of(config: BuildConfig) -> list[Source]:
     Raises:
         RequestError: a list that is not there, or cannot be read.
     """
-    scratch = scratch_folder(config.resources.scratch)
-    return [_source(name, options, scratch, config) for name, options in config.sources.items()]
+    return [source_of(config, name) for name in config.sources]
+
+
+def source_of(config: BuildConfig, name: str) -> Source:
+    """One source of a config. Raises as `sources_of`."""
+    return _source(name, config.sources[name], scratch_folder(config.resources.scratch), config)
 
 
 def _source(name: str, options: SourceOptions, scratch: Path, config: BuildConfig) -> Source:

@@ -4,10 +4,11 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
 from itertools import groupby
+from threading import Lock
 from typing import Any
 
 from microdit.pipeline.base.fail_points import fail_point
@@ -19,9 +20,10 @@ from microdit.pipeline.content.images import BadImage, Prepared, prepare
 from microdit.pipeline.corpus.attempt import Attempt, begin_attempt, commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, UNITS, commit_name, shard_name
-from microdit.pipeline.corpus.records import Commit, ShardRef, UnitCommit
+from microdit.pipeline.corpus.records import UNREPAIRED, Commit, ShardRef, UnitCommit
 from microdit.pipeline.sources.source import Input, Source
 from microdit.pipeline.stages.isolated_decode import IsolatedDecoder
+from microdit.pipeline.stages.salvage import GONE, Salvage, SavedRow
 from microdit.pipeline.stages.stage import UnitTask
 
 SCALARS = {
@@ -38,6 +40,8 @@ SCALARS = {
     "bytes": "int64",
 }
 
+NOTE = [name for name in SCALARS if name not in ("format", "bytes")]  # what the member `json` repeats
+
 Report = Callable[[Commit], None]
 """Called with the commit of each shard that was written."""
 Decode = Callable[[bytes], Prepared]
@@ -51,11 +55,14 @@ def ingest_stage(options: ImageOptions) -> dict[str, Any]:
 
 
 class UnitShards:
-    """The shards of a unit, and which of them are committed."""
+    """The shards of a unit, which of them are committed, and in a repair what can still be read of the others."""
 
-    def __init__(self, corpus: Corpus, source: str, task: UnitTask):
+    def __init__(self, corpus: Corpus, source: str, task: UnitTask, options: ImageOptions):
         self._corpus, self._source, self._unit, self._redo = corpus, source, task.unit, task.redo or {}
+        self._repairs, self._options = task.redo is not None, options
         self._committed: dict[str, bool] = {}
+        self._salvages: dict[str, Salvage] = {}
+        self._lock = Lock()  # inputs are asked for ahead, by another thread
 
     def shard_of(self, ordinal: int) -> str:
         return shard_name(self._unit, ordinal // self._corpus.shard_samples)
@@ -70,8 +77,22 @@ class UnitShards:
             self._committed[shard] = self._corpus.store.exists(name)
         return self._committed[shard]
 
+    def salvage(self, shard: str) -> Salvage | None:
+        """Open what can still be read of a shard; None if this is no repair."""
+        if not self._repairs:
+            return None
+        with self._lock:
+            if shard not in self._salvages:
+                shard_id, generation = (self._source, shard), self.generation(shard)
+                self._salvages[shard] = Salvage(self._corpus, shard_id, generation, self._options)
+            return self._salvages[shard]
+
     def wanted(self, ordinal: int) -> bool:
-        return not self.committed(self.shard_of(ordinal))
+        shard = self.shard_of(ordinal)
+        if self.committed(shard):
+            return False
+        salvage = self.salvage(shard)
+        return salvage is None or ordinal % self._corpus.shard_samples not in salvage.exact
 
 
 def ingest_unit(
@@ -83,11 +104,13 @@ def ingest_unit(
 
     Raises:
         RequestError: the source cannot be read at all. A single bad input is a failed row, never an exception.
+        ValueError: in a repair the source gives other inputs than before, or nothing that is lost could be had again.
     """
     if task.redo is None and corpus.store.exists(commit_name(UNITS, source.name, task.unit, task.generation)):
         return corpus.unit(source.name, task.unit, task.generation)
-    unit_shards = UnitShards(corpus, source.name, task)
+    unit_shards = UnitShards(corpus, source.name, task, config.images)
     shards: list[str] = []
+    kept: list[str] = []
     inputs = 0
     # a shard's timings include the time before its first input: to fetch the file, to wait for the first URL
     since, worked = time.monotonic(), time.process_time()
@@ -104,20 +127,28 @@ def ingest_unit(
                 ref = ShardRef(source=source.name, unit=task.unit, shard=shard)
                 with begin_attempt(corpus, IMAGES, ref, generation=unit_shards.generation(shard)) as attempt:
                     fail_point("fetching")
-                    profiles: Counter[str] = Counter()
+                    writer = ShardWriter(
+                        attempt, corpus.shard_samples, config.images.format, unit_shards.salvage(shard)
+                    )
                     for sample, image in samples:
-                        _write(attempt, source.name, sample, image, corpus.shard_samples, config.images.format)
-                        if isinstance(image, Prepared) and image.profile:
-                            profiles[f"profiles_{image.profile}"] += 1
-                    seconds = {"wait_seconds": began - since, "cpu_seconds": time.process_time() - worked}
-                    commit = attempt.commit(**seconds, **profiles)
-                inputs += commit.counts["in"]
-                if report is not None and commit.ours:
+                        writer.write(sample, image)
+                    inputs += len(attempt.rows)
+                    if gained := writer.check():
+                        timings = {"wait_seconds": began - since, "cpu_seconds": time.process_time() - worked}
+                        commit = attempt.commit(**timings, **writer.timings())
+                if not gained:
+                    kept.append(shard)
+                elif report is not None and commit.ours:
                     report(commit)
             since, worked = time.monotonic(), time.process_time()
     fail_point("committing-unit")
     record = commit_unit(corpus, source.name, task.unit, inputs, shards, task.generation)
     fail_point("committed-unit")
+    if kept:
+        raise ValueError(
+            f"{', '.join(kept)}: rows that were lost could not be had from the source this time either; what is there "
+            "stays, and `microdit build --repair` tries again"
+        )
     return record
 
 
@@ -145,33 +176,103 @@ def _prepare(data: bytes | None, decode: Decode) -> Prepared | BadImage | None:
         return BadImage("damaged", f"{type(error).__name__}: {error}")
 
 
-def _write(
-    attempt: Attempt,
-    source: str,
-    item: Input,
-    image: Prepared | BadImage | None,
-    shard_samples: int,
-    extension: str,
-) -> None:
-    """Add an input to its shard, or fail it with what is wrong with it."""
-    row = item.ordinal % shard_samples
+class ShardWriter:
+    """Write the inputs of one shard, in a repair with the rows that can still be read."""
+
+    def __init__(self, attempt: Attempt, shard_samples: int, extension: str, salvage: Salvage | None):
+        self._attempt, self._shard_samples, self._extension = attempt, shard_samples, extension
+        self._salvage = salvage
+        self._fetched = self._unrepaired = 0
+        self._profiles: Counter[str] = Counter()
+
+    def write(self, item: Input, image: Prepared | BadImage | None) -> None:
+        """Add an input to the shard: as it came, or as it was, or as failed with what is wrong with it.
+
+        Raises:
+            ValueError: another input had this row before.
+        """
+        row = item.ordinal % self._shard_samples
+        if self._salvage is not None:
+            self._check_key(row, item.key, self._salvage.keys)
+        if isinstance(image, Prepared):
+            self._fetched += 1
+            if image.profile:
+                self._profiles[f"profiles_{image.profile}"] += 1
+            self._add(row, item, image)
+            return
+        if self._salvage is not None:
+            saved = self._salvage.saved(row)
+            hopeless = item.reason in GONE  # there is nothing left to repair it with
+            if saved is not None:
+                self._unrepaired += not (saved.exact or hopeless)
+                self._carry_over(row, saved)
+                return
+            self._unrepaired += self._salvage.had(row) and not hopeless
+        self._fail(row, item, image)
+
+    def check(self) -> bool:
+        """Return True if the shard is worth a commit: False if it would be the generation that is there.
+
+        Raises:
+            ValueError: the source gave fewer inputs than before.
+        """
+        if self._salvage is None:
+            return True
+        if self._salvage.keys is not None and len(self._attempt.rows) != len(self._salvage.keys):
+            raise ValueError(
+                f"{self._attempt.ref.shard}: the source gives {len(self._attempt.rows)} inputs, it gave "
+                f"{len(self._salvage.keys)} before: its file was changed, or is cut; put it back"
+            )
+        return self._fetched > 0 or not self._salvage.waits
+
+    def timings(self) -> dict[str, float]:
+        """Say in the commit how many rows stay to be repaired, and what became of colour profiles."""
+        if self._salvage is None:
+            return dict(self._profiles)
+        out = sum(row["status"] == "ok" for row in self._attempt.rows)
+        known = self._salvage.keys is not None
+        lost = self._unrepaired if known else max(self._unrepaired, self._salvage.good - out)
+        return {**self._profiles, UNREPAIRED: lost} if lost else dict(self._profiles)
+
+    def _check_key(self, row: int, key: str, keys: list[str] | None) -> None:
+        if keys is not None and (row >= len(keys) or keys[row] != key):
+            before = repr(keys[row]) if row < len(keys) else "no input"
+            raise ValueError(
+                f"{self._attempt.ref.shard}: row {row} is {key!r} in the source now, it was {before} before: "
+                "its file was changed; put it back"
+            )
+
+    def _add(self, row: int, item: Input, image: Prepared) -> None:
+        sizes = {
+            "width": image.width,
+            "height": image.height,
+            "original_width": image.original_width,
+            "original_height": image.original_height,
+        }
+        assert item.data is not None
+        scalars = {**_about(item), **sizes, "sha256": hashlib.sha256(item.data).hexdigest()}
+        self._store(row, item.key, image.data, {**scalars, "format": image.format})
+
+    def _carry_over(self, row: int, saved: SavedRow) -> None:
+        self._store(row, saved.line["key"], saved.data, {name: saved.line[name] for name in SCALARS})
+
+    def _store(self, row: int, key: str, data: bytes, scalars: Mapping[str, Any]) -> None:
+        note = {"key": key, "source": self._attempt.ref.source} | {name: scalars[name] for name in NOTE}
+        members = {self._extension: data, "json": json.dumps(note, ensure_ascii=False).encode()}
+        self._attempt.add(row, key, members, **{**scalars, "bytes": len(data)})
+
+    def _fail(self, row: int, item: Input, image: BadImage | None) -> None:
+        about = _about(item)
+        if item.data is None:
+            self._attempt.fail(row, item.key, item.reason or "missing", item.detail, **about)
+            return
+        reason, detail = (image.reason, str(image)) if image is not None else ("missing", "")
+        sha256 = hashlib.sha256(item.data).hexdigest()
+        self._attempt.fail(row, item.key, reason, detail, sha256=sha256, bytes=len(item.data), **about)
+
+
+def _about(item: Input) -> dict[str, str]:
+    """What the source says of an input, as UTF-8 can write it."""
     fields = json.dumps(dict(item.fields), ensure_ascii=False, sort_keys=True) if item.fields else ""
     about = {"caption": item.caption, "origin": item.origin, "license": item.license, "fields": fields}
-    about = {name: value.encode("utf-8", "replace").decode() for name, value in about.items()}
-    if item.data is None:
-        attempt.fail(row, item.key, item.reason or "missing", item.detail, **about)
-        return
-    sha256 = hashlib.sha256(item.data).hexdigest()
-    if not isinstance(image, Prepared):
-        reason, detail = (image.reason, str(image)) if image is not None else ("missing", "")
-        attempt.fail(row, item.key, reason, detail, sha256=sha256, bytes=len(item.data), **about)
-        return
-    sizes = {
-        "width": image.width,
-        "height": image.height,
-        "original_width": image.original_width,
-        "original_height": image.original_height,
-    }
-    note = {"key": item.key, "source": source, **about, **sizes, "sha256": sha256}
-    members = {extension: image.data, "json": json.dumps(note, ensure_ascii=False).encode()}
-    attempt.add(row, item.key, members, format=image.format, sha256=sha256, bytes=len(image.data), **about, **sizes)
+    return {name: value.encode("utf-8", "replace").decode() for name, value in about.items()}

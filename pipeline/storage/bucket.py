@@ -5,6 +5,7 @@ Requests are retried for longer than obstore does: a bucket that throttles slows
 
 import io
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -23,6 +24,7 @@ from obstore.store import from_url
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.retry import Backoff
 from microdit.pipeline.base.threads import side_by_side
+from microdit.pipeline.storage.exclusive import ADVICE, ASKED, check_exclusive
 from microdit.pipeline.storage.object_info import ObjectInfo
 
 T = TypeVar("T")
@@ -44,6 +46,7 @@ FINAL = (  # errors that another try would not change; all others may be throttl
     exceptions.UnauthenticatedError,
     exceptions.UnknownConfigurationKeyError,
 )
+NOT_IMPLEMENTED = re.compile(r"\b501 Not Implemented\b|<Code>NotImplemented</Code>")
 SCRATCH, OLD_SCRATCH = "microdit-scratch-", 24 * 3600.0  # seconds: no attempt may be committed that is half as old
 
 
@@ -60,6 +63,11 @@ class Bucket:
         self.url = url.rstrip("/")
         self._answered = False
         scheme = urlsplit(url).scheme
+        if found := [character for character in "#?%" if character in url]:
+            raise RequestError(
+                f"corpus {url!r}: its prefix has {' and '.join(found)}, which programs read in different ways; "
+                f"expected {scheme}://bucket/prefix of letters, digits, / . _ and -"
+            )
         options = bucket_options(scheme)
         try:
             self._bucket: Any = from_url(self.url, **options)
@@ -100,6 +108,17 @@ class Bucket:
 
         self._retry("write", name, put)
 
+    def check_exclusive(self) -> None:
+        """Write a probe twice: of two writers exactly one may win.
+
+        Raises:
+            RequestError: this storage cannot do that.
+        """
+        try:
+            check_exclusive(self, f"probes/{os.urandom(16).hex()}")
+        except exceptions.NotSupportedError as error:
+            raise RequestError(f"corpus {self.url}: {ASKED}: {first_line(error)}. {ADVICE}") from error
+
     @contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
         """Yield a local path to write the object `name` at, before `publish`; it is removed afterwards."""
@@ -122,6 +141,10 @@ class Bucket:
                 raise exceptions.GenericError(f"the upload in parts is gone: {first_line(error)}") from error
 
         self._retry("write", name, put)
+
+    def renew(self, name: str, data: bytes) -> None:
+        """Write a probe again, so that its time is now: the one kind of object that is overwritten."""
+        self._retry("write", name, partial(obstore.put, self._bucket, name, data))
 
     def delete(self, names: Sequence[str]) -> None:
         """Remove objects; one that is already gone is no error."""
@@ -147,6 +170,8 @@ class Bucket:
             except FINAL:
                 raise
             except exceptions.BaseError as error:
+                if NOT_IMPLEMENTED.search(str(error)):
+                    raise exceptions.NotSupportedError(first_line(error)) from error
                 pause = backoff.next_pause(PATIENCE if self._answered else FIRST_PATIENCE)
                 if pause is None:
                     raise OSError(
@@ -289,15 +314,17 @@ def bucket_options(scheme: str) -> dict[str, Any]:
         if endpoint:
             options["endpoint"] = endpoint
             options["client_options"]["allow_http"] = endpoint.startswith("http://")
-        if not os.environ.get("AWS_ACCESS_KEY_ID"):  # profiles and instance roles, as boto3 finds them
+        has_keys = bool(os.environ.get("AWS_ACCESS_KEY_ID"))
+        has_region = bool(os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"))
+        if not (has_keys and has_region):  # profiles, instance roles and ~/.aws/config, as boto3 finds them
             import boto3
             from obstore.auth.boto3 import Boto3CredentialProvider
 
             session = boto3.Session()
-            if session.get_credentials() is not None:
+            if not has_keys and session.get_credentials() is not None:
                 options["credential_provider"] = Boto3CredentialProvider(session)
-        if not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
-            options["region"] = "us-east-1"
+            if not has_region:
+                options["region"] = session.region_name or "us-east-1"
     return options
 
 

@@ -4,6 +4,7 @@ Plain files without obstore, which links a file to its name without syncing it f
 empty commit, and lists sixteen times slower.
 """
 
+import errno
 import os
 import random
 import re
@@ -13,9 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
+from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.threads import side_by_side
+from microdit.pipeline.storage.exclusive import ADVICE, ASKED
 from microdit.pipeline.storage.object_info import ObjectInfo
 
+CANNOT = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK}  # of link and fsync
 UNFINISHED = re.compile(r"#\d+$")
 
 
@@ -70,10 +74,40 @@ class Disk:
         files = [self.root / name for name in objects]
         list(side_by_side().map(sync, [*files, *{file.parent for file in files}]))
 
+    def renew(self, name: str, data: bytes) -> None:
+        """Set the time of a probe to now, and write it again if it is gone."""
+        try:
+            os.utime(self.root / name)
+        except FileNotFoundError:
+            self.create(name, data)
+
     def delete(self, names: Sequence[str]) -> None:
         """Remove objects; one that is already gone is no error."""
         for name in names:
             (self.root / name).unlink(missing_ok=True)
+
+    def check_exclusive(self) -> None:
+        """Check that of two writers of a name exactly one wins, and that names can be made durable.
+
+        Raises:
+            RequestError: this folder cannot do that.
+        """
+        try:
+            with self.scratch("corpus.json") as path, self.scratch("corpus.json") as name:
+                path.write_bytes(b"")
+                os.link(path, name)
+                sync(name.parent)
+                with suppress(FileExistsError):
+                    os.link(path, name)
+                    raise RequestError(f"corpus {self.url}: {ASKED}: it overwrote a file. {ADVICE}")
+        except OSError as error:
+            if error.errno not in CANNOT:
+                raise
+            raise RequestError(
+                f"corpus {self.url}: this folder has no hard links, or cannot sync a folder ({error.strerror}): two "
+                "writers would overwrite each other, and a power cut would lose what is done; use a folder on a local "
+                "disk or on NFS (ext4, XFS, ZFS), or a bucket"
+            ) from error
 
     # -- reading -------------------------------------------------------------------------------------------------
 

@@ -27,4 +27,4 @@ def open_store(url: str | Path) -> Store:
     if "://" in text and scheme != "file":
         known = ", ".join(f"{s}://" for s in SCHEMES)
         raise RequestError(f"corpus {text!r}: scheme {scheme!r} is not known; give a folder, or one of {known}")
-    return Disk(unquote(urlsplit(text).path) if scheme == "file" else text)
+    return Disk(unquote(text.removeprefix("file://")) if text.startswith("file://") else text)

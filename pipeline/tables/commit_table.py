@@ -8,24 +8,23 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from obstore.exceptions import PermissionDeniedError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from microdit.pipeline.base.errors import DamagedError
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import COMMIT, UNITS, commit_name
+from microdit.pipeline.corpus.names import COMMIT, TABLE, UNITS, commit_name
 from microdit.pipeline.tables.database import connect
-from microdit.pipeline.tables.published import Table, publish
+from microdit.pipeline.tables.published import Table, if_allowed, publish
 
 FOLDER = "tables/commits"
 LAYOUT = 1
@@ -33,7 +32,6 @@ LEAST = 1000  # commits that were read one by one before a table is worth its wr
 AT_ONCE, BATCH = 32, 50_000  # commits that a thread reads in one go, and lines of a part of the table
 SAVE_EVERY = 500_000  # commits that were read: a run that is stopped goes on from there (millions take minutes)
 CommitLine = dict[str, Any]  # of the table, by the names of `LINE`
-FORBIDDEN = (PermissionDeniedError, PermissionError)
 
 LINE = pa.schema(
     [
@@ -77,11 +75,11 @@ def commit_table(corpus: Corpus, damage: list[str] | None = None) -> pa.Table:
     Raises:
         DamagedError: a commit cannot be understood, and none of its shard is newer.
     """
-    names = pa.array(corpus.store.names("commits"), pa.string())
-    known = _newest(corpus)
-    missing = names.filter(pc.invert(pc.is_in(names, value_set=known["name"].combine_chunks())))
-    if len(names) - len(missing) < len(known):
-        known = known.filter(pc.is_in(known["name"], value_set=names))  # some are not listed any more
+    known, published = _newest(corpus)
+    names, old = _listed(corpus, published)
+    missing = names.filter(pc.invert(pc.and_(old, pc.is_in(names, value_set=known["name"].combine_chunks()))))
+    if len(names) - len(missing) < len(known):  # some are not listed any more, or were made again
+        known = known.filter(pc.is_in(known["name"], value_set=names.filter(old)))
     damaged: dict[CommitId, DamagedError] = {}
     table, saved = known, len(known)
     for part in _with_progress(_read(corpus, missing, damaged), len(missing)):
@@ -112,24 +110,40 @@ def _with_progress(parts: Iterator[pa.Table], total: int) -> Iterator[pa.Table]:
             yield part
 
 
-def _newest(corpus: Corpus) -> pa.Table:
-    """Open the table that was published last; an empty one if there is none. Damaged tables are deleted."""
+def _listed(corpus: Corpus, published: datetime) -> tuple[pa.Array, pa.Array]:
+    """List the names of all commits, and which of them were written before a table was published.
+
+    A commit that was removed and made again has the name of the old one: what the table says is not of it.
+    """
+    names: list[str] = []
+    old: list[bool] = []
+    for item in corpus.store.list("commits"):
+        names.append(item.name)
+        old.append(item.modified <= published)
+    return pa.array(names, pa.string()), pa.array(old, pa.bool_())
+
+
+def _newest(corpus: Corpus) -> tuple[pa.Table, datetime]:
+    """Open the table that was published last, and tell when; an empty one if there is none. Delete damaged ones."""
     manifests = sorted(corpus.store.list(FOLDER), key=lambda item: item.modified, reverse=True)
-    for name in [item.name for item in manifests if item.name.endswith(".json")]:
+    for item in manifests:
+        name = item.name
+        if not (name.endswith(".json") and TABLE.fullmatch(name)):
+            continue
         try:
             record = Table.parse(corpus.store.get(name))
             data = corpus.store.get(record.object.name)
             if hashlib.sha256(data).hexdigest() == record.object.sha256:
                 table = pq.read_table(io.BytesIO(data))
                 if table.schema.equals(LINE):
-                    return table
+                    return table, item.modified
         except FileNotFoundError:
             continue
         except ValueError:  # pyarrow's errors are, too
             pass
-        with suppress(*FORBIDDEN):
+        with if_allowed():
             corpus.store.delete([name])
-    return LINE.empty_table()
+    return LINE.empty_table(), datetime.min.replace(tzinfo=UTC)
 
 
 def _has_newer(table: pa.Table, commit_id: CommitId) -> bool:
@@ -195,7 +209,7 @@ def _publish(corpus: Corpus, table: pa.Table) -> None:
         pq.write_table(table, path, compression="zstd")
         return len(table)
 
-    with suppress(*FORBIDDEN):  # the right to read is enough to inspect a corpus
+    with if_allowed():
         publish(corpus, f"{FOLDER}/{digest.hexdigest()}", write, lambda object, rows: Table(object=object, rows=rows))
 
 

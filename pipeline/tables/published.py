@@ -1,10 +1,17 @@
 """Publish a cached table, and find it again."""
 
+import atexit
+import errno
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
+
+from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import ObjectRef, Record
@@ -19,6 +26,18 @@ class Table(Record):
 
 
 T = TypeVar("T", bound=Table)
+
+
+@contextmanager
+def if_allowed() -> Iterator[None]:
+    """Leave the block quietly where there is no right to write: the right to read is enough to inspect a corpus."""
+    try:
+        yield
+    except (PermissionDeniedError, UnauthenticatedError, PermissionError):
+        pass
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
 
 
 def publish(corpus: Corpus, base: str, write: Callable[[Path], int], record: Callable[[ObjectRef, int], T]) -> T:
@@ -45,10 +64,36 @@ def publish(corpus: Corpus, base: str, write: Callable[[Path], int], record: Cal
     return table
 
 
-def cached(corpus: Corpus, base: str, kind: type[T]) -> T | None:
-    """Read the record of a published table; None if there is none, or its object is gone."""
+def cached(corpus: Corpus, base: str, kind: type[T], since: datetime | None = None) -> T | None:
+    """Read the record of a published table; None if there is none, its object is gone, or it is older than `since`.
+
+    Args:
+        since: when the newest of the commits in it was written. Names are no proof: a commit that was removed and made
+            again has the name of the old one. An older table is deleted.
+    """
+    name = f"{base}.json"
     try:
-        table = kind.parse(corpus.store.get(f"{base}.json"))
+        table = kind.parse(corpus.store.get(name))
     except (FileNotFoundError, ValueError):
         return None
+    if since is not None:
+        written = [item.modified for item in corpus.store.list(base.rpartition("/")[0]) if item.name == name]
+        if not written or written[0] < since:
+            with if_allowed():
+                corpus.store.delete([name, table.object.name])
+            return None
     return table if table.object.name.startswith(f"{base}.") and corpus.store.exists(table.object.name) else None
+
+
+def private(write: Callable[[Path], int], record: Callable[[ObjectRef, int], T]) -> T:
+    """Make a table for this process alone, where the corpus cannot be written; its object's name is a whole path."""
+    path = Path(tempfile.mkdtemp(prefix="microdit-table-")) / "table.parquet"
+    atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
+    rows = write(path)
+    return record(ObjectRef(name=str(path), size=path.stat().st_size, sha256=sha256_file(path)), rows)
+
+
+def open_table(corpus: Corpus, table: Table) -> BinaryIO:
+    """Open the object of a table, in the corpus or on this machine."""
+    path = Path(table.object.name)
+    return path.open("rb") if path.is_absolute() else corpus.store.open(table.object.name)

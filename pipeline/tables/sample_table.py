@@ -2,21 +2,23 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import PrivateAttr
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import ShardId, commit_name
-from microdit.pipeline.corpus.records import Declaration, canonical
+from microdit.pipeline.corpus.records import Declaration, ObjectRef, canonical
 from microdit.pipeline.corpus.shard_files import SCALAR_TYPES
-from microdit.pipeline.tables.published import Table, cached, publish
+from microdit.pipeline.tables.published import Table, cached, if_allowed, private, publish
 
 LAYOUT = 1  # of the sample table; a cached table of another layout is not used
 ROW_GROUP = 65_536
@@ -70,6 +72,11 @@ class SampleTable(Table):
     """Hash of `names`."""
     names: list[str]
     """Of the commits in it."""
+    _written: dict[str, datetime] = PrivateAttr({})
+
+    def newest(self, reads: Callable[[str], bool]) -> datetime | None:
+        """When the newest commit of some columns was written, as far as there are any."""
+        return max((moment for column, moment in self._written.items() if reads(column)), default=None)
 
 
 def sample_table(corpus: Corpus) -> SampleTable:
@@ -83,7 +90,9 @@ def sample_table(corpus: Corpus) -> SampleTable:
     declared = corpus.columns()
     if "images" not in declared:
         raise RequestError(f"corpus {corpus.url}: it has no images yet; run `microdit build` first")
-    newest = {column: corpus.committed(column) for column in declared}
+    listed = {column: corpus.listed_since(column) for column in declared}
+    newest = {column: highest for column, (highest, _) in listed.items()}
+    written = {column: moment for column, (_, moment) in listed.items() if moment is not None}
     names = sorted(
         commit_name(column, source, shard, generation)
         for column, generations in newest.items()
@@ -92,8 +101,7 @@ def sample_table(corpus: Corpus) -> SampleTable:
     commits = hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
     about = canonical({"layout": LAYOUT, "columns": sorted(declared), "commits": commits})
     base = f"tables/{hashlib.sha256(about).hexdigest()}"
-    if table := cached(corpus, base, SampleTable):
-        return table
+    table = cached(corpus, base, SampleTable, max(written.values(), default=None))
 
     def write(path: Path) -> int:
         rows = 0
@@ -103,9 +111,16 @@ def sample_table(corpus: Corpus) -> SampleTable:
                 rows += len(part)
         return rows
 
-    return publish(
-        corpus, base, write, lambda object, rows: SampleTable(object=object, rows=rows, commits=commits, names=names)
-    )
+    def record(data: ObjectRef, rows: int) -> SampleTable:
+        return SampleTable(object=data, rows=rows, commits=commits, names=names)
+
+    if table is None:
+        with if_allowed():
+            table = publish(corpus, base, write, record)
+    if table is None:
+        table = private(write, record)
+    table._written = written
+    return table
 
 
 def table_fields(declared: dict[str, Declaration]) -> list[TableField]:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from microdit.pipeline.base.errors import DamagedError
+from microdit.pipeline.base.errors import DamagedError, RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import COMMIT, IMAGES, OBJECT, UNITS, ShardId
 from microdit.pipeline.upkeep.problem import Problem
@@ -28,9 +28,14 @@ def damage(corpus: Corpus, progress: Callable[[int, int], None] | None = None) -
 
     Args:
         progress: as of `verify`.
+
+    Raises:
+        RequestError: something cannot be read, which is no damage.
     """
     result = Damage()
-    for problem in verify(corpus, progress).problems:
+    problems = verify(corpus, progress).problems
+    _refuse_unreadable(corpus, [problem for problem in problems if problem.kind == "unreadable"])
+    for problem in problems:
         if problem.kind == "table":
             corpus.store.delete([problem.what])
         elif problem.kind in ("declaration", "stray", "selection"):
@@ -42,6 +47,20 @@ def damage(corpus: Corpus, progress: Callable[[int, int], None] | None = None) -
         else:
             result.beyond.append(problem)
     return result
+
+
+def _refuse_unreadable(corpus: Corpus, problems: list[Problem]) -> None:
+    """Refuse to make again what may be sound: a storage that refuses or fails says nothing about the bytes.
+
+    Raises:
+        RequestError: there are such problems.
+    """
+    if problems:
+        raise RequestError(
+            f"corpus {corpus.url}: {len(problems):,} objects cannot be read, the first is {problems[0].what} "
+            f"({problems[0].detail}). That is no damage, so nothing is made again: mend the access or the storage and "
+            "run it again; an object that is lost for good may be deleted, and is then made again"
+        )
 
 
 def _redo_unit(corpus: Corpus, result: Damage, source: str, unit: str, generation: int) -> None:

@@ -1,14 +1,21 @@
-"""`microdit gc`: delete orphaned attempts, old tables, unfinished files and multipart uploads, and probes."""
+"""`microdit gc`: delete what killed writers left in a corpus, and nothing else (docs/corpus.md, section 9)."""
 
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from obstore.exceptions import BaseError
+
+from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.threads import threaded
+from microdit.pipeline.corpus.attempt import MAX_ATTEMPT_HOURS
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import COMMIT, OBJECT, PROBES, RESERVED, UNITS
+from microdit.pipeline.corpus.names import COMMIT, OBJECT, UNITS
+from microdit.pipeline.corpus.ownership import Ownership
+from microdit.pipeline.corpus.presence import is_living
 from microdit.pipeline.corpus.records import Commit
+from microdit.pipeline.storage.disk import UNFINISHED
 from microdit.pipeline.storage.object_info import ObjectInfo
 from microdit.pipeline.storage.uploads import old_uploads
 from microdit.pipeline.tables.published import Table
@@ -30,25 +37,45 @@ class Garbage:
     bytes: int
     """Of attempts, tables and unfinished files."""
     names: list[str]
+    builds: int
+    """Builds that are at work on the corpus: what is younger than 12 hours was left to them."""
+    foreign: list[str]
+    """Folders of other corpora below the root, which were left alone."""
 
 
 def gc(corpus: Corpus, older_than_hours: float = 48, dry_run: bool = False) -> Garbage:
     """Delete what killed writers left: attempts that no commit names, unfinished files and uploads, probes, old tables.
 
+    Other corpora below the root, and whatever else this corpus did not write, are left alone.
+
     Args:
-        older_than_hours: keep what is younger. Below 12 only if nothing is writing to the corpus: an attempt may be
-            committed until it is 12 hours old.
+        older_than_hours: keep what is younger; at least 12 hours while a build is at work on the corpus, because an
+            attempt may be committed until it is so old.
         dry_run: delete nothing.
+
+    Raises:
+        RequestError: a commit cannot be read, so that nobody knows what it names.
     """
-    limit = datetime.now(UTC) - timedelta(hours=older_than_hours)
-    old = {item.name: item.size for item in corpus.store.list() if item.modified <= limit}
-    attempts = _orphans(corpus, old)  # reads the commits after the listing: what was committed meanwhile is kept
-    tables = _old_tables(corpus, [name for name in old if name.startswith("tables/")])
-    unfinished = {path: size for path in corpus.store.unfinished() if (size := _size_if_old(path, limit)) is not None}
-    uploads = old_uploads(corpus.url, limit)
-    probes = [name for name in old if name.startswith(f"{PROBES}/")]  # of builds that were killed
+    began = datetime.now(UTC)
+    listed = {item.name: item for item in corpus.store.list()}
+    own = Ownership.of(corpus, listed)
+    probes = [item for name, item in listed.items() if own.owns_probe(name)]
+    living = {item.name for item in probes if is_living(corpus, item)}
+    limit = began - timedelta(hours=max(older_than_hours, MAX_ATTEMPT_HOURS) if living else older_than_hours)
+    old = {name: item.size for name, item in listed.items() if item.modified <= limit}
+    # reads the commits after the listing: what was committed meanwhile is kept
+    attempts = _orphans(corpus, [name for name in old if own.owns_attempt(name)])
+    tables = _old_tables(corpus, [name for name in old if own.owns_table(name)], own)
+    unfinished = _unfinished(corpus, own, limit)
+    prefix = corpus.url.partition("://")[2].partition("/")[2]
+    uploads = [
+        (client, upload)
+        for client, upload in old_uploads(corpus.url, limit)
+        if own.owns(upload["Key"].removeprefix(f"{prefix}/" if prefix else ""))
+    ]
+    dead = [item.name for item in probes if item.name in old and item.name not in living]
     if not dry_run:
-        corpus.store.delete([*attempts, *tables, *probes])
+        corpus.store.delete([*attempts, *tables, *dead])
         for path in unfinished:
             path.unlink(missing_ok=True)
         for client, upload in uploads:
@@ -58,54 +85,64 @@ def gc(corpus: Corpus, older_than_hours: float = 48, dry_run: bool = False) -> G
         dry_run=dry_run,
         attempts=len(attempts),
         tables=len(tables),
-        unfinished=len(unfinished) + len(probes),
+        unfinished=len(unfinished) + len(dead),
         uploads=len(uploads),
         bytes=sum(old[name] for name in [*attempts, *tables]) + sum(unfinished.values()),
-        names=sorted([*attempts, *tables, *probes, *files, *(upload["Key"] for _, upload in uploads)]),
+        names=sorted([*attempts, *tables, *dead, *files, *(upload["Key"] for _, upload in uploads)]),
+        builds=len(living),
+        foreign=list(own.foreign),
     )
 
 
-def _orphans(corpus: Corpus, names: dict[str, int]) -> list[str]:
+def _orphans(corpus: Corpus, names: list[str]) -> list[str]:
     """List the attempts' objects among the names that no commit of any generation names.
 
-    Attempts at a shard with an unreadable commit are kept: it may name them.
+    Attempts at a shard with a damaged commit are kept: it may name them.
     """
     candidates = {name: match.groups() for name in names if (match := OBJECT.fullmatch(name))}
-    named, unreadable = _named_objects(corpus)
-    return [
-        name
-        for name, shard in candidates.items()
-        if name not in named and shard not in unreadable and shard[0].split("/")[0] not in RESERVED
-    ]
+    if not candidates:
+        return []
+    named, damaged = _named_objects(corpus)
+    return [name for name, shard in candidates.items() if name not in named and shard not in damaged]
 
 
 def _named_objects(corpus: Corpus) -> tuple[set[str], set[tuple[str, ...]]]:
-    """Collect the objects that commits of any generation name, and the (column, source, shard) of unreadable ones."""
+    """Collect the objects that commits of any generation name, and the (column, source, shard) of damaged ones.
+
+    Raises:
+        RequestError: one cannot be read.
+    """
     named: set[str] = set()
-    unreadable: set[tuple[str, ...]] = set()
+    damaged: set[tuple[str, ...]] = set()
 
     def read(name: str) -> tuple[str, Commit | None]:
         try:
             return name, Commit.parse(corpus.store.get(name))
-        except ValueError:
+        except (ValueError, FileNotFoundError):
             return name, None
+        except (OSError, BaseError) as error:
+            raise RequestError(
+                f"corpus {corpus.url}: {name} cannot be read ({first_line(error)}), and what it names is not known: "
+                "nothing was removed; check your rights and the storage, then run it again"
+            ) from error
 
     commits = [item.name for item in corpus.store.list("commits") if not item.name.startswith(f"commits/{UNITS}/")]
     for name, commit in threaded(read, commits):
         if commit is not None:
             named |= {commit.object.name, commit.sidecar.name}
         elif match := COMMIT.fullmatch(name):
-            unreadable.add(match.groups()[:3])
-    return named, unreadable
+            damaged.add(match.groups()[:3])
+    return named, damaged
 
 
-def _old_tables(corpus: Corpus, names: list[str]) -> list[str]:
+def _old_tables(corpus: Corpus, names: list[str], own: Ownership) -> list[str]:
     """List all but the newest sample table and commit table, and the tables that samples are joined to."""
     newest: dict[str, ObjectInfo] = {}
     for item in corpus.store.list("tables"):
         folder = item.name.rpartition("/")[0]
         folder = item.name if folder == JOINS else folder
-        if item.name.endswith(".json") and (folder not in newest or newest[folder].modified < item.modified):
+        is_record = item.name.endswith(".json") and own.owns_table(item.name)
+        if is_record and (folder not in newest or newest[folder].modified < item.modified):
             newest[folder] = item
     keep: set[str] = set()
     for item in newest.values():
@@ -114,10 +151,20 @@ def _old_tables(corpus: Corpus, names: list[str]) -> list[str]:
     return [name for name in names if name not in keep]
 
 
+def _unfinished(corpus: Corpus, own: Ownership, limit: datetime) -> dict[Path, int]:
+    """Find the files of this corpus that were being written, and not since `limit`: {path: size}."""
+    found: dict[Path, int] = {}
+    for path in corpus.store.unfinished():
+        name = UNFINISHED.sub("", path.relative_to(str(corpus.store.root)).as_posix())
+        if own.owns(name) and (size := _size_if_old(path, limit)) is not None:
+            found[path] = size
+    return found
+
+
 def _size_if_old(path: Path, limit: datetime) -> int | None:
     """The size of a file that was not written to since `limit`; None if it was, or if it is gone."""
     try:
-        info = path.stat()
+        info = path.lstat()
     except FileNotFoundError:  # its writer ended well
         return None
     return info.st_size if datetime.fromtimestamp(info.st_mtime, UTC) <= limit else None

@@ -22,6 +22,7 @@ Kind = Literal[
     "tar",
     "unit",
     "unreadable",
+    "unrepaired",
 ]
 
 

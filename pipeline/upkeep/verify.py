@@ -12,7 +12,7 @@ from obstore.exceptions import BaseError
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import COMMIT, IMAGES, UNITS, ShardId, column_kind, commit_name
+from microdit.pipeline.corpus.names import COMMIT, IMAGES, TABLE, UNITS, ShardId, column_kind, commit_name
 from microdit.pipeline.corpus.records import Declaration, UnitCommit
 from microdit.pipeline.selection.selections import load_selection
 from microdit.pipeline.tables.published import Table
@@ -179,8 +179,11 @@ def _check_units(
             record = UnitCommit.parse(corpus.store.get(name))
             if (record.source, record.unit, record.generation) != (source, unit, generation):
                 raise ValueError(f"it is the commit of unit {record.unit!r} of {record.source!r}")
-        except (ValueError, OSError, BaseError) as error:
+        except (ValueError, FileNotFoundError) as error:
             problems.append(Problem("unit", name, first_line(error)))
+            continue
+        except (OSError, BaseError) as error:
+            problems.append(Problem("unreadable", name, first_line(error)))
             continue
         declaration = sources[source]
         if declaration is not None and record.fingerprint != declaration.fingerprint:
@@ -217,7 +220,7 @@ def _check_keys(checked: Mapping[ShardId, Findings], problems: list[Problem]) ->
 def _check_tables(corpus: Corpus, problems: list[Problem]) -> None:
     """Read and hash the cached tables."""
     for item in corpus.store.list("tables"):
-        if not item.name.endswith(".json"):
+        if not (item.name.endswith(".json") and TABLE.fullmatch(item.name)):
             continue
         try:
             table = Table.parse(corpus.store.get(item.name))
@@ -230,7 +233,9 @@ def _check_tables(corpus: Corpus, problems: list[Problem]) -> None:
                 raise ValueError(f"{table.object.name} has another checksum")
         except FileNotFoundError:
             continue  # a cache: what is gone is made again
-        except (ValueError, OSError, BaseError) as error:
+        except (OSError, BaseError) as error:
+            problems.append(Problem("unreadable", item.name, first_line(error)))
+        except ValueError as error:
             detail = f"{first_line(error)}; remove the folder tables, it is made again"
             problems.append(Problem("table", item.name, detail))
 

@@ -15,7 +15,7 @@ from obstore.exceptions import BaseError
 from microdit.pipeline.base.errors import first_line
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, KEY, ShardId, commit_name
-from microdit.pipeline.corpus.records import Commit, Declaration, ObjectRef
+from microdit.pipeline.corpus.records import UNREPAIRED, Commit, Declaration, ObjectRef
 from microdit.pipeline.corpus.shard_files import read_table, sidecar_schema
 from microdit.pipeline.upkeep.problem import Kind, Problem
 
@@ -101,8 +101,11 @@ class ShardCheck:
             commit = Commit.parse(data)
             if commit.name != name:
                 raise ValueError(f"it is the commit {commit.name}")
-        except (ValueError, OSError, BaseError) as error:
+        except (ValueError, FileNotFoundError) as error:
             self._add("commit", name, first_line(error))
+            return
+        except (OSError, BaseError) as error:
+            self._add("unreadable", name, first_line(error))
             return
         self.commits[column] = commit
         self.findings.commits += 1
@@ -113,6 +116,8 @@ class ShardCheck:
             self._add("fingerprint", name, f"{commit.fingerprint}, declared is {maker.fingerprint}")
         if not (commit.shard.startswith(f"{commit.unit}-") and commit.unit.startswith(f"{commit.source}-")):
             self._add("commit", name, f"shard, unit {commit.unit!r} and source do not fit")
+        if unrepaired := int(commit.timings.get(UNREPAIRED, 0)):
+            self._add("unrepaired", name, f"{unrepaired} rows were damaged and could not be had again from the source")
         if column == IMAGES:
             self.findings.unit, self.findings.inputs = commit.unit, commit.counts.get("in", 0)
         elif IMAGES in self.commits and commit.unit != self.commits[IMAGES].unit:

@@ -118,6 +118,12 @@ def test_the_token_that_aws_gets_is_the_one_that_ray_looks_for(aws: dict[str, An
     assert {"--env RAY_AUTH_MODE=token", f"--env RAY_AUTH_TOKEN_PATH={path}"} <= set(options)
 
 
+def test_the_aws_machines_have_an_image_and_the_region(aws: dict[str, Any]) -> None:
+    """Ray's own choice of an image is too old for these GPUs; AWS_REGION is asked by what reads the bucket."""
+    assert all(node["node_config"]["ImageId"] for node in aws["available_node_types"].values())
+    assert f"--env AWS_REGION={aws['provider']['region']}" in aws["docker"]["run_options"]
+
+
 # -- Kubernetes --------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def kubernetes() -> list[dict[str, Any]]:
@@ -191,6 +197,18 @@ def test_the_kubernetes_head_is_kept_and_the_workers_are_spot(kubernetes: list[d
         gpus = container["resources"]["limits"].get("nvidia.com/gpu")
         assert gpus == ("1" if name == "gpu" else None)
     assert len({pod["containers"][0]["image"] for pod in pods.values()}) == 1
+
+
+def test_kubernetes_reads_files_in_a_volume_and_tries_no_wrong_request_again(kubernetes: list[dict[str, Any]]) -> None:
+    job = kubernetes[1]
+    assert job["spec"]["backoffLimit"] == 0 and "resources.scratch=/scratch" in job["spec"]["entrypoint"]
+    for name, group in groups(job).items():
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["imagePullPolicy"] == "Always"
+        assert {"name": "scratch", "mountPath": "/scratch"} in container["volumeMounts"]
+        assert any("emptyDir" in volume for volume in group["template"]["spec"]["volumes"])
+        assert group["template"]["spec"]["securityContext"]["fsGroup"] == 1000  # of the image's user
+        assert name == "head" or container["resources"]["requests"]["ephemeral-storage"]
 
 
 # -- what all of them share --------------------------------------------------------------------------------------------

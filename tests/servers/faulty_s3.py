@@ -44,6 +44,8 @@ class FaultyS3:
         self.seed, self.rates, self.stall_seconds = seed, dict(rates), stall_seconds
         self.script: deque[Fault | None] = deque()
         """Faults of the next requests, instead of random ones."""
+        self.conditions = "kept"
+        """What becomes of `If-None-Match`: `kept`, `ignored` as by some servers, or `refused` with 501."""
         self.requests: Counter[str] = Counter()
         """Counts by method; listings are counted as `LIST`."""
         self.faults: Counter[str] = Counter()
@@ -108,6 +110,10 @@ class _Handler(BaseHTTPRequestHandler):
         proxy, where = self.server.proxy, (self.command, self.path)
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
         fault, stall = proxy.admit(*where)
+        if proxy.conditions == "refused" and self.headers.get("If-None-Match"):
+            text = b"<Error><Code>NotImplemented</Code><Message>not implemented here</Message></Error>"
+            self._answer(501, [("Content-Type", "application/xml")], text)
+            return
         kind = fault.kind if fault else None
         if fault is None or (kind == "cut_upload" and not body):
             self._answer(*self._forward(body))
@@ -149,7 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.closing(connection):
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
-                if name.lower() not in HOP:
+                ignored = name.lower() == "if-none-match" and self.server.proxy.conditions == "ignored"
+                if name.lower() not in HOP and not ignored:
                     connection.putheader(name, value)
             connection.putheader("Content-Length", str(len(body)))
             connection.endheaders(body[: len(body) // 2] if cut else body)

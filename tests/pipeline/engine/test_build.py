@@ -206,7 +206,7 @@ def test_a_node_that_does_not_see_the_folder_ends_the_build(
 ) -> None:
     sources, stages = [Pictures(count=1)], [source_words()]
     corpus = open_corpus(tmp_path / "corpus", sources, stages)
-    monkeypatch.setattr(engine, "_probe", lambda corpus: nullcontext("probes/on-another-disk"))
+    monkeypatch.setattr(engine, "presence", lambda corpus: nullcontext("probes/on-another-disk"))
     with pytest.raises(RequestError, match=r"does not see this folder.*s3://bucket/prefix"):
         carry_out(corpus, sources, stages, ingest)
     assert corpus.committed("images") == {}

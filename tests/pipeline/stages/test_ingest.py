@@ -241,6 +241,7 @@ def test_two_workers_at_once_make_one_unit(tmp_path: Path, corpus: Corpus):
 def test_a_repair_writes_the_next_generation_of_the_shards_that_are_named(tmp_path: Path, corpus: Corpus):
     record = ingest_unit(corpus, given(10), UnitTask("given-000000"), config(tmp_path))
     before = corpus.commits("images")
+    corpus.store.delete([before[1].object.name])
     again = given(10)
     task = UnitTask("given-000000", redo={record.shards[1]: 1}, generation=1)
     repaired = ingest_unit(corpus, again, task, config(tmp_path))

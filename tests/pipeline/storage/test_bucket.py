@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -251,3 +252,31 @@ def test_a_bucket_url_that_names_nothing_is_refused(url: str, monkeypatch: pytes
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     with pytest.raises(RequestError, match=url):
         open_store(url)
+
+
+def test_the_region_is_that_of_boto3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    assert bucket_store.bucket_options("s3")["region"] == "us-east-1"
+    (tmp_path / "config").write_text("[default]\nregion = eu-west-3\n[profile far]\nregion = ap-south-1\n")
+    assert bucket_store.bucket_options("s3")["region"] == "eu-west-3"
+    monkeypatch.setenv("AWS_PROFILE", "far")
+    assert bucket_store.bucket_options("s3")["region"] == "ap-south-1"
+    monkeypatch.setenv("AWS_REGION", "us-west-2")
+    assert "region" not in bucket_store.bucket_options("s3")  # obstore reads it
+
+
+@pytest.mark.parametrize("prefix", ["a#b", "a?b", "a%20b", "a/b#1/c"])
+def test_a_prefix_that_would_be_cut_or_decoded_is_refused(prefix: str) -> None:
+    with pytest.raises(RequestError, match=r"prefix has [#?%], which programs read in different ways"):
+        open_store(f"s3://bucket/{prefix}")
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a b", "a%20b", "a#1"])
+def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    store = open_store(tmp_path / name)
+    store.create("one", b"1")
+    assert (tmp_path / name / "one").read_bytes() == b"1" and [item.name for item in store.list()] == ["one"]
+    quoted = quote(str(tmp_path / name))
+    assert open_store(f"file://{quoted}").get("one") == b"1"

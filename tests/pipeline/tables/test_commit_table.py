@@ -2,28 +2,40 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pytest
 from obstore.exceptions import PermissionDeniedError
 
-from microdit.pipeline.base.errors import DamagedError
+from microdit.pipeline.base.errors import DamagedError, RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import ShardRef
+from microdit.pipeline.selection.selections import select
 from microdit.pipeline.selection.view import query
 from microdit.pipeline.storage.bucket import Bucket
 from microdit.pipeline.storage.disk import Disk
 from microdit.pipeline.storage.store import Store
 from microdit.pipeline.tables import commit_table as module
 from microdit.pipeline.tables.commit_table import LINE, commit_table, totals
+from microdit.pipeline.tables.sample_table import sample_table
 from microdit.pipeline.upkeep.gc import gc
 from microdit.pipeline.upkeep.status import status
 from microdit.pipeline.upkeep.verify import verify
-from tests.pipeline.helpers.small_corpus import SHARD_SAMPLES, SOURCE, fill, make_corpus, write_column, write_images
+from tests.pipeline.helpers.small_corpus import (
+    COLUMNS,
+    SHARD_SAMPLES,
+    SOURCE,
+    fill,
+    make_corpus,
+    write_column,
+    write_images,
+)
 
 UNIT = unit_name(SOURCE, 0)
 REF = ShardRef(source=SOURCE, unit=UNIT, shard=shard_name(UNIT, 0))
@@ -127,6 +139,46 @@ def test_what_is_not_listed_any_more_is_not_told(tmp_path: Path) -> None:
     gone = f"commits/scores/basic/{SOURCE}/{REF.shard}.0.json"
     corpus.store.delete([gone])
     assert set(whole["name"].to_pylist()) - set(commit_table(corpus)["name"].to_pylist()) == {gone}
+
+
+def test_a_commit_that_was_removed_and_made_again_is_read_again(corpus_url: str) -> None:
+    """It has the name of the old one and other content: what is cached by names is not of it."""
+    corpus = make_corpus(corpus_url)
+    fill(corpus)
+    count = "SELECT count(*) FILTER (status = 'ok') AS n FROM samples"
+    assert query(corpus, count)["n"].to_pylist() == [10]
+    assert totals(commit_table(corpus))["images", SOURCE].out == 10
+    if urlsplit(corpus_url).scheme == "s3":
+        time.sleep(1.1)  # S3 keeps whole seconds
+    corpus.store.delete([f"commits/images/{SOURCE}/{REF.shard}.0.json"])
+    newest = {"images": write_images(corpus, REF, failed=(0, 1, 2))}
+    for column in COLUMNS:
+        newest[column] = write_column(corpus, column, newest, generation=1)
+    assert query(corpus, count)["n"].to_pylist() == [8]
+    counted = totals(commit_table(corpus))
+    assert counted["images", SOURCE].out == 8 and not any(total.stale for total in counted.values())
+    table = sample_table(corpus)
+    assert sample_table(corpus).object == table.object  # and the new table is a cache again
+
+
+@pytest.mark.parametrize("error", [PermissionDeniedError("403"), PermissionError(13, "no"), OSError(30, "read-only")])
+def test_a_corpus_that_can_only_be_read_can_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus)
+    before = {item.name for item in corpus.store.list()}
+
+    def refuse(*arguments: object) -> None:
+        raise error
+
+    for method in ("create", "scratch", "publish", "delete"):
+        monkeypatch.setattr(Disk, method, refuse)
+    assert query(corpus, "SELECT count(*) AS n FROM samples")["n"].to_pylist() == [12]
+    assert status(corpus).columns["images"][SOURCE].out == 10
+    with pytest.raises(RequestError, match="cannot be written"):
+        select(corpus, "mine", "SELECT * FROM samples WHERE status = 'ok'")
+    assert {item.name for item in corpus.store.list()} == before
 
 
 @pytest.mark.parametrize("damage", ["manifest", "object", "no object", "other lines", "nothing"])

@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+from obstore.exceptions import PermissionDeniedError
+
+from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.names import IMAGES, UNITS
 from microdit.pipeline.tables.sample_table import sample_table
 from microdit.pipeline.upkeep.damage import damage
@@ -63,3 +67,26 @@ def test_what_no_build_mends_is_told(tmp_path: Path) -> None:
         ["declaration", "columns/scores/basic.json"],
         ["stray", "commits/notes.txt"],
     ]
+
+
+@pytest.mark.parametrize("error", [PermissionDeniedError("403 Forbidden"), OSError(5, "Input/output error")])
+@pytest.mark.parametrize("method, part", [("open", ".tar"), ("get", ".0.json"), ("open", "tables/"), ("get", "units/")])
+def test_what_cannot_be_read_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, method: str, part: str
+) -> None:
+    """A storage that refuses, or fails, says nothing about the bytes."""
+    corpus = make_corpus(tmp_path)
+    fill(corpus, shards=1, columns=[])
+    sample_table(corpus)
+    before = {item.name for item in corpus.store.list()}
+    read = getattr(type(corpus.store), method)
+
+    def refuse(self: object, name: str) -> object:
+        if part in name:
+            raise error
+        return read(self, name)
+
+    monkeypatch.setattr(type(corpus.store), method, refuse)
+    with pytest.raises(RequestError, match=f"cannot be read, the first is .*{part}.*no damage"):
+        damage(corpus)
+    assert {item.name for item in corpus.store.list()} == before

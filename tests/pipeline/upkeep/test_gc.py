@@ -59,18 +59,23 @@ def test_gc_removes_what_no_commit_names(corpus_url: str) -> None:
     fill(corpus, shards=1)
     write_images(corpus, REF, generation=1)
     keep = _all(corpus)
-    others = ["README", "tables/notes", f"{LATENTS}/demo/notes.tar", f"failures/{LATENTS}/demo/{REF.shard}.0.json"]
+    others = [
+        *("README", "tables/notes", "tables/notes.json", f"{LATENTS}/demo/notes.tar"),
+        *(f"failures/{LATENTS}/demo/{REF.shard}.0.json", f"undeclared/demo/{REF.shard}.20200101T000000-0123abcd.tar"),
+    ]
     for name in others:
         corpus.store.create(name, b"mine")
+    table = f"tables/{'0' * 64}.20200101T000000-0123abcd.parquet"
+    corpus.store.create(table, b"mine")
     orphans = _orphans(corpus)
     assert gc(corpus).names == []  # they are young
     planned = gc(corpus, older_than_hours=0, dry_run=True)
-    assert _all(corpus) == keep | set(others) | set(orphans)
+    assert _all(corpus) == keep | {*others, *orphans, table}
     done = gc(corpus, older_than_hours=0)
     assert dataclasses.replace(done, dry_run=True) == planned
-    assert done.names == sorted([*orphans, "tables/notes"]) and done.bytes == 3 * len("orphan") + len("mine")
+    assert done.names == sorted([*orphans, table]) and done.bytes == 3 * len("orphan") + len("mine")
     assert (done.attempts, done.tables, done.unfinished, done.uploads) == (3, 1, 0, 0)
-    assert _all(corpus) == keep | set(others) - {"tables/notes"}
+    assert _all(corpus) == keep | set(others)
 
 
 def test_gc_lists_before_it_reads_the_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +169,8 @@ def test_gc_aborts_old_uploads(s3_url: str) -> None:
     where = urlsplit(s3_url)
     bucket, prefix = where.netloc, where.path.strip("/")
     client = boto3.client("s3")
-    names = [f"{prefix}/images/demo/a.tar", f"{prefix}-other/images/demo/a.tar"]
+    tar = f"images/demo/{REF.shard}.20200101T000000-0123abcd.tar"
+    names = [f"{prefix}/{tar}", f"{prefix}-other/{tar}", f"{prefix}/notes.tar", f"{prefix}/second/{tar}"]
     for name in names:
         upload = client.create_multipart_upload(Bucket=bucket, Key=name)["UploadId"]
         client.upload_part(Bucket=bucket, Key=name, UploadId=upload, PartNumber=1, Body=b"part")
@@ -174,7 +180,7 @@ def test_gc_aborts_old_uploads(s3_url: str) -> None:
     done = gc(corpus, older_than_hours=0)
     assert done.uploads == 1 and done.names == [names[0]]
     left = client.list_multipart_uploads(Bucket=bucket, Prefix=prefix)["Uploads"]
-    assert [item["Key"] for item in left] == [names[1]]
+    assert sorted(item["Key"] for item in left) == sorted(names[1:])
 
 
 WRITE = """

@@ -1,0 +1,46 @@
+"""A node with other software than the driver's is refused: its samples would mix with others under one fingerprint."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.versions import differences, versions
+from microdit.pipeline.engine import workers
+from tests.pipeline.helpers.small_corpus import REF, make_corpus, write_images
+
+
+def test_nodes_with_other_software_are_refused(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    corpus.store.create("probes/one", b"")
+    context = workers.BuildContext(corpus, "probes/one", 600.0)
+    workers.check_fits(context)
+    for name, version in (("code", "0123456789ab"), ("torch", "1.0.0"), ("diffusers", "0.1")):
+        other = replace(context, probe="probes/two", versions=versions() | {name: version})
+        message = f"{name} {re.escape(versions()[name])} there, {version} here.*the same on all nodes"
+        with pytest.raises(RequestError, match=message):
+            workers.check_fits(other)
+    with pytest.raises(RequestError, match="does not see this folder"):
+        workers.check_fits(replace(context, probe="probes/three"))
+
+
+def test_commits_say_what_made_them(tmp_path: Path) -> None:
+    commit = write_images(make_corpus(tmp_path), REF)
+    assert commit.software == versions() and {"microdit", "torch", "code"} <= commit.software.keys()
+
+
+def test_kinds_of_one_version_are_equal() -> None:
+    assert differences({"torch": "2.13.0+cpu"}, {"torch": "2.13.0+cu128"}) == []
+    assert differences({"torch": "2.13.0"}, {}) == ["torch none there, 2.13.0 here"]
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    workers.check_gpu("latents", [])
+    with pytest.raises(RequestError, match=r"has GPU 0, and torch .* cannot use it .*--num-gpus=0"):
+        workers.check_gpu("latents", ["0"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    workers.check_gpu("latents", ["0"])
