@@ -84,7 +84,7 @@ def bare_image(data: bytes) -> bytes:
     side = OPTIONS.max_side or 0
     if min(width, height) < OPTIONS.min_side:
         raise ValueError("too small")
-    enough = side * 5 // 4
+    enough = side * 5 // 2
     if min(width, height) <= side:
         simplejpeg.decode_jpeg(data)  # whether it is whole
         return data
