@@ -106,14 +106,13 @@ def _open_source(config: "BuildConfig", corpus: Corpus, name: str, reads: bool, 
     except RequestError as error:
         if name not in corpus.sources() or not corpus.committed(UNITS, name):
             raise
-        committed = CommittedSource(corpus, name, error)
-        if reads and not committed.complete:
+        if reads:
             raise RequestError(
                 f"{error}. What is committed of source {name} needs it no more: `--columns` with the columns to make, "
                 "without images, works on that alone"
             ) from error
         say(f"source {name} cannot be used ({error}); what is committed of it is")
-        return committed
+        return CommittedSource(corpus, name, error)
 
 
 def carry_out(

@@ -23,11 +23,6 @@ class CommittedSource:
         self._made_by = corpus.source(name).made_by
         self._units = sorted(unit for _, unit in corpus.committed(UNITS, name))
 
-    @property
-    def complete(self) -> bool:
-        """These are all units that the source has, as far as its declaration counts them."""
-        return self._made_by.get("units") == len(self._units)
-
     def stage(self) -> dict[str, Any]:
         return {key: value for key, value in self._made_by.items() if key != "images"}
 

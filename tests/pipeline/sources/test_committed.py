@@ -36,8 +36,5 @@ def test_a_source_may_be_gone_once_all_is_committed(tmp_path: Path, adapter: str
     ingest_unit(corpus, sources[0], UnitTask("gone-000000"), config)
     shutil.rmtree(tmp_path / "data")
     assert not build(config, []).worked  # nothing of it is to be read
-    if adapter == "urls":  # its declaration counts the units
-        assert build(config).units.total == 1
-    else:
-        with pytest.raises(RequestError, match=r"no file matches .*`--columns` with the columns to make"):
-            build(config)
+    with pytest.raises(RequestError, match=r"(no file matches|cannot be read) .*`--columns` with the columns to make"):
+        build(config)  # the path may as well be mistyped
