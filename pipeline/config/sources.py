@@ -21,16 +21,17 @@ class FetchOptions(Options):
     """How URLs are fetched; `max_bytes` alone is part of a source's fingerprint."""
 
     concurrency: int = Field(default=64, ge=1, le=4096)
-    """Requests in flight per worker."""
+    """Requests in flight per worker, apart from those that have waited for an answer for half a second."""
     timeout: float = Field(default=20.0, gt=0, le=600)
-    """Seconds that one URL may cost at most, its retry included."""
+    """Seconds that one URL may cost at most, its retry included, but not the time until its host may be asked."""
     idle_timeout: float = Field(default=8.0, gt=0, le=600)
     """Seconds to wait for a connection, or for the next byte."""
     max_bytes: int = Field(default=32 << 20, ge=1)
     """A longer answer is refused (`too_large`)."""
     max_redirects: int = Field(default=5, ge=0, le=20)
     retry_after: float = Field(default=10.0, ge=0, le=600)
-    """The longest `Retry-After` that is waited for; if a server asks for more, there is no retry."""
+    """The longest `Retry-After` that is waited for; if a server asks for more, there is no retry. It holds for all URLs
+    of the host, whose pace is learnt by it."""
     user_agent: str = "Mozilla/5.0 (compatible; microdit/0.1)"
 
 

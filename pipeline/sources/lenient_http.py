@@ -17,7 +17,7 @@ STATUS = re.compile(rb"(?:HTTP/\d(?:\.\d)?|ICY) +(\d{3})(?: +([^\r\n]*))?")
 GZIP = b"\x1f\x8b"
 
 
-class BadAnswer(Exception):
+class UnreadableAnswer(Exception):
     """An answer that cannot be read, with a short code of the reason."""
 
     def __init__(self, reason: str, detail: str):
@@ -38,7 +38,7 @@ async def ask_leniently(url: URL, headers: Mapping[str, str], max_bytes: int) ->
     """Ask for a URL on a connection of its own; return the head and the body. The caller bounds the time.
 
     Raises:
-        BadAnswer: it is no answer, or beyond the limits.
+        UnreadableAnswer: it is no answer, or beyond the limits.
         OSError: there is no connection.
         EOFError: the connection ended before the answer did.
     """
@@ -69,19 +69,19 @@ async def _head(reader: asyncio.StreamReader) -> Head:
         try:
             line = await reader.readline()
         except ValueError:
-            raise BadAnswer("connection", f"a line of its headers is longer than {MAX_HEADERS} bytes") from None
+            raise UnreadableAnswer("connection", f"a line of its headers is longer than {MAX_HEADERS} bytes") from None
         size += len(line)
         if not line:
             raise EOFError("the connection ended within the headers")
         if size > MAX_HEADERS:
-            raise BadAnswer("connection", f"its headers are longer than {MAX_HEADERS} bytes")
+            raise UnreadableAnswer("connection", f"its headers are longer than {MAX_HEADERS} bytes")
         if line.strip():
             lines.append(line.rstrip(b"\r\n"))
         elif lines:
             break
     status = STATUS.match(lines[0])
     if status is None:
-        raise BadAnswer("connection", f"its first line is no status of HTTP: {lines[0][:80]!r}")
+        raise UnreadableAnswer("connection", f"its first line is no status of HTTP: {lines[0][:80]!r}")
     headers: CIMultiDict[str] = CIMultiDict()
     for line in lines[1:]:
         name, colon, value = line.partition(b":")
@@ -96,10 +96,10 @@ async def _body(reader: asyncio.StreamReader, head: Head, max_bytes: int) -> byt
     said = {part.strip() for value in head.headers.getall("Content-Length", []) for part in value.split(",")}
     lengths = {int(part) for part in said if part.isascii() and part.isdigit() and len(part) < 16}
     if len(lengths) > 1:
-        raise BadAnswer("connection", f"it says that it has {' and '.join(map(str, sorted(lengths)))} bytes")
+        raise UnreadableAnswer("connection", f"it says that it has {' and '.join(map(str, sorted(lengths)))} bytes")
     length = lengths.pop() if lengths else None
     if length is not None and length > max_bytes:
-        raise BadAnswer("too_large", f"{length} bytes, at most {max_bytes} are read")
+        raise UnreadableAnswer("too_large", f"{length} bytes, at most {max_bytes} are read")
     data = bytearray()
     while length is None or len(data) < length:
         block = await reader.read(CHUNK if length is None else min(CHUNK, length - len(data)))
@@ -107,13 +107,13 @@ async def _body(reader: asyncio.StreamReader, head: Head, max_bytes: int) -> byt
             break
         data += block
         if len(data) > max_bytes:
-            raise BadAnswer("too_large", f"more than {max_bytes} bytes")
+            raise UnreadableAnswer("too_large", f"more than {max_bytes} bytes")
     if said and length is None and not data:
-        raise BadAnswer("connection", f"its length is {', '.join(sorted(said))[:80]!r}, and nothing follows")
+        raise UnreadableAnswer("connection", f"its length is {', '.join(sorted(said))[:80]!r}, and nothing follows")
     if length is not None and len(data) < length:
         encoded = head.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip", "deflate")
         if not (encoded and bytes(data[:2]) == GZIP):  # the length of what it was before it was packed
-            raise BadAnswer("truncated", f"the transfer broke off after {len(data)} of {length} bytes")
+            raise UnreadableAnswer("truncated", f"the transfer broke off after {len(data)} of {length} bytes")
     return bytes(data)
 
 
@@ -122,16 +122,16 @@ async def _chunks(reader: asyncio.StreamReader, max_bytes: int) -> bytes:
     while True:
         line = (await _line(reader)).split(b";")[0].strip()
         if not re.fullmatch(rb"[0-9a-fA-F]{1,15}", line):
-            raise BadAnswer("truncated", f"expected the length of a chunk, found {line[:40]!r}")
+            raise UnreadableAnswer("truncated", f"expected the length of a chunk, found {line[:40]!r}")
         size = int(line, 16)
         if size == 0:
             return bytes(data)
         if len(data) + size > max_bytes:
-            raise BadAnswer("too_large", f"more than {max_bytes} bytes")
+            raise UnreadableAnswer("too_large", f"more than {max_bytes} bytes")
         try:
             data += await reader.readexactly(size)
         except asyncio.IncompleteReadError:
-            raise BadAnswer("truncated", "the transfer broke off within a chunk") from None
+            raise UnreadableAnswer("truncated", "the transfer broke off within a chunk") from None
         await _line(reader)
 
 
@@ -139,9 +139,9 @@ async def _line(reader: asyncio.StreamReader) -> bytes:
     try:
         line = await reader.readline()
     except ValueError:
-        raise BadAnswer("truncated", "expected the length of a chunk, found a longer line") from None
+        raise UnreadableAnswer("truncated", "expected the length of a chunk, found a longer line") from None
     if not line:
-        raise BadAnswer("truncated", "the transfer broke off between chunks")
+        raise UnreadableAnswer("truncated", "the transfer broke off between chunks")
     return line
 
 
@@ -149,7 +149,7 @@ def unpacked(data: bytes, encodings: str, max_bytes: int) -> bytes:
     """Unpack a body in gzip or deflate; what is said to be packed and is not comes as it is.
 
     Raises:
-        BadAnswer: it is damaged, or too large.
+        UnreadableAnswer: it is damaged, or too large.
     """
     encodings = encodings.lower()
     if data.startswith(GZIP) and "gzip" in encodings:
@@ -162,9 +162,9 @@ def unpacked(data: bytes, encodings: str, max_bytes: int) -> bytes:
     try:
         plain = unpack.decompress(data, max_bytes + 1)
     except zlib.error as error:
-        raise BadAnswer("truncated", f"its {encodings} cannot be unpacked: {error}") from None
+        raise UnreadableAnswer("truncated", f"its {encodings} cannot be unpacked: {error}") from None
     if len(plain) > max_bytes:
-        raise BadAnswer("too_large", f"more than {max_bytes} bytes")
+        raise UnreadableAnswer("too_large", f"more than {max_bytes} bytes")
     if not unpack.eof:
-        raise BadAnswer("truncated", f"its {encodings} breaks off")
+        raise UnreadableAnswer("truncated", f"its {encodings} breaks off")
     return plain

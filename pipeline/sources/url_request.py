@@ -11,7 +11,7 @@ from yarl import URL
 
 from microdit.pipeline.base.retry import retry_after
 from microdit.pipeline.config.sources import FetchOptions
-from microdit.pipeline.sources.lenient_http import GZIP, MAX_HEADERS, BadAnswer, ask_leniently, unpacked
+from microdit.pipeline.sources.lenient_http import GZIP, MAX_HEADERS, UnreadableAnswer, ask_leniently, unpacked
 from microdit.pipeline.sources.web_url import as_written, redirected
 
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504, *range(520, 525), 529}
@@ -117,7 +117,7 @@ async def _ask(
                 encodings = response.headers.get("Content-Encoding", "")
                 return Answer(unpacked(bytes(data), encodings, options.max_bytes))
             return Answer(bytes(data))
-    except BadAnswer as error:
+    except UnreadableAnswer as error:
         raise RequestFailed(error.reason, str(error)) from None
     except (aiohttp.ClientError, OSError) as error:
         raise _failed(error, wait, begun) from None
@@ -169,7 +169,7 @@ async def _ask_leniently(
         heard()
         location = _location(head.status, head.reason, head.headers, options)
         return Answer(body, location)
-    except BadAnswer as error:
+    except UnreadableAnswer as error:
         raise RequestFailed(error.reason, str(error)) from None
     except (OSError, ssl.SSLError, EOFError) as error:
         raise RequestFailed("connection", f"{type(error).__name__}: {error}") from None
