@@ -69,6 +69,10 @@ class ClipTokenizer:
             rows.append(ids + [0] * (self.length - len(ids)))
         return torch.tensor(rows, dtype=torch.int64).view(-1, self.length)
 
+    def count(self, caption: str) -> int:
+        """Count the tokens of a whole caption, start and end included, however many are read."""
+        return 2 + sum(len(self._ids(word)) for word in self._words.findall(clean(caption)))
+
     def save(self, folder: Path) -> None:
         """Write `vocab.json` and `merges.txt`, as the tokenizers of transformers read them."""
         self._bpe.save(str(folder))

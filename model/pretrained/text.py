@@ -125,6 +125,15 @@ class TextEncoder:
         # a token in front that melts into the caption is kept, and is one more than fits
         return embeddings[:, : self.max_tokens], kept.sum(1).clamp(max=self.max_tokens)
 
+    def count_cut(self, captions: Sequence[str]) -> int:
+        """Count the captions that have more tokens than are read; `encode` leaves out what is behind."""
+        if isinstance(self._tokenizer, ClipTokenizer):
+            return sum(self._tokenizer.count(caption) > self._tokenizer.length for caption in captions)
+        skip = len(self._tokenizer(self._prefix)["input_ids"]) if self._prefix else 0
+        prompts = [self._prefix + caption + self._suffix for caption in captions]
+        ids = self._tokenizer(prompts, truncation=False)["input_ids"] if prompts else []
+        return sum(len(tokens) > skip + self.max_tokens for tokens in ids)
+
     def _encode_clip(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """`encode` of (B, 77) token ids."""
         lengths = torch.full((len(ids),), ids.shape[1])

@@ -103,6 +103,11 @@ class VisionModel:
         )
         return self._network.read(dict(tokens.to(self.device)))[: len(captions)].float().cpu().numpy()
 
+    def count_cut(self, captions: Sequence[str]) -> int:
+        """Count the captions that have more tokens than the text tower reads; `read` leaves out what is behind."""
+        ids = self._tokenizer(list(captions), truncation=False)["input_ids"] if captions else []
+        return sum(len(tokens) > self._network.length for tokens in ids)
+
 
 def vision_fingerprint(
     name_or_path: str | Path, task: Task, *, label: str | None = None, revision: str | None = None

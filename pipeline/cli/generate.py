@@ -112,6 +112,7 @@ def generate(
         folder = _fetch(checkpoint)
         Sampling(steps, 1.0 if guidance_scale is None else guidance_scale, sampler, guidance_interval).check()
         pipe = _load(folder, revision, autoencoder, text_encoder, device)
+        _note_cut(pipe, [*texts, *([negative_prompt] if negative_prompt else ())])
         if save:
             pipe.save_pretrained(save)
             print(f"saved as a pipeline in {save}")
@@ -179,6 +180,17 @@ def _load(
     )
     pipe.set_progress_bar_config(mininterval=0.1 if sys.stderr.isatty() else 10)
     return pipe
+
+
+def _note_cut(pipe: "MicroDiTPipeline", texts: list[str]) -> None:
+    """Say how many prompts are longer than the text encoder reads."""
+    if cut := pipe.text_encoder.count_cut(texts):
+        most = pipe.text_encoder.max_tokens
+        print(
+            f"microdit: {cut} of {len(texts)} prompts have more than the {most} tokens that the text encoder reads; "
+            "what is behind them is left out",
+            file=sys.stderr,
+        )
 
 
 def _read_prompts(path: Path) -> list[str]:

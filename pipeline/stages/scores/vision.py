@@ -133,7 +133,8 @@ class VisionScores:
             prepared = prepared_images(line, work.rows(), self._prepare, work.fail, size)
             line.run(chunks(prepared, size), partial(self._score_batch, work), work.write)
             figures = {"encode_seconds": self._batches.seconds - before, "batch": self._batches.size}
-            return shard.commit(lambda column: figures)
+            cut = {column: float(self._model.count_cut([*texts.values()])) for column, texts in work.captions.items()}
+            return shard.commit(lambda column: figures | ({"cut": cut[column]} if column in cut else {}))
 
     def _prepare(self, row: Row) -> np.ndarray:
         """An image as the model takes it."""

@@ -43,6 +43,13 @@ def test_tokens(folder: Path, tokenizer: ClipTokenizer):
     assert not wrong
 
 
+def test_whole_captions_are_counted(tokenizer: ClipTokenizer):
+    for caption in ("", "a dog", "a dog, " * 3, "word " * 300):
+        ids = tokenizer([caption])[0].tolist()
+        count = tokenizer.count(caption)
+        assert count > 77 if "word" in caption else count == ids.index(tokenizer.end) + 1
+
+
 def test_text_tower(folder: Path, tmp_path: Path):
     """The whole way: a folder as open_clip publishes it, captions in, embeddings of all positions out."""
     spec, arrays = read_tower(folder)

@@ -151,6 +151,13 @@ def test_numbers_are_refused_before_a_checkpoint_is_loaded(arguments: tuple[str,
     assert result.exit_code == 2 and message in result.stderr and "no/such" not in result.stderr
 
 
+def test_a_prompt_that_is_cut_is_counted(run: Path, tmp_path: Path) -> None:
+    small = ("--steps", 1, "--height", 32, "--width", 32, "--out", tmp_path / "out", "--device", "cpu")
+    result = generate(run, "--prompt", "word " * 3000, "--prompt", "dog", *small)
+    assert result.exit_code == 0, result.output
+    assert "1 of 2 prompts have more than the" in result.stderr
+
+
 @pytest.mark.parametrize("name", ["none", "runs/none/step", "VSehwag24/MicroDiT"])
 def test_no_such_checkpoint(name: str) -> None:
     result = generate(name, "--prompt", "dog")

@@ -197,12 +197,14 @@ def test_a_clip_compares_each_captions_column(corpus: Corpus, tmp_path: Path) ->
     assert [list(stage.columns) for stage in stages[2:]] == [list(both)]  # one model, one actor
     made = make(corpus, {**captions, **both}, resources={"scores_batch": 3})
     model, pixels = load_vision_model(name, "compare"), pixels_of(corpus)
+    assert model.count_cut(["a dog " * 200, "a dog", "a cat " * 200]) == 2 and model.count_cut([]) == 0
     for column, options in both.items():
         texts = scores(corpus, corpus.commits(f"captions/{options['captions']}"), "caption")
         wanted = {
             key: float((model.see([model.prepare(pixels[key])], 3) * model.read([text], 3)).sum())
             for key, text in texts.items()
         }
+        assert sum(commit.timings["cut"] for commit in made[column]) == model.count_cut([*texts.values()])
         found = scores(corpus, made[column], "clip")
         assert found == {key: pytest.approx(score, abs=2e-3) for key, score in wanted.items()}
         assert all(-1 <= score <= 1 for score in found.values())
