@@ -97,7 +97,8 @@ class Webdataset(FileSource):
         known = " or ".join(self._images or IMAGES)
         return (
             f"none of its members has a known extension; it has {found}, expected {known}. "
-            f"Name those of the images and of the texts, for example image: [{example}], caption: cap"
+            f"Name those of the images and of the texts, for example image: [{example}], caption: cap, "
+            "in a source of a new name: this one is declared"
         )
 
     def _without_image(self, group: Neighbours, apart: bool) -> FileSample:
