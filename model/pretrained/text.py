@@ -131,7 +131,7 @@ class TextEncoder:
             return sum(self._tokenizer.count(caption) > self._tokenizer.length for caption in captions)
         skip = len(self._tokenizer(self._prefix)["input_ids"]) if self._prefix else 0
         prompts = [self._prefix + caption + self._suffix for caption in captions]
-        ids = self._tokenizer(prompts, truncation=False)["input_ids"] if prompts else []
+        ids = self._tokenizer(prompts, truncation=False, verbose=False)["input_ids"] if prompts else []
         return sum(len(tokens) > skip + self.max_tokens for tokens in ids)
 
     def _encode_clip(self, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,7 @@ class VisionModel:
 
     def count_cut(self, captions: Sequence[str]) -> int:
         """Count the captions that have more tokens than the text tower reads; `read` leaves out what is behind."""
-        ids = self._tokenizer(list(captions), truncation=False)["input_ids"] if captions else []
+        ids = self._tokenizer(list(captions), truncation=False, verbose=False)["input_ids"] if captions else []
         return sum(len(tokens) > self._network.length for tokens in ids)
 
 
