@@ -69,7 +69,7 @@ def test_what_is_held_out_is_drawn_by_two_processes_too(coloured: Corpus, tmp_pa
 def test_models_that_cannot_be_had_are_seen_before_the_first_step(recipe, coloured: Corpus, tmp_path) -> None:
     with pytest.raises(RequestError, match=r"sample_every = 3: what draws pictures cannot be had: .*tiny"):
         train(recipe(sample_every=3, sample_prompts=["a cat"]))
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "log.jsonl").exists()
     with pytest.raises(ValueError, match="sample_every: there is nothing to draw"):
         recipe(sample_every=3)
 
