@@ -16,11 +16,18 @@ from microdit.pipeline.config.sources import ADAPTERS
 
 HOME = Path(microdit.__file__).parent  # the folder of `configs/`, in a checkout and in an installed wheel
 MISSING = object()
+MOST_NODES = 100_000  # of a file, each alias counted as all that it stands for, a long text as several
 Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """Read YAML's plain types only; a key that is given twice is an error."""
+    """Read YAML's plain types only; a key that is given twice is an error, and so are aliases that unfold too far."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _count_nodes(node, {})
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -30,6 +37,28 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _count_nodes(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Count the nodes below one, its aliases unfolded; `counts` holds those known, by id, and 0 of those begun.
+
+    Raises:
+        yaml.constructor.ConstructorError: there are more than `MOST_NODES`, or a node holds itself.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1 + len(node.value) // 1000
+    known = counts.get(id(node))
+    if known == 0:
+        raise yaml.constructor.ConstructorError(None, None, "an alias stands within what it names", node.start_mark)
+    if known is None:
+        counts[id(node)] = 0
+        pairs = isinstance(node, yaml.MappingNode)
+        below = (item for pair in node.value for item in pair) if pairs else iter(node.value)
+        known = counts[id(node)] = 1 + sum(_count_nodes(item, counts) for item in below)
+    if known > MOST_NODES:
+        fault = f"with its aliases unfolded this has more than {MOST_NODES:,} values; write fewer aliases"
+        raise yaml.constructor.ConstructorError(None, None, fault, node.start_mark)
+    return known
 
 
 def find_file(path: str | Path) -> Path:

@@ -117,6 +117,28 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path):
         load_config(tmp_path / "bytes.yaml")
 
 
+@pytest.mark.parametrize("kind", ["list", "mapping", "merge", "self"])
+@pytest.mark.timeout(20)
+def test_an_alias_bomb_is_refused(tmp_path: Path, kind: str):
+    one = {"list": "[{}]", "mapping": "{{{}}}", "merge": "{{<<: [{}]}}"}
+    lines = ["a0: &a0 {x: y}"]
+    for i in range(40):
+        names = [f"*a{i}"] * 9
+        inner = ", ".join(names) if kind != "mapping" else ", ".join(f"k{n}: {name}" for n, name in enumerate(names))
+        lines.append(f"a{i + 1}: &a{i + 1} {one.get(kind, '').format(inner)}")
+    (tmp_path / "c.yaml").write_text("a: &a [*a]" if kind == "self" else "\n".join(lines))
+    with pytest.raises(RequestError, match="alias") as caught:
+        load_yaml(tmp_path / "c.yaml", BuildConfig)
+    assert len(str(caught.value)) < 400
+
+
+def test_some_aliases_are_fine(path: Path):
+    override = "columns.captions/source={stage: &s x, a: [*s, *s]}"
+    with pytest.raises(RequestError) as caught:
+        load_config(path, [override])
+    assert "there is no such field" in str(caught.value) and "unfolded" not in str(caught.value)
+
+
 def test_lists_are_reached_by_number(tmp_path: Path):
     from microdit.pipeline.config.block import Options
 
