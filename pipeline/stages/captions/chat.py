@@ -18,6 +18,7 @@ FIRST_WAIT = 1.0  # seconds before the second try; twice as long before each fur
 LONGEST_WAIT = 60.0  # also where the server asks for more
 REQUEST_SECONDS = 180.0
 MOST_BYTES = 1 << 20  # of an answer
+SECRET = 8  # characters of a key that is one; servers without keys are given words like EMPTY
 USED_UP = re.compile("insufficient_quota|billing_hard_limit|credit balance", re.IGNORECASE)  # a 429 that stays
 PASSING = (408, 409, 425, 429, *range(500, 600))  # these statuses may be others a moment later
 
@@ -66,6 +67,7 @@ def request(model: str, prompt: str, jpeg: bytes, max_tokens: int, temperature: 
 async def ask(session: aiohttp.ClientSession, url: str, key: str | None, body: dict[str, Any]) -> Reply:
     """Send a request to `url` + /chat/completions until it is answered, at most `TRIES` times.
 
+    What the server says is kept without the key, which some repeat in their errors.
     Between two tries it waits as long as Retry-After says, else twice as long as before, up to `LONGEST_WAIT`.
 
     Raises:
@@ -86,7 +88,7 @@ async def ask(session: aiohttp.ClientSession, url: str, key: str | None, body: d
                 timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS),
                 allow_redirects=False,
             ) as response:
-                data = await _bounded(response)
+                data = without_key(await _bounded(response), key)
                 if response.status == 200:
                     return parse(data)
                 fault = (f"http_{response.status}", data[:200].decode("utf-8", "replace"))
@@ -94,7 +96,8 @@ async def ask(session: aiohttp.ClientSession, url: str, key: str | None, body: d
                 status = response.status
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             name = "timeout" if isinstance(error, TimeoutError) else "connection"
-            fault, status = (name, f"{type(error).__name__}: {error}"), PASSING[0]
+            words = without_key(f"{type(error).__name__}: {error}".encode(), key)
+            fault, status = (name, words.decode("utf-8", "replace")), PASSING[0]
         alive()
         if status not in PASSING:
             if status in (400, 413, 415, 422):
@@ -106,6 +109,16 @@ async def ask(session: aiohttp.ClientSession, url: str, key: str | None, body: d
         if pause is None:
             raise Unanswered(*fault)
         await asyncio.sleep(min(asked or pause, LONGEST_WAIT))
+
+
+def without_key(data: bytes, key: str | None) -> bytes:
+    """Replace an API key in a server's words, also as JSON spells it."""
+    if key is None or len(key) < SECRET:
+        return data
+    plain = json.dumps(key)[1:-1]
+    for spelled in (key, plain, plain.replace("/", "\\/")):
+        data = data.replace(spelled.encode("utf-8", "surrogateescape"), b"[API key]")
+    return data
 
 
 def parse(data: bytes) -> Reply:

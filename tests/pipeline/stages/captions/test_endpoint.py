@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 from hypothesis import given
@@ -290,6 +291,29 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=10,
 )
+
+
+@pytest.mark.parametrize("key", ["sk-0123456789", 'sk/"quoted"/0123'])
+def test_a_key_that_the_server_repeats_is_not_kept(
+    key: str, corpus: Corpus, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY, key)
+    words = [f"bad key {key}", json.dumps({"error": {"message": f"bad key {key}"}}), "x" * 195 + key]
+    answers = [web.Response(status=status, text=text) for text in words for status in (200, 400)]
+    answers.append(web.json_response(completion(f"{GOOD} {key}")))
+    server.answer = lambda body: answers.pop() if answers else web.json_response(completion())
+    made = captions(corpus, server, api_key_env=KEY)
+    kept = json.dumps(lines(corpus, made))
+    assert "0123" not in kept and "[API key]" in kept
+    monkeypatch.setattr(server, "answer", lambda body: web.Response(status=401, text=words[0]))
+    with pytest.raises(RequestError, match=r"it answers 401: bad key \[API key\]") as caught:
+        asyncio.run(_ask(server, key))
+    assert "0123" not in str(caught.value)
+
+
+async def _ask(server: Server, key: str) -> None:
+    async with aiohttp.ClientSession() as session:
+        await chat.ask(session, server.url, key, {})
 
 
 @given(st.binary(max_size=200) | JSON.map(lambda found: json.dumps({"choices": found}).encode()))
