@@ -262,9 +262,12 @@ def load_captioner(
     logging.disable_progress_bar()  # one bar for each loading of each worker helps nobody
     module = _load(files, AutoModelForImageTextToText, dtype_of(family))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(files.folder, local_files_only=True)
-        # not torchvision's where there is one: a corpus can be made on several machines
-        images = AutoImageProcessor.from_pretrained(files.folder, local_files_only=True, backend="pil")
+        with files.own_code_refused():
+            tokenizer = AutoTokenizer.from_pretrained(files.folder, local_files_only=True, trust_remote_code=False)
+            # not torchvision's where there is one: a corpus can be made on several machines
+            images = AutoImageProcessor.from_pretrained(
+                files.folder, local_files_only=True, trust_remote_code=False, backend="pil"
+            )
     except (OSError, ValueError) as error:
         raise ModelFilesError(f"{files.name}: its tokenizer or image processor cannot be loaded: {error}") from error
     module = module.to(device).eval().requires_grad_(False)
@@ -332,9 +335,12 @@ def _load(files: ModelFiles, kind: Any, dtype: torch.dtype) -> Any:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        module, report = kind.from_pretrained(
-            files.folder, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        with files.own_code_refused():
+            module, report = kind.from_pretrained(
+                files.folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )
+    except ModelFilesError:
+        raise
     except (OSError, RuntimeError, UnpicklingError, SafetensorError, json.JSONDecodeError) as error:
         raise files.damaged(files.weights[0], error) from error
     finally:

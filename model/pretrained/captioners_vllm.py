@@ -35,7 +35,9 @@ class VllmModel:
         from vllm import LLM
 
         others = set(multiprocessing.active_children())
-        text = AutoConfig.from_pretrained(self._folder, local_files_only=True).get_text_config()
+        text = AutoConfig.from_pretrained(
+            self._folder, local_files_only=True, trust_remote_code=False
+        ).get_text_config()
         self._llm = LLM(
             model=str(self._folder),
             dtype="bfloat16",

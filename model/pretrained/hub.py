@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -72,7 +73,39 @@ class ModelFiles:
 
     def damaged(self, file: str, error: Exception) -> ModelFilesError:
         """Make the error for a file that cannot be read."""
+        if _wants_code(error):
+            return self._with_code()
         return ModelFilesError(f"{self.name}: {file} is damaged ({reason(error)}); {self._remedy()}")
+
+    @contextmanager
+    def own_code_refused(self) -> Iterator[None]:
+        """Refuse files that name Python code of their own, where transformers itself has no such class.
+
+        Instead of a tokenizer's own class transformers would take a general one without a word: other tokens.
+
+        Raises:
+            ModelFilesError: they do.
+        """
+        import transformers
+
+        tokenizer = self.read_json("tokenizer_config.json") if self.matching("tokenizer_config.json") else {}
+        if "auto_map" in tokenizer and not hasattr(
+            transformers, str(tokenizer.get("tokenizer_class", "AutoTokenizer"))
+        ):
+            raise self._with_code()
+        try:
+            yield
+        except ValueError as error:
+            if not _wants_code(error):
+                raise
+            raise self._with_code() from None
+
+    def _with_code(self) -> ModelFilesError:
+        named = [file for file in self.matching("*config.json") if "auto_map" in self.read_json(file)]
+        return ModelFilesError(
+            f"{self.name}: {' and '.join(named) or 'its config'} names Python code of its own (auto_map), which is "
+            "never run here; take a model whose class transformers itself has"
+        )
 
     def check_loaded(self, missing: Sequence[str]) -> None:
         """Refuse a model of which some weights would be random, of which its library only warns.
@@ -193,6 +226,11 @@ def new_folder(path: str | Path) -> Path:
         raise FileExistsError(f"{folder} is there already: give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _wants_code(error: Exception) -> bool:
+    """Recognise transformers' refusal to run code of a model's own folder."""
+    return isinstance(error, ValueError) and "trust_remote_code" in str(error)
 
 
 def reason(error: Exception) -> str:

@@ -187,10 +187,11 @@ def load_text_encoder(
         merges = read_merges(files.folder, module.config.vocab_size)
         tokenizer: Any = ClipTokenizer(merges, module.config.max_position_embeddings)
     else:
-        config = AutoConfig.from_pretrained(files.folder, local_files_only=True)
-        kind: Any = AutoModelForTextEncoding if config.model_type in T5 else AutoModel
-        module = _load(files, kind, config, entry.dtype)
-        tokenizer = AutoTokenizer.from_pretrained(files.folder, local_files_only=True)
+        with files.own_code_refused():
+            config = AutoConfig.from_pretrained(files.folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(files.folder, local_files_only=True, trust_remote_code=False)
+            kind: Any = AutoModelForTextEncoding if config.model_type in T5 else AutoModel
+            module = _load(files, kind, config, entry.dtype)
         tokenizer.padding_side = tokenizer.truncation_side = "right"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     module = module.to(device, entry.dtype).eval().requires_grad_(False)
@@ -241,7 +242,12 @@ def _load(files: ModelFiles, kind: Any, config: Any, dtype: torch.dtype) -> Any:
     logging.set_verbosity_error()  # else a table of all that a T5's decoder or a CLIP's image tower has
     try:
         module, report = kind.from_pretrained(
-            files.folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+            files.folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise files.damaged(files.weights[0], error) from error

@@ -151,10 +151,10 @@ def load_vision_model(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    processor = AutoImageProcessor.from_pretrained(
-        files.folder, backend="pil", local_files_only=True, trust_remote_code=False
-    )
-    tokenizer = AutoTokenizer.from_pretrained(files.folder, local_files_only=True) if task == "compare" else None
+    asked: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with files.own_code_refused():
+        processor = AutoImageProcessor.from_pretrained(files.folder, backend="pil", **asked)
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, **asked) if task == "compare" else None
     network = _network(files, resolved, task).to(device).eval().requires_grad_(False)
     return VisionModel(network, processor, _fingerprint(resolved, task, label), tokenizer)
 
