@@ -30,7 +30,7 @@ from microdit.pipeline.corpus.records import (
     UnitCommit,
     canonical,
 )
-from microdit.pipeline.corpus.shard_files import SCALAR_TYPES, SIDECAR, read_table
+from microdit.pipeline.corpus.shard_files import SCALAR_TYPES, SIDECAR, RowCountError, read_table
 from microdit.pipeline.storage.store import Store, open_store
 
 R = TypeVar("R", bound=Record)
@@ -263,8 +263,18 @@ class Corpus:
     # -- reading a shard -----------------------------------------------------------------------------------------
 
     def sidecar(self, commit: Commit) -> pa.Table:
-        """Read the sidecar of a commit: one line per row, in row order."""
-        return read_table(self.store.get(commit.sidecar.name))
+        """Read the sidecar of a commit: one line per row, in row order.
+
+        Raises:
+            DamagedError: it has other rows than the commit says.
+        """
+        try:
+            return read_table(self.store.get(commit.sidecar.name), commit.counts.get("in", -1))
+        except RowCountError as error:
+            raise DamagedError(
+                f"corpus {self.url}: {commit.sidecar.name} is damaged: {error}; `microdit verify` lists all damage, "
+                "`microdit build --repair` mends it"
+            ) from None
 
     def open_object(self, commit: Commit) -> BinaryIO:
         """Open the data object of a commit as a binary file."""

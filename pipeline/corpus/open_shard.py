@@ -17,7 +17,6 @@ from typing import TypeAlias
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from obstore.exceptions import BaseError
 
 from microdit.pipeline.base.errors import RequestError
@@ -25,6 +24,7 @@ from microdit.pipeline.corpus.arrays import array_view
 from microdit.pipeline.corpus.disk_cache import DiskCache
 from microdit.pipeline.corpus.quantised import Quantised
 from microdit.pipeline.corpus.records import Commit, ObjectRef
+from microdit.pipeline.corpus.shard_files import open_table
 from microdit.pipeline.storage.store import Store
 
 Field: TypeAlias = np.ndarray | Quantised  # what a row of a column of arrays holds
@@ -164,8 +164,9 @@ def read_scattered(reader: ShardReader, wanted: Sequence[tuple[Commit, int]]) ->
 def _table(commit: Commit, sidecar: FileIO | memoryview) -> pa.Table:
     source = pa.BufferReader(sidecar) if isinstance(sidecar, memoryview) else sidecar
     try:
-        return pq.ParquetFile(source).read(["status", "offset", "size"], use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+        file = open_table(source, commit.counts.get("in", -1))
+        return file.read(["status", "offset", "size"], use_threads=False)
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise BrokenError(f"{commit.sidecar.name} is no sidecar: {error}") from None
 
 

@@ -24,6 +24,8 @@ SIDECAR = pa.schema(
     ]
 )
 
+TABLE_BYTES, ROW_BYTES = 1 << 28, 1 << 16  # at most, uncompressed: whatever its rows are, and more for each of them
+
 SCALAR_TYPES = {
     "string": pa.string(),
     "int32": pa.int32(),
@@ -32,6 +34,10 @@ SCALAR_TYPES = {
     "float64": pa.float64(),
     "bool": pa.bool_(),
 }
+
+
+class RowCountError(ValueError):
+    """A sidecar has other rows than its commit says."""
 
 
 def sidecar_schema(scalars: Mapping[str, str]) -> pa.Schema:
@@ -104,9 +110,30 @@ def write_table(path: Path, table: pa.Table) -> None:
     pq.write_table(table, path, compression="zstd")
 
 
-def read_table(data: bytes) -> pa.Table:
-    """Read Parquet bytes."""
-    return pq.ParquetFile(io.BytesIO(data)).read()
+def open_table(source: Any, rows: int | None = None) -> pq.ParquetFile:
+    """Open Parquet and hold its footer against what is expected, before anything else of it is read.
+
+    rows: how many there have to be, as the commit says; None where no commit says it.
+
+    Raises:
+        RowCountError: there are more or fewer.
+        ValueError: uncompressed it would be larger than any sidecar of so many rows.
+    """
+    file = pq.ParquetFile(source)
+    groups = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
+    found = max(file.metadata.num_rows, sum(group.num_rows for group in groups))
+    if rows is not None and found != rows:
+        raise RowCountError(f"it has {found:,} rows, the commit says {rows if rows >= 0 else 'nothing'}")
+    columns = (group.column(n) for group in groups for n in range(group.num_columns))
+    size, most = sum(column.total_uncompressed_size for column in columns), TABLE_BYTES + ROW_BYTES * found
+    if size > most:
+        raise ValueError(f"uncompressed its {found:,} rows have {size:,} bytes; expected at most {most:,}")
+    return file
+
+
+def read_table(data: bytes, rows: int | None = None) -> pa.Table:
+    """Read Parquet bytes. Raises as `open_table`."""
+    return open_table(io.BytesIO(data), rows).read()
 
 
 def sidecar_table(rows: list[dict[str, Any]], scalars: Mapping[str, str]) -> pa.Table:

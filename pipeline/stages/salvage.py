@@ -1,6 +1,7 @@
 """Carry over, in a repair, the rows of a shard of images that an earlier attempt still has."""
 
 import hashlib
+import io
 import json
 import tarfile
 from collections import defaultdict
@@ -18,7 +19,7 @@ from microdit.pipeline.content.images import MEMBER_FORMATS, BadImage, prepare
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, OBJECT, ShardId
 from microdit.pipeline.corpus.records import UNREPAIRED, Commit, ObjectRef
-from microdit.pipeline.corpus.shard_files import read_table
+from microdit.pipeline.corpus.shard_files import SIDECAR, open_table
 
 BLOCK = 1 << 20
 LARGEST_NOTE = 16 << 20  # bytes of a row's JSON
@@ -110,16 +111,21 @@ class Salvage:
             if commit is None:
                 continue
             if self._has_hash(commit.sidecar):
-                yield commit.object.name, self._corpus.sidecar(commit), True
+                yield commit.object.name, self._sidecar(commit.sidecar.name), True
             else:
                 damaged.append((commit.object.name, commit.sidecar.name))
         if not self._commits or None in self._commits:  # a commit that is gone or damaged named some of these
             damaged += self._unnamed()
         for tar, name in damaged:
             try:
-                yield tar, read_table(self._corpus.store.get(name)), False
+                yield tar, self._sidecar(name), False
             except (FileNotFoundError, pa.ArrowException, ValueError, OSError):
                 continue
+
+    def _sidecar(self, name: str) -> pa.Table:
+        """Read a sidecar, whatever its commit says of its rows; an empty one if they are more than a shard has."""
+        file = open_table(io.BytesIO(self._corpus.store.get(name)))
+        return file.read() if file.metadata.num_rows <= self._corpus.shard_samples else SIDECAR.empty_table()
 
     def _unnamed(self) -> Iterator[tuple[str, str]]:
         named = {commit.object.name for commit in self._commits if commit is not None}

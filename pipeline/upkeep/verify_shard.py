@@ -16,7 +16,7 @@ from microdit.pipeline.base.errors import first_line
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, KEY, ShardId, commit_name
 from microdit.pipeline.corpus.records import UNREPAIRED, Commit, Declaration, ObjectRef
-from microdit.pipeline.corpus.shard_files import read_table, sidecar_schema
+from microdit.pipeline.corpus.shard_files import RowCountError, read_table, sidecar_schema
 from microdit.pipeline.upkeep.problem import Kind, Problem
 
 BLOCK = 1 << 20
@@ -130,13 +130,15 @@ class ShardCheck:
         data = self._read_object(commit.sidecar, lambda file: file.read())
         if data is not None:
             try:
-                sidecar = read_table(data)
+                sidecar = read_table(data, commit.counts.get("in", -1))
                 declaration = self.columns[column]
                 wanted = sidecar_schema(declaration.scalars) if declaration else sidecar.schema
                 fields = [(item.name, item.type) for item in sidecar.schema]
                 if fields != [(item.name, item.type) for item in wanted]:
                     raise ValueError(f"its columns are {fields}")
                 self.sidecars[column] = sidecar
+            except RowCountError as error:
+                self._add("counts", commit.sidecar.name, str(error))
             except (pa.ArrowException, ValueError, KeyError, OSError) as error:
                 self._add("sidecar", commit.sidecar.name, first_line(error))
         if commit.object == commit.sidecar:

@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from microdit.pipeline.base.errors import DamagedError
 from microdit.pipeline.corpus.arrays import array_bytes
 from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.open_shard import BrokenError, ShardReader
 from microdit.pipeline.corpus.records import Commit, canonical
 from microdit.pipeline.corpus.shard_files import TarWriter, write_table
 from microdit.pipeline.upkeep.status import status
@@ -211,6 +213,30 @@ def test_a_sidecar_that_contradicts_is_found(
     fill(corpus, shards=1)
     _with_sidecar(corpus, corpus.commits(column)[0], change)
     assert {kind for kind, _ in problems(corpus)} == kinds
+
+
+@pytest.mark.parametrize("column", ["images", LATENTS, "scores/basic"])
+def test_a_sidecar_of_more_rows_than_its_commit_says_is_never_read(
+    tmp_path: Path, column: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus, shards=1)
+    commit = corpus.commits(column)[0]
+    _with_sidecar(corpus, commit, lambda table: table.take([0] * 300_000))
+    _recommit(corpus, Corpus.open(corpus.url).commits(column)[0], counts=commit.counts, reasons=commit.reasons)
+    corpus = Corpus.open(corpus.url)
+    commit = corpus.commits(column)[0]
+
+    def read(*args: Any, **options: Any) -> None:
+        raise AssertionError("it was read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pyarrow.parquet.ParquetFile.read", read)
+        with pytest.raises(DamagedError, match=f"{commit.sidecar.name} is damaged: it has 300,000 rows, the commit"):
+            corpus.sidecar(commit)
+        with pytest.raises(BrokenError, match=f"{commit.sidecar.name} is no sidecar: it has 300,000 rows"):
+            ShardReader(corpus.store).open_ranges(commit)
+    assert ("counts", commit.sidecar.name) in problems(corpus)
 
 
 def _tar_bytes(tmp_path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> bytes:
