@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from microdit.model.checkpoint import CheckpointError
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.terminal import printable
 from microdit.trainer.recipe import load_recipe
 from microdit.trainer.train import train
 
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         summary = train(load_recipe(given.recipe, given.overrides), resume=given.resume == "auto")
     except (RequestError, CheckpointError) as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     return 128 + summary["signal"] if summary["signal"] else 0
 

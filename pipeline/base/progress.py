@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from microdit.pipeline.base.terminal import printable
+
 RATE_WINDOW = 30.0  # seconds over which rates are measured
 LINE_EVERY = 60.0  # seconds between two lines of JSON
 
@@ -167,7 +169,7 @@ def shown(console: Console | None = None) -> Iterator[Progress]:
 
             def draw(snapshot: Snapshot) -> None:
                 for note in snapshot.notes:
-                    live.console.print(note, markup=False, highlight=False)
+                    live.console.print(printable(note), markup=False, highlight=False)
                 if snapshot.lines:
                     last[:] = [snapshot]
                 live.update(as_table(snapshot))

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from microdit.pipeline.base.terminal import printable
 from microdit.pipeline.cli.command import Json, Overrides, json_answer
 from microdit.pipeline.cli.shown import console, in_bytes
 
@@ -64,7 +65,7 @@ def build(
         summary = build_corpus(loaded, wanted, **how, progress=progress)
         answer.update(summary.to_dict())
     if not as_json:
-        print(summary.text())
+        print(printable(summary.text()))
     raise typer.Exit(summary.exit_status)
 
 

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.terminal import printable
 
 if TYPE_CHECKING:
     from microdit.pipeline.corpus.corpus import Corpus
@@ -25,13 +26,14 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except RequestError as error:
-            print(f"microdit: {error}", file=sys.stderr)
+            print(printable(f"microdit: {error}"), file=sys.stderr)
             raise typer.Exit(2) from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             path = f": {error.filename}" if error.filename else ""
-            print(f"microdit: {error.strerror}{path}; with more room the same command goes on", file=sys.stderr)
+            message = f"microdit: {error.strerror}{path}; with more room the same command goes on"
+            print(printable(message), file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as stopped:
             print(f"\nmicrodit: {stopped or 'stopped; run the same command again and it goes on'}", file=sys.stderr)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.terminal import printable
 
 if TYPE_CHECKING:
     from microdit.pipeline.base.progress import Progress
@@ -138,7 +139,7 @@ def convert(
         else:
             _refuse(to_corpus, "FROM is a corpus")
             summary = _to_mds(origin, target, to_mds, shape, threads, progress)
-    print(json.dumps(summary.to_json(), ensure_ascii=False) if as_json else "\n".join(summary.lines()))
+    print(json.dumps(summary.to_json(), ensure_ascii=False) if as_json else printable("\n".join(summary.lines())))
     raise typer.Exit(summary.exit_status)
 
 

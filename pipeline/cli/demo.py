@@ -20,6 +20,7 @@ from rich.table import Table
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.progress import shown
+from microdit.pipeline.base.terminal import printable
 from microdit.pipeline.config.build import BuildConfig, load_config
 from microdit.pipeline.config.yaml import HOME
 from microdit.pipeline.corpus.corpus import Corpus
@@ -118,7 +119,7 @@ def _build(config: BuildConfig, console: Console) -> int:
     """Build the corpus, or go on with it; returns the build's exit status."""
     with shown(console) as progress:
         built = build(config, progress=progress)
-    console.print(built.text(), markup=False, soft_wrap=True)
+    console.print(printable(built.text()), markup=False, soft_wrap=True)
     return built.exit_status
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from microdit.pipeline.base.terminal import printable
 from microdit.pipeline.cli.command import CorpusUrl, Json, Sql, json_answer, open_corpus
 from microdit.pipeline.cli.shown import print_garbage, print_rows, print_status, print_verification
 
@@ -79,7 +80,7 @@ def ls(
     from microdit.pipeline.upkeep.ls import ls as names_of
 
     for name in names_of(open_corpus(corpus), column):
-        print(name)
+        print(printable(name))
 
 
 def gc(

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from microdit.pipeline.base.terminal import printable
+
 if TYPE_CHECKING:  # `microdit --help` imports nothing heavy
     from microdit.pipeline.upkeep.gc import Garbage
     from microdit.pipeline.upkeep.status import CorpusStatus, SourceStatus
@@ -18,9 +20,9 @@ def print_rows(columns: list[str], rows: Sequence[Mapping[str, Any]], most: int 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in columns:
         numeric = all(isinstance(row[name], int | float) for row in rows[:most])
-        table.add_column(name, justify="right" if rows and numeric else "left", overflow="fold")
+        table.add_column(printable(name), justify="right" if rows and numeric else "left", overflow="fold")
     for row in rows[:most]:
-        table.add_row(*("" if row[name] is None else str(row[name]) for name in columns))
+        table.add_row(*("" if row[name] is None else printable(str(row[name])) for name in columns))
     console().print(table, markup=False)
     if len(rows) > most:
         print(f"... {len(rows) - most:,} rows more; --json prints them all")
@@ -38,7 +40,7 @@ def console() -> Any:
 
 def print_status(status: "CorpusStatus") -> None:
     """Print how far a corpus is: its sources, a table of its columns, and what was set aside."""
-    print(f"corpus {status.corpus} ({status.name}), shards of {status.shard_samples:,}")
+    print(printable(f"corpus {status.corpus} ({status.name}), shards of {status.shard_samples:,}"))
     for name, source in status.sources.items():
         print(f"source {name}: {_units_read(source)} units read, {source.inputs:,} inputs")
     rows = [
@@ -63,7 +65,7 @@ def print_status(status: "CorpusStatus") -> None:
         print_rows(list(rows[0]), rows, most=len(rows))
     for failure in status.set_aside:
         shard, message = f"{failure.column}/{failure.source}/{failure.shard}", failure.message.splitlines()[0]
-        print(f"set aside after {failure.attempts} attempts: {shard}: {message}")
+        print(printable(f"set aside after {failure.attempts} attempts: {shard}: {message}"))
 
 
 def _units_read(source: "SourceStatus") -> str:
@@ -73,7 +75,7 @@ def _units_read(source: "SourceStatus") -> str:
 def print_verification(result: "Verification") -> None:
     """Print every problem, the samples of each column, and the totals."""
     for problem in result.problems:
-        print(problem)
+        print(printable(str(problem)))
     for column, samples in result.totals.samples.items():
         print(f"{column}: in {samples.inputs:,} = out {samples.out:,} + failed {samples.failed:,}")
     totals = result.totals
@@ -86,9 +88,9 @@ def print_verification(result: "Verification") -> None:
 def print_garbage(result: "Garbage") -> None:
     """Print what `gc` removed: every name, what it left alone, then the counts."""
     for name in result.names:
-        print(name)
+        print(printable(name))
     for folder in result.foreign:
-        print(f"left alone: {folder} is another corpus; `microdit gc` can be run on it")
+        print(printable(f"left alone: {folder} is another corpus; `microdit gc` can be run on it"))
     if result.builds:
         print(f"{result.builds:,} builds are at work here: what is younger than 12 hours was left to them")
     counts = ", ".join(f"{getattr(result, sort):,} {sort}" for sort in ("attempts", "tables", "unfinished", "uploads"))

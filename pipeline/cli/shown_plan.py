@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from microdit.pipeline.base.terminal import printable
 from microdit.pipeline.estimate.result import Estimate
 
 
@@ -12,7 +13,7 @@ def show(estimate: Estimate, console: Console, size: Callable[[float], str]) -> 
     """Print an estimate; `size` formats bytes."""
 
     def write(text: str = "") -> None:
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(printable(text), markup=False, soft_wrap=True)
 
     machines, time, money = estimate.machines, estimate.time, estimate.money
     gpus = f", {machines.gpus} GPUs ({machines.gpu})" if machines.gpus else ", no GPU"

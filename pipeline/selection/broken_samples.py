@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from microdit.pipeline.base.terminal import printable
 from microdit.pipeline.corpus.open_shard import BrokenError, Field
 from microdit.pipeline.corpus.shard_cache import ShardCache, ShardId
 from microdit.pipeline.selection.sample_index import SampleIndex
@@ -35,7 +36,7 @@ class BrokenSamples:
             if self.why(column, shard, row) is None:
                 self._reasons[column, *shard, row] = why
                 what = f"column {column}, shard {shard[1]}" + ("" if row == WHOLE else f", row {row}")
-                print(f"broken, and replaced: {what}: {why}", file=sys.stderr, flush=True)
+                print(printable(f"broken, and replaced: {what}: {why}"), file=sys.stderr, flush=True)
 
     def listed(self) -> list[list[Any]]:
         """List all for a checkpoint: [column, source, shard, row, why], sorted."""
