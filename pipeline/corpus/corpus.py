@@ -186,8 +186,10 @@ class Corpus:
         return self._declared("sources")
 
     def _declared(self, folder: str) -> dict[str, Declaration]:
-        names = sorted(item.name for item in self.store.list(folder))
-        return {name.removeprefix(f"{folder}/").removesuffix(".json"): self._declaration(name) for name in names}
+        valid = COLUMN if folder == "columns" else SOURCE
+        files = sorted(item.name for item in self.store.list(folder) if item.name.endswith(".json"))
+        names = {file.removeprefix(f"{folder}/").removesuffix(".json"): file for file in files}
+        return {name: self._declaration(file) for name, file in names.items() if valid.fullmatch(name)}
 
     # -- commits -------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,17 @@ from obstore.exceptions import BaseError
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import COMMIT, IMAGES, TABLE, UNITS, ShardId, column_kind, commit_name
+from microdit.pipeline.corpus.names import (
+    COLUMN,
+    COMMIT,
+    IMAGES,
+    SOURCE,
+    TABLE,
+    UNITS,
+    ShardId,
+    column_kind,
+    commit_name,
+)
 from microdit.pipeline.corpus.records import Declaration, UnitCommit
 from microdit.pipeline.selection.selections import load_selection
 from microdit.pipeline.tables.published import Table
@@ -147,8 +157,12 @@ def _totals(newest: _Newest, checked: Mapping[ShardId, Findings]) -> VerifiedTot
 def _declarations(corpus: Corpus, folder: str, problems: list[Problem]) -> dict[str, Declaration | None]:
     """Read all declarations of columns or sources; None for one that is damaged."""
     declarations: dict[str, Declaration | None] = {}
+    valid = COLUMN if folder == "columns" else SOURCE
     for item in corpus.store.list(folder):
         name = item.name.removeprefix(f"{folder}/").removesuffix(".json")
+        if not item.name.endswith(".json") or not valid.fullmatch(name):
+            problems.append(Problem("declaration", item.name, "no declaration has such a name; nothing reads it"))
+            continue
         try:
             declaration = corpus.column(name) if folder == "columns" else corpus.source(name)
             kind = column_kind(name) if folder == "columns" else "source"

@@ -63,7 +63,7 @@ def test_a_network_built_for_256_px_sees_512_px_as_one_built_for_it() -> None:
     torch.manual_seed(0)
     small, large = (MicroDiT(input_size=size, pos_interp_scale=scale, caption_channels=16, **MODEL)
                     for size, scale in ((4, 1.0), (8, 2.0)))  # fmt: skip
-    assert torch.equal(small._positions(4, 4, None), large.pos_embed)
+    assert torch.equal(small._pos_embed(4, 4, None), large.pos_embed)
 
 
 def test_a_stage_may_have_a_selection_of_its_own(recipe, corpus: Corpus) -> None:
