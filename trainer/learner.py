@@ -17,12 +17,12 @@ from microdit.model.device import has_fast_bf16
 from microdit.model.edm import EDM
 from microdit.model.flops import training_flops
 from microdit.model.network import MicroDiT
+from microdit.model.sharding import own_part, shard_blocks, shared_as, whole, whole_tensors
 from microdit.trainer.checkpoints import contents as checkpoint
 from microdit.trainer.data.batch import Batch
 from microdit.trainer.objective import NOISE_BINS, Objective, Step
 from microdit.trainer.processes import Team
 from microdit.trainer.recipe import LegRecipe, Recipe
-from microdit.trainer.sharding import own_part, shard_blocks, shared_as, whole, whole_tensors
 
 
 class Learner:
@@ -40,7 +40,7 @@ class Learner:
         if recipe.compile:
             compile_blocks(self.net)
         if self.sharded:
-            shard_blocks(self.net, team, self.bf16)
+            shard_blocks(self.net, team.device.type, team.world, self.bf16)
         self.objective: nn.Module = Objective(self.net, EDM(sigma_data=recipe.sigma_data)).to(team.device)
         if team.world > 1 and not self.sharded:
             with warnings.catch_warnings():
@@ -145,9 +145,9 @@ class Learner:
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Take up the checkpoint that the first process has read; all have to ask together."""
         self.load_weights(saved.model, saved.name)
-        checkpoint.load_optimizer(self.net, self.optimizer, saved.optimizer, self.team)
+        checkpoint.load_optimizer(self.net, self.optimizer, saved.optimizer)
         self.averages = [
-            {name: shared_as(p.detach(), average[name], self.team) for name, p in self.parameters.items()}
+            {name: shared_as(p.detach(), average[name]) for name, p in self.parameters.items()}
             for average in saved.averages
         ]
 
@@ -159,7 +159,7 @@ class Learner:
         """
         own = self.net.state_dict()
         fitting = {name for name in state if name in own and state[name].shape == own[name].shape}
-        shared = {name: shared_as(own[name], state[name], self.team) for name in own if name in fitting}
+        shared = {name: shared_as(own[name], state[name]) for name in own if name in fitting}
         load_weights(self.net, {**state, **shared}, source)
 
     def _synced(self, last: bool) -> AbstractContextManager[None]:

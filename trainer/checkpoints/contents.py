@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from microdit.model.checkpoint import CheckpointError, read_state_dict, write_state_dict
 from microdit.model.loading import INFO
 from microdit.model.network import MicroDiT
+from microdit.model.sharding import shared_as, whole_tensors
 from microdit.pipeline.corpus.shard_files import sha256_file
-from microdit.trainer.processes import Team
-from microdit.trainer.sharding import shared_as, whole_tensors
 
 VERSION = 1
 OPTIMIZER = "optimizer.safetensors"
@@ -180,7 +179,7 @@ def _optimizer_tensors(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     }
 
 
-def load_optimizer(net: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], team: Team) -> None:
+def load_optimizer(net: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put the first process's saved state into the optimizers of `net`; all have to ask together."""
     names = {parameter: name for name, parameter in net.named_parameters()}
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -188,5 +187,5 @@ def load_optimizer(net: nn.Module, optimizer: torch.optim.Optimizer, tensors: Ma
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, kind = key.rpartition(".")
-        state.setdefault(index[name], {})[kind] = shared_as(order[index[name]].detach(), value, team)
+        state.setdefault(index[name], {})[kind] = shared_as(order[index[name]].detach(), value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -3,20 +3,17 @@
 import importlib
 import secrets
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
-from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
-from torch.utils.tensorboard import SummaryWriter
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.json_lines import JsonLines, plain
+from microdit.pipeline.base.tensorboard import TensorBoard
 from microdit.trainer.monitoring.progress import Progress
 from microdit.trainer.objective import NOISE_EDGES
 
@@ -40,12 +37,10 @@ class Log:
 
     def __init__(self, out: Path, active: bool, wandb: str | None = None, name: str | None = None):
         self.path, self.active, self.name = out / "log.jsonl", active, name
-        self._lines, self._numbers = JsonLines(self.path), list[tuple[int, dict[str, float]]]()
-        self._step: int | None = None  # after which the run goes on, until TensorBoard knows
+        self._lines, self._board = JsonLines(self.path), TensorBoard(out / "tensorboard")
         self._full = False
         self._project, self._run = wandb, None
         self._wandb = _wandb_ready(wandb) if wandb is not None and active else None
-        self._writer: SummaryWriter | None = None
         self._terminal = sys.stdout.isatty()
         self._printed = -PLAIN_STATUS_SECONDS
 
@@ -57,8 +52,7 @@ class Log:
         """
         if not self.active:
             return
-        self._step = step
-        threading.excepthook = _quiet_excepthook
+        self._board.begin(step)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lines.keep(lambda line: isinstance(line.get("step"), int) and line["step"] <= step)
@@ -77,8 +71,8 @@ class Log:
         if not self.active:
             return
         numbers = _flat(plain(values))
-        self._numbers.append((step, numbers))
-        error = self._lines.append({"step": step} | values) or self._to_tensorboard()
+        self._board.add(step, numbers)
+        error = self._lines.append({"step": step} | values) or self._board.write()
         if self._full == (error is None):  # which stops no run
             what = f"waits in memory until there is room: {error}" if error else "is written again"
             self.say(f"step {step}: the log in {self.path.parent} {what}")
@@ -87,33 +81,9 @@ class Log:
             with suppress(OSError):  # its own process writes, and goes on
                 self._run.log(numbers, step=step)
 
-    def _to_tensorboard(self) -> OSError | None:
-        """Write the numbers that wait. Returns why not, or None."""
-        try:
-            if self._writer is None:
-                purge = None if self._step is None else self._step + 1
-                self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=purge)
-            for step, numbers in self._numbers:
-                for key, number in numbers.items():
-                    self._writer.add_scalar(key, number, step)
-            self._writer.flush()  # here, so that its thread never meets a full disk
-        except OSError as error:
-            self._close_writer()  # it writes no more; the next one has a file of its own
-            return error
-        self._numbers, self._step = [], None
-        return None
-
-    def _close_writer(self) -> None:
-        writer, self._writer = self._writer, None
-        with suppress(OSError):
-            if writer is not None:
-                writer.close()
-
     def picture(self, step: int, picture: Image.Image) -> None:
         """Give a sheet of pictures to TensorBoard and W&B."""
-        if self._writer is not None:
-            with suppress(OSError):
-                self._writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+        self._board.picture("samples", picture, step)
         if self._run is not None and self._wandb is not None:
             self._run.log({"samples": self._wandb.Image(picture)}, step=step)
 
@@ -133,17 +103,11 @@ class Log:
             print(f"\r\x1b[2K{text}" if self._terminal else text, flush=True)
 
     def close(self) -> None:
-        if self._full and (error := self._lines.write() or self._to_tensorboard()):
+        if self._full and (error := self._lines.write() or self._board.write()):
             self.say(f"the last lines of {self.path} and of TensorBoard are lost: {error}")
-        self._close_writer()
+        self._board.close()
         if self._run is not None:
             self._run.finish()
-
-
-def _quiet_excepthook(thrown: threading.ExceptHookArgs) -> None:
-    """Print what ends a thread, but for a full disk's error in TensorBoard's, which the next number raises again."""
-    if type(thrown.thread) is not _AsyncWriterThread or not isinstance(thrown.exc_value, OSError):
-        threading.__excepthook__(thrown)
 
 
 def _wandb_ready(project: str) -> Any:

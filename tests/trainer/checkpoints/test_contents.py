@@ -63,7 +63,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     weight = "blocks.0.attn.qkv.weight"
     assert len(found.averages) == 1 and torch.equal(found.averages[0][weight], 2 * found.model[weight])
     other, fresh = made(4)
-    load_optimizer(other, fresh, found.optimizer, ALONE)
+    load_optimizer(other, fresh, found.optimizer)
     for a, b in zip(net.parameters(), other.parameters(), strict=True):
         for key, value in optimizer.state[a].items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(fresh.state[b][key])), key

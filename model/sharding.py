@@ -10,17 +10,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from microdit.model.network import MicroDiT
-from microdit.trainer.processes import Team
 
 
-def shard_blocks(net: MicroDiT, team: Team, bf16: bool) -> None:
+def shard_blocks(net: MicroDiT, device_type: str, processes: int, bf16: bool) -> None:
     """Share out the parameters of `net`, block by block, and those outside of blocks together.
 
     What a process holds, and what AdamW changes, is float32. With bf16 the blocks are gathered in bfloat16, which is
     what autocast would make of the matrices anyway (of the norms' weights too, which autocast leaves), and gradients
     are summed over micro-batches and processes in float32.
     """
-    mesh = init_device_mesh(team.device.type, (team.world,))
+    mesh = init_device_mesh(device_type, (processes,))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None,
         reduce_dtype=torch.float32,
@@ -51,17 +50,18 @@ def whole_tensors(tensors: Mapping[str, Tensor], keep: bool, copy_to: str | None
     return gathered
 
 
-def shared_as(like: Tensor, full: Tensor, team: Team) -> Tensor:
+def shared_as(like: Tensor, full: Tensor) -> Tensor:
     """Copy the first process's `full` as `like` is: on its device, and in its parts. All have to ask together.
 
     The other processes' `full` tells shape and dtype alone: it may be on the device `meta`.
     """
-    if team.rank == 0:
+    together = dist.is_initialized()
+    if not together or dist.get_rank() == 0:
         copied = full.detach().to(like.device, copy=True)
     else:
         copied = torch.empty(full.shape, dtype=full.dtype, device=like.device)
     if isinstance(like, DTensor) and like.shape == full.shape:
         return distribute_tensor(copied, like.device_mesh, like.placements)
-    if team.world > 1:
+    if together:
         dist.broadcast(copied, 0)
     return copied
