@@ -15,6 +15,12 @@ __all__ = ["corpus_url", "s3_server", "s3_url"]
 pytest.register_assert_rewrite("tests.miniatures", "tests.pipeline")  # what test files share asserts, too
 
 
+@pytest.fixture(autouse=True)
+def no_narrow_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take COLUMNS away, which xdist gives its workers: tables would be cut to it."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity-dir", metavar="DIR", help="run the parity test on this set, not on tests/data/parity*")
     parser.addoption(

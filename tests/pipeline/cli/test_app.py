@@ -173,8 +173,7 @@ def test_commands_that_need_a_corpus_say_that_there_is_none(tmp_path: Path) -> N
         assert "there is no corpus.json" in result.stderr
 
 
-def test_status(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)  # a narrow table would cut the names
+def test_status(built: Built) -> None:
     found = json.loads(microdit("status", built.corpus, "--json").stdout)
     assert found["columns"]["scores/basic"]["pictures"]["done"] == COUNT // SHARD
     text = microdit("status", built.corpus).stdout
