@@ -41,7 +41,7 @@ MEMBER_REASONS = {"too_large", "not_a_file", "encrypted", "unsupported", "damage
 
 # -- in the child ----------------------------------------------------------------------------------------------------
 def examine_image(sent: bytes) -> dict[str, Any]:
-    """What comes of an image: `outcome` is `ok`, a reason, or `escaped` if something else than a reason comes.
+    """The outcome of one image: `outcome` is `ok`, a reason, or `escaped` if something else than a reason comes.
 
     `wrong`: the share of its pixels that are not those of the whole file, which is `sent` with it (`packed`).
     """

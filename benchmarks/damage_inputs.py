@@ -254,7 +254,7 @@ class Item:
     inside: int = 0
     """Of an archive: the members that are asked for."""
     whole: bytes = b""
-    """Of an image: the file before it was damaged."""
+    """The image file before it was damaged."""
 
 
 def damaged_image(seed: int, number: int) -> Item:

@@ -92,7 +92,7 @@ WAYS: dict[str, Callable[[bytearray, int, int, random.Random, bytes], None]] = {
 
 
 def damaged_scan(seed: int, number: int) -> tuple[str, bytes, bytes]:
-    """How a photograph's scan is damaged, the damaged file and the whole one."""
+    """One damaged scan: the kind of damage, the damaged file and the whole one."""
     rng = random.Random(f"{seed}/scan/{number}")
     whole = whole_scan(seed, rng.randrange(PHOTOGRAPHS), rng.randrange(len(KINDS)))
     other = whole_scan(seed, rng.randrange(PHOTOGRAPHS), rng.randrange(len(KINDS)))

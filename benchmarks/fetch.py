@@ -1,4 +1,4 @@
-"""What servers that never answer cost the fetching of a list: images a second with 1% and 5% of them, and without.
+"""Measure what servers that never answer cost the fetching of a list: images/s with 1% and 5% of them, and without.
 
     python benchmarks/fetch.py [--urls 12288] [--hosts 10] [--json]
 

@@ -149,7 +149,7 @@ class EDM:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How latents are sampled; the fields are arguments of `EDM.sample`."""
+    """Options of sampling; the fields are arguments of `EDM.sample`."""
 
     num_inference_steps: int = 30
     guidance_scale: float = 5.0

@@ -139,7 +139,7 @@ def find_parts(
 
 
 def _lists(folder: Path, file: str) -> bool:
-    """Whether a checkpoint's state.json says that this file belongs to it."""
+    """Tell if a checkpoint's state.json lists this file."""
     try:
         return file in json.loads((folder / "state.json").read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):

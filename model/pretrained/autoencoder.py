@@ -66,7 +66,7 @@ CPU_PIXELS = 4 * 128 * 128  # images that go through a CPU together: with more, 
 
 @dataclass(frozen=True)
 class Normaliser:
-    """How latents are normalised (see the top of this file): the kind, and the numbers of that kind."""
+    """Normalisation of latents (see the top of this file): the kind, and its numbers."""
 
     kind: Kind
     shift: float | None = None
@@ -82,7 +82,7 @@ class Normaliser:
 
 @dataclass(frozen=True)
 class ResolvedAutoencoder:
-    """What a name stands for: the entry with all its fields decided, its config file, and what that says."""
+    """A resolved name: the entry with all its fields decided, its config file, and what that says."""
 
     entry: AutoencoderEntry
     files: ModelFiles

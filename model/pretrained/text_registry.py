@@ -110,7 +110,7 @@ WEIGHTS = (
 
 @dataclass(frozen=True)
 class ResolvedTextEncoder:
-    """What a name stands for: the entry with all its fields decided, its config files, and its text model's config."""
+    """A resolved name: the entry with all its fields decided, its config files, and its text model's config."""
 
     entry: TextEncoderEntry
     files: ModelFiles

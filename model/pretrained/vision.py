@@ -41,7 +41,7 @@ HALF = ("clip", "siglip")  # model types that float16 holds, which rounds an eig
 
 @dataclass(frozen=True)
 class ResolvedVisionModel:
-    """What a name stands for: config files, what they say, and the dtype. `label`: index of the label asked for."""
+    """A resolved name: config files, what they say, and the dtype. `label`: index of the label asked for."""
 
     files: ModelFiles
     config: ModelConfig
