@@ -7,9 +7,9 @@ the inputs of all batches ready on the device and does nothing but transformers'
 of the same images in the same batches, which is checked. In turns; medians. `ratio_bare` is the bare loop's seconds by
 the stage's; goal: at least 0.9 (`ratio_cpu`: of processor seconds, which depend less on what else the machine does).
 
-Without `--model` it is a tiny random one of Qwen3-VL's class: it generates as fast as none that anybody uses, so that
-the stage's own work weighs the most. What a random model says is no caption; the checks are made, and not heeded, so
-that nothing is asked for once more.
+`--shape 4b` is a random model of the size of Qwen3-VL-4B, for a GPU. Without either it is a tiny random one of the same
+class: it generates as fast as none that anybody uses, so that the stage's own work weighs the most. What a random model
+says is no caption; the checks are made, and not heeded, so that nothing is asked for once more.
 """
 
 import contextlib
@@ -41,10 +41,35 @@ from microdit.pipeline.stages.captions.vision_language import Vlm
 from microdit.pipeline.stages.ingest import SCALARS
 from microdit.pipeline.stages.rows import image_bytes
 from microdit.pipeline.stages.stage import Task
-from tests.model.pretrained.captioner_models import vision_folder
+from tests.model.pretrained.captioner_models import QWEN, vision_folder
 
 GOAL = 0.9
 COLUMN = "captions/long"
+
+
+def write_4b(folder: Path, device: str) -> str:
+    """Write a Qwen3-VL of the published 4B model's sizes, random bfloat16 weights, beside a tokenizer of few words."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    vision_folder(folder, "qwen3_vl")
+    ids = {name.strip("<|>"): number for number, name in enumerate(QWEN)}
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": 151_936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "bos_token_id": None,
+            "eos_token_id": ids["im_end"], "tie_word_embeddings": True,
+            "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [24, 20, 20]},
+        },
+        vision_config={
+            "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560,
+            "deepstack_visual_indexes": [5, 11, 17], "num_position_embeddings": 2304,
+        },
+        tie_word_embeddings=True, image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
+    )  # fmt: skip
+    with torch.device(device):
+        Qwen3VLForConditionalGeneration(config).bfloat16().save_pretrained(folder)
+    return str(folder)
 
 
 def make_corpus(root: Path, images: int, side: int) -> tuple[Corpus, ShardRef]:
@@ -67,11 +92,12 @@ def make_corpus(root: Path, images: int, side: int) -> tuple[Corpus, ShardRef]:
 
 
 def measure(
-    model: str, device: str, images: int, batch: int, rounds: int, max_tokens: int, side: int
+    model: str, device: str, images: int, batch: int, rounds: int, max_tokens: int, side: int, shape: str = ""
 ) -> dict[str, Any]:
     torch.set_num_threads(1 if device == "cpu" else torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
-        where = model or vision_folder(Path(folder, "tiny"), "qwen3_vl")
+        tiny = Path(folder, "model")
+        where = model or (write_4b(tiny, device) if shape == "4b" else vision_folder(tiny, "qwen3_vl"))
         corpus, ref = make_corpus(Path(folder, "corpus"), images, side)
         options = CaptionsColumn(vlm=where, max_tokens=max_tokens, image_side=side)
         stage = Vlm({COLUMN: options}, 10**8, Resources(captions_batch=batch))
@@ -95,7 +121,7 @@ def measure(
     plain, ours = (statistics.median(took) for took in times.values())
     plain_cpu, our_cpu = (statistics.median(took) for took in worked.values())
     return {
-        "model": model or "tiny random Qwen3-VL",
+        "model": model or f"{shape or 'tiny'} random Qwen3-VL",
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "images": images,
         "batch": batch,
@@ -143,6 +169,7 @@ def main() -> None:
     parser.add_argument(
         "--model", default="", help="a name of microdit.model.pretrained.captioners, a folder or a repository"
     )
+    parser.add_argument("--shape", choices=("4b",), default="", help="of a random model")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
@@ -153,8 +180,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with contextlib.redirect_stdout(sys.stderr):
         found = measure(
-            options.model, device, options.images, options.batch, options.rounds, options.max_tokens, options.side
-        )
+            options.model, device, options.images, options.batch, options.rounds, options.max_tokens, options.side,
+            options.shape,
+        )  # fmt: skip
     print_figures(found, options.json)
 
 

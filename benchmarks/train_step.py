@@ -236,6 +236,10 @@ def measure(options: argparse.Namespace, pixels: int, mask_ratio: float) -> dict
     peak = gpu_peak(torch.cuda.get_device_name()) if device == "cuda" else None
     peak = peak or product_rate(device, torch.bfloat16 if learner.bf16 else torch.float32)
     ratio = theirs["seconds"] / best["ours"]["seconds"]
+    kernels = {}
+    if options.profile:
+        batch = make_batch(config, images, best["ours"]["micro_batch"], ragged=True)
+        kernels = {"slowest": slowest_kernels(partial(learner.step, batch, stage, 1e-5), options.profile, device)}
     return {
         "pixels": pixels,
         "mask_ratio": mask_ratio,
@@ -249,7 +253,24 @@ def measure(options: argparse.Namespace, pixels: int, mask_ratio: float) -> dict
         "mfu": flops / best["ours"]["seconds"] / peak,
         "goal": GOALS[device],
         "met": ratio >= GOALS[device],
+        **kernels,
     }
+
+
+def slowest_kernels(work: Callable[[], object], count: int, device: str) -> list[dict[str, Any]]:
+    """Profile `work` once: the kernels (on a CPU: operators) of the most time, each with its share and calls."""
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if device == "cuda" else activity.CPU]) as profiled:
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    took = {
+        e.key: e.self_device_time_total if device == "cuda" else e.self_cpu_time_total for e in profiled.key_averages()
+    }
+    calls = {event.key: event.count for event in profiled.key_averages()}
+    total = sum(took.values()) or 1.0
+    names = sorted(took, key=lambda name: -took[name])[:count]
+    return [{"name": name[:120], "share": round(took[name] / total, 4), "calls": calls[name]} for name in names]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -260,6 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mask-ratio", type=float, default=0.75)
     parser.add_argument("--micro-batches", nargs="+", type=int, help="default: 32 64 128 on a GPU, 8 on a CPU")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="name the slowest kernels of our step")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     options = parser.parse_args(arguments)
     gpu = options.device == "cuda"

@@ -14,13 +14,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from microdit.pipeline.base.digest import sha256_file
 from microdit.pipeline.base.fail_points import fail_point
 from microdit.pipeline.base.liveness import alive
 from microdit.pipeline.base.versions import versions
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import KEY, UNITS, commit_name
 from microdit.pipeline.corpus.records import Commit, Declaration, InputRef, ObjectRef, ShardRef, UnitCommit
-from microdit.pipeline.corpus.shard_files import TarWriter, sha256_file, sidecar_table, write_table
+from microdit.pipeline.corpus.shard_files import TarWriter, sidecar_table, write_table
 
 MAX_ATTEMPT_HOURS = 12
 

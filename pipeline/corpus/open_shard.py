@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -22,12 +21,10 @@ from obstore.exceptions import BaseError
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.arrays import array_view
 from microdit.pipeline.corpus.disk_cache import DiskCache
-from microdit.pipeline.corpus.quantised import Quantised
+from microdit.pipeline.corpus.quantised import Field
 from microdit.pipeline.corpus.records import Commit, ObjectRef
 from microdit.pipeline.corpus.shard_files import open_table
 from microdit.pipeline.storage.store import Store
-
-Field: TypeAlias = np.ndarray | Quantised  # what a row of a column of arrays holds
 
 
 class BrokenError(Exception):

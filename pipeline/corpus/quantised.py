@@ -11,7 +11,7 @@ Writing is torch's, on the device where the embedding is; reading (`arrays.array
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
@@ -173,3 +173,6 @@ def compared(hashes: Sequence[int]) -> set[int]:
     """Indices of the one in a hundred (rounded up) with the smallest hashes."""
     order = sorted(range(len(hashes)), key=hashes.__getitem__)
     return set(order[: -(-len(hashes) // 100)])
+
+
+Field: TypeAlias = np.ndarray | Quantised  # what a row of a column of arrays holds

@@ -11,7 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.disk_cache import DiskCache
-from microdit.pipeline.corpus.open_shard import Field, OpenShard, ShardReader
+from microdit.pipeline.corpus.open_shard import OpenShard, ShardReader
+from microdit.pipeline.corpus.quantised import Field
 from microdit.pipeline.corpus.records import Commit
 
 ShardId = tuple[str, str]  # source, shard

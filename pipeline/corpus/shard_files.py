@@ -1,6 +1,5 @@
 """The data objects of one shard: tars that stock webdataset reads, and parquet sidecars (docs/corpus.md, section 3)."""
 
-import hashlib
 import io
 import tarfile
 from collections import Counter
@@ -153,9 +152,3 @@ def sidecar_table(rows: list[dict[str, Any]], scalars: Mapping[str, str]) -> pa.
     if unknown := {name for row in rows for name in row}.difference(schema.names):
         raise ValueError(f"scalars {sorted(unknown)} are not declared; declared are {sorted(scalars)}")
     return pa.Table.from_pylist(rows, schema=schema)
-
-
-def sha256_file(path: Path) -> str:
-    """Hash a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

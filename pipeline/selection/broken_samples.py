@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from microdit.pipeline.base.terminal import printable
-from microdit.pipeline.corpus.open_shard import BrokenError, Field
+from microdit.pipeline.corpus.open_shard import BrokenError
+from microdit.pipeline.corpus.quantised import Field
 from microdit.pipeline.corpus.shard_cache import ShardCache, ShardId
 from microdit.pipeline.selection.sample_index import SampleIndex
 

@@ -13,9 +13,9 @@ from typing import BinaryIO, TypeVar
 
 from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
+from microdit.pipeline.base.digest import sha256_file
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import ObjectRef, Record
-from microdit.pipeline.corpus.shard_files import sha256_file
 
 
 class Table(Record):

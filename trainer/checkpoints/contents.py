@@ -27,7 +27,7 @@ from microdit.model.checkpoint import CheckpointError, read_state_dict, write_st
 from microdit.model.loading import INFO
 from microdit.model.network import MicroDiT
 from microdit.model.sharding import shared_as, whole_tensors
-from microdit.pipeline.corpus.shard_files import sha256_file
+from microdit.pipeline.base.digest import sha256_file
 
 VERSION = 1
 OPTIMIZER = "optimizer.safetensors"

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from microdit.pipeline.base.errors import RequestError
-from microdit.pipeline.corpus.open_shard import Field
-from microdit.pipeline.corpus.quantised import Quantised
+from microdit.pipeline.corpus.quantised import Field, Quantised
 
 MOST_FREE = 12  # buffers that wait for a batch
 LARGER = 2  # times as large as asked for may a buffer be that is given again

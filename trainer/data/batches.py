@@ -15,7 +15,8 @@ import torch
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.threads import read_ahead
-from microdit.pipeline.corpus.open_shard import BrokenError, Field
+from microdit.pipeline.corpus.open_shard import BrokenError
+from microdit.pipeline.corpus.quantised import Field
 from microdit.pipeline.corpus.shard_cache import ShardId
 from microdit.pipeline.selection.broken_samples import WHOLE, NotingShardCache
 from microdit.pipeline.selection.sample_index import SampleIndex

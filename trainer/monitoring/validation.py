@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from microdit.model.edm import EDM
-from microdit.pipeline.corpus.open_shard import BrokenError, Field, ShardReader, read_scattered
+from microdit.pipeline.corpus.open_shard import BrokenError, ShardReader, read_scattered
+from microdit.pipeline.corpus.quantised import Field
 from microdit.trainer.data.batch import pad_text
 from microdit.trainer.data.batches import LegData
 from microdit.trainer.data.randomness import HeldOutDraw
