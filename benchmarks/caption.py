@@ -24,11 +24,12 @@ from typing import Any
 import torch
 
 from benchmarks.harness import argument_parser, print_figures
-from benchmarks.ingest import photograph
+from benchmarks.photographs import photograph
 from microdit.pipeline.base.threads import chunks
 from microdit.pipeline.config.build import Resources
 from microdit.pipeline.config.captions import CaptionsColumn
 from microdit.pipeline.config.images import ImageOptions
+from microdit.pipeline.content.caption_answers import clean_answer
 from microdit.pipeline.content.caption_faults import fault
 from microdit.pipeline.content.images import decode_within, prepare
 from microdit.pipeline.corpus.attempt import begin_attempt
@@ -156,7 +157,7 @@ def compare(corpus: Corpus, commit: Commit, model: Any, found: list[Any], inputs
     """Raises AssertionError if the stage's captions are not what the bare loop's tokens say."""
     said = [answer.text for one, tokens in zip(inputs, found, strict=True) for answer in model.answers(tokens, one)]
     stored = corpus.sidecar(commit)["caption"].to_pylist()
-    assert [" ".join(text.split()) for text in said] == stored
+    assert [" ".join(clean_answer(text).split()) for text in said] == stored
 
 
 def let_through(*answer: Any) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from benchmarks.ingest import photograph
+from benchmarks.photographs import photograph
 from microdit.pipeline.content.images import BadImage, decode
 
 PHOTOGRAPHS = 12

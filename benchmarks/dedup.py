@@ -2,7 +2,7 @@
 
     python benchmarks/dedup.py [--images 300] [--hashes 10000000] [--distance 6] [--similarity 0.95] [--json]
 
-**Pictures**: OpenMoji's drawings and drawn photographs (as in benchmarks/ingest.py), half and half. Of every second one
+**Pictures**: OpenMoji's drawings and drawn photographs (benchmarks/photographs.py), half and half. Of every second one
 a changed copy is planted, for each kind of change: resized to 70%, recompressed as JPEG of quality 50, cropped by 2%,
 recoloured slightly, watermarked. `recall` of a method and change is the share of copies in the group of their original;
 `precision` the share of the pairs it puts together that are planted; without a change's name over all five. A drawing
@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.harness import argument_parser, print_figures
-from benchmarks.ingest import photograph
+from benchmarks.photographs import photograph
 from microdit.pipeline.curation.hamming import groups
 from microdit.pipeline.curation.semantic import groups as semantic_groups
 from microdit.pipeline.sources.openmoji.drawings import catalogue, rasterise

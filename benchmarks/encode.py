@@ -3,10 +3,10 @@
     python -m benchmarks.encode [--device cuda] [--models sdxl t5-xxl dfn-clip-h] [--shards 4] [--samples 512] [--json]
 
 Runs in a folder of the sources with torch, diffusers, transformers, tokenizers, safetensors, huggingface_hub, numpy,
-pillow, simplejpeg, obstore, pyarrow, pydantic, pyyaml, ftfy, regex, and for the pictures duckdb, requests; without ray.
+pillow, simplejpeg, obstore, pyarrow, pydantic, pyyaml, ftfy, regex; without ray, duckdb and what fetches.
 
-Inputs are drawn JPEGs as `benchmarks/ingest.py` makes them, stored as ingest stores them (short side of 512 pixels at
-most), and captions of a few to a hundred words. Models of the real sizes have random weights, written into folders and
+Inputs are JPEGs that `benchmarks/photographs.py` draws, stored as ingest stores them (short side at most 512 pixels),
+and captions of a few to a hundred words. Models of the real sizes have random weights, written into folders and
 loaded as any other. In turns, medians:
 
     bare     the network alone on ready tensors on the device, at the best of some batch sizes: the ceiling

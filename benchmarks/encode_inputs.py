@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.ingest import photograph
+from benchmarks.photographs import photograph
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.content.images import prepare
 from microdit.pipeline.corpus.attempt import begin_attempt

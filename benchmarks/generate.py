@@ -27,10 +27,10 @@ from torch import Tensor, nn
 import microdit.model.layers
 from benchmarks.experts import one_hot_experts
 from benchmarks.harness import argument_parser, print_figures
-from benchmarks.train_step import TEXT, plain_attention
+from benchmarks.train_step import SIZES, TEXT, plain_attention
 from microdit.model.edm import EDM
 from microdit.model.layers import Experts
-from microdit.model.network import PRESETS, MicroDiT
+from microdit.model.network import MicroDiT
 from microdit.model.samplers import SAMPLERS
 from microdit.model.text_to_image import CPU_TOKENS, GPU_TOKENS
 
@@ -43,7 +43,7 @@ def make_network(preset: str, pixels: int, device: str) -> MicroDiT:
     """Build a network with random weights, its output layer too, which starts as zero."""
     torch.manual_seed(0)
     with torch.device(device):
-        net = MicroDiT(**PRESETS[preset] | {"input_size": pixels // 8, "caption_channels": 1024})
+        net = MicroDiT(**SIZES[preset] | {"input_size": pixels // 8, "caption_channels": 1024})
         nn.init.normal_(net.final_layer.linear.weight, std=0.02)
     return net.eval().requires_grad_(False)
 
@@ -167,7 +167,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--preset", choices=tuple(PRESETS), help="default: xl_2 on a GPU, tiny_2 on a CPU")
+    parser.add_argument("--preset", choices=tuple(SIZES), help="default: xl_2 on a GPU, tiny_2 on a CPU")
     parser.add_argument("--pixels", type=int, help="default: 512 on a GPU, 64 on a CPU")
     parser.add_argument("--images", type=int, help="default: 32 on a GPU, 4 on a CPU")
     parser.add_argument("--steps", type=int, default=30)

@@ -92,7 +92,7 @@ def read_junit(_: str, folder: Path) -> dict[str, Any]:
 
 
 STEP = "benchmarks.train_step"
-TINY_STEP = ("--preset", "tiny_2", "--pixels", "64", "--micro-batches", "4", "--repeat", "1", "--no-compile")
+TINY_STEP = ("--preset", "mini", "--pixels", "64", "--micro-batches", "4", "--repeat", "1", "--no-compile")
 PARTS = {
     "tests": Part(
         "pytest", 75, ("-m", "gpu", "-q", "-p", "no:cacheprovider", "-o", "addopts="),
@@ -109,7 +109,7 @@ PARTS = {
         ("--models", "demo", "t5-small", "--shards", "1", "--samples", "8", "--rounds", "1", "--batch", "4"),
     ),
     "generate": Part(
-        "benchmarks.generate", 40, (), ("--preset", "tiny_2", "--pixels", "64", "--images", "2", "--steps", "3")
+        "benchmarks.generate", 40, (), ("--preset", "mini", "--pixels", "64", "--images", "2", "--steps", "3")
     ),
     "caption": Part(
         "benchmarks.caption", 60, ("--shape", "4b"), ("--images", "4", "--batch", "2", "--rounds", "1", "--side", "64"),
@@ -117,7 +117,7 @@ PARTS = {
     ),
     "feed": Part(
         "benchmarks.train_feed", 40, (),
-        ("--preset", "tiny_2", "--pixels", "64", "--samples", "64", "--batch", "8", "--steps", "2"),
+        ("--preset", "mini", "--pixels", "64", "--samples", "64", "--batch", "8", "--steps", "2"),
     ),
 }  # fmt: skip
 

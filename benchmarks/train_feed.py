@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import argument_parser, print_figures
-from microdit.model.network import PRESETS
+from benchmarks.train_step import SIZES
 from microdit.pipeline.corpus.arrays import array_bytes
 from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
@@ -89,7 +89,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "cache_mb": 8192,
             }
         )  # fmt: skip
-        config = PRESETS[options.preset] | {"input_size": side, "caption_channels": WIDTH}
+        config = SIZES[options.preset] | {"input_size": side, "caption_channels": WIDTH}
         learner = Learner(recipe, config, Team(0, 1, torch.device(device)))
         if device == "cuda":
             compile_blocks(learner.net)
@@ -144,7 +144,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--preset", choices=tuple(PRESETS), help="default: xl_2 on a GPU, tiny_2 on a CPU")
+    parser.add_argument("--preset", choices=tuple(SIZES), help="default: xl_2 on a GPU, tiny_2 on a CPU")
     parser.add_argument("--pixels", type=int, help="default: 256 on a GPU, 64 on a CPU")
     parser.add_argument("--samples", type=int, help="default: 16384 on a GPU, 256 on a CPU")
     parser.add_argument("--batch", type=int, help="of a step; default: 256 on a GPU, 8 on a CPU")
