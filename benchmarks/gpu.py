@@ -20,7 +20,8 @@ Run from a folder of the sources with torch, transformers, safetensors, pillow, 
 DIR` installs those of a folder into a temporary one, for example from
 
     pip download --only-binary=:all: --no-deps -d DIR pyarrow obstore simplejpeg diffusers ftfy wcwidth regex \\
-        requests tensorboard pytest iniconfig pluggy hypothesis sortedcontainers
+        sentencepiece importlib_metadata zipp requests urllib3 certifi charset-normalizer \\
+        boto3 botocore s3transfer jmespath python-dateutil six pytest iniconfig pluggy hypothesis sortedcontainers
 
 A part that lacks a module says which. `--device cpu --tiny` rehearses every part in minutes without a GPU.
 """
@@ -86,7 +87,7 @@ def read_junit(_: str, folder: Path) -> dict[str, Any]:
     bad = [
         case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None
     ]
-    names = [f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}" for case in bad]
+    names = [f"{case.get('classname')}::{case.get('name')}".strip(":") for case in bad]
     passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
     return {"passed": passed, "skipped": counts["skipped"], "failed": names, "met": passed > 0 and not names}
 

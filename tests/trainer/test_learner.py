@@ -20,13 +20,13 @@ from tests.trainer.conftest import MODEL, STAGE
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
-CONFIG = MODEL | {"input_size": 4, "caption_channels": 16}
+CONFIG = MODEL | {"input_size": 4, "in_channels": 4, "patch_size": 2, "caption_channels": 16}
 STEPS = 4
 
 
 def losses(device: str, **fields: Any) -> list[float]:
     """Train a few steps on made-up samples: the loss of each."""
-    named: dict[str, Any] = {"name": "learner", "corpus": "none", "out": "none", "text": {"none": 1.0}, "seed": 3}
+    named: dict[str, Any] = {"name": "learner", "corpus": "none", "out": "none", "text": {"none": 1.0}, "lanes": 8}
     recipe = Recipe.model_validate(named | {"stages": [STAGE | {"steps": 9, "mask_ratio": 0.5}]} | fields)
     learner = Learner(recipe, CONFIG, Team(0, 1, torch.device(device)))
     batch = make_batch(CONFIG, images=8, micro_batch=4, ragged=True)
