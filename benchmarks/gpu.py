@@ -20,7 +20,7 @@ Run from a folder of the sources with torch, transformers, safetensors, pillow, 
 DIR` installs those of a folder into a temporary one, for example from
 
     pip download --only-binary=:all: --no-deps -d DIR pyarrow obstore simplejpeg diffusers ftfy wcwidth regex \\
-        sentencepiece importlib_metadata zipp requests urllib3 certifi charset-normalizer \\
+        sentencepiece py3langid importlib_metadata zipp requests urllib3 certifi charset-normalizer \\
         boto3 botocore s3transfer jmespath python-dateutil six pytest iniconfig pluggy hypothesis sortedcontainers
 
 A part that lacks a module says which. `--device cpu --tiny` rehearses every part in minutes without a GPU.
