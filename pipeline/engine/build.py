@@ -18,7 +18,7 @@ from microdit.pipeline.corpus.records import Commit, UnitCommit
 from microdit.pipeline.engine.plan import Plan
 from microdit.pipeline.engine.retries import Retries
 from microdit.pipeline.engine.summary import BuildSummary, Work, summarize
-from microdit.pipeline.sources.committed import CommittedSource
+from microdit.pipeline.sources.committed import CommittedSource, unread_units
 from microdit.pipeline.sources.registry import source_of
 from microdit.pipeline.sources.source import Source
 from microdit.pipeline.stages.ingest import ingest_unit
@@ -91,14 +91,15 @@ def build(
 
 
 def _open_source(config: "BuildConfig", corpus: Corpus, name: str, reads: bool, say: Callable[[str], None]) -> Source:
-    """Open a source; if it is gone and nothing has to be read, what is committed of it stands for it.
+    """Open a source; if it is gone and nothing of it is left to read, what is committed of it stands for it.
 
     Args:
-        reads: units may have to be read.
+        reads: units that are not committed are to be read.
 
     Raises:
         RequestError: the source cannot be used, and is needed.
     """
+    source: Source | None = None
     try:
         source = source_of(config, name)
         source.stage()
@@ -106,10 +107,10 @@ def _open_source(config: "BuildConfig", corpus: Corpus, name: str, reads: bool, 
     except RequestError as error:
         if name not in corpus.sources() or not corpus.committed(UNITS, name):
             raise
-        if reads:
+        if reads and (left := unread_units(corpus, name, source)):
             raise RequestError(
-                f"{error}. What is committed of source {name} needs it no more: `--columns` with the columns to make, "
-                "without images, works on that alone"
+                f"{error}. {left:,} units of source {name} are not read yet. What is committed of it needs it no more: "
+                "`--columns` with the columns to make, without images, works on that alone"
             ) from error
         say(f"source {name} cannot be used ({error}); what is committed of it is")
         return CommittedSource(corpus, name, error)

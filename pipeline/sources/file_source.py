@@ -18,7 +18,7 @@ from microdit.pipeline.corpus.names import unit_name
 from microdit.pipeline.files.download import local_copy
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.files.wrong_files import what_it_is
-from microdit.pipeline.sources.known_files import kept_to, note
+from microdit.pipeline.sources.known_files import kept_to, newest, note
 from microdit.pipeline.sources.source import Fields, Input
 from microdit.pipeline.tables.joins.build import build
 from microdit.pipeline.tables.joins.lookup import Joined
@@ -144,7 +144,7 @@ class FileSource:
         """Keep to the files that the corpus knows of this source; with `grow`, new ones become new units.
 
         Raises:
-            RequestError: a file that was read is another one now; a limit, with which a source cannot grow.
+            RequestError: there is a limit, with which a source cannot grow.
         """
         if grow and self._file_options.limit is not None:
             raise RequestError(
@@ -153,6 +153,14 @@ class FileSource:
             )
         self._listing = kept_to(corpus, self.name, self._listing, grow, report)
         self.__dict__.pop("_shares", None)
+
+    def use_known_files(self, corpus: Corpus) -> bool:
+        """Use the files that the corpus knows of this source, without looking for them; False if it knows none."""
+        _, known = newest(corpus, self.name)
+        if known is not None:
+            self._listing = known.listing()
+            self.__dict__.pop("_shares", None)
+        return known is not None
 
     @contextmanager
     def running(self, corpus: Corpus, report: Callable[[str], None]) -> Iterator[None]:
@@ -174,7 +182,7 @@ class FileSource:
         seen: dict[str, str] = {}
         for number in list(self._shares)[:COMPARED]:
             file = self._listing.files[number]
-            if "://" in file.url:
+            if "://" in file.url or not file.url:
                 continue
             with closing(_generator(self.samples(Path(file.url), file, number))) as samples:
                 first = next((sample.key for sample in samples if sample.key), "")
@@ -185,6 +193,10 @@ class FileSource:
     def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:
         number = int(unit.rpartition("-")[2])
         file, share = self._listing.files[number], self._shares.get(number)
+        if not file.url:
+            raise UnreadableError(
+                f"{self.dataset}/{file.name}: this file of the source is gone; put it back, then --retry-failed"
+            )
         before = f"{self.dataset}/{file.name}/"
         keys = _Keys(number, self._numbered)
         with local_copy(file, self._scratch) as path, closing(_generator(self.samples(path, file, number))) as samples:
@@ -200,8 +212,9 @@ class FileSource:
                     detail = f"{sample.key!r} is there a second time in {file.name}"
                     yield Input(ordinal, key, None, *common, reason="duplicate_key", detail=detail)
                 else:
+                    sha256 = "" if sample.data is None else hashlib.sha256(sample.data).hexdigest()
                     data = sample.data if wanted(ordinal) else None
-                    yield Input(ordinal, key, data, *common, reason=sample.reason, detail=sample.detail)
+                    yield Input(ordinal, key, data, *common, sample.reason, sample.detail, sha256)
             if ordinal < 0 and (why := self.why_empty(path)):
                 raise UnreadableError(f"{self.dataset}/{file.name}: {what_it_is(path) or why}")
 

@@ -60,6 +60,8 @@ class Salvage:
         self._commits = [self._commit(number) for number in reversed(range(generation))]
         self.keys: list[str] | None = None
         """Of all rows, by the newest sidecar that is as its commit says; None if there is none."""
+        self.sha256: list[str | None] = []
+        """Of the bytes that came, by the same sidecar."""
         self._files: dict[str, BinaryIO] = {}
         self._lock = Lock()
         self._candidates: dict[int, list[Candidate]] = defaultdict(list)
@@ -139,6 +141,7 @@ class Salvage:
         lines = sidecar.to_pylist()
         if self.keys is None and checked:
             self.keys = [line["key"] for line in lines]
+            self.sha256 = [line.get("sha256") for line in lines]
         for line in lines:
             if line.get("status") == "ok" and line.get("size") is not None and line.get("width") is not None:
                 self._candidates[line["row"]].append(Candidate(tar, line, checked))

@@ -111,7 +111,7 @@ class Parquet(FileSource):
     @contextmanager
     def running(self, corpus: Corpus, report: Callable[[str], None]) -> Iterator[None]:
         """Refuse wrong columns before anything is read, by the first file that is on this machine."""
-        number = next((n for n in self._shares if "://" not in self._listing.files[n].url), None)
+        number = next((n for n in self._shares if (url := self._listing.files[n].url) and "://" not in url), None)
         if number is not None and number == next(iter(self._shares)):
             file = self._listing.files[number]
             self._check_columns(Path(file.url), file, number)
