@@ -16,9 +16,10 @@ from microdit.pipeline.config.sources import FileOptions
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import unit_name
 from microdit.pipeline.files.download import local_copy
+from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.files.wrong_files import what_it_is
-from microdit.pipeline.sources.known_files import kept_to, newest, note
+from microdit.pipeline.sources.known_files import declared_revisions, kept_to, newest, note
 from microdit.pipeline.sources.source import Fields, Input
 from microdit.pipeline.tables.joins.build import build
 from microdit.pipeline.tables.joins.lookup import Joined
@@ -69,6 +70,7 @@ class FileSource:
         self.terms: str = options.license or "no licence is stated: see the dataset's own terms"
         self._joined: list[Joined] | None = None
         self._numbered = False
+        self._revisions: dict[str, str] = {}
 
     # -- for adapters to implement ---------------------------------------------------------------------------------
 
@@ -97,7 +99,7 @@ class FileSource:
         return {}
 
     def tables(self) -> Sequence[JoinSpec]:
-        """Name the join tables to build; `samples` looks up in `self.table(i)`."""
+        """Name the join tables to build, listed by `list_table`; `samples` looks up in `self.table(i)`."""
         return ()
 
     @property
@@ -107,8 +109,16 @@ class FileSource:
 
     # -- for adapters to use ---------------------------------------------------------------------------------------
 
+    @cached_property
+    def specs(self) -> Sequence[JoinSpec]:
+        return self.tables()
+
+    def list_table(self, pattern: str, what: str) -> Listing:
+        """List the files of a join table; those of a hub repository at the revision that the corpus has of it."""
+        return list_files(pattern, what, self._revisions)
+
     def table(self, number: int) -> Joined:
-        """Return the built table of `tables()[number]`.
+        """Return the built table of `specs[number]`.
 
         Raises:
             RuntimeError: the source is read outside of its `running`.
@@ -128,7 +138,7 @@ class FileSource:
             "max_bytes": MAX_BYTES,
             **self.details(),
         }
-        if tables := self.tables():
+        if tables := self.specs:
             stage["tables"] = [
                 {"files": spec.listing.identity, "key": spec.key, "fields": dict(spec.fields)} for spec in tables
             ]
@@ -152,7 +162,9 @@ class FileSource:
                 "limit is shared out among its files; take the limit away, or build without --grow"
             )
         self._listing = kept_to(corpus, self.name, self._listing, grow, report)
-        self.__dict__.pop("_shares", None)
+        self._revisions = declared_revisions(corpus, self.name)
+        for name in ("_shares", "specs"):
+            self.__dict__.pop(name, None)
 
     def use_known_files(self, corpus: Corpus) -> bool:
         """Use the files that the corpus knows of this source, without looking for them; False if it knows none."""
@@ -165,7 +177,7 @@ class FileSource:
     @contextmanager
     def running(self, corpus: Corpus, report: Callable[[str], None]) -> Iterator[None]:
         note(corpus, self.name, self._listing)
-        if tables := self.tables():
+        if tables := self.specs:
             for spec in tables:
                 build(corpus, spec, self._scratch, report)
             self._joined = [Joined(corpus.store, spec) for spec in tables]

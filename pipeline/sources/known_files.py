@@ -100,6 +100,14 @@ def kept_to(corpus: Corpus, source: str, now: Listing, grow: bool, report: Calla
     return Listing(tuple(files), known.identity)
 
 
+def declared_revisions(corpus: Corpus, source: str) -> dict[str, str]:
+    """Return the revisions of the hub repositories whose tables a source's declaration names."""
+    if source not in corpus.sources():
+        return {}
+    tables = [table["files"] for table in corpus.source(source).made_by.get("tables", ())]
+    return {files["repo"]: files["revision"] for files in tables if {"repo", "revision"} <= files.keys()}
+
+
 def _changes(known: KnownFiles, by_name: Mapping[str, RemoteFile]) -> Iterator[tuple[int, str]]:
     """Yield the numbers of the files that were replaced, and how."""
     for number, (name, size, etag) in enumerate(zip(known.names, known.sizes, known.etags, strict=True)):

@@ -95,6 +95,7 @@ def declare(
         corpus.declare_source(source.name, {**source.stage(), "images": ingest_stage(config.images)})
     for stage in stages:
         if isinstance(stage, GivenCaptions) and stage.table is not None:
+            stage.keep_to_known_table(corpus)
             build(corpus, stage.table, scratch_folder(config.resources.scratch), say)
         for name, spec in stage.columns.items():
             corpus.declare_column(name, spec.stage, spec.scalars)

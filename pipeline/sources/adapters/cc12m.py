@@ -1,7 +1,6 @@
 """`cc12m`: CC12M's tars as pixparse/cc12m-wds has them, with LLaVA-NeXT's captions if they are asked for."""
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +39,15 @@ class Cc12m(FileSource):
         return {"caption": options.caption, "clean": options.clean, "require_caption": options.require_caption}
 
     def tables(self) -> Sequence[JoinSpec]:
-        return self._tables
-
-    @cached_property
-    def _tables(self) -> list[JoinSpec]:
         if self._options.llavanext is None:
             return []
-        listing = list_files(self._options.llavanext, f"sources.{self.name}.llavanext")
+        listing = self.list_table(self._options.llavanext, f"sources.{self.name}.llavanext")
         reader = "parquet" if listing.files[0].name.endswith(".parquet") else "jsonl"
         return [JoinSpec(listing, reader, "key", LLAVANEXT, what=f"sources.{self.name}.llavanext", first_counts=True)]
 
     def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[FileSample]:
         options = self._options
-        table = self.table(0) if self._tables else None
+        table = self.table(0) if self.specs else None
         read = members(path, lambda name: is_image(name) or stem(name)[1] == "txt", MAX_BYTES)
         for key, image, others in grouped(read):
             if image.reason is not None:

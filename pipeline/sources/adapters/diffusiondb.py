@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +49,10 @@ class Diffusiondb(FileSource):
         return self._options.model_dump(include={"subset", "image_nsfw", "prompt_nsfw"})
 
     def tables(self) -> Sequence[JoinSpec]:
-        return self._tables
-
-    @cached_property
-    def _tables(self) -> list[JoinSpec]:
         options = self._options
         if options.image_nsfw is None and options.prompt_nsfw is None:
             return []
-        listing = list_files(f"{self._root}/{METADATA[options.subset]}", f"sources.{self.name}.root")
+        listing = self.list_table(f"{self._root}/{METADATA[options.subset]}", f"sources.{self.name}.root")
         # by part, so that the rows of a zip lie side by side
         return [
             JoinSpec(
@@ -75,7 +70,7 @@ class Diffusiondb(FileSource):
         return self._options.root.rstrip("/")
 
     def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[FileSample]:
-        table = self.table(0) if self._tables else None
+        table = self.table(0) if self.specs else None
         part = int(stem(file.name)[0].rpartition("-")[2])
         prompts, fault = read_part(path)
         seen = set()

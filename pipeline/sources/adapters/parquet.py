@@ -1,9 +1,8 @@
 """`parquet`: Parquet files with images inside."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,10 @@ from microdit.pipeline.base.liveness import alive
 from microdit.pipeline.config.sources import ParquetSource
 from microdit.pipeline.content.text_bytes import NotTextError
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.files.find import list_files
-from microdit.pipeline.files.remote_file import Listing, RemoteFile
-from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
-from microdit.pipeline.sources.joined_fields import as_text, declared_later, fields_of, joined, plain, tables_of
-from microdit.pipeline.sources.members import fault_fields
-from microdit.pipeline.tables.joins.spec import JoinSpec
+from microdit.pipeline.files.remote_file import RemoteFile
+from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample
+from microdit.pipeline.sources.joined_fields import plain
+from microdit.pipeline.sources.mapped_source import MappedSource
 
 ROWS = 16  # read at once: each is an image of 0.1 to 4 MB
 BUFFER = 1 << 20  # bytes read ahead; else, or with pre_buffer, a row group is read as a whole, 1 GB and more
@@ -43,7 +40,7 @@ class _DamagedFile(Exception):
     """The file is damaged; the message is Arrow's."""
 
 
-class Parquet(FileSource):
+class Parquet(MappedSource):
     """The adapter `parquet`. Fields: those of the options, and those of the joined tables.
 
     A row without an image fails (`missing`), as does one with a value that is not of its type (`bad_value`). Where the
@@ -56,25 +53,6 @@ class Parquet(FileSource):
         super().__init__(name, options, scratch)
         self._options = options
         self.has_names = options.key is not None
-
-    def listing(self) -> Listing:
-        return list_files(self._options.files, f"sources.{self.name}.files")
-
-    def details(self) -> dict[str, Any]:
-        options = self._options
-        by = [join.by for join in options.joins]
-        return {
-            **declared_later(options.texts, options.joins),
-            **options.model_dump(include={"image", "caption", "fields", "key"}),
-            "joins": by,
-        }
-
-    def tables(self) -> Sequence[JoinSpec]:
-        return self._tables
-
-    @cached_property
-    def _tables(self) -> list[JoinSpec]:
-        return tables_of(self.name, self._options.joins, self._listing)
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
@@ -163,10 +141,8 @@ class Parquet(FileSource):
             return FileSample("", None, origin=origin, reason="bad_value", detail=f"its key is no text: {error}")
         key = "" if raw_key is None else str(raw_key)
         origin = key or origin
-        fields = fields_of(((name, values.get(f"fields.{name}")) for name in options.fields), faults)
-        fields |= joined(options.joins, self._tables, self.table, file, key, origin)
-        caption = as_text(values.get("caption"), faults, options.texts)
-        fields |= fault_fields(faults)
+        named = {name: values.get(f"fields.{name}") for name in options.fields}
+        caption, fields = self.caption_and_fields(values.get("caption"), named, file, key, origin, faults)
         cell = _cell(batch, columns.image, index)
         data = None if cell is None else cell.as_buffer()
         if data is None or not len(data):

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -52,14 +51,10 @@ class Sa1b(FileSource):
         return {"caption": self._options.caption, "require_caption": self._options.require_caption}
 
     def tables(self) -> Sequence[JoinSpec]:
-        return self._tables
-
-    @cached_property
-    def _tables(self) -> list[JoinSpec]:
         options = self._options
         if options.captions is None:
             return []
-        listing = list_files(options.captions, f"sources.{self.name}.captions")
+        listing = self.list_table(options.captions, f"sources.{self.name}.captions")
         name = listing.files[0].name
         if name.endswith((".tar.gz", ".tgz", ".tar")):
             return [JoinSpec(listing, "tar_txt", "", {"joined": "txt"}, "stem", f"sources.{self.name}.captions", True)]
@@ -86,7 +81,7 @@ class Sa1b(FileSource):
             yield
 
     def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[FileSample]:
-        table = self.table(0) if self._tables else None
+        table = self.table(0) if self.specs else None
         read = members(path, lambda name: is_image(name) or stem(name)[1] == "txt", MAX_BYTES)
         for key, image, others in grouped(read):
             if image.reason is not None:

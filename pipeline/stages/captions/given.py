@@ -45,6 +45,10 @@ class GivenCaptions:
     def __init__(self, name: str, options: CaptionsColumn, table: JoinSpec | None = None):
         self.name, self._options, self.table = name, options, table
         self._joined: Joined | None = None
+        self.columns = {name: ColumnSpec(self._made_by(), SCALARS, (IMAGES,))}
+
+    def _made_by(self) -> dict[str, Any]:
+        options, table = self._options, self.table
         stage: dict[str, Any] = {"stage": "captions", "version": 2, "from": "source"}
         if options.field is not None:
             stage |= {"from": "field", "field": options.field, "fallback": options.fallback}
@@ -55,7 +59,21 @@ class GivenCaptions:
             stage |= {"clean": options.clean}
         if options.kind is not None:
             stage |= {"kind": options.kind}
-        self.columns = {name: ColumnSpec(stage, SCALARS, (IMAGES,))}
+        return stage
+
+    def keep_to_known_table(self, corpus: Corpus) -> None:
+        """Take the table from the revision of its hub repository that the column was declared with.
+
+        Raises:
+            RequestError: the hub does not have it any more.
+        """
+        if self.table is None or self.name not in corpus.columns():
+            return
+        declared, now = corpus.column(self.name).made_by.get("table"), self.table.listing.identity
+        if isinstance(declared, dict) and "repo" in declared and declared["repo"] == now.get("repo"):
+            revisions = {declared["repo"]: declared["revision"]}
+            self.table = join_spec(self.name, self._options, str(self._options.join), revisions)
+            self.columns = {self.name: ColumnSpec(self._made_by(), SCALARS, (IMAGES,))}
 
     def load(self) -> None:
         pass
@@ -119,14 +137,19 @@ def field_text(fields: str | None, name: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def join_spec(column: str, options: CaptionsColumn, pattern: str) -> JoinSpec:
+def join_spec(
+    column: str, options: CaptionsColumn, pattern: str, revisions: Mapping[str, str] | None = None
+) -> JoinSpec:
     """The table behind `pattern`, and how the captions of a column are found in it.
+
+    Args:
+        revisions: as `list_files` has it.
 
     Raises:
         RequestError: there is no such file, or it is no table.
     """
     where = f"columns.{column}.join"
-    listing = list_files(pattern, where)
+    listing = list_files(pattern, where, revisions)
     reader = READERS.get(Path(listing.files[0].name).suffix)
     if reader is None:
         known = ", ".join(READERS)
