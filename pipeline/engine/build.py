@@ -12,15 +12,17 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.progress import Progress, Snapshot
 from microdit.pipeline.base.signals import Stopped, stop_signals
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import IMAGES, UNITS
+from microdit.pipeline.corpus.names import IMAGES, UNITS, ShardId
 from microdit.pipeline.corpus.presence import presence
 from microdit.pipeline.corpus.records import Commit, UnitCommit
 from microdit.pipeline.engine.plan import Plan
 from microdit.pipeline.engine.retries import Retries
 from microdit.pipeline.engine.summary import BuildSummary, Work, summarize
+from microdit.pipeline.files.download import scratch_folder
 from microdit.pipeline.sources.committed import CommittedSource, unread_units
 from microdit.pipeline.sources.registry import source_of
 from microdit.pipeline.sources.source import Source
+from microdit.pipeline.stages.captions.correct import correct
 from microdit.pipeline.stages.ingest import ingest_unit
 from microdit.pipeline.stages.registry import declare, stages_of
 from microdit.pipeline.stages.stage import Stage, UnitTask
@@ -72,22 +74,27 @@ def build(
     def ingest(corpus: Corpus, source: Source, task: UnitTask, report: Callable[[Commit], None]) -> UnitCommit:
         return ingest_unit(corpus, source, task, config, report)
 
-    return carry_out(
-        corpus,
-        sources,
-        stages,
-        ingest,
-        columns,
-        retry_failed=retry_failed,
-        repair=repair,
-        max_attempts=max_attempts,
-        max_failures=config.max_failures,
-        resources=config.resources.model_dump(
-            include={"cpus", "gpus", "cpus_per_task", "cpus_per_actor", "gpus_per_actor"}
-        ),
-        stall_timeout=config.resources.stall_timeout,
-        progress=progress,
-    )
+    readers, redo = correct(corpus, sources, stages, columns, scratch_folder(config.resources.scratch))
+    with ExitStack() as stack:
+        for source in readers:
+            stack.enter_context(source.running(corpus, say))
+        return carry_out(
+            corpus,
+            sources,
+            stages,
+            ingest,
+            columns,
+            retry_failed=retry_failed,
+            repair=repair,
+            redo=redo,
+            max_attempts=max_attempts,
+            max_failures=config.max_failures,
+            resources=config.resources.model_dump(
+                include={"cpus", "gpus", "cpus_per_task", "cpus_per_actor", "gpus_per_actor"}
+            ),
+            stall_timeout=config.resources.stall_timeout,
+            progress=progress,
+        )
 
 
 def _open_source(config: "BuildConfig", corpus: Corpus, name: str, reads: bool, say: Callable[[str], None]) -> Source:
@@ -125,13 +132,18 @@ def carry_out(
     *,
     retry_failed: bool = False,
     repair: bool = False,
+    redo: Mapping[str, Collection[ShardId]] | None = None,
     max_attempts: int = 3,
     max_failures: float = 1.0,
     resources: Mapping[str, float] | None = None,
     stall_timeout: float = 600.0,
     progress: Progress | None = None,
 ) -> BuildSummary:
-    """Build with any sources and stages whose columns are declared; arguments and errors are those of `build`."""
+    """Build with any sources and stages whose columns are declared; arguments and errors are those of `build`.
+
+    Args:
+        redo: shards to make again though they are committed, by column, beside those of a repair.
+    """
     began = time.monotonic()
     names = [source.name for source in sources]
     work: dict[str, Work] = {}
@@ -140,8 +152,10 @@ def carry_out(
         if progress is not None:
             progress(Snapshot(time.monotonic() - began, [], [text]))
 
-    redo = _damage(corpus, note) if repair else {}
-    plan = Plan(corpus, {source.name: source.units() for source in sources}, stages, columns, retry_failed, redo)
+    again = {column: set(shards) for column, shards in (redo or {}).items()}
+    for column, shards in (_damage(corpus, note) if repair else {}).items():
+        again.setdefault(column, set()).update(shards)
+    plan = Plan(corpus, {source.name: source.units() for source in sources}, stages, columns, retry_failed, again)
     if not plan.empty():
         read = {unit.source for unit in plan.units}
         with ExitStack() as stack:

@@ -7,6 +7,7 @@ from typing import Any
 from microdit.pipeline.base.errors import RequestError, UnreadableError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import UNITS
+from microdit.pipeline.corpus.redeclare import latest_declaration
 from microdit.pipeline.sources.file_source import FileSource
 from microdit.pipeline.sources.source import Input, Source
 
@@ -21,7 +22,8 @@ class CommittedSource:
     def __init__(self, corpus: Corpus, name: str, error: RequestError):
         self.name, self._error = name, error
         self.terms = "only what is committed is used"
-        self._made_by = corpus.source(name).made_by
+        _, declaration = latest_declaration(corpus, name)
+        self._made_by = declaration.made_by
         self._units = sorted(unit for _, unit in corpus.committed(UNITS, name))
 
     def stage(self) -> dict[str, Any]:

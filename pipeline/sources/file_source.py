@@ -61,6 +61,8 @@ class FileSource:
     adapter: ClassVar[str]
     version: ClassVar[int] = 1
     """Raise it when the same files give other samples."""
+    text_options: ClassVar[frozenset[str]] = frozenset()
+    """The keys of `stage()` that say where texts come from, and change no picture: they can be corrected."""
     has_names: bool = False
     """The samples' keys are names of the dataset, which may begin again in each file."""
 

@@ -13,6 +13,7 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import UNITS, unit_name
 from microdit.pipeline.corpus.records import Record
+from microdit.pipeline.corpus.redeclare import is_unused_source, latest_declaration
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 
 RECORD = re.compile(r"units/([^/]+)\.(\d+)\.json")
@@ -77,7 +78,7 @@ def kept_to(corpus: Corpus, source: str, now: Listing, grow: bool, report: Calla
     unit was not; what is committed of it stays.
     """
     _, known = newest(corpus, source)
-    if known is None:
+    if known is None or is_unused_source(corpus, source):
         return now
     by_name = {file.name: file for file in now.files}
     files = [by_name.get(old.name) or old for old in known.listing().files]
@@ -104,7 +105,8 @@ def declared_revisions(corpus: Corpus, source: str) -> dict[str, str]:
     """Return the revisions of the hub repositories whose tables a source's declaration names."""
     if source not in corpus.sources():
         return {}
-    tables = [table["files"] for table in corpus.source(source).made_by.get("tables", ())]
+    _, declaration = latest_declaration(corpus, source)
+    tables = [table["files"] for table in declaration.made_by.get("tables", ())]
     return {files["repo"]: files["revision"] for files in tables if {"repo", "revision"} <= files.keys()}
 
 

@@ -16,6 +16,8 @@ from microdit.pipeline.tables.joins.spec import JoinSpec
 class MappedSource(FileSource):
     """Base of `webdataset` and `parquet`. Fields: those of the options, and those of the joined tables."""
 
+    text_options = frozenset({"caption", "fields", "texts", "joins", "tables", "rows_of"})
+
     def __init__(self, name: str, options: MappedOptions, scratch: Path):
         super().__init__(name, options, scratch)
         self._mapped = options

@@ -24,6 +24,7 @@ from microdit.pipeline.corpus.attempt import Attempt, begin_attempt, commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, UNITS, commit_name, shard_name
 from microdit.pipeline.corpus.records import UNREPAIRED, Commit, ShardRef, UnitCommit
+from microdit.pipeline.corpus.redeclare import DECLARATION, latest_declaration
 from microdit.pipeline.sources.source import Input, Source
 from microdit.pipeline.stages.isolated_decode import IsolatedDecoder
 from microdit.pipeline.stages.salvage import GONE, Salvage, SavedRow
@@ -66,12 +67,19 @@ class UnitShards:
         self._committed: dict[str, bool] = {}
         self._salvages: dict[str, Salvage] = {}
         self._lock = Lock()  # inputs are asked for ahead, by another thread
+        self._declaration, _ = latest_declaration(corpus, source)
 
     def shard_of(self, ordinal: int) -> str:
         return shard_name(self._unit, ordinal // self._corpus.shard_samples)
 
     def generation(self, shard: str) -> int:
         return self._redo.get(shard, 0)
+
+    def timings(self, shard: str) -> dict[str, int]:
+        """Say in a commit which declaration its texts are of: in a repair that of the rows that are carried over."""
+        salvage = self.salvage(shard)
+        number = self._declaration if salvage is None else salvage.declaration
+        return {DECLARATION: number} if number else {}
 
     def committed(self, shard: str) -> bool:
         """Look for the shard's commit, when its turn comes: another build may have written it meanwhile."""
@@ -170,7 +178,7 @@ def ingest_unit(
                     inputs += len(attempt.rows)
                     if gained := writer.check():
                         timings = {"wait_seconds": began - since, "cpu_seconds": time.process_time() - worked}
-                        commit = attempt.commit(**timings, **writer.timings())
+                        commit = attempt.commit(**timings, **writer.timings(), **unit_shards.timings(shard))
                 if not gained:
                     kept.append(shard)
                 elif report is not None and commit.ours:

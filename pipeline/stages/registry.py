@@ -1,6 +1,6 @@
 """Make the stages that a config asks for, and declare their columns."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.build import BuildConfig
@@ -9,6 +9,7 @@ from microdit.pipeline.config.encoders import LatentsColumn, TextColumn
 from microdit.pipeline.config.sources import OpenmojiSource
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
+from microdit.pipeline.corpus.redeclare import declare_column, declare_source
 from microdit.pipeline.files.download import scratch_folder
 from microdit.pipeline.sources.file_source import FileSource
 from microdit.pipeline.sources.openmoji.source import Openmoji
@@ -90,12 +91,15 @@ def declare(
     """
     corpus.declare_column(IMAGES, {"stage": "ingest", "version": 1}, SCALARS)
     for source in sources:
+        correctable: Collection[str] = ()
         if isinstance(source, FileSource):
             source.keep_to_known_files(corpus, grow, say)
-        corpus.declare_source(source.name, {**source.stage(), "images": ingest_stage(config.images)})
+            correctable = source.text_options
+        made_by = {**source.stage(), "images": ingest_stage(config.images)}
+        declare_source(corpus, source.name, made_by, correctable, say)
     for stage in stages:
         if isinstance(stage, GivenCaptions) and stage.table is not None:
             stage.keep_to_known_table(corpus)
             build(corpus, stage.table, scratch_folder(config.resources.scratch), say)
         for name, spec in stage.columns.items():
-            corpus.declare_column(name, spec.stage, spec.scalars)
+            declare_column(corpus, name, spec.stage, spec.scalars, say)

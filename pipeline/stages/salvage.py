@@ -19,6 +19,7 @@ from microdit.pipeline.content.images import MEMBER_FORMATS, BadImage, prepare
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, OBJECT, ShardId
 from microdit.pipeline.corpus.records import UNREPAIRED, Commit, ObjectRef
+from microdit.pipeline.corpus.redeclare import DECLARATION
 from microdit.pipeline.corpus.shard_files import SIDECAR, open_table
 
 BLOCK = 1 << 20
@@ -80,6 +81,12 @@ class Salvage:
     def exact(self) -> frozenset[int]:
         """The rows that need not be fetched."""
         return frozenset(row for row in sorted(self._candidates) if (saved := self.saved(row)) and saved.exact)
+
+    @property
+    def declaration(self) -> int:
+        """The number of the declaration that the texts of the newest commit are of."""
+        timings = next((commit.timings for commit in self._commits if commit is not None), {})
+        return int(timings.get(DECLARATION, 0))
 
     def had(self, row: int) -> bool:
         """Return True if an attempt had this row."""

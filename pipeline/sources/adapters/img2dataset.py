@@ -34,6 +34,7 @@ class Img2dataset(FileSource):
     """
 
     adapter = "img2dataset"
+    text_options = frozenset({"caption"})
     has_names = True
 
     def __init__(self, name: str, options: Img2datasetSource, scratch: Path):

@@ -76,8 +76,8 @@ class Webdataset(MappedSource):
         known = " or ".join(self._images or IMAGES)
         return (
             f"none of its members has a known extension; it has {found}, expected {known}. "
-            f"Name those of the images and of the texts, for example image: [{example}], caption: cap, "
-            "in a source of a new name: this one is declared"
+            f"Name those of the images and of the texts, for example image: [{example}], caption: cap; "
+            "if units of this source are committed already, in a source of a new name"
         )
 
     def _without_image(self, group: Neighbours, apart: bool) -> FileSample:

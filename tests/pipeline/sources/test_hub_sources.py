@@ -6,9 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
-from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.build import BuildConfig
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
@@ -105,10 +103,10 @@ def test_a_file_that_was_replaced_or_removed_stays_as_it_was_read(hub: Hub, tmp_
     assert build(tmp_path) == (right, [])
 
 
-def test_a_table_of_another_repository_is_another_source(hub: Hub, tmp_path: Path) -> None:
+def test_another_table_is_a_correction(hub: Hub, tmp_path: Path) -> None:
     hub.add(REPO, {"2.tar": tar(2), "table.parquet": table("2")}, kind="datasets")
     hub.add("an/other", {"table.parquet": table("2", what="other")}, kind="datasets")
-    build(tmp_path)
+    right, _ = build(tmp_path)
     join = {"file": "hf://datasets/an/other/table.parquet", "key": "key", "fields": {"long": "long"}, "rows_of": "all"}
-    with pytest.raises(RequestError, match=r"source 'own' .*an/other"):
-        build(tmp_path, joins=[join])
+    rows, [note] = build(tmp_path, joins=[join])
+    assert rows == right and "an/other" in note and "its captions are read again" in note

@@ -1,0 +1,110 @@
+"""Declare a source or a column again: one of which nothing is committed, or a source whose texts come from elsewhere.
+
+docs/corpus.md, section 5, is the contract.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.corpus.corpus import Corpus, MadeOtherwiseError, differences
+from microdit.pipeline.corpus.names import IMAGES, PROBES, SOURCE, UNITS
+from microdit.pipeline.corpus.presence import is_living
+from microdit.pipeline.corpus.records import Declaration
+
+CORRECTION = re.compile(rf"units/({SOURCE.pattern})\.declaration\.([1-9][0-9]*)\.json")
+DECLARATION = "declaration"
+"""The number, in the timings of a commit, of the correction whose texts it has; absent for the declaration itself."""
+
+
+def latest_declaration(corpus: Corpus, source: str) -> tuple[int, Declaration]:
+    """Return the number and the content of a source's newest declaration: 0, or that of the newest correction.
+
+    Raises:
+        FileNotFoundError: the source is not declared.
+    """
+    matches = [CORRECTION.fullmatch(name) for name in corpus.store.names("units")]
+    number = max((int(match[2]) for match in matches if match and match[1] == source), default=0)
+    if number == 0:
+        return 0, corpus.source(source)
+    return number, Declaration.parse(corpus.store.get(f"units/{source}.declaration.{number}.json"))
+
+
+def declare_source(
+    corpus: Corpus, source: str, made_by: Mapping[str, Any], correctable: Collection[str], say: Callable[[str], None]
+) -> None:
+    """Declare a source, or correct its declaration.
+
+    Args:
+        correctable: the keys of `made_by` that say where texts come from, and change no picture.
+
+    Raises:
+        RequestError: it was declared with other options, and something of it is committed.
+    """
+    if source not in corpus.sources():
+        corpus.declare_source(source, made_by)
+        return
+    number, declared = latest_declaration(corpus, source)
+    wanted = Declaration.parse(Declaration(name=source, kind="source", stage=dict(made_by)).to_bytes())
+    old, new = declared.made_by, wanted.made_by
+    changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+    if not changed:
+        return
+    changes = "; ".join(differences(old, new))
+    if is_unused_source(corpus, source):
+        _remove(corpus, [f"sources/{source}.json"], f"units/{source}.", f"failures/{UNITS}/{source}")
+        corpus.forget(f"sources/{source}.json")
+        corpus.declare_source(source, made_by)
+        say(f"source {source}: nothing of it is committed, and it is declared again: {changes}")
+    elif changed <= set(correctable):
+        try:
+            corpus.store.create(f"units/{source}.declaration.{number + 1}.json", wanted.to_bytes())
+        except FileExistsError:
+            raise RequestError(
+                f"source {source}: another build has corrected it in this moment; run the command again"
+            ) from None
+        say(f"source {source}: {changes}; its pictures stay, its captions are read again")
+    else:
+        fixed = sorted(changed - set(correctable))
+        lines = differences({key: old.get(key) for key in fixed}, {key: new.get(key) for key in fixed})
+        raise MadeOtherwiseError("source", source, corpus.url, "; ".join(lines))
+
+
+def declare_column(
+    corpus: Corpus, column: str, made_by: Mapping[str, Any], scalars: Mapping[str, str], say: Callable[[str], None]
+) -> None:
+    """Declare a column; one of which nothing is committed may have been declared with other options.
+
+    Raises:
+        RequestError: it was, and something of it is committed.
+    """
+    try:
+        corpus.declare_column(column, made_by, scalars)
+    except MadeOtherwiseError as error:
+        if corpus.committed(column) or _is_built(corpus):
+            raise
+        _remove(corpus, [f"columns/{column}.json"])
+        corpus.store.delete([name for name in corpus.store.names("failures") if _is_failure_of(name, column)])
+        corpus.forget(f"columns/{column}.json")
+        corpus.declare_column(column, made_by, scalars)
+        say(f"column {column}: nothing of it is committed, and it is declared again: {error.changes}")
+
+
+def is_unused_source(corpus: Corpus, source: str) -> bool:
+    """Return True if nothing of a source is committed, and no other build works on the corpus."""
+    return not any(corpus.committed(column, source) for column in (UNITS, IMAGES)) and not _is_built(corpus)
+
+
+def _is_built(corpus: Corpus) -> bool:
+    return any(is_living(corpus, probe) for probe in corpus.store.list(PROBES))
+
+
+def _is_failure_of(name: str, column: str) -> bool:
+    return name.startswith(f"failures/{column}/") and name.count("/") == column.count("/") + 3
+
+
+def _remove(corpus: Corpus, names: Collection[str], *prefixes: str) -> None:
+    folders = {prefix.partition("/")[0] for prefix in prefixes}
+    found = [name for folder in folders for name in corpus.store.names(folder) if name.startswith(prefixes)]
+    corpus.store.delete([*names, *found])
