@@ -14,7 +14,7 @@ from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample
 from microdit.pipeline.sources.joined_fields import nested_value
 from microdit.pipeline.sources.mapped_source import MappedSource
 from microdit.pipeline.sources.members import IMAGES, failed, text_of
-from microdit.pipeline.sources.neighbours import Neighbours, TarSample, neighbours, rank
+from microdit.pipeline.sources.neighbours import NOT_TAKEN, Neighbours, TarSample, neighbours, rank
 
 TEXTS = ("txt", "json")
 NOT_SIDE_BY_SIDE = "not_side_by_side"
@@ -58,7 +58,7 @@ class Webdataset(MappedSource):
                 for other in sample.others:
                     key = other.name.rpartition("/")[2] if self._options.keys == "member" else ""
                     detail = f"of this sample {sample.image.name} is taken; `image` names the extensions to take"
-                    yield FileSample(key, None, origin=other.name, reason="not_taken", detail=detail)
+                    yield FileSample(key, None, origin=other.name, reason=NOT_TAKEN, detail=detail)
 
     def why_empty(self, path: Path) -> str:
         extensions = Counter[str]()
