@@ -12,7 +12,7 @@ from microdit.pipeline.files.archives import members, stem
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
-from microdit.pipeline.sources.members import failed, is_image, one_line
+from microdit.pipeline.sources.members import NOT_TEXT, failed, is_image, one_line
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
 LICENSE = "CC0-1.0"
@@ -82,7 +82,8 @@ class Diffusiondb(FileSource):
                 yield failed(member, key)
                 continue
             entry = prompts.get(name, {})
-            prompt = one_line(entry.get("p"))
+            faults = dict[str, str]()
+            prompt = one_line(entry.get("p"), "prompt", faults)
             row = None if table is None else table.get(f"{part}/{name}")
             scores = {score: (row or {}).get(score) for score in ("image_nsfw", "prompt_nsfw")}
             fields = {
@@ -91,7 +92,10 @@ class Diffusiondb(FileSource):
             }
             reason, detail = self._refused(row, scores) if table is not None else (None, "")
             if reason is None and not prompt:
-                reason, detail = "no_caption", fault or "its prompt is empty, or not in the part's json"
+                reason, detail = (
+                    NOT_TEXT if faults else "no_caption",
+                    faults.get("prompt") or fault or "its prompt is empty, or not in the part's json",
+                )
             data = member.data if reason is None else None
             yield FileSample(key, data, prompt, member.name, fields, reason, detail)
         for name in sorted(prompts.keys() - seen):

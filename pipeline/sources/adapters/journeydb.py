@@ -92,7 +92,7 @@ class Journeydb(FileSource):
                 yield failed(member, key if member.name else "")
                 continue
             row = table.get(key) or {}
-            prompt, task2 = one_line(row.get("prompt")), one_line(row.get("task2"))
+            prompt, task2 = one_line(row.get("prompt")), one_line(row.get("task2"))  # the table's texts are checked
             caption, why = self._caption(prompt, task2)
             fields = {name: text for name, text in (("prompt", prompt), ("task2", task2), ("split", split)) if text}
             if not row:

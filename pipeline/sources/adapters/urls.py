@@ -17,6 +17,7 @@ from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import unit_name
 from microdit.pipeline.sources.list_format import MAX_LINE, PLAIN, SAMPLE, ListFormat, find_format
+from microdit.pipeline.sources.members import fault_fields, one_line
 from microdit.pipeline.sources.source import Input
 from microdit.pipeline.sources.url_fetcher import fetch_all
 
@@ -167,7 +168,9 @@ class Urls:
                 yield item
             else:
                 moved = self.base is None and fetched.url not in ("", item.origin)
-                fields = {"final_url": fetched.url} if moved else {}  # placeholders share it: "photo removed"
+                fields = dict(item.fields)
+                if moved:
+                    fields["final_url"] = fetched.url  # placeholders share it: "photo removed"
                 yield replace(item, data=fetched.data, reason=fetched.reason, detail=fetched.detail, fields=fields)
 
     def _requests(self, unit: str, wanted: Callable[[int], bool]) -> Iterator[tuple[Input, str | None]]:
@@ -183,7 +186,9 @@ class Urls:
             except ValueError as error:
                 yield Input(ordinal, key, None, reason="unreadable_list_line", detail=str(error)), None
                 continue
-            item = Input(ordinal, key, None, origin, caption, self._license)
+            faults: dict[str, str] = {}
+            caption = one_line(caption, "caption", faults)
+            item = Input(ordinal, key, None, origin, caption, self._license, fault_fields(faults))
             yield item, url if wanted(ordinal) else None
 
     def _lines(self, number: int) -> Iterator[bytes]:
