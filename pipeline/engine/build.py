@@ -68,7 +68,7 @@ def build(
 
     reads = columns is None or IMAGES in columns
     sources = [_open_source(config, corpus, name, reads, say) for name in config.sources]
-    stages = stages_of(config)
+    stages = stages_of(config, corpus)
     declare(corpus, config, sources, stages, say, grow)
 
     def ingest(corpus: Corpus, source: Source, task: UnitTask, report: Callable[[Commit], None]) -> UnitCommit:

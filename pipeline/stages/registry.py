@@ -15,7 +15,7 @@ from microdit.pipeline.sources.file_source import FileSource
 from microdit.pipeline.sources.openmoji.source import Openmoji
 from microdit.pipeline.sources.source import Source
 from microdit.pipeline.stages.captions.endpoint import Endpoint
-from microdit.pipeline.stages.captions.given import GivenCaptions, join_spec
+from microdit.pipeline.stages.captions.given import GivenCaptions, join_spec, known_join_spec
 from microdit.pipeline.stages.captions.tags import Tags
 from microdit.pipeline.stages.captions.vision_language import Vlm
 from microdit.pipeline.stages.ingest import SCALARS, ingest_stage
@@ -26,8 +26,11 @@ from microdit.pipeline.stages.text import Text
 from microdit.pipeline.tables.joins.build import build
 
 
-def stages_of(config: BuildConfig) -> list[Stage]:
+def stages_of(config: BuildConfig, corpus: Corpus | None = None) -> list[Stage]:
     """The stages that make the columns of a config; one for all latents, which share the images' decode.
+
+    Args:
+        corpus: where a captions table is taken from if its file is gone.
 
     Raises:
         RequestError: a join table or a model that is not there.
@@ -35,7 +38,7 @@ def stages_of(config: BuildConfig) -> list[Stage]:
     stages: list[Stage] = []
     for name, options in config.columns.items():
         if isinstance(options, CaptionsColumn):
-            stages += _caption_stages(name, options, config)
+            stages += _caption_stages(name, options, config, corpus)
         elif isinstance(options, TextColumn):
             stages.append(Text(name, options, config.resources.text_batch))
     stages += score_stages(config)
@@ -45,7 +48,7 @@ def stages_of(config: BuildConfig) -> list[Stage]:
     return stages
 
 
-def _caption_stages(name: str, options: CaptionsColumn, config: BuildConfig) -> Iterator[Stage]:
+def _caption_stages(name: str, options: CaptionsColumn, config: BuildConfig, corpus: Corpus | None) -> Iterator[Stage]:
     """The stage of a captions column; columns of one vision-language model share one, which comes with the first."""
     max_pixels, resources = config.images.max_pixels, config.resources
     if options.vlm is not None:
@@ -59,7 +62,14 @@ def _caption_stages(name: str, options: CaptionsColumn, config: BuildConfig) -> 
         yield Tags(name, options, max_pixels, resources.decode_threads)
     elif options.join is not None:
         pattern = _openmoji_table(name, config) if options.join == "openmoji" else str(options.join)
-        yield GivenCaptions(name, options, join_spec(name, options, pattern))
+        try:
+            spec = join_spec(name, options, pattern)
+        except RequestError:
+            known = None if corpus is None else known_join_spec(corpus, name, options, pattern)
+            if known is None:
+                raise
+            spec = known
+        yield GivenCaptions(name, options, spec)
     else:
         yield GivenCaptions(name, options)
 

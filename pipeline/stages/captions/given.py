@@ -19,7 +19,7 @@ from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.corpus.redeclare import DECLARATION
 from microdit.pipeline.corpus.rows import Row, latest, read_lines
 from microdit.pipeline.files.find import list_files
-from microdit.pipeline.files.remote_file import Listing
+from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.stages.captions.asking import SCALARS, caption_output
 from microdit.pipeline.stages.captions.correction import Correction, is_outdated
 from microdit.pipeline.stages.row_stage import compute_rows
@@ -170,14 +170,27 @@ def join_spec(
     Raises:
         RequestError: there is no such file, or it is no table.
     """
+    listing = list_files(pattern, f"columns.{column}.join", revisions)
+    return _spec_of(column, options, pattern, by_content(listing))
+
+
+def known_join_spec(corpus: Corpus, column: str, options: CaptionsColumn, pattern: str) -> JoinSpec | None:
+    """The table that a declared column has in the corpus, sorted, though its file may be gone; None if it has none."""
+    identity = corpus.column(column).made_by.get("table") if column in corpus.columns() else None
+    if not isinstance(identity, dict) or "sha256" not in identity:
+        return None
+    spec = _spec_of(column, options, pattern, Listing((RemoteFile(pattern, ""),), identity))
+    return spec if corpus.store.exists(f"{spec.base}.json") else None
+
+
+def _spec_of(column: str, options: CaptionsColumn, pattern: str, listing: Listing) -> JoinSpec:
     where = f"columns.{column}.join"
-    listing = list_files(pattern, where, revisions)
     reader = READERS.get(Path(listing.files[0].name).suffix)
     if reader is None:
         known = ", ".join(READERS)
         raise RequestError(f"{where} = {pattern!r}: {listing.files[0].name} is no table; expected one of {known}")
     key = options.key or {"key": "key", "origin": "url"}[options.by]
-    return JoinSpec(by_content(listing), reader, key, {"caption": options.column}, what=where)
+    return JoinSpec(listing, reader, key, {"caption": options.column}, what=where)
 
 
 def by_content(listing: Listing) -> Listing:

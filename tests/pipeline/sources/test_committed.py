@@ -8,13 +8,16 @@ import pytest
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.build import BuildConfig
+from microdit.pipeline.config.captions import CaptionsColumn
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.engine.build import build
 from microdit.pipeline.sources.registry import sources_of
+from microdit.pipeline.stages.captions.given import GivenCaptions
 from microdit.pipeline.stages.ingest import ingest_unit
-from microdit.pipeline.stages.registry import declare
+from microdit.pipeline.stages.registry import declare, stages_of
 from microdit.pipeline.stages.stage import UnitTask
+from microdit.pipeline.tables.joins.lookup import Joined
 from tests.pipeline.helpers.archives import made_tar
 
 
@@ -68,3 +71,18 @@ def test_a_source_that_is_gone_is_needed_for_units_that_are_not_read(
     ):
         build(config)
     assert not build(config, []).worked  # as the message says
+
+
+def test_a_captions_table_may_be_gone_once_the_corpus_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _ingested(tmp_path, monkeypatch, "webdataset", units=2)
+    (tmp_path / "captions.jsonl").write_text('{"url": "gone/one.tar/a.jpg", "caption": "told"}\n')
+    columns: dict[str, Any] = {"captions/told": {"join": "captions.jsonl"}}
+    config = BuildConfig.model_validate(config.model_dump(mode="json") | {"columns": columns})
+    with pytest.raises(RequestError, match="no file matches"):
+        build(config.model_copy(update={"columns": {"captions/told": CaptionsColumn(join="other.jsonl")}}), [])
+    build(config, [])
+    (tmp_path / "captions.jsonl").unlink()
+    assert not build(config, []).worked
+    [stage] = stages_of(config, Corpus.open(config.corpus))
+    assert isinstance(stage, GivenCaptions) and stage.table is not None
+    assert Joined(Corpus.open(config.corpus).store, stage.table).get("gone/one.tar/a.jpg") == {"caption": "told"}
