@@ -14,6 +14,7 @@ from microdit.pipeline.corpus.presence import is_living
 from microdit.pipeline.corpus.records import Declaration
 
 CORRECTION = re.compile(rf"units/({SOURCE.pattern})\.declaration\.([1-9][0-9]*)\.json")
+HASHED = re.compile(r"^((?:tables\.\d+\.)?(?:files|list))(?:\.(?:files|sha256))?: the corpus has ['\[].*")
 DECLARATION = "declaration"
 """The number, in the timings of a commit, of the correction whose texts it has; absent for the declaration itself."""
 
@@ -51,7 +52,7 @@ def declare_source(
     changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
     if not changed:
         return
-    changes = "; ".join(differences(old, new))
+    changes = _in_words(old, new, changed)
     if is_unused_source(corpus, source):
         _remove(corpus, [f"sources/{source}.json"], f"units/{source}.", f"failures/{UNITS}/{source}")
         corpus.forget(f"sources/{source}.json")
@@ -66,9 +67,7 @@ def declare_source(
             ) from None
         say(f"source {source}: {changes}; its pictures stay, its captions are read again")
     else:
-        fixed = sorted(changed - set(correctable))
-        lines = differences({key: old.get(key) for key in fixed}, {key: new.get(key) for key in fixed})
-        raise MadeOtherwiseError("source", source, corpus.url, "; ".join(lines))
+        raise MadeOtherwiseError("source", source, corpus.url, _in_words(old, new, changed - set(correctable)))
 
 
 def declare_column(
@@ -89,6 +88,19 @@ def declare_column(
         corpus.forget(f"columns/{column}.json")
         corpus.declare_column(column, made_by, scalars)
         say(f"column {column}: nothing of it is committed, and it is declared again: {error.changes}")
+
+
+def _in_words(old: Mapping[str, Any], new: Mapping[str, Any], keys: Collection[str]) -> str:
+    """Say how some options differ; of files, which are known by a hash, that they do."""
+    lines = differences({key: _unfold(old.get(key)) for key in keys}, {key: _unfold(new.get(key)) for key in keys})
+    return "; ".join(HASHED.sub(r"\1: others, by name, size or version, than the corpus has", line) for line in lines)
+
+
+def _unfold(value: Any) -> Any:
+    """Number the parts of a list of options, so that they are compared one by one."""
+    if isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        return {str(number): part for number, part in enumerate(value)}
+    return value
 
 
 def is_unused_source(corpus: Corpus, source: str) -> bool:

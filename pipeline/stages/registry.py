@@ -11,6 +11,7 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.redeclare import declare_column, declare_source
 from microdit.pipeline.files.download import scratch_folder
+from microdit.pipeline.sources.adapters.urls import Urls
 from microdit.pipeline.sources.file_source import FileSource
 from microdit.pipeline.sources.openmoji.source import Openmoji
 from microdit.pipeline.sources.source import Source
@@ -102,8 +103,9 @@ def declare(
     corpus.declare_column(IMAGES, {"stage": "ingest", "version": 1}, SCALARS)
     for source in sources:
         correctable: Collection[str] = ()
-        if isinstance(source, FileSource):
+        if isinstance(source, FileSource | Urls):
             source.keep_to_known_files(corpus, grow, say)
+        if isinstance(source, FileSource):
             correctable = source.text_options
         made_by = {**source.stage(), "images": ingest_stage(config.images)}
         declare_source(corpus, source.name, made_by, correctable, say)

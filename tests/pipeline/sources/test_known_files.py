@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from microdit.pipeline.base.errors import UnreadableError
+from microdit.pipeline.base.errors import RequestError, UnreadableError
 from microdit.pipeline.config.build import BuildConfig
+from microdit.pipeline.corpus.attempt import commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.sources.registry import sources_of
@@ -140,3 +141,33 @@ def test_a_file_that_is_changed_between_two_runs_is_never_mixed(tmp_path: Path, 
         [*first, *(f"own/a.tar/{n}.jpg" for n in range(len(first), 12)), "own/a.tar/x.jpg"],
         [],
     )
+
+
+def test_a_list_goes_on_with_the_lines_that_it_had(tmp_path: Path) -> None:
+    lines = [f"http://127.0.0.1:9/{n}.jpg\t{n}\n" for n in range(7)]
+    path = tmp_path / "list.tsv"
+    config = BuildConfig.model_validate(
+        {
+            "name": "g", "corpus": str(tmp_path / "corpus"),
+            "sources": {"own": {"adapter": "urls", "list": str(path), "unit_inputs": 3}},
+        }
+    )  # fmt: skip
+    corpus = Corpus.create(config.corpus, "g", 4)
+
+    def units(count: int, grow: bool = False) -> tuple[int, list[str]]:
+        path.write_text("".join(lines[:count]))
+        [source] = sources_of(config)
+        notes: list[str] = []
+        declare(corpus, config, [source], [], notes.append, grow)
+        return sum(len(list(source.read(unit, lambda ordinal: False))) for unit in source.units()), notes
+
+    assert units(5) == (5, [])
+    commit_unit(corpus, "own", "own-000000", 0, [])  # something of it is there
+    assert units(5) == (5, [])
+    assert units(7) == (5, ["source own: 2 lines were added to its list, and are left out"])
+    with pytest.raises(RequestError, match=r"own\.list = .*2 lines were added; a list does not grow.*another source"):
+        units(7, grow=True)
+    lines[0] = "http://127.0.0.1:9/other.jpg\tother\n"
+    for count in (4, 5, 7):
+        with pytest.raises(RequestError, match=r"own\.list = .*another list than that of 5 inputs.*new name"):
+            units(count)

@@ -181,3 +181,18 @@ def test_a_table_of_captions_that_is_corrected(tmp_path: Path) -> None:
     assert Build(tmp_path, **parquet, caption="other").captions() == ["né", "no_caption", "no_caption", "x", "y" * 9000]
     with pytest.raises(RequestError, match="no such column"):
         Build(tmp_path, **parquet, caption="othre")
+
+
+def test_files_and_tables_are_told_apart_without_their_hashes(tmp_path: Path) -> None:
+    write(tmp_path, 0)
+    table = tmp_path / "table.jsonl"
+    joins = [{"file": str(table), "key": "key", "fields": {"told": "told"}, "rows_of": "all", "by": "origin"}]
+    table.write_text('{"key": "0.jpg", "told": "a"}\n')
+    Build(tmp_path, joins=joins)
+    table.write_text('{"key": "0.jpg", "told": "longer"}\n')
+    [note] = Build(tmp_path, joins=joins).notes
+    assert "tables.0.files: others, by name, size or version, than the corpus has; its pictures stay" in note
+    next(tmp_path.glob("corpus/units/own.0.json")).unlink()  # as of an earlier version
+    write(tmp_path, 1)
+    with pytest.raises(RequestError, match="made otherwise: files: others, by name, size or version, than the corpus"):
+        Build(tmp_path, joins=joins)
