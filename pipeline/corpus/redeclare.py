@@ -9,7 +9,8 @@ from typing import Any
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus, MadeOtherwiseError, differences
-from microdit.pipeline.corpus.names import IMAGES, PROBES, SOURCE, UNITS
+from microdit.pipeline.corpus.failures import FAILURE
+from microdit.pipeline.corpus.names import IMAGES, PROBES, SOURCE, UNITS, commit_name
 from microdit.pipeline.corpus.presence import is_living
 from microdit.pipeline.corpus.records import Declaration
 
@@ -73,21 +74,54 @@ def declare_source(
 def declare_column(
     corpus: Corpus, column: str, made_by: Mapping[str, Any], scalars: Mapping[str, str], say: Callable[[str], None]
 ) -> None:
-    """Declare a column; one of which nothing is committed may have been declared with other options.
+    """Declare a column; one of which nothing is committed, or only failures, may have been declared otherwise.
 
     Raises:
-        RequestError: it was, and something of it is committed.
+        RequestError: it was, and a sample of it is ok.
     """
     try:
         corpus.declare_column(column, made_by, scalars)
     except MadeOtherwiseError as error:
-        if corpus.committed(column) or _is_built(corpus):
+        columns = [column, *_computed_from(corpus, column)]
+        if _is_built(corpus) or any(commit.counts["out"] for each in columns for commit in corpus.commits(each)):
             raise
-        _remove(corpus, [f"columns/{column}.json"])
-        corpus.store.delete([name for name in corpus.store.names("failures") if _is_failure_of(name, column)])
+        commits = [
+            commit_name(each, source, shard, generation)
+            for each in columns
+            for (source, shard), generation in corpus.listed(each)
+        ]
+        failures = [name for name in corpus.store.names("failures") if _is_failure_of(name, columns)]
+        corpus.store.delete([*commits, *failures, f"columns/{column}.json"])
         corpus.forget(f"columns/{column}.json")
         corpus.declare_column(column, made_by, scalars)
-        say(f"column {column}: nothing of it is committed, and it is declared again: {error.changes}")
+        say(f"column {column}: no sample of it is ok, and it is declared again: {error.changes}")
+
+
+def _computed_from(corpus: Corpus, column: str) -> list[str]:
+    """List the columns that are computed from one, by a commit of each: all of a column have the same inputs."""
+    inputs: dict[str, set[str]] = {}
+    for each in corpus.columns():
+        for (source, shard), generation in list(corpus.committed(each).items())[:1]:
+            commit = corpus.commit(each, source, shard, generation)
+            inputs[each] = {ref.column for ref in commit.inputs}
+    found = [column]
+    for known in found:
+        found += [each for each, columns in inputs.items() if known in columns and each not in found]
+    return found[1:]
+
+
+def is_unused_source(corpus: Corpus, source: str) -> bool:
+    """Return True if nothing of a source is committed, and no other build works on the corpus."""
+    return not any(corpus.committed(column, source) for column in (UNITS, IMAGES)) and not _is_built(corpus)
+
+
+def _is_built(corpus: Corpus) -> bool:
+    return any(is_living(corpus, probe) for probe in corpus.store.list(PROBES))
+
+
+def _is_failure_of(name: str, columns: Collection[str]) -> bool:
+    match = FAILURE.fullmatch(name)
+    return match is not None and match[1] in columns
 
 
 def _in_words(old: Mapping[str, Any], new: Mapping[str, Any], keys: Collection[str]) -> str:
@@ -101,19 +135,6 @@ def _unfold(value: Any) -> Any:
     if isinstance(value, list) and any(isinstance(part, dict) for part in value):
         return {str(number): part for number, part in enumerate(value)}
     return value
-
-
-def is_unused_source(corpus: Corpus, source: str) -> bool:
-    """Return True if nothing of a source is committed, and no other build works on the corpus."""
-    return not any(corpus.committed(column, source) for column in (UNITS, IMAGES)) and not _is_built(corpus)
-
-
-def _is_built(corpus: Corpus) -> bool:
-    return any(is_living(corpus, probe) for probe in corpus.store.list(PROBES))
-
-
-def _is_failure_of(name: str, column: str) -> bool:
-    return name.startswith(f"failures/{column}/") and name.count("/") == column.count("/") + 3
 
 
 def _remove(corpus: Corpus, names: Collection[str], *prefixes: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.build import BuildConfig
+from microdit.pipeline.corpus.attempt import begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.failures import write_failure
 from microdit.pipeline.corpus.names import IMAGES, UNITS
@@ -26,8 +27,6 @@ from microdit.pipeline.upkeep.damage import damage
 from microdit.pipeline.upkeep.verify import verify
 from tests.pipeline.helpers.dataset_archives import picture, write_tar
 
-COLUMNS = {"captions/source": {}, "captions/long": {"field": "long"}}
-
 
 def write(folder: Path, number: int, count: int = 6) -> None:
     members: dict[str, bytes] = {}
@@ -40,12 +39,13 @@ def write(folder: Path, number: int, count: int = 6) -> None:
 class Build:
     """One build without the driver, of images and of the captions that its plan asks for."""
 
-    def __init__(self, folder: Path, grow: bool = False, read: bool = True, **options: Any):
+    def __init__(self, folder: Path, grow: bool = False, read: bool = True, field: str = "long", **options: Any):
         source = {"adapter": "webdataset", "files": str(folder / "in" / "*.tar"), "caption": "json.caption"}
+        columns = {"captions/source": {}, "captions/long": {"field": field}}
         config = BuildConfig.model_validate(
             {
                 "name": "c", "corpus": str(folder / "corpus"), "shard_samples": 4, "images": {"min_side": 32},
-                "sources": {"own": source | options}, "columns": COLUMNS,
+                "sources": {"own": source | options}, "columns": columns,
             }
         )  # fmt: skip
         self.corpus, self.notes = Corpus.create(config.corpus, "c", 4), list[str]()
@@ -103,7 +103,7 @@ def test_what_was_in_the_middle_of_a_unit_is_corrected(tmp_path: Path) -> None:
     first = Build(tmp_path, caption="json.captoin")
     unit = first.corpus.unit("own", "own-000000")
     first.corpus.store.delete(["commits/units/own/own-000000.0.json"])
-    for column in (IMAGES, *COLUMNS):
+    for column in (IMAGES, "captions/source", "captions/long"):
         first.corpus.store.delete([f"commits/{column}/own/{unit.shards[1]}.0.json"])
     assert Build(tmp_path).captions() == right([0])
 
@@ -146,7 +146,28 @@ def test_a_column_of_which_nothing_is_committed_may_be_declared_with_any_options
     corpus.declare_column("captions/long", {"stage": "captions", "version": 1}, {"caption": "string"})
     built = Build(tmp_path, fields={"long": "json.long"})
     assert built.captions("captions/long") == right([0], "long") and verify(built.corpus).ok
-    assert "column captions/long: nothing of it is committed" in built.notes[0]
+    assert "column captions/long: no sample of it is ok, and it is declared again" in built.notes[0]
+
+
+def test_a_column_without_one_caption_may_be_corrected_and_no_other(tmp_path: Path) -> None:
+    write(tmp_path, 0)
+    fields = {"long": "json.long", "short": "json.caption"}
+    first = Build(tmp_path, fields=fields, field="lnog")
+    first.corpus.declare_column("text/x@long", {"stage": "text"}, {})
+    for commit in first.corpus.commits("captions/long"):
+        with begin_attempt(first.corpus, "text/x@long", commit.ref, [commit]) as attempt:
+            for line in first.corpus.sidecar(commit).to_pylist():
+                attempt.fail(line["row"], line["key"], "upstream", "captions/long: no_caption")
+            attempt.commit()
+    assert set(first.captions("captions/long")) == {"no_caption"}
+    with presence(first.corpus), pytest.raises(RequestError, match="made otherwise: field: the corpus has 'lnog'"):
+        Build(tmp_path, fields=fields)
+    second = Build(tmp_path, fields=fields)
+    assert second.captions("captions/long") == right([0], "long") and second.captions() == right([0])
+    assert not second.corpus.committed("text/x@long") and verify(second.corpus).ok
+    assert second.images() == first.images()
+    with pytest.raises(RequestError, match="made otherwise: field: the corpus has 'long', the config says 'short'"):
+        Build(tmp_path, fields=fields, field="short")
 
 
 def test_options_that_make_other_pictures_are_refused_by_name(tmp_path: Path) -> None:
