@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from microdit.pipeline.engine.workers import Ingest
 
 
+LAYOUT = {"cpus", "gpus", "cpus_per_task", "cpus_per_actor", "gpus_per_actor"}
+"""The resources that the driver needs."""
+
+
 def build(
     config: "BuildConfig",
     columns: Collection[str] | None = None,
@@ -66,8 +70,7 @@ def build(
         if progress is not None:
             progress(Snapshot(0.0, [], [note]))
 
-    reads = columns is None or IMAGES in columns
-    sources = [_open_source(config, corpus, name, reads, say) for name in config.sources]
+    sources = [_open_source(config, corpus, name, columns is None or IMAGES in columns, say) for name in config.sources]
     stages = stages_of(config, corpus)
     declare(corpus, config, sources, stages, say, grow)
 
@@ -89,9 +92,7 @@ def build(
             redo=redo,
             max_attempts=max_attempts,
             max_failures=config.max_failures,
-            resources=config.resources.model_dump(
-                include={"cpus", "gpus", "cpus_per_task", "cpus_per_actor", "gpus_per_actor"}
-            ),
+            resources=config.resources.model_dump(include=LAYOUT),
             stall_timeout=config.resources.stall_timeout,
             progress=progress,
         )
@@ -145,16 +146,13 @@ def carry_out(
         redo: shards to make again though they are committed, by column, beside those of a repair.
     """
     began = time.monotonic()
-    names = [source.name for source in sources]
     work: dict[str, Work] = {}
 
     def note(text: str) -> None:
         if progress is not None:
             progress(Snapshot(time.monotonic() - began, [], [text]))
 
-    again = {column: set(shards) for column, shards in (redo or {}).items()}
-    for column, shards in (_damage(corpus, note) if repair else {}).items():
-        again.setdefault(column, set()).update(shards)
+    again = _joined_redo(redo or {}, _damage(corpus, note) if repair else {})
     plan = Plan(corpus, {source.name: source.units() for source in sources}, stages, columns, retry_failed, again)
     if not plan.empty():
         read = {unit.source for unit in plan.units}
@@ -185,7 +183,15 @@ def carry_out(
             work = board.work
         if driver.stop is not None:
             raise Stopped(driver.stop)
-    return summarize(corpus, plan, names, work, time.monotonic() - began, max_failures)
+    return summarize(corpus, plan, [source.name for source in sources], work, time.monotonic() - began, max_failures)
+
+
+def _joined_redo(*redos: Mapping[str, Collection[ShardId]]) -> dict[str, set[ShardId]]:
+    joined: dict[str, set[ShardId]] = {}
+    for redo in redos:
+        for column, shards in redo.items():
+            joined.setdefault(column, set()).update(shards)
+    return joined
 
 
 def _damage(corpus: Corpus, say: Callable[[str], None]) -> Mapping[str, Collection[tuple[str, str]]]:
