@@ -101,6 +101,19 @@ class JoinOptions(Options):
     default those beside it if every file of the table lies beside one."""
 
 
+class MappedOptions(FileOptions):
+    """Options of the sources that say themselves where captions, fields and joined tables come from."""
+
+    files: str
+    """A pattern of the files: tars, or parquet files."""
+    caption: str
+    texts: Literal["first", "longest", "join"] = "first"
+    """Of a caption that is a list of texts: the first that is not empty, the longest, or all, joined by spaces."""
+    fields: dict[str, str] = Field(default={})
+    """Further fields of a sample, by name: where they come from, as the caption."""
+    joins: list[JoinOptions] = Field(default=[])
+
+
 def _check_names(fields: Mapping[str, str], joins: Sequence[JoinOptions]) -> None:
     """Refuse a name that several fields have."""
     taken = set(fields)
@@ -121,25 +134,18 @@ def text_member(path: str) -> tuple[str, str]:
     return (match["json"] or match["text"]).lower(), (match["field"] or "").removeprefix(".")
 
 
-class WebdatasetSource(FileOptions):
+class WebdatasetSource(MappedOptions):
     """Tars of images with their texts beside them: members that share a name up to its first dot are a sample."""
 
     adapter: Literal["webdataset"]
-    files: str
-    """A pattern of tars."""
     image: list[str] = Field(default=[])
     """Extensions of the image, of which the first that a sample has is taken; by default all formats that are read."""
     caption: str = "txt"
     """The extension of the text (`txt`, `cap`, `output.txt`), or `json.FIELD` for a field of the json member, or empty
     for none."""
-    fields: dict[str, str] = Field(default={})
-    """Further fields of a sample: by name an extension or `json.FIELD`, where they come from."""
-    texts: Literal["first", "longest", "join"] = "first"
-    """Of a caption that is a list of texts: the first that is not empty, the longest, or all, joined by spaces."""
     keys: Literal["number", "member"] = "number"
     """A sample's key: the numbers of file and sample, which are always unique; or the name of its members, with the
     file's number in front if names begin again in each file."""
-    joins: list[JoinOptions] = Field(default=[])
 
     @model_validator(mode="after")
     def _check_members(self) -> "WebdatasetSource":
@@ -155,23 +161,16 @@ class WebdatasetSource(FileOptions):
         return self
 
 
-class ParquetSource(FileOptions):
+class ParquetSource(MappedOptions):
     """Parquet files with images inside."""
 
     adapter: Literal["parquet"]
-    files: str
-    """A pattern of parquet files."""
     image: str | None = None
     """The column with the image: bytes, or a struct of bytes and path; by default the only such column."""
     caption: str = ""
     """The column with the caption, dotted inside of structs; empty for none."""
-    texts: Literal["first", "longest", "join"] = "first"
-    """Of a caption that is a list of texts: the first that is not empty, the longest, or all, joined by spaces."""
-    fields: dict[str, str] = Field(default={})
-    """Further fields of a sample: names, and the columns that they come from."""
     key: str | None = None
     """The column with a sample's key; by default the numbers of file and row."""
-    joins: list[JoinOptions] = Field(default=[])
 
     @model_validator(mode="after")
     def _check_joins(self) -> "ParquetSource":

@@ -36,6 +36,17 @@ from microdit.pipeline.storage.store import Store, open_store
 R = TypeVar("R", bound=Record)
 
 
+class MadeOtherwiseError(RequestError):
+    """A column or source was declared with other options; `changes` says which."""
+
+    def __init__(self, what: str, name: str, url: str, changes: str):
+        super().__init__(
+            f"{what} {name!r} of corpus {url} was made otherwise: {changes}. "
+            f"Put the old value back, or give the {what} a new name"
+        )
+        self.changes = changes
+
+
 class Corpus:
     """A corpus, for reading and declaring; `Corpus.create` makes or opens it, `Corpus.open` opens it. Picklable."""
 
@@ -149,12 +160,13 @@ class Corpus:
             if declared.fingerprint != wanted.fingerprint or declared.scalars != wanted.scalars:
                 changes = "; ".join(differences(declared.made_by, wanted.made_by)) or "its scalars differ"
                 what = "source" if wanted.kind == "source" else "column"
-                raise RequestError(
-                    f"{what} {wanted.name!r} of corpus {self.url} was made otherwise: {changes}. "
-                    f"Put the old value back, or give the {what} a new name"
-                ) from None
+                raise MadeOtherwiseError(what, wanted.name, self.url, changes) from None
             return declared
         return wanted
+
+    def forget(self, name: str) -> None:
+        """Forget a declaration that was removed."""
+        self._declarations.pop(name, None)
 
     def _declaration(self, name: str) -> Declaration:
         if name not in self._declarations:

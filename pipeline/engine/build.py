@@ -12,15 +12,17 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.progress import Progress, Snapshot
 from microdit.pipeline.base.signals import Stopped, stop_signals
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import IMAGES, UNITS
+from microdit.pipeline.corpus.names import IMAGES, UNITS, ShardId
 from microdit.pipeline.corpus.presence import presence
 from microdit.pipeline.corpus.records import Commit, UnitCommit
 from microdit.pipeline.engine.plan import Plan
 from microdit.pipeline.engine.retries import Retries
 from microdit.pipeline.engine.summary import BuildSummary, Work, summarize
-from microdit.pipeline.sources.committed import CommittedSource
+from microdit.pipeline.files.download import scratch_folder
+from microdit.pipeline.sources.committed import CommittedSource, unread_units
 from microdit.pipeline.sources.registry import source_of
 from microdit.pipeline.sources.source import Source
+from microdit.pipeline.stages.captions.correct import correct
 from microdit.pipeline.stages.ingest import ingest_unit
 from microdit.pipeline.stages.registry import declare, stages_of
 from microdit.pipeline.stages.stage import Stage, UnitTask
@@ -28,6 +30,10 @@ from microdit.pipeline.stages.stage import Stage, UnitTask
 if TYPE_CHECKING:
     from microdit.pipeline.config.build import BuildConfig
     from microdit.pipeline.engine.workers import Ingest
+
+
+LAYOUT = {"cpus", "gpus", "cpus_per_task", "cpus_per_actor", "gpus_per_actor"}
+"""The resources that the driver needs."""
 
 
 def build(
@@ -64,41 +70,44 @@ def build(
         if progress is not None:
             progress(Snapshot(0.0, [], [note]))
 
-    reads = columns is None or IMAGES in columns
-    sources = [_open_source(config, corpus, name, reads, say) for name in config.sources]
-    stages = stages_of(config)
+    sources = [_open_source(config, corpus, name, columns is None or IMAGES in columns, say) for name in config.sources]
+    stages = stages_of(config, corpus)
     declare(corpus, config, sources, stages, say, grow)
 
     def ingest(corpus: Corpus, source: Source, task: UnitTask, report: Callable[[Commit], None]) -> UnitCommit:
         return ingest_unit(corpus, source, task, config, report)
 
-    return carry_out(
-        corpus,
-        sources,
-        stages,
-        ingest,
-        columns,
-        retry_failed=retry_failed,
-        repair=repair,
-        max_attempts=max_attempts,
-        max_failures=config.max_failures,
-        resources=config.resources.model_dump(
-            include={"cpus", "gpus", "cpus_per_task", "cpus_per_actor", "gpus_per_actor"}
-        ),
-        stall_timeout=config.resources.stall_timeout,
-        progress=progress,
-    )
+    readers, redo = correct(corpus, sources, stages, columns, scratch_folder(config.resources.scratch))
+    with ExitStack() as stack:
+        for source in readers:
+            stack.enter_context(source.running(corpus, say))
+        return carry_out(
+            corpus,
+            sources,
+            stages,
+            ingest,
+            columns,
+            retry_failed=retry_failed,
+            repair=repair,
+            redo=redo,
+            max_attempts=max_attempts,
+            max_failures=config.max_failures,
+            resources=config.resources.model_dump(include=LAYOUT),
+            stall_timeout=config.resources.stall_timeout,
+            progress=progress,
+        )
 
 
 def _open_source(config: "BuildConfig", corpus: Corpus, name: str, reads: bool, say: Callable[[str], None]) -> Source:
-    """Open a source; if it is gone and nothing has to be read, what is committed of it stands for it.
+    """Open a source; if it is gone and nothing of it is left to read, what is committed of it stands for it.
 
     Args:
-        reads: units may have to be read.
+        reads: units that are not committed are to be read.
 
     Raises:
         RequestError: the source cannot be used, and is needed.
     """
+    source: Source | None = None
     try:
         source = source_of(config, name)
         source.stage()
@@ -106,10 +115,10 @@ def _open_source(config: "BuildConfig", corpus: Corpus, name: str, reads: bool, 
     except RequestError as error:
         if name not in corpus.sources() or not corpus.committed(UNITS, name):
             raise
-        if reads:
+        if reads and (left := unread_units(corpus, name, source)):
             raise RequestError(
-                f"{error}. What is committed of source {name} needs it no more: `--columns` with the columns to make, "
-                "without images, works on that alone"
+                f"{error}. {left:,} units of source {name} are not read yet. What is committed of it needs it no more: "
+                "`--columns` with the columns to make, without images, works on that alone"
             ) from error
         say(f"source {name} cannot be used ({error}); what is committed of it is")
         return CommittedSource(corpus, name, error)
@@ -124,23 +133,27 @@ def carry_out(
     *,
     retry_failed: bool = False,
     repair: bool = False,
+    redo: Mapping[str, Collection[ShardId]] | None = None,
     max_attempts: int = 3,
     max_failures: float = 1.0,
     resources: Mapping[str, float] | None = None,
     stall_timeout: float = 600.0,
     progress: Progress | None = None,
 ) -> BuildSummary:
-    """Build with any sources and stages whose columns are declared; arguments and errors are those of `build`."""
+    """Build with any sources and stages whose columns are declared; arguments and errors are those of `build`.
+
+    Args:
+        redo: shards to make again though they are committed, by column, beside those of a repair.
+    """
     began = time.monotonic()
-    names = [source.name for source in sources]
     work: dict[str, Work] = {}
 
     def note(text: str) -> None:
         if progress is not None:
             progress(Snapshot(time.monotonic() - began, [], [text]))
 
-    redo = _damage(corpus, note) if repair else {}
-    plan = Plan(corpus, {source.name: source.units() for source in sources}, stages, columns, retry_failed, redo)
+    again = _joined_redo(redo or {}, _damage(corpus, note) if repair else {})
+    plan = Plan(corpus, {source.name: source.units() for source in sources}, stages, columns, retry_failed, again)
     if not plan.empty():
         read = {unit.source for unit in plan.units}
         with ExitStack() as stack:
@@ -170,7 +183,15 @@ def carry_out(
             work = board.work
         if driver.stop is not None:
             raise Stopped(driver.stop)
-    return summarize(corpus, plan, names, work, time.monotonic() - began, max_failures)
+    return summarize(corpus, plan, [source.name for source in sources], work, time.monotonic() - began, max_failures)
+
+
+def _joined_redo(*redos: Mapping[str, Collection[ShardId]]) -> dict[str, set[ShardId]]:
+    joined: dict[str, set[ShardId]] = {}
+    for redo in redos:
+        for column, shards in redo.items():
+            joined.setdefault(column, set()).update(shards)
+    return joined
 
 
 def _damage(corpus: Corpus, say: Callable[[str], None]) -> Mapping[str, Collection[tuple[str, str]]]:

@@ -2,6 +2,7 @@
 
 import glob
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -16,7 +17,7 @@ from microdit.pipeline.files.remote_file import Listing, RemoteFile, digest, lis
 from microdit.pipeline.storage.bucket import SCHEMES, open_bucket
 
 
-def list_files(pattern: str, what: str) -> Listing:
+def list_files(pattern: str, what: str, revisions: Mapping[str, str] | None = None) -> Listing:
     """List the files that a pattern stands for. Listings of the hub and of buckets are cached by the process.
 
     Args:
@@ -24,6 +25,7 @@ def list_files(pattern: str, what: str) -> Listing:
             `*`, `?` and `[...]` stand for names within one folder and `**` for folders (but not on web servers, which
             cannot be listed), `{0000..0099}` and `{a,b}` for everything in the braces, each of which has to be there.
         what: the field of the config, for messages.
+        revisions: by hub repository the revision to list, where the pattern names none.
 
     Raises:
         RequestError: nothing matches; a repository or revision is unknown; a gated one without access; no connection.
@@ -34,7 +36,7 @@ def list_files(pattern: str, what: str) -> Listing:
     if scheme == "file":
         return _list_local(unquote(rest), what)
     if scheme == "hf":
-        return list_hub(pattern, what)
+        return list_hub(pattern, what, revisions or {})
     if scheme in SCHEMES:
         return _list_bucket(pattern, what, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
     if scheme in ("http", "https"):

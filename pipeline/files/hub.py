@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,8 +23,10 @@ TRANSIENT = (408, 429, 500, 502, 503, 504)
 T = TypeVar("T")
 
 
-def list_hub(pattern: str, what: str) -> Listing:
+def list_hub(pattern: str, what: str, revisions: Mapping[str, str]) -> Listing:
     """List the files of a repository at the commit that its revision is now, with the user's endpoint and token.
+
+    Where the pattern names no revision, it is that of `revisions`, by repository, or `main`.
 
     In a gated repository one file is requested, so that a user without access learns it here and not hours later.
 
@@ -33,6 +35,9 @@ def list_hub(pattern: str, what: str) -> Listing:
     """
     from huggingface_hub import constants, get_token
 
+    match = ADDRESS.fullmatch(pattern)
+    if match is not None and match[2] is None and match[1] in revisions:
+        pattern = f"hf://datasets/{match[1]}@{revisions[match[1]]}/{match[3]}"
     return _list_cached(pattern, what, constants.ENDPOINT, get_token() or "")
 
 

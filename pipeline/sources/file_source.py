@@ -16,9 +16,10 @@ from microdit.pipeline.config.sources import FileOptions
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import unit_name
 from microdit.pipeline.files.download import local_copy
+from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.files.wrong_files import what_it_is
-from microdit.pipeline.sources.known_files import kept_to, note
+from microdit.pipeline.sources.known_files import declared_revisions, kept_to, newest, note
 from microdit.pipeline.sources.source import Fields, Input
 from microdit.pipeline.tables.joins.build import build
 from microdit.pipeline.tables.joins.lookup import Joined
@@ -60,6 +61,8 @@ class FileSource:
     adapter: ClassVar[str]
     version: ClassVar[int] = 1
     """Raise it when the same files give other samples."""
+    text_options: ClassVar[frozenset[str]] = frozenset()
+    """The keys of `stage()` that say where texts come from, and change no picture: they can be corrected."""
     has_names: bool = False
     """The samples' keys are names of the dataset, which may begin again in each file."""
 
@@ -69,6 +72,7 @@ class FileSource:
         self.terms: str = options.license or "no licence is stated: see the dataset's own terms"
         self._joined: list[Joined] | None = None
         self._numbered = False
+        self._revisions: dict[str, str] = {}
 
     # -- for adapters to implement ---------------------------------------------------------------------------------
 
@@ -97,7 +101,7 @@ class FileSource:
         return {}
 
     def tables(self) -> Sequence[JoinSpec]:
-        """Name the join tables to build; `samples` looks up in `self.table(i)`."""
+        """Name the join tables to build, listed by `list_table`; `samples` looks up in `self.table(i)`."""
         return ()
 
     @property
@@ -107,8 +111,16 @@ class FileSource:
 
     # -- for adapters to use ---------------------------------------------------------------------------------------
 
+    @cached_property
+    def specs(self) -> Sequence[JoinSpec]:
+        return self.tables()
+
+    def list_table(self, pattern: str, what: str) -> Listing:
+        """List the files of a join table; those of a hub repository at the revision that the corpus has of it."""
+        return list_files(pattern, what, self._revisions)
+
     def table(self, number: int) -> Joined:
-        """Return the built table of `tables()[number]`.
+        """Return the built table of `specs[number]`.
 
         Raises:
             RuntimeError: the source is read outside of its `running`.
@@ -128,7 +140,7 @@ class FileSource:
             "max_bytes": MAX_BYTES,
             **self.details(),
         }
-        if tables := self.tables():
+        if tables := self.specs:
             stage["tables"] = [
                 {"files": spec.listing.identity, "key": spec.key, "fields": dict(spec.fields)} for spec in tables
             ]
@@ -144,7 +156,7 @@ class FileSource:
         """Keep to the files that the corpus knows of this source; with `grow`, new ones become new units.
 
         Raises:
-            RequestError: a file that was read is another one now; a limit, with which a source cannot grow.
+            RequestError: there is a limit, with which a source cannot grow.
         """
         if grow and self._file_options.limit is not None:
             raise RequestError(
@@ -152,12 +164,22 @@ class FileSource:
                 "limit is shared out among its files; take the limit away, or build without --grow"
             )
         self._listing = kept_to(corpus, self.name, self._listing, grow, report)
-        self.__dict__.pop("_shares", None)
+        self._revisions = declared_revisions(corpus, self.name)
+        for name in ("_shares", "specs"):
+            self.__dict__.pop(name, None)
+
+    def use_known_files(self, corpus: Corpus) -> bool:
+        """Use the files that the corpus knows of this source, without looking for them; False if it knows none."""
+        _, known = newest(corpus, self.name)
+        if known is not None:
+            self._listing = known.listing()
+            self.__dict__.pop("_shares", None)
+        return known is not None
 
     @contextmanager
     def running(self, corpus: Corpus, report: Callable[[str], None]) -> Iterator[None]:
         note(corpus, self.name, self._listing)
-        if tables := self.tables():
+        if tables := self.specs:
             for spec in tables:
                 build(corpus, spec, self._scratch, report)
             self._joined = [Joined(corpus.store, spec) for spec in tables]
@@ -174,7 +196,7 @@ class FileSource:
         seen: dict[str, str] = {}
         for number in list(self._shares)[:COMPARED]:
             file = self._listing.files[number]
-            if "://" in file.url:
+            if "://" in file.url or not file.url:
                 continue
             with closing(_generator(self.samples(Path(file.url), file, number))) as samples:
                 first = next((sample.key for sample in samples if sample.key), "")
@@ -185,6 +207,10 @@ class FileSource:
     def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:
         number = int(unit.rpartition("-")[2])
         file, share = self._listing.files[number], self._shares.get(number)
+        if not file.url:
+            raise UnreadableError(
+                f"{self.dataset}/{file.name}: this file of the source is gone; put it back, then --retry-failed"
+            )
         before = f"{self.dataset}/{file.name}/"
         keys = _Keys(number, self._numbered)
         with local_copy(file, self._scratch) as path, closing(_generator(self.samples(path, file, number))) as samples:
@@ -200,8 +226,9 @@ class FileSource:
                     detail = f"{sample.key!r} is there a second time in {file.name}"
                     yield Input(ordinal, key, None, *common, reason="duplicate_key", detail=detail)
                 else:
+                    sha256 = "" if sample.data is None else hashlib.sha256(sample.data).hexdigest()
                     data = sample.data if wanted(ordinal) else None
-                    yield Input(ordinal, key, data, *common, reason=sample.reason, detail=sample.detail)
+                    yield Input(ordinal, key, data, *common, sample.reason, sample.detail, sha256)
             if ordinal < 0 and (why := self.why_empty(path)):
                 raise UnreadableError(f"{self.dataset}/{file.name}: {what_it_is(path) or why}")
 

@@ -8,7 +8,6 @@ from typing import Any
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.sources import JoinOptions
 from microdit.pipeline.content.text_bytes import NotTextError, checked_text
-from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.sources.members import one_line
 from microdit.pipeline.tables.joins.lookup import Joined
@@ -48,7 +47,9 @@ def fields_of(values: Iterable[tuple[str, object]], faults: dict[str, str] | Non
     return fields
 
 
-def tables_of(source: str, joins: Sequence[JoinOptions], archives: Listing) -> list[JoinSpec]:
+def tables_of(
+    source: str, joins: Sequence[JoinOptions], archives: Listing, list_table: Callable[[str, str], Listing]
+) -> list[JoinSpec]:
     """Specify the join tables of a source's `joins`, in their order.
 
     The rows of a table's file belong to the archive beside it alone, by default if every file of the table has one.
@@ -60,7 +61,7 @@ def tables_of(source: str, joins: Sequence[JoinOptions], archives: Listing) -> l
     addresses = {address_without_extension(file.url) for file in archives.files}
     for number, join in enumerate(joins):
         what = f"sources.{source}.joins.{number}.file"
-        listing = list_files(join.file, what)
+        listing = list_table(join.file, what)
         readers = {reader for file in listing.files for end, reader in READERS.items() if file.name.endswith(end)}
         others = [file.name for file in listing.files if not file.name.endswith(tuple(READERS))]
         if others or len(readers) > 1:

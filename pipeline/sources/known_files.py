@@ -5,14 +5,15 @@ that list, whatever else its pattern stands for by then.
 """
 
 import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import UNITS, unit_name
 from microdit.pipeline.corpus.records import Record
+from microdit.pipeline.corpus.redeclare import is_unused_source, latest_declaration
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 
 RECORD = re.compile(r"units/([^/]+)\.(\d+)\.json")
@@ -32,19 +33,14 @@ class KnownFiles(Record):
     def of(cls, source: str, listing: Listing) -> "KnownFiles":
         """Note a listing. The version of a local file is its size: its time is another one in each copy."""
         files = listing.files
-        etags = [file.etag if "://" in file.url else "" for file in files]
+        etags = ["" if file.url.startswith("/") else file.etag for file in files]
         names, sizes = [file.name for file in files], [file.size for file in files]
         return cls(source=source, identity=listing.identity, names=names, sizes=sizes, etags=etags)
 
-
-@dataclass(frozen=True)
-class _Change:
-    """A known file that is another one now, or is gone (None)."""
-
-    number: int
-    name: str
-    size: int | None
-    file: RemoteFile | None
+    def listing(self) -> Listing:
+        """List the files as files that are gone: without an address."""
+        files = zip(self.names, self.sizes, self.etags, strict=True)
+        return Listing(tuple(RemoteFile(name, "", size, etag) for name, size, etag in files), self.identity)
 
 
 def newest(corpus: Corpus, source: str) -> tuple[int, KnownFiles | None]:
@@ -78,19 +74,24 @@ def note(corpus: Corpus, source: str, listing: Listing) -> None:
 def kept_to(corpus: Corpus, source: str, now: Listing, grow: bool, report: Callable[[str], None]) -> Listing:
     """Return the files that the source knows, in their order, and behind them the new ones if it is to grow.
 
-    A file whose unit is not read may have been replaced; one whose unit is read may be gone.
-
-    Raises:
-        RequestError: a file that was read is another one now, or one that was not is gone.
+    A file that is gone has no address: its unit cannot be read, unless it was. One that was replaced is read if its
+    unit was not; what is committed of it stays.
     """
     _, known = newest(corpus, source)
-    if known is None:
+    if known is None or is_unused_source(corpus, source):
         return now
     by_name = {file.name: file for file in now.files}
-    files = [by_name.get(name) or RemoteFile(name, name) for name in known.names]
-    if changes := _changes(known, by_name, "://" in (now.files[0].url if now.files else "")):
-        read = {unit for _, unit in corpus.committed(UNITS, source)}
-        _check(source, changes, {change.number for change in changes if unit_name(source, change.number) in read})
+    files = [by_name.get(old.name) or old for old in known.listing().files]
+    read = {unit for _, unit in corpus.committed(UNITS, source)}
+    changes = {n: change for n, change in _changes(known, by_name) if unit_name(source, n) in read}
+    if changes:
+        example = next(iter(changes.values()))
+        report(
+            f"source {source}: {len(changes):,} files are others than when they were read, such as {example}; "
+            "what is committed of them stays"
+        )
+        for number in changes:  # the record goes on saying what was read
+            files[number] = replace(files[number], size=known.sizes[number], etag=known.etags[number])
     fresh = [file for file in now.files if file.name not in set(known.names)]
     if fresh and grow:
         report(f"source {source}: {len(fresh):,} new files, the first is {fresh[0].name}")
@@ -100,25 +101,20 @@ def kept_to(corpus: Corpus, source: str, now: Listing, grow: bool, report: Calla
     return Listing(tuple(files), known.identity)
 
 
-def _changes(known: KnownFiles, by_name: dict[str, RemoteFile], remote: bool) -> list[_Change]:
-    changes = []
+def declared_revisions(corpus: Corpus, source: str) -> dict[str, str]:
+    """Return the revisions of the hub repositories whose tables a source's declaration names."""
+    if source not in corpus.sources():
+        return {}
+    _, declaration = latest_declaration(corpus, source)
+    tables = [table["files"] for table in declaration.made_by.get("tables", ())]
+    return {files["repo"]: files["revision"] for files in tables if {"repo", "revision"} <= files.keys()}
+
+
+def _changes(known: KnownFiles, by_name: Mapping[str, RemoteFile]) -> Iterator[tuple[int, str]]:
+    """Yield the numbers of the files that were replaced, and how."""
     for number, (name, size, etag) in enumerate(zip(known.names, known.sizes, known.etags, strict=True)):
         file = by_name.get(name)
-        if file is None or file.size != size or (remote and file.etag != etag):
-            changes.append(_Change(number, name, size, file))
-    return changes
-
-
-def _check(source: str, changes: list[_Change], read: Collection[int]) -> None:
-    wrong = [change for change in changes if (change.file is not None) == (change.number in read)]
-    if not wrong:
-        return
-    first = wrong[0]
-    now = (
-        "is not there" if first.file is None else f"had {first.size} bytes when it was read, and has {first.file.size}"
-    )
-    more = f", and so for {len(wrong) - 1:,} more" if len(wrong) > 1 else ""
-    raise RequestError(
-        f"sources.{source}: {first.name} {now}{more}; a source keeps to its files. "
-        "Put the old ones back, or give the source a new name"
-    )
+        if file is not None and file.size != size:
+            yield number, f"{name} (it had {size} bytes, and has {file.size})"
+        elif file is not None and "://" in file.url and file.etag != etag:
+            yield number, f"{name} (its ETag is another one)"

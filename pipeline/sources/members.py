@@ -1,6 +1,6 @@
-"""Group the members of archives into samples, for the adapters of archives."""
+"""Read images and texts of archives' members, for the adapters of archives."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 
 from microdit.pipeline.content.text_bytes import NotTextError, checked_text, decode_text
 from microdit.pipeline.files.archives import stem
@@ -14,36 +14,13 @@ NOT_TEXT = "not_text"
 
 
 def is_image(name: str) -> bool:
-    """Tell an image by the extension of a member's name; its content is checked when it is decoded."""
-    return stem(name)[1] in IMAGES
+    """Tell an image by the last extension of a member's name; its content is checked when it is decoded."""
+    return extension_of(name) in IMAGES
 
 
-def grouped(members: Iterable[Member]) -> Iterator[tuple[str, Member, dict[str, Member]]]:
-    """Group adjacent members whose names differ in the extension only.
-
-    Yields the base name, the image, and the other members by extension. A `damaged_archive` is an image without a name.
-    Texts without an image are skipped. A name that comes twice begins another sample.
-    """
-    base, group = "", dict[str, Member]()
-
-    def sample() -> Iterator[tuple[str, Member, dict[str, Member]]]:
-        if (image := next((extension for extension in IMAGES if extension in group), None)) is not None:
-            others = {extension: member for extension, member in group.items() if extension != image}
-            yield base.rpartition("/")[2], group[image], others
-
-    for member in members:
-        if member.reason == "damaged_archive":
-            yield from sample()
-            yield "", member, {}
-            group = {}
-            continue
-        name, extension = whole_stem(member.name), stem(member.name)[1]
-        if group and (name != base or extension in group):
-            yield from sample()
-            group = {}
-        base = name
-        group[extension] = member
-    yield from sample()
+def extension_of(name: str) -> str:
+    """Return the last extension of a member's name: `jpg` of `22.05.jpg`."""
+    return stem(name)[1].rpartition(".")[2]
 
 
 def text_of(member: Member | None, name: str, faults: dict[str, str]) -> str:

@@ -12,6 +12,9 @@ MAX_MEMBERS, MAX_HELD = 100, 2 * MAX_BYTES
 """Members, and bytes of them, from which on the next name begins other neighbours; twice as many are never held."""
 
 
+NOT_TAKEN = "not_taken"
+
+
 @dataclass(frozen=True)
 class TarSample:
     """An image with its texts, by extension, and the images of the same sample that are not taken."""
@@ -101,6 +104,22 @@ def neighbours(members: Iterable[Member]) -> Iterator[Neighbours]:
         last = inner
     if group.members:
         yield group
+
+
+def samples_with_text(members: Iterable[Member]) -> Iterator[tuple[str, Member, Member | None]]:
+    """Group images with their `txt`, as in the tars of known datasets.
+
+    Yields the sample's name, the image, and its text. A damaged archive, and an image of which another one is taken
+    (`not_taken`), are images without bytes. Texts without an image are skipped.
+    """
+    for group in neighbours(members):
+        if group.damaged is not None:
+            yield "", group.damaged, None
+        for sample in group.samples((), ("txt",)):
+            yield sample.key, sample.image, sample.texts.get("txt")
+            for other in sample.others:
+                detail = f"of this sample {sample.image.name} is taken"
+                yield sample.key, Member(other.name, None, NOT_TAKEN, detail), None
 
 
 def rank(extension: str, named: Sequence[str]) -> int | None:

@@ -25,6 +25,8 @@ class Input:
     """The source's own values of the sample: further captions, scores, ids."""
     reason: str | None = None
     detail: str = ""
+    sha256: str = ""
+    """Hash of the bytes, also if `data` was not wanted; empty where the source may have others the next time."""
 
 
 class Source(Protocol):

@@ -4,13 +4,16 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
 from itertools import groupby
 from threading import Lock
 from typing import Any
 
+import pyarrow as pa
+
+from microdit.pipeline.base.errors import DamagedError, UnreadableError
 from microdit.pipeline.base.fail_points import fail_point
 from microdit.pipeline.base.liveness import alive
 from microdit.pipeline.base.threads import threaded
@@ -21,6 +24,7 @@ from microdit.pipeline.corpus.attempt import Attempt, begin_attempt, commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, UNITS, commit_name, shard_name
 from microdit.pipeline.corpus.records import UNREPAIRED, Commit, ShardRef, UnitCommit
+from microdit.pipeline.corpus.redeclare import DECLARATION, latest_declaration
 from microdit.pipeline.sources.source import Input, Source
 from microdit.pipeline.stages.isolated_decode import IsolatedDecoder
 from microdit.pipeline.stages.salvage import GONE, Salvage, SavedRow
@@ -63,6 +67,7 @@ class UnitShards:
         self._committed: dict[str, bool] = {}
         self._salvages: dict[str, Salvage] = {}
         self._lock = Lock()  # inputs are asked for ahead, by another thread
+        self._declaration, _ = latest_declaration(corpus, source)
 
     def shard_of(self, ordinal: int) -> str:
         return shard_name(self._unit, ordinal // self._corpus.shard_samples)
@@ -70,12 +75,52 @@ class UnitShards:
     def generation(self, shard: str) -> int:
         return self._redo.get(shard, 0)
 
+    def timings(self, shard: str) -> dict[str, int]:
+        """Say in a commit which declaration its texts are of: in a repair that of the rows that are carried over."""
+        salvage = self.salvage(shard)
+        number = self._declaration if salvage is None else salvage.declaration
+        return {DECLARATION: number} if number else {}
+
     def committed(self, shard: str) -> bool:
         """Look for the shard's commit, when its turn comes: another build may have written it meanwhile."""
         if shard not in self._committed:
             name = commit_name(IMAGES, self._source, shard, self.generation(shard))
             self._committed[shard] = self._corpus.store.exists(name)
         return self._committed[shard]
+
+    def pass_over(self, shard: str, items: Iterable[Input]) -> int:
+        """Count the inputs of a committed shard.
+
+        Raises:
+            UnreadableError: they are others than those that were committed.
+        """
+        lines, count = self._lines(shard), 0
+        advice = "put it back, then --retry-failed; what is committed of it stays"
+        for count, item in enumerate(items, 1):
+            alive()
+            if lines is None or (count <= len(lines) and _is_same(item, lines[count - 1])):
+                continue
+            before = f"it was {lines[count - 1]['origin']}" if count <= len(lines) else "there was none"
+            raise UnreadableError(
+                f"{shard}: row {count - 1} is {item.origin} in the source now, {before}, or had other bytes, when the "
+                f"shard was committed: the unit's file was changed in between; {advice}"
+            )
+        if lines is not None and count < len(lines):
+            raise UnreadableError(
+                f"{shard}: the source has {count} of its {len(lines)} inputs: the unit's file is cut; {advice}"
+            )
+        return count
+
+    def _lines(self, shard: str) -> list[dict[str, Any]] | None:
+        """Read the newest sidecar of a committed shard; None if it is damaged."""
+        generation = self.generation(shard)
+        while self._corpus.store.exists(commit_name(IMAGES, self._source, shard, generation + 1)):
+            generation += 1
+        try:
+            commit = self._corpus.commit(IMAGES, self._source, shard, generation)
+            return self._corpus.sidecar(commit).to_pylist()
+        except (DamagedError, FileNotFoundError, pa.ArrowException):
+            return None
 
     def salvage(self, shard: str) -> Salvage | None:
         """Open what can still be read of a shard; None if this is no repair."""
@@ -119,9 +164,7 @@ def ingest_unit(
         for shard, samples in groupby(decoded, key=lambda pair: unit_shards.shard_of(pair[0].ordinal)):
             shards.append(shard)
             if unit_shards.committed(shard):
-                for _ in samples:
-                    inputs += 1
-                    alive()
+                inputs += unit_shards.pass_over(shard, (item for item, _ in samples))
             else:
                 began = time.monotonic()
                 ref = ShardRef(source=source.name, unit=task.unit, shard=shard)
@@ -135,7 +178,7 @@ def ingest_unit(
                     inputs += len(attempt.rows)
                     if gained := writer.check():
                         timings = {"wait_seconds": began - since, "cpu_seconds": time.process_time() - worked}
-                        commit = attempt.commit(**timings, **writer.timings())
+                        commit = attempt.commit(**timings, **writer.timings(), **unit_shards.timings(shard))
                 if not gained:
                     kept.append(shard)
                 elif report is not None and commit.ours:
@@ -193,7 +236,7 @@ class ShardWriter:
         """
         row = item.ordinal % self._shard_samples
         if self._salvage is not None:
-            self._check_key(row, item.key, self._salvage.keys)
+            self._check_same(row, item, self._salvage)
         if isinstance(image, Prepared):
             self._fetched += 1
             if image.profile:
@@ -234,11 +277,18 @@ class ShardWriter:
         lost = self._unrepaired if known else max(self._unrepaired, self._salvage.good - out)
         return {**self._profiles, UNREPAIRED: lost} if lost else dict(self._profiles)
 
-    def _check_key(self, row: int, key: str, keys: list[str] | None) -> None:
+    def _check_same(self, row: int, item: Input, salvage: Salvage) -> None:
+        key, keys = item.key, salvage.keys
         if keys is not None and (row >= len(keys) or keys[row] != key):
             before = repr(keys[row]) if row < len(keys) else "no input"
             raise ValueError(
                 f"{self._attempt.ref.shard}: row {row} is {key!r} in the source now, it was {before} before: "
+                "its file was changed; put it back"
+            )
+        known = salvage.sha256[row] if keys is not None else None
+        if item.sha256 and known and item.sha256 != known:
+            raise ValueError(
+                f"{self._attempt.ref.shard}: row {row} ({item.origin}) has other bytes in the source than before: "
                 "its file was changed; put it back"
             )
 
@@ -269,6 +319,12 @@ class ShardWriter:
         reason, detail = (image.reason, str(image)) if image is not None else ("missing", "")
         sha256 = hashlib.sha256(item.data).hexdigest()
         self._attempt.fail(row, item.key, reason, detail, sha256=sha256, bytes=len(item.data), **about)
+
+
+def _is_same(item: Input, line: Mapping[str, Any]) -> bool:
+    """Compare an input with a committed row: key and origin, and the bytes where the source says that they stay."""
+    other_bytes = item.sha256 and line.get("sha256") and item.sha256 != line["sha256"]
+    return not other_bytes and item.key == line["key"] and _about(item)["origin"] == (line.get("origin") or "")
 
 
 def _about(item: Input) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Make the stages that a config asks for, and declare their columns."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.build import BuildConfig
@@ -9,12 +9,14 @@ from microdit.pipeline.config.encoders import LatentsColumn, TextColumn
 from microdit.pipeline.config.sources import OpenmojiSource
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
+from microdit.pipeline.corpus.redeclare import declare_column, declare_source
 from microdit.pipeline.files.download import scratch_folder
+from microdit.pipeline.sources.adapters.urls import Urls
 from microdit.pipeline.sources.file_source import FileSource
 from microdit.pipeline.sources.openmoji.source import Openmoji
 from microdit.pipeline.sources.source import Source
 from microdit.pipeline.stages.captions.endpoint import Endpoint
-from microdit.pipeline.stages.captions.given import GivenCaptions, join_spec
+from microdit.pipeline.stages.captions.given import GivenCaptions, join_spec, known_join_spec
 from microdit.pipeline.stages.captions.tags import Tags
 from microdit.pipeline.stages.captions.vision_language import Vlm
 from microdit.pipeline.stages.ingest import SCALARS, ingest_stage
@@ -25,8 +27,11 @@ from microdit.pipeline.stages.text import Text
 from microdit.pipeline.tables.joins.build import build
 
 
-def stages_of(config: BuildConfig) -> list[Stage]:
+def stages_of(config: BuildConfig, corpus: Corpus | None = None) -> list[Stage]:
     """The stages that make the columns of a config; one for all latents, which share the images' decode.
+
+    Args:
+        corpus: where a captions table is taken from if its file is gone.
 
     Raises:
         RequestError: a join table or a model that is not there.
@@ -34,7 +39,7 @@ def stages_of(config: BuildConfig) -> list[Stage]:
     stages: list[Stage] = []
     for name, options in config.columns.items():
         if isinstance(options, CaptionsColumn):
-            stages += _caption_stages(name, options, config)
+            stages += _caption_stages(name, options, config, corpus)
         elif isinstance(options, TextColumn):
             stages.append(Text(name, options, config.resources.text_batch))
     stages += score_stages(config)
@@ -44,7 +49,7 @@ def stages_of(config: BuildConfig) -> list[Stage]:
     return stages
 
 
-def _caption_stages(name: str, options: CaptionsColumn, config: BuildConfig) -> Iterator[Stage]:
+def _caption_stages(name: str, options: CaptionsColumn, config: BuildConfig, corpus: Corpus | None) -> Iterator[Stage]:
     """The stage of a captions column; columns of one vision-language model share one, which comes with the first."""
     max_pixels, resources = config.images.max_pixels, config.resources
     if options.vlm is not None:
@@ -58,7 +63,14 @@ def _caption_stages(name: str, options: CaptionsColumn, config: BuildConfig) -> 
         yield Tags(name, options, max_pixels, resources.decode_threads)
     elif options.join is not None:
         pattern = _openmoji_table(name, config) if options.join == "openmoji" else str(options.join)
-        yield GivenCaptions(name, options, join_spec(name, options, pattern))
+        try:
+            spec = join_spec(name, options, pattern)
+        except RequestError:
+            known = None if corpus is None else known_join_spec(corpus, name, options, pattern)
+            if known is None:
+                raise
+            spec = known
+        yield GivenCaptions(name, options, spec)
     else:
         yield GivenCaptions(name, options)
 
@@ -90,11 +102,16 @@ def declare(
     """
     corpus.declare_column(IMAGES, {"stage": "ingest", "version": 1}, SCALARS)
     for source in sources:
-        if isinstance(source, FileSource):
+        correctable: Collection[str] = ()
+        if isinstance(source, FileSource | Urls):
             source.keep_to_known_files(corpus, grow, say)
-        corpus.declare_source(source.name, {**source.stage(), "images": ingest_stage(config.images)})
+        if isinstance(source, FileSource):
+            correctable = source.text_options
+        made_by = {**source.stage(), "images": ingest_stage(config.images)}
+        declare_source(corpus, source.name, made_by, correctable, say)
     for stage in stages:
         if isinstance(stage, GivenCaptions) and stage.table is not None:
+            stage.keep_to_known_table(corpus)
             build(corpus, stage.table, scratch_folder(config.resources.scratch), say)
         for name, spec in stage.columns.items():
-            corpus.declare_column(name, spec.stage, spec.scalars)
+            declare_column(corpus, name, spec.stage, spec.scalars, say)

@@ -1,6 +1,6 @@
 """Compute a column sample by sample, on the CPU and without batches."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from microdit.pipeline.corpus.corpus import Corpus
@@ -40,11 +40,13 @@ class RowStage:
             return compute_rows(shard, self._compute)
 
 
-def compute_rows(shard: ShardRun, compute: Compute, rows: Iterable[Row] | None = None) -> list[Commit]:
+def compute_rows(
+    shard: ShardRun, compute: Compute, rows: Iterable[Row] | None = None, timings: Mapping[str, float] | None = None
+) -> list[Commit]:
     """Compute and commit a shard row by row; `rows` are those of its input, if they were read already."""
     for row in shard.rows(rows):
         shard.write(row, _outcome(compute, row))
-    return shard.commit()
+    return shard.commit(lambda column: timings or {})
 
 
 def _outcome(compute: Compute, row: Row) -> Outcome:

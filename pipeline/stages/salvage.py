@@ -19,6 +19,7 @@ from microdit.pipeline.content.images import MEMBER_FORMATS, BadImage, prepare
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, OBJECT, ShardId
 from microdit.pipeline.corpus.records import UNREPAIRED, Commit, ObjectRef
+from microdit.pipeline.corpus.redeclare import DECLARATION
 from microdit.pipeline.corpus.shard_files import SIDECAR, open_table
 
 BLOCK = 1 << 20
@@ -60,6 +61,8 @@ class Salvage:
         self._commits = [self._commit(number) for number in reversed(range(generation))]
         self.keys: list[str] | None = None
         """Of all rows, by the newest sidecar that is as its commit says; None if there is none."""
+        self.sha256: list[str | None] = []
+        """Of the bytes that came, by the same sidecar."""
         self._files: dict[str, BinaryIO] = {}
         self._lock = Lock()
         self._candidates: dict[int, list[Candidate]] = defaultdict(list)
@@ -78,6 +81,12 @@ class Salvage:
     def exact(self) -> frozenset[int]:
         """The rows that need not be fetched."""
         return frozenset(row for row in sorted(self._candidates) if (saved := self.saved(row)) and saved.exact)
+
+    @property
+    def declaration(self) -> int:
+        """The number of the declaration that the texts of the newest commit are of."""
+        timings = next((commit.timings for commit in self._commits if commit is not None), {})
+        return int(timings.get(DECLARATION, 0))
 
     def had(self, row: int) -> bool:
         """Return True if an attempt had this row."""
@@ -139,6 +148,7 @@ class Salvage:
         lines = sidecar.to_pylist()
         if self.keys is None and checked:
             self.keys = [line["key"] for line in lines]
+            self.sha256 = [line.get("sha256") for line in lines]
         for line in lines:
             if line.get("status") == "ok" and line.get("size") is not None and line.get("width") is not None:
                 self._candidates[line["row"]].append(Candidate(tar, line, checked))

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from microdit.pipeline.files.archives import members, stem
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
-from microdit.pipeline.sources.members import failed, is_image, one_line
+from microdit.pipeline.sources.members import NOT_TEXT, failed, is_image, one_line
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
 LICENSE = "CC0-1.0"
@@ -50,14 +49,10 @@ class Diffusiondb(FileSource):
         return self._options.model_dump(include={"subset", "image_nsfw", "prompt_nsfw"})
 
     def tables(self) -> Sequence[JoinSpec]:
-        return self._tables
-
-    @cached_property
-    def _tables(self) -> list[JoinSpec]:
         options = self._options
         if options.image_nsfw is None and options.prompt_nsfw is None:
             return []
-        listing = list_files(f"{self._root}/{METADATA[options.subset]}", f"sources.{self.name}.root")
+        listing = self.list_table(f"{self._root}/{METADATA[options.subset]}", f"sources.{self.name}.root")
         # by part, so that the rows of a zip lie side by side
         return [
             JoinSpec(
@@ -75,7 +70,7 @@ class Diffusiondb(FileSource):
         return self._options.root.rstrip("/")
 
     def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[FileSample]:
-        table = self.table(0) if self._tables else None
+        table = self.table(0) if self.specs else None
         part = int(stem(file.name)[0].rpartition("-")[2])
         prompts, fault = read_part(path)
         seen = set()
@@ -87,7 +82,8 @@ class Diffusiondb(FileSource):
                 yield failed(member, key)
                 continue
             entry = prompts.get(name, {})
-            prompt = one_line(entry.get("p"))
+            faults = dict[str, str]()
+            prompt = one_line(entry.get("p"), "prompt", faults)
             row = None if table is None else table.get(f"{part}/{name}")
             scores = {score: (row or {}).get(score) for score in ("image_nsfw", "prompt_nsfw")}
             fields = {
@@ -96,7 +92,10 @@ class Diffusiondb(FileSource):
             }
             reason, detail = self._refused(row, scores) if table is not None else (None, "")
             if reason is None and not prompt:
-                reason, detail = "no_caption", fault or "its prompt is empty, or not in the part's json"
+                reason, detail = (
+                    NOT_TEXT if faults else "no_caption",
+                    faults.get("prompt") or fault or "its prompt is empty, or not in the part's json",
+                )
             data = member.data if reason is None else None
             yield FileSample(key, data, prompt, member.name, fields, reason, detail)
         for name in sorted(prompts.keys() - seen):

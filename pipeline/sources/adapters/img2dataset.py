@@ -12,14 +12,14 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.liveness import alive
 from microdit.pipeline.config.sources import Img2datasetSource
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.files.archives import members, stem
+from microdit.pipeline.files.archives import members
 from microdit.pipeline.files.download import local_copy
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile, digest, listing
 from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
 from microdit.pipeline.sources.joined_fields import as_text, fields_of
-from microdit.pipeline.sources.members import IMAGES, failed, fault_fields, is_image, text_of
-from microdit.pipeline.sources.neighbours import neighbours
+from microdit.pipeline.sources.members import IMAGES, extension_of, failed, fault_fields, is_image, text_of
+from microdit.pipeline.sources.neighbours import samples_with_text
 
 ROWS = 16  # of a table with images, read at once
 STATS = "_stats.json"  # img2dataset writes it when a shard is complete
@@ -34,6 +34,7 @@ class Img2dataset(FileSource):
     """
 
     adapter = "img2dataset"
+    text_options = frozenset({"caption"})
     has_names = True
 
     def __init__(self, name: str, options: Img2datasetSource, scratch: Path):
@@ -96,19 +97,17 @@ class Img2dataset(FileSource):
 
     def _of_tar(self, path: Path, file: RemoteFile) -> Iterator[FileSample]:
         rows = self._rows(file)
-        read = members(path, lambda name: is_image(name) or stem(name)[1] == "txt", MAX_BYTES)
-        for group in neighbours(read):
-            if group.damaged is not None:
-                yield failed(group.damaged, "")
-                return
-            for sample in group.samples((), ("txt",)):
-                about = rows.pop(sample.key, None) or {"key": sample.key}
-                if sample.image.data is None:
-                    yield failed(sample.image, sample.key)
-                    continue
-                faults: dict[str, str] = {}
-                text = text_of(sample.texts.get("txt"), "caption", faults)
-                yield self._sample({"caption": text, **about}, sample.image.data, sample.image.name, faults)
+        read = members(path, lambda name: is_image(name) or extension_of(name) == "txt", MAX_BYTES)
+        for key, image, member in samples_with_text(read):
+            about = rows.pop(key, None) or {"key": key}
+            if image.data is None:
+                yield failed(image, key)
+                if image.reason == "damaged_archive":
+                    return
+                continue
+            faults: dict[str, str] = {}
+            text = text_of(member, "caption", faults)
+            yield self._sample({"caption": text, **about}, image.data, image.name, faults)
         for key in rows:
             yield FileSample(key, None, origin=key, reason="missing", detail="the table has it, and the tar lacks it")
 

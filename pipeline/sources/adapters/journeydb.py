@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +62,10 @@ class Journeydb(FileSource):
         )
 
     def tables(self) -> Sequence[JoinSpec]:
-        return self._tables
-
-    @cached_property
-    def _tables(self) -> list[JoinSpec]:
         # the train split's is called train_anno_realease_repath; the file without `repath` names other folders
         return [
             JoinSpec(
-                list_files(f"{self._root}/data/{split}/*_anno*repath.jsonl.tgz", f"sources.{self.name}.root"),
+                self.list_table(f"{self._root}/data/{split}/*_anno*repath.jsonl.tgz", f"sources.{self.name}.root"),
                 "tar_jsonl",
                 "img_path",
                 FIELDS,
@@ -97,7 +92,7 @@ class Journeydb(FileSource):
                 yield failed(member, key if member.name else "")
                 continue
             row = table.get(key) or {}
-            prompt, task2 = one_line(row.get("prompt")), one_line(row.get("task2"))
+            prompt, task2 = one_line(row.get("prompt")), one_line(row.get("task2"))  # the table's texts are checked
             caption, why = self._caption(prompt, task2)
             fields = {name: text for name, text in (("prompt", prompt), ("task2", task2), ("split", split)) if text}
             if not row:

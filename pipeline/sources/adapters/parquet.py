@@ -1,9 +1,8 @@
 """`parquet`: Parquet files with images inside."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,15 @@ from microdit.pipeline.base.liveness import alive
 from microdit.pipeline.config.sources import ParquetSource
 from microdit.pipeline.content.text_bytes import NotTextError
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.files.find import list_files
-from microdit.pipeline.files.remote_file import Listing, RemoteFile
-from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
-from microdit.pipeline.sources.joined_fields import as_text, declared_later, fields_of, joined, plain, tables_of
-from microdit.pipeline.sources.members import fault_fields
-from microdit.pipeline.tables.joins.spec import JoinSpec
+from microdit.pipeline.corpus.names import UNITS
+from microdit.pipeline.files.remote_file import RemoteFile
+from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample
+from microdit.pipeline.sources.joined_fields import plain
+from microdit.pipeline.sources.mapped_source import MappedSource
 
 ROWS = 16  # read at once: each is an image of 0.1 to 4 MB
 BUFFER = 1 << 20  # bytes read ahead; else, or with pre_buffer, a row group is read as a whole, 1 GB and more
+COMPARED = 8  # files on this machine whose columns are looked at first
 NAMED = 40  # columns in a message
 ColumnPath = tuple[str, ...]  # a column, and the struct fields inside of it
 
@@ -43,7 +42,7 @@ class _DamagedFile(Exception):
     """The file is damaged; the message is Arrow's."""
 
 
-class Parquet(FileSource):
+class Parquet(MappedSource):
     """The adapter `parquet`. Fields: those of the options, and those of the joined tables.
 
     A row without an image fails (`missing`), as does one with a value that is not of its type (`bad_value`). Where the
@@ -56,25 +55,7 @@ class Parquet(FileSource):
         super().__init__(name, options, scratch)
         self._options = options
         self.has_names = options.key is not None
-
-    def listing(self) -> Listing:
-        return list_files(self._options.files, f"sources.{self.name}.files")
-
-    def details(self) -> dict[str, Any]:
-        options = self._options
-        by = [join.by for join in options.joins]
-        return {
-            **declared_later(options.texts, options.joins),
-            **options.model_dump(include={"image", "caption", "fields", "key"}),
-            "joins": by,
-        }
-
-    def tables(self) -> Sequence[JoinSpec]:
-        return self._tables
-
-    @cached_property
-    def _tables(self) -> list[JoinSpec]:
-        return tables_of(self.name, self._options.joins, self._listing)
+        self._others_fit = False
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
@@ -98,23 +79,44 @@ class Parquet(FileSource):
             yield FileSample("", None, origin=f"row-{row}", reason="damaged_archive", detail=detail)
 
     def _check_columns(self, path: Path, file: RemoteFile, number: int) -> None:
+        """Refuse wrong columns: of the first file as options that are wrong, unless they fit another one."""
+        try:
+            error = self._misfit(path, file)
+        except _DamagedFile:
+            return  # `_batches` says why
+        if error is None:
+            return
+        if number == next(iter(self._shares)) and not self._others_fit:
+            raise error
+        raise UnreadableError(f"{error}. Others are as expected: this file alone is set aside") from None
+
+    def _misfit(self, path: Path, file: RemoteFile) -> RequestError | None:
+        """Return what is wrong with the columns of a file; None if they are as the options say.
+
+        Raises:
+            _DamagedFile: it cannot be read.
+        """
         try:
             with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as table:
                 self._find_columns(table.schema_arrow, file.name)
         except RequestError as error:
-            if number == next(iter(self._shares)):
-                raise
-            raise UnreadableError(f"{error}. The first file is as expected: this one alone is set aside") from None
-        except (pa.ArrowException, OSError):
-            return  # `_batches` says why
+            return error
+        except (pa.ArrowException, OSError) as error:
+            raise _DamagedFile(str(error)) from error
+        return None
 
     @contextmanager
     def running(self, corpus: Corpus, report: Callable[[str], None]) -> Iterator[None]:
-        """Refuse wrong columns before anything is read, by the first file that is on this machine."""
-        number = next((n for n in self._shares if "://" not in self._listing.files[n].url), None)
-        if number is not None and number == next(iter(self._shares)):
-            file = self._listing.files[number]
-            self._check_columns(Path(file.url), file, number)
+        """Refuse wrong columns before anything is read, by the first files that are on this machine."""
+        files = [self._listing.files[number] for number in list(self._shares)[:COMPARED]]
+        misfits: dict[str, RequestError | None] = {}
+        for file in files:
+            if file.url and "://" not in file.url:
+                with suppress(_DamagedFile):
+                    misfits[file.name] = self._misfit(Path(file.url), file)
+        self._others_fit = None in misfits.values() or bool(corpus.committed(UNITS, self.name))
+        if (error := misfits.get(files[0].name)) is not None and not self._others_fit:
+            raise error
         with super().running(corpus, report):
             yield
 
@@ -163,10 +165,8 @@ class Parquet(FileSource):
             return FileSample("", None, origin=origin, reason="bad_value", detail=f"its key is no text: {error}")
         key = "" if raw_key is None else str(raw_key)
         origin = key or origin
-        fields = fields_of(((name, values.get(f"fields.{name}")) for name in options.fields), faults)
-        fields |= joined(options.joins, self._tables, self.table, file, key, origin)
-        caption = as_text(values.get("caption"), faults, options.texts)
-        fields |= fault_fields(faults)
+        named = {name: values.get(f"fields.{name}") for name in options.fields}
+        caption, fields = self.caption_and_fields(values.get("caption"), named, file, key, origin, faults)
         cell = _cell(batch, columns.image, index)
         data = None if cell is None else cell.as_buffer()
         if data is None or not len(data):

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -18,11 +17,12 @@ from urllib.parse import parse_qs, urlsplit
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.sources import Sa1bSource
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.files.archives import members, stem
+from microdit.pipeline.files.archives import members
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
-from microdit.pipeline.sources.members import NOT_TEXT, failed, fault_fields, grouped, is_image, one_line, text_of
+from microdit.pipeline.sources.members import NOT_TEXT, extension_of, failed, fault_fields, is_image, one_line, text_of
+from microdit.pipeline.sources.neighbours import samples_with_text
 from microdit.pipeline.tables.joins.spec import JoinSpec
 
 PAGE = "https://ai.meta.com/datasets/segment-anything-downloads/"
@@ -52,14 +52,10 @@ class Sa1b(FileSource):
         return {"caption": self._options.caption, "require_caption": self._options.require_caption}
 
     def tables(self) -> Sequence[JoinSpec]:
-        return self._tables
-
-    @cached_property
-    def _tables(self) -> list[JoinSpec]:
         options = self._options
         if options.captions is None:
             return []
-        listing = list_files(options.captions, f"sources.{self.name}.captions")
+        listing = self.list_table(options.captions, f"sources.{self.name}.captions")
         name = listing.files[0].name
         if name.endswith((".tar.gz", ".tgz", ".tar")):
             return [JoinSpec(listing, "tar_txt", "", {"joined": "txt"}, "stem", f"sources.{self.name}.captions", True)]
@@ -86,15 +82,15 @@ class Sa1b(FileSource):
             yield
 
     def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[FileSample]:
-        table = self.table(0) if self._tables else None
-        read = members(path, lambda name: is_image(name) or stem(name)[1] == "txt", MAX_BYTES)
-        for key, image, others in grouped(read):
+        table = self.table(0) if self.specs else None
+        read = members(path, lambda name: is_image(name) or extension_of(name) == "txt", MAX_BYTES)
+        for key, image, text in samples_with_text(read):
             if image.reason is not None:
                 yield failed(image, key)
                 continue
             row = None if table is None else table.get(key)
             faults = dict[str, str]()
-            captions = {"joined": one_line((row or {}).get("joined")), "txt": text_of(others.get("txt"), "txt", faults)}
+            captions = {"joined": one_line((row or {}).get("joined")), "txt": text_of(text, "txt", faults)}
             caption = captions[self._options.caption]
             fields = {name: text for name, text in captions.items() if text} | fault_fields(faults)
             if caption or not self._options.require_caption:

@@ -16,7 +16,9 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import unit_name
+from microdit.pipeline.corpus.redeclare import is_unused_source
 from microdit.pipeline.sources.list_format import MAX_LINE, PLAIN, SAMPLE, ListFormat, find_format
+from microdit.pipeline.sources.members import fault_fields, one_line
 from microdit.pipeline.sources.source import Input
 from microdit.pipeline.sources.url_fetcher import fetch_all
 
@@ -158,6 +160,34 @@ class Urls:
     def units(self) -> list[str]:
         return [unit_name(self.name, number) for number in range(len(self._index.offsets) - 1)]
 
+    def keep_to_known_files(self, corpus: Corpus, grow: bool, report: Callable[[str], None]) -> None:
+        """Keep to the lines that the corpus knows; those that were added behind them are left out.
+
+        Raises:
+            RequestError: it is another list, of which something is committed; a list cannot grow.
+        """
+        if self.name not in corpus.sources() or is_unused_source(corpus, self.name):
+            return
+        declared = corpus.source(self.name).made_by
+        if declared.get("adapter") != "urls" or declared.get("unit_inputs") != self._unit_inputs:
+            return  # `declare` says what differs
+        inputs, what = int(declared["inputs"]), f"sources.{self.name}.list = {str(self._path)!r}"
+        index = index_list(self._path, self._unit_inputs, inputs, self._format)
+        if index.sha256 != declared["list"]:
+            raise RequestError(
+                f"{what}: it is another list than that of {inputs:,} inputs which the corpus was made from; put that "
+                "one back, or give the source a new name"
+            )
+        added = self._index.inputs - inputs
+        if added > 0 and grow:
+            raise RequestError(
+                f"{what}: {added:,} lines were added; a list does not grow: put them into one of their own, as another "
+                "source, or build without --grow"
+            )
+        if added > 0:
+            report(f"source {self.name}: {added:,} lines were added to its list, and are left out")
+            self._index = index
+
     def running(self, corpus: Corpus, report: Callable[[str], None]) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -167,7 +197,9 @@ class Urls:
                 yield item
             else:
                 moved = self.base is None and fetched.url not in ("", item.origin)
-                fields = {"final_url": fetched.url} if moved else {}  # placeholders share it: "photo removed"
+                fields = dict(item.fields)
+                if moved:
+                    fields["final_url"] = fetched.url  # placeholders share it: "photo removed"
                 yield replace(item, data=fetched.data, reason=fetched.reason, detail=fetched.detail, fields=fields)
 
     def _requests(self, unit: str, wanted: Callable[[int], bool]) -> Iterator[tuple[Input, str | None]]:
@@ -183,7 +215,9 @@ class Urls:
             except ValueError as error:
                 yield Input(ordinal, key, None, reason="unreadable_list_line", detail=str(error)), None
                 continue
-            item = Input(ordinal, key, None, origin, caption, self._license)
+            faults: dict[str, str] = {}
+            caption = one_line(caption, "caption", faults)
+            item = Input(ordinal, key, None, origin, caption, self._license, fault_fields(faults))
             yield item, url if wanted(ordinal) else None
 
     def _lines(self, number: int) -> Iterator[bytes]:

@@ -2,21 +2,19 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from microdit.pipeline.config.sources import WebdatasetSource, text_member
 from microdit.pipeline.files.archives import members, stem
-from microdit.pipeline.files.find import list_files
-from microdit.pipeline.files.remote_file import Listing, RemoteFile
+from microdit.pipeline.files.remote_file import RemoteFile
 from microdit.pipeline.files.tars import Member
-from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
-from microdit.pipeline.sources.joined_fields import as_text, declared_later, fields_of, joined, nested_value, tables_of
-from microdit.pipeline.sources.members import IMAGES, failed, fault_fields, text_of
-from microdit.pipeline.sources.neighbours import Neighbours, TarSample, neighbours, rank
-from microdit.pipeline.tables.joins.spec import JoinSpec
+from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample
+from microdit.pipeline.sources.joined_fields import nested_value
+from microdit.pipeline.sources.mapped_source import MappedSource
+from microdit.pipeline.sources.members import IMAGES, failed, text_of
+from microdit.pipeline.sources.neighbours import NOT_TAKEN, Neighbours, TarSample, neighbours, rank
 
 TEXTS = ("txt", "json")
 NOT_SIDE_BY_SIDE = "not_side_by_side"
@@ -25,7 +23,7 @@ MAX_NAMES = 1 << 20  # of a tar, remembered to tell members that lie apart
 MAX_JSON = 8 << 20  # bytes; parsed it takes twenty times as much
 
 
-class Webdataset(FileSource):
+class Webdataset(MappedSource):
     """The adapter `webdataset`. Fields: those of the options, and those of the joined tables.
 
     A sample fails without an image (`missing`, `not_side_by_side`), with json that cannot be read (`damaged_json`), and
@@ -45,25 +43,6 @@ class Webdataset(FileSource):
         self._texts = {extension for extension, _ in named}
         self._records = sorted({extension for extension, field in named if field})
 
-    def listing(self) -> Listing:
-        return list_files(self._options.files, f"sources.{self.name}.files")
-
-    def details(self) -> dict[str, Any]:
-        options = self._options
-        by = [join.by for join in options.joins]
-        return {
-            **declared_later(options.texts, options.joins),
-            **options.model_dump(include={"image", "caption", "fields", "keys"}),
-            "joins": by,
-        }
-
-    def tables(self) -> Sequence[JoinSpec]:
-        return self._tables
-
-    @cached_property
-    def _tables(self) -> list[JoinSpec]:
-        return tables_of(self.name, self._options.joins, self._listing)
-
     def samples(self, path: Path, file: RemoteFile, number: int) -> Iterator[FileSample]:
         seen = _SeenNames()
         for group in neighbours(members(path, self._is_read, MAX_BYTES)):
@@ -79,7 +58,7 @@ class Webdataset(FileSource):
                 for other in sample.others:
                     key = other.name.rpartition("/")[2] if self._options.keys == "member" else ""
                     detail = f"of this sample {sample.image.name} is taken; `image` names the extensions to take"
-                    yield FileSample(key, None, origin=other.name, reason="not_taken", detail=detail)
+                    yield FileSample(key, None, origin=other.name, reason=NOT_TAKEN, detail=detail)
 
     def why_empty(self, path: Path) -> str:
         extensions = Counter[str]()
@@ -97,8 +76,8 @@ class Webdataset(FileSource):
         known = " or ".join(self._images or IMAGES)
         return (
             f"none of its members has a known extension; it has {found}, expected {known}. "
-            f"Name those of the images and of the texts, for example image: [{example}], caption: cap, "
-            "in a source of a new name: this one is declared"
+            f"Name those of the images and of the texts, for example image: [{example}], caption: cap; "
+            "if units of this source are committed already, in a source of a new name"
         )
 
     def _without_image(self, group: Neighbours, apart: bool) -> FileSample:
@@ -131,10 +110,9 @@ class Webdataset(FileSource):
                 return nested_value(records[extension], field)
             return text_of(sample.texts.get(extension), name, faults)
 
-        fields = fields_of(((name, value_at(path, name)) for name, path in options.fields.items()), faults)
-        fields |= joined(options.joins, self._tables, self.table, file, sample.key, image.name)
-        caption = as_text(value_at(options.caption, "caption"), faults, options.texts) if options.caption else ""
-        fields |= fault_fields(faults)
+        named = {name: value_at(path, name) for name, path in options.fields.items()}
+        text = value_at(options.caption, "caption") if options.caption else ""
+        caption, fields = self.caption_and_fields(text, named, file, sample.key, image.name, faults)
         if apart and not sample.texts:
             fields[NOT_SIDE_BY_SIDE] = f"its texts came before its image; {REPACK}"
         return FileSample(key, image.data, caption, image.name, fields)

@@ -268,6 +268,17 @@ def test_a_table_of_another_schema_is_set_aside_alone(tmp_path: Path) -> None:
         list(source.read("own-000001", lambda ordinal: True))
 
 
+def test_a_first_table_of_another_schema_is_set_aside_alone_too(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"jpg": [picture(1)], "other": ["t"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"jpg": [picture(1)], "text": ["t"]}), tmp_path / "b.parquet")
+    options = {"adapter": "parquet", "files": str(tmp_path / "*.parquet"), "caption": "text"}
+    with pytest.raises(UnreadableError, match=r"a\.parquet has no such column.*this file alone is set aside"):
+        ingested(tmp_path, options)
+    with pytest.raises(RequestError, match=r"caption = 'txet': a\.parquet has no such column") as caught:
+        ingested(tmp_path, options | {"caption": "txet"})
+    assert not isinstance(caught.value, UnreadableError)
+
+
 def test_what_macos_adds_is_passed_over(tmp_path: Path) -> None:
     members = {"._a.jpg": b"junk", "a.jpg": picture(1), "._a.txt": b"junk", "a.txt": b"A", "__MACOSX/a.jpg": b"junk"}
     write_tar(tmp_path / "in" / "a.tar", members)

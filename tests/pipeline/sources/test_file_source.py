@@ -1,5 +1,6 @@
 """The base of file sources: choice of files, limits, keys, the declaration, unwanted samples."""
 
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,10 +114,11 @@ def test_the_declaration(tmp_path: Path):
 def test_what_is_not_wanted_has_no_bytes_but_all_else(tmp_path: Path):
     (tmp_path / "part-0.txt").write_text("a x/a\n!b x/b\nc http://host/c\n")
     found = list(Lines(tmp_path, license="mine").read("own-000000", lambda ordinal: ordinal == 2))
+    hashes = [hashlib.sha256(line).hexdigest() for line in (b"a x/a", b"c http://host/c")]
     assert found == [
-        Input(0, "a", None, "own/part-0.txt/x/a", license="mine"),
+        Input(0, "a", None, "own/part-0.txt/x/a", license="mine", sha256=hashes[0]),
         Input(1, "b", None, "own/part-0.txt/x/b", license="mine", reason="bad"),
-        Input(2, "c", b"c http://host/c", "http://host/c", license="mine"),
+        Input(2, "c", b"c http://host/c", "http://host/c", license="mine", sha256=hashes[1]),
     ]
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from microdit.pipeline.config.build import BuildConfig, Resources
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.config.sources import FetchOptions, OpenmojiSource, UrlsSource
+from microdit.pipeline.corpus.attempt import commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import Commit, ShardRef
 from microdit.pipeline.corpus.shard_files import read_tar
@@ -303,6 +304,7 @@ def test_the_ingest_options_are_part_of_the_source(tmp_path: Path):
     corpus = Corpus.create(asked.corpus, asked.name, asked.shard_samples)
     declare(corpus, asked, sources_of(asked), stages_of(asked))
     assert corpus.source("given").made_by["images"]["max_side"] == 512
+    commit_unit(corpus, "given", "given-000000", 0, [])  # something of it is there
     other = asked.model_copy(update={"images": ImageOptions(min_side=32, max_side=400)})
     with pytest.raises(ValueError, match=r"images\.max_side: the corpus has 512, the config says 400"):
         declare(corpus, other, sources_of(other), stages_of(other))

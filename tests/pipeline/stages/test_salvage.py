@@ -129,9 +129,12 @@ def test_other_inputs_than_before_are_refused(tmp_path: Path) -> None:
     shorter, swapped = inputs_of(3), inputs_of(4)
     a, b = swapped.inputs[1:3]
     swapped.inputs[1:3] = [type(a)(**{**b.__dict__, "ordinal": 1}), type(a)(**{**a.__dict__, "ordinal": 2})]
+    numbered = inputs_of(4)  # keys that say nothing of the picture; only a source of files says the hash
+    numbered.inputs[2] = type(a)(**{**numbered.inputs[2].__dict__, "sha256": "0" * 64})
     for source, message in (
         (shorter, "gives 3 inputs, it gave 4"),
         (swapped, "row 1 is '000000002' in the source now"),
+        (numbered, r"row 2 \(http://x/2\) has other bytes in the source than before"),
     ):
         with pytest.raises(ValueError, match=message):
             _repair(tmp_path, corpus, source)

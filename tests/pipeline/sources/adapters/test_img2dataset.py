@@ -9,6 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.config.build import BuildConfig
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import IMAGES
+from microdit.pipeline.sources.registry import sources_of
+from microdit.pipeline.stages.ingest import ingest_unit
+from microdit.pipeline.stages.registry import declare
+from microdit.pipeline.stages.stage import UnitTask
 from tests.pipeline.helpers.dataset_archives import ingested, picture, write_tar
 
 ROWS: list[dict[str, Any]] = [
@@ -60,3 +67,32 @@ def test_another_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in" / "a.txt").write_text("x")
     with pytest.raises(RequestError, match=r"sources\.own\.folder = .*neither tars nor parquet tables"):
         ingested(tmp_path, {"adapter": "img2dataset", "folder": str(tmp_path / "in")})
+
+
+@pytest.mark.parametrize("form", ["webdataset", "parquet", "files"])
+def test_shards_that_are_finished_later_are_new_units_when_told(tmp_path: Path, form: str) -> None:
+    config = BuildConfig.model_validate(
+        {
+            "name": "t", "corpus": str(tmp_path / "corpus"),
+            "sources": {"own": {"adapter": "img2dataset", "folder": str(tmp_path / "in")}},
+        }
+    )  # fmt: skip
+    corpus = Corpus.create(config.corpus, "t", 2048)
+
+    def units(grow: bool = False) -> list[str]:
+        [source] = sources_of(config)
+        declare(corpus, config, [source], [], print, grow)
+        with source.running(corpus, print):
+            for unit in source.units():
+                ingest_unit(corpus, source, UnitTask(unit), config)
+        return [line["origin"].split("/")[1] for c in corpus.commits(IMAGES) for line in corpus.sidecar(c).to_pylist()]
+
+    end = "tar" if form == "webdataset" else "parquet"
+    for shard in ("00000", "00001", "00002"):
+        write(tmp_path / "in", form, shard=shard)
+    stats = tmp_path / "in" / "00001_stats.json"
+    stats.unlink()
+    assert units() == [f"0000{n}.{end}" for n in (0, 2) for _ in range(3)]
+    stats.write_text("{}")
+    assert len(units()) == 6
+    assert units(grow=True) == [f"0000{n}.{end}" for n in (0, 2, 1) for _ in range(3)]
