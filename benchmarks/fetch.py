@@ -26,7 +26,10 @@ def rate(urls: int, hosts: int, percent: int) -> float:
             f"{bases[i % hosts] if percent and i % (100 // percent) == 7 else server.url}/ok/{i}" for i in range(urls)
         ]
         began = time.monotonic()
-        came = [found for _, found in fetch_all(((url, url) for url in listed), FetchOptions())]
+        came = [
+            found
+            for _, found in fetch_all(((url, url) for url in listed), FetchOptions(allow_networks=["127.0.0.0/8"]))
+        ]
         return sum(found is not None and found.data is not None for found in came) / (time.monotonic() - began)
 
 

@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from ipaddress import ip_network
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from microdit.pipeline.config.block import FieldError, Options
 
@@ -33,6 +34,19 @@ class FetchOptions(Options):
     """The longest `Retry-After` that is waited for; if a server asks for more, there is no retry. It holds for all URLs
     of the host, whose pace is learnt by it."""
     user_agent: str = "Mozilla/5.0 (compatible; microdit/0.1)"
+    allow_networks: list[str] = Field(default=[])
+    """Networks (`10.1.0.0/16`) whose addresses may be asked though they are not public. Without it URLs, redirects and
+    names that lead to this machine, its network or a cloud's metadata fail (`private_address`)."""
+
+    @field_validator("allow_networks")
+    @classmethod
+    def _check_networks(cls, networks: list[str]) -> list[str]:
+        for number, network in enumerate(networks):
+            try:
+                ip_network(network)
+            except ValueError as error:
+                raise FieldError((number,), f"expected a network such as 10.1.0.0/16 ({error})", network) from None
+        return networks
 
 
 class UrlsSource(Options):

@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import aiohttp
-
 from microdit.pipeline.base.liveness import alive
 from microdit.pipeline.base.retry import Backoff
 from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.sources.host_pace import HostPace
 from microdit.pipeline.sources.spool import Spool
-from microdit.pipeline.sources.url_request import RequestFailed, new_session, request
+from microdit.pipeline.sources.url_request import RequestFailed, request
+from microdit.pipeline.sources.web_client import Client
 
 WINDOW = 16384  # requests that may be running or completed ahead of the one that is waited for
 MAX_HELD = 256 << 20  # bytes of completed requests that may wait in memory; running ones may add to them
@@ -138,13 +137,13 @@ class _Fetcher:
         self._slots = asyncio.Semaphore(self._options.concurrency)
         ticks = asyncio.create_task(self._tick())
         try:
-            async with new_session(self._options) as session, asyncio.TaskGroup() as tasks:
+            async with Client(self._options) as client, asyncio.TaskGroup() as tasks:
                 number = 0
                 while (started := await self._next()) is not None:
                     url, future = started
                     if future is not None:
                         self._running += 1
-                        tasks.create_task(self._answer(session, number, url, future))
+                        tasks.create_task(self._answer(client, number, url, future))
                     number += 1
                     if number % 64 == 0:
                         await asyncio.sleep(0)
@@ -178,9 +177,9 @@ class _Fetcher:
         self.started.put((what, future))
         return url or "", future
 
-    async def _answer(self, session: aiohttp.ClientSession, number: int, url: str, future: Future[Fetched]) -> None:
+    async def _answer(self, client: Client, number: int, url: str, future: Future[Fetched]) -> None:
         try:
-            fetched = await self._fetch(session, number, url)
+            fetched = await self._fetch(client, number, url)
             if fetched.data is not None and self._held + len(fetched.data) > MAX_HELD and MAX_SPOOLED:
                 with self._lock:
                     fetched = replace(fetched, data=None, spooled=self._spool.put(fetched.data))
@@ -190,7 +189,7 @@ class _Fetcher:
             self._running -= 1
             future.cancel()  # no effect on one that has its result
 
-    async def _fetch(self, session: aiohttp.ClientSession, number: int, url: str) -> Fetched:
+    async def _fetch(self, client: Client, number: int, url: str) -> Fetched:
         """Fetch a URL in several tries within its time; aiohttp itself resends where a connection breaks."""
         host = self._hosts.setdefault(_host(url), HostPace())
         left, wait, lenient = self._options.timeout, self._options.idle_timeout, False
@@ -205,7 +204,7 @@ class _Fetcher:
             try:
                 if host.put_off:
                     wait = min(wait, SECOND_WAIT)
-                data, final = await self._try(session, number, url, min(left, wait), left, lenient, host)
+                data, final = await self._try(client, number, url, min(left, wait), left, lenient, host)
                 host.allow()
                 return Fetched(data, url=final)
             except RequestFailed as error:
@@ -237,7 +236,7 @@ class _Fetcher:
 
     async def _try(
         self,
-        session: aiohttp.ClientSession,
+        client: Client,
         number: int,
         url: str,
         wait: float,
@@ -266,7 +265,7 @@ class _Fetcher:
 
         try:
             async with asyncio.timeout(left):
-                return await request(session, url, self._options, wait, lenient, heard)
+                return await request(client, url, wait, lenient, heard)
         except TimeoutError:
             raise RequestFailed("timeout", f"no complete answer within {self._options.timeout:g} seconds") from None
         finally:

@@ -11,7 +11,9 @@ from yarl import URL
 
 from microdit.pipeline.base.retry import retry_after
 from microdit.pipeline.config.sources import FetchOptions
-from microdit.pipeline.sources.lenient_http import GZIP, MAX_HEADERS, UnreadableAnswer, ask_leniently, unpacked
+from microdit.pipeline.sources.lenient_http import GZIP, UnreadableAnswer, ask_leniently, unpacked
+from microdit.pipeline.sources.public_addresses import PrivateAddress
+from microdit.pipeline.sources.web_client import Client
 from microdit.pipeline.sources.web_url import as_written, redirected
 
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504, *range(520, 525), 529}
@@ -52,14 +54,7 @@ class Answer:
     location: str | None = None
 
 
-async def request(
-    session: aiohttp.ClientSession,
-    url: str,
-    options: FetchOptions,
-    wait: float,
-    lenient: bool,
-    heard: Callable[[], None],
-) -> tuple[bytes, str]:
+async def request(client: Client, url: str, wait: float, lenient: bool, heard: Callable[[], None]) -> tuple[bytes, str]:
     """Ask for a URL and follow its redirects; return the bytes and the URL that they came from.
 
     Args:
@@ -70,16 +65,20 @@ async def request(
     Raises:
         RequestFailed: there is no complete answer within the limits.
     """
-    for _ in range(options.max_redirects + 1):
+    for _ in range(client.options.max_redirects + 1):
         target = _checked(url)
-        if lenient:
-            answer = await _ask_leniently(session, target, options, heard)
+        try:
+            session, proxy = client.session(target)
+        except PrivateAddress as error:
+            raise RequestFailed("private_address", str(error)) from None
+        if lenient and proxy is None:
+            answer = await _ask_leniently(client, target, heard)
         else:
-            answer = await _ask(session, target, options, wait, heard)
+            answer = await _ask(session, target, proxy, client.options, wait, heard)
         if answer.location is None:
             return answer.data, url
         url = redirected(url, answer.location)
-    raise RequestFailed("redirects", f"more than {options.max_redirects} redirects")
+    raise RequestFailed("redirects", f"more than {client.options.max_redirects} redirects")
 
 
 def _checked(url: str) -> URL:
@@ -93,12 +92,17 @@ def _checked(url: str) -> URL:
 
 
 async def _ask(
-    session: aiohttp.ClientSession, url: URL, options: FetchOptions, wait: float, heard: Callable[[], None]
+    session: aiohttp.ClientSession,
+    url: URL,
+    proxy: str | None,
+    options: FetchOptions,
+    wait: float,
+    heard: Callable[[], None],
 ) -> Answer:
     timeout = aiohttp.ClientTimeout(connect=wait, sock_read=wait)
     begun = False
     try:
-        async with session.get(url, allow_redirects=False, timeout=timeout) as response:
+        async with session.get(url, allow_redirects=False, timeout=timeout, proxy=proxy) as response:
             heard()
             begun = True
             location = _location(response.status, response.reason or "", response.headers, options)
@@ -146,6 +150,8 @@ def _failed(error: Exception, wait: float, begun: bool) -> RequestFailed:
     match error:
         case aiohttp.ServerTimeoutError() | TimeoutError():
             return RequestFailed("timeout", str(error) or f"silent for {wait:g} seconds", True, silent=not begun)
+        case aiohttp.ClientConnectorDNSError() if isinstance(error.os_error, PrivateAddress):
+            return RequestFailed("private_address", str(error.os_error))
         case aiohttp.ClientConnectorDNSError():
             number = getattr(error.os_error, "errno", None)
             why = "the name server did not answer" if number == socket.EAI_AGAIN else "there is no such host"
@@ -161,27 +167,16 @@ def _failed(error: Exception, wait: float, begun: bool) -> RequestFailed:
     return RequestFailed("connection", detail, isinstance(error, aiohttp.ClientResponseError), unreadable=True)
 
 
-async def _ask_leniently(
-    session: aiohttp.ClientSession, url: URL, options: FetchOptions, heard: Callable[[], None]
-) -> Answer:
+async def _ask_leniently(client: Client, url: URL, heard: Callable[[], None]) -> Answer:
     try:
-        head, body = await ask_leniently(url, dict(session.headers), options.max_bytes)
+        addresses = await client.addresses(url)
+        head, body = await ask_leniently(url, addresses, client.headers, client.options.max_bytes)
         heard()
-        location = _location(head.status, head.reason, head.headers, options)
+        location = _location(head.status, head.reason, head.headers, client.options)
         return Answer(body, location)
+    except PrivateAddress as error:
+        raise RequestFailed("private_address", str(error)) from None
     except UnreadableAnswer as error:
         raise RequestFailed(error.reason, str(error)) from None
     except (OSError, ssl.SSLError, EOFError) as error:
         raise RequestFailed("connection", f"{type(error).__name__}: {error}") from None
-
-
-def new_session(options: FetchOptions) -> aiohttp.ClientSession:
-    """Make a session; the caller bounds the number of its connections."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=300),
-        headers={"User-Agent": options.user_agent, "Accept": "image/*,*/*;q=0.5"},
-        cookie_jar=aiohttp.DummyCookieJar(),
-        max_line_size=MAX_HEADERS,
-        max_field_size=MAX_HEADERS,
-        max_headers=1000,
-    )

@@ -72,6 +72,8 @@ class SloppyServer:
                 return self._limited(body)
             case ["to", *rest]:
                 return _answer(b"", b"Location: /" + "/".join(rest).encode(), status=b"302 Found")
+            case ["away", *_]:
+                return _answer(b"", b"Location: " + path.partition("/away/")[2].encode(), status=b"302 Found")
             case ["once", code, *_]:
                 return _answer(body, length) if self.asked.count(path) > 1 else _answer(b"", status=code.encode())
             case ["status", code]:
