@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.sources.public_addresses import is_public, literal
 from microdit.pipeline.sources.url_fetcher import Fetched, fetch_all
@@ -52,7 +53,7 @@ def test_redirects_are_checked_again(server: SloppyServer):
 
 
 def test_the_address_that_was_checked_is_the_one_that_is_asked(server: SloppyServer, monkeypatch: pytest.MonkeyPatch):
-    """The name leads to a host that is allowed first, and to others from then on; sloppy answers are asked for twice."""
+    """The name leads to an allowed host first, and to others from then on; sloppy answers are asked for twice."""
     port = int(server.url.rpartition(":")[2])
     looked_up: list[str] = []
 
@@ -98,3 +99,21 @@ def test_public_addresses_are_asked(address: str):
 @given(st.ip_addresses(v=6))
 def test_what_is_no_unicast_of_the_internet_is_private(address: IPv6Address):
     assert not (is_public(address) and address.ipv4_mapped is None and not address.is_global)
+
+
+def test_proxies_of_the_environment_are_used(server: SloppyServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("http_proxy", server.url)
+    monkeypatch.setenv("no_proxy", "near.test")
+    found = fetched(["http://far.test/x", "http://8.8.8.8/x", "http://192.168.1.1/x", "http://localhost/x"], [])
+    assert [one.data for one in found[:2]] == [picture("http://far.test/x"), picture("http://8.8.8.8/x")]
+    assert [one.reason for one in found[2:]] == ["private_address"] * 2
+    answer = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 1))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [answer])
+    assert [one.reason for one in fetched(["http://near.test/x"], [])] == ["private_address"]
+    assert [one.data for one in fetched([f"{server.url}/x"], LOOPBACK)] == [picture("/x")]
+
+
+def test_a_proxy_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("https_proxy", "socks5://me:secret@proxy.test:1080")
+    with pytest.raises(RequestError, match=r"^https_proxy: expected http://HOST:PORT, found socks5://;"):
+        fetched(["http://far.test/x"], [])
