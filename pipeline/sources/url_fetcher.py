@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from microdit.pipeline.base.liveness import alive
 from microdit.pipeline.base.retry import Backoff
+from microdit.pipeline.base.secrets import without_secrets
 from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.sources.host_pace import HostPace
 from microdit.pipeline.sources.spool import Spool
@@ -183,6 +184,8 @@ class _Fetcher:
             if fetched.data is not None and self._held + len(fetched.data) > MAX_HELD and MAX_SPOOLED:
                 with self._lock:
                     fetched = replace(fetched, data=None, spooled=self._spool.put(fetched.data))
+            if fetched.detail:
+                fetched = replace(fetched, detail=without_secrets(fetched.detail))
             self._held += len(fetched.data or b"")
             future.set_result(fetched)
         finally:

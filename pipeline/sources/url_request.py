@@ -10,6 +10,7 @@ import aiohttp
 from yarl import URL
 
 from microdit.pipeline.base.retry import retry_after
+from microdit.pipeline.base.secrets import without_secrets
 from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.sources.lenient_http import GZIP, UnreadableAnswer, ask_leniently, unpacked
 from microdit.pipeline.sources.public_addresses import PrivateAddress
@@ -85,9 +86,9 @@ def _checked(url: str) -> URL:
     try:
         target = as_written(url)
     except ValueError as error:
-        raise RequestFailed("bad_url", f"{url[:200]!r}: {error}") from None
+        raise RequestFailed("bad_url", f"{without_secrets(url)[:200]!r}: {error}") from None
     if target.scheme not in ("http", "https") or not target.raw_host or " " in target.raw_host:
-        raise RequestFailed("bad_url", f"expected http:// or https:// and a host, found {url[:200]!r}")
+        raise RequestFailed("bad_url", f"expected http:// or https:// and a host, found {without_secrets(url)[:200]!r}")
     return target
 
 

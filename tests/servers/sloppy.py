@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import re
 import threading
 import time
 from typing import Self
@@ -17,10 +18,12 @@ def picture(path: str) -> bytes:
 
 
 class SloppyServer:
-    """The server, on a free port of this machine; `asked` has the paths in the order of the requests."""
+    """The server, on a free port of this machine; `asked` has the paths in the order of the requests, `logins` their
+    Authorization."""
 
     def __init__(self, rate: float = 60.0):
         self.asked: list[str] = []
+        self.logins: list[str | None] = []
         self._rate, self._tokens, self._filled = rate, 20.0, time.monotonic()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -51,6 +54,8 @@ class SloppyServer:
                 request = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
                 path = request.split("\r\n")[0].removeprefix("GET ").removesuffix(" HTTP/1.1")
                 self.asked.append(path)
+                login = re.search(r"(?im)^authorization: (.*?)\r", request)
+                self.logins.append(login and login[1])
                 if path.startswith("/hang"):
                     await asyncio.sleep(60)
                 writer.write(self._answer(path))

@@ -13,6 +13,7 @@ from urllib.parse import urljoin, urlsplit
 import numpy as np
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.secrets import has_secrets, without_secrets
 from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import unit_name
@@ -128,7 +129,7 @@ class Urls:
         try:
             with self._path.open("rb") as file:
                 head = file.read(SAMPLE)
-            self._format = PLAIN
+            self._format, self._secrets = PLAIN, has_secrets(head.decode("latin-1").replace("\0", ""))
             if head and base is None:
                 self._format = find_format(head, self._path.stat().st_size <= SAMPLE, limit)
             self._index = index_list(self._path, unit_inputs, limit, self._format)
@@ -159,6 +160,11 @@ class Urls:
         return [unit_name(self.name, number) for number in range(len(self._index.offsets) - 1)]
 
     def running(self, corpus: Corpus, report: Callable[[str], None]) -> AbstractContextManager[None]:
+        if self._secrets:
+            report(
+                f"source {self.name}: URLs of its list have passwords or signatures, which are sent, and left out of "
+                "all that is kept"
+            )
         return nullcontext()
 
     def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:
@@ -166,8 +172,9 @@ class Urls:
             if fetched is None:
                 yield item
             else:
-                moved = self.base is None and fetched.url not in ("", item.origin)
-                fields = {"final_url": fetched.url} if moved else {}  # placeholders share it: "photo removed"
+                final = without_secrets(fetched.url)
+                moved = self.base is None and final not in ("", item.origin)
+                fields = {"final_url": final} if moved else {}  # placeholders share it: "photo removed"
                 yield replace(item, data=fetched.data, reason=fetched.reason, detail=fetched.detail, fields=fields)
 
     def _requests(self, unit: str, wanted: Callable[[int], bool]) -> Iterator[tuple[Input, str | None]]:
@@ -178,6 +185,7 @@ class Urls:
             try:
                 origin, caption = self._format.parse(line)
                 url = urljoin(self.base, origin) if self.base else origin
+                origin = without_secrets(origin)
                 if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
                     raise ValueError(f"expected an http:// or https:// URL, found {origin[:80]!r}")
             except ValueError as error:
