@@ -145,12 +145,18 @@ def _location(status: int, reason: str, headers: Mapping[str, str], options: Fet
     raise RequestFailed(f"http_{status}", f"{status} {reason}", transient, asked)
 
 
+def seconds(number: float) -> str:
+    return f"{number:.3g} second{'' if number == 1 else 's'}"
+
+
 def _failed(error: Exception, wait: float, begun: bool) -> RequestFailed:
     """Name the reason of an error of aiohttp, and tell whether another try may succeed."""
     detail = f"{type(error).__name__}: {error}"
     match error:
         case aiohttp.ServerTimeoutError() | TimeoutError():
-            return RequestFailed("timeout", str(error) or f"silent for {wait:g} seconds", True, silent=not begun)
+            connecting = isinstance(error, aiohttp.ConnectionTimeoutError)
+            what = f"no connection within {seconds(wait)}" if connecting else f"no bytes for {seconds(wait)}"
+            return RequestFailed("timeout", what, True, silent=not begun)
         case aiohttp.ClientConnectorDNSError() if isinstance(error.os_error, PrivateAddress):
             return RequestFailed("private_address", str(error.os_error))
         case aiohttp.ClientConnectorDNSError():

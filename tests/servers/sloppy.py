@@ -21,7 +21,8 @@ class SloppyServer:
     """The server, on a free port of this machine; `asked` has the paths in the order of the requests, `logins` their
     Authorization."""
 
-    def __init__(self, rate: float = 60.0):
+    def __init__(self, rate: float = 60.0, port: int = 0):
+        self._port = port
         self.asked: list[str] = []
         self.logins: list[str | None] = []
         self._rate, self._tokens, self._filled = rate, 20.0, time.monotonic()
@@ -30,7 +31,7 @@ class SloppyServer:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        started = asyncio.start_server(self._serve, "127.0.0.1", 0)
+        started = asyncio.start_server(self._serve, "127.0.0.1", self._port)
         self._server = asyncio.run_coroutine_threadsafe(started, self._loop).result()
         self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
@@ -58,14 +59,25 @@ class SloppyServer:
                 self.logins.append(login and login[1])
                 if path.startswith("/hang"):
                     await asyncio.sleep(60)
+                if path.startswith("/slow"):
+                    await asyncio.sleep(0.8)
+                if path.startswith("/drip"):
+                    await self._drip(writer)
                 writer.write(self._answer(path))
                 await writer.drain()
                 if path.startswith("/close"):
                     return
-        except (OSError, EOFError):
+        except (OSError, EOFError, asyncio.CancelledError):
             return
         finally:
             writer.close()
+
+    async def _drip(self, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+        while True:
+            writer.write(b".")
+            await writer.drain()
+            await asyncio.sleep(0.2)
 
     def _answer(self, path: str) -> bytes:
         body = picture(path)
