@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-UNPROVEN = 4  # requests at once to a host that has not answered yet
+UNPROVEN = 8  # requests at once to a host that has not answered yet
 RETRIED = 16  # and to one that was silent and is tried again
 SILENT = 3  # requests in a row without any answer after which a host that has answered before is put off
 MEMORY = 300.0  # seconds for which a process knows that a host was silent

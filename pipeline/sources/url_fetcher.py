@@ -222,7 +222,8 @@ class _Fetcher:
                 host.allow()
                 return Fetched(data, url=final)
             except RequestFailed as error:
-                failed = failed if failed is not None and failed.silent and error.silent else error
+                longer = failed if failed is not None and failed.silent and error.silent else None
+                failed = longer or error
             except Exception as error:  # whatever a server can provoke must fail its own image only
                 failed = RequestFailed("connection", f"{type(error).__name__}: {error}")
             finally:

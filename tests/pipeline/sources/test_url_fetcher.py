@@ -111,7 +111,7 @@ def test_a_silent_host_is_known_in_the_next_unit_and_may_answer_again(server: Sl
     impatient = QUICK.model_copy(update={"idle_timeout": 1.5})
     with socket.create_server(("127.0.0.1", 0), backlog=200) as silent:
         port = silent.getsockname()[1]
-        paths = [f"http://127.0.0.1:{port}/{i}" for i in range(40)]
+        paths = [f"http://127.0.0.1:{port}/{i}" for i in range(60)]
         first = fetched(server, paths, impatient)
         assert {answer.reason for answer in first.values()} == {"timeout"}
         assert {answer.detail for answer in first.values()} == {
@@ -135,12 +135,12 @@ def test_slow_hosts_lose_nothing(server: SloppyServer):
 @pytest.mark.parametrize(
     ("path", "detail"),
     [
-        ("/hang", "no bytes for 1 second"),
-        ("/drip", "no complete answer within 2 seconds"),
+        ("/hang", "no bytes for 0.5 seconds"),
+        ("/drip", "no complete answer within 1.5 seconds"),
     ],
 )
 def test_a_timeout_says_which_limit_it_was(server: SloppyServer, path: str, detail: str):
-    limits = QUICK.model_copy(update={"idle_timeout": 1, "timeout": 2})
+    limits = QUICK.model_copy(update={"idle_timeout": 0.5, "timeout": 1.5})
     assert [(one.reason, one.detail) for one in fetched(server, [path], limits).values()] == [("timeout", detail)]
 
 
