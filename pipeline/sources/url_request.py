@@ -1,9 +1,10 @@
 """Ask a web server for a URL once: follow redirects, bound the answer, and name the reason where there is none."""
 
+import asyncio
 import re
 import socket
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import aiohttp
@@ -13,6 +14,7 @@ from microdit.pipeline.base.retry import retry_after
 from microdit.pipeline.base.secrets import without_secrets
 from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.sources.lenient_http import GZIP, UnreadableAnswer, ask_leniently, unpacked
+from microdit.pipeline.sources.opt_outs import Headers, RobotsRules, opted_out
 from microdit.pipeline.sources.public_addresses import PrivateAddress
 from microdit.pipeline.sources.web_client import Client
 from microdit.pipeline.sources.web_url import as_written, redirected
@@ -55,13 +57,16 @@ class Answer:
     location: str | None = None
 
 
-async def request(client: Client, url: str, wait: float, lenient: bool, heard: Callable[[], None]) -> tuple[bytes, str]:
+async def request(
+    client: Client, url: str, wait: float, lenient: bool, heard: Callable[[], None], robots: bool | None = None
+) -> tuple[bytes, str]:
     """Ask for a URL and follow its redirects; return the bytes and the URL that they came from.
 
     Args:
         wait: seconds to wait for a connection, or for the next byte.
         lenient: read answers that break the rules of HTTP, each on a connection of its own.
         heard: called when an answer begins.
+        robots: heed robots.txt; None: as the options say.
 
     Raises:
         RequestFailed: there is no complete answer within the limits.
@@ -72,6 +77,8 @@ async def request(client: Client, url: str, wait: float, lenient: bool, heard: C
             session, proxy = client.session(target)
         except PrivateAddress as error:
             raise RequestFailed("private_address", str(error)) from None
+        if client.options.robots_txt if robots is None else robots:
+            await _check_robots(client, target, wait, heard)
         if lenient and proxy is None:
             answer = await _ask_leniently(client, target, heard)
         else:
@@ -80,6 +87,40 @@ async def request(client: Client, url: str, wait: float, lenient: bool, heard: C
             return answer.data, url
         url = redirected(url, answer.location)
     raise RequestFailed("redirects", f"more than {client.options.max_redirects} redirects")
+
+
+async def _check_robots(client: Client, url: URL, wait: float, heard: Callable[[], None]) -> None:
+    """Raise RequestFailed if the host's robots.txt forbids a URL, or cannot be had for now."""
+    host = f"{url.scheme}://{url.host_port_subcomponent}"
+    if host not in client.robots:
+        task = client.robots[host] = asyncio.create_task(_robots_rules(client, host, wait, heard))
+
+        def forget(done: "asyncio.Task[RobotsRules]") -> None:
+            if done.cancelled() or done.exception() is not None:
+                client.robots.pop(host, None)
+
+        task.add_done_callback(forget)
+    task = client.robots[host]
+    rules = task.result() if task.done() else await asyncio.shield(task)
+    if not rules.allow(url.raw_path_qs):
+        raise RequestFailed("robots_txt", f"{host}/robots.txt forbids it")
+
+
+async def _robots_rules(client: Client, host: str, wait: float, heard: Callable[[], None]) -> RobotsRules:
+    """Ask for a robots.txt. One that is not there allows all; while the server has trouble with it nothing is."""
+    url = f"{host}/robots.txt"
+    try:
+        async with asyncio.timeout(client.options.timeout):
+            data, _ = await request(client, url, wait, False, heard, robots=False)
+    except TimeoutError:
+        limit = seconds(client.options.timeout)
+        raise RequestFailed("timeout", f"robots.txt: no complete answer within {limit}") from None
+    except RequestFailed as error:
+        if error.silent or error.reason in ("timeout", "dns", "http_429") or error.reason.startswith("http_5"):
+            said = f"robots.txt: {error.detail}"
+            raise RequestFailed(error.reason, said, error.transient, error.asked, silent=error.silent) from None
+        return RobotsRules()
+    return RobotsRules.parse(data, client.options.agent)
 
 
 def _checked(url: str) -> URL:
@@ -128,7 +169,7 @@ async def _ask(
         raise _failed(error, wait, begun) from None
 
 
-def _location(status: int, reason: str, headers: Mapping[str, str], options: FetchOptions) -> str | None:
+def _location(status: int, reason: str, headers: Headers, options: FetchOptions) -> str | None:
     """Return where an answer redirects to, None where it has the whole body.
 
     Raises:
@@ -139,6 +180,9 @@ def _location(status: int, reason: str, headers: Mapping[str, str], options: Fet
         return location
     whole = WHOLE.match(headers.get("Content-Range", "")) if status == 206 else None
     if status in (200, 203) or (whole and whole[2] in ("*", str(int(whole[1]) + 1))):
+        opt_out = opted_out(headers, options.agent) if options.opt_out_headers else None
+        if opt_out is not None:
+            raise RequestFailed(*opt_out)
         return None
     asked = retry_after(headers.get("Retry-After"))
     transient = status in TRANSIENT and (asked or 0.0) <= options.retry_after

@@ -1,5 +1,6 @@
 """What URLs are asked for with: sessions, a resolver that keeps to public addresses, and the environment's proxies."""
 
+import asyncio
 import socket
 from typing import Self
 from urllib.parse import urlsplit
@@ -11,6 +12,7 @@ from yarl import URL
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.sources.lenient_http import MAX_HEADERS
+from microdit.pipeline.sources.opt_outs import RobotsRules
 from microdit.pipeline.sources.public_addresses import PublicResolver, is_public, literal
 
 
@@ -26,8 +28,10 @@ class Client:
 
     def __init__(self, options: FetchOptions):
         self.options = options
-        self.headers = {"User-Agent": options.user_agent, "Accept": "image/*,*/*;q=0.5"}
+        self.headers = {"User-Agent": options.agent, "Accept": "image/*,*/*;q=0.5"}
         self.resolver = PublicResolver(options.allow_networks)
+        self.robots: dict[str, asyncio.Task[RobotsRules]] = {}
+        """By scheme, host and port: what its robots.txt says, or the request for it."""
         self._proxies = _proxies()
         self._direct = _session(self.headers, self.resolver)
         self._through_proxies = _session(self.headers, None) if self._proxies else self._direct
@@ -36,6 +40,8 @@ class Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        for task in self.robots.values():
+            task.cancel()
         await self._direct.close()
         await self._through_proxies.close()
 

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from typing import Self
+from urllib.parse import unquote
 
 GIF = (
     b"GIF89a\x01\x00\x01\x00\x80\x00\x00\xff\x00\x00\x00\x00\x00,\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02\x02D\x01\x00;"
@@ -21,7 +22,8 @@ class SloppyServer:
     """The server, on a free port of this machine; `asked` has the paths in the order of the requests, `logins` their
     Authorization."""
 
-    def __init__(self, rate: float = 60.0, port: int = 0):
+    def __init__(self, rate: float = 60.0, port: int = 0, robots: bytes = b""):
+        self._robots = robots
         self._port = port
         self.asked: list[str] = []
         self.logins: list[str | None] = []
@@ -85,6 +87,10 @@ class SloppyServer:
         length = b"Content-Length: %d" % len(body)
         chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
         match path.removeprefix("/close").strip("/").split("/"):
+            case ["robots.txt"]:
+                return _answer(self._robots, b"Content-Length: %d" % len(self._robots), status=b"200 OK")
+            case ["said", name, value]:
+                return _answer(body, length, f"{unquote(name)}: {unquote(value)}".encode())
             case ["limited", *_]:
                 return self._limited(body)
             case ["to", *rest]:

@@ -1,6 +1,7 @@
 """`urls`: a list of lines with a URL and a caption each, as CC12M and CC3M are published. A line is an input."""
 
 import hashlib
+import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -160,6 +161,11 @@ class Urls:
         return [unit_name(self.name, number) for number in range(len(self._index.offsets) - 1)]
 
     def running(self, corpus: Corpus, report: Callable[[str], None]) -> AbstractContextManager[None]:
+        if self.base is None and not re.search(r"@|://", self._fetch.agent):
+            report(
+                f"source {self.name}: sources.{self.name}.fetch.contact=ADDRESS tells servers your mail address or page; "
+                "some refuse requests without one"
+            )
         if self._secrets:
             report(
                 f"source {self.name}: URLs of its list have passwords or signatures, which are sent, and left out of "

@@ -13,7 +13,7 @@ from microdit.pipeline.sources.url_fetcher import Fetched, fetch_all
 from microdit.pipeline.sources.web_url import as_written, redirected
 from tests.servers.sloppy import SloppyServer, picture
 
-QUICK = FetchOptions(timeout=8, idle_timeout=2, max_bytes=100_000, allow_networks=["127.0.0.0/8"])
+QUICK = FetchOptions(timeout=8, idle_timeout=2, max_bytes=100_000, allow_networks=["127.0.0.0/8"], robots_txt=False)
 
 
 @pytest.fixture

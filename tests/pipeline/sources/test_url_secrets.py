@@ -7,7 +7,7 @@ from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.sources.adapters.urls import Urls
 from tests.servers.sloppy import SloppyServer, picture
 
-QUICK = FetchOptions(timeout=4, idle_timeout=2, allow_networks=["127.0.0.0/8"])
+QUICK = FetchOptions(contact="me@h.test", timeout=4, idle_timeout=2, allow_networks=["127.0.0.0/8"], robots_txt=False)
 LOGIN = f"Basic {base64.b64encode(b'me:s3cret').decode()}"
 
 

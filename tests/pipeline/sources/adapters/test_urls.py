@@ -28,6 +28,7 @@ QUICK = FetchOptions(
     max_redirects=3,
     retry_after=1,
     allow_networks=["127.0.0.0/8"],
+    robots_txt=False,
 )
 MEGABYTE = b"\0" * 1_000_000
 
