@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from microdit.pipeline.base.secrets import without_secrets
+from microdit.pipeline.sources.list_records import MAX_LINE, merged
 
-MAX_LINE = 64 << 10
 SAMPLE = 1 << 20  # bytes from the beginning of a list that its format is found by
 MAX_SHOWN = 4096  # characters of a line that are searched for secrets before its beginning is shown
 EVEN = 0.9  # the share of the lines that must have the same number of columns
@@ -99,16 +99,20 @@ def find_format(head: bytes, whole: bool, limit: int | None = None) -> ListForma
     lines = head.decode(encoding, "replace").removeprefix(BYTE_ORDER_MARK).split("\n")
     if not whole and len(lines) > 1:
         lines.pop()
+    lines = [line.rstrip("\r") for line in lines]
+    joined = {delimiter: [text for _, text in merged(((0, line) for line in lines), delimiter)] for delimiter in ",\t"}
     if limit is not None:
         lines = lines[: limit + 1]  # one may be the header
-    lines = [line.rstrip("\r") for line in lines]
+        joined = {delimiter: texts[: limit + 1] for delimiter, texts in joined.items()}
     filled = [line for line in lines if line.strip()]
     linked = [line for line in filled if URL.search(line)]
     delimiter = "\t" if 2 * sum("\t" in line for line in linked) >= len(linked) else ","
     if not any(delimiter in line for line in linked):
         found = without_secrets(filled[0][:MAX_SHOWN])[:80] if filled else ""
         raise ValueError(f"none of its first {len(filled)} lines has a URL and a caption: {found!r}; {EXPECTED}")
-    quoted = delimiter == "," or _is_quoted(filled)
+    texts = [text for text in joined[delimiter] if text.strip()]
+    quoted = delimiter == "," or _is_quoted(texts)
+    filled = texts if quoted else filled
     header = _header(lines[0], delimiter, quoted)
     if header is None:
         return ListFormat(encoding, delimiter, quoted, 0, *_by_content(filled, delimiter, quoted))
@@ -150,7 +154,7 @@ def _is_quoted(lines: Sequence[str]) -> bool:
         raw = line.split("\t") if len(line.split("\t")) == len(cells) else []
         if any('"' in cell and not QUOTED.fullmatch(cell) for cell in raw):
             return False
-        doubled = doubled or any('"' in cell for cell in cells) or not raw
+        doubled = doubled or any('"' in cell or "\n" in cell for cell in cells) or not raw
     return doubled or not (bare or len(lines) < 2)
 
 

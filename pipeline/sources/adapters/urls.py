@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import TextIOWrapper
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -18,7 +19,8 @@ from microdit.pipeline.base.secrets import has_secrets, without_secrets
 from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import unit_name
-from microdit.pipeline.sources.list_format import MAX_LINE, PLAIN, SAMPLE, ListFormat, find_format
+from microdit.pipeline.sources.list_format import PLAIN, SAMPLE, ListFormat, find_format
+from microdit.pipeline.sources.list_records import MAX_LINE, read_records, records
 from microdit.pipeline.sources.source import Input
 from microdit.pipeline.sources.url_fetcher import fetch_all
 
@@ -55,6 +57,8 @@ def index_list(
 def _index_list(
     path: Path, unit_inputs: int, limit: int | None, form: ListFormat, modified: int, size: int
 ) -> ListIndex:
+    if form.quoted:
+        return _index_records(path, unit_inputs, limit, form)
     kind = np.dtype({"utf-8": "u1", "utf-16-le": "<u2", "utf-16-be": ">u2"}[form.encoding])
     digest, inputs, end = hashlib.sha256(), 0, form.start
     offsets = [form.start]
@@ -76,6 +80,23 @@ def _index_list(
     if offsets[-1] != end:
         offsets.append(end)
     return ListIndex(digest.hexdigest(), inputs, tuple(offsets))
+
+
+def _index_records(path: Path, unit_inputs: int, limit: int | None, form: ListFormat) -> ListIndex:
+    """Find the units of a list whose cells may have line breaks."""
+    offsets, inputs, end = [form.start], 0, form.start
+    with path.open("rb") as file:
+        file.seek(form.start)
+        for size, _ in islice(records(file, form.encoding, form.delimiter), limit):
+            if inputs and inputs % unit_inputs == 0:
+                offsets.append(end)
+            inputs += 1
+            end += size
+        digest = hashlib.sha256()
+        file.seek(form.start)
+        for at in range(form.start, end, BLOCK):
+            digest.update(file.read(min(BLOCK, end - at)))
+    return ListIndex(digest.hexdigest(), inputs, tuple([*offsets, end] if inputs else offsets))
 
 
 def read_lines(path: Path, index: ListIndex, number: int) -> Iterator[bytes]:
@@ -163,8 +184,8 @@ class Urls:
     def running(self, corpus: Corpus, report: Callable[[str], None]) -> AbstractContextManager[None]:
         if self.base is None and not re.search(r"@|://", self._fetch.agent):
             report(
-                f"source {self.name}: sources.{self.name}.fetch.contact=ADDRESS tells servers your mail address or page; "
-                "some refuse requests without one"
+                f"source {self.name}: sources.{self.name}.fetch.contact=ADDRESS tells servers your mail address or "
+                "page; some refuse requests without one"
             )
         if self._secrets:
             report(
@@ -201,7 +222,12 @@ class Urls:
             yield item, url if wanted(ordinal) else None
 
     def _lines(self, number: int) -> Iterator[bytes]:
-        if self._format.encoding == "utf-8":
-            return read_lines(self._path, self._index, number)
         count = min(self._unit_inputs, self._index.inputs - number * self._unit_inputs)
-        return decode_lines(self._path, self._index, number, count, self._format.encoding)
+        if self._format.quoted:
+            with self._path.open("rb") as file:
+                file.seek(self._index.offsets[number])
+                yield from read_records(file, self._format.encoding, self._format.delimiter, count)
+        elif self._format.encoding == "utf-8":
+            yield from read_lines(self._path, self._index, number)
+        else:
+            yield from decode_lines(self._path, self._index, number, count, self._format.encoding)
