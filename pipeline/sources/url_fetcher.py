@@ -93,7 +93,7 @@ class _Fetcher:
         """Wait for a result; the process is alive for as long as the loop turns."""
         while True:
             try:
-                return get(timeout=1.0)
+                return get(timeout=0.2)
             except (queue.Empty, TimeoutError):
                 if time.monotonic() - self._ticked < STUCK:
                     alive()

@@ -1,6 +1,8 @@
 """The fetcher against servers as they are: sloppy ones, strict ones, ones that allow few requests, silent ones."""
 
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -149,3 +151,23 @@ def test_results_come_while_others_are_fetched(server: SloppyServer):
     urls = [f"{server.url}/ok/{i}" for i in range(3000)]
     asked = [len(server.asked) for _ in fetch_all(((url, url) for url in urls), QUICK)]
     assert asked[100] < 1500
+
+
+WATCHED = """
+import sys
+from microdit.pipeline.base.liveness import watched
+from microdit.pipeline.config.sources import FetchOptions
+from microdit.pipeline.sources.url_fetcher import fetch_all
+options = FetchOptions(timeout=8, idle_timeout=2, allow_networks=["127.0.0.1"])
+with watched(1.0):
+    [(_, found)] = fetch_all([(0, sys.argv[1])], options)
+print(found.reason)
+"""
+
+
+def test_waiting_for_a_server_is_no_hang():
+    """A `stall_timeout` below `fetch.timeout` sets no unit aside."""
+    with socket.create_server(("127.0.0.1", 0), backlog=20) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
+        done = subprocess.run([sys.executable, "-c", WATCHED, url], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "timeout\n"), done.stderr
