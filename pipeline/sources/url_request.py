@@ -120,7 +120,7 @@ async def _robots_rules(client: Client, host: str, wait: float, heard: Callable[
             said = f"robots.txt: {error.detail}"
             raise RequestFailed(error.reason, said, error.transient, error.asked, silent=error.silent) from None
         return RobotsRules()
-    return RobotsRules.parse(data, client.options.agent)
+    return RobotsRules.parse(data, client.options.user_agent)
 
 
 def _checked(url: str) -> URL:
@@ -180,7 +180,7 @@ def _location(status: int, reason: str, headers: Headers, options: FetchOptions)
         return location
     whole = WHOLE.match(headers.get("Content-Range", "")) if status == 206 else None
     if status in (200, 203) or (whole and whole[2] in ("*", str(int(whole[1]) + 1))):
-        opt_out = opted_out(headers, options.agent) if options.opt_out_headers else None
+        opt_out = opted_out(headers, options.user_agent) if options.opt_out_headers else None
         if opt_out is not None:
             raise RequestFailed(*opt_out)
         return None
