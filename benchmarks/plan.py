@@ -47,7 +47,7 @@ def write_lists(source: DemoSource, base: str, folder: Path, inputs: int, times:
 def write_config(folder: Path, name: str, urls: Path, captions: Path) -> Path:
     """The demo's config with another source and another table of captions."""
     config = yaml.safe_load(find_file("configs/demo.yaml").read_text())
-    fetch = OpenmojiSource(adapter="openmoji").fetch.model_dump()
+    fetch = OpenmojiSource(adapter="openmoji").fetch.model_dump() | {"allow_networks": ["127.0.0.0/8"]}
     config |= {"name": name, "corpus": str(folder / name)}
     config["sources"] = {"openmoji": {"adapter": "urls", "list": str(urls), "unit_inputs": UNIT_INPUTS, "fetch": fetch}}
     config["columns"]["captions/long"] = {"join": str(captions), "by": "origin"}

@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from ipaddress import ip_network
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from microdit.pipeline.config.block import FieldError, Options
 
@@ -32,7 +33,32 @@ class FetchOptions(Options):
     retry_after: float = Field(default=10.0, ge=0, le=600)
     """The longest `Retry-After` that is waited for; if a server asks for more, there is no retry. It holds for all URLs
     of the host, whose pace is learnt by it."""
-    user_agent: str = "Mozilla/5.0 (compatible; microdit/0.1)"
+    user_agent: str = Field(default="Mozilla/5.0 (compatible; microdit/0.1)", pattern="^[ -~]+$")
+    contact: str = Field(default="", pattern="^[ -~]*$")
+    """Your mail address or page, which stands behind the user agent: some servers refuse requests without one."""
+    robots_txt: bool = True
+    """Ask each host for its robots.txt, and do not fetch what that forbids (`robots_txt`)."""
+    opt_out_headers: bool = True
+    """Leave out pictures whose answer says `X-Robots-Tag: noai`, `noimageai`, `noindex` or `noimageindex`, or
+    `TDM-Reservation: 1`; that word is the reason."""
+    allow_networks: list[str] = Field(default=[])
+    """Networks (`10.1.0.0/16`) whose addresses may be asked though they are not public. Without it URLs, redirects and
+    names that lead to this machine, its network or a cloud's metadata fail (`private_address`)."""
+
+    @property
+    def agent(self) -> str:
+        """The header `User-Agent`."""
+        return f"{self.user_agent} (+{self.contact})" if self.contact else self.user_agent
+
+    @field_validator("allow_networks")
+    @classmethod
+    def _check_networks(cls, networks: list[str]) -> list[str]:
+        for number, network in enumerate(networks):
+            try:
+                ip_network(network)
+            except ValueError as error:
+                raise FieldError((number,), f"expected a network such as 10.1.0.0/16 ({error})", network) from None
+        return networks
 
 
 class UrlsSource(Options):

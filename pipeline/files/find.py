@@ -11,6 +11,7 @@ import obstore
 from obstore import exceptions
 
 from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.base.secrets import without_secrets
 from microdit.pipeline.files.hub import list_hub
 from microdit.pipeline.files.patterns import choose, expand_braces, split_root
 from microdit.pipeline.files.remote_file import Listing, RemoteFile, digest, listing
@@ -75,21 +76,23 @@ def _list_local(pattern: str, what: str) -> Listing:
 
 
 def _list_web(pattern: str, what: str) -> Listing:
-    urls = list(dict.fromkeys(expand_braces(pattern, what)))
+    urls, shown = list(dict.fromkeys(expand_braces(pattern, what))), without_secrets(pattern)
     for url in urls[:1]:
         parts = urlsplit(url)
         if not parts.hostname:
-            raise RequestError(f"{what} = {pattern!r}: it names no server; expected https://server/path")
+            raise RequestError(f"{what} = {shown!r}: it names no server; expected https://server/path")
         if "*" in parts.path or "[" in parts.path:
             raise RequestError(
-                f"{what} = {pattern!r}: a web server cannot be listed; write the names as in part-{{000..099}}.tar"
+                f"{what} = {shown!r}: a web server cannot be listed; write the names as in part-{{000..099}}.tar"
             )
     root, _ = split_root(pattern.partition("?")[0])
     names = [unquote(urlsplit(url).path) for url in urls]
     folder = unquote(urlsplit(root).path).rstrip("/") + "/"
     names = [name.removeprefix(folder).strip("/") for name in names]
     if len(set(names)) < len(names) or not all(names):  # they differ in host or query
-        names = [url.partition("://")[2] for url in urls]
+        names = [without_secrets(url).partition("://")[2] for url in urls]
+    if len(set(names)) < len(names):
+        raise RequestError(f"{what} = {shown!r}: URLs differ in a password or signature alone; expected each file once")
     files = [RemoteFile(name, url) for name, url in zip(names, urls, strict=True)]
     return listing(files, {"files": digest((file.name,) for file in files)})
 

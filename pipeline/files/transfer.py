@@ -16,6 +16,7 @@ from obstore import exceptions
 
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.retry import retry_after
+from microdit.pipeline.base.secrets import split_login, without_secrets
 from microdit.pipeline.files.hub import explain_gated, hub_request, repository_of
 from microdit.pipeline.files.remote_file import RemoteFile
 from microdit.pipeline.storage.bucket import SCHEMES, open_bucket
@@ -104,8 +105,8 @@ def transfer(file: RemoteFile, start: int, known: Version) -> Iterator[Transfer]
 
 
 def shown(url: str) -> str:
-    """Shorten a URL for messages by its query, which may hold a signature."""
-    return url.partition("?")[0]
+    """Shorten a URL for messages by its query, which may hold a signature, and by its password."""
+    return without_secrets(url.partition("?")[0])
 
 
 def _request(file: RemoteFile, start: int, known: Version) -> tuple[str, dict[str, str], str | None]:
@@ -114,7 +115,8 @@ def _request(file: RemoteFile, start: int, known: Version) -> tuple[str, dict[st
     if urlsplit(file.url).scheme == "hf":
         url, headers = hub_request(file.url)
     headers = {name.lower(): value for name, value in headers.items()}
-    token = headers.pop("authorization", None)
+    url, login = split_login(url)
+    token = headers.pop("authorization", login)
     headers["accept-encoding"] = "identity"
     if start:
         headers["range"] = f"bytes={start}-"

@@ -40,6 +40,7 @@ from microdit.pipeline.report.facts import (
 )
 from microdit.pipeline.report.histograms import HistogramGroup, histograms
 from microdit.pipeline.report.pictures import Pictures, pictures
+from microdit.pipeline.report.placeholders import SharedPictures, shared_pictures
 from microdit.pipeline.report.training import Training, training
 from microdit.pipeline.selection.selections import Selection
 from microdit.pipeline.selection.view import query
@@ -82,6 +83,7 @@ class PageFacts:
     unbuilt: list[str]
     incomplete_sources: list[IncompleteSource]
     set_aside: list[ColumnSetAside]
+    shared_pictures: SharedPictures | None
     selections: list[Selection]
     pictures: Pictures
     histograms: list[HistogramGroup]
@@ -165,6 +167,7 @@ def gather(corpus: Corpus, run: Path | None) -> PageFacts:
         unbuilt=[name for name in columns if name != IMAGES and name not in complete],
         incomplete_sources=incomplete_sources(corpus),
         set_aside=set_aside(corpus, columns),
+        shared_pictures=shared_pictures(corpus, fields),
         selections=selections,
         pictures=pictures(corpus, columns, commits, fields, complete.values()),
         histograms=histograms(corpus, fields),

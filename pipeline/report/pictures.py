@@ -144,7 +144,7 @@ def _draw_samples(
         captions: by captions column, its name in the sample table.
     """
     wanted = ", ".join(["id", "source", "shard", "row", *(f'"{name}"' for name in captions.values())])
-    whole = " AND ".join(["true", *complete])
+    whole = " AND ".join(["status = 'ok'", *complete])
     drawn = query(
         corpus,
         f"SELECT {wanted} FROM samples WHERE status = 'ok' AND format IS NOT NULL "

@@ -5,9 +5,11 @@ import contextlib
 import re
 import ssl
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from aiohttp import BasicAuth
 from multidict import CIMultiDict
 from yarl import URL
 
@@ -34,19 +36,25 @@ class Head:
     headers: CIMultiDict[str]
 
 
-async def ask_leniently(url: URL, headers: Mapping[str, str], max_bytes: int) -> tuple[Head, bytes]:
+async def ask_leniently(
+    url: URL, addresses: Sequence[str], headers: Mapping[str, str], max_bytes: int
+) -> tuple[Head, bytes]:
     """Ask for a URL on a connection of its own; return the head and the body. The caller bounds the time.
+
+    Args:
+        addresses: those of its host, of which the first that takes a connection is asked.
 
     Raises:
         UnreadableAnswer: it is no answer, or beyond the limits.
         OSError: there is no connection.
         EOFError: the connection ended before the answer did.
     """
-    secure = ssl.create_default_context() if url.scheme == "https" else None
-    reader, writer = await asyncio.open_connection(url.raw_host, url.port, ssl=secure, limit=MAX_HEADERS)
+    reader, writer = await _connect(url, addresses)
     try:
         host = url.host_port_subcomponent or ""
         lines = {"Host": host, **headers, "Accept-Encoding": "gzip, deflate", "Connection": "close"}
+        if url.user is not None:
+            lines["Authorization"] = BasicAuth(url.user, url.password or "").encode()
         request = f"GET {url.raw_path_qs} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items())
         writer.write(f"{request}\r\n".encode("latin-1", "replace"))
         head = await _head(reader)
@@ -60,6 +68,19 @@ async def ask_leniently(url: URL, headers: Mapping[str, str], max_bytes: int) ->
         writer.close()
         with contextlib.suppress(Exception):
             writer.transport.abort()
+
+
+async def _connect(url: URL, addresses: Sequence[str]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    secure: dict[str, Any] = {}
+    if url.scheme == "https":
+        secure = {"ssl": ssl.create_default_context(), "server_hostname": (url.raw_host or "").rstrip(".")}
+    failed: OSError = OSError("its host has no address")
+    for address in addresses:
+        try:
+            return await asyncio.open_connection(address, url.port, limit=MAX_HEADERS, **secure)
+        except OSError as error:
+            failed = error
+    raise failed
 
 
 async def _head(reader: asyncio.StreamReader) -> Head:

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-MAX_LINE = 64 << 10
+from microdit.pipeline.base.secrets import without_secrets
+from microdit.pipeline.sources.list_records import MAX_LINE, merged
+
 SAMPLE = 1 << 20  # bytes from the beginning of a list that its format is found by
+MAX_SHOWN = 4096  # characters of a line that are searched for secrets before its beginning is shown
 EVEN = 0.9  # the share of the lines that must have the same number of columns
 URL = re.compile(r"https?://\S+", re.IGNORECASE)
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
@@ -46,16 +49,17 @@ class ListFormat:
         if len(line) > MAX_LINE:
             raise ValueError(f"the line is longer than {MAX_LINE} bytes")
         text = line.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
+        shown = without_secrets(text[:MAX_SHOWN])[:80]
         if self.encoding != "utf-8" and "\ufffd" in text:
-            raise ValueError(f"expected {self.encoding}, found {text[:80]!r}")
+            raise ValueError(f"expected {self.encoding}, found {shown!r}")
         if not self.quoted and self.columns == 2 and self.url == 0:
             url, tab, caption = text.partition(self.delimiter)
             if not tab or not url.strip():
-                raise ValueError(f"expected url<TAB>caption, found {text[:80]!r}")
+                raise ValueError(f"expected url<TAB>caption, found {shown!r}")
         else:
             cells = split(text, self.delimiter, self.quoted)
             if len(cells) > self.columns or len(cells) <= max(self.url, self.caption):
-                raise ValueError(f"expected {self.columns} columns, found {len(cells)}: {text[:80]!r}")
+                raise ValueError(f"expected {self.columns} columns, found {len(cells)}: {shown!r}")
             url, caption = cells[self.url], cells[self.caption]
         return url.strip(), " ".join(caption.split())
 
@@ -74,7 +78,7 @@ def split(text: str, delimiter: str, quoted: bool) -> list[str]:
     try:
         return next(csv.reader([text], delimiter=delimiter, strict=True), [])
     except csv.Error as error:
-        raise ValueError(f"{error}: {text[:80]!r}") from None
+        raise ValueError(f"{error}: {without_secrets(text[:MAX_SHOWN])[:80]!r}") from None
 
 
 def find_format(head: bytes, whole: bool, limit: int | None = None) -> ListFormat:
@@ -95,16 +99,20 @@ def find_format(head: bytes, whole: bool, limit: int | None = None) -> ListForma
     lines = head.decode(encoding, "replace").removeprefix(BYTE_ORDER_MARK).split("\n")
     if not whole and len(lines) > 1:
         lines.pop()
+    lines = [line.rstrip("\r") for line in lines]
+    joined = {delimiter: [text for _, text in merged(((0, line) for line in lines), delimiter)] for delimiter in ",\t"}
     if limit is not None:
         lines = lines[: limit + 1]  # one may be the header
-    lines = [line.rstrip("\r") for line in lines]
+        joined = {delimiter: texts[: limit + 1] for delimiter, texts in joined.items()}
     filled = [line for line in lines if line.strip()]
     linked = [line for line in filled if URL.search(line)]
     delimiter = "\t" if 2 * sum("\t" in line for line in linked) >= len(linked) else ","
     if not any(delimiter in line for line in linked):
-        found = filled[0][:80] if filled else ""
+        found = without_secrets(filled[0][:MAX_SHOWN])[:80] if filled else ""
         raise ValueError(f"none of its first {len(filled)} lines has a URL and a caption: {found!r}; {EXPECTED}")
-    quoted = delimiter == "," or _is_quoted(filled)
+    texts = [text for text in joined[delimiter] if text.strip()]
+    quoted = delimiter == "," or _is_quoted(texts)
+    filled = texts if quoted else filled
     header = _header(lines[0], delimiter, quoted)
     if header is None:
         return ListFormat(encoding, delimiter, quoted, 0, *_by_content(filled, delimiter, quoted))
@@ -146,7 +154,7 @@ def _is_quoted(lines: Sequence[str]) -> bool:
         raw = line.split("\t") if len(line.split("\t")) == len(cells) else []
         if any('"' in cell and not QUOTED.fullmatch(cell) for cell in raw):
             return False
-        doubled = doubled or any('"' in cell for cell in cells) or not raw
+        doubled = doubled or any('"' in cell or "\n" in cell for cell in cells) or not raw
     return doubled or not (bare or len(lines) < 2)
 
 
@@ -203,7 +211,7 @@ def _by_content(lines: Sequence[str], delimiter: str, quoted: bool) -> tuple[int
     if len(links) != 1 or len(texts) != 1:
         raise ValueError(
             f"which of its {width} columns are the URL and the caption is open: "
-            f"{delimiter.join(same[0])[:120]!r}; {EXPECTED}"
+            f"{without_secrets(delimiter.join(same[0])[:MAX_SHOWN])[:120]!r}; {EXPECTED}"
         )
     return width, links[0], texts[0]
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import aiohttp
-
 from microdit.pipeline.base.liveness import alive
 from microdit.pipeline.base.retry import Backoff
+from microdit.pipeline.base.secrets import without_secrets
 from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.sources.host_pace import HostPace
 from microdit.pipeline.sources.spool import Spool
-from microdit.pipeline.sources.url_request import RequestFailed, new_session, request
+from microdit.pipeline.sources.url_request import RequestFailed, request, seconds
+from microdit.pipeline.sources.web_client import Client
 
 WINDOW = 16384  # requests that may be running or completed ahead of the one that is waited for
 MAX_HELD = 256 << 20  # bytes of completed requests that may wait in memory; running ones may add to them
@@ -27,7 +27,7 @@ LATE_AFTER = 0.5  # seconds without an answer after which a request lets another
 MAX_LATE = 1024
 TRIES = 2
 REFUSALS = 10  # further tries of a URL whose host refuses it and allows others
-SECOND_WAIT = 1.0  # seconds for an answer where the first wait for it was in vain
+SECOND_WAIT = 1.0  # seconds for an answer of a host that was silent before, in this unit or an earlier one
 PAUSE, JITTER = 0.4, (0.5, 1.5)  # seconds before the retry, and the range of their random factor
 TICK = 0.1
 STUCK = 5.0  # seconds without a tick after which the thread hangs
@@ -52,7 +52,8 @@ def fetch_all(requests: Iterable[tuple[T, str | None]], options: FetchOptions) -
     Where the URL is None nothing is fetched and the result is None. Fetching goes on in a thread while the caller works
     on a result. A URL costs at most `options.timeout` seconds, waiting for its host's pace apart, and holds up only
     those that wait for their turn behind it: meanwhile up to 16,384 others are fetched, 256 MiB of them into memory and
-    4 GiB onto disk. A host that was silent several times is tried again when nothing else is left.
+    4 GiB onto disk. A host that was silent is tried again, shortly, when nothing else is left to begin; the next units
+    of this process know which hosts were silent.
     """
     fetcher = _Fetcher(iter(requests), options)
     fetcher.thread.start()
@@ -81,7 +82,7 @@ class _Fetcher:
         self._hosts: dict[str, HostPace] = {}
         self._spool, self._lock = Spool(), threading.Lock()
         self._ticked = time.monotonic()
-        self._room, self._at_end = asyncio.Event(), asyncio.Event()
+        self._room, self._at_end = asyncio.Event(), False
         self._loop = asyncio.new_event_loop()
         # names are looked up in these; one dead name server must not hold up the look-ups at the others
         self._loop.set_default_executor(ThreadPoolExecutor(options.concurrency, "lookup"))
@@ -92,7 +93,7 @@ class _Fetcher:
         """Wait for a result; the process is alive for as long as the loop turns."""
         while True:
             try:
-                return get(timeout=1.0)
+                return get(timeout=0.2)
             except (queue.Empty, TimeoutError):
                 if time.monotonic() - self._ticked < STUCK:
                     alive()
@@ -138,13 +139,13 @@ class _Fetcher:
         self._slots = asyncio.Semaphore(self._options.concurrency)
         ticks = asyncio.create_task(self._tick())
         try:
-            async with new_session(self._options) as session, asyncio.TaskGroup() as tasks:
+            async with Client(self._options) as client, asyncio.TaskGroup() as tasks:
                 number = 0
                 while (started := await self._next()) is not None:
                     url, future = started
                     if future is not None:
                         self._running += 1
-                        tasks.create_task(self._answer(session, number, url, future))
+                        tasks.create_task(self._answer(client, number, url, future))
                     number += 1
                     if number % 64 == 0:
                         await asyncio.sleep(0)
@@ -153,14 +154,15 @@ class _Fetcher:
             ticks.cancel()
 
     async def _tick(self) -> None:
-        """Find out when all that is left are the URLs of silent hosts."""
+        """Find out when nothing is left to begin but the URLs of silent hosts."""
         while True:
             await asyncio.sleep(TICK)
             self._ticked = time.monotonic()
-            if (self._exhausted or self._ahead >= WINDOW) and self._running:
-                put_off = sum(host.waiting for host in self._hosts.values() if host.put_off)
-                if put_off == self._running:
-                    self._at_end.set()
+            waiting = [host for host in self._hosts.values() if host.waiting]
+            idle = self._running <= self._late + sum(host.waiting for host in waiting)
+            self._at_end = idle and (self._exhausted or self._ahead >= WINDOW)
+            for host in waiting if self._at_end else ():
+                host.proceed()
 
     async def _next(self) -> tuple[str, Future[Fetched] | None] | None:
         """Take the next request, once there is room for one; None if there are no more."""
@@ -178,45 +180,57 @@ class _Fetcher:
         self.started.put((what, future))
         return url or "", future
 
-    async def _answer(self, session: aiohttp.ClientSession, number: int, url: str, future: Future[Fetched]) -> None:
+    async def _answer(self, client: Client, number: int, url: str, future: Future[Fetched]) -> None:
         try:
-            fetched = await self._fetch(session, number, url)
+            fetched = await self._fetch(client, number, url)
             if fetched.data is not None and self._held + len(fetched.data) > MAX_HELD and MAX_SPOOLED:
                 with self._lock:
                     fetched = replace(fetched, data=None, spooled=self._spool.put(fetched.data))
+            if fetched.detail:
+                fetched = replace(fetched, detail=without_secrets(fetched.detail))
             self._held += len(fetched.data or b"")
             future.set_result(fetched)
         finally:
             self._running -= 1
             future.cancel()  # no effect on one that has its result
 
-    async def _fetch(self, session: aiohttp.ClientSession, number: int, url: str) -> Fetched:
+    def _host(self, url: str) -> HostPace:
+        try:
+            name = urlsplit(url).netloc.rpartition("@")[2].lower()
+        except ValueError:
+            name = ""
+        if name not in self._hosts:
+            self._hosts[name] = HostPace(name, lambda: self._at_end)
+        return self._hosts[name]
+
+    async def _fetch(self, client: Client, number: int, url: str) -> Fetched:
         """Fetch a URL in several tries within its time; aiohttp itself resends where a connection breaks."""
-        host = self._hosts.setdefault(_host(url), HostPace())
+        host = self._host(url)
         left, wait, lenient = self._options.timeout, self._options.idle_timeout, False
         backoff, refusals = Backoff(PAUSE, jitter=JITTER, tries=TRIES), REFUSALS
         failed: RequestFailed | None = None
         while True:
-            if not await host.begin(self._at_end):
-                detail = "its host did not answer" if host.dead else "its host allows too few requests"
+            if not await host.begin():
+                detail = "its host answers no requests" if host.dead else "its host allows too few requests"
                 failed = failed or RequestFailed("timeout" if host.dead else "http_429", detail)
                 return Fetched(None, failed.reason, failed.detail)
-            began, allowed = time.monotonic(), host.allowed
+            began, allowed, last = time.monotonic(), host.allowed, self._at_end
             try:
-                if host.put_off:
+                if host.put_off or host.suspect:
                     wait = min(wait, SECOND_WAIT)
-                data, final = await self._try(session, number, url, min(left, wait), left, lenient, host)
+                data, final = await self._try(client, number, url, min(left, wait), left, lenient, host)
                 host.allow()
                 return Fetched(data, url=final)
             except RequestFailed as error:
-                failed = error
+                longer = failed if failed is not None and failed.silent and error.silent else None
+                failed = longer or error
             except Exception as error:  # whatever a server can provoke must fail its own image only
                 failed = RequestFailed("connection", f"{type(error).__name__}: {error}")
             finally:
                 host.end()
             left -= time.monotonic() - began
             if failed.silent:
-                host.silent(last=self._at_end.is_set())
+                host.silent(last)
                 wait = min(wait, SECOND_WAIT)
             lenient = lenient or failed.unreadable
             if _refused(failed):
@@ -237,7 +251,7 @@ class _Fetcher:
 
     async def _try(
         self,
-        session: aiohttp.ClientSession,
+        client: Client,
         number: int,
         url: str,
         wait: float,
@@ -248,12 +262,16 @@ class _Fetcher:
         """Make one try once there is room for its answer, and a slot, which it gives back early if it is late."""
         while self._held + self._spool.size >= MAX_HELD + MAX_SPOOLED and number > self._handed:
             await self._room.wait()
-        await self._slots.acquire()
-        owned, late = True, False
+        late = host.suspect and self._late < MAX_LATE  # such ones need no slot, so that they are known early
+        owned = not late
+        self._late += late
+        if owned:
+            await self._slots.acquire()
 
         def give_back() -> None:
             nonlocal owned, late
-            if self._late < MAX_LATE:
+            host.late()
+            if owned and self._late < MAX_LATE:
                 self._late += 1
                 owned, late = False, True
                 self._slots.release()
@@ -266,21 +284,14 @@ class _Fetcher:
 
         try:
             async with asyncio.timeout(left):
-                return await request(session, url, self._options, wait, lenient, heard)
+                return await request(client, url, wait, lenient, heard)
         except TimeoutError:
-            raise RequestFailed("timeout", f"no complete answer within {self._options.timeout:g} seconds") from None
+            raise RequestFailed("timeout", f"no complete answer within {seconds(self._options.timeout)}") from None
         finally:
             timer.cancel()
             self._late -= late
             if owned:
                 self._slots.release()
-
-
-def _host(url: str) -> str:
-    try:
-        return urlsplit(url).netloc.lower()
-    except ValueError:
-        return ""
 
 
 def _refused(failed: RequestFailed) -> bool:

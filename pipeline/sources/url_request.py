@@ -1,17 +1,22 @@
 """Ask a web server for a URL once: follow redirects, bound the answer, and name the reason where there is none."""
 
+import asyncio
 import re
 import socket
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import aiohttp
 from yarl import URL
 
 from microdit.pipeline.base.retry import retry_after
+from microdit.pipeline.base.secrets import without_secrets
 from microdit.pipeline.config.sources import FetchOptions
-from microdit.pipeline.sources.lenient_http import GZIP, MAX_HEADERS, UnreadableAnswer, ask_leniently, unpacked
+from microdit.pipeline.sources.lenient_http import GZIP, UnreadableAnswer, ask_leniently, unpacked
+from microdit.pipeline.sources.opt_outs import Headers, RobotsRules, opted_out
+from microdit.pipeline.sources.public_addresses import PrivateAddress
+from microdit.pipeline.sources.web_client import Client
 from microdit.pipeline.sources.web_url import as_written, redirected
 
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504, *range(520, 525), 529}
@@ -53,12 +58,7 @@ class Answer:
 
 
 async def request(
-    session: aiohttp.ClientSession,
-    url: str,
-    options: FetchOptions,
-    wait: float,
-    lenient: bool,
-    heard: Callable[[], None],
+    client: Client, url: str, wait: float, lenient: bool, heard: Callable[[], None], robots: bool | None = None
 ) -> tuple[bytes, str]:
     """Ask for a URL and follow its redirects; return the bytes and the URL that they came from.
 
@@ -66,39 +66,85 @@ async def request(
         wait: seconds to wait for a connection, or for the next byte.
         lenient: read answers that break the rules of HTTP, each on a connection of its own.
         heard: called when an answer begins.
+        robots: heed robots.txt; None: as the options say.
 
     Raises:
         RequestFailed: there is no complete answer within the limits.
     """
-    for _ in range(options.max_redirects + 1):
+    for _ in range(client.options.max_redirects + 1):
         target = _checked(url)
-        if lenient:
-            answer = await _ask_leniently(session, target, options, heard)
+        try:
+            session, proxy = client.session(target)
+        except PrivateAddress as error:
+            raise RequestFailed("private_address", str(error)) from None
+        if client.options.robots_txt if robots is None else robots:
+            await _check_robots(client, target, wait, heard)
+        if lenient and proxy is None:
+            answer = await _ask_leniently(client, target, heard)
         else:
-            answer = await _ask(session, target, options, wait, heard)
+            answer = await _ask(session, target, proxy, client.options, wait, heard)
         if answer.location is None:
             return answer.data, url
         url = redirected(url, answer.location)
-    raise RequestFailed("redirects", f"more than {options.max_redirects} redirects")
+    raise RequestFailed("redirects", f"more than {client.options.max_redirects} redirects")
+
+
+async def _check_robots(client: Client, url: URL, wait: float, heard: Callable[[], None]) -> None:
+    """Raise RequestFailed if the host's robots.txt forbids a URL, or cannot be had for now."""
+    host = f"{url.scheme}://{url.host_port_subcomponent}"
+    if host not in client.robots:
+        task = client.robots[host] = asyncio.create_task(_robots_rules(client, host, wait, heard))
+
+        def forget(done: "asyncio.Task[RobotsRules]") -> None:
+            if done.cancelled() or done.exception() is not None:
+                client.robots.pop(host, None)
+
+        task.add_done_callback(forget)
+    task = client.robots[host]
+    rules = task.result() if task.done() else await asyncio.shield(task)
+    if not rules.allow(url.raw_path_qs):
+        raise RequestFailed("robots_txt", f"{host}/robots.txt forbids it")
+
+
+async def _robots_rules(client: Client, host: str, wait: float, heard: Callable[[], None]) -> RobotsRules:
+    """Ask for a robots.txt. One that is not there allows all; while the server has trouble with it nothing is."""
+    url = f"{host}/robots.txt"
+    try:
+        async with asyncio.timeout(client.options.timeout):
+            data, _ = await request(client, url, wait, False, heard, robots=False)
+    except TimeoutError:
+        limit = seconds(client.options.timeout)
+        raise RequestFailed("timeout", f"robots.txt: no complete answer within {limit}") from None
+    except RequestFailed as error:
+        if error.silent or error.reason in ("timeout", "dns", "http_429") or error.reason.startswith("http_5"):
+            said = f"robots.txt: {error.detail}"
+            raise RequestFailed(error.reason, said, error.transient, error.asked, silent=error.silent) from None
+        return RobotsRules()
+    return RobotsRules.parse(data, client.options.user_agent)
 
 
 def _checked(url: str) -> URL:
     try:
         target = as_written(url)
     except ValueError as error:
-        raise RequestFailed("bad_url", f"{url[:200]!r}: {error}") from None
+        raise RequestFailed("bad_url", f"{without_secrets(url)[:200]!r}: {error}") from None
     if target.scheme not in ("http", "https") or not target.raw_host or " " in target.raw_host:
-        raise RequestFailed("bad_url", f"expected http:// or https:// and a host, found {url[:200]!r}")
+        raise RequestFailed("bad_url", f"expected http:// or https:// and a host, found {without_secrets(url)[:200]!r}")
     return target
 
 
 async def _ask(
-    session: aiohttp.ClientSession, url: URL, options: FetchOptions, wait: float, heard: Callable[[], None]
+    session: aiohttp.ClientSession,
+    url: URL,
+    proxy: str | None,
+    options: FetchOptions,
+    wait: float,
+    heard: Callable[[], None],
 ) -> Answer:
     timeout = aiohttp.ClientTimeout(connect=wait, sock_read=wait)
     begun = False
     try:
-        async with session.get(url, allow_redirects=False, timeout=timeout) as response:
+        async with session.get(url, allow_redirects=False, timeout=timeout, proxy=proxy) as response:
             heard()
             begun = True
             location = _location(response.status, response.reason or "", response.headers, options)
@@ -123,7 +169,7 @@ async def _ask(
         raise _failed(error, wait, begun) from None
 
 
-def _location(status: int, reason: str, headers: Mapping[str, str], options: FetchOptions) -> str | None:
+def _location(status: int, reason: str, headers: Headers, options: FetchOptions) -> str | None:
     """Return where an answer redirects to, None where it has the whole body.
 
     Raises:
@@ -134,10 +180,17 @@ def _location(status: int, reason: str, headers: Mapping[str, str], options: Fet
         return location
     whole = WHOLE.match(headers.get("Content-Range", "")) if status == 206 else None
     if status in (200, 203) or (whole and whole[2] in ("*", str(int(whole[1]) + 1))):
+        opt_out = opted_out(headers, options.user_agent) if options.opt_out_headers else None
+        if opt_out is not None:
+            raise RequestFailed(*opt_out)
         return None
     asked = retry_after(headers.get("Retry-After"))
     transient = status in TRANSIENT and (asked or 0.0) <= options.retry_after
     raise RequestFailed(f"http_{status}", f"{status} {reason}", transient, asked)
+
+
+def seconds(number: float) -> str:
+    return f"{number:.3g} second{'' if number == 1 else 's'}"
 
 
 def _failed(error: Exception, wait: float, begun: bool) -> RequestFailed:
@@ -145,7 +198,11 @@ def _failed(error: Exception, wait: float, begun: bool) -> RequestFailed:
     detail = f"{type(error).__name__}: {error}"
     match error:
         case aiohttp.ServerTimeoutError() | TimeoutError():
-            return RequestFailed("timeout", str(error) or f"silent for {wait:g} seconds", True, silent=not begun)
+            connecting = isinstance(error, aiohttp.ConnectionTimeoutError)
+            what = f"no connection within {seconds(wait)}" if connecting else f"no bytes for {seconds(wait)}"
+            return RequestFailed("timeout", what, True, silent=not begun)
+        case aiohttp.ClientConnectorDNSError() if isinstance(error.os_error, PrivateAddress):
+            return RequestFailed("private_address", str(error.os_error))
         case aiohttp.ClientConnectorDNSError():
             number = getattr(error.os_error, "errno", None)
             why = "the name server did not answer" if number == socket.EAI_AGAIN else "there is no such host"
@@ -161,27 +218,16 @@ def _failed(error: Exception, wait: float, begun: bool) -> RequestFailed:
     return RequestFailed("connection", detail, isinstance(error, aiohttp.ClientResponseError), unreadable=True)
 
 
-async def _ask_leniently(
-    session: aiohttp.ClientSession, url: URL, options: FetchOptions, heard: Callable[[], None]
-) -> Answer:
+async def _ask_leniently(client: Client, url: URL, heard: Callable[[], None]) -> Answer:
     try:
-        head, body = await ask_leniently(url, dict(session.headers), options.max_bytes)
+        addresses = await client.addresses(url)
+        head, body = await ask_leniently(url, addresses, client.headers, client.options.max_bytes)
         heard()
-        location = _location(head.status, head.reason, head.headers, options)
+        location = _location(head.status, head.reason, head.headers, client.options)
         return Answer(body, location)
+    except PrivateAddress as error:
+        raise RequestFailed("private_address", str(error)) from None
     except UnreadableAnswer as error:
         raise RequestFailed(error.reason, str(error)) from None
     except (OSError, ssl.SSLError, EOFError) as error:
         raise RequestFailed("connection", f"{type(error).__name__}: {error}") from None
-
-
-def new_session(options: FetchOptions) -> aiohttp.ClientSession:
-    """Make a session; the caller bounds the number of its connections."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=300),
-        headers={"User-Agent": options.user_agent, "Accept": "image/*,*/*;q=0.5"},
-        cookie_jar=aiohttp.DummyCookieJar(),
-        max_line_size=MAX_HEADERS,
-        max_field_size=MAX_HEADERS,
-        max_headers=1000,
-    )

@@ -31,7 +31,7 @@ CONFIG = {
             "adapter": "urls",
             "list": "list.tsv",
             "unit_inputs": SHARD,
-            "fetch": {"timeout": 600, "idle_timeout": 600},
+            "fetch": {"timeout": 600, "idle_timeout": 600, "allow_networks": ["10.0.0.0/8", "127.0.0.0/8"]},
         }
     },
     "images": {"min_side": 32},

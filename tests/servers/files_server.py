@@ -58,6 +58,7 @@ class Asked:
     if_range: str | None
     status: int
     sent: int = 0
+    login: str | None = None
 
 
 class FilesServer:
@@ -156,7 +157,13 @@ class _Handler(BaseHTTPRequestHandler):
         length: bool = True,
     ) -> None:
         assert isinstance(status, int)
-        asked = Asked(path, self.headers.get("Range"), self.headers.get("If-Range"), status)
+        asked = Asked(
+            path,
+            self.headers.get("Range"),
+            self.headers.get("If-Range"),
+            status,
+            login=self.headers.get("Authorization"),
+        )
         self.server_of_files.asked.append(asked)
         self.send_response(status)
         for name, text in headers.items():

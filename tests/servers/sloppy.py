@@ -2,9 +2,11 @@
 
 import asyncio
 import gzip
+import re
 import threading
 import time
 from typing import Self
+from urllib.parse import unquote
 
 GIF = (
     b"GIF89a\x01\x00\x01\x00\x80\x00\x00\xff\x00\x00\x00\x00\x00,\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02\x02D\x01\x00;"
@@ -17,17 +19,21 @@ def picture(path: str) -> bytes:
 
 
 class SloppyServer:
-    """The server, on a free port of this machine; `asked` has the paths in the order of the requests."""
+    """The server, on a free port of this machine; `asked` has the paths in the order of the requests, `logins` their
+    Authorization."""
 
-    def __init__(self, rate: float = 60.0):
+    def __init__(self, rate: float = 60.0, port: int = 0, robots: bytes = b""):
+        self._robots = robots
+        self._port = port
         self.asked: list[str] = []
+        self.logins: list[str | None] = []
         self._rate, self._tokens, self._filled = rate, 20.0, time.monotonic()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
-        started = asyncio.start_server(self._serve, "127.0.0.1", 0)
+        started = asyncio.start_server(self._serve, "127.0.0.1", self._port)
         self._server = asyncio.run_coroutine_threadsafe(started, self._loop).result()
         self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
@@ -51,16 +57,29 @@ class SloppyServer:
                 request = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
                 path = request.split("\r\n")[0].removeprefix("GET ").removesuffix(" HTTP/1.1")
                 self.asked.append(path)
+                login = re.search(r"(?im)^authorization: (.*?)\r", request)
+                self.logins.append(login and login[1])
                 if path.startswith("/hang"):
                     await asyncio.sleep(60)
+                if path.startswith("/slow"):
+                    await asyncio.sleep(0.8)
+                if path.startswith("/drip"):
+                    await self._drip(writer)
                 writer.write(self._answer(path))
                 await writer.drain()
                 if path.startswith("/close"):
                     return
-        except (OSError, EOFError):
+        except (OSError, EOFError, asyncio.CancelledError):
             return
         finally:
             writer.close()
+
+    async def _drip(self, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+        while True:
+            writer.write(b".")
+            await writer.drain()
+            await asyncio.sleep(0.2)
 
     def _answer(self, path: str) -> bytes:
         body = picture(path)
@@ -68,10 +87,16 @@ class SloppyServer:
         length = b"Content-Length: %d" % len(body)
         chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
         match path.removeprefix("/close").strip("/").split("/"):
+            case ["robots.txt"]:
+                return _answer(self._robots, b"Content-Length: %d" % len(self._robots), status=b"200 OK")
+            case ["said", name, value]:
+                return _answer(body, length, f"{unquote(name)}: {unquote(value)}".encode())
             case ["limited", *_]:
                 return self._limited(body)
             case ["to", *rest]:
                 return _answer(b"", b"Location: /" + "/".join(rest).encode(), status=b"302 Found")
+            case ["away", *_]:
+                return _answer(b"", b"Location: " + path.partition("/away/")[2].encode(), status=b"302 Found")
             case ["once", code, *_]:
                 return _answer(body, length) if self.asked.count(path) > 1 else _answer(b"", status=code.encode())
             case ["status", code]:

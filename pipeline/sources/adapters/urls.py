@@ -1,11 +1,13 @@
 """`urls`: a list of lines with a URL and a caption each, as CC12M and CC3M are published. A line is an input."""
 
 import hashlib
+import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import TextIOWrapper
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -13,11 +15,13 @@ from urllib.parse import urljoin, urlsplit
 import numpy as np
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.secrets import has_secrets, without_secrets
 from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import unit_name
 from microdit.pipeline.corpus.redeclare import is_unused_source
-from microdit.pipeline.sources.list_format import MAX_LINE, PLAIN, SAMPLE, ListFormat, find_format
+from microdit.pipeline.sources.list_format import PLAIN, SAMPLE, ListFormat, find_format
+from microdit.pipeline.sources.list_records import MAX_LINE, read_records, records
 from microdit.pipeline.sources.members import fault_fields, one_line
 from microdit.pipeline.sources.source import Input
 from microdit.pipeline.sources.url_fetcher import fetch_all
@@ -55,6 +59,8 @@ def index_list(
 def _index_list(
     path: Path, unit_inputs: int, limit: int | None, form: ListFormat, modified: int, size: int
 ) -> ListIndex:
+    if form.quoted:
+        return _index_records(path, unit_inputs, limit, form)
     kind = np.dtype({"utf-8": "u1", "utf-16-le": "<u2", "utf-16-be": ">u2"}[form.encoding])
     digest, inputs, end = hashlib.sha256(), 0, form.start
     offsets = [form.start]
@@ -76,6 +82,23 @@ def _index_list(
     if offsets[-1] != end:
         offsets.append(end)
     return ListIndex(digest.hexdigest(), inputs, tuple(offsets))
+
+
+def _index_records(path: Path, unit_inputs: int, limit: int | None, form: ListFormat) -> ListIndex:
+    """Find the units of a list whose cells may have line breaks."""
+    offsets, inputs, end = [form.start], 0, form.start
+    with path.open("rb") as file:
+        file.seek(form.start)
+        for size, _ in islice(records(file, form.encoding, form.delimiter), limit):
+            if inputs and inputs % unit_inputs == 0:
+                offsets.append(end)
+            inputs += 1
+            end += size
+        digest = hashlib.sha256()
+        file.seek(form.start)
+        for at in range(form.start, end, BLOCK):
+            digest.update(file.read(min(BLOCK, end - at)))
+    return ListIndex(digest.hexdigest(), inputs, tuple([*offsets, end] if inputs else offsets))
 
 
 def read_lines(path: Path, index: ListIndex, number: int) -> Iterator[bytes]:
@@ -130,7 +153,7 @@ class Urls:
         try:
             with self._path.open("rb") as file:
                 head = file.read(SAMPLE)
-            self._format = PLAIN
+            self._format, self._secrets = PLAIN, has_secrets(head.decode("latin-1").replace("\0", ""))
             if head and base is None:
                 self._format = find_format(head, self._path.stat().st_size <= SAMPLE, limit)
             self._index = index_list(self._path, unit_inputs, limit, self._format)
@@ -189,6 +212,16 @@ class Urls:
             self._index = index
 
     def running(self, corpus: Corpus, report: Callable[[str], None]) -> AbstractContextManager[None]:
+        if self.base is None and not re.search(r"@|://", self._fetch.agent):
+            report(
+                f"source {self.name}: sources.{self.name}.fetch.contact=ADDRESS tells servers your mail address or "
+                "page; some refuse requests without one"
+            )
+        if self._secrets:
+            report(
+                f"source {self.name}: URLs of its list have passwords or signatures, which are sent, and left out of "
+                "all that is kept"
+            )
         return nullcontext()
 
     def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:
@@ -196,10 +229,11 @@ class Urls:
             if fetched is None:
                 yield item
             else:
-                moved = self.base is None and fetched.url not in ("", item.origin)
+                final = without_secrets(fetched.url)
+                moved = self.base is None and final not in ("", item.origin)
                 fields = dict(item.fields)
                 if moved:
-                    fields["final_url"] = fetched.url  # placeholders share it: "photo removed"
+                    fields["final_url"] = final  # placeholders share it: "photo removed"
                 yield replace(item, data=fetched.data, reason=fetched.reason, detail=fetched.detail, fields=fields)
 
     def _requests(self, unit: str, wanted: Callable[[int], bool]) -> Iterator[tuple[Input, str | None]]:
@@ -210,6 +244,7 @@ class Urls:
             try:
                 origin, caption = self._format.parse(line)
                 url = urljoin(self.base, origin) if self.base else origin
+                origin = without_secrets(origin)
                 if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
                     raise ValueError(f"expected an http:// or https:// URL, found {origin[:80]!r}")
             except ValueError as error:
@@ -221,7 +256,12 @@ class Urls:
             yield item, url if wanted(ordinal) else None
 
     def _lines(self, number: int) -> Iterator[bytes]:
-        if self._format.encoding == "utf-8":
-            return read_lines(self._path, self._index, number)
         count = min(self._unit_inputs, self._index.inputs - number * self._unit_inputs)
-        return decode_lines(self._path, self._index, number, count, self._format.encoding)
+        if self._format.quoted:
+            with self._path.open("rb") as file:
+                file.seek(self._index.offsets[number])
+                yield from read_records(file, self._format.encoding, self._format.delimiter, count)
+        elif self._format.encoding == "utf-8":
+            yield from read_lines(self._path, self._index, number)
+        else:
+            yield from decode_lines(self._path, self._index, number, count, self._format.encoding)

@@ -66,7 +66,8 @@ class Openmoji:
     def _urls(self) -> Urls:
         options = self._options
         base = self._base or "http://127.0.0.1/"
-        return Urls(self.name, self.prepared.list, options.unit_inputs, options.fetch, license=LICENSE, base=base)
+        fetch = options.fetch.model_copy(update={"allow_networks": [*options.fetch.allow_networks, "127.0.0.0/8"]})
+        return Urls(self.name, self.prepared.list, options.unit_inputs, fetch, license=LICENSE, base=base)
 
 
 def cache_folder(given: str | None) -> Path:

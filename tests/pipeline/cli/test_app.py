@@ -29,7 +29,7 @@ corpus: {corpus}
 shard_samples: 4
 max_failures: 0.2
 sources:
-  pictures: {{adapter: urls, list: {list}, unit_inputs: 8, fetch: {{concurrency: 1}}}}
+  pictures: {{adapter: urls, list: {list}, unit_inputs: 8, fetch: {{concurrency: 1, allow_networks: [127.0.0.0/8]}}}}
 images: {{min_side: 16, max_side: 64}}
 columns:
   captions/source: {{}}

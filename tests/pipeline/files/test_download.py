@@ -130,6 +130,21 @@ def test_a_file_that_changes_on_the_way(files_server: FilesServer, scratch: Path
     assert fetched(RemoteFile("x.tar", url), scratch) == OTHER
 
 
+def test_a_login_is_sent_and_not_shown(files_server: FilesServer, scratch: Path) -> None:
+    url = files_server.add("a/1.tar", DATA).replace("http://", "http://me:s3cret@")
+    [file] = list_files(url, "files").files
+    assert "s3cret" not in file.name
+    with local_copy(file, scratch) as path:
+        assert path.read_bytes() == DATA
+    assert [asked.login for asked in files_server.asked] == ["Basic bWU6czNjcmV0"]
+    del files_server.files["a/1.tar"]
+    with pytest.raises(FileNotFoundError) as raised, local_copy(file, scratch):
+        pass
+    assert "s3cret" not in str(raised.value)
+    names = [one.name for one in list_files(url + "?sig=s3cret&part={1..2}", "files").files]
+    assert len(names) == 2 and "s3cret" not in "".join(names)
+
+
 def test_a_file_that_becomes_shorter(files_server: FilesServer, scratch: Path) -> None:
     url = files_server.add("x.tar", DATA, etag=None, modified=None, faults=[("cut", 400_000), ("become", b"short")])
     assert fetched(RemoteFile("x.tar", url), scratch) == b"short"

@@ -1,6 +1,7 @@
 """Lists as people have them are read by their format, and what is no list is refused before anything is fetched."""
 
 import csv
+import hashlib
 import io
 from pathlib import Path
 
@@ -82,6 +83,7 @@ def test_the_advice_for_an_open_list_works(tmp_path: Path):
         b'http://a/1\t"Cats" of Rome\nhttp://a/2\tdog\n',
         b'http://a/1\t"Love"\nhttp://a/2\tdog\n',
         b'http://a/1\t12" pipe\nhttp://a/2\tdog\n',
+        b'http://a/1\t"Cats\nhttp://a/2\tdog"\n',
         b"http://a/1\ta cat\twith a tab\n" + b"http://a/2\tdog\n" * 3,
         b"http://a/1\thttp://a/page\n",
         b"junk\n\nhttp://a/1\tcat\n" + b"junk\n" * 9 + b"ftp://a/1\tcat\n",
@@ -100,9 +102,14 @@ def test_lists_that_were_read_rightly_have_the_same_declaration(tmp_path: Path, 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1, max_size=20)
 
 
+def broken(words: list[str]) -> str:
+    """A caption with line breaks between its words."""
+    return "x " + "\r\n\n".join(words) + " ,y"
+
+
 @settings(max_examples=60, deadline=None, print_blob=True)
 @given(
-    captions=st.lists(WORDS.map(lambda text: f"x {text} ,y"), min_size=2, max_size=12),
+    captions=st.lists(st.lists(WORDS, min_size=1, max_size=3).map(broken), min_size=2, max_size=12),
     delimiter=st.sampled_from(["\t", ","]),
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"]),
     names=st.permutations(["url", "caption", "score"]),
@@ -121,3 +128,37 @@ def test_what_csv_writes_is_read(tmp_path_factory, captions, delimiter, encoding
     assert [item.origin for item in found] == [f"http://a/{i}" for i in range(len(captions))]
     if "\ufffd" not in "".join(captions):
         assert [item.caption for item in found] == [" ".join(caption.split()) for caption in captions]
+
+
+def test_a_record_with_line_breaks_is_one_input(tmp_path: Path):
+    (tmp_path / "list.csv").write_bytes(
+        b'url,caption\nhttp://a/1,"two\nlines"\nhttp://a/2,"a ""quoted""\n\nword, and"\r\nhttp://a/3,plain\n'
+        b'"http://a/4","last\n"'
+    )
+    found = inputs(tmp_path / "list.csv", unit_inputs=1)
+    assert [(item.origin[-1], item.caption) for item in found] == [
+        *(("1", "two lines"), ("2", 'a "quoted" word, and'), ("3", "plain"), ("4", "last"))
+    ]
+    assert [item.origin[-1] for item in inputs(tmp_path / "list.csv", limit=2)] == ["1", "2"]
+    assert [item.key for item in found] == [f"{i:09d}" for i in range(4)]
+
+
+@pytest.mark.parametrize("bad", ['http://a/x,"not closed', 'http://a/x,12" pipe', 'http://a/x,"a" b"'])
+@pytest.mark.parametrize("rows", [8, 5000])
+def test_a_stray_quote_costs_its_own_line(tmp_path: Path, bad: str, rows: int):
+    lines = [f"http://a/{i},caption {i}" for i in range(rows)]
+    lines[3:3] = [bad]
+    lines[6:6] = [bad]
+    (tmp_path / "list.csv").write_text("url,caption\n" + "\n".join(lines) + "\n")
+    found = inputs(tmp_path / "list.csv", unit_inputs=rows + 2)
+    assert len(found) == rows + 2
+    good = [item for number, item in enumerate(found) if number not in (3, 6)]
+    assert [item.caption for item in good] == [f"caption {i}" for i in range(rows)]
+
+
+def test_a_list_without_breaks_has_the_declaration_that_it_had(tmp_path: Path):
+    text = b"url,caption\r\n" + b"".join(b'http://a/%d,"a, ""b"" %d"\r\n' % (i, i) for i in range(100))
+    (tmp_path / "list.csv").write_bytes(text)
+    stage = Urls("web", tmp_path / "list.csv", 7, FetchOptions()).stage()
+    assert (stage["inputs"], stage["units"]) == (100, 15)
+    assert stage["list"] == hashlib.sha256(text.partition(b"\n")[2]).hexdigest()

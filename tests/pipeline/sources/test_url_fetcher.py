@@ -1,6 +1,8 @@
 """The fetcher against servers as they are: sloppy ones, strict ones, ones that allow few requests, silent ones."""
 
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -13,7 +15,7 @@ from microdit.pipeline.sources.url_fetcher import Fetched, fetch_all
 from microdit.pipeline.sources.web_url import as_written, redirected
 from tests.servers.sloppy import SloppyServer, picture
 
-QUICK = FetchOptions(timeout=8, idle_timeout=2, max_bytes=100_000)
+QUICK = FetchOptions(timeout=8, idle_timeout=2, max_bytes=100_000, allow_networks=["127.0.0.0/8"], robots_txt=False)
 
 
 @pytest.fixture
@@ -105,3 +107,67 @@ def test_silent_hosts_cost_one_wait(server: SloppyServer):
         paths[::10], "timeout"
     )
     assert all(answer.data == picture(path) for path, answer in found.items() if path.startswith("/"))
+
+
+def test_a_silent_host_is_known_in_the_next_unit_and_may_answer_again(server: SloppyServer):
+    impatient = QUICK.model_copy(update={"idle_timeout": 1.5})
+    with socket.create_server(("127.0.0.1", 0), backlog=200) as silent:
+        port = silent.getsockname()[1]
+        paths = [f"http://127.0.0.1:{port}/{i}" for i in range(60)]
+        first = fetched(server, paths, impatient)
+        assert {answer.reason for answer in first.values()} == {"timeout"}
+        assert {answer.detail for answer in first.values()} == {
+            *("no bytes for 1.5 seconds", "no bytes for 1 second", "its host answers no requests")
+        }
+        began = time.monotonic()
+        assert {answer.reason for answer in fetched(server, paths).values()} == {"timeout"}
+        assert time.monotonic() - began < 1.9  # and not the two seconds of a first wait
+    with SloppyServer(port=port) as revived:
+        found = fetched(revived, paths, impatient)
+        assert {path: answer.data for path, answer in found.items()} == {
+            path: picture(path.rpartition(str(port))[2]) for path in paths
+        }
+
+
+def test_slow_hosts_lose_nothing(server: SloppyServer):
+    paths = [f"/{'slow' if i % 3 else 'ok'}/{i}" for i in range(60)]
+    assert [answer.data for answer in fetched(server, paths).values()] == [picture(path) for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("path", "detail"),
+    [
+        ("/hang", "no bytes for 0.5 seconds"),
+        ("/drip", "no complete answer within 1.5 seconds"),
+    ],
+)
+def test_a_timeout_says_which_limit_it_was(server: SloppyServer, path: str, detail: str):
+    limits = QUICK.model_copy(update={"idle_timeout": 0.5, "timeout": 1.5})
+    assert [(one.reason, one.detail) for one in fetched(server, [path], limits).values()] == [("timeout", detail)]
+
+
+def test_results_come_while_others_are_fetched(server: SloppyServer):
+    """The first results do not wait for the last ones, whatever the host's pace was at the beginning."""
+    urls = [f"{server.url}/ok/{i}" for i in range(3000)]
+    asked = [len(server.asked) for _ in fetch_all(((url, url) for url in urls), QUICK)]
+    assert asked[100] < 1500
+
+
+WATCHED = """
+import sys
+from microdit.pipeline.base.liveness import watched
+from microdit.pipeline.config.sources import FetchOptions
+from microdit.pipeline.sources.url_fetcher import fetch_all
+options = FetchOptions(timeout=8, idle_timeout=2, allow_networks=["127.0.0.1"])
+with watched(1.0):
+    [(_, found)] = fetch_all([(0, sys.argv[1])], options)
+print(found.reason)
+"""
+
+
+def test_waiting_for_a_server_is_no_hang():
+    """A `stall_timeout` below `fetch.timeout` sets no unit aside."""
+    with socket.create_server(("127.0.0.1", 0), backlog=20) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
+        done = subprocess.run([sys.executable, "-c", WATCHED, url], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "timeout\n"), done.stderr

@@ -20,7 +20,16 @@ from microdit.pipeline.sources import url_fetcher as fetch
 from microdit.pipeline.sources.adapters.urls import MAX_LINE, Urls, index_list, read_lines
 from microdit.pipeline.sources.source import Input
 
-QUICK = FetchOptions(concurrency=8, timeout=6, idle_timeout=1, max_bytes=100_000, max_redirects=3, retry_after=1)
+QUICK = FetchOptions(
+    concurrency=8,
+    timeout=6,
+    idle_timeout=1,
+    max_bytes=100_000,
+    max_redirects=3,
+    retry_after=1,
+    allow_networks=["127.0.0.0/8"],
+    robots_txt=False,
+)
 MEGABYTE = b"\0" * 1_000_000
 
 
