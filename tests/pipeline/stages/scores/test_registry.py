@@ -23,6 +23,7 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import column_kind
 from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.corpus.rows import Row, latest, read_rows
+from microdit.pipeline.engine.messages import ShardWork
 from microdit.pipeline.estimate.estimate import Machines, estimate
 from microdit.pipeline.selection.view import query
 from microdit.pipeline.sources.source import Input
@@ -204,7 +205,7 @@ def test_a_clip_compares_each_captions_column(corpus: Corpus, tmp_path: Path) ->
             key: float((model.see([model.prepare(pixels[key])], 3) * model.read([text], 3)).sum())
             for key, text in texts.items()
         }
-        assert sum(commit.timings["cut"] for commit in made[column]) == model.count_cut([*texts.values()])
+        assert sum(ShardWork.of(commit).cut for commit in made[column]) == model.count_cut([*texts.values()])
         found = scores(corpus, made[column], "clip")
         assert found == {key: pytest.approx(score, abs=2e-3) for key, score in wanted.items()}
         assert all(-1 <= score <= 1 for score in found.values())
