@@ -93,7 +93,8 @@ def dedup(
     if as_json:
         return
     what = (
-        f"{answer['without_embedding']:,} more have no embedding in {answer['column']}"
+        f"{answer['without_embedding']:,} more have no embedding in {answer['column']}; "
+        f"{answer['beyond']:,} to drop are less like what is kept than {answer['similarity']:g}"
         if semantic
         else f"{answer['exact']:,} repeat another one's pixels; {answer['without_hash']:,} more have no hash; "
         f"{answer['beyond']:,} to drop are more than {answer['distance']} bits from what is kept"

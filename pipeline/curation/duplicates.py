@@ -6,7 +6,7 @@ Nothing is removed: `microdit select` decides.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from obstore.exceptions import BaseError
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import Record
-from microdit.pipeline.curation.greedy import group_sizes, nearest_kept
+from microdit.pipeline.curation.greedy import nearest_kept
 from microdit.pipeline.curation.hamming import MAX_DISTANCE, groups, nearest
 from microdit.pipeline.curation.hashes import equal_pixels, near, numbers, read_hashes, repeated
 from microdit.pipeline.curation.job import (
@@ -28,12 +28,14 @@ from microdit.pipeline.curation.job import (
     CONTAMINATED,
     DUPLICATES,
     HASHES,
+    Grouped,
+    GroupsTable,
     TableJob,
     batches,
     cached_job,
     job_base,
     job_since,
-    texts,
+    write_groups,
     write_rows,
 )
 from microdit.pipeline.storage.store import open_store
@@ -61,19 +63,11 @@ class HashJob(TableJob):
         return {"distance": self.distance}
 
 
-class DuplicatesTable(HashJob):
-    """The record of `dedup`."""
+class DuplicatesTable(HashJob, GroupsTable):
+    """The record of `dedup`; `cut` is `microdit.pipeline.curation.hamming.Groups.cut`."""
 
-    groups: int
-    """Of two or more samples."""
     exact: int
     """Samples whose pixels an earlier sample has."""
-    cut: int
-    """`microdit.pipeline.curation.hamming.Groups.cut`."""
-    largest: int = 0
-    """Samples of the largest group."""
-    beyond: int = 0
-    """Dropped samples that are further than the distance from the one that is kept of their group."""
 
 
 class EvaluationSet(Record):
@@ -96,29 +90,13 @@ class ContaminatedTable(HashJob):
 
 
 @dataclass(frozen=True)
-class Deduplication:
-    """Result of `dedup`: `samples` (with a hash) = `kept` + `dropped`."""
+class Deduplication(Grouped):
+    """Result of `dedup`; `samples` have a hash."""
 
-    path: str
-    """Of the table."""
     distance: int
-    samples: int
     without_hash: int
-    groups: int
-    """Of two or more samples."""
-    dropped: int
-    kept: int
     exact: int
     """Samples, dropped or kept, whose pixels an earlier sample has."""
-    cut: int
-    """`microdit.pipeline.curation.hamming.Groups.cut`."""
-    largest: int
-    """Samples of the largest group."""
-    beyond: int
-    """Dropped samples that are further than the distance from the one that is kept of their group."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -156,45 +134,29 @@ def dedup(corpus: Corpus, distance: int = 6) -> Deduplication:
     job = cached_job(corpus, table, base, DuplicatesTable, lambda job: (job.distance, job.method) == (distance, METHOD))
     if job is None:
         hashed = read_hashes(corpus, table)
-        grouped = groups(hashed.phash, distance)
-        keeper = nearest_kept(grouped.labels, hashed.area, partial(near, hashed, distance))
-        size = group_sizes(keeper)
+        linked = groups(hashed.phash, distance)
+        chosen = nearest_kept(linked.labels, hashed.area, partial(near, hashed, distance))
+        away = np.bitwise_count(hashed.phash[chosen.members] ^ hashed.phash[chosen.kept])
         exact = repeated(hashed.pixels)
-        members = np.flatnonzero(size > 1)
-        away = np.bitwise_count(hashed.phash[members] ^ hashed.phash[keeper[members]])
 
         def write(path: Path) -> int:
-            ids = texts(corpus, table, "id", hashed.line[keeper[members]])
-            columns = [ids, pa.array(away, pa.int16()), pa.array(exact[members]), pa.array(keeper[members] == members)]
-            return write_rows(corpus, table, path, hashed.line[members], columns, "duplicate_")
+            columns = [pa.array(away, pa.int16()), pa.array(exact[chosen.members])]
+            return write_groups(corpus, table, path, hashed.line, chosen, columns, "duplicate_")
 
         record = partial(
             DuplicatesTable,
             distance=distance,
             samples=len(hashed.phash),
             without_hash=hashed.without,
-            groups=int((keeper[members] == members).sum()),
             exact=int(exact.sum()),
-            cut=grouped.cut,
-            largest=int(size.max(initial=0)),
+            cut=linked.cut,
             beyond=int((away > distance).sum()),
             method=METHOD,
+            groups=chosen.count,
+            largest=chosen.largest,
         )
         job = publish(corpus, base, write, lambda object, rows: record(object=object, rows=rows))
-    dropped = job.rows - job.groups
-    return Deduplication(
-        path=job.object.name,
-        distance=job.distance,
-        samples=job.samples,
-        without_hash=job.without_hash,
-        groups=job.groups,
-        dropped=dropped,
-        kept=job.samples - dropped,
-        exact=job.exact,
-        cut=job.cut,
-        largest=job.largest,
-        beyond=job.beyond,
-    )
+    return Deduplication(**job.counts, distance=job.distance, without_hash=job.without_hash, exact=job.exact)
 
 
 def decontaminate(corpus: Corpus, against: Sequence[str], distance: int = 6) -> Decontamination:

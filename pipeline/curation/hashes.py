@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.curation.job import BASIC, batches
+from microdit.pipeline.curation import job
 from microdit.pipeline.tables.sample_table import SampleTable
 
 AC_BITS = np.uint64((1 << 63) - 1)  # of a hash: all frequencies but the mean
@@ -44,19 +44,18 @@ class Hashed:
 def read_hashes(corpus: Corpus, table: SampleTable) -> Hashed:
     """Read the hashes of all samples that have them."""
     names = ["status", "original_width", "original_height", "basic_phash", "basic_pixels_sha256"]
-    coloured = corpus.columns()[BASIC].scalars.keys() >= COLOURS
+    coloured = corpus.columns()[job.BASIC].scalars.keys() >= COLOURS
     means = [f"basic_{name}" for name in sorted(COLOURS)] if coloured else []
     lines, hashes, pixels, areas, colours = [], [], [], [], []
     number = ok = 0
-    for batch in batches(corpus, table, [*names, *means]):
+    for batch in job.batches(corpus, table, [*names, *means]):
         has_hash = pc.is_valid(batch["basic_phash"])
         ok += pc.sum(pc.equal(batch["status"], "ok")).as_py() or 0
         lines.append(np.flatnonzero(has_hash.to_numpy()) + number)
         kept = batch.filter(has_hash)
         hashes.append(numbers(kept["basic_phash"], 1)[:, 0])
         pixels.append(numbers(kept["basic_pixels_sha256"], 4)[:, :2])
-        area = pc.multiply(kept["original_width"].cast(pa.int64()), kept["original_height"].cast(pa.int64()))
-        areas.append(pc.fill_null(area, 0).to_numpy())
+        areas.append(job.areas(kept))
         colours.append(np.full((len(kept), 3), np.nan, np.float32))
         for channel, name in enumerate(means):
             colours[-1][:, channel] = kept[name].to_numpy()
