@@ -24,7 +24,7 @@ from microdit.pipeline.tables.published import Table, cached, open_table
 from microdit.pipeline.tables.sample_table import JOB_COLUMNS, ROW_GROUP, SampleTable
 
 LAYOUT = 1
-BASIC, EMBEDDING = "scores/basic", "scores/embedding"
+BASIC, TURNED, EMBEDDING = "scores/basic", "scores/turned", "scores/embedding"
 
 DUPLICATES, SEMANTIC, CONTAMINATED, HASHES = (
     "tables/duplicates",
@@ -112,7 +112,7 @@ def is_embedding(column: str) -> bool:
 
 def reads(folder: str, column: str) -> bool:
     """Tell whether the table job of this folder reads the commits of a column."""
-    return column == "images" or (is_embedding(column) if folder == SEMANTIC else column == BASIC)
+    return column == "images" or (is_embedding(column) if folder == SEMANTIC else column in (BASIC, TURNED))
 
 
 def job_base(folder: str, table: SampleTable) -> str:

@@ -313,7 +313,7 @@ def test_models_of_the_hub_are_named_before_a_build_begins(hub: Hub, tmp_path: P
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ({"scores/beauty": {}}, "no such scorer; expected one of scores/basic, scores/nsfw, scores/text, scores/aest"),
+        ({"scores/beauty": {}}, "no such scorer; expected one of scores/basic, scores/turned, scores/nsfw, scores/text"),
         ({"scores/clip": {"model": "a/b"}}, r"scores/clip\.captions.*required"),
         (
             {"scores/clip": {"model": "a/b", "captions": "long"}},
@@ -385,7 +385,7 @@ def test_the_config_that_curates_can_be_planned() -> None:
     found = estimate(load_config("configs/curate.yaml"), Machines(cpus=16, gpus=1, gpu="h100")).to_json()
     scored = [column for column in found["columns"] if column.startswith("scores/")]
     assert {column.partition("/")[2].partition("-")[0] for column in scored} == {
-        "basic", "nsfw", "text", "aesthetic", "clip", "embedding", "caption"
+        "basic", "turned", "nsfw", "text", "aesthetic", "clip", "embedding", "caption"
     }  # fmt: skip
     assert found["stages"]["scores/nsfw"]["device"] == "cpu"
     assert found["stages"]["scores/aesthetic"]["device"] == "h100"
