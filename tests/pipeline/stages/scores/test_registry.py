@@ -313,7 +313,7 @@ def test_models_of_the_hub_are_named_before_a_build_begins(hub: Hub, tmp_path: P
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ({"scores/beauty": {}}, "no such scorer; expected one of scores/basic, scores/turned, scores/nsfw, scores/text"),
+        ({"scores/beauty": {}}, "no such scorer; expected one of scores/basic, scores/turned, scores/nsfw"),
         ({"scores/clip": {"model": "a/b"}}, r"scores/clip\.captions.*required"),
         (
             {"scores/clip": {"model": "a/b", "captions": "long"}},
