@@ -64,8 +64,8 @@ def dedup(
     By the hashes of `scores/basic`: `samples` gains `duplicate_group` (the id of the one to keep: the largest, then
     the first), `duplicate_distance` (bits between the two), `duplicate_exact` (the same pixels came before) and
     `duplicate_keep`; with the column `scores/turned` mirrored, rotated and letterboxed pictures are found too. By the
-    embeddings of `scores/embedding`, with `--semantic`: `semantic_group`,
-    `semantic_similarity` (the cosine) and `semantic_keep`, beside the others.
+    embeddings of `scores/embedding`, with `--semantic`: `semantic_group`, `semantic_similarity` (the cosine) and
+    `semantic_keep`, beside the others.
 
     **Examples**
 
@@ -92,16 +92,20 @@ def dedup(
             answer.update(found.to_json())
         else:
             answer.update(find(open_corpus(corpus), 6 if distance is None else distance).to_json())
-    if as_json:
-        return
+    if not as_json:
+        print(_deduplicated(answer))
+
+
+def _deduplicated(answer: Mapping[str, Any]) -> str:
+    """Say in one line what `dedup` has found."""
     what = (
         f"{answer['without_embedding']:,} more have no embedding in {answer['column']}; "
         f"{answer['beyond']:,} to drop are less like what is kept than {answer['similarity']:g}"
-        if semantic
+        if "similarity" in answer
         else f"{answer['exact']:,} repeat another one's pixels; {answer['without_hash']:,} more have no hash; "
         f"{answer['beyond']:,} to drop are more than {answer['distance']} bits from what is kept; {_turned(answer)}"
     )
-    print(
+    return (
         f"{answer['groups']:,} groups: {answer['kept']:,} of {answer['samples']:,} samples to keep, "
         f"{answer['dropped']:,} to drop; {what}; the largest group has {answer['largest']:,}"
     )
