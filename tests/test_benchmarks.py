@@ -59,13 +59,17 @@ def test_plan() -> None:
 
 def test_dedup() -> None:
     """Few pictures, but real ones; the hashes as skewed as millions of them."""
-    found = run("dedup", "--images", "12", "--hashes", "30000")
-    for method in ("exact", "perceptual", "semantic"):
+    found = run("dedup", "--images", "12", "--hashes", "30000", "--turned")
+    for method in ("exact", "perceptual", "turned", "semantic"):
         assert (found[f"{method}_none_recall"], found[f"{method}_none_precision"]) == (1.0, 1.0)
     assert (found["exact_recall"], found["exact_precision"]) == (0.0, None)  # each change turns some pixel
-    assert min(found["perceptual_recall"], found["semantic_recall"]) >= 0.8
+    assert min(found["perceptual_recall"], found["turned_recall"], found["semantic_recall"]) >= 0.8
+    for change in ("mirrored", "rotated", "letterboxed"):
+        assert found[f"turned_{change}_recall"] == 1.0 > found[f"perceptual_{change}_recall"]
+    assert found["turned_cropped_10_recall"] < 1  # what is still missed
     assert min(found["perceptual_precision"], found["semantic_precision"]) >= 0.9
     assert found["hash_recall"] >= found["goals"]["hash_recall"] and found["reference_recall"] >= 0.99
+    assert found["beyond"] == 0 and found["largest"] <= found["largest_linked"]
 
 
 def test_joins() -> None:

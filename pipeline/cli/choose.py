@@ -1,6 +1,7 @@
 """The commands that choose samples: `select`, `dedup`, `decontaminate`."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -62,8 +63,9 @@ def dedup(
     What is dropped is near what is kept itself, not only linked to it by others.
     By the hashes of `scores/basic`: `samples` gains `duplicate_group` (the id of the one to keep: the largest, then
     the first), `duplicate_distance` (bits between the two), `duplicate_exact` (the same pixels came before) and
-    `duplicate_keep`. By the embeddings of `scores/embedding`, with `--semantic`: `semantic_group`,
-    `semantic_similarity` (the cosine) and `semantic_keep`, beside the others.
+    `duplicate_keep`; with the column `scores/turned` mirrored, rotated and letterboxed pictures are found too. By the
+    embeddings of `scores/embedding`, with `--semantic`: `semantic_group`, `semantic_similarity` (the cosine) and
+    `semantic_keep`, beside the others.
 
     **Examples**
 
@@ -90,15 +92,20 @@ def dedup(
             answer.update(found.to_json())
         else:
             answer.update(find(open_corpus(corpus), 6 if distance is None else distance).to_json())
-    if as_json:
-        return
+    if not as_json:
+        print(_deduplicated(answer))
+
+
+def _deduplicated(answer: Mapping[str, Any]) -> str:
+    """Say in one line what `dedup` has found."""
     what = (
-        f"{answer['without_embedding']:,} more have no embedding in {answer['column']}"
-        if semantic
+        f"{answer['without_embedding']:,} more have no embedding in {answer['column']}; "
+        f"{answer['beyond']:,} to drop are less like what is kept than {answer['similarity']:g}"
+        if "similarity" in answer
         else f"{answer['exact']:,} repeat another one's pixels; {answer['without_hash']:,} more have no hash; "
-        f"{answer['beyond']:,} to drop are more than {answer['distance']} bits from what is kept"
+        f"{answer['beyond']:,} to drop are more than {answer['distance']} bits from what is kept; {_turned(answer)}"
     )
-    print(
+    return (
         f"{answer['groups']:,} groups: {answer['kept']:,} of {answer['samples']:,} samples to keep, "
         f"{answer['dropped']:,} to drop; {what}; the largest group has {answer['largest']:,}"
     )
@@ -116,7 +123,9 @@ def decontaminate(
     """Mark pictures that are in an evaluation set, or nearly so; remove nothing.
 
     Without `--against` that is COCO 2014 val, from the corpus that `microdit build configs/coco-val.yaml` makes here.
-    `samples` gains `contaminated`, `contaminated_by` (whose picture) and `contaminated_distance`.
+    `samples` gains `contaminated`, `contaminated_by` (whose picture) and `contaminated_distance`. If this corpus or the
+    evaluation set has the column `scores/turned`, mirrored and rotated pictures are found too, and of the one that has
+    it letterboxed ones.
 
     **Example**
 
@@ -131,5 +140,12 @@ def decontaminate(
         print(
             f"{answer['contaminated']:,} of {answer['samples']:,} samples are near an evaluation set "
             f"({', '.join(entry['name'] for entry in answer['against'])}), {answer['exact']:,} of them with the same "
-            f"pixels; {answer['without_hash']:,} more have no hash"
+            f"pixels; {answer['without_hash']:,} more have no hash; {_turned(answer)}"
         )
+
+
+def _turned(answer: Mapping[str, Any]) -> str:
+    """Say whether mirrored, rotated and letterboxed pictures were compared."""
+    if not answer["turned"]:
+        return "mirrored, rotated and letterboxed pictures are not found without the column scores/turned"
+    return f"{answer['turned']:,} were compared mirrored, rotated and without borders too"

@@ -15,6 +15,10 @@ class BasicScores(ScoresColumn):
     """`scores/basic`: size, sharpness, colours and hashes, without a model."""
 
 
+class TurnedScores(ScoresColumn):
+    """`scores/turned`: hashes of the picture without borders, mirrored and rotated, without a model."""
+
+
 class NsfwScores(ScoresColumn):
     """`scores/nsfw`: the probability that the picture is not safe for work, 0 to 1."""
 
@@ -76,6 +80,7 @@ class CaptionScores(ScoresColumn):
 
 SCORERS: dict[str, type[ScoresColumn]] = {
     "basic": BasicScores,
+    "turned": TurnedScores,
     "nsfw": NsfwScores,
     "text": TextScores,
     "aesthetic": AestheticScores,
@@ -86,7 +91,16 @@ SCORERS: dict[str, type[ScoresColumn]] = {
 
 
 # every class, not the base: a dumped config has the fields of the classes that are named here
-AnyScores = BasicScores | NsfwScores | TextScores | AestheticScores | ClipScores | EmbeddingScores | CaptionScores
+AnyScores = (
+    BasicScores
+    | TurnedScores
+    | NsfwScores
+    | TextScores
+    | AestheticScores
+    | ClipScores
+    | EmbeddingScores
+    | CaptionScores
+)
 
 
 def scorer_of(column: str) -> str:

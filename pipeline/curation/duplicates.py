@@ -6,7 +6,7 @@ Nothing is removed: `microdit select` decides.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,33 @@ from obstore.exceptions import BaseError
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import Record
-from microdit.pipeline.curation.greedy import group_sizes, nearest_kept
-from microdit.pipeline.curation.hamming import MAX_DISTANCE, groups, nearest
-from microdit.pipeline.curation.hashes import equal_pixels, near, numbers, read_hashes, repeated
+from microdit.pipeline.curation.greedy import nearest_kept
+from microdit.pipeline.curation.hamming import MAX_DISTANCE
+from microdit.pipeline.curation.hashes import (
+    bits_between,
+    equal_pixels,
+    linked,
+    near,
+    nearest_turned,
+    numbers,
+    read_hashes,
+    repeated,
+    turned_hashes,
+)
 from microdit.pipeline.curation.job import (
     BASIC,
     CONTAMINATED,
     DUPLICATES,
     HASHES,
+    TURNED,
+    Grouped,
+    GroupsTable,
     TableJob,
     batches,
     cached_job,
     job_base,
     job_since,
-    texts,
+    write_groups,
     write_rows,
 )
 from microdit.pipeline.storage.store import open_store
@@ -43,6 +56,7 @@ from microdit.pipeline.tables.sample_table import SampleTable, sample_table
 METHOD = 2  # 1: groups by chains of links; the first of equal hashes for the picture that is found
 
 HASH_TABLE = pa.schema([("key", pa.string()), ("pixels_sha256", pa.string()), ("phash", pa.string())])
+TURNED_TABLE = HASH_TABLE.append(pa.field("phashes", pa.string()))  # of a corpus that has `scores/turned`
 
 
 class HashJob(TableJob):
@@ -52,6 +66,8 @@ class HashJob(TableJob):
     """Bits that may differ."""
     without_hash: int
     """Samples that are ok and have no hash, because `scores/basic` is not made yet or failed."""
+    turned: int = 0
+    """Samples that have hashes of `scores/turned`."""
 
     @property
     def present(self) -> str:
@@ -61,19 +77,11 @@ class HashJob(TableJob):
         return {"distance": self.distance}
 
 
-class DuplicatesTable(HashJob):
-    """The record of `dedup`."""
+class DuplicatesTable(HashJob, GroupsTable):
+    """The record of `dedup`; `cut` is `microdit.pipeline.curation.hamming.Groups.cut`."""
 
-    groups: int
-    """Of two or more samples."""
     exact: int
     """Samples whose pixels an earlier sample has."""
-    cut: int
-    """`microdit.pipeline.curation.hamming.Groups.cut`."""
-    largest: int = 0
-    """Samples of the largest group."""
-    beyond: int = 0
-    """Dropped samples that are further than the distance from the one that is kept of their group."""
 
 
 class EvaluationSet(Record):
@@ -96,29 +104,15 @@ class ContaminatedTable(HashJob):
 
 
 @dataclass(frozen=True)
-class Deduplication:
-    """Result of `dedup`: `samples` (with a hash) = `kept` + `dropped`."""
+class Deduplication(Grouped):
+    """Result of `dedup`; `samples` have a hash."""
 
-    path: str
-    """Of the table."""
     distance: int
-    samples: int
     without_hash: int
-    groups: int
-    """Of two or more samples."""
-    dropped: int
-    kept: int
     exact: int
     """Samples, dropped or kept, whose pixels an earlier sample has."""
-    cut: int
-    """`microdit.pipeline.curation.hamming.Groups.cut`."""
-    largest: int
-    """Samples of the largest group."""
-    beyond: int
-    """Dropped samples that are further than the distance from the one that is kept of their group."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    turned: int
+    """Samples that were compared turned and without borders, too."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +127,8 @@ class Decontamination:
     contaminated: int
     exact: int
     """Contaminated samples with the very pixels of an image of an evaluation set."""
+    turned: int
+    """Samples that were compared turned and without borders, too."""
     against: list[EvaluationSet]
 
     def to_json(self) -> dict[str, Any]:
@@ -144,7 +140,8 @@ def dedup(corpus: Corpus, distance: int = 6) -> Deduplication:
     """Drop the samples whose 64-bit hashes are at most `distance` bits from that of a sample that is kept.
 
     Of samples near each other the one with the largest picture, as it came, is kept, of several the first one in the
-    order of the sample table (`nearest_kept`). Flat pictures must also be of one colour (`FLAT_BITS`). Returns
+    order of the sample table (`nearest_kept`). Flat pictures must also be of one colour (`FLAT_BITS`). With the column
+    `scores/turned` pictures are compared without their borders, mirrored and rotated, too. Returns
     immediately if the table exists; another distance replaces it.
 
     Raises:
@@ -156,44 +153,31 @@ def dedup(corpus: Corpus, distance: int = 6) -> Deduplication:
     job = cached_job(corpus, table, base, DuplicatesTable, lambda job: (job.distance, job.method) == (distance, METHOD))
     if job is None:
         hashed = read_hashes(corpus, table)
-        grouped = groups(hashed.phash, distance)
-        keeper = nearest_kept(grouped.labels, hashed.area, partial(near, hashed, distance))
-        size = group_sizes(keeper)
+        links = linked(hashed, distance)
+        chosen = nearest_kept(links.labels, hashed.area, partial(near, hashed, distance))
+        away = bits_between(hashed, chosen.members, chosen.kept)
         exact = repeated(hashed.pixels)
-        members = np.flatnonzero(size > 1)
-        away = np.bitwise_count(hashed.phash[members] ^ hashed.phash[keeper[members]])
 
         def write(path: Path) -> int:
-            ids = texts(corpus, table, "id", hashed.line[keeper[members]])
-            columns = [ids, pa.array(away, pa.int16()), pa.array(exact[members]), pa.array(keeper[members] == members)]
-            return write_rows(corpus, table, path, hashed.line[members], columns, "duplicate_")
+            columns = [pa.array(away, pa.int16()), pa.array(exact[chosen.members])]
+            return write_groups(corpus, table, path, hashed.line, chosen, columns, "duplicate_")
 
         record = partial(
             DuplicatesTable,
             distance=distance,
             samples=len(hashed.phash),
             without_hash=hashed.without,
-            groups=int((keeper[members] == members).sum()),
+            turned=hashed.has_turned,
             exact=int(exact.sum()),
-            cut=grouped.cut,
-            largest=int(size.max(initial=0)),
+            cut=links.cut,
             beyond=int((away > distance).sum()),
             method=METHOD,
+            groups=chosen.count,
+            largest=chosen.largest,
         )
         job = publish(corpus, base, write, lambda object, rows: record(object=object, rows=rows))
-    dropped = job.rows - job.groups
     return Deduplication(
-        path=job.object.name,
-        distance=job.distance,
-        samples=job.samples,
-        without_hash=job.without_hash,
-        groups=job.groups,
-        dropped=dropped,
-        kept=job.samples - dropped,
-        exact=job.exact,
-        cut=job.cut,
-        largest=job.largest,
-        beyond=job.beyond,
+        **job.counts, distance=job.distance, without_hash=job.without_hash, exact=job.exact, turned=job.turned
     )
 
 
@@ -221,7 +205,9 @@ def decontaminate(corpus: Corpus, against: Sequence[str], distance: int = 6) -> 
     )
     if job is None:
         hashed, others = read_hashes(corpus, table), pa.concat_tables(sets).combine_chunks()
-        index, away = nearest(hashed.phash, numbers(others["phash"], 1)[:, 0], distance)
+        plain = numbers(others["phash"], 1)[:, 0]
+        ways = turned_hashes(others["phashes"], plain) if others["phashes"].null_count < len(others) else None
+        index, away = nearest_turned(hashed.phash, hashed.turned, plain, ways, distance)
         same = equal_pixels(hashed.pixels, numbers(others["pixels_sha256"], 4)[:, :2])
         index = np.where(same >= 0, same, index)  # of pictures with one hash the equal one is named
         away = np.where(same >= 0, 0, away)
@@ -236,6 +222,7 @@ def decontaminate(corpus: Corpus, against: Sequence[str], distance: int = 6) -> 
             distance=distance,
             samples=len(hashed.phash),
             without_hash=hashed.without,
+            turned=len(hashed.phash) if ways is not None else hashed.has_turned,
             against=about,
             exact=exact,
             method=METHOD,
@@ -248,6 +235,7 @@ def decontaminate(corpus: Corpus, against: Sequence[str], distance: int = 6) -> 
         without_hash=job.without_hash,
         contaminated=job.rows,
         exact=job.exact,
+        turned=job.turned,
         against=job.against,
     )
 
@@ -255,16 +243,18 @@ def decontaminate(corpus: Corpus, against: Sequence[str], distance: int = 6) -> 
 def hash_table(corpus: Corpus) -> Table:
     """Publish the hashes of a corpus's pictures, once: all that others need to keep away from these pictures.
 
-    Its columns are `key` (the sample's id), `pixels_sha256` and `phash`.
+    Its columns are `key` (the sample's id), `pixels_sha256` and `phash`; and `phashes`, if it has `scores/turned`.
     """
     table = _scored(corpus)
+    turned = TURNED in corpus.columns()
+    schema = TURNED_TABLE if turned else HASH_TABLE
 
     def write(path: Path) -> int:
-        rows, names = 0, ["id", "basic_pixels_sha256", "basic_phash"]
-        with pq.ParquetWriter(path, HASH_TABLE, compression="zstd") as writer:
+        rows, names = 0, ["id", "basic_pixels_sha256", "basic_phash", *(["turned_phashes"] if turned else [])]
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for batch in batches(corpus, table, names):
                 kept = batch.filter(pc.is_valid(batch["basic_phash"]))
-                writer.write_table(pa.table([kept[name] for name in names], schema=HASH_TABLE))
+                writer.write_table(pa.table([kept[name] for name in names], schema=schema))
                 rows += len(kept)
         return rows
 
@@ -302,7 +292,9 @@ def _evaluation(url: str) -> pa.Table:
         store, name = corpus.store, hash_table(corpus).object.name
     try:
         with store.open(name) as file:
-            hashes = pq.ParquetFile(file).read(HASH_TABLE.names).cast(HASH_TABLE)
+            parquet = pq.ParquetFile(file)
+            schema = TURNED_TABLE if "phashes" in parquet.schema_arrow.names else HASH_TABLE
+            hashes = parquet.read(schema.names).cast(schema)
     except (pa.ArrowException, OSError, BaseError, KeyError, ValueError) as error:
         raise RequestError(
             f"--against {url}: it cannot be read ({first_line(error)}); expected a corpus, or the hash table of one: "
@@ -312,6 +304,9 @@ def _evaluation(url: str) -> pa.Table:
         raise RequestError(f"--against {url}: it has no hashes; build its {BASIC} first")
     numbers(hashes["phash"], 1)
     numbers(hashes["pixels_sha256"], 4)
+    if schema is HASH_TABLE:
+        return hashes.append_column(TURNED_TABLE.field("phashes"), pa.nulls(len(hashes), pa.string()))
+    numbers(hashes["phashes"].drop_null(), 8)
     return hashes
 
 
@@ -334,6 +329,7 @@ def default_evaluation() -> str:
 
 def _sha256(hashes: pa.Table) -> str:
     digest = hashlib.sha256()
-    for name in HASH_TABLE.names:
+    names = TURNED_TABLE.names if hashes["phashes"].null_count < len(hashes) else HASH_TABLE.names
+    for name in names:
         digest.update("".join(f"{text}\n" for text in hashes[name].to_pylist()).encode())
     return digest.hexdigest()

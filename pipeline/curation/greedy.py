@@ -1,6 +1,8 @@
 """Keep the best sample of each neighbourhood: what is dropped is near what is kept, not only linked to it by others."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -8,7 +10,40 @@ Near = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Compares pairs of samples, given as two arrays of indices (or one index and an array); returns which are near."""
 
 
-def nearest_kept(labels: np.ndarray, area: np.ndarray, near: Near) -> np.ndarray:
+@dataclass(frozen=True)
+class KeptGroups:
+    """Samples grouped by the one that is kept of each group."""
+
+    keeper: np.ndarray
+    """(n,) int64: for each sample the index of the one that is kept; its own if it is kept."""
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """(n,) int64: how many samples share each sample's keeper."""
+        return np.bincount(self.keeper, minlength=len(self.keeper))[self.keeper]
+
+    @cached_property
+    def members(self) -> np.ndarray:
+        """(m,) int64: the samples in groups of two or more, in order."""
+        return np.flatnonzero(self.sizes > 1)
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        """(m,) int64: the keeper of each member."""
+        return self.keeper[self.members]
+
+    @property
+    def count(self) -> int:
+        """How many groups have two or more samples."""
+        return int((self.kept == self.members).sum())
+
+    @property
+    def largest(self) -> int:
+        """Samples of the largest group."""
+        return int(self.sizes.max(initial=0))
+
+
+def nearest_kept(labels: np.ndarray, area: np.ndarray, near: Near) -> KeptGroups:
     """Choose the sample that is kept for each sample: the largest one, as it came, and then the first, that is near it.
 
     Samples that are linked by steps are gone through from the largest to the smallest: each is kept unless it is near
@@ -17,9 +52,6 @@ def nearest_kept(labels: np.ndarray, area: np.ndarray, near: Near) -> np.ndarray
     Args:
         labels: (n,) equal for samples that are linked by steps of near pairs.
         area: (n,) pixels of each picture.
-
-    Returns:
-        (n,) int64, an index for each sample; its own if it is kept.
     """
     order = np.lexsort((-area, labels))  # stable: of equal areas the first
     changes = np.flatnonzero(np.diff(labels[order])) + 1
@@ -35,9 +67,4 @@ def nearest_kept(labels: np.ndarray, area: np.ndarray, near: Near) -> np.ndarray
             close = near(rest[0], rest[1:])
             keeper[rest[1:][close]] = rest[0]
             rest = rest[1:][~close]
-    return keeper
-
-
-def group_sizes(keeper: np.ndarray) -> np.ndarray:
-    """Count the samples that share each sample's keeper, (n,) int64."""
-    return np.bincount(keeper, minlength=len(keeper))[keeper]
+    return KeptGroups(keeper)

@@ -1,4 +1,4 @@
-"""Read the hashes of `scores/basic` of a whole corpus, and compare pictures by them."""
+"""Read the hashes of `scores/basic` and `scores/turned` of a whole corpus, and compare pictures by them."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,12 +9,16 @@ import pyarrow.compute as pc
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.curation.job import BASIC, batches
+from microdit.pipeline.curation import job
+from microdit.pipeline.curation.hamming import Forest, Groups, groups, nearest
+from microdit.pipeline.curation.job import TURNED
 from microdit.pipeline.tables.sample_table import SampleTable
 
 AC_BITS = np.uint64((1 << 63) - 1)  # of a hash: all frequencies but the mean
 FLAT_BITS = 3  # of a flat picture's frequencies, at most, are above the median; any two such hashes are near each other
 COLOUR = 4.0  # of 255, how far the mean colours of flat pictures may be apart
+WAYS = 8  # to turn a picture, as `scores/turned` has them: 4 with mirror images, then 4 of the transposed picture
+SOME_WAYS = (0, 1, 2, 5)  # of two pictures, however one is turned, some of these hashes are of the same picture
 COLOURS = {"blue", "green", "red"}  # scalars of `scores/basic`
 
 
@@ -34,50 +38,111 @@ class Hashed:
     """(n, 3) float32: means of red, green and blue; nan if the column does not have them."""
     without: int
     """Samples that are ok and have no hash."""
+    turned: np.ndarray | None = None
+    """(n, 8) uint64: hashes without borders, turned in all ways; the plain hash where there are none."""
+    has_turned: int = 0
+    """Samples that have them."""
 
     @cached_property
     def flat(self) -> np.ndarray:
-        """Which pictures are flat: their hash says next to nothing."""
-        return np.bitwise_count(self.phash & AC_BITS) <= FLAT_BITS
+        """Which pictures are flat, as they are or without borders: their hash says next to nothing."""
+        flat: np.ndarray = np.bitwise_count(self.phash & AC_BITS) <= FLAT_BITS
+        if self.turned is not None:
+            flat |= np.bitwise_count(self.turned[:, 0] & AC_BITS) <= FLAT_BITS
+        return flat
 
 
 def read_hashes(corpus: Corpus, table: SampleTable) -> Hashed:
     """Read the hashes of all samples that have them."""
+    turning = TURNED in corpus.columns()
     names = ["status", "original_width", "original_height", "basic_phash", "basic_pixels_sha256"]
-    coloured = corpus.columns()[BASIC].scalars.keys() >= COLOURS
+    coloured = corpus.columns()[job.BASIC].scalars.keys() >= COLOURS
     means = [f"basic_{name}" for name in sorted(COLOURS)] if coloured else []
-    lines, hashes, pixels, areas, colours = [], [], [], [], []
-    number = ok = 0
-    for batch in batches(corpus, table, [*names, *means]):
+    more = [*means, *(["turned_phashes"] if turning else [])]
+    lines, hashes, pixels, areas, colours, turned = [], [], [], [], [], []
+    number = ok = has_turned = 0
+    for batch in job.batches(corpus, table, [*names, *more]):
         has_hash = pc.is_valid(batch["basic_phash"])
         ok += pc.sum(pc.equal(batch["status"], "ok")).as_py() or 0
         lines.append(np.flatnonzero(has_hash.to_numpy()) + number)
         kept = batch.filter(has_hash)
         hashes.append(numbers(kept["basic_phash"], 1)[:, 0])
         pixels.append(numbers(kept["basic_pixels_sha256"], 4)[:, :2])
-        area = pc.multiply(kept["original_width"].cast(pa.int64()), kept["original_height"].cast(pa.int64()))
-        areas.append(pc.fill_null(area, 0).to_numpy())
+        areas.append(job.areas(kept))
         colours.append(np.full((len(kept), 3), np.nan, np.float32))
         for channel, name in enumerate(means):
             colours[-1][:, channel] = kept[name].to_numpy()
+        if turning:
+            turned.append(turned_hashes(kept["turned_phashes"], hashes[-1]))
+            has_turned += len(kept) - kept["turned_phashes"].null_count
         number += len(batch)
     line = np.concatenate([np.empty(0, np.int64), *lines])
     phash = np.concatenate([np.empty(0, np.uint64), *hashes])
     whole = np.concatenate([np.empty((0, 2), np.uint64), *pixels])
     area = np.concatenate([np.empty(0, np.int64), *areas])
     colour = np.concatenate([np.empty((0, 3), np.float32), *colours])
-    return Hashed(line, phash, whole, area, colour, ok - len(line))
+    ways = np.concatenate([np.empty((0, WAYS), np.uint64), *turned]) if turning else None
+    return Hashed(line, phash, whole, area, colour, ok - len(line), ways, has_turned)
+
+
+def turned_hashes(texts: pa.ChunkedArray, plain: np.ndarray) -> np.ndarray:
+    """Parse the hashes of turned pictures, (n, 8) uint64; the plain hash stands for those that are missing."""
+    found = np.repeat(plain[:, None], WAYS, 1)
+    found[pc.is_valid(texts).to_numpy()] = numbers(texts.drop_null(), WAYS)
+    return found
+
+
+def linked(hashed: Hashed, distance: int) -> Groups:
+    """Group the samples that are linked by steps of at most `distance` bits, however their pictures are turned."""
+    if hashed.turned is None:
+        return groups(hashed.phash, distance)
+    count = len(hashed.phash)
+    every = groups(np.concatenate([hashed.phash, *(hashed.turned[:, way] for way in SOME_WAYS)]), distance)
+    forest = Forest(count)
+    for start in range(0, len(every.labels), max(1, count)):
+        forest.join(np.arange(count), every.labels[start : start + count] % max(1, count))
+    return Groups(forest.labels(), every.cut, every.tables)
+
+
+def bits_between(hashed: Hashed, ones: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Count the bits between pairs of samples, of a picture that is turned by the way that has the fewest."""
+    bits = np.bitwise_count(hashed.phash[ones] ^ hashed.phash[others])
+    if hashed.turned is not None:
+        one, other = hashed.turned[ones], hashed.turned[others]
+        for way in range(WAYS):
+            bits = np.minimum(bits, np.bitwise_count(one[..., 0] ^ other[..., way]))
+            bits = np.minimum(bits, np.bitwise_count(one[..., way] ^ other[..., 0]))
+    return bits
 
 
 def near(hashed: Hashed, distance: int, ones: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Compare pairs of samples by their hashes; if one of them is flat, their colours or pixels decide."""
-    close = np.bitwise_count(hashed.phash[ones] ^ hashed.phash[others]) <= distance
+    close = bits_between(hashed, ones, others) <= distance
     flat = (hashed.flat[ones] | hashed.flat[others]) & close
     if flat.any():
         apart = np.abs(hashed.colour[ones] - hashed.colour[others]).max(-1)
         equal = (hashed.pixels[ones] == hashed.pixels[others]).all(-1)
         close &= ~flat | (apart <= COLOUR) | equal
     return close
+
+
+def nearest_turned(
+    phash: np.ndarray, turned: np.ndarray | None, others: np.ndarray, others_turned: np.ndarray | None, distance: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find for each picture the nearest of the others, as `nearest`; among turned ones too, if either has them."""
+    index, away = nearest(phash, others, distance)
+    if turned is None and others_turned is None:
+        return index, away
+    if others_turned is not None:
+        found = [nearest(phash if turned is None else turned[:, 0], others_turned.ravel(), distance)]
+        found = [(np.where(at < 0, at, at // WAYS), bits) for at, bits in found]
+    else:
+        assert turned is not None
+        found = [nearest(turned[:, way], others, distance) for way in range(WAYS)]
+    for at, bits in found:
+        better = (at >= 0) & ((index < 0) | (bits < away))
+        index, away = np.where(better, at, index), np.where(better, bits, away)
+    return index, away
 
 
 def repeated(pixels: np.ndarray) -> np.ndarray:

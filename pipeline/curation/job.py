@@ -6,22 +6,25 @@ A table job reads the newest commits of some columns and writes one small table 
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import COMMIT
 from microdit.pipeline.corpus.records import canonical
+from microdit.pipeline.curation.greedy import KeptGroups
 from microdit.pipeline.tables.published import Table, cached, open_table
 from microdit.pipeline.tables.sample_table import JOB_COLUMNS, ROW_GROUP, SampleTable
 
 LAYOUT = 1
-BASIC, EMBEDDING = "scores/basic", "scores/embedding"
+BASIC, TURNED, EMBEDDING = "scores/basic", "scores/turned", "scores/embedding"
 
 DUPLICATES, SEMANTIC, CONTAMINATED, HASHES = (
     "tables/duplicates",
@@ -51,6 +54,54 @@ class TableJob(Table):
         raise NotImplementedError
 
 
+class GroupsTable(TableJob):
+    """The record of a table job that groups samples and keeps one of each group."""
+
+    groups: int
+    """Of two or more samples."""
+    cut: int
+    """Samples that were not compared with all that they should be, summed over the comparisons."""
+    largest: int = 0
+    """Samples of the largest group."""
+    beyond: int = 0
+    """Dropped samples that are further than was asked for from the one that is kept of their group."""
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What the results of all such jobs have: `samples` = `kept` + `dropped`."""
+        dropped = self.rows - self.groups
+        return {
+            "path": self.object.name,
+            "samples": self.samples,
+            "groups": self.groups,
+            "dropped": dropped,
+            "kept": self.samples - dropped,
+            "cut": self.cut,
+            "largest": self.largest,
+            "beyond": self.beyond,
+        }
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Result of a table job that groups samples: `samples` = `kept` + `dropped`."""
+
+    path: str
+    """Of the table."""
+    samples: int
+    groups: int
+    """Of two or more samples."""
+    dropped: int
+    kept: int
+    cut: int
+    largest: int
+    beyond: int
+    """As `GroupsTable` has them."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 J = TypeVar("J", bound=TableJob)
 
 
@@ -61,7 +112,7 @@ def is_embedding(column: str) -> bool:
 
 def reads(folder: str, column: str) -> bool:
     """Tell whether the table job of this folder reads the commits of a column."""
-    return column == "images" or (is_embedding(column) if folder == SEMANTIC else column == BASIC)
+    return column == "images" or (is_embedding(column) if folder == SEMANTIC else column in (BASIC, TURNED))
 
 
 def job_base(folder: str, table: SampleTable) -> str:
@@ -89,6 +140,12 @@ def batches(corpus: Corpus, table: SampleTable, columns: list[str]) -> Iterator[
     with open_table(corpus, table) as file:
         for batch in pq.ParquetFile(file).iter_batches(ROW_GROUP, columns=columns):
             yield pa.Table.from_batches([batch])
+
+
+def areas(batch: pa.Table) -> np.ndarray:
+    """Compute the pixels of pictures as they came, int64; 0 if it is not known."""
+    area = pc.multiply(batch["original_width"].cast(pa.int64()), batch["original_height"].cast(pa.int64()))
+    return pc.fill_null(area, 0).to_numpy()
 
 
 def texts(corpus: Corpus, table: SampleTable, column: str, lines: np.ndarray) -> pa.Array:
@@ -127,3 +184,24 @@ def write_rows(
                 writer.write_table(part)
             number, done = number + len(batch), end
     return done
+
+
+def write_groups(
+    corpus: Corpus,
+    table: SampleTable,
+    path: Path,
+    lines: np.ndarray,
+    groups: KeptGroups,
+    columns: list[Any],
+    prefix: str,
+) -> int:
+    """Write a line for each member of a group: the id of the one that is kept, `columns`, and whether it is that one.
+
+    Args:
+        lines: of the sample table, of each sample that was compared.
+        columns: what is said of each member beside.
+        prefix: of the names.
+    """
+    ids = texts(corpus, table, "id", lines[groups.kept])
+    keep = pa.array(groups.kept == groups.members)
+    return write_rows(corpus, table, path, lines[groups.members], [ids, *columns, keep], prefix)

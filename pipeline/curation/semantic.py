@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tarfile import TarError
@@ -30,18 +30,19 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import COMMIT, ShardId
 from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.corpus.rows import read_rows
-from microdit.pipeline.curation.greedy import group_sizes, nearest_kept
+from microdit.pipeline.curation.greedy import nearest_kept
 from microdit.pipeline.curation.hamming import Forest
 from microdit.pipeline.curation.job import (
     EMBEDDING,
     SEMANTIC,
-    TableJob,
+    Grouped,
+    GroupsTable,
+    areas,
     batches,
     cached_job,
     is_embedding,
     job_base,
-    texts,
-    write_rows,
+    write_groups,
 )
 from microdit.pipeline.tables.published import publish
 from microdit.pipeline.tables.sample_table import SampleTable, sample_table
@@ -55,24 +56,19 @@ ROUNDS = 10  # of k-means
 PART = 1 << 16  # vectors at a time
 BLOCK = 256  # of a cluster's vectors, compared with all of it at a time
 SEED = 0
+ROUNDING = 1e-6  # of a cosine in float32: equal vectors have 1 in any order of the sum
 METHOD = 2  # 1: groups by chains of links
 
 
-class SemanticTable(TableJob):
-    """The record of `dedup_semantic`."""
+class SemanticTable(GroupsTable):
+    """The record of `dedup_semantic`; `cut` counts vectors in clusters that were too large to be compared as one."""
 
     column: str
     similarity: float
     """The least cosine of a link."""
     without_embedding: int
     """Samples that are ok and have no embedding, because the column is not made yet or failed."""
-    groups: int
-    """Of two or more samples."""
     clusters: int
-    cut: int
-    """Vectors in clusters that were too large to be compared as one, summed over the clusters."""
-    largest: int = 0
-    """Samples of the largest group."""
 
     @property
     def present(self) -> str:
@@ -83,27 +79,13 @@ class SemanticTable(TableJob):
 
 
 @dataclass(frozen=True)
-class SemanticDeduplication:
-    """Result of `dedup_semantic`: `samples` (with an embedding) = `kept` + `dropped`."""
+class SemanticDeduplication(Grouped):
+    """Result of `dedup_semantic`; `samples` have an embedding."""
 
-    path: str
-    """Of the table."""
     column: str
     similarity: float
-    samples: int
     without_embedding: int
-    groups: int
-    """Of two or more samples."""
-    dropped: int
-    kept: int
     clusters: int
-    cut: int
-    """`SemanticTable.cut`."""
-    largest: int
-    """Samples of the largest group."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -143,36 +125,20 @@ def dedup_semantic(corpus: Corpus, column: str | None = None, similarity: float 
     if job is None:
         with tempfile.TemporaryDirectory(prefix="microdit-semantic-") as folder:
             job = _run(corpus, table, base, column, similarity, Path(folder) / "vectors")
-    dropped = job.rows - job.groups
-    return SemanticDeduplication(
-        path=job.object.name,
-        column=job.column,
-        similarity=job.similarity,
-        samples=job.samples,
-        without_embedding=job.without_embedding,
-        groups=job.groups,
-        dropped=dropped,
-        kept=job.samples - dropped,
-        clusters=job.clusters,
-        cut=job.cut,
-        largest=job.largest,
-    )
+    names = ("column", "similarity", "without_embedding", "clusters")
+    return SemanticDeduplication(**job.counts, **{name: getattr(job, name) for name in names})
 
 
 def _run(corpus: Corpus, table: SampleTable, base: str, column: str, similarity: float, spill: Path) -> SemanticTable:
     """Run the job and publish its table; the vectors are spilled to a file."""
     embedded = _embedded(corpus, table, column, spill)
     labels, clusters, cut = groups(embedded.vectors, similarity)
-    keeper = nearest_kept(labels, embedded.area, partial(_similar, embedded.vectors, similarity))
-    size = group_sizes(keeper)
-    members = np.flatnonzero(size > 1)
-    kept = keeper[members]
+    chosen = nearest_kept(labels, embedded.area, partial(similar, embedded.vectors, similarity))
+    cosines = _cosines(embedded.vectors, chosen.members, chosen.kept)
 
     def write(path: Path) -> int:
-        ids = texts(corpus, table, "id", embedded.line[kept])
-        cosines = _cosines(embedded.vectors, members, kept)
-        columns = [ids, pa.array(cosines, pa.float32()), pa.array(kept == members)]
-        return write_rows(corpus, table, path, embedded.line[members], columns, "semantic_")
+        columns = [pa.array(np.minimum(cosines, 1), pa.float32())]
+        return write_groups(corpus, table, path, embedded.line, chosen, columns, "semantic_")
 
     record = partial(
         SemanticTable,
@@ -180,11 +146,12 @@ def _run(corpus: Corpus, table: SampleTable, base: str, column: str, similarity:
         similarity=similarity,
         samples=len(embedded.line),
         without_embedding=embedded.without,
-        groups=int((kept == members).sum()),
         clusters=clusters,
         cut=cut,
-        largest=int(size.max(initial=0)),
+        beyond=int((cosines < similarity - ROUNDING).sum()),
         method=METHOD,
+        groups=chosen.count,
+        largest=chosen.largest,
     )
     return publish(corpus, base, write, lambda object, rows: record(object=object, rows=rows))
 
@@ -208,7 +175,7 @@ def _column(corpus: Corpus, column: str | None) -> str:
 
 def _embedded(corpus: Corpus, table: SampleTable, column: str, spill: Path) -> Embedded:
     """Read the vectors of the commits that the sample table was made from, spilled shard by shard."""
-    begins, areas, ok = _lines(corpus, table)
+    begins, area, ok = _lines(corpus, table)
     commits = [match for name in table.names if (match := COMMIT.fullmatch(name)) and match[1] == column]
     shards = sorted((match[2], match[3], int(match[4])) for match in commits)
     lines, width, count = [np.empty(0, np.int64)], 0, 0
@@ -231,7 +198,7 @@ def _embedded(corpus: Corpus, table: SampleTable, column: str, spill: Path) -> E
             count += len(rows)
     line = np.concatenate(lines)
     vectors = np.memmap(spill, np.float16, "r", shape=(count, width)) if count else np.empty((0, 1), np.float16)
-    return Embedded(line, vectors, areas[line], ok - count)
+    return Embedded(line, vectors, area[line], ok - count)
 
 
 def _check_room(folder: Path, wanted: int) -> None:
@@ -246,17 +213,16 @@ def _check_room(folder: Path, wanted: int) -> None:
 def _lines(corpus: Corpus, table: SampleTable) -> tuple[dict[ShardId, int], np.ndarray, int]:
     """Read the first line of each shard in the sample table; (lines,) areas of pictures; the number of ok samples."""
     begins: dict[ShardId, int] = {}
-    areas, ok, number = [np.empty(0, np.int64)], 0, 0
+    area, ok, number = [np.empty(0, np.int64)], 0, 0
     for batch in batches(corpus, table, ["source", "shard", "status", "original_width", "original_height"]):
         names = pc.binary_join_element_wise(batch["source"], batch["shard"], "/").to_numpy()
         for at in np.flatnonzero(np.append(True, names[1:] != names[:-1])).tolist():
             source, _, shard = names[at].partition("/")
             begins.setdefault((source, shard), number + at)
-        area = pc.multiply(batch["original_width"].cast(pa.int64()), batch["original_height"].cast(pa.int64()))
-        areas.append(pc.fill_null(area, 0).to_numpy())
+        area.append(areas(batch))
         ok += pc.sum(pc.equal(batch["status"], "ok")).as_py() or 0
         number += len(batch)
-    return begins, np.concatenate(areas), ok
+    return begins, np.concatenate(area), ok
 
 
 def _read(corpus: Corpus, commit: Commit) -> tuple[np.ndarray, np.ndarray]:
@@ -286,7 +252,8 @@ def groups(vectors: np.ndarray, similarity: float) -> tuple[np.ndarray, int, int
     """Group (n, width) vectors of unit length that are linked; the same vectors give the same groups.
 
     Returns:
-        (n,) int64, the smallest index that a vector is linked to; the number of clusters; `SemanticTable.cut`.
+        (n,) int64, the smallest index that a vector is linked to; the number of clusters; how many were in
+        clusters too large to be compared as one.
     """
     forest, cut = Forest(len(vectors)), 0
     members, ends = _clusters(vectors)
@@ -354,27 +321,23 @@ def _linked(vectors: np.ndarray, similarity: float) -> np.ndarray:
     forest = Forest(len(vectors))
     for start in range(0, len(vectors), BLOCK):
         labels = forest.labels()
-        near = vectors[start : start + BLOCK] @ vectors[start:].T >= similarity
+        near = vectors[start : start + BLOCK] @ vectors[start:].T >= similarity - ROUNDING
         near &= labels[start : start + BLOCK, None] != labels[start:]  # linked already
         ones, others = np.nonzero(near)
         forest.join(ones + start, others + start)
     return forest.labels()
 
 
-def _similar(vectors: np.ndarray, similarity: float, ones: np.ndarray, others: np.ndarray) -> np.ndarray:
+def similar(vectors: np.ndarray, similarity: float, ones: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Compare pairs of vectors; `ones` may be one index."""
-    if np.ndim(ones):
-        return _cosines(vectors, ones, others) >= similarity
-    one, near = _unit(vectors[[ones]])[0], np.empty(len(others), bool)
-    for start in range(0, len(others), PART):
-        near[start : start + PART] = _unit(vectors[others[start : start + PART]]) @ one >= similarity
-    return near
+    return _cosines(vectors, ones, others) >= similarity - ROUNDING
 
 
 def _cosines(vectors: np.ndarray, ones: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Cosines of pairs of vectors, (p,) float32."""
-    cosines = np.empty(len(ones), np.float32)
-    for start in range(0, len(ones), PART):
+    """Cosines of pairs of vectors, (p,) float32; `ones` may be one index."""
+    cosines = np.empty(len(others), np.float32)
+    one = None if np.ndim(ones) else _unit(vectors[[ones]])
+    for start in range(0, len(others), PART):
         part = slice(start, start + PART)
-        cosines[part] = (_unit(vectors[ones[part]]) * _unit(vectors[others[part]])).sum(1)
-    return np.minimum(cosines, 1)
+        cosines[part] = ((_unit(vectors[ones[part]]) if one is None else one) * _unit(vectors[others[part]])).sum(1)
+    return cosines

@@ -66,6 +66,7 @@ class Board:
         total.shards += 1
         total.samples += work.inputs
         total.seconds += work.seconds
+        total.cut += work.cut
         total.last = time.monotonic()
 
     # -- showing -------------------------------------------------------------------------------------------------------

@@ -44,6 +44,8 @@ class ShardWork:
     """Of these the seconds in which the model worked, where the stage measures them."""
     unrepaired: int = 0
     """Rows that a repair could not have again from the source."""
+    cut: int = 0
+    """Captions of which the model read the beginning alone."""
 
     @classmethod
     def of(cls, commit: Commit) -> "ShardWork":
@@ -56,6 +58,7 @@ class ShardWork:
             timings["seconds"],
             timings.get("encode_seconds"),
             int(timings.get(UNREPAIRED, 0)),
+            int(timings.get("cut", 0)),
         )
 
     @property

@@ -34,6 +34,8 @@ class ColumnSummary:
     """Seconds of the stage, summed over the shards that this run made."""
     rate: float | None
     """Images a second of this run, from its first shard to its last."""
+    cut: int = 0
+    """Captions of this run of which the model read the beginning alone."""
 
     @property
     def own_failures(self) -> float:
@@ -102,6 +104,11 @@ class BuildSummary:
             own = {reason: count for reason, count in column.reasons.items() if reason != UPSTREAM}
             if own:  # failures upstream are listed there
                 lines.append(f"{name}: failed for " + ", ".join(f"{reason} {count:,}" for reason, count in own.items()))
+            if column.cut:
+                lines.append(
+                    f"{name}: {column.cut:,} captions of this run have more tokens than the model reads; they are "
+                    "compared by their beginning"
+                )
             if column.waiting:
                 lines.append(
                     f"{name}: {column.waiting:,} shards are not made; the columns that they come from are not there"
@@ -126,13 +133,17 @@ class BuildSummary:
 
 @dataclass
 class Work:
-    """Work of this run on one column: shards, images, the stage's seconds, when the first began and the last ended."""
+    """Work of this run on one column: shards, images, the stage's seconds, when the first began and the last ended.
+
+    `cut` counts the captions that were read by their beginning.
+    """
 
     shards: int = 0
     samples: int = 0
     seconds: float = 0.0
     first: float = 0.0
     last: float = 0.0
+    cut: int = 0
 
 
 def summarize(
@@ -161,6 +172,7 @@ def summarize(
             reasons=dict(reasons.most_common()),
             seconds=round(done.seconds, 3),
             rate=round(done.samples / span, 1) if span > 0 else None,
+            cut=done.cut,
         )
     return BuildSummary(
         corpus=corpus.url,

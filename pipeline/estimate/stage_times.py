@@ -299,6 +299,6 @@ def _table_model(column: str, options: ColumnOptions | None) -> str:
         return options.autoencoder
     if isinstance(options, TextColumn):
         return options.encoder
-    if isinstance(options, ScoresColumn) and scorer_of(column) != "basic":
+    if isinstance(options, ScoresColumn) and scorer_of(column) not in ("basic", "turned"):
         return str(getattr(options, "model", scorer_of(column)))
     return ""

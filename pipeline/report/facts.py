@@ -183,6 +183,8 @@ class ColumnWork:
     """Samples a second of all that worked at the time."""
     spans: list[tuple[float, float]]
     """Begin and end in seconds of the corpus' work."""
+    cut: int = 0
+    """Captions of which the model read the beginning alone."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ def rates(commits: Mapping[str, Sequence[Commit]]) -> CorpusWork:
         if not of_column:
             continue
         samples, seconds = sum(c.counts["in"] for c in of_column), sum(c.timings.get("seconds", 0.0) for c in of_column)
-        cut = ((_busy_time(busy, begin), _busy_time(busy, end)) for begin, end in spans[name])
+        busy_spans = ((_busy_time(busy, begin), _busy_time(busy, end)) for begin, end in spans[name])
         rows.append(
             ColumnWork(
                 column=name,
@@ -217,7 +219,8 @@ def rates(commits: Mapping[str, Sequence[Commit]]) -> CorpusWork:
                 seconds=seconds,
                 each=samples / seconds if seconds else 0.0,
                 together=samples / sum(end - begin for begin, end in spans[name]),
-                spans=_merge(cut, total / 400),
+                spans=_merge(busy_spans, total / 400),
+                cut=int(sum(c.timings.get("cut", 0) for c in of_column)),
             )
         )
     days = [datetime.fromtimestamp(at, UTC).strftime("%-d %B %Y") for at in (busy[0][0], busy[-1][1])]

@@ -32,7 +32,7 @@ CONFINED: dict[str, str | bool | int | float | list[str]] = {  # the SQL may be 
 }
 
 SCORES = re.compile(
-    r"(nsfw|aesthetic|clip|basic)(_\w+)?$|text_(area|boxes|characters)$|caption_(characters|words|language|repetition)$"
+    r"(nsfw|aesthetic|clip|basic|turned)(_\w+)?$|text_(area|boxes|characters)$|caption_(characters|words|language|repetition)$"
 )
 
 

@@ -117,10 +117,20 @@ def perceptual_hash(luma: Image.Image) -> str:
     Returns:
         str: 64 bits as 16 hex digits, row by row, the first bit highest.
     """
+    return hash_bits(low_frequencies(luma)).tobytes().hex()
+
+
+def low_frequencies(luma: Image.Image) -> np.ndarray:
+    """Compute the 8x8 lowest frequencies of the picture reduced to 32x32."""
     small = np.asarray(luma.resize((32, 32), Image.Resampling.BICUBIC), np.float64)
-    low = (_dct8() @ small @ _dct8().T).ravel()
-    bits = low > np.sort(low[1:])[31] + HASH_MARGIN
-    return np.packbits(bits).tobytes().hex()
+    frequencies: np.ndarray = _dct8() @ small @ _dct8().T
+    return frequencies
+
+
+def hash_bits(frequencies: np.ndarray) -> np.ndarray:
+    """Compute the 8 bytes of `perceptual_hash` from (8, 8) frequencies."""
+    low = frequencies.ravel()
+    return np.packbits(low > np.sort(low[1:])[31] + HASH_MARGIN)
 
 
 @lru_cache(maxsize=1)

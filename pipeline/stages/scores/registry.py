@@ -12,12 +12,14 @@ from microdit.pipeline.config.scores import (
     EmbeddingScores,
     NsfwScores,
     TextScores,
+    TurnedScores,
 )
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.stages.identity import carried_identity
 from microdit.pipeline.stages.row_stage import RowStage
 from microdit.pipeline.stages.scores.caption_text import caption_score_stage
 from microdit.pipeline.stages.scores.pixels import PixelFunction, basic_score_stage, pixel_score_stage
+from microdit.pipeline.stages.scores.turned import turned_score_stage
 from microdit.pipeline.stages.scores.vision import VisionScores
 from microdit.pipeline.stages.stage import ColumnSpec, Stage
 
@@ -37,6 +39,8 @@ def score_stages(config: BuildConfig) -> Iterator[Stage]:
         match options:
             case BasicScores():
                 yield basic_score_stage(name, max_pixels)
+            case TurnedScores():
+                yield turned_score_stage(name, max_pixels)
             case NsfwScores(model=model) if model == YAHOO:
                 yield _nsfw_stage(name, max_pixels)
             case TextScores():

@@ -123,15 +123,84 @@ def test_answers_of_models_in_many_languages() -> None:
     for answer in answers:
         text = answer["text"]
         wanted = answer.get("caption", " ".join(text.split())) if answer["want"] == "caption" else answer["want"]
-        if judged(text, answer["language"]) != wanted:
-            wrong.append(answer)
+        if (got := judged(text, answer["language"])) != wanted:
+            wrong.append((answer["want"], got, text))
     good = [answer for answer in answers if answer["want"] == "caption"]
-    assert len(good) > 150 and len(answers) - len(good) > 60
-    assert sum(answer["want"] == "caption" for answer in wrong) < 0.01 * len(good), wrong
-    assert not [answer for answer in wrong if answer["want"] != "caption"]
+    bad = len(answers) - len(good)
+    lost = [answer for answer in wrong if answer[0] == "caption"]
+    missed = [answer for answer in wrong if answer[0] != "caption"]
+    refused = [answer for answer in lost if answer[1] in REASONS]
+    languages = {answer["language"] for answer in answers}
+    print(
+        f"{len(good)} good answers of {len(languages)} languages: {len(refused) / len(good):.2%} refused, "
+        f"{len(lost) - len(refused)} changed; {bad} bad ones: {len(missed)} kept or misnamed"
+    )
+    assert len(good) >= 400 and bad >= 200 and len(languages) >= 15
+    assert len(lost) < 0.01 * len(good), lost
+    assert not missed
 
 
-@given(st.sampled_from(["<think>", "<thinking>", "◁think▷"]), st.text(max_size=200))
+CAPTIONS = [
+    CAPTION,
+    "A cat's bed stands beside two chairs.",
+    "Ein Hund schläft auf dem Sofa.",
+    "一只猫坐在红色沙发上。",
+]
+AROUND = [
+    "{}", "<think>It is a dog.</think>\n{}", "<reasoning>a dog</reasoning>{}", "[THINK]a dog[/THINK]\n\n{}",
+    "<|channel|>analysis<|message|>A dog.<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>",
+    "<|begin_of_box|>{}<|end_of_box|>", "Sure! Here is a caption: {}", "**Caption:** {}", "Image description: {}",
+    "## Description\n\n{}", "Great! Here's a caption for the image:\n\n{}", "{}\n\nLet me know if I can help!",
+    "图片描述：{}", "{}\n\n(Word count: 12)",
+]  # fmt: skip
+WITHIN = [
+    "{}",
+    '"{}"',
+    "“{}”",
+    "「{}」",
+    "**{}**",
+    "*{}*",
+    "- {}",
+    "```\n{}\n```",
+    "<caption>{}</caption>",
+    "<p>{}</p>",
+]
+
+
+@given(st.sampled_from(CAPTIONS), st.sampled_from(AROUND), st.sampled_from(WITHIN))
+def test_a_caption_comes_out_of_what_stands_around_it(caption: str, around: str, within: str) -> None:
+    assert clean_answer(around.format(within.format(caption))) == caption
+
+
+@given(
+    st.sampled_from(CAPTIONS[:2]),
+    st.integers(0, 40),
+    st.sampled_from(
+        ["<|im_end|>", "</s>", "[/INST]", "<image>", "<|endoftext|>", "<eos>", "<loc_12>", "[EOS]", "<0x0A>"]
+    ),
+)
+def test_a_token_of_a_template_anywhere_is_found(caption: str, at: int, token: str) -> None:
+    assert judged(caption[:at] + token + caption[at:], "en") == "leaked_tokens"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["- brown dog\n- green sofa", "1. brown dog\n2. green sofa", "* **brown dog**\n* **green sofa**",
+     "Tags:\n\n- brown dog\n- green sofa", "**Tags:**\n• brown dog,\n• green sofa"],
+)  # fmt: skip
+def test_listed_words_get_commas(text: str) -> None:
+    assert clean_answer(text) == "brown dog, green sofa"
+
+
+@pytest.mark.parametrize("text", ["A dog sleeps on the", "A dog and a", "A dog sleeps on a sofa,", "A red sofa and"])
+def test_a_sentence_that_breaks_off_is_no_caption(text: str) -> None:
+    assert judged(text, "en") == "cut_off"
+
+
+OPEN = ["<think>", "<thinking>", "◁think▷", "<reasoning>", "<analysis>", "[THINK]", "<seed:think>"]
+
+
+@given(st.sampled_from(OPEN), st.text(max_size=200))
 def test_thinking_that_does_not_end_is_never_a_caption(opening: str, text: str) -> None:
     assert judged(f"{opening}{text.replace('/', '')}", "en") in REASONS
 
@@ -144,10 +213,29 @@ def test_a_cleaned_answer_has_no_control_characters_and_stays_as_it_is(text: str
 
 
 @pytest.mark.parametrize(
-    "text", [part * 100_000 for part in ("Here ", "sure! ", "<think>", "</think>", "{", "``` ", " ", "<|")]
+    "part",
+    [
+        "Here ",
+        "sure! ",
+        "<think>",
+        "</think>",
+        "{",
+        "``` ",
+        " ",
+        "<|",
+        "!",
+        "**",
+        "'",
+        "[Caption: ",
+        "<|begin_of_box|>",
+        "\n- ",
+        "let me know if ",
+        "caption ",
+        "[[",
+    ],
 )
-def test_long_answers_take_no_long_time(text: str) -> None:
-    began = time.monotonic()
+def test_long_answers_take_no_long_time(part: str) -> None:
+    text, began = part * 100_000, time.monotonic()
     clean_answer(text)
     fault(text[:50_000], True, "long", "en")
     assert time.monotonic() - began < 10

@@ -3,11 +3,14 @@
 import json
 import shutil
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from microdit.pipeline.base.errors import RequestError
@@ -18,8 +21,9 @@ from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import ShardRef
 from microdit.pipeline.curation import semantic
 from microdit.pipeline.curation.duplicates import dedup
+from microdit.pipeline.curation.greedy import nearest_kept
 from microdit.pipeline.curation.hamming import Forest
-from microdit.pipeline.curation.semantic import dedup_semantic, groups
+from microdit.pipeline.curation.semantic import dedup_semantic, groups, similar
 from microdit.pipeline.selection.selections import load_selection, select
 from microdit.pipeline.selection.view import query
 from microdit.pipeline.stages.scores.pixels import basic_score_stage
@@ -93,6 +97,36 @@ def test_few_vectors(count: int) -> None:
     assert (labels.tolist(), cut) == ([0] * count, 0)
 
 
+@st.composite
+def walks(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of which each is a step from the one before it, so that they link to long chains; and areas."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    steps = draw(st.lists(st.sampled_from([0.0, 0.1, 0.3, 0.5, 5.0]), max_size=60))
+    vectors = [np.eye(6)[0]]
+    for step in steps:
+        vectors.append(unit(vectors[-1] + step * unit(rng.standard_normal(6)).astype(np.float64)).astype(np.float64))
+    order = rng.permutation(len(vectors))
+    return unit(np.stack(vectors))[order], rng.integers(1, 4, len(vectors))
+
+
+@given(walks(), st.sampled_from([0.8, 0.95, 0.99, 1.0]))
+@settings(max_examples=100, deadline=None)
+def test_what_is_dropped_is_like_what_is_kept_and_what_is_kept_is_unlike(
+    made: tuple[np.ndarray, np.ndarray], similarity: float
+) -> None:
+    vectors, area = made
+    keeper = nearest_kept(groups(vectors, similarity)[0], area, partial(similar, vectors, similarity)).keeper
+    exact = vectors.astype(np.float64)
+    exact /= np.linalg.norm(exact, axis=1, keepdims=True)
+    cosines = exact @ exact.T
+    assert (cosines[np.arange(len(keeper)), keeper] >= similarity - 3e-6).all()
+    assert (keeper[keeper] == keeper).all() and (area[keeper] >= area).all()
+    kept = np.flatnonzero(keeper == np.arange(len(keeper)))
+    assert (cosines[np.ix_(kept, kept)][~np.eye(len(kept), dtype=bool)] < similarity + 3e-6).all()
+    for first in kept:  # equal vectors are like each other, whatever is asked for
+        assert [int(i) for i in kept if (vectors[i] == vectors[first]).all()] == [first]
+
+
 # -- the table job -----------------------------------------------------------------------------------------------------
 def feature(image: Image.Image) -> np.ndarray:
     """Gray 12 x 12 without its mean, of unit length: blind to size, brightness and contrast."""
@@ -155,6 +189,7 @@ def test_the_largest_of_a_group_is_kept(corpus: Corpus) -> None:
         "clusters": 1,
         "cut": 0,
         "largest": 2,
+        "beyond": 0,
     }
     lines = rows(corpus, "semantic_group, semantic_similarity, semantic_keep")
     assert [line["semantic_keep"] for line in lines] == [False, True, None, True, True, False]
@@ -231,7 +266,7 @@ def test_the_command(corpus: Corpus) -> None:
     assert said.exit_code == 0, said.output
     assert said.stdout == (
         "2 groups: 3 of 5 samples to keep, 2 to drop; 0 more have no embedding in scores/embedding; "
-        "the largest group has 2\n"
+        "0 to drop are less like what is kept than 0.95; the largest group has 2\n"
     )
     found = json.loads(microdit("dedup", corpus.url, "--semantic", "--similarity", "0.9999", "--json").stdout)
     assert (found["groups"], found["similarity"]) == (0, 0.9999)

@@ -8,8 +8,11 @@ import ray
 
 from microdit.pipeline.base.errors import DamagedError, RequestError
 from microdit.pipeline.engine import cluster
+from microdit.pipeline.engine.board import Board
 from microdit.pipeline.engine.deaths import explain_death
 from microdit.pipeline.engine.messages import ErrorReport, ShardEnded, ShardWork, UnitIngested
+from microdit.pipeline.engine.plan import Job
+from microdit.pipeline.engine.summary import BuildSummary, ColumnSummary, UnitCounts
 from microdit.pipeline.engine.workers import error_report
 
 
@@ -25,6 +28,18 @@ def test_messages_survive_pickling() -> None:
 def test_seconds_of_a_model_are_those_of_the_whole_where_they_are_not_measured() -> None:
     assert ShardWork(3, 1, 4000, seconds=2.0).busy_seconds == 2.0
     assert ShardWork(3, 1, 4000, seconds=2.0, encode_seconds=1.5).busy_seconds == 1.5
+
+
+def test_captions_that_a_model_reads_by_their_beginning_are_in_the_summary() -> None:
+    board = Board(["clip"], None)
+    for cut in (3, 0, 2000):
+        work = ShardWork(inputs=3000, failed=0, bytes=4000, seconds=2.0, cut=cut)
+        board.written(Job(0, "source", "shard", {}), {"scores/clip": work})
+    assert board.work["scores/clip"].cut == 2003
+    column = ColumnSummary(3, 3, 3, 0, 0, 9000, 9000, 0, {}, 6.0, None, cut=2003)
+    summary = BuildSummary("corpus", 6.0, True, UnitCounts(1, 1, 0), {"scores/clip": column})
+    assert "scores/clip: 2,003 captions of this run have more tokens than the model reads" in summary.text()
+    assert summary.to_dict()["columns"]["scores/clip"]["cut"] == 2003
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import ShardRef
 from microdit.pipeline.stages.scores.pixels import basic_score_stage
+from microdit.pipeline.stages.scores.turned import turned_score_stage
 from microdit.pipeline.stages.stage import Task
 from tests.pipeline.helpers.small_corpus import IMAGE_SCALARS, SOURCE
 
@@ -45,6 +46,16 @@ def write(corpus: Corpus, number: int, images: list[Image.Image | None]) -> None
         attempt.commit()
     stage = basic_score_stage("scores/basic", 1 << 24)
     stage.run(corpus, Task(ref, {"scores/basic": 0}))
+
+
+def add_turned(corpus: Corpus) -> Corpus:
+    """The column `scores/turned` of all shards that are there."""
+    stage = turned_score_stage("scores/turned", 1 << 24)
+    spec = stage.columns["scores/turned"]
+    corpus.declare_column("scores/turned", spec.stage, spec.scalars)
+    for commit in corpus.commits("images"):
+        stage.run(corpus, Task(commit.ref, {"scores/turned": 0}))
+    return corpus
 
 
 def corpus_of(url: Path, images: list[Image.Image | None]) -> Corpus:

@@ -23,6 +23,7 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import column_kind
 from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.corpus.rows import Row, latest, read_rows
+from microdit.pipeline.engine.messages import ShardWork
 from microdit.pipeline.estimate.estimate import Machines, estimate
 from microdit.pipeline.selection.view import query
 from microdit.pipeline.sources.source import Input
@@ -204,7 +205,7 @@ def test_a_clip_compares_each_captions_column(corpus: Corpus, tmp_path: Path) ->
             key: float((model.see([model.prepare(pixels[key])], 3) * model.read([text], 3)).sum())
             for key, text in texts.items()
         }
-        assert sum(commit.timings["cut"] for commit in made[column]) == model.count_cut([*texts.values()])
+        assert sum(ShardWork.of(commit).cut for commit in made[column]) == model.count_cut([*texts.values()])
         found = scores(corpus, made[column], "clip")
         assert found == {key: pytest.approx(score, abs=2e-3) for key, score in wanted.items()}
         assert all(-1 <= score <= 1 for score in found.values())
@@ -312,7 +313,7 @@ def test_models_of_the_hub_are_named_before_a_build_begins(hub: Hub, tmp_path: P
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ({"scores/beauty": {}}, "no such scorer; expected one of scores/basic, scores/nsfw, scores/text, scores/aest"),
+        ({"scores/beauty": {}}, "no such scorer; expected one of scores/basic, scores/turned, scores/nsfw"),
         ({"scores/clip": {"model": "a/b"}}, r"scores/clip\.captions.*required"),
         (
             {"scores/clip": {"model": "a/b", "captions": "long"}},
@@ -384,7 +385,7 @@ def test_the_config_that_curates_can_be_planned() -> None:
     found = estimate(load_config("configs/curate.yaml"), Machines(cpus=16, gpus=1, gpu="h100")).to_json()
     scored = [column for column in found["columns"] if column.startswith("scores/")]
     assert {column.partition("/")[2].partition("-")[0] for column in scored} == {
-        "basic", "nsfw", "text", "aesthetic", "clip", "embedding", "caption"
+        "basic", "turned", "nsfw", "text", "aesthetic", "clip", "embedding", "caption"
     }  # fmt: skip
     assert found["stages"]["scores/nsfw"]["device"] == "cpu"
     assert found["stages"]["scores/aesthetic"]["device"] == "h100"
