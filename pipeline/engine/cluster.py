@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.retry import Backoff
-from microdit.pipeline.engine import workers
+from microdit.pipeline.engine import local_ray, workers
 from microdit.pipeline.engine.layout import Layout
 from microdit.pipeline.engine.messages import ErrorReport
 
@@ -52,10 +52,7 @@ def joined() -> Iterator[None]:
         if address:
             ray.init(runtime_env={"env_vars": WORKERS}, **quiet)
         else:
-            # Without "local" Ray would join a cluster that anybody started on this machine with `ray start`. Workers
-            # inherit the environment: with a runtime_env, those that Ray starts beforehand would be of no use.
-            with _inherited(WORKERS):
-                ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
+            local_ray.start(WORKERS, object_store_memory=OBJECT_STORE, **quiet)
     except ConnectionError as error:
         raise RequestError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); "
@@ -71,7 +68,10 @@ def joined() -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        if address:
+            ray.shutdown()
+        else:
+            local_ray.stop()
 
 
 def check_address(address: str) -> None:
@@ -100,21 +100,6 @@ def check_address(address: str) -> None:
                     "start it, or unset RAY_ADDRESS to work on this machine"
                 ) from error
         time.sleep(pause)
-
-
-@contextmanager
-def _inherited(settings: Mapping[str, str]) -> Iterator[None]:
-    """Add variables to the environment of the processes that are started in the block."""
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 class ClusterView:
