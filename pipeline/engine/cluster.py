@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.retry import Backoff
 from microdit.pipeline.engine import local_ray, workers
+from microdit.pipeline.engine.gpus import GpuNodes
 from microdit.pipeline.engine.layout import Layout
 from microdit.pipeline.engine.messages import ErrorReport
 
@@ -115,6 +116,7 @@ class ClusterView:
         self._gpu_models, self._cpu_models = gpu_models, cpu_models
         self._most = resources.get("cpus"), resources.get("gpus")
         self._options = {name: value for name, value in resources.items() if name not in ("cpus", "gpus")}
+        self.gpus = GpuNodes()
         self._measure()
 
     def refresh(self) -> None:
@@ -122,22 +124,32 @@ class ClusterView:
         if time.monotonic() - self._measured >= MEASURE_EVERY:
             self._measure()
 
+    def leave_out_gpus(self, node: str, reason: str) -> bool:
+        """Use the GPUs of a node no more; False if that is so already.
+
+        Raises:
+            RequestError: there is none besides.
+        """
+        new = self.gpus.leave_out(node, reason)
+        self.gpus.check_some_left(self._most[1])
+        self._measure()
+        return new
+
     def _measure(self) -> None:
         self._measured = time.monotonic()
         self.nodes = nodes()
-        cpus, gpus = size(*self._most)
+        cpus, gpus = all_cpus(self._most[0]), self.gpus.usable(self._most[1])
         self.layout = Layout.for_cluster(cpus, gpus, self._gpu_models, self._cpu_models, **self._options)
 
 
-def size(most_cpus: float | None, most_gpus: float | None) -> tuple[float, float]:
-    """Return the CPUs and GPUs to lay the work out for.
+def all_cpus(most: float | None) -> float:
+    """Return the CPUs to lay the work out for.
 
-    These are all that the cluster has; and of those that an autoscaler may add as many CPUs again, and all GPUs. What
-    is asked for and cannot start yet is the demand that the autoscaler sees.
+    These are all that the cluster has; and of those that an autoscaler may add as many again (of GPUs all). What is
+    asked for and cannot start yet is the demand that the autoscaler sees.
     """
-    resources = ray.cluster_resources()
-    cpus, gpus = max(resources.get("CPU", 0.0), 1.0), resources.get("GPU", 0.0)
-    return max(cpus, min(2 * cpus, most_cpus or 0.0)), max(gpus, most_gpus or 0.0)
+    cpus = max(ray.cluster_resources().get("CPU", 0.0), 1.0)
+    return max(cpus, min(2 * cpus, most or 0.0))
 
 
 def nodes() -> list[str]:

@@ -122,7 +122,19 @@ class ActorStarted:
 class ActorLoaded:
     """An actor has loaded its models."""
 
+    node: str
+    gpus: tuple[str, ...] = ()
+    """What Ray calls the GPUs of the node that it was given."""
+
+
+@dataclass(frozen=True)
+class GpuUnusable:
+    """An actor has loaded nothing, because torch cannot use the GPU that Ray gave it."""
+
+    node: str
+    reason: str
+
 
 IngestMessage = ShardIngested | UnitIngested | UnitFailed
-LoadMessage = ActorStarted | ActorLoaded | LoadFailed
+LoadMessage = ActorStarted | ActorLoaded | GpuUnusable | LoadFailed
 Message = Began | IngestMessage | ShardEnded | LoadMessage

@@ -38,9 +38,13 @@ def test_kinds_of_one_version_are_equal() -> None:
 
 
 def test_a_gpu_that_torch_cannot_use_is_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    workers.check_gpu("latents", [])
-    with pytest.raises(RequestError, match=r"has GPU 0, and torch .* cannot use it .*--num-gpus=0"):
-        workers.check_gpu("latents", ["0"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    workers.check_gpu("latents", ["0"])
+    def broken(*size: int, device: str) -> None:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be")
+
+    monkeypatch.setattr(torch, "zeros", broken)
+    assert workers.gpu_fault([]) is None
+    fault = workers.gpu_fault(["0"])
+    assert fault is not None
+    assert re.search(r"has GPU 0 as Ray says, and torch .* cannot use it: CUDA error: .* encountered$", fault)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    assert workers.gpu_fault(["0"]) is None
