@@ -318,6 +318,8 @@ class Driver:
 
     def _retry_or_give_up(self, job: Job | UnitJob, seconds: float | None) -> None:
         """Submit a job again after so many seconds; None: give it up."""
+        while self.retries.news:
+            self.board.note(self.retries.news.pop())
         if seconds is not None:
             self._delayed.add(job, seconds)
         else:

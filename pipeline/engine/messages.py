@@ -21,6 +21,8 @@ class ErrorReport:
     """The host whose disk was full."""
     server_rejects: bool = False
     """A server rejected most of what the shard asked for (`ServerRejects`)."""
+    credentials_expired: bool = False
+    """Those of a bucket have, and new ones may come (`CredentialsExpired`)."""
 
     def raise_if_request(self) -> None:
         """Raise the error if the request itself is wrong.

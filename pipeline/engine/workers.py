@@ -15,7 +15,14 @@ from typing import Any
 
 import ray
 
-from microdit.pipeline.base.errors import DamagedError, RequestError, ServerRejects, UnreadableError, first_line
+from microdit.pipeline.base.errors import (
+    CredentialsExpired,
+    DamagedError,
+    RequestError,
+    ServerRejects,
+    UnreadableError,
+    first_line,
+)
 from microdit.pipeline.base.liveness import end_with_parent, watched
 from microdit.pipeline.base.versions import differences, versions
 from microdit.pipeline.corpus.corpus import Corpus
@@ -62,14 +69,18 @@ class BuildContext:
 def error_report(error: BaseException) -> ErrorReport:
     """Describe an exception, and whether the request is wrong or a disk full."""
     text = str(error).strip()
+    hopeless = isinstance(error, CredentialsExpired) and not error.may_come
+    is_plain = isinstance(error, RequestError | CredentialsExpired)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return ErrorReport(
-        message=text if isinstance(error, RequestError) else f"{type(error).__name__}: {text}".rstrip(": "),
+        message=text if is_plain else f"{type(error).__name__}: {text}".rstrip(": "),
         traceback="".join(traceback.format_exception(error)),
-        is_request=isinstance(error, RequestError) and not isinstance(error, DamagedError | UnreadableError),
+        is_request=hopeless
+        or (isinstance(error, RequestError) and not isinstance(error, DamagedError | UnreadableError)),
         is_final=isinstance(error, UnreadableError),
         full_disk_of=socket.gethostname() if full else None,
         server_rejects=isinstance(error, ServerRejects),
+        credentials_expired=isinstance(error, CredentialsExpired) and error.may_come,
     )
 
 
