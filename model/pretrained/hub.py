@@ -8,7 +8,6 @@ corpus remembers.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+
+from microdit.model.strict_json import read_json
 
 Fingerprint = dict[str, Any]  # JSON that identifies a model's numbers; a column's declaration holds it
 ModelConfig = dict[str, Any]  # JSON of a model's own config files
@@ -64,7 +65,7 @@ class ModelFiles:
             ModelFilesError: it holds none.
         """
         try:
-            config = json.loads((self.folder / file).read_text(encoding="utf-8"))
+            config = read_json(self.folder / file)
         except ValueError as error:
             raise self.damaged(file, error) from error
         if not isinstance(config, dict):
