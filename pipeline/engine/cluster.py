@@ -53,7 +53,7 @@ def joined() -> Iterator[None]:
         if address:
             ray.init(runtime_env={"env_vars": WORKERS}, **quiet)
         else:
-            local_ray.start(WORKERS, object_store_memory=OBJECT_STORE, **quiet)
+            folder = local_ray.start(WORKERS, object_store_memory=OBJECT_STORE, **quiet)
     except ConnectionError as error:
         raise RequestError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); "
@@ -72,7 +72,7 @@ def joined() -> Iterator[None]:
         if address:
             ray.shutdown()
         else:
-            local_ray.stop()
+            local_ray.stop(folder)
 
 
 def check_address(address: str) -> None:

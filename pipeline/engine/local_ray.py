@@ -1,20 +1,30 @@
 """Start Ray on this machine for one build: it listens on loopback alone, and asks for a token of that build."""
 
+import json
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import environ
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import _raylet
 from ray._private import services
 
+from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.machine import has_died, this_process
+
 LOOPBACK = "127.0.0.1"
 
 
-def start(variables: Mapping[str, str], **options: Any) -> None:
-    """Start a cluster of this machine and connect to it; `stop` ends it.
+FOLDER, OWNER = "microdit-ray-", "owner.json"
+
+
+def start(variables: Mapping[str, str], **options: Any) -> Path:
+    """Start a cluster of this machine and connect to it; return its folder, for `stop`.
 
     Without "local" Ray would join a cluster that anybody started on this machine with `ray start`. The token stands in
     the environment of Ray's processes, which other users cannot read; without it Ray would write one into the home
@@ -26,15 +36,45 @@ def start(variables: Mapping[str, str], **options: Any) -> None:
         options: further arguments of `ray.init`.
     """
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    with _inherited({**variables, **token}), _loopback_kept():
-        _read_settings_again()
-        ray.init(address="local", _node_ip_address=LOOPBACK, include_dashboard=False, **options)
+    folder = _make_folder()
+    try:
+        with _inherited({**variables, **token}), _loopback_kept():
+            _read_settings_again()
+            own: dict[str, Any] = {"_node_ip_address": LOOPBACK, "_temp_dir": str(folder / "ray")}
+            ray.init(address="local", include_dashboard=False, **own, **options)
+    except BaseException:  # a signal, too
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
 
 
-def stop() -> None:
-    """End the cluster that `start` began, and forget its token: the next one has another."""
+def stop(folder: Path) -> None:
+    """End the cluster that `start` began, remove its folder, and forget its token: the next one has another."""
     ray.shutdown()
     _read_settings_again()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_folder() -> Path:
+    """Make a folder for Ray that is this user's alone: all that Ray makes, its sockets too, is open to everybody.
+
+    Raises:
+        RequestError: it cannot be made.
+    """
+    parent = Path(environ.get("RAY_TMPDIR") or environ.get("TMPDIR") or "/tmp")
+    for left in parent.glob(f"{FOLDER}*/{OWNER}"):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # another user's
+            if has_died(json.loads(left.read_bytes())):
+                shutil.rmtree(left.parent, ignore_errors=True)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=FOLDER, dir=parent))
+        (folder / OWNER).write_text(json.dumps(this_process()))
+    except OSError as error:
+        raise RequestError(
+            f"Ray cannot start here: a folder below {parent} cannot be made ({error.strerror}); set RAY_TMPDIR to one "
+            "that can be written, with a short path"
+        ) from error
+    return folder
 
 
 def _read_settings_again() -> None:

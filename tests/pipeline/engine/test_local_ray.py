@@ -34,7 +34,11 @@ with joined():
         [sys.executable, "-c", ask], capture_output=True, text=True,
         env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64},
     )
-print(json.dumps([answer, addresses, "RAY_AUTH_TOKEN" in os.environ, stranger.stderr]))
+    folder = ray._private.worker._global_node.get_session_dir_path()
+    root = os.path.dirname(os.path.dirname(folder))
+    modes = [oct(os.stat(path).st_mode & 0o777) for path in (root, folder)]
+left = "RAY_AUTH_TOKEN" in os.environ or os.path.exists(root)
+print(json.dumps([answer, addresses, left, stranger.stderr, modes]))
 """
 
 
@@ -59,7 +63,8 @@ def test_it_listens_on_loopback_alone(report: tuple[Path, list]) -> None:
 
 
 def test_its_token_is_the_builds_alone_and_in_no_file(report: tuple[Path, list]) -> None:
-    home, ((token, threads), _, left, refused) = report
+    home, ((token, threads), _, left, refused, modes) = report
     assert re.fullmatch("[0-9a-f]{64}", token) and threads == "1"
+    assert modes[0] == "0o700"  # Ray itself opens to everybody what it makes: modes[1]
     assert not left and not list(home.rglob("*token*"))
     assert "InvalidAuthToken" in refused  # of another token
