@@ -182,6 +182,8 @@ def run_stage(stage: Stage, corpus: Corpus, task: Task) -> ShardEnded:
                 written[commit.column] = ShardWork.of(commit)
         if left and task.rows is None:
             raise RuntimeError(f"stage {stage.name} made no commit of {', '.join(sorted(left))} for {task.ref.shard}")
+    except CredentialsExpired as error:  # nothing can be looked up
+        return ShardEnded(written, (), error_report(error))
     except Exception as error:
         existing = tuple(column for column in task.columns if _is_committed(corpus, task, column))
         return ShardEnded(written, existing, error_report(error))

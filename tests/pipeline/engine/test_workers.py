@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.errors import CredentialsExpired, RequestError
 from microdit.pipeline.base.versions import differences, versions
 from microdit.pipeline.engine import workers
+from microdit.pipeline.stages.stage import Task
+from tests.pipeline.helpers.fake_stages import source_words
 from tests.pipeline.helpers.small_corpus import REF, make_corpus, write_images
 
 
@@ -48,3 +50,14 @@ def test_a_gpu_that_torch_cannot_use_is_no_cpu(monkeypatch: pytest.MonkeyPatch) 
     assert re.search(r"has GPU 0 as Ray says, and torch .* cannot use it: CUDA error: .* encountered$", fault)
     monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
     assert workers.gpu_fault(["0"]) is None
+
+
+def test_expired_credentials_are_told_without_another_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = make_corpus(tmp_path)
+
+    def expired(*names: object) -> bool:
+        raise CredentialsExpired("s3://x: the credentials have expired", may_come=True)
+
+    monkeypatch.setattr(type(corpus.store), "exists", expired)
+    ended = workers.run_stage(source_words(), corpus, Task(REF, {"captions/source": 0}))
+    assert ended.error is not None and ended.error.credentials_expired and not ended.written and not ended.existing
