@@ -6,6 +6,7 @@
 import json
 import math
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from microdit.model.network import PRESETS, MicroDiT
+from microdit.model.network_config import WIDTH, check_network_config
 from microdit.model.pretrained.hub import reason
+from microdit.model.strict_json import parse_json
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
@@ -42,7 +45,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt", device="cpu") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        if is_zip := _is_zip(path):
+            _check_zip(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except CheckpointError:
+        raise
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); is the file whole?") from error
     except Exception as error:  # torch.load raises many kinds on bytes that are no checkpoint
@@ -50,16 +57,49 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"{path}: cannot be read as a state dict of tensors ({reason(error)}); "
             "is the file whole, and does it hold nothing but tensors?"
         ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        kind = f"entries {', '.join(map(str, list(state)[:5]))}" if isinstance(state, Mapping) else type(state).__name__
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        kind = type(state).__name__
+        if isinstance(state, Mapping):
+            some = [key[:80] if isinstance(key, str) else type(key).__name__ for key in [*state][:5]]
+            kind = f"entries {', '.join(some)}"
         raise CheckpointError(f"{path}: expected a state dict (names to tensors), found {kind}")
+    for key, value in state.items():
+        _check_stored(path, key, value)
     return dict(state)
+
+
+def _check_stored(path: Path, key: str, value: Tensor) -> None:
+    """Refuse a tensor that is more than the numbers that the file holds: copied, it would take any memory.
+
+    Raises:
+        CheckpointError: it is sparse, quantized or without numbers, or repeats some of them.
+    """
+    plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+    if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"{path}: {key[:80]} has shape {tuple(value.shape)}, and the file does not hold all of its numbers; "
+            "save it dense and contiguous"
+        )
 
 
 def _is_zip(path: Path) -> bool:
     """Recognise a zip: files of torch before 1.6 are none, and cannot be mapped."""
     with path.open("rb") as file:
         return file.read(2) == b"PK"
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse a zip whose members are larger than they lie in the file: torch writes them as they are.
+
+    Raises:
+        CheckpointError: it has such a member.
+        zipfile.BadZipFile: it cannot be read.
+    """
+    with zipfile.ZipFile(path) as file:
+        if any(item.compress_type != zipfile.ZIP_STORED for item in file.infolist()):
+            raise CheckpointError(f"{path}: its members are compressed, expected a file as torch.save writes it")
 
 
 def read_config(path: str | Path) -> dict[str, Any] | None:
@@ -72,7 +112,7 @@ def read_config(path: str | Path) -> dict[str, Any] | None:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); is the file whole?") from error
     try:
-        config = None if stored is None else json.loads(stored)
+        config = None if stored is None else parse_json(stored)
     except ValueError:
         config = stored
     if config is not None and not isinstance(config, dict):
@@ -115,6 +155,27 @@ def load_weights(net: MicroDiT, state: Mapping[str, Tensor], source: str = "chec
     The position table is computed, never loaded, so a checkpoint of 256 px goes into a 512 px model. Its values are
     checked where the sizes agree. Raises CheckpointError with all missing, unexpected and mis-shaped entries.
     """
+    check_entries(net, state, source)
+    own = net.state_dict()
+    stored = state["pos_embed"]
+    # 0.02: above what storage in bfloat16 rounds, far below what another scale moves
+    if stored.shape == own["pos_embed"].shape and not torch.allclose(
+        stored.float().cpu(), own["pos_embed"].float().cpu(), atol=0.02
+    ):
+        scale = _position_scale(stored)
+        raise CheckpointError(
+            f"{source} was made with pos_interp_scale={scale:g}, the model has {net.pos_interp_scale:g}: "
+            "build the model with the former"
+        )
+    net.load_state_dict({**state, "pos_embed": own["pos_embed"]}, strict=True)
+
+
+def check_entries(net: MicroDiT, state: Mapping[str, Tensor], source: str) -> None:
+    """Check names and shapes, without reading a number.
+
+    Raises:
+        CheckpointError: some are missing, unexpected, or of another shape.
+    """
     own = net.state_dict()
     wrong = [
         f"{key}: {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
@@ -130,17 +191,6 @@ def load_weights(net: MicroDiT, state: Mapping[str, Tensor], source: str = "chec
         raise CheckpointError(
             f"{source} does not fit the model:" + "".join(_listing(k, v) for k, v in findings.items())
         )
-    stored = state["pos_embed"]
-    # 0.02: above what storage in bfloat16 rounds, far below what another scale moves
-    if stored.shape == own["pos_embed"].shape and not torch.allclose(
-        stored.float().cpu(), own["pos_embed"].float().cpu(), atol=0.02
-    ):
-        scale = _position_scale(stored)
-        raise CheckpointError(
-            f"{source} was made with pos_interp_scale={scale:g}, the model has {net.pos_interp_scale:g}: "
-            "build the model with the former"
-        )
-    net.load_state_dict({**state, "pos_embed": own["pos_embed"]}, strict=True)
 
 
 def _listing(kind: str, entries: list[str]) -> str:
@@ -161,20 +211,33 @@ def load_model(
     state = read_state_dict(path)
     stored = read_config(path)
     arguments = config_from_state_dict(state, **config) if stored is None else stored | config
-    # a config out of a file is checked before anything of its size is built
     for name, part in (("depth", "blocks."), ("patch_mixer_depth", "patch_mixer.")):
         count = _count(state, part)
         if count and arguments.get(name, count) != count:
             raise CheckpointError(f"{path}: config says {name}={arguments[name]}, the file has {count} {part}*")
     try:
-        with torch.device("meta"):
-            net = MicroDiT(**arguments)
-    except (TypeError, ValueError) as error:
+        net = on_meta(arguments)
+    except ValueError as error:
         raise CheckpointError(f"{path}: no model can be built from its config: {error}") from error
+    check_entries(net, state, str(path))  # before memory is taken for them
     net = net.to(dtype).to_empty(device=device)
     net.reset_positions()
     load_weights(net, state, str(path))
     return net.eval()
+
+
+def on_meta(arguments: Mapping[str, Any]) -> MicroDiT:
+    """Build a network without memory for its weights.
+
+    Raises:
+        ValueError: the arguments are none that a network can have, or beyond all bounds.
+    """
+    check_network_config(arguments)
+    try:
+        with torch.device("meta"):
+            return MicroDiT(**arguments)
+    except (TypeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(reason(error)) from error
 
 
 def _count(state: Mapping[str, Tensor], part: str) -> int:
@@ -191,10 +254,8 @@ def config_from_state_dict(state: Mapping[str, Tensor], **known: Any) -> dict[st
         config = _shapes(state)
     except KeyError as error:
         raise CheckpointError(f"this is no MicroDiT state dict: it has no entry {error}") from error
-    except (ValueError, IndexError) as error:
-        raise CheckpointError(
-            f"this is no MicroDiT state dict: an entry has too few or too many axes ({error})"
-        ) from error
+    except (ValueError, IndexError, ArithmeticError) as error:
+        raise CheckpointError(f"this is no MicroDiT state dict: an entry has axes of no network ({error})") from error
     preset = next((p for p in PRESETS.values() if all(config[k] == p[k] for k in ("dim", "depth"))), {})
     # A preset has ratios that rise with depth, where shapes tell no more than what they were rounded to. If it does not
     # fit, what the shapes tell comes first.
@@ -205,8 +266,10 @@ def config_from_state_dict(state: Mapping[str, Tensor], **known: Any) -> dict[st
                 f"head_dim cannot be told from the shapes of a model of dim {config['dim']} and depth "
                 f"{config['depth']}: give it (head_dim=...)"
             )
-        with torch.device("meta"):
-            net = MicroDiT(**arguments)
+        try:
+            net = on_meta(arguments)
+        except ValueError as error:
+            raise CheckpointError(f"no MicroDiT has entries of these shapes: {error}") from error
         shapes = {key: value.shape for key, value in net.state_dict().items() if key != "pos_embed"}
         if shapes == {key: value.shape for key, value in state.items() if key != "pos_embed"}:
             return net.config
@@ -240,6 +303,8 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
             config["experts_every_n"] = min(config["experts_every_n"] or every, every)
     caption_hidden = state["y_emb_preprocess.mlp.w1.weight"].shape[0]
     common = math.gcd(*hidden)
+    if not 0 < common <= WIDTH:
+        raise ValueError(f"feed-forward widths of {common}")
     config["multiple_of"] = next(
         (m for m in range(common, 0, -1) if common % m == 0 and -(-int(8 * dim / 3) // m) * m == caption_hidden), common
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ import torch
 from microdit.model.checkpoint import SUFFIXES, CheckpointError, write_state_dict
 from microdit.model.edm import EDM
 from microdit.model.network import MicroDiT
+from microdit.model.network_config import SIDE
 from microdit.model.pretrained.autoencoder import Autoencoder
 from microdit.model.pretrained.hub import ModelFilesError, fetch, new_folder
 from microdit.model.pretrained.text import TextEncoder
+from microdit.model.strict_json import read_json
 
 STEP_FOLDER = re.compile(r"step-\d+")
 
@@ -46,6 +48,7 @@ PIPELINE_FILES = [
     for suffix in ("json", "txt", "model", "safetensors")
 ]
 
+MOST_TOKENS = 1 << 16  # of a caption
 LOADING = ("dtype", "max_tokens", "hidden_layer", "template", "trim")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RELEASED_REPO = "VSehwag24/MicroDiT"
@@ -141,7 +144,7 @@ def find_parts(
 def _lists(folder: Path, file: str) -> bool:
     """Tell if a checkpoint's state.json lists this file."""
     try:
-        return file in json.loads((folder / "state.json").read_text())["files"]
+        return file in read_json(folder / "state.json")["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -212,17 +215,17 @@ def _parts_of_run(path: Path, origin: dict[str, str], autoencoder: Part | None, 
     """Find the parts of a checkpoint that the trainer wrote, by the declarations of the columns that it trained on."""
     info = _read_json(path.parent / INFO, "take an older checkpoint")
     try:
-        _, height, width = info["latent_shape"]
+        _, *sample_size = info["latent_shape"]
         return Parts(
             path,
             autoencoder or trained_part(info["latents"], "autoencoder"),
             text_encoder or trained_part(info["text"], "encoder"),
-            sample_size=(int(height), int(width)),
+            sample_size=_sides(sample_size),
             edm=EDM(sigma_data=float(info.get("sigma_data", EDM.sigma_data))),
             guidance_scale=float(info.get("guidance_scale", Parts.guidance_scale)),
             origin=origin,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{path.parent / INFO} is damaged ({error!r}: latent_shape, latents and text are needed); "
             "take an older checkpoint"
@@ -249,7 +252,6 @@ def _parts_of_pipeline(
         raise CheckpointError(f"{folder / INDEX}: it is a {index.get('_class_name')}, expected a {PIPELINE}")
     config = _read_json(folder / "transformer" / "config.json", "save the pipeline again")
     try:
-        height, width = index["sample_size"]
         encoders = {
             kind: Part(str(folder / kind), str(options["name"]), _loading_options(options))
             for kind, options in ((kind, index[f"{kind}_options"]) for kind in ("vae", "text_encoder"))
@@ -259,23 +261,33 @@ def _parts_of_pipeline(
             autoencoder or encoders["vae"],
             text_encoder or encoders["text_encoder"],
             {key: value for key, value in config.items() if not key.startswith("_")},
-            (int(height), int(width)),
+            _sides(index["sample_size"]),
             EDM(**{key: float(value) for key, value in index["edm"].items()}),
             float(index["guidance_scale"]),
             origin,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{folder / INDEX} is damaged ({error!r}); save the pipeline again") from error
 
 
+def _sides(sample_size: Sequence[Any]) -> tuple[int, int]:
+    """Check height and width of the latents. Raises ValueError, TypeError, OverflowError."""
+    height, width = (int(side) for side in sample_size)
+    if not (1 <= height <= SIDE and 1 <= width <= SIDE):
+        raise ValueError(f"latents of {height} x {width}: expected sides of 1 to {SIDE}")
+    return height, width
+
+
 def _loading_options(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the loader's options from a fingerprint, or from a pipeline's index."""
+    """Take the loader's options from a fingerprint, or from a pipeline's index. Raises ValueError, TypeError."""
+    if "max_tokens" in model and not 1 <= int(model["max_tokens"]) <= MOST_TOKENS:
+        raise ValueError(f"max_tokens={model['max_tokens']}: expected 1 to {MOST_TOKENS}")
     return {key: DTYPES[model[key]] if key == "dtype" else model[key] for key in LOADING if key in model}
 
 
 def _read_json(path: Path, advice: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); {advice}") from error
     if not isinstance(content, dict):

@@ -56,6 +56,8 @@ class Run:
         self.validation = Validation(self.samples, self.team, self.log)
         self.trained_on = start.trained_on(recipe, self.samples)
         self.checkpoints = open_checkpoints(recipe)
+        if recipe.checkpoints is not None:  # `out` is locked
+            self.team.from_first(lambda: stack.enter_context(self.checkpoints.locked(self.log.say)))
         keep = recipe.checkpoint_keep, recipe.checkpoint_keep_hours
         self.saver = stack.enter_context(Saver(self.checkpoints, *keep, self.log.say))
 

@@ -266,6 +266,7 @@ def load_autoencoder(
     files = fetch(entry.where, [f"{prefix}config.json"], weights=_weights(entry), revision=resolved.files.revision)
     import diffusers
 
+    files.check_size(lambda: getattr(diffusers, config["_class_name"]).from_config(config))
     try:
         module, report = getattr(diffusers, config["_class_name"]).from_pretrained(
             files.folder / prefix,

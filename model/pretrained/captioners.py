@@ -330,12 +330,15 @@ def _chat_template(files: ModelFiles) -> str | None:
 
 
 def _load(files: ModelFiles, kind: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with files.own_code_refused():
+            config = AutoConfig.from_pretrained(files.folder, local_files_only=True, trust_remote_code=False)
+            files.check_size(lambda: getattr(kind, "from_config", kind)(config))
             module, report = kind.from_pretrained(
                 files.folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )

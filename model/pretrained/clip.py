@@ -11,7 +11,6 @@ may be made of the ids (0 is also "!"), and all positions are the embedding. Che
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from microdit.model.pretrained.hub import ModelConfig
+from microdit.model.strict_json import read_json
 
 START, END = "<start_of_text>", "<end_of_text>"
 
@@ -101,7 +101,7 @@ def read_merges(folder: Path, vocabulary: int) -> list[tuple[str, str]]:
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         pairs = [line.split() for line in lines["#version" in lines[0] :] if line]
     elif (folder / "tokenizer.json").is_file():
-        merges = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
+        merges = read_json(folder / "tokenizer.json")["model"]["merges"]
         pairs = [merge.split() if isinstance(merge, str) else merge for merge in merges]
     else:
         raise ValueError(f"{folder} has no merges.txt and no tokenizer.json: a CLIP text tower needs its tokenizer")

@@ -8,15 +8,17 @@ corpus remembers.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+
+from microdit.model.pretrained.config_bounds import check_config, check_size
+from microdit.model.strict_json import read_json
 
 Fingerprint = dict[str, Any]  # JSON that identifies a model's numbers; a column's declaration holds it
 ModelConfig = dict[str, Any]  # JSON of a model's own config files
@@ -64,12 +66,31 @@ class ModelFiles:
             ModelFilesError: it holds none.
         """
         try:
-            config = json.loads((self.folder / file).read_text(encoding="utf-8"))
+            config = read_json(self.folder / file)
         except ValueError as error:
             raise self.damaged(file, error) from error
         if not isinstance(config, dict):
             raise self.damaged(file, ValueError("it is no JSON object"))
+        if Path(file).name.endswith("config.json"):
+            try:
+                check_config(config)
+            except ValueError as error:
+                raise self.damaged(file, error) from error
         return config
+
+    def check_size(self, build: Callable[[], Any]) -> None:
+        """Refuse a config that describes a larger model than the files of weights can hold.
+
+        build: makes the model; called on the meta device.
+
+        Raises:
+            ModelFilesError: it does, or it describes none.
+        """
+        size = sum((self.folder / file).stat().st_size for file in self.weights)
+        try:
+            check_size(build, size)
+        except ValueError as error:
+            raise self.damaged("its config", error) from error
 
     def damaged(self, file: str, error: Exception) -> ModelFilesError:
         """Make the error for a file that cannot be read."""

@@ -238,6 +238,7 @@ def _load(files: ModelFiles, kind: Any, config: Any, dtype: torch.dtype) -> Any:
     """Load a class of transformers, and refuse files that lack weights of it."""
     from transformers.utils import logging
 
+    files.check_size(lambda: getattr(kind, "from_config", kind)(config))
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else a table of all that a T5's decoder or a CLIP's image tower has
     try:

@@ -214,8 +214,13 @@ def _load(
     files: ModelFiles, kind: Any, dtype: torch.dtype, may_lack: str | None = None, **more: Any
 ) -> tuple[torch.nn.Module, list[str]]:
     """Load a module, and list the weights that the files lack: none but those with `may_lack` in their names."""
+    from transformers import AutoConfig
     from transformers.utils import logging
 
+    config = more.get("config") or AutoConfig.from_pretrained(
+        files.folder, local_files_only=True, trust_remote_code=False
+    )
+    files.check_size(lambda: getattr(kind, "from_config", kind)(config))
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else a table of all that is in the files and not asked for
     try:

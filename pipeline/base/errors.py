@@ -23,3 +23,14 @@ class DamagedError(RequestError):
 
 class ServerRejects(OSError):
     """A server rejects most of what one shard asks for; with its words. It may be wrong for every shard."""
+
+
+class CredentialsExpired(OSError):
+    """The credentials of a bucket have expired. `may_come`: new ones may be found later by the same program."""
+
+    def __init__(self, message: str, may_come: bool):
+        super().__init__(message)
+        self.may_come = may_come
+
+    def __reduce__(self) -> tuple[type["CredentialsExpired"], tuple[str, bool]]:
+        return CredentialsExpired, (str(self), self.may_come)

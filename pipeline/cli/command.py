@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.errors import CredentialsExpired, RequestError
 from microdit.pipeline.base.terminal import printable
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except RequestError as error:
+        except (RequestError, CredentialsExpired) as error:
             print(printable(f"microdit: {error}"), file=sys.stderr)
             raise typer.Exit(2) from None
         except OSError as error:

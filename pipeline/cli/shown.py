@@ -63,6 +63,9 @@ def print_status(status: "CorpusStatus") -> None:
     if rows:
         print()
         print_rows(list(rows[0]), rows, most=len(rows))
+    for column, by_device in status.devices.items():
+        named = (f"CPUs of {n} machines" if name == "cpu" else f"{n} x {name}" for name, n in by_device.items())
+        print(printable(f"{column}: worked on {', '.join(named)}"))
     for failure in status.set_aside:
         shard, message = f"{failure.column}/{failure.source}/{failure.shard}", failure.message.splitlines()[0]
         print(printable(f"set aside after {failure.attempts} attempts: {shard}: {message}"))

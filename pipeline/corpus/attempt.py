@@ -179,6 +179,7 @@ class Attempt:
         """The commit of what was published."""
         reasons = Counter(row["reason"] for row in self.rows if row["status"] == "failed")
         failed = sum(reasons.values())
+        device, gpu = _device()
         return Commit(
             column=self.declaration.name,
             **self.ref.model_dump(),
@@ -196,7 +197,8 @@ class Attempt:
                 **{name: round(float(value), 6) for name, value in timings.items()},
             },
             host=socket.gethostname(),
-            device=_device(),
+            device=device,
+            gpu=gpu,
             software=versions(),
         )
 
@@ -218,10 +220,12 @@ def _check_key(key: str) -> None:
         raise ValueError(f"key {key!r}: expected 1 to 80 letters, digits, - and _")
 
 
-def _device() -> str:
-    """Name the GPU that this process works with, or `cpu`; torch is not imported for it."""
+def _device() -> tuple[str, str]:
+    """Name the GPU that this process works with, and tell it from others, or `cpu`; torch is not imported for it."""
     torch = sys.modules.get("torch")
-    return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_initialized() else "cpu"
+    if torch is None or not torch.cuda.is_initialized():
+        return "cpu", ""
+    return torch.cuda.get_device_name(), str(getattr(torch.cuda.get_device_properties(), "uuid", ""))
 
 
 def _writable(text: str) -> str:

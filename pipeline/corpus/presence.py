@@ -1,18 +1,15 @@
 """Show that a build is working on a corpus, so that no cleaner takes what it holds (docs/corpus.md, section 9)."""
 
 import json
-import os
-import socket
 import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from functools import cache
-from pathlib import Path
 
 from obstore.exceptions import BaseError
 
+from microdit.pipeline.base.machine import has_died, this_process
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import PROBES
 from microdit.pipeline.storage.object_info import ObjectInfo
@@ -27,7 +24,7 @@ LARGEST = 4096  # bytes of a probe
 def presence(corpus: Corpus) -> Iterator[str]:
     """Keep a probe in the corpus while the block runs, renewed every few minutes; yield its name."""
     name = f"{PROBES}/{uuid.uuid4().hex}"
-    data = json.dumps({"machine": _machine(), "host": socket.gethostname(), "pid": os.getpid()}).encode()
+    data = json.dumps(this_process()).encode()
     corpus.store.create(name, data)
     ended = threading.Event()
 
@@ -51,19 +48,8 @@ def is_living(corpus: Corpus, probe: ObjectInfo) -> bool:
     if datetime.now(UTC) - probe.modified > LIVING:
         return False
     try:
-        about = json.loads(corpus.store.get(probe.name)) if probe.size <= LARGEST else {}
-        machine, pid = about["machine"], int(about["pid"])
+        return not has_died(json.loads(corpus.store.get(probe.name)) if probe.size <= LARGEST else {})
     except FileNotFoundError:
         return False
     except (ValueError, KeyError, TypeError):  # of another writer
         return True
-    return machine is None or machine != _machine() or Path(f"/proc/{pid}").exists()
-
-
-@cache
-def _machine() -> str | None:
-    """Name what numbers the processes here: the machine since its last start, and the container; None if unknown."""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
-    return None

@@ -93,6 +93,8 @@ class Commit(Record):
     host: str
     device: str = ""
     """What the process worked with: `cpu`, or its GPU's name; empty where it is not said."""
+    gpu: str = ""
+    """What tells that GPU from all others; empty on a CPU, and where it is not said."""
     software: dict[str, str] = {}
     """Versions of the packages that made the numbers, and of this one's code; empty where it is not said."""
     _stored: str | None = PrivateAttr(None)

@@ -29,6 +29,7 @@ from microdit.pipeline.stages.stage import Stage, UnitTask
 
 if TYPE_CHECKING:
     from microdit.pipeline.config.build import BuildConfig
+    from microdit.pipeline.engine.gpus import GpuNodes
     from microdit.pipeline.engine.workers import Ingest
 
 
@@ -147,6 +148,7 @@ def carry_out(
     """
     began = time.monotonic()
     work: dict[str, Work] = {}
+    gpus: GpuNodes | None = None
 
     def note(text: str) -> None:
         if progress is not None:
@@ -180,10 +182,14 @@ def carry_out(
             signals.install()  # ray.init put its own handlers there
             check_nodes(context)
             driver.run()
-            work = board.work
+            work, gpus = board.work, driver.gpus
         if driver.stop is not None:
             raise Stopped(driver.stop)
-    return summarize(corpus, plan, [source.name for source in sources], work, time.monotonic() - began, max_failures)
+    names = [source.name for source in sources]
+    summary = summarize(corpus, plan, names, work, time.monotonic() - began, max_failures)
+    if gpus is not None:
+        summary.gpus, summary.gpus_left_out = gpus.count, gpus.left_out
+    return summary
 
 
 def _joined_redo(*redos: Mapping[str, Collection[ShardId]]) -> dict[str, set[ShardId]]:

@@ -13,7 +13,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.retry import Backoff
-from microdit.pipeline.engine import workers
+from microdit.pipeline.engine import local_ray, workers
+from microdit.pipeline.engine.gpus import GpuNodes
 from microdit.pipeline.engine.layout import Layout
 from microdit.pipeline.engine.messages import ErrorReport
 
@@ -52,10 +53,7 @@ def joined() -> Iterator[None]:
         if address:
             ray.init(runtime_env={"env_vars": WORKERS}, **quiet)
         else:
-            # Without "local" Ray would join a cluster that anybody started on this machine with `ray start`. Workers
-            # inherit the environment: with a runtime_env, those that Ray starts beforehand would be of no use.
-            with _inherited(WORKERS):
-                ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
+            folder = local_ray.start(WORKERS, object_store_memory=OBJECT_STORE, **quiet)
     except ConnectionError as error:
         raise RequestError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); "
@@ -71,7 +69,10 @@ def joined() -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        if address:
+            ray.shutdown()
+        else:
+            local_ray.stop(folder)
 
 
 def check_address(address: str) -> None:
@@ -102,21 +103,6 @@ def check_address(address: str) -> None:
         time.sleep(pause)
 
 
-@contextmanager
-def _inherited(settings: Mapping[str, str]) -> Iterator[None]:
-    """Add variables to the environment of the processes that are started in the block."""
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 class ClusterView:
     """The nodes of the cluster, and the layout of the work on them.
 
@@ -130,6 +116,7 @@ class ClusterView:
         self._gpu_models, self._cpu_models = gpu_models, cpu_models
         self._most = resources.get("cpus"), resources.get("gpus")
         self._options = {name: value for name, value in resources.items() if name not in ("cpus", "gpus")}
+        self.gpus = GpuNodes()
         self._measure()
 
     def refresh(self) -> None:
@@ -137,22 +124,32 @@ class ClusterView:
         if time.monotonic() - self._measured >= MEASURE_EVERY:
             self._measure()
 
+    def leave_out_gpus(self, node: str, reason: str) -> bool:
+        """Use the GPUs of a node no more; False if that is so already.
+
+        Raises:
+            RequestError: there is none besides.
+        """
+        new = self.gpus.leave_out(node, reason)
+        self.gpus.check_some_left(self._most[1])
+        self._measure()
+        return new
+
     def _measure(self) -> None:
         self._measured = time.monotonic()
         self.nodes = nodes()
-        cpus, gpus = size(*self._most)
+        cpus, gpus = all_cpus(self._most[0]), self.gpus.usable(self._most[1])
         self.layout = Layout.for_cluster(cpus, gpus, self._gpu_models, self._cpu_models, **self._options)
 
 
-def size(most_cpus: float | None, most_gpus: float | None) -> tuple[float, float]:
-    """Return the CPUs and GPUs to lay the work out for.
+def all_cpus(most: float | None) -> float:
+    """Return the CPUs to lay the work out for.
 
-    These are all that the cluster has; and of those that an autoscaler may add as many CPUs again, and all GPUs. What
-    is asked for and cannot start yet is the demand that the autoscaler sees.
+    These are all that the cluster has; and of those that an autoscaler may add as many again (of GPUs all). What is
+    asked for and cannot start yet is the demand that the autoscaler sees.
     """
-    resources = ray.cluster_resources()
-    cpus, gpus = max(resources.get("CPU", 0.0), 1.0), resources.get("GPU", 0.0)
-    return max(cpus, min(2 * cpus, most_cpus or 0.0)), max(gpus, most_gpus or 0.0)
+    cpus = max(ray.cluster_resources().get("CPU", 0.0), 1.0)
+    return max(cpus, min(2 * cpus, most or 0.0))
 
 
 def nodes() -> list[str]:

@@ -21,6 +21,7 @@ from microdit.pipeline.engine.board import Board
 from microdit.pipeline.engine.cluster import ClusterView
 from microdit.pipeline.engine.deaths import explain_death
 from microdit.pipeline.engine.give_up import give_up, stage_name
+from microdit.pipeline.engine.gpus import GpuNodes
 from microdit.pipeline.engine.plan import Job, Plan, UnitJob
 from microdit.pipeline.engine.retries import DelayedJobs, Retries
 from microdit.pipeline.sources.source import Source
@@ -62,6 +63,7 @@ class Driver:
         self._upstream = [plan.upstream(stage) for stage in range(len(plan.stages))]
         self._devices = [stage.device for stage in plan.stages]
         models = [device for device, targets in zip(self._devices, plan.targets, strict=True) if targets]
+        self._wants_gpus = "gpu" in models
         self._cluster = ClusterView(models.count("gpu"), models.count("cpu"), resources)
         self._calls: dict[Any, Call] = {}
         self._delayed = DelayedJobs()
@@ -75,6 +77,11 @@ class Driver:
     def ask_to_stop(self, signum: int) -> None:
         """End `run` soon, because this signal came."""
         self.stop = signum
+
+    @property
+    def gpus(self) -> GpuNodes | None:
+        """The GPUs that models worked on, and those left out; None if no model wanted one."""
+        return self._cluster.gpus if self._wants_gpus else None
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -202,6 +209,8 @@ class Driver:
                 self._take_ingest(ref, call, message)
             case messages.ShardEnded():
                 self._take_shard(ref, call, message)
+            case messages.GpuUnusable():
+                self._leave_out_gpus(call, message)
             case messages.ActorStarted() | messages.ActorLoaded() | messages.LoadFailed():
                 self._take_load(ref, call, message)
             case _:
@@ -251,7 +260,17 @@ class Driver:
                 self.board.note(f"{stage_name(self.plan, job)}: {job.shard} row {row} is set aside: {reason}")
             self.plan.release(job)
 
-    def _take_load(self, ref: Any, call: Call, message: messages.LoadMessage) -> None:
+    def _leave_out_gpus(self, call: Call, message: messages.GpuUnusable) -> None:
+        """Go on without the GPUs of a node, if there are others."""
+        assert call.actor is not None
+        if self._cluster.leave_out_gpus(message.node, message.reason):
+            self.board.note(f"{message.reason}; the node's GPUs are left out")
+        self._calls = {ref: other for ref, other in self._calls.items() if other.actor is not call.actor}
+        self._actors.dismiss(call.actor)
+
+    def _take_load(
+        self, ref: Any, call: Call, message: messages.ActorStarted | messages.ActorLoaded | messages.LoadFailed
+    ) -> None:
         if isinstance(message, messages.LoadFailed):
             message.error.raise_if_request()
             holder = call.actor or call.job
@@ -264,6 +283,7 @@ class Driver:
             call.actor.node = message.node
         else:
             self._actors.loaded(call.actor)
+            self._cluster.gpus.add(message.node, message.gpus)
 
     def _end_call(self, ref: Any, call: Call) -> None:
         """Forget a call that has ended; its actor turns to the next one."""
@@ -298,6 +318,8 @@ class Driver:
 
     def _retry_or_give_up(self, job: Job | UnitJob, seconds: float | None) -> None:
         """Submit a job again after so many seconds; None: give it up."""
+        while self.retries.news:
+            self.board.note(self.retries.news.pop())
         if seconds is not None:
             self._delayed.add(job, seconds)
         else:

@@ -21,6 +21,8 @@ class ErrorReport:
     """The host whose disk was full."""
     server_rejects: bool = False
     """A server rejected most of what the shard asked for (`ServerRejects`)."""
+    credentials_expired: bool = False
+    """Those of a bucket have, and new ones may come (`CredentialsExpired`)."""
 
     def raise_if_request(self) -> None:
         """Raise the error if the request itself is wrong.
@@ -125,7 +127,19 @@ class ActorStarted:
 class ActorLoaded:
     """An actor has loaded its models."""
 
+    node: str
+    gpus: tuple[str, ...] = ()
+    """What Ray calls the GPUs of the node that it was given."""
+
+
+@dataclass(frozen=True)
+class GpuUnusable:
+    """An actor has loaded nothing, because torch cannot use the GPU that Ray gave it."""
+
+    node: str
+    reason: str
+
 
 IngestMessage = ShardIngested | UnitIngested | UnitFailed
-LoadMessage = ActorStarted | ActorLoaded | LoadFailed
+LoadMessage = ActorStarted | ActorLoaded | GpuUnusable | LoadFailed
 Message = Began | IngestMessage | ShardEnded | LoadMessage

@@ -20,6 +20,7 @@ DEATHS = 2  # of processes on a shard before one of its samples is suspected
 MAX_ASIDE = 16  # samples of a shard that may be set aside; with more it is not the samples
 MAX_LOST = 10  # nodes that a job may lose by no fault of its own: one that ends every node must not go round for ever
 MAX_SEARCHES = 2  # that find nothing
+EXPIRED_SECONDS = 600.0  # to wait for new credentials of a bucket; each try of a job waits for a part of it
 MAX_REJECTED = 3  # shards of a stage in a row that a server rejects: it would reject the others, too
 
 
@@ -86,6 +87,9 @@ class Retries:
         self.max_attempts, self.shard_samples = max_attempts, shard_samples
         self.histories: dict[Job | UnitJob, History] = {}
         self._rejected: dict[int, set[str]] = {}
+        self._expired_since: float | None = None
+        self.news: list[str] = []
+        """Messages for people that nobody has taken yet."""
 
     def of(self, job: Job | UnitJob) -> History:
         """Return a job's history; an empty one if it never failed."""
@@ -108,15 +112,34 @@ class Retries:
 
     def done(self, job: Job | UnitJob) -> History:
         """Forget a job that is done or set aside, and return its history."""
+        self._expired_since = None
         return self.histories.pop(job, None) or History()
 
     def raised(self, job: Job | UnitJob, error: ErrorReport, node: str | None) -> float | None:
         """Count an attempt that ended with an error."""
         history = self._failed(job, error, node)
+        if error.credentials_expired:  # no attempt, and no sample's fault
+            return self._wait_for_credentials(error)
         if history.search is not None:  # what the search looks for did not happen
             return self.survived(job)
         history.attempts += 1
         return None if error.is_final else self._again(history)
+
+    def _wait_for_credentials(self, error: ErrorReport) -> float:
+        """Return the seconds until a job that cannot reach its bucket is tried again.
+
+        Raises:
+            RequestError: that has gone on for `EXPIRED_SECONDS`.
+        """
+        now = time.monotonic()
+        if self._expired_since is None:
+            self._expired_since = now
+            self.news.append(f"{error.message} (for {EXPIRED_SECONDS / 60:.0f} minutes new ones are waited for)")
+        if now - self._expired_since > EXPIRED_SECONDS:
+            raise RequestError(
+                f"{error.message}. None came in {EXPIRED_SECONDS / 60:.0f} minutes: run the same command again then"
+            )
+        return BACKOFF_SECONDS
 
     def died(
         self, job: Job | UnitJob, reason: Literal["crash", "stall"], error: ErrorReport, node: str | None

@@ -77,6 +77,10 @@ class BuildSummary:
     damage: list[str] = field(default_factory=list)
     """Commits that cannot be understood; the columns do not count them."""
     max_failures: float = 1.0
+    gpus: int | None = None
+    """GPUs that models worked on; None if this run had no work for a model that wants one."""
+    gpus_left_out: list[str] = field(default_factory=list)
+    """Nodes whose GPUs torch cannot use, and why."""
 
     @property
     def too_many_failures(self) -> list[str]:
@@ -100,6 +104,9 @@ class BuildSummary:
             rate = "" if column.rate is None else f"{column.rate:,.0f}"
             counts = f"{column.inputs:>11,} = {column.out:>11,} + {column.failed:>9,}"
             lines.append(f"{name:{width}}  {shards:>13}  {counts}  {rate:>8}")
+        if self.gpus is not None:
+            lines.append(f"GPUs at work: {self.gpus}" if self.gpus else "GPUs at work: none; the models ran on CPUs")
+        lines += [f"left out: {reason}" for reason in self.gpus_left_out]
         for name, column in self.columns.items():
             own = {reason: count for reason, count in column.reasons.items() if reason != UPSTREAM}
             if own:  # failures upstream are listed there

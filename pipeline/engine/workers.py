@@ -7,16 +7,22 @@ the end its result. An error comes back as a message too.
 import errno
 import queue
 import socket
-import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 
-from microdit.pipeline.base.errors import DamagedError, RequestError, ServerRejects, UnreadableError
+from microdit.pipeline.base.errors import (
+    CredentialsExpired,
+    DamagedError,
+    RequestError,
+    ServerRejects,
+    UnreadableError,
+    first_line,
+)
 from microdit.pipeline.base.liveness import end_with_parent, watched
 from microdit.pipeline.base.versions import differences, versions
 from microdit.pipeline.corpus.corpus import Corpus
@@ -27,6 +33,7 @@ from microdit.pipeline.engine.messages import (
     ActorStarted,
     Began,
     ErrorReport,
+    GpuUnusable,
     IngestMessage,
     LoadFailed,
     LoadMessage,
@@ -62,14 +69,18 @@ class BuildContext:
 def error_report(error: BaseException) -> ErrorReport:
     """Describe an exception, and whether the request is wrong or a disk full."""
     text = str(error).strip()
+    hopeless = isinstance(error, CredentialsExpired) and not error.may_come
+    is_plain = isinstance(error, RequestError | CredentialsExpired)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return ErrorReport(
-        message=text if isinstance(error, RequestError) else f"{type(error).__name__}: {text}".rstrip(": "),
+        message=text if is_plain else f"{type(error).__name__}: {text}".rstrip(": "),
         traceback="".join(traceback.format_exception(error)),
-        is_request=isinstance(error, RequestError) and not isinstance(error, DamagedError | UnreadableError),
+        is_request=hopeless
+        or (isinstance(error, RequestError) and not isinstance(error, DamagedError | UnreadableError)),
         is_final=isinstance(error, UnreadableError),
         full_disk_of=socket.gethostname() if full else None,
         server_rejects=isinstance(error, ServerRejects),
+        credentials_expired=isinstance(error, CredentialsExpired) and error.may_come,
     )
 
 
@@ -104,19 +115,23 @@ def check_node(refs: list[Any]) -> ErrorReport | None:
     return None
 
 
-def check_gpu(stage: str, gpus: list[str]) -> None:
-    """Make sure that a model is on the GPU that Ray gave its process, and not on a CPU, a hundred times slower.
+def gpu_fault(gpus: Sequence[str]) -> str | None:
+    """Say why torch cannot use the GPU that Ray gave this process, None if it can.
 
-    Raises:
-        RequestError: torch, which the stage has loaded, cannot use it.
+    On a CPU instead a model would be a hundred times slower.
     """
-    torch = sys.modules.get("torch")
-    if gpus and torch is not None and not torch.cuda.is_available():
-        raise RequestError(
-            f"stage {stage}: Ray says that node {socket.gethostname()} has GPU {', '.join(gpus)}, and torch "
-            f"{torch.__version__} cannot use it (`nvidia-smi` and `python -c 'import torch; torch.cuda.init()'` there "
-            "tell more). Mend its driver, install torch's CUDA build, or start Ray there with --num-gpus=0"
+    if not gpus:
+        return None
+    import torch
+
+    try:
+        torch.zeros(1, device="cuda")
+    except (RuntimeError, AssertionError, OSError) as error:  # the second of a build of torch without CUDA
+        return (
+            f"node {socket.gethostname()} has GPU {', '.join(gpus)} as Ray says, and torch {torch.__version__} cannot "
+            f"use it: {first_line(error)}"
         )
+    return None
 
 
 def node_id() -> str:
@@ -167,6 +182,8 @@ def run_stage(stage: Stage, corpus: Corpus, task: Task) -> ShardEnded:
                 written[commit.column] = ShardWork.of(commit)
         if left and task.rows is None:
             raise RuntimeError(f"stage {stage.name} made no commit of {', '.join(sorted(left))} for {task.ref.shard}")
+    except CredentialsExpired as error:  # nothing can be looked up
+        return ShardEnded(written, (), error_report(error))
     except Exception as error:
         existing = tuple(column for column in task.columns if _is_committed(corpus, task, column))
         return ShardEnded(written, existing, error_report(error))
@@ -218,11 +235,13 @@ class StageActor:
         """Load the models."""
         try:
             check_fits(self._context)
+            gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+            if (fault := gpu_fault(gpus)) is not None:
+                return GpuUnusable(node_id(), fault)
             self._stage.load()
-            check_gpu(self._stage.name, ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
         except Exception as error:
             return LoadFailed(error_report(error))
-        return ActorLoaded()
+        return ActorLoaded(node_id(), tuple(gpus))
 
     def run(self, task: Task) -> Iterator[Began | ShardEnded]:
         """Run the stage on one shard."""

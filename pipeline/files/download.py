@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,10 +21,10 @@ from io import FileIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.liveness import alive
 from microdit.pipeline.base.retry import Backoff
 from microdit.pipeline.files.remote_file import RemoteFile
+from microdit.pipeline.files.scratch import make_scratch
 from microdit.pipeline.files.transfer import ChangedError, TransientError, Version, shown, transfer
 
 PREFIX = "microdit-"
@@ -38,11 +37,6 @@ SLOW_SECONDS, SLOW_BYTES = 60.0, 60 << 10  # a connection that brings less in th
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 POLL = 0.2  # seconds between two attempts to lock
 BLOCK = 4 << 20
-
-
-def scratch_folder(given: str | None) -> Path:
-    """Return the folder of downloads: `resources.scratch`, or the default."""
-    return Path(given).expanduser() if given else Path(tempfile.gettempdir()) / f"microdit-{os.getuid()}"
 
 
 @contextmanager
@@ -62,7 +56,7 @@ def local_copy(file: RemoteFile, scratch: Path) -> Iterator[Path]:
         yield Path(file.url)
         return
     scratch = scratch.absolute()
-    _make(scratch)
+    make_scratch(scratch)
     _sweep(scratch)
     path = scratch / _scratch_name(file)
     descriptor = _claim(file, path)
@@ -83,22 +77,6 @@ def _scratch_name(file: RemoteFile) -> str:
     end = re.sub(r"[^A-Za-z0-9_.-]", "_", unquote(file.name).rpartition("/")[2])[-80:]
     end = re.sub(r"\.(part|about|lock)$", r"_\1", end)  # these are ours
     return f"{PREFIX}{digest.hexdigest()[:24]}-{end}"
-
-
-def _make(scratch: Path) -> None:
-    """Make the scratch folder.
-
-    Raises:
-        RequestError: it cannot be made or written, or is another user's.
-    """
-    advice = "set resources.scratch to a folder of your own"
-    try:
-        scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
-        owner = scratch.stat().st_uid
-    except OSError as error:
-        raise RequestError(f"scratch folder {scratch}: it cannot be made ({error.strerror}); {advice}") from error
-    if not os.access(scratch, os.W_OK | os.X_OK) or (scratch == scratch_folder(None) and owner != os.getuid()):
-        raise RequestError(f"scratch folder {scratch}: it is another user's, or cannot be written; {advice}")
 
 
 @cache

@@ -20,6 +20,7 @@ from microdit.pipeline.base.secrets import split_login, without_secrets
 from microdit.pipeline.files.hub import explain_gated, hub_request, repository_of
 from microdit.pipeline.files.remote_file import RemoteFile
 from microdit.pipeline.storage.bucket import SCHEMES, open_bucket
+from microdit.pipeline.storage.credentials import is_expired, wait_for_others
 
 CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 60.0  # seconds for a connection; without a byte
 CHUNK = 1 << 20  # bytes that are taken from a connection at once, at most
@@ -134,7 +135,8 @@ def _from_bucket(file: RemoteFile, start: int) -> Transfer:
 def _blocks(file: RemoteFile, start: int, size: int) -> Iterator[bytes]:
     parts = urlsplit(file.url)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    bucket = open_bucket(f"{parts.scheme}://{parts.netloc}", endpoint)
+    address = f"{parts.scheme}://{parts.netloc}"
+    bucket = open_bucket(address, endpoint)
     key = file.url.split("/", 3)[3]
     for offset in range(start, size, BLOCK):
         options: dict[str, Any] = {"range": (offset, min(offset + BLOCK, size))}
@@ -144,13 +146,16 @@ def _blocks(file: RemoteFile, start: int, size: int) -> Iterator[bytes]:
             block = bytes(obstore.get(bucket, key, options=options).bytes())  # type: ignore[arg-type]
         except exceptions.PreconditionError as error:
             raise OSError(f"{file.name}: {file.url} is another file than when it was listed; start again") from error
-        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-            raise RequestError(
-                f"{file.name}: {file.url} is refused: {first_line(error)}; check the credentials (as for boto3)"
-            ) from error
         except FileNotFoundError:
             raise FileNotFoundError(f"{file.name}: {file.url} is not there any more") from None
         except exceptions.BaseError as error:
+            if parts.scheme == "s3" and is_expired(error):
+                wait_for_others(address, bucket, error)
+                open_bucket.cache_clear()
+            elif isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+                raise RequestError(
+                    f"{file.name}: {file.url} is refused: {first_line(error)}; check the credentials (as for boto3)"
+                ) from error
             raise TransientError(first_line(error)) from error
         yield block
 

@@ -17,7 +17,7 @@ from microdit.pipeline.config.sources import (
     UrlsSource,
     WebdatasetSource,
 )
-from microdit.pipeline.files.download import scratch_folder
+from microdit.pipeline.files.scratch import scratch_folder
 from microdit.pipeline.sources.adapters.cc12m import Cc12m
 from microdit.pipeline.sources.adapters.coco import Coco
 from microdit.pipeline.sources.adapters.diffusiondb import Diffusiondb

@@ -10,7 +10,7 @@ from microdit.pipeline.config.sources import OpenmojiSource
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.redeclare import declare_column, declare_source
-from microdit.pipeline.files.download import scratch_folder
+from microdit.pipeline.files.scratch import scratch_folder
 from microdit.pipeline.sources.adapters.urls import Urls
 from microdit.pipeline.sources.file_source import FileSource
 from microdit.pipeline.sources.openmoji.source import Openmoji

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
@@ -24,6 +24,7 @@ from obstore.store import from_url
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.retry import Backoff
 from microdit.pipeline.base.threads import side_by_side
+from microdit.pipeline.storage.credentials import is_expired, wait_for_others
 from microdit.pipeline.storage.exclusive import ADVICE, ASKED, check_exclusive
 from microdit.pipeline.storage.object_info import ObjectInfo
 
@@ -47,6 +48,7 @@ FINAL = (  # errors that another try would not change; all others may be throttl
     exceptions.UnknownConfigurationKeyError,
 )
 NOT_IMPLEMENTED = re.compile(r"\b501 Not Implemented\b|<Code>NotImplemented</Code>")
+KEPT = timedelta(minutes=5)  # that obstore keeps credentials: boto3 renews those of roles ten minutes before their end
 SCRATCH, OLD_SCRATCH = "microdit-scratch-", 24 * 3600.0  # seconds: no attempt may be committed that is half as old
 
 
@@ -68,14 +70,19 @@ class Bucket:
                 f"corpus {url!r}: its prefix has {' and '.join(found)}, which programs read in different ways; "
                 f"expected {scheme}://bucket/prefix of letters, digits, / . _ and -"
             )
-        options = bucket_options(scheme)
         try:
-            self._bucket: Any = from_url(self.url, **options)
-            self._once: Any = from_url(self.url, **options | {"retry_config": {"max_retries": 0}})
+            self._open()
         except exceptions.BaseError as error:
             raise RequestError(
                 f"corpus {url!r}: {first_line(error)}; expected {scheme}://bucket/prefix and its credentials"
             ) from error
+
+    def _open(self) -> None:
+        """Open the bucket with the credentials that are found now."""
+        scheme = urlsplit(self.url).scheme
+        options = bucket_options(scheme)
+        self._bucket: Any = from_url(self.url, **options)
+        self._once: Any = from_url(self.url, **options | {"retry_config": {"max_retries": 0}})
 
     def __reduce__(self) -> tuple[type["Bucket"], tuple[str], dict[str, bool]]:
         return Bucket, (self.url,), {"_answered": self._answered}
@@ -144,32 +151,42 @@ class Bucket:
 
     def renew(self, name: str, data: bytes) -> None:
         """Write a probe again, so that its time is now: the one kind of object that is overwritten."""
-        self._retry("write", name, partial(obstore.put, self._bucket, name, data))
+        self._retry("write", name, lambda: obstore.put(self._bucket, name, data))
 
     def delete(self, names: Sequence[str]) -> None:
         """Remove objects; one that is already gone is no error."""
         for start in range(0, len(names), 1000):
             batch = list(names[start : start + 1000])
             try:
-                self._retry("delete", batch[0], partial(obstore.delete, self._bucket, batch))
+                self._delete(batch[0], batch)
             except FileNotFoundError:  # GCS and Azure stop at the first absent object
                 for name in batch:
                     with suppress(FileNotFoundError):
-                        self._retry("delete", name, partial(obstore.delete, self._bucket, name))
+                        self._delete(name, [name])
+
+    def _delete(self, name: str, batch: Sequence[str]) -> None:
+        self._retry("delete", name, lambda: obstore.delete(self._bucket, batch))
 
     def _retry(self, what: str, name: str, request: Callable[[], T]) -> T:
         """Run a bucket request, retrying transient failures with exponential backoff.
 
         Raises:
+            CredentialsExpired: the credentials have, and no others are found for a while.
             OSError: it failed for `PATIENCE` seconds.
         """
         backoff = Backoff(PAUSE, LONGEST_PAUSE, jitter=(0.5, 1.0))
         while True:
+            bucket = self._bucket
             try:
                 response = request()
-            except FINAL:
-                raise
             except exceptions.BaseError as error:
+                if self.url.startswith("s3:") and is_expired(reason := self._reason(error)):
+                    if bucket is self._bucket:  # no other thread has opened it again
+                        wait_for_others(self.url, bucket, reason)
+                        self._open()
+                    continue
+                if isinstance(error, FINAL):
+                    raise
                 if NOT_IMPLEMENTED.search(str(error)):
                     raise exceptions.NotSupportedError(first_line(error)) from error
                 pause = backoff.next_pause(PATIENCE if self._answered else FIRST_PATIENCE)
@@ -182,6 +199,15 @@ class Bucket:
                 self._answered = True
                 return response
             time.sleep(pause)
+
+    def _reason(self, error: Exception) -> Exception:
+        """Return the error that says why a request was bad: the answer to a HEAD has no text."""
+        if "performing HEAD" in str(error) and "400 Bad Request" in str(error):
+            try:
+                next(iter(obstore.list(self._once, chunk_size=1)), None)
+            except exceptions.BaseError as listing:
+                return listing
+        return error
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -322,7 +348,7 @@ def bucket_options(scheme: str) -> dict[str, Any]:
 
             session = boto3.Session()
             if not has_keys and session.get_credentials() is not None:
-                options["credential_provider"] = Boto3CredentialProvider(session)
+                options["credential_provider"] = Boto3CredentialProvider(session, ttl=KEPT)
             if not has_region:
                 options["region"] = session.region_name or "us-east-1"
     return options

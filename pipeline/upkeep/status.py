@@ -12,6 +12,7 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.failures import Failure, failures, read_failure
 from microdit.pipeline.corpus.names import IMAGES, UNITS
 from microdit.pipeline.tables.commit_table import Totals, commit_table, totals
+from microdit.pipeline.upkeep.devices import Devices, devices
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class CorpusStatus:
     """By column and source."""
     set_aside: list[Failure]
     """Shards and units that were given up and are not committed since."""
+    devices: dict[str, Devices]
+    """By column with a model, out of a part of its commits."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -74,6 +77,7 @@ class CorpusStatus:
                 column: {source: status.to_dict() for source, status in by_source.items()}
                 for column, by_source in self.columns.items()
             },
+            "devices": self.devices,
             "set_aside": [failure.model_dump(exclude={"traceback", "version"}) for failure in self.set_aside],
         }
 
@@ -92,6 +96,7 @@ def status(corpus: Corpus) -> CorpusStatus:
         sources=sources,
         columns=_columns(declared, sources, committed, set_aside),
         set_aside=set_aside,
+        devices=devices(corpus, table),
     )
 
 

@@ -46,6 +46,8 @@ class FaultyS3:
         """Faults of the next requests, instead of random ones."""
         self.conditions = "kept"
         """What becomes of `If-None-Match`: `kept`, `ignored` as by some servers, or `refused` with 501."""
+        self.expired: set[str] = set()
+        """Session tokens that have expired."""
         self.requests: Counter[str] = Counter()
         """Counts by method; listings are counted as `LIST`."""
         self.faults: Counter[str] = Counter()
@@ -110,6 +112,10 @@ class _Handler(BaseHTTPRequestHandler):
         proxy, where = self.server.proxy, (self.command, self.path)
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
         fault, stall = proxy.admit(*where)
+        if self.headers.get("x-amz-security-token") in proxy.expired:
+            text = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+            self._answer(400, [("Content-Type", "application/xml")], text)
+            return
         if proxy.conditions == "refused" and self.headers.get("If-None-Match"):
             text = b"<Error><Code>NotImplemented</Code><Message>not implemented here</Message></Error>"
             self._answer(501, [("Content-Type", "application/xml")], text)

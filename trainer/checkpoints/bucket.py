@@ -8,19 +8,17 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from obstore.exceptions import BaseError
-
 from microdit.model.checkpoint import CheckpointError
 from microdit.model.loading import STEP_FOLDER
-from microdit.pipeline.base.errors import first_line
 from microdit.pipeline.storage import ranges
+from microdit.pipeline.storage.bucket_lock import BucketLock
+from microdit.pipeline.storage.plain_errors import plain_errors
 from microdit.pipeline.storage.store import Store
 from microdit.pipeline.storage.uploads import old_uploads
 from microdit.trainer.checkpoints import contents
@@ -32,33 +30,28 @@ HASHED = re.compile(r"[0-9a-f]{64}")
 ATTEMPT = re.compile(r"(step-\d+)-[0-9a-f]{16}/[^/]+")
 
 
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Raise what a bucket refuses for good as an OSError."""
-    try:
-        yield
-    except BaseError as error:
-        raise OSError(first_line(error)) from error
-
-
 class BucketCheckpoints:
-    """Checkpoints on a bucket. scratch: a folder of this machine for what is read; a file to upload is written first
-    into the machine's temporary folder (TMPDIR)."""
+    """Checkpoints on a bucket. scratch: a folder for what is read; what is to be uploaded goes through TMPDIR."""
 
     def __init__(self, store: Store, scratch: Path):
-        self.store, self.scratch = store, scratch
+        self.store, self.scratch, self._lock = store, scratch, BucketLock(store, "run")
+
+    def locked(self, say: Callable[[str], None]) -> BucketLock:
+        """Keep other runs out while the block runs."""
+        self._lock.say = say
+        return self._lock
 
     def __str__(self) -> str:
         return self.store.url
 
-    @_plain_errors()
+    @plain_errors()
     def names(self) -> list[str]:
         """List the checkpoints, the newest first."""
         names = [name.removesuffix(".json") for name in self.store.names() if name.endswith(".json")]
         steps = [name for name in names if STEP_FOLDER.fullmatch(name)]
         return sorted(steps, key=lambda name: int(name.removeprefix("step-")), reverse=True)
 
-    @_plain_errors()
+    @plain_errors()
     def state(self, name: str) -> dict[str, Any]:
         return contents.parse_state(bytes(self.store.get(f"{name}.json")))
 
@@ -71,7 +64,7 @@ class BucketCheckpoints:
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # the tensors are mapped, and need no name
 
-    @_plain_errors()
+    @plain_errors()
     def write(self, step: int, tensors: TensorSnapshot, state: Mapping[str, Any], generate: Mapping[str, Any]) -> None:
         """Write the checkpoint of a step. A kill, or a bucket that fails for minutes, leaves those before.
 
@@ -90,6 +83,7 @@ class BucketCheckpoints:
 
         with ThreadPoolExecutor(len(names)) as pool:
             files = dict(zip(names, pool.map(upload, names), strict=True))
+        self._lock.check()
         if self.store.exists(f"{name}.json"):  # of a run that went back to an older one
             self.remove(name)
         try:
@@ -97,7 +91,7 @@ class BucketCheckpoints:
         except FileExistsError as error:
             raise OSError(f"{self}/{name}: another run has just written it") from error
 
-    @_plain_errors()
+    @plain_errors()
     def remove(self, name: str) -> None:
         try:
             objects = self._objects(name)
@@ -106,7 +100,7 @@ class BucketCheckpoints:
         self.store.delete([f"{name}.json"])  # first, so that no state names what is gone
         self.store.delete([o for o in objects if ATTEMPT.fullmatch(o)])
 
-    @_plain_errors()
+    @plain_errors()
     def sweep(self) -> None:
         """Remove what killed processes left. Raises OSError, RequestError."""
         limit = datetime.now(UTC) - OLD
@@ -125,7 +119,7 @@ class BucketCheckpoints:
     def _objects(self, name: str) -> list[str]:
         return [file["object"] for file in self.state(name)["files"].values()]
 
-    @_plain_errors()
+    @plain_errors()
     def download(self, state: Mapping[str, Any], folder: Path, without: str | None = None) -> None:
         """Write the files of a checkpoint, whole, into a new folder.
 

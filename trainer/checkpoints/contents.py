@@ -27,6 +27,7 @@ from microdit.model.checkpoint import CheckpointError, read_state_dict, write_st
 from microdit.model.loading import INFO
 from microdit.model.network import MicroDiT
 from microdit.model.sharding import shared_as, whole_tensors
+from microdit.model.strict_json import parse_json
 from microdit.pipeline.base.digest import sha256_file
 
 VERSION = 1
@@ -121,7 +122,7 @@ def parse_state(text: str | bytes) -> dict[str, Any]:
     Raises:
         CheckpointError, ValueError, KeyError, TypeError: it is damaged, or not of this version.
     """
-    state = dict(json.loads(text))
+    state = dict(parse_json(text))
     if state["version"] != VERSION:
         raise CheckpointError(f"state.json is of version {state['version']}, this trainer reads {VERSION}")
     expected = state.pop("sha256", None)

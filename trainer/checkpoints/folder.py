@@ -4,11 +4,12 @@ FOLDER/step-00001200/model.safetensors ...        written as step-00001200.parti
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from microdit.model.loading import checkpoint_folders
+from microdit.pipeline.base.folder_lock import folder_lock
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.storage.disk import sync
 from microdit.trainer.checkpoints import contents
@@ -23,6 +24,9 @@ class FolderCheckpoints:
 
     def __str__(self) -> str:
         return str(self.root)
+
+    def locked(self, say: Callable[[str], None]) -> Any:
+        return folder_lock(self.root, "run")
 
     def names(self) -> list[str]:
         """List the checkpoints, the newest first."""

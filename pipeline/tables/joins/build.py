@@ -23,6 +23,7 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.liveness import alive
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import ObjectRef
+from microdit.pipeline.files.scratch import make_scratch
 from microdit.pipeline.tables.database import connect
 from microdit.pipeline.tables.joins.readers import JoinTally, read_table, record_error
 from microdit.pipeline.tables.joins.spec import JoinSpec, JoinTable
@@ -73,7 +74,7 @@ def _write_sorted(spec: JoinSpec, scratch: Path, tally: JoinTally, path: Path) -
     Raises:
         RequestError: a column is absent, or nothing can be read.
     """
-    scratch.mkdir(parents=True, exist_ok=True)
+    make_scratch(scratch)
     _sweep_spills(scratch)
     with TemporaryDirectory(dir=scratch, prefix=SPILL) as spill:
         schema, batches = read_table(spec, scratch, tally)

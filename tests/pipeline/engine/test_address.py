@@ -1,6 +1,7 @@
-"""RAY_ADDRESS is checked before Ray is asked, which takes minutes over a head that is gone."""
+"""RAY_ADDRESS is checked before Ray is asked, which takes minutes over a head that is gone; and Ray's folder."""
 
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +25,12 @@ def test_a_head_that_is_gone_is_refused_soon(monkeypatch: pytest.MonkeyPatch) ->
         listening.listen()
         cluster.check_address(address)
     cluster.check_address("auto")
+
+
+def test_a_folder_too_long_for_sockets_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(long))
+    with pytest.raises(RequestError, match=r"Ray cannot start here: .*RAY_TMPDIR=/tmp, or another short path"):
+        cluster.joined().__enter__()

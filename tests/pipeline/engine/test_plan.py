@@ -150,11 +150,9 @@ def test_models_on_cpus_may_use_all_of_them() -> None:
 
 def test_a_cluster_that_may_grow_is_asked_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 4.0})
-    assert cluster.size(None, None) == (4, 0)
-    assert cluster.size(100, 8) == (8, 8)  # twice the CPUs at a time, all GPUs
-    assert cluster.size(6, 0) == (6, 0)
+    assert [cluster.all_cpus(most) for most in (None, 100, 6)] == [4, 8, 6]  # twice as many at a time
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {})
-    assert cluster.size(None, None) == (1, 0)  # a head without CPUs: what cannot start is the demand
+    assert cluster.all_cpus(None) == 1  # a head without CPUs: what cannot start is the demand
 
 
 def test_what_is_made_again_takes_with_it_what_comes_from_it(tmp_path: Path) -> None:

@@ -105,6 +105,24 @@ def test_a_signal_lets_the_shards_in_flight_end(number: signal.Signals, tmp_path
     assert not list((url / "captions").rglob("*#*"))  # the shards in flight came to their end
 
 
+def test_signals_while_ray_starts_end_with_their_number(tmp_path: Path) -> None:
+    process = start(tmp_path / "corpus", seconds=600, count=2)
+    try:
+        children = ["pgrep", "-P", str(process.pid)]
+        until = time.monotonic() + 120
+        while subprocess.run(children, stdout=subprocess.DEVNULL).returncode != 0:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+        said = process.communicate(timeout=STOPPED)[0]
+    finally:
+        process.kill()
+    assert process.returncode in (143, -signal.SIGTERM), said  # a shell calls both 143
+    assert said.strip() == "stopped by SIGTERM; run the same command again and it goes on"
+
+
 @pytest.mark.slow
 def test_a_signal_drops_the_shards_that_take_too_long(tmp_path: Path) -> None:
     url = tmp_path / "corpus"

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.errors import CredentialsExpired, RequestError
 from microdit.pipeline.base.versions import differences, versions
 from microdit.pipeline.engine import workers
+from microdit.pipeline.stages.stage import Task
+from tests.pipeline.helpers.fake_stages import source_words
 from tests.pipeline.helpers.small_corpus import REF, make_corpus, write_images
 
 
@@ -38,9 +40,24 @@ def test_kinds_of_one_version_are_equal() -> None:
 
 
 def test_a_gpu_that_torch_cannot_use_is_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    workers.check_gpu("latents", [])
-    with pytest.raises(RequestError, match=r"has GPU 0, and torch .* cannot use it .*--num-gpus=0"):
-        workers.check_gpu("latents", ["0"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    workers.check_gpu("latents", ["0"])
+    def broken(*size: int, device: str) -> None:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be")
+
+    monkeypatch.setattr(torch, "zeros", broken)
+    assert workers.gpu_fault([]) is None
+    fault = workers.gpu_fault(["0"])
+    assert fault is not None
+    assert re.search(r"has GPU 0 as Ray says, and torch .* cannot use it: CUDA error: .* encountered$", fault)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    assert workers.gpu_fault(["0"]) is None
+
+
+def test_expired_credentials_are_told_without_another_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = make_corpus(tmp_path)
+
+    def expired(*names: object) -> bool:
+        raise CredentialsExpired("s3://x: the credentials have expired", may_come=True)
+
+    monkeypatch.setattr(type(corpus.store), "exists", expired)
+    ended = workers.run_stage(source_words(), corpus, Task(REF, {"captions/source": 0}))
+    assert ended.error is not None and ended.error.credentials_expired and not ended.written and not ended.existing

@@ -21,7 +21,7 @@ import pytest
 from microdit.pipeline.base import liveness as watch
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.files import download, transfer
-from microdit.pipeline.files.download import local_copy, scratch_folder
+from microdit.pipeline.files.download import local_copy
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import RemoteFile
 from tests.pipeline.helpers.remote_files import DATA, REPO, fetched, hasty, scratch
@@ -391,18 +391,3 @@ def test_a_file_that_may_not_grow(files_server: FilesServer, scratch: Path) -> N
     assert "[Errno 28]" in found.stderr
     assert fetched(RemoteFile("x.tar", f"{files_server.url}/x.tar"), scratch) == DATA
     assert files_server.ranges("x.tar") == [None, "bytes=400000-"]
-
-
-def test_a_scratch_folder_that_cannot_be(files_server: FilesServer, tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    file = RemoteFile("x.tar", files_server.add("x.tar", DATA))
-    with (
-        pytest.raises(RequestError, match=r"scratch folder .*/file/x: it cannot be made .*set resources\.scratch"),
-        local_copy(file, tmp_path / "file" / "x"),
-    ):
-        raise AssertionError
-
-
-def test_the_default_scratch_folder() -> None:
-    assert scratch_folder(None).name == f"microdit-{os.getuid()}"
-    assert scratch_folder("/data/scratch") == Path("/data/scratch")

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from microdit.pipeline.corpus import attempt
 from microdit.pipeline.corpus.attempt import commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.failures import write_failure
-from microdit.pipeline.corpus.names import unit_name
+from microdit.pipeline.corpus.names import shard_name, unit_name
+from microdit.pipeline.corpus.records import ShardRef
 from microdit.pipeline.upkeep.status import status
 from tests.pipeline.helpers.small_corpus import (
     COLUMNS,
@@ -20,6 +22,7 @@ from tests.pipeline.helpers.small_corpus import (
     fill,
     make_corpus,
     write_column,
+    write_images,
 )
 
 
@@ -47,6 +50,16 @@ def test_status(corpus_url: str) -> None:
         (LATENTS, NEXT.shard, "no"),
         ("units", "demo-000007", "gone"),
     ]
+
+
+def test_status_says_how_many_gpus_worked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = make_corpus(tmp_path)
+    worked = [("NVIDIA H200", "one"), ("NVIDIA H200", "two"), ("NVIDIA H200", "one"), ("cpu", "")]
+    for number, found in enumerate(worked):
+        monkeypatch.setattr(attempt, "_device", lambda found=found: found)
+        ref = ShardRef(source=SOURCE, unit=unit_name(SOURCE, number), shard=shard_name(unit_name(SOURCE, number), 0))
+        write_column(corpus, LATENTS, {"images": write_images(corpus, ref)})
+    assert status(corpus).to_dict()["devices"] == {LATENTS: {"NVIDIA H200": 2}}
 
 
 def test_status_says_when_no_images_are_left(tmp_path: Path) -> None:

@@ -19,10 +19,12 @@ import torch
 from microdit.model.checkpoint import CheckpointError, load_model
 from microdit.model.loading import find_parts
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.folder_lock import folder_lock
 from microdit.pipeline.cli.bucket_checkpoint import on_this_machine
 from microdit.pipeline.cli.generate import generate
 from microdit.pipeline.storage import bucket as bucket_store
-from microdit.pipeline.storage import ranges
+from microdit.pipeline.storage import bucket_lock, ranges
+from microdit.pipeline.storage.bucket_lock import BucketLock
 from microdit.pipeline.storage.store import open_store
 from microdit.trainer.checkpoints import bucket as bucket_module
 from microdit.trainer.checkpoints.bucket import BucketCheckpoints
@@ -297,3 +299,19 @@ def test_addresses_of_no_known_kind_are_refused(recipe) -> None:
     with pytest.raises(RequestError, match="checkpoints = 'ftp://x/y': scheme 'ftp' is not known"):
         train(recipe(checkpoints="ftp://x/y"))
     assert on_this_machine("runs/demo") == Path("runs/demo")
+
+
+def test_two_runs_with_one_bucket(recipe, s3_url: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(bucket_lock, "BEAT", 0.3)
+    fields = {"stages": [STAGE | {"steps": 2}], "checkpoints": s3_url}
+    with (
+        BucketLock(open_store(s3_url), "run"),
+        pytest.raises(RequestError, match=r"another run works in s3://.* take another prefix"),
+    ):
+        train(recipe(out=tmp_path / "second", **fields))
+    assert train(recipe(out=tmp_path / "first", **fields))["steps"] == 2
+    assert [name for name in open_store(s3_url).names() if "/" not in name] == ["step-00000002.json"]
+    assert not [name for name in open_store(s3_url).names() if name.startswith("lock")]
+    shared = tmp_path / "shared"
+    with folder_lock(shared, "run"), pytest.raises(RequestError, match=r"another run works in .*shared"):
+        train(recipe(out=tmp_path / "third", checkpoints=str(shared)))
