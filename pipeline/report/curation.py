@@ -15,6 +15,7 @@ from microdit.pipeline.report.pictures import Reader, SampleRef, Thumbnail, thum
 from microdit.pipeline.selection.queries import Conditions, named_query, parse
 from microdit.pipeline.selection.selections import Selection, changed_since, load_selection
 from microdit.pipeline.selection.view import connected, makers, run
+from microdit.pipeline.tables.database import SqlLimits
 from microdit.pipeline.tables.sample_table import TableField, sample_table
 
 SCORES = 16  # so many scores are shown with examples, the first ones
@@ -66,7 +67,7 @@ def curation(
         commits: by column the newest ones.
         complete: SQL conditions of a sample that has every column.
     """
-    with connected(corpus, sample_table(corpus)) as connection:
+    with connected(corpus, sample_table(corpus), SqlLimits()) as connection:
         view = _SampleView(corpus, connection, Reader(corpus, commits))
         columns = {row["column_name"] for row in view.rows("DESCRIBE samples")}
         kinds = [kind for kind in LINKS if f"{kind}_group" in columns]

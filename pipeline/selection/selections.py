@@ -20,6 +20,7 @@ from microdit.pipeline.curation.job import reads
 from microdit.pipeline.selection.queries import Parsed, named_queries, named_query, parse
 from microdit.pipeline.selection.view import asked_jobs, connected, jobs_of, run
 from microdit.pipeline.selection.weights import EQUAL, Shares, weigh
+from microdit.pipeline.tables.database import SqlLimits
 from microdit.pipeline.tables.sample_table import (
     BASE,
     JOB_COLUMNS,
@@ -55,7 +56,13 @@ class Selection:
     """By column that the query reads, a hash of the commits that it had."""
 
 
-def select(corpus: Corpus, name: str, sql: str | None = None, weights: Shares | None = None) -> Selection:
+def select(
+    corpus: Corpus,
+    name: str,
+    sql: str | None = None,
+    weights: Shares | None = None,
+    limits: SqlLimits | None = None,
+) -> Selection:
     """Save the rows of a query as a selection.
 
     The same query on the same commits of the columns that it reads gives the same file and hash.
@@ -65,10 +72,12 @@ def select(corpus: Corpus, name: str, sql: str | None = None, weights: Shares | 
             `samples` may stand beside them, so that `SELECT * FROM samples WHERE ...` will do. None: the query of that
             name (`microdit.pipeline.selection.queries`).
         weights: how often each source comes, whatever its size; within a source the query's weights count.
+        limits: what the query may take.
 
     Raises:
-        RequestError: the name or the SQL is wrong, or would give other rows on another day, or the rows are none,
-            double, or not samples with status `ok`, or the weights name other sources than there are.
+        RequestError: the name or the SQL is wrong, or would give other rows on another day, or takes more than the
+            limits, or the rows are none, double, or not samples with status `ok`, or the weights name other sources
+            than there are.
     """
     if not NAME.fullmatch(name):
         raise RequestError(f"selection {name!r}: a name is letters, digits, - _ and ., and begins with no dot")
@@ -80,10 +89,11 @@ def select(corpus: Corpus, name: str, sql: str | None = None, weights: Shares | 
             "ORDER BY md5(id) LIMIT 1000"
         )
     table = sample_table(corpus)
-    with connected(corpus, table, threads=1) as connection:  # which of equal rows a LIMIT takes is no race then
+    limits = limits or SqlLimits()
+    with connected(corpus, table, limits, threads=1) as connection:  # which of equal rows a LIMIT takes is no race then
         jobs = jobs_of(corpus, table)
         known = {*table_schema(corpus.columns()).names, *JOB_COLUMNS.names, "contaminated"}
-        chosen = _chosen(run(connection, sql), known)
+        chosen = _chosen(run(connection, sql, limits), known)
         connection.register("chosen", chosen)
         _check(connection, len(chosen))
         chosen = connection.sql("SELECT * FROM chosen ORDER BY source, shard, row").to_arrow_table()

@@ -2,11 +2,11 @@
 
 import re
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -14,17 +14,22 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from pyarrow.fs import LocalFileSystem
 
+from microdit.pipeline.base.bounded_process import ProcessDied, run_bounded
 from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.base.temporary_folder import temporary_folder
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.curation.duplicates import ContaminatedTable, DuplicatesTable
 from microdit.pipeline.curation.job import CONTAMINATED, DUPLICATES, SEMANTIC, TableJob, job_base, job_since
 from microdit.pipeline.curation.semantic import SemanticTable
 from microdit.pipeline.selection.queries import parse
-from microdit.pipeline.tables.database import connect
+from microdit.pipeline.selection.running import TOO_LARGE, TOO_LONG, run_select
+from microdit.pipeline.tables.database import GIB, SqlLimits, connect
 from microdit.pipeline.tables.published import Table, cached, open_table
 from microdit.pipeline.tables.sample_table import SampleTable, sample_table
 
-READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI)  # multi is PIVOT
+T = TypeVar("T")
+SPILL = "microdit-sql-"
+BESIDE = GIB  # bytes that a process of its own needs beside a query and its result
 
 CONFINED: dict[str, str | bool | int | float | list[str]] = {  # the SQL may be a stranger's
     "enable_external_access": False,
@@ -75,35 +80,73 @@ JOBS = {  # by the job's folder
 }
 
 
-def query(corpus: Corpus, sql: str) -> pa.Table:
+def query(corpus: Corpus, sql: str, limits: SqlLimits | None = None) -> pa.Table:
     """Run a SQL query over the view `samples`; nothing but that view can be reached.
 
     Raises:
-        RequestError: the SQL is wrong; the message is DuckDB's.
+        RequestError: the SQL is wrong, with DuckDB's message; or it would take more than the limits.
     """
-    with connected(corpus, sample_table(corpus)) as connection:
-        return run(connection, sql)
+    limits = limits or SqlLimits()
+    with connected(corpus, sample_table(corpus), limits) as connection:
+        return run(connection, sql, limits)
+
+
+def query_apart(corpus: Corpus, sql: str, limits: SqlLimits) -> pa.Table:
+    """Run a SQL query as `query` does, but in a process of its own: whatever it does, it can be stopped at any time."""
+    table = sample_table(corpus)
+    return run_apart(limits, _query_table, corpus, table, sql, limits)
+
+
+def _query_table(spill: Path, corpus: Corpus, table: SampleTable, sql: str, limits: SqlLimits) -> pa.Table:
+    with connected(corpus, table, limits, spill) as connection:
+        return run(connection, sql, limits)
+
+
+def run_apart(limits: SqlLimits, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function of SQL in a process of its own; its first argument is a folder for DuckDB's temporary files.
+
+    Raises:
+        RequestError: the function's, or it took more than the limits allow.
+    """
+    memory = 2 * limits.memory + BESIDE
+    with temporary_folder(SPILL) as spill:
+        try:
+            answer: T = run_bounded(function, spill, *arguments, seconds=limits.seconds, memory=memory)
+            return answer
+        except TimeoutError:
+            raise RequestError(TOO_LONG.format(seconds=limits.seconds)) from None
+        except MemoryError:
+            raise RequestError(TOO_LARGE.format(gib=limits.memory / GIB)) from None
+        except ProcessDied as error:
+            raise RequestError(
+                f"SQL: {error}, perhaps for want of memory; give it more with --memory, or write it in another way"
+            ) from None
 
 
 @contextmanager
 def connected(
-    corpus: Corpus, table: SampleTable, **config: str | bool | int | float | list[str]
+    corpus: Corpus,
+    table: SampleTable,
+    limits: SqlLimits,
+    spill: Path | None = None,
+    **config: str | bool | int | float | list[str],
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """Connect to the view `samples` and the macro `one_per_group`, and nothing else.
 
     Args:
+        spill: a folder for temporary files; None makes one.
         config: further settings of DuckDB.
     """
     with (
-        tempfile.TemporaryDirectory(prefix="microdit-sql-") as spill,
-        connect(**CONFINED, **config, temp_directory=spill) as connection,
+        temporary_folder(SPILL) if spill is None else nullcontext(spill) as folder,
+        connect(**CONFINED, **limits.settings, **config, temp_directory=str(folder)) as connection,
     ):
         jobs = jobs_of(corpus, table)
-        connection.register("sample_rows" if jobs else "samples", _view(corpus, table, Path(spill)))
+        connection.register("sample_rows" if jobs else "samples", _view(corpus, table, folder))
         shown, joined = ["sample_rows.*"], "sample_rows"
-        for number, (folder, job) in enumerate(jobs.items()):
-            connection.register(f"job_{number}", _view(corpus, job, Path(spill)))
-            shown.append(JOBS[folder].columns.format(present=job.present))
+        for number, (name, job) in enumerate(jobs.items()):
+            connection.register(f"job_{number}", _view(corpus, job, folder))
+            shown.append(JOBS[name].columns.format(present=job.present))
             joined += f" LEFT JOIN job_{number} USING (source, shard, row)"
         if jobs:
             connection.execute(f"CREATE VIEW samples AS SELECT {', '.join(shown)} FROM {joined}")
@@ -146,18 +189,15 @@ def asked_jobs(sql: str) -> list[str]:
     return [folder for folder in JOBS if folder.removeprefix("tables/").removesuffix("s") in sql.lower()]
 
 
-def run(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
-    """Run one SELECT.
+def run(connection: duckdb.DuckDBPyConnection, sql: str, limits: SqlLimits | None = None) -> pa.Table:
+    """Run one SELECT, or EXPLAIN one.
 
     Raises:
-        RequestError: the SQL is wrong; with DuckDB's message, and the commands that make missing columns.
+        RequestError: the SQL is wrong, with DuckDB's message and the commands that make missing columns; or it takes
+            more than the limits.
     """
     try:
-        kinds = [statement.type for statement in connection.extract_statements(sql)]
-        if len(kinds) != 1 or kinds[0] not in READING:
-            what = ", ".join(kind.name for kind in kinds) or "nothing"
-            raise RequestError(f"SQL: {what}; expected one SELECT over the view samples")
-        table = connection.sql(sql).to_arrow_table()
+        table = run_select(connection, sql, limits or SqlLimits())
     except duckdb.Error as error:
         message = str(error)
         if isinstance(error, duckdb.BinderException):
