@@ -27,6 +27,10 @@ END = 1.0  # seconds that a query may take to end after it was interrupted
 T = TypeVar("T")
 
 
+class LimitError(RequestError):
+    """A query takes more than its limits."""
+
+
 def run_select(connection: duckdb.DuckDBPyConnection, sql: str, limits: SqlLimits) -> pa.Table:
     """Run one SELECT (or EXPLAIN of one) in a thread, and interrupt it at a signal or after its time.
 
@@ -38,8 +42,8 @@ def run_select(connection: duckdb.DuckDBPyConnection, sql: str, limits: SqlLimit
         return _interruptible(connection, lambda: _result(connection, sql, limits), limits.seconds)
     except duckdb.OutOfMemoryException as error:
         if "max_temp_directory_size" in str(error):
-            raise RequestError(TOO_MUCH_DISK.format(gib=limits.disk / GIB)) from None
-        raise RequestError(TOO_LARGE.format(gib=limits.memory / GIB)) from None
+            raise LimitError(TOO_MUCH_DISK.format(gib=limits.disk / GIB)) from None
+        raise LimitError(TOO_LARGE.format(gib=limits.memory / GIB)) from None
     except duckdb.Error as error:
         if "Max expression depth" in str(error):
             raise RequestError(TOO_DEEP) from None
@@ -55,7 +59,7 @@ def _result(connection: duckdb.DuckDBPyConnection, sql: str, limits: SqlLimits) 
             batches.append(batch)
             size += batch.nbytes
             if size > limits.memory:
-                raise RequestError(TOO_LARGE.format(gib=limits.memory / GIB))
+                raise LimitError(TOO_LARGE.format(gib=limits.memory / GIB))
     except OSError as error:  # DuckDB's, after the first part of the result
         if "Out of Memory Error" in str(error):
             raise duckdb.OutOfMemoryException(str(error)) from None
@@ -104,7 +108,7 @@ def _interruptible(connection: duckdb.DuckDBPyConnection, work: Callable[[], T],
     try:
         thread.join(seconds)
         if thread.is_alive():
-            raise RequestError(TOO_LONG.format(seconds=seconds))
+            raise LimitError(TOO_LONG.format(seconds=seconds))
     finally:
         if thread.is_alive():
             connection.interrupt()

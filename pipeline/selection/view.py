@@ -22,7 +22,7 @@ from microdit.pipeline.curation.duplicates import ContaminatedTable, DuplicatesT
 from microdit.pipeline.curation.job import CONTAMINATED, DUPLICATES, SEMANTIC, TableJob, job_base, job_since
 from microdit.pipeline.curation.semantic import SemanticTable
 from microdit.pipeline.selection.queries import parse
-from microdit.pipeline.selection.running import TOO_LARGE, TOO_LONG, run_select
+from microdit.pipeline.selection.running import TOO_LARGE, TOO_LONG, LimitError, run_select
 from microdit.pipeline.tables.database import GIB, SqlLimits, connect
 from microdit.pipeline.tables.published import Table, cached, open_table
 from microdit.pipeline.tables.sample_table import SampleTable, sample_table
@@ -106,7 +106,8 @@ def run_apart(limits: SqlLimits, function: Callable[..., T], *arguments: Any) ->
     """Call a function of SQL in a process of its own; its first argument is a folder for DuckDB's temporary files.
 
     Raises:
-        RequestError: the function's, or it took more than the limits allow.
+        LimitError: it took more than the limits allow.
+        RequestError: the function's.
     """
     memory = 2 * limits.memory + BESIDE
     with temporary_folder(SPILL) as spill:
@@ -114,11 +115,11 @@ def run_apart(limits: SqlLimits, function: Callable[..., T], *arguments: Any) ->
             answer: T = run_bounded(function, spill, *arguments, seconds=limits.seconds, memory=memory)
             return answer
         except TimeoutError:
-            raise RequestError(TOO_LONG.format(seconds=limits.seconds)) from None
+            raise LimitError(TOO_LONG.format(seconds=limits.seconds)) from None
         except MemoryError:
-            raise RequestError(TOO_LARGE.format(gib=limits.memory / GIB)) from None
+            raise LimitError(TOO_LARGE.format(gib=limits.memory / GIB)) from None
         except ProcessDied as error:
-            raise RequestError(
+            raise LimitError(
                 f"SQL: {error}, perhaps for want of memory; give it more with --memory, or write it in another way"
             ) from None
 

@@ -30,6 +30,7 @@ from microdit.pipeline.corpus.records import Commit, ShardRef
 from microdit.pipeline.corpus.rows import Row, read_rows
 from microdit.pipeline.corpus.shard_files import read_tar
 from microdit.pipeline.report.pictures import pictures
+from microdit.pipeline.report.sample_view import open_samples
 from microdit.pipeline.stages import latents as latents_stage
 from microdit.pipeline.stages.batch_line import WRITING
 from microdit.pipeline.stages.latents import Latents
@@ -238,7 +239,8 @@ def test_moments_give_the_mode_and_the_sample(corpus: Corpus, one: str) -> None:
 def test_the_report_shows_the_means_of_moments(corpus: Corpus, one: str) -> None:
     made = run(stage_of(corpus, columns(moments=(one, 64, "moments"), mode=(one, 64, "mode"))), corpus)
     commits = {column: [commit] for column, commit in made.items()} | {"images": corpus.commits("images")}
-    shown = pictures(corpus, {column: corpus.column(column) for column in made}, commits, [], ["status = 'ok'"])
+    with open_samples(corpus, commits, []) as view:
+        shown = pictures(view, {column: corpus.column(column) for column in made}, commits, [], ["status = 'ok'"])
     assert shown.problems == [] and len(shown.samples) > 5
     assert shown.psnr["latents/moments"] == shown.psnr["latents/mode"]
     for sample in shown.samples:
