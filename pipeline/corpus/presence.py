@@ -55,7 +55,7 @@ def is_living(corpus: Corpus, probe: ObjectInfo) -> bool:
         machine, pid = about["machine"], int(about["pid"])
     except FileNotFoundError:
         return False
-    except (ValueError, KeyError, TypeError):  # of another writer
+    except (ValueError, KeyError, TypeError, RecursionError):  # of another writer
         return True
     return machine is None or machine != _machine() or Path(f"/proc/{pid}").exists()
 

@@ -40,9 +40,27 @@ class RowCountError(ValueError):
     """A sidecar has other rows than its commit says."""
 
 
+class ColumnTypeError(ValueError):
+    """A sidecar lacks a column, or has it with another type than is declared."""
+
+
 def sidecar_schema(scalars: Mapping[str, str]) -> pa.Schema:
     """Build the parquet schema of a column's sidecar; `scalars` maps names to type names (`SCALAR_TYPES`)."""
     return pa.schema([*SIDECAR, *(pa.field(name, SCALAR_TYPES[kind]) for name, kind in scalars.items())])
+
+
+def check_types(schema: pa.Schema, scalars: Mapping[str, str]) -> None:
+    """Hold the schema of a sidecar against the declared scalars; it may have columns more.
+
+    Raises:
+        ColumnTypeError: a column is missing, or of another type.
+    """
+    types = dict(zip(schema.names, schema.types, strict=True))
+    for field in sidecar_schema({name: kind for name, kind in scalars.items() if kind in SCALAR_TYPES}):
+        if types.get(field.name) != field.type:
+            raise ColumnTypeError(
+                f"its column {field.name} is {str(types.get(field.name, 'missing'))[:200]}, expected {field.type}"
+            )
 
 
 class TarWriter:

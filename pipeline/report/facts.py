@@ -214,12 +214,16 @@ class CorpusWork:
 
 def rates(commits: Mapping[str, Sequence[Commit]]) -> CorpusWork:
     """Measure when and how fast each column was made. Time in which no column was worked on is cut out."""
-    spans = {name: _merge(_span(c) for c in of_column) for name, of_column in commits.items() if of_column}
+    spans = {
+        name: merged
+        for name, of_column in commits.items()
+        if (merged := _merge(span for c in of_column if (span := _span(c)) is not None))
+    }
     busy = _merge(span for of_column in spans.values() for span in of_column)
     total = sum(end - begin for begin, end in busy)
     rows = []
     for name, of_column in commits.items():
-        if not of_column:
+        if name not in spans:
             continue
         samples, seconds = sum(c.counts["in"] for c in of_column), sum(c.timings.get("seconds", 0.0) for c in of_column)
         cut = ((_busy_time(busy, begin), _busy_time(busy, end)) for begin, end in spans[name])
@@ -234,6 +238,8 @@ def rates(commits: Mapping[str, Sequence[Commit]]) -> CorpusWork:
                 spans=_merge(cut, total / 400),
             )
         )
+    if not busy:
+        return CorpusWork([], 0.0, 0.0, 0, "an unknown day")
     days = [datetime.fromtimestamp(at, UTC).strftime("%-d %B %Y") for at in (busy[0][0], busy[-1][1])]
     return CorpusWork(
         rows=rows,
@@ -244,9 +250,12 @@ def rates(commits: Mapping[str, Sequence[Commit]]) -> CorpusWork:
     )
 
 
-def _span(commit: Commit) -> tuple[float, float]:
-    """Begin and end of an attempt in Unix time."""
-    begin = datetime.strptime(commit.attempt[:15], "%Y%m%dT%H%M%S").replace(tzinfo=UTC).timestamp()
+def _span(commit: Commit) -> tuple[float, float] | None:
+    """Begin and end of an attempt in Unix time; None if its name is no time."""
+    try:
+        begin = datetime.strptime(commit.attempt[:15], "%Y%m%dT%H%M%S").replace(tzinfo=UTC).timestamp()
+    except ValueError:
+        return None
     return begin, begin + max(commit.timings.get("seconds", 0.0), 0.001)
 
 

@@ -2,20 +2,21 @@
 
 import hashlib
 import io
-import json
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from obstore.exceptions import BaseError
+from pydantic import Field
 
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import COMMIT, commit_name
-from microdit.pipeline.corpus.records import canonical
+from microdit.pipeline.corpus.names import COLUMN, COMMIT, commit_name
+from microdit.pipeline.corpus.records import Record, Size, canonical
 from microdit.pipeline.curation.job import reads
 from microdit.pipeline.selection.queries import Parsed, named_queries, named_query, parse
 from microdit.pipeline.selection.view import asked_jobs, connected, jobs_of, run
@@ -228,14 +229,22 @@ def _names(corpus: Corpus) -> list[str]:
 
 def _read_about(corpus: Corpus, name: str, digest: str = "") -> Selection:
     path = _selection_path(name, digest)
-    with corpus.store.open(path) as file:
-        metadata = pq.read_metadata(file).metadata or {}
     try:
-        about = json.loads(metadata[b"microdit"])
-        columns = about.get("columns", {})  # those of older selections do not say
-        return Selection(name, digest, path, int(about["rows"]), str(about["query"]), columns)
-    except (ValueError, KeyError, TypeError):
+        with corpus.store.open(path) as file:
+            metadata = pq.read_metadata(file).metadata or {}
+        about = _About.parse(metadata[b"microdit"])
+    except (ValueError, KeyError, pa.ArrowException):
         raise RequestError(f"{path} is damaged: it does not say what it is; make the selection again") from None
+    return Selection(name, digest, path, about.rows, about.query, about.columns)
+
+
+class _About(Record):
+    """What a selection's metadata says."""
+
+    rows: Size
+    query: str
+    columns: dict[Annotated[str, Field(pattern=f"^(?:{COLUMN.pattern})$")], str] = Field(default_factory=dict)
+    """Those of older selections do not say."""
 
 
 def find_selection(corpus: Corpus, selection: str) -> str:

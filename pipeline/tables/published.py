@@ -14,7 +14,7 @@ from typing import BinaryIO, TypeVar
 from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.records import ObjectRef, Record
+from microdit.pipeline.corpus.records import ObjectRef, Record, Size
 from microdit.pipeline.corpus.shard_files import sha256_file
 
 
@@ -22,7 +22,7 @@ class Table(Record):
     """The record of a published table: its object, and its number of rows."""
 
     object: ObjectRef
-    rows: int
+    rows: Size
 
 
 T = TypeVar("T", bound=Table)
