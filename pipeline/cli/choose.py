@@ -46,12 +46,12 @@ def select(
 
     - `microdit select my/corpus clean --weights cc12m=2,sa1b=1`
     """
-    from microdit.pipeline.selection.selections import select as select_rows
+    from microdit.pipeline.selection.selections import select_apart
     from microdit.pipeline.selection.weights import parse_shares
 
     with json_answer(as_json) as answer, stop_signals():
         shares = None if weights is None else parse_shares(weights)
-        chosen = select_rows(open_corpus(corpus), name, sql, shares, sql_limits(timeout, memory, disk))
+        chosen = select_apart(open_corpus(corpus), name, sql, shares, sql_limits(timeout, memory, disk))
         answer.update({"name": chosen.name, "hash": chosen.hash, "path": chosen.path, "rows": chosen.rows})
     if not as_json:
         print(f"{chosen.name}@{chosen.hash}: {chosen.rows:,} rows")

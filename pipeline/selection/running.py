@@ -25,21 +25,27 @@ EXPLAINED = re.compile(r"\s*explain\s+(analyze\s+|\(\s*(?:analyze|format)\b[\w\s
 BATCH = 65_536  # rows of the result that are taken at a time
 END = 1.0  # seconds that a query may take to end after it was interrupted
 T = TypeVar("T")
+Shape = Callable[[duckdb.DuckDBPyRelation], duckdb.DuckDBPyRelation]
 
 
 class LimitError(RequestError):
     """A query takes more than its limits."""
 
 
-def run_select(connection: duckdb.DuckDBPyConnection, sql: str, limits: SqlLimits) -> pa.Table:
+def run_select(
+    connection: duckdb.DuckDBPyConnection, sql: str, limits: SqlLimits, shape: Shape | None = None
+) -> pa.Table:
     """Run one SELECT (or EXPLAIN of one) in a thread, and interrupt it at a signal or after its time.
+
+    Args:
+        shape: makes what is run of what it gives; by default all.
 
     Raises:
         RequestError: it is something else, or takes more than the limits.
         duckdb.Error: it is wrong.
     """
     try:
-        return _interruptible(connection, lambda: _result(connection, sql, limits), limits.seconds)
+        return _interruptible(connection, lambda: _result(connection, sql, limits, shape), limits.seconds)
     except duckdb.OutOfMemoryException as error:
         if "max_temp_directory_size" in str(error):
             raise LimitError(TOO_MUCH_DISK.format(gib=limits.disk / GIB)) from None
@@ -50,11 +56,12 @@ def run_select(connection: duckdb.DuckDBPyConnection, sql: str, limits: SqlLimit
         raise
 
 
-def _result(connection: duckdb.DuckDBPyConnection, sql: str, limits: SqlLimits) -> pa.Table:
+def _result(connection: duckdb.DuckDBPyConnection, sql: str, limits: SqlLimits, shape: Shape | None) -> pa.Table:
     """Check that it is one SELECT, and read its result in parts, as long as there is room."""
     batches, size = [], 0
     try:
-        reader = connection.sql(_checked(connection, sql)).to_arrow_reader(BATCH)
+        relation = connection.sql(_checked(connection, sql))
+        reader = (relation if shape is None else shape(relation)).to_arrow_reader(BATCH)
         for batch in reader:
             batches.append(batch)
             size += batch.nbytes

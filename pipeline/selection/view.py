@@ -18,14 +18,15 @@ from microdit.pipeline.base.bounded_process import ProcessDied, run_bounded
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.temporary_folder import temporary_folder
 from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.shard_files import check_footer
 from microdit.pipeline.curation.duplicates import ContaminatedTable, DuplicatesTable
-from microdit.pipeline.curation.job import CONTAMINATED, DUPLICATES, SEMANTIC, TableJob, job_base, job_since
+from microdit.pipeline.curation.job import CONTAMINATED, DUPLICATES, ROW_ID, SEMANTIC, TableJob, job_base, job_since
 from microdit.pipeline.curation.semantic import SemanticTable
 from microdit.pipeline.selection.queries import parse
-from microdit.pipeline.selection.running import TOO_LARGE, TOO_LONG, LimitError, run_select
+from microdit.pipeline.selection.running import TOO_LARGE, TOO_LONG, LimitError, Shape, run_select
 from microdit.pipeline.tables.database import GIB, SqlLimits, connect
-from microdit.pipeline.tables.published import Table, cached, open_table
-from microdit.pipeline.tables.sample_table import SampleTable, sample_table
+from microdit.pipeline.tables.published import Table, cached, damage_of, open_table
+from microdit.pipeline.tables.sample_table import JOB_COLUMNS, SampleTable, sample_table, table_schema
 
 T = TypeVar("T")
 SPILL = "microdit-sql-"
@@ -140,13 +141,14 @@ def connected(
     """
     with (
         temporary_folder(SPILL) if spill is None else nullcontext(spill) as folder,
-        connect(**CONFINED, **limits.settings, **config, temp_directory=str(folder)) as connection,
+        _opened(**CONFINED, **limits.settings, **config, temp_directory=str(folder)) as connection,
     ):
         jobs = jobs_of(corpus, table)
-        connection.register("sample_rows" if jobs else "samples", _view(corpus, table, folder))
+        schema = table_schema(corpus.columns())
+        connection.register("sample_rows" if jobs else "samples", _view(corpus, table, folder, schema))
         shown, joined = ["sample_rows.*"], "sample_rows"
         for number, (name, job) in enumerate(jobs.items()):
-            connection.register(f"job_{number}", _view(corpus, job, folder))
+            connection.register(f"job_{number}", _view(corpus, job, folder, job_schema(name)))
             shown.append(JOBS[name].columns.format(present=job.present))
             joined += f" LEFT JOIN job_{number} USING (source, shard, row)"
         if jobs:
@@ -156,24 +158,41 @@ def connected(
         yield connection
 
 
-def _view(corpus: Corpus, table: Table, spill: Path) -> ds.FileSystemDataset:
+@contextmanager
+def _opened(**config: Any) -> Iterator[duckdb.DuckDBPyConnection]:
+    connection = connect(**config)
+    try:
+        yield connection
+    finally:
+        with suppress(duckdb.ResourceInUseException):  # a query that was given up, and heeds no interrupt
+            connection.close()
+
+
+def _view(corpus: Corpus, table: Table, spill: Path, schema: pa.Schema) -> ds.FileSystemDataset:
     """Open a published table for DuckDB, by a path.
 
     Several scans of one query would share a Python file, which deadlocks and mixes up reads.
+
+    Raises:
+        RequestError: it is damaged, or has other columns than `schema`.
     """
     path = (corpus.store.root or spill) / table.object.name  # a table of this process alone has a whole path
     if corpus.store.root is None and not path.is_file():
         path = spill / path.name
         with open_table(corpus, table) as file, path.open("wb") as copy:
             shutil.copyfileobj(file, copy, 16 << 20)
-    try:
+    with damage_of(corpus.url, table):
         fragment = ds.ParquetFileFormat().make_fragment(str(path), LocalFileSystem())
-        return ds.FileSystemDataset([fragment], fragment.physical_schema, fragment.format)
-    except (pa.ArrowException, OSError) as error:
-        raise RequestError(
-            f"corpus {corpus.url}: {table.object.name} is damaged ({first_line(error)}); remove the folder "
-            "tables, it is made again"
-        ) from None
+        check_footer(fragment.metadata, table.rows, "its record")
+        if not fragment.physical_schema.equals(schema):
+            raise ValueError(f"its columns are {str(fragment.physical_schema)[:200]!r}")
+        return ds.FileSystemDataset([fragment], schema, fragment.format)
+
+
+def job_schema(folder: str) -> pa.Schema:
+    """The schema of the table of a job."""
+    prefix = folder.removeprefix("tables/").removesuffix("s")
+    return pa.schema([*ROW_ID, *(field for field in JOB_COLUMNS if field.name.startswith(prefix))])
 
 
 def jobs_of(corpus: Corpus, table: SampleTable) -> dict[str, TableJob]:
@@ -190,15 +209,20 @@ def asked_jobs(sql: str) -> list[str]:
     return [folder for folder in JOBS if folder.removeprefix("tables/").removesuffix("s") in sql.lower()]
 
 
-def run(connection: duckdb.DuckDBPyConnection, sql: str, limits: SqlLimits | None = None) -> pa.Table:
+def run(
+    connection: duckdb.DuckDBPyConnection, sql: str, limits: SqlLimits | None = None, shape: Shape | None = None
+) -> pa.Table:
     """Run one SELECT, or EXPLAIN one.
+
+    Args:
+        shape: makes what is run of what it gives, as `run_select` takes it.
 
     Raises:
         RequestError: the SQL is wrong, with DuckDB's message and the commands that make missing columns; or it takes
             more than the limits.
     """
     try:
-        table = run_select(connection, sql, limits or SqlLimits())
+        table = run_select(connection, sql, limits or SqlLimits(), shape)
     except duckdb.Error as error:
         message = str(error)
         if isinstance(error, duckdb.BinderException):

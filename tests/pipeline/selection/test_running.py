@@ -13,7 +13,7 @@ import pytest
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.selection.queries import parse
-from microdit.pipeline.selection.selections import select
+from microdit.pipeline.selection.selections import select, select_apart
 from microdit.pipeline.selection.view import query, query_apart
 from microdit.pipeline.tables.database import SqlLimits
 from tests.pipeline.helpers.small_corpus import fill, make_corpus
@@ -95,6 +95,24 @@ def test_a_query_apart_gives_the_same(corpus: Corpus) -> None:
     assert query_apart(corpus, sql, SqlLimits()).equals(query(corpus, sql))
     with pytest.raises(RequestError, match=r"^SQL: Binder Error.*widht"):
         query_apart(corpus, "SELECT widht FROM samples", SqlLimits())
+
+
+@pytest.mark.parametrize("end", ["", ";", " ; -- so", "\n-- so\n"])
+def test_a_selection_computes_no_other_columns(corpus: Corpus, end: str) -> None:
+    where = "FROM samples WHERE status = 'ok' ORDER BY width DESC LIMIT 3"
+    slow = f"SELECT *, (SELECT levenshtein(repeat('ab', 200000), repeat(id, 90000))) AS caption_source {where}{end}"
+    slow = slow.replace("SELECT *,", "SELECT * EXCLUDE (caption_source),", 1)
+    for sql in (f"SELECT * {where}{end}", slow) if "; --" not in end else (f"SELECT * {where}{end}",):
+        assert select(corpus, "wide", sql, limits=SqlLimits(seconds=5)).rows == 3
+    with pytest.raises(RequestError, match=r"it gives the columns \['source', 'shard', 'row', 'source"):
+        select(corpus, "wide", f"SELECT source, shard, row, source {where}")
+
+
+@pytest.mark.parametrize("sql", [ENDLESS, DEAF])
+def test_a_selection_apart_is_stopped(corpus: Corpus, sql: str) -> None:
+    where = f"WHERE status = 'ok' AND ({sql}) > 0"
+    with pytest.raises(RequestError, match="it was stopped after 2 seconds"):
+        select_apart(corpus, "never", f"SELECT * FROM samples {where}", None, SqlLimits(seconds=2))
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
