@@ -142,7 +142,8 @@ class ShardCheck:
                 "fewer",
                 commit.name,
                 f"shard {commit.shard}: generation {commit.generation} has {commit.counts['out']:,} good rows, "
-                f"generation {best.generation} had {best.counts['out']:,}, and its object {best.object.name} is still there",
+                f"generation {best.generation} had {best.counts['out']:,}, and its object {best.object.name} is still "
+                "there",
             )
 
     # -- objects -----------------------------------------------------------------------------------------------------
