@@ -17,14 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from microdit.pipeline.access.lineage import newest_commits
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.corpus.arrays import array_from_bytes
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import IMAGES, ShardId, column_kind
+from microdit.pipeline.corpus.names import IMAGES, column_kind
 from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.corpus.rows import Row, read_rows
 from microdit.pipeline.corpus.shard_files import SIDECAR
+from microdit.pipeline.selection.lineage import newest_commits
+from microdit.pipeline.selection.sample_index import selected_rows
 
 ColumnValue = bytes | np.ndarray | str | dict[str, Any] | None
 
@@ -97,7 +98,7 @@ def plan_join(corpus: Corpus, columns: str | Sequence[str], selection: str | Non
     if not names:
         raise RequestError(f"columns: none was named; corpus {corpus.url} has {', '.join(corpus.columns())}")
     commits = newest_commits(corpus, names)
-    kept = None if selection is None else _rows_by_shard(corpus, selection)
+    kept = None if selection is None else selected_rows(corpus, selection)
     shared = set.intersection(*(set(of) for of in commits.values()))
     wanted = sorted(shared if kept is None else shared & kept.keys())
     if not wanted:
@@ -107,20 +108,6 @@ def plan_join(corpus: Corpus, columns: str | Sequence[str], selection: str | Non
         JoinedShard(*where, {name: of[where] for name, of in commits.items()}, *(kept[where] if kept else ()))
         for where in wanted
     ]
-
-
-def _rows_by_shard(corpus: Corpus, selection: str) -> dict[ShardId, tuple[np.ndarray, np.ndarray]]:
-    """Split a selection into rows and weights by shard."""
-    from microdit.pipeline.selection.selections import load_selection  # it brings duckdb
-
-    table = load_selection(corpus, selection)
-    # ordered by source, shard and row: a shard's rows lie together
-    names = [table[name].combine_chunks() for name in ("source", "shard")]
-    changes = np.logical_or.reduce([np.diff(n.dictionary_encode().indices.to_numpy()) != 0 for n in names])
-    starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
-    shards = zip(*(name.take(pa.array(starts)).to_pylist() for name in names), strict=True)
-    rows, weights = (np.split(table[name].to_numpy(), starts[1:]) for name in ("row", "weight"))
-    return dict(zip(shards, zip(rows, weights, strict=True), strict=True))
 
 
 def read_joined(corpus: Corpus, shard: JoinedShard) -> Iterator[JoinedRow]:

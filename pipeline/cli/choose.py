@@ -6,7 +6,18 @@ from typing import Annotated, Any
 import typer
 
 from microdit.pipeline.base.errors import RequestError
-from microdit.pipeline.cli.command import CorpusUrl, Distance, Json, json_answer, open_corpus
+from microdit.pipeline.base.signals import stop_signals
+from microdit.pipeline.cli.command import (
+    CorpusUrl,
+    Disk,
+    Distance,
+    Json,
+    Memory,
+    Timeout,
+    json_answer,
+    open_corpus,
+    sql_limits,
+)
 
 
 def select(
@@ -19,6 +30,9 @@ def select(
         str | None,
         typer.Option(metavar="SHARES", help="How often each source comes: equal, or A=2,B=1. Default: by its size."),
     ] = None,
+    timeout: Timeout = None,
+    memory: Memory = None,
+    disk: Disk = None,
     as_json: Json = False,
 ) -> None:
     """Save a selection: the rows (`source`, `shard`, `row`, and `weight` if you like) that a query gives.
@@ -33,12 +47,12 @@ def select(
 
     - `microdit select my/corpus clean --weights cc12m=2,sa1b=1`
     """
-    from microdit.pipeline.selection.selections import select as select_rows
+    from microdit.pipeline.selection.selections import select_apart
     from microdit.pipeline.selection.weights import parse_shares
 
-    with json_answer(as_json) as answer:
+    with json_answer(as_json) as answer, stop_signals():
         shares = None if weights is None else parse_shares(weights)
-        chosen = select_rows(open_corpus(corpus), name, sql, shares)
+        chosen = select_apart(open_corpus(corpus), name, sql, shares, sql_limits(timeout, memory, disk))
         answer.update({"name": chosen.name, "hash": chosen.hash, "path": chosen.path, "rows": chosen.rows})
     if not as_json:
         print(f"{chosen.name}@{chosen.hash}: {chosen.rows:,} rows")

@@ -17,6 +17,7 @@ from microdit.pipeline.base.terminal import printable
 
 if TYPE_CHECKING:
     from microdit.pipeline.corpus.corpus import Corpus
+    from microdit.pipeline.tables.database import SqlLimits
 
 
 class Commands(TyperGroup):
@@ -48,10 +49,38 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Sql = Annotated[str, typer.Argument(metavar="SQL", help="One SELECT over the view `samples`.", show_default=False)]
 Distance = Annotated[int, typer.Option(metavar="BITS", help="How many of the 64 bits may differ, 0 to 8.")]
 
+Timeout = Annotated[
+    float | None, typer.Option(metavar="SECONDS", help="Stop the query after so long; else never.", min=0.001)
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(
+        metavar="GIB",
+        help="Memory for the query, and as much for its result; 8, or half of the machine's if that is less.",
+        min=0.1,
+    ),
+]
+Disk = Annotated[
+    float | None,
+    typer.Option(
+        metavar="GIB",
+        help="Room for its temporary files in $TMPDIR; 32, or half of what is free there if that is less.",
+        min=0,
+    ),
+]
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the file, e.g. shard_samples=64.", show_default=False),
 ]
+
+
+def sql_limits(timeout: float | None, memory: float | None, disk: float | None) -> "SqlLimits":
+    """Build the limits of a query from its options, in GiB; None is the default."""
+    from microdit.pipeline.tables.database import GIB, SqlLimits
+
+    given = {"memory": memory, "disk": disk}
+    return SqlLimits(seconds=timeout, **{name: int(gib * GIB) for name, gib in given.items() if gib is not None})
 
 
 def open_corpus(url: str) -> "Corpus":

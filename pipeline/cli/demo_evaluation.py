@@ -23,7 +23,8 @@ from microdit.pipeline.content.images import BadImage, decode
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.rows import read_rows
 from microdit.pipeline.corpus.shard_cache import ShardId
-from microdit.pipeline.selection.sample_index import SampleIndex, open_columns, read_captions
+from microdit.pipeline.selection.lineage import newest_commits
+from microdit.pipeline.selection.sample_index import SampleIndex, read_captions
 from microdit.pipeline.stages.rows import image_bytes
 from microdit.trainer.data.samples import RunSamples, open_samples
 from microdit.trainer.recipe import Recipe
@@ -184,7 +185,7 @@ def read_images(corpus: Corpus, index: SampleIndex, side: int) -> dict[str, np.n
                     raise RequestError(f"sample {name} cannot be compared with: {error}") from error
                 yield name, square(decode(data, PILLOW_MAX_PIXELS, shrink_to=side).pixels, side)
 
-    commits = open_columns(corpus, ["images"])["images"]
+    commits = newest_commits(corpus, ["images"])["images"]
     rows = index.by_shard()
     with ThreadPoolExecutor(2) as pool:
         return dict(pair for pairs in pool.map(lambda item: list(read(*item)), rows.items()) for pair in pairs)

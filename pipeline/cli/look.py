@@ -6,8 +6,19 @@ from typing import Annotated
 
 import typer
 
+from microdit.pipeline.base.signals import stop_signals
 from microdit.pipeline.base.terminal import printable
-from microdit.pipeline.cli.command import CorpusUrl, Json, Sql, json_answer, open_corpus
+from microdit.pipeline.cli.command import (
+    CorpusUrl,
+    Disk,
+    Json,
+    Memory,
+    Sql,
+    Timeout,
+    json_answer,
+    open_corpus,
+    sql_limits,
+)
 from microdit.pipeline.cli.shown import print_garbage, print_rows, print_status, print_verification
 
 
@@ -38,8 +49,17 @@ def report(
     print(write_report(open_corpus(corpus), out, run))
 
 
-def query(corpus: CorpusUrl, sql: Sql, as_json: Json = False) -> None:
+def query(
+    corpus: CorpusUrl,
+    sql: Sql,
+    timeout: Timeout = None,
+    memory: Memory = None,
+    disk: Disk = None,
+    as_json: Json = False,
+) -> None:
     """Ask the sample table, one line per input, with DuckDB's SQL.
+
+    The SQL may be anybody's: it reaches nothing but the view `samples`, and takes no more than the options say.
 
     **Examples**
 
@@ -47,10 +67,10 @@ def query(corpus: CorpusUrl, sql: Sql, as_json: Json = False) -> None:
 
     - `microdit query my/corpus "SELECT * FROM samples LIMIT 1" --json` shows the columns that there are
     """
-    from microdit.pipeline.selection.view import query as run_query
+    from microdit.pipeline.selection.view import query_apart
 
-    with json_answer(as_json) as answer:
-        table = run_query(open_corpus(corpus), sql)
+    with json_answer(as_json) as answer, stop_signals():
+        table = query_apart(open_corpus(corpus), sql, sql_limits(timeout, memory, disk))
         answer.update({"columns": table.column_names, "rows": table.to_pylist()})
     if not as_json:
         print_rows(answer["columns"], answer["rows"])

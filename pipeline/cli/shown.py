@@ -77,14 +77,18 @@ def _units_read(source: "SourceStatus") -> str:
 
 def print_verification(result: "Verification") -> None:
     """Print every problem, the samples of each column, and the totals."""
+    from microdit.pipeline.upkeep.problem import WARNINGS
+
     for problem in result.problems:
         print(printable(str(problem)))
     for column, samples in result.totals.samples.items():
         print(f"{column}: in {samples.inputs:,} = out {samples.out:,} + failed {samples.failed:,}")
     totals = result.totals
+    warnings = sum(problem.kind in WARNINGS for problem in result.problems)
     print(
         f"{totals.shards:,} shards, {totals.commits:,} commits, {totals.units:,} units, "
-        f"{in_bytes(totals.bytes)}: {len(result.problems):,} problems"
+        f"{in_bytes(totals.bytes)}: {len(result.problems) - warnings:,} problems"
+        f"{f' and {warnings:,} warnings' if warnings else ''}"
     )
 
 

@@ -30,7 +30,14 @@ from microdit.pipeline.corpus.records import (
     UnitCommit,
     canonical,
 )
-from microdit.pipeline.corpus.shard_files import SCALAR_TYPES, SIDECAR, RowCountError, read_table
+from microdit.pipeline.corpus.shard_files import (
+    SCALAR_TYPES,
+    SIDECAR,
+    ColumnTypeError,
+    RowCountError,
+    check_types,
+    read_table,
+)
 from microdit.pipeline.storage.store import Store, open_store
 
 R = TypeVar("R", bound=Record)
@@ -104,16 +111,16 @@ class Corpus:
             raise RequestError(f"corpus {url}: it cannot be reached: {first_line(error)}") from error
         try:
             about = json.loads(data)
-            version, name, shard_samples = about["version"], str(about["name"]), int(about["shard_samples"])
-            if shard_samples < 1:
-                raise ValueError(f"shard_samples is {shard_samples}")
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            version, name, shard_samples = about["version"], about["name"], about["shard_samples"]
+            if not isinstance(name, str) or type(shard_samples) is not int or not 1 <= shard_samples < 2**31:
+                raise ValueError(f"name is {name!r:.80}, shard_samples {shard_samples!r:.80}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RequestError(
                 f"corpus {url}: corpus.json is damaged ({first_line(error)}); restore it or begin a new corpus"
             ) from None
         if version != VERSION:
             raise RequestError(
-                f"corpus {url}: its format version is {version!r}, this microdit reads {VERSION}; update microdit"
+                f"corpus {url}: its format version is {version!r:.80}, this microdit reads {VERSION}; update microdit"
             )
         return cls(store, name, shard_samples)
 
@@ -280,15 +287,24 @@ class Corpus:
         """Read the sidecar of a commit: one line per row, in row order.
 
         Raises:
-            DamagedError: it has other rows than the commit says.
+            DamagedError: it has other rows than the commit says, or columns of other types than are declared.
         """
         try:
-            return read_table(self.store.get(commit.sidecar.name), commit.counts.get("in", -1))
-        except RowCountError as error:
+            table = read_table(self.store.get(commit.sidecar.name), commit.counts["in"])
+            check_types(table.schema, self._scalars(commit.column))
+            return table
+        except (RowCountError, ColumnTypeError) as error:
             raise DamagedError(
                 f"corpus {self.url}: {commit.sidecar.name} is damaged: {error}; `microdit verify` lists all damage, "
                 "`microdit build --repair` mends it"
             ) from None
+
+    def _scalars(self, column: str) -> dict[str, str]:
+        """Read the declared scalars of a column; none where its declaration is lost, which others report."""
+        try:
+            return self._declaration(f"columns/{column}.json").scalars
+        except (FileNotFoundError, DamagedError):
+            return {}
 
     def open_object(self, commit: Commit) -> BinaryIO:
         """Open the data object of a commit as a binary file."""

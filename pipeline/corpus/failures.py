@@ -8,7 +8,7 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import ShardId
 from microdit.pipeline.corpus.records import Record
 
-FAILURE = re.compile(r"failures/([^/]+(?:/[^/]+)?)/([^/]+)/([^/]+)\.(0|[1-9][0-9]*)\.json")
+FAILURE = re.compile(r"failures/([^/]+(?:/[^/]+)?)/([^/]+)/([^/]+)\.(0|[1-9][0-9]{0,8})\.json")
 
 
 class Failure(Record):

@@ -51,5 +51,5 @@ def is_living(corpus: Corpus, probe: ObjectInfo) -> bool:
         return not has_died(json.loads(corpus.store.get(probe.name)) if probe.size <= LARGEST else {})
     except FileNotFoundError:
         return False
-    except (ValueError, KeyError, TypeError):  # of another writer
+    except (ValueError, KeyError, TypeError, RecursionError):  # of another writer
         return True

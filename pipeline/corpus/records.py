@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
@@ -11,6 +11,11 @@ from microdit.pipeline.corpus.names import ATTEMPT, COLUMN, SHARD, SOURCE, colum
 VERSION: Literal[1] = 1
 UNREPAIRED = "unrepaired"
 """In a commit's timings: rows that were damaged and could not be had again, or whose bytes could not be checked."""
+Count = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
+"""Of rows or generations: what a 32-bit integer holds, and no `true` or 1.0."""
+Size = Annotated[int, Field(strict=True, ge=0, le=2**53)]
+"""Of bytes, or of the rows of a whole corpus: what JSON holds exactly."""
+Timing = Annotated[float, Field(allow_inf_nan=False, ge=-1e15, le=1e15)]
 
 
 class Record(BaseModel):
@@ -61,15 +66,15 @@ class ObjectRef(Record):
     """An object of the corpus, with size in bytes and hash."""
 
     name: str
-    size: int
+    size: Size
     sha256: str
 
 
 class InputRef(Record):
     """A commit that an attempt read; `sha256` is that of its stored bytes."""
 
-    column: str
-    generation: int
+    column: Annotated[str, Field(pattern=f"^(?:{COLUMN.pattern})$")]
+    generation: Count
     sha256: str
 
 
@@ -81,15 +86,15 @@ class Commit(Record):
     source: str
     unit: str
     shard: str
-    generation: int
+    generation: Count
     attempt: str
     object: ObjectRef
     sidecar: ObjectRef
-    counts: dict[str, int]
-    reasons: dict[str, int]
+    counts: dict[str, Count]
+    reasons: dict[str, Count]
     fingerprint: str
     inputs: list[InputRef]
-    timings: dict[str, float]
+    timings: dict[str, Timing]
     host: str
     device: str = ""
     """What the process worked with: `cpu`, or its GPU's name; empty where it is not said."""
@@ -117,6 +122,8 @@ class Commit(Record):
         )
         if not ATTEMPT.fullmatch(self.attempt) or (self.object.name, self.sidecar.name) != wanted:
             raise ValueError(f"it names {self.object.name!r} and {self.sidecar.name!r}, expected {wanted}")
+        if missing := {"in", "out", "failed"} - self.counts.keys():
+            raise ValueError(f"its counts have no {', '.join(sorted(missing))}")
         return self
 
     @property
@@ -156,8 +163,8 @@ class UnitCommit(Record):
     version: Literal[1] = VERSION
     source: str
     unit: str
-    generation: int = 0
-    inputs: int
+    generation: Count = 0
+    inputs: Size
     shards: list[str]
     fingerprint: str
 

@@ -39,9 +39,27 @@ class RowCountError(ValueError):
     """A sidecar has other rows than its commit says."""
 
 
+class ColumnTypeError(ValueError):
+    """A sidecar lacks a column, or has it with another type than is declared."""
+
+
 def sidecar_schema(scalars: Mapping[str, str]) -> pa.Schema:
     """Build the parquet schema of a column's sidecar; `scalars` maps names to type names (`SCALAR_TYPES`)."""
     return pa.schema([*SIDECAR, *(pa.field(name, SCALAR_TYPES[kind]) for name, kind in scalars.items())])
+
+
+def check_types(schema: pa.Schema, scalars: Mapping[str, str]) -> None:
+    """Hold the schema of a sidecar against the declared scalars; it may have columns more.
+
+    Raises:
+        ColumnTypeError: a column is missing, or of another type.
+    """
+    types = dict(zip(schema.names, schema.types, strict=True))
+    for field in sidecar_schema({name: kind for name, kind in scalars.items() if kind in SCALAR_TYPES}):
+        if types.get(field.name) != field.type:
+            raise ColumnTypeError(
+                f"its column {field.name} is {str(types.get(field.name, 'missing'))[:200]}, expected {field.type}"
+            )
 
 
 class TarWriter:
@@ -119,15 +137,28 @@ def open_table(source: Any, rows: int | None = None) -> pq.ParquetFile:
         ValueError: uncompressed it would be larger than any sidecar of so many rows.
     """
     file = pq.ParquetFile(source)
-    groups = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
-    found = max(file.metadata.num_rows, sum(group.num_rows for group in groups))
-    if rows is not None and found != rows:
-        raise RowCountError(f"it has {found:,} rows, the commit says {rows if rows >= 0 else 'nothing'}")
-    columns = (group.column(n) for group in groups for n in range(group.num_columns))
-    size, most = sum(column.total_uncompressed_size for column in columns), TABLE_BYTES + ROW_BYTES * found
-    if size > most:
-        raise ValueError(f"uncompressed its {found:,} rows have {size:,} bytes; expected at most {most:,}")
+    check_footer(file.metadata, rows)
     return file
+
+
+def check_footer(footer: pq.FileMetaData, rows: int | None, said_by: str = "the commit") -> None:
+    """Hold a Parquet footer against a number of rows, and each row group against what so many rows may have.
+
+    Raises:
+        RowCountError: there are more or fewer.
+        ValueError: uncompressed a row group would be larger than any of so many rows.
+    """
+    groups = [footer.row_group(n) for n in range(footer.num_row_groups)]
+    found = max(footer.num_rows, sum(group.num_rows for group in groups))
+    if rows is not None and found != rows:
+        raise RowCountError(f"it has {found:,} rows, {said_by} says {rows if rows >= 0 else 'nothing'}")
+    for group in groups:
+        size = sum(group.column(n).total_uncompressed_size for n in range(group.num_columns))
+        most = TABLE_BYTES + ROW_BYTES * group.num_rows
+        if size > most:
+            raise ValueError(
+                f"uncompressed {group.num_rows:,} of its rows have {size:,} bytes; expected at most {most:,}"
+            )
 
 
 def read_table(data: bytes, rows: int | None = None) -> pa.Table:

@@ -34,7 +34,7 @@ from microdit.pipeline.mds.columns import CAPTION, DOWNSAMPLE, TEXT
 from microdit.pipeline.mds.format import INDEX, SIZE_LIMIT, MdsWriter, merged_index
 from microdit.pipeline.mds.progress import ConversionProgress
 from microdit.pipeline.mds.summary import ExportSummary
-from microdit.pipeline.selection.selections import load_selection
+from microdit.pipeline.selection.sample_index import selected_rows
 from microdit.pipeline.storage.disk import sync
 from microdit.pipeline.storage.store import open_store
 from microdit.pipeline.tables.commit_table import commit_table, totals
@@ -132,7 +132,7 @@ def plan_export(
                 "makes them again"
             )
     commits = {column: {(c.source, c.shard): c for c in corpus.commits(column)} for column in used}
-    rows = None if selection is None else _selected(corpus, selection)
+    rows = None if selection is None else _unweighted(corpus, selection)
     shards = sorted(commits[IMAGES] if rows is None else rows)
     shapes = {name: _shape(corpus, column, commits[column], shards) for name, column in fields.items()}
     if shapes[TEXT] != text_shape:
@@ -181,14 +181,12 @@ def _choose_latents(declared: Mapping[str, Declaration], latents: Sequence[str])
     return dict(sorted(fields.items(), key=lambda item: (len(item[0]), item[0])))
 
 
-def _selected(corpus: Corpus, selection: str) -> dict[ShardId, np.ndarray]:
-    """Read the rows of a selection by shard."""
-    table = load_selection(corpus, selection)
-    if len(table) and (table["weight"].to_numpy() != 1).any():
+def _unweighted(corpus: Corpus, selection: str) -> dict[ShardId, np.ndarray]:
+    """Read the rows of a selection by shard, and refuse weights."""
+    selected = selected_rows(corpus, selection)
+    if any((weights != 1).any() for _, weights in selected.values()):
         raise RequestError(f"selection {selection} has weights, which MDS has no place for; select without weights")
-    grouped = table.group_by(["source", "shard"], use_threads=False).aggregate([("row", "list")])
-    shard_ids = zip(grouped["source"].to_pylist(), grouped["shard"].to_pylist(), strict=True)
-    return {shard_id: rows.values.to_numpy() for shard_id, rows in zip(shard_ids, grouped["row_list"], strict=True)}
+    return {shard_id: rows for shard_id, (rows, _) in selected.items()}
 
 
 def _shape(

@@ -5,12 +5,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import pyarrow as pa
+import pyarrow.compute as pc
+from obstore.exceptions import BaseError
+
+from microdit.pipeline.base.errors import first_line
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.failures import failures, read_failure
 from microdit.pipeline.corpus.names import IMAGES, UNITS
 from microdit.pipeline.corpus.records import Commit
+from microdit.pipeline.corpus.shard_files import SIDECAR
+from microdit.pipeline.report.sample_view import SampleView
 from microdit.pipeline.selection.selections import Selection, list_selections
-from microdit.pipeline.selection.view import query
 from microdit.pipeline.tables.sample_table import TableField
 
 # Failures of `images` by the step at which an input was lost; what is not named here was lost on the way to us.
@@ -42,44 +48,46 @@ class FunnelStep:
     drops: list[Drop]
 
 
-def funnel(corpus: Corpus, commits: Mapping[str, Sequence[Commit]], complete: Mapping[str, str]) -> list[FunnelStep]:
+def funnel(
+    view: SampleView, commits: Mapping[str, Sequence[Commit]], complete: Mapping[str, str], notes: list[str]
+) -> list[FunnelStep]:
     """Follow the inputs from what the sources list to what is in every column.
 
     Args:
         commits: by column the newest ones.
         complete: by column, SQL that is true of the samples that have it.
+        notes: get what could not be read.
     """
     lost = Counter[str]()
     for commit in commits[IMAGES]:
         lost.update(commit.reasons)
     steps = [FunnelStep("Listed", "inputs of the sources", sum(c.counts["in"] for c in commits[IMAGES]), [])]
-    examples = _examples(corpus)
+    examples = _examples(view)
     for label, what, reasons in (
         ("Fetched", "bytes arrived", set(lost) - UNDECODABLE - UNWANTED),
         ("Decoded", "every pixel was read", set(lost) & UNDECODABLE),
         ("Kept", "large enough, and stored", set(lost) & UNWANTED),
     ):
-        drops = [Drop(reason, lost[reason], IMAGES, *examples[reason]) for reason in reasons]
+        drops = [Drop(reason, lost[reason], IMAGES, *examples.get(reason, ("", None))) for reason in reasons]
         drops.sort(key=lambda drop: (-drop.count, drop.reason))
         steps.append(FunnelStep(label, what, steps[-1].count - sum(drop.count for drop in drops), drops))
     condition = " AND ".join(["status = 'ok'", *complete.values()])
-    whole = query(corpus, f"SELECT count(*) AS n FROM samples WHERE {condition}").column("n")[0].as_py()
-    drops = [drop for name in commits if name != IMAGES for drop in _column_drops(corpus, commits[name])]
+    whole = view.count(condition)
+    drops = [drop for name in commits if name != IMAGES for drop in _column_drops(view.corpus, commits[name], notes)]
     drops.sort(key=lambda drop: (-drop.count, drop.column, drop.reason))
     return [*steps, FunnelStep("In every column", "captions, scores, latents, text", whole, drops)]
 
 
-def _examples(corpus: Corpus) -> dict[str, tuple[str, str | None]]:
+def _examples(view: SampleView) -> dict[str, tuple[str, str | None]]:
     """Find the id and detail of the first image that failed, by reason."""
-    rows = query(
-        corpus,
+    rows = view.rows(
         "SELECT reason, arg_min({'id': id, 'detail': detail}, id) AS first "
-        "FROM samples WHERE status = 'failed' GROUP BY reason",
-    ).to_pylist()
+        "FROM samples WHERE status = 'failed' GROUP BY reason"
+    )
     return {row["reason"]: (row["first"]["id"], row["first"]["detail"]) for row in rows}
 
 
-def _column_drops(corpus: Corpus, commits: Sequence[Commit]) -> list[Drop]:
+def _column_drops(corpus: Corpus, commits: Sequence[Commit], notes: list[str]) -> list[Drop]:
     """Count what failed in one column itself; what it inherited (`upstream`) is told where it began."""
     total: Counter[str] = Counter()
     first: dict[str, Commit] = {}
@@ -91,8 +99,14 @@ def _column_drops(corpus: Corpus, commits: Sequence[Commit]) -> list[Drop]:
     drops = []
     for reason, n in total.items():
         commit = first[reason]
-        row = next(r for r in corpus.sidecar(commit).to_pylist() if r["reason"] == reason)
-        drops.append(Drop(reason, n, commit.column, f"{commit.source}/{row['key']}", row["detail"]))
+        try:
+            sidecar = corpus.sidecar(commit).select(["key", "reason", "detail"])
+        except (OSError, ValueError, BaseError) as error:
+            notes.append(f"{commit.sidecar.name} cannot be read: {first_line(error)}")
+            sidecar = SIDECAR.empty_table()
+        rows = sidecar.filter(pc.equal(sidecar["reason"], reason)).slice(0, 1).to_pylist()
+        example, detail = (f"{commit.source}/{rows[0]['key']}", rows[0]["detail"]) if rows else ("", None)
+        drops.append(Drop(reason, n, commit.column, example, detail))
     return drops
 
 
@@ -202,12 +216,16 @@ class CorpusWork:
 
 def rates(commits: Mapping[str, Sequence[Commit]]) -> CorpusWork:
     """Measure when and how fast each column was made. Time in which no column was worked on is cut out."""
-    spans = {name: _merge(_span(c) for c in of_column) for name, of_column in commits.items() if of_column}
+    spans = {
+        name: merged
+        for name, of_column in commits.items()
+        if (merged := _merge(span for c in of_column if (span := _span(c)) is not None))
+    }
     busy = _merge(span for of_column in spans.values() for span in of_column)
     total = sum(end - begin for begin, end in busy)
     rows = []
     for name, of_column in commits.items():
-        if not of_column:
+        if name not in spans:
             continue
         samples, seconds = sum(c.counts["in"] for c in of_column), sum(c.timings.get("seconds", 0.0) for c in of_column)
         busy_spans = ((_busy_time(busy, begin), _busy_time(busy, end)) for begin, end in spans[name])
@@ -223,6 +241,8 @@ def rates(commits: Mapping[str, Sequence[Commit]]) -> CorpusWork:
                 cut=int(sum(c.timings.get("cut", 0) for c in of_column)),
             )
         )
+    if not busy:
+        return CorpusWork([], 0.0, 0.0, 0, "an unknown day")
     days = [datetime.fromtimestamp(at, UTC).strftime("%-d %B %Y") for at in (busy[0][0], busy[-1][1])]
     return CorpusWork(
         rows=rows,
@@ -233,9 +253,12 @@ def rates(commits: Mapping[str, Sequence[Commit]]) -> CorpusWork:
     )
 
 
-def _span(commit: Commit) -> tuple[float, float]:
-    """Begin and end of an attempt in Unix time."""
-    begin = datetime.strptime(commit.attempt[:15], "%Y%m%dT%H%M%S").replace(tzinfo=UTC).timestamp()
+def _span(commit: Commit) -> tuple[float, float] | None:
+    """Begin and end of an attempt in Unix time; None if its name is no time."""
+    try:
+        begin = datetime.strptime(commit.attempt[:15], "%Y%m%dT%H%M%S").replace(tzinfo=UTC).timestamp()
+    except ValueError:
+        return None
     return begin, begin + max(commit.timings.get("seconds", 0.0), 0.001)
 
 
@@ -264,6 +287,7 @@ def complete_samples(fields: Sequence[TableField], columns: Iterable[str]) -> di
         flag = next((field.name for field in mine if field.scalar is None), None)
         if flag is not None:
             conditions[column] = f'"{flag}"'
-        elif mine:  # of a table: every scalar is null where the sample failed
-            conditions[column] = f'"{mine[0].name}" IS NOT NULL'
+        elif mine:  # of a table: every scalar is null where the sample failed; numbers are read sooner than captions
+            small = next((field for field in mine if field.type != pa.string()), mine[0])
+            conditions[column] = f'"{small.name}" IS NOT NULL'
     return conditions

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 from markupsafe import Markup
 
-from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.report import charts
-from microdit.pipeline.selection.view import query
+from microdit.pipeline.report.sample_view import SampleView
 from microdit.pipeline.tables.sample_table import TableField
 
 # scores that the images' own histograms show already
@@ -88,12 +87,12 @@ class HistogramGroup:
     charts: list[Histogram]
 
 
-def histograms(corpus: Corpus, fields: Sequence[TableField]) -> list[HistogramGroup]:
+def histograms(view: SampleView, fields: Sequence[TableField]) -> list[HistogramGroup]:
     """Draw how sizes, lengths, scores and latents spread. Two queries, however many there are."""
     spreads = _spreads(fields)
-    stats = _stats(corpus, spreads)
+    stats = _stats(view, spreads)
     bins = {i: _bins(one, spreads[i]) for i, one in stats.items() if one.lowest < one.highest}
-    counts = _counts(corpus, spreads, bins)
+    counts = _counts(view, spreads, bins)
     groups: dict[str, list[Histogram]] = defaultdict(list)
     for i, one in sorted(stats.items()):
         chart = _chart(spreads[i], one, bins[i], counts[i]) if i in bins else _single(spreads[i], one)
@@ -101,21 +100,20 @@ def histograms(corpus: Corpus, fields: Sequence[TableField]) -> list[HistogramGr
     return [HistogramGroup(title, sentence, groups[title]) for title, sentence in GROUPS if groups[title]]
 
 
-def _stats(corpus: Corpus, spreads: Sequence[Spread]) -> dict[int, SpreadStats]:
+def _stats(view: SampleView, spreads: Sequence[Spread]) -> dict[int, SpreadStats]:
     """Ask for the statistics of all spreads, by their number; those without a value are left out."""
-    rows = query(
-        corpus,
+    rows = view.rows(
         " UNION ALL ".join(
             f"SELECT {i} AS i, count(*) AS n, min(x) AS lowest, max(x) AS highest, median(x) AS middle, "
             "quantile_cont(x, 0.005) AS low, quantile_cont(x, 0.995) AS high, bool_and(x = floor(x)) AS whole "
             f"FROM {spread.values}"
             for i, spread in enumerate(spreads)
-        ),
-    ).to_pylist()
+        )
+    )
     return {row["i"]: SpreadStats(**row) for row in rows if row["n"]}
 
 
-def _counts(corpus: Corpus, spreads: Sequence[Spread], bins: Mapping[int, Bins]) -> dict[int, dict[int, int]]:
+def _counts(view: SampleView, spreads: Sequence[Spread], bins: Mapping[int, Bins]) -> dict[int, dict[int, int]]:
     """Count the images in every bin, by number of the spread and of the bin; empty bins are left out."""
     counts: dict[int, dict[int, int]] = defaultdict(dict)
     if not bins:
@@ -126,7 +124,7 @@ def _counts(corpus: Corpus, spreads: Sequence[Spread], bins: Mapping[int, Bins])
         f"FROM {spreads[i].values} GROUP BY 3"
         for i, b in bins.items()
     )
-    for row in query(corpus, sql).to_pylist():
+    for row in view.rows(sql):
         counts[row["i"]][row["bin"]] = row["n"]
     return counts
 

@@ -41,9 +41,9 @@ from microdit.pipeline.report.facts import (
 from microdit.pipeline.report.histograms import HistogramGroup, histograms
 from microdit.pipeline.report.pictures import Pictures, pictures
 from microdit.pipeline.report.placeholders import SharedPictures, shared_pictures
+from microdit.pipeline.report.sample_view import SampleView, open_samples
 from microdit.pipeline.report.training import Training, training
 from microdit.pipeline.selection.selections import Selection
-from microdit.pipeline.selection.view import query
 from microdit.pipeline.tables.sample_table import table_fields
 
 
@@ -84,6 +84,8 @@ class PageFacts:
     incomplete_sources: list[IncompleteSource]
     set_aside: list[ColumnSetAside]
     shared_pictures: SharedPictures | None
+    notes: list[str]
+    """What could not be read."""
     selections: list[Selection]
     pictures: Pictures
     histograms: list[HistogramGroup]
@@ -151,12 +153,19 @@ def gather(corpus: Corpus, run: Path | None) -> PageFacts:
     """
     columns = dict(sorted(corpus.columns().items(), key=lambda item: _order(item[0])))
     commits = {name: corpus.commits(name) for name in columns}
+    notes: list[str] = []
     if not commits.get(IMAGES):
         raise RequestError(f"corpus {corpus.url}: no images are committed yet; run `microdit build` first")
     fields = sorted(table_fields(columns), key=lambda field: _order(field.column))
     complete = complete_samples(fields, [name for name in columns if name != IMAGES and commits[name]])
-    steps = funnel(corpus, commits, complete)
     selections = newest_selections(corpus)
+    with open_samples(corpus, commits, notes) as view:
+        steps = funnel(view, commits, complete, notes)
+        drawn = pictures(view, columns, commits, fields, complete.values())
+        spreads = histograms(view, fields)
+        chosen = curation(view, fields, list(complete.values()), selections)
+        counted = licences(view)
+        shared = shared_pictures(view, fields)
     sizes = bytes_by_column(commits)
     return PageFacts(
         name=corpus.name,
@@ -167,16 +176,17 @@ def gather(corpus: Corpus, run: Path | None) -> PageFacts:
         unbuilt=[name for name in columns if name != IMAGES and name not in complete],
         incomplete_sources=incomplete_sources(corpus),
         set_aside=set_aside(corpus, columns),
-        shared_pictures=shared_pictures(corpus, fields),
+        shared_pictures=shared,
+        notes=list(dict.fromkeys(notes)),
         selections=selections,
-        pictures=pictures(corpus, columns, commits, fields, complete.values()),
-        histograms=histograms(corpus, fields),
-        curation=curation(corpus, commits, fields, list(complete.values()), selections),
+        pictures=drawn,
+        histograms=spreads,
+        curation=chosen,
         sizes=sizes,
         total_bytes=sum(size.bytes for size in sizes),
         work=rates(commits),
         training=training(run) if run is not None else None,
-        licences=licences(corpus),
+        licences=counted,
         attributions=_attributions(corpus.sources().values()),
         commands=commands(corpus, selections),
         sources=[_lineage(d, []) for d in corpus.sources().values()],
@@ -186,13 +196,12 @@ def gather(corpus: Corpus, run: Path | None) -> PageFacts:
 
 
 # -- licences, lineage, commands -----------------------------------------------------------------------------------
-def licences(corpus: Corpus) -> list[LicenceCount]:
+def licences(view: SampleView) -> list[LicenceCount]:
     """Count the kept images by licence and source, the most frequent first."""
-    rows = query(
-        corpus,
+    rows = view.rows(
         "SELECT coalesce(license, '') AS license, source, count(*) AS images FROM samples WHERE status = 'ok' "
-        "GROUP BY 1, 2 ORDER BY 3 DESC, 1, 2 LIMIT 40",
-    ).to_pylist()
+        "GROUP BY 1, 2 ORDER BY 3 DESC, 1, 2 LIMIT 40"
+    )
     return [LicenceCount(**row) for row in rows]
 
 

@@ -1,7 +1,5 @@
 """Draw samples of the corpus: images with every caption, beside what the autoencoders give back."""
 
-import base64
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,49 +7,22 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
 from microdit.model.device import best_device
-from microdit.pipeline.config.images import PILLOW_MAX_PIXELS
 from microdit.pipeline.content.crop import square
-from microdit.pipeline.content.images import BadImage, decode
-from microdit.pipeline.corpus.arrays import array_from_bytes
-from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.records import Commit, Declaration
-from microdit.pipeline.selection.view import query
+from microdit.pipeline.report.sample_view import SampleView
+from microdit.pipeline.report.stored import THUMBNAIL, Reader, SampleRef, data_uri
 from microdit.pipeline.tables.sample_table import TableField
 
 PICTURES = 15
 SEED = "report"  # another word, another sample
 BESIDE = 10  # pictures whose captions stand side by side, if there are several captions columns
-THUMBNAIL = 120  # pixels of the long side
 SIDE = 256  # larger pictures are scaled down to this many pixels
 BATCH_LATENTS = 4096  # positions (h x w) of the latents that are decoded at a time: 16 images of 128 px, 1 of 512 px
 MAX_CAPTION = 420  # characters shown of a caption
-
-
-@dataclass(frozen=True)
-class SampleRef:
-    """A sample's id (`source/key`) and its row in a shard."""
-
-    id: str
-    source: str
-    shard: str
-    row: int
-
-
-@dataclass(frozen=True)
-class Thumbnail:
-    """A small picture of a sample, and the words below it; `keep` frames it."""
-
-    id: str
-    uri: str
-    width: int
-    height: int
-    caption: str = ""
-    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +80,7 @@ class Pictures:
 
 
 def pictures(
-    corpus: Corpus,
+    view: SampleView,
     columns: Mapping[str, Declaration],
     commits: Mapping[str, Sequence[Commit]],
     fields: Sequence[TableField],
@@ -121,9 +92,9 @@ def pictures(
         commits: by column the newest ones.
         complete: SQL conditions of a sample that has every column; such samples are drawn first.
     """
-    reader = Reader(corpus, commits)
+    reader = view.reader
     captions = {f.column: f.name for f in fields if f.scalar == "caption" and commits[f.column] and f.column != IMAGES}
-    samples = _draw_samples(corpus, reader, captions, complete)
+    samples = _draw_samples(view, captions, complete)
     psnrs: dict[str, float] = {}
     problems = []
     for column in [name for name in columns if name.startswith("latents/") and commits[name]]:
@@ -135,9 +106,7 @@ def pictures(
     return Pictures(samples, beside, {c: value for c, value in psnrs.items() if math.isfinite(value)}, problems)
 
 
-def _draw_samples(
-    corpus: Corpus, reader: "Reader", captions: Mapping[str, str], complete: Iterable[str]
-) -> list[SampleCard]:
+def _draw_samples(view: SampleView, captions: Mapping[str, str], complete: Iterable[str]) -> list[SampleCard]:
     """Read `PICTURES` samples, always the same ones, those that have every column first.
 
     Args:
@@ -145,17 +114,15 @@ def _draw_samples(
     """
     wanted = ", ".join(["id", "source", "shard", "row", *(f'"{name}"' for name in captions.values())])
     whole = " AND ".join(["status = 'ok'", *complete])
-    drawn = query(
-        corpus,
+    drawn = view.rows(
         f"SELECT {wanted} FROM samples WHERE status = 'ok' AND format IS NOT NULL "
-        f"ORDER BY ({whole}) DESC, md5(id || '{SEED}') LIMIT {PICTURES}",
-    ).to_pylist()
+        f"ORDER BY ({whole}) DESC, md5(id || '{SEED}') LIMIT {PICTURES}"
+    )
     cards = []
     for row in drawn:
         ref = SampleRef(row["id"], row["source"], row["shard"], row["row"])
-        data = reader.member(IMAGES, ref)
-        if data is not None:  # None: committed while this page was made
-            image = Image.fromarray(decode(data, PILLOW_MAX_PIXELS).pixels)
+        image = view.reader.image(ref)
+        if image is not None:
             cards.append(_card(ref, image, {column: str(row[name] or "") for column, name in captions.items()}))
     return cards
 
@@ -175,7 +142,7 @@ def _captions_beside(card: SampleCard) -> CaptionsBeside:
     return CaptionsBeside(_view(_smaller(card.image, THUMBNAIL), "", "", ""), card.alt, card.captions)
 
 
-def _add_decoded(reader: "Reader", declaration: Declaration, samples: Sequence[SampleCard]) -> float:
+def _add_decoded(reader: Reader, declaration: Declaration, samples: Sequence[SampleCard]) -> float:
     """Add a view of what a latents column holds to every sample that has it; returns the mean PSNR in dB."""
     with_latent = [(s, latent) for s in samples if (latent := reader.latent(declaration.name, s.ref)) is not None]
     if not with_latent:
@@ -220,59 +187,10 @@ def _autoencoder(name: str, revision: str | None) -> Any:
     return load_autoencoder(name, revision=revision, device=best_device())
 
 
-def thumbnail(reader: "Reader", ref: SampleRef) -> Thumbnail | None:
-    """Read a small picture of a sample; None if it cannot be read (`verify` says why)."""
-    data = reader.member(IMAGES, ref)
-    if data is None:
-        return None
-    try:
-        image = Image.fromarray(decode(data, PILLOW_MAX_PIXELS).pixels)
-    except BadImage:
-        return None
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return Thumbnail(ref.id, data_uri(image), image.width, image.height)
-
-
 def psnr(wanted: np.ndarray, actual: np.ndarray) -> float:
     """Compute the PSNR of two uint8 images in dB: 10 log10(255^2 / mean squared error), at most 99."""
     error = float(np.mean((wanted.astype(np.float64) - actual.astype(np.float64)) ** 2))
     return 99.0 if error == 0 else min(99.0, 10 * math.log10(255**2 / error))
-
-
-def data_uri(image: Image.Image) -> str:
-    """Encode a picture for the page itself: PNG where that is small (drawings), JPEG otherwise."""
-    buffer, kind = io.BytesIO(), "png"
-    image.save(buffer, "PNG", optimize=True)
-    if buffer.tell() > 4096 + image.width * image.height // 2:
-        buffer, kind = io.BytesIO(), "jpeg"
-        image.save(buffer, "JPEG", quality=88)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-class Reader:
-    """Read single samples out of committed tars; sidecars that were read are kept."""
-
-    def __init__(self, corpus: Corpus, commits: Mapping[str, Sequence[Commit]]):
-        self.corpus = corpus
-        self.commits = {(c.column, c.source, c.shard): c for of_column in commits.values() for c in of_column}
-        self.sidecars: dict[str, pa.Table] = {}
-
-    def member(self, column: str, ref: SampleRef) -> bytes | None:
-        """Read the first member of a sample; None if the column does not have it."""
-        commit = self.commits.get((column, ref.source, ref.shard))
-        if commit is None:
-            return None
-        if commit.name not in self.sidecars:
-            self.sidecars[commit.name] = self.corpus.sidecar(commit).select(["status", "offset", "size"])
-        line = self.sidecars[commit.name].slice(ref.row, 1).to_pylist()[0]
-        if line["status"] != "ok":
-            return None
-        return self.corpus.store.get_range(commit.object.name, line["offset"], line["size"])
-
-    def latent(self, column: str, ref: SampleRef) -> np.ndarray | None:
-        """Read the latent of a sample, (c, h, w); None if the column does not have it."""
-        data = self.member(column, ref)
-        return None if data is None else array_from_bytes(data)
 
 
 def _view(image: Image.Image, label: str, detail: str, alt: str) -> View:

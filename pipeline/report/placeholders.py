@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
-from microdit.pipeline.selection.view import query
+from microdit.pipeline.report.sample_view import SampleView
 from microdit.pipeline.tables.sample_table import TableField
 
 NEEDED = {"sha256", "origin", "fields"}
@@ -29,9 +28,9 @@ class SharedPictures:
     url: str
 
 
-def shared_pictures(corpus: Corpus, fields: Sequence[TableField]) -> SharedPictures | None:
+def shared_pictures(view: SampleView, fields: Sequence[TableField]) -> SharedPictures | None:
     """Count the pictures whose bytes came from several URLs; None if there are none."""
     if not {field.name for field in fields if field.column == IMAGES} >= NEEDED:
         return None
-    row = query(corpus, SHARED).to_pylist()[0]
+    row = view.rows(SHARED)[0]
     return SharedPictures(**row) if row["pictures"] else None

@@ -106,7 +106,7 @@ def _log(path: Path, problems: list[str]) -> list[dict[str, Any]]:
         for text in file.read(MAX_LOG).splitlines():
             try:
                 line = json.loads(text)
-            except ValueError:  # a process that was killed leaves half a line
+            except (ValueError, RecursionError):  # a process that was killed leaves half a line
                 torn += 1
                 continue
             if isinstance(line, dict):
@@ -146,7 +146,7 @@ def _phase_names(run: Path) -> list[str]:
         try:
             phases = json.loads(path.read_text())["recipe"]["stages"]
             return [f"{phase['latents'].partition('/')[2]}, mask {phase['mask_ratio']:.0%}" for phase in phases]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # half a checkpoint of a run that was killed
     return []
 
@@ -202,7 +202,7 @@ def _evaluation(path: Path, problems: list[str]) -> dict[str, Any]:
         return {}
     try:
         evaluation = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problems.append(f"evaluation.json is no JSON: {error}")
         return {}
     return evaluation if isinstance(evaluation, dict) else {}

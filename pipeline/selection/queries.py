@@ -10,11 +10,13 @@ import duckdb
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.yaml import HOME
-from microdit.pipeline.tables.database import connect
+from microdit.pipeline.tables.database import MOST_DEPTH, connect
 
 FOLDER = HOME / "configs/queries"
 NOW = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}  # may stand without ()
 STEADY = {"error"}  # DuckDB calls it volatile, so that it is not left out
+EXPECTED = "expected one SELECT over the view samples"
+TOO_DEEP = f"SQL: it is nested too deeply; expected at most {MOST_DEPTH} levels"
 Node = dict[str, Any]  # an object of a syntax tree
 
 
@@ -88,7 +90,11 @@ class Parsed:
         return next(iter(sorted(self.columns & NOW)), None)
 
     def conditions(self) -> "Conditions | None":
-        """Split its WHERE and QUALIFY into conditions; None if it is more than a SELECT from `samples` by them."""
+        """Split its WHERE and QUALIFY into conditions; None if it is more than a SELECT from `samples` by them.
+
+        Raises:
+            RequestError: they are nested too deeply.
+        """
         node = self.tree["statements"][0]["node"]
         table = node.get("from_table") or {}
         plain = (
@@ -100,7 +106,10 @@ class Parsed:
         if not plain:
             return None
         alias = str(table.get("alias") or "samples").replace('"', '""')
-        where, qualify = (_sql(_conjuncts(node[part])) for part in ("where_clause", "qualify"))
+        try:
+            where, qualify = (_sql(_conjuncts(node[part])) for part in ("where_clause", "qualify"))
+        except RecursionError:
+            raise RequestError(TOO_DEEP) from None
         return Conditions(f'samples AS "{alias}"', where, qualify)
 
 
@@ -122,13 +131,17 @@ def parse(sql: str) -> Parsed:
     Raises:
         RequestError: the SQL is wrong, or something else.
     """
-    with _parser().cursor() as connection:
-        tree = json.loads(_value(connection, "SELECT json_serialize_sql(?::VARCHAR)", sql))
+    try:
+        with _parser().cursor() as connection:
+            tree = json.loads(_value(connection, "SELECT json_serialize_sql(?::VARCHAR)", sql))
+    except RecursionError:
+        raise RequestError(TOO_DEEP) from None
     if tree["error"]:
-        what = tree["error_message"] if tree["error_type"] == "parser" else "expected one SELECT over the view samples"
-        raise RequestError(f"SQL: {what}")
+        if "Max expression depth" in tree["error_message"]:
+            raise RequestError(TOO_DEEP)
+        raise RequestError(f"SQL: {tree['error_message'] if tree['error_type'] == 'parser' else EXPECTED}")
     if len(tree["statements"]) != 1:
-        raise RequestError(f"SQL: {len(tree['statements'])} statements; expected one SELECT over the view samples")
+        raise RequestError(f"SQL: {len(tree['statements'])} statements; {EXPECTED}")
     return Parsed(tree)
 
 

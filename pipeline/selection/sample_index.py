@@ -1,7 +1,7 @@
 """The samples of several columns joined by row: the rows of a selection that are ok in every one of them."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import ShardId
 from microdit.pipeline.corpus.records import Commit
-from microdit.pipeline.corpus.shard_cache import ShardId
+from microdit.pipeline.selection.lineage import newest_commits
 
 
 @dataclass(frozen=True)
@@ -123,38 +124,6 @@ def index_samples(
     return index.mixed({}), missing
 
 
-def open_columns(corpus: Corpus, columns: Sequence[str]) -> dict[str, dict[ShardId, Commit]]:
-    """Read the newest commits of columns, by shard.
-
-    Raises:
-        RequestError: a column is unknown, empty, or stale: what it was made from has been rebuilt since.
-    """
-    commits: dict[str, dict[ShardId, Commit]] = {}
-    waiting = list(columns)
-    while waiting:  # the columns, what they were made from, and so on
-        column = waiting.pop()
-        if column not in commits:
-            corpus.column(column)
-            commits[column] = {(c.source, c.shard): c for c in corpus.commits(column)}
-            waiting += sorted({ref.column for commit in commits[column].values() for ref in commit.inputs})
-    hashes = {name: {shard: c.sha256 for shard, c in own.items()} for name, own in commits.items()}
-    for column, own in commits.items():
-        for shard, commit in own.items():
-            for ref in commit.inputs:
-                if hashes[ref.column].get(shard) != ref.sha256:
-                    now = commits[ref.column].get(shard)
-                    raise RequestError(
-                        f"column {column}, shard {shard[1]}: it was made from generation {ref.generation} of "
-                        f"{ref.column}, the corpus now has "
-                        f"{'none' if now is None else f'generation {now.generation}'}; "
-                        "run `microdit build --repair`, which makes it anew"
-                    )
-    for column in columns:
-        if not commits[column]:
-            raise RequestError(f"column {column}: corpus {corpus.url} has no shard of it; build it first")
-    return {column: commits[column] for column in columns}
-
-
 def selected_rows(corpus: Corpus, selection: str) -> dict[ShardId, tuple[np.ndarray, np.ndarray]]:
     """Read the rows (int32) and weights (float32) of a selection, by shard. Raises as `load_selection`."""
     from microdit.pipeline.selection.selections import load_selection  # it brings duckdb
@@ -229,6 +198,6 @@ def largest_scalar(
 def read_captions(corpus: Corpus, text: str, index: SampleIndex) -> list[str]:
     """Read the captions that a text column was made of, of samples, in the index' order."""
     column = f"captions/{text.partition('@')[2]}"
-    commits = open_columns(corpus, [column])[column]
+    commits = newest_commits(corpus, [column])[column]
     tables = {shard: corpus.sidecar(commits[shard])["caption"].to_pylist() for shard in index.by_shard()}
     return [tables[shard][row] for shard, rows in index.by_shard().items() for row in rows]

@@ -2,24 +2,28 @@
 
 import hashlib
 import io
-import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from obstore.exceptions import BaseError
+from pydantic import Field
 
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import COMMIT, commit_name
-from microdit.pipeline.corpus.records import canonical
+from microdit.pipeline.corpus.names import COLUMN, COMMIT, commit_name
+from microdit.pipeline.corpus.records import Record, Size, canonical
+from microdit.pipeline.corpus.shard_files import check_footer
 from microdit.pipeline.curation.job import reads
 from microdit.pipeline.selection.queries import Parsed, named_queries, named_query, parse
-from microdit.pipeline.selection.view import asked_jobs, connected, jobs_of, run
+from microdit.pipeline.selection.view import asked_jobs, connected, jobs_of, run, run_apart
 from microdit.pipeline.selection.weights import EQUAL, Shares, weigh
+from microdit.pipeline.tables.database import SqlLimits
 from microdit.pipeline.tables.sample_table import (
     BASE,
     JOB_COLUMNS,
@@ -55,7 +59,14 @@ class Selection:
     """By column that the query reads, a hash of the commits that it had."""
 
 
-def select(corpus: Corpus, name: str, sql: str | None = None, weights: Shares | None = None) -> Selection:
+def select(
+    corpus: Corpus,
+    name: str,
+    sql: str | None = None,
+    weights: Shares | None = None,
+    limits: SqlLimits | None = None,
+    spill: Path | None = None,
+) -> Selection:
     """Save the rows of a query as a selection.
 
     The same query on the same commits of the columns that it reads gives the same file and hash.
@@ -65,10 +76,13 @@ def select(corpus: Corpus, name: str, sql: str | None = None, weights: Shares | 
             `samples` may stand beside them, so that `SELECT * FROM samples WHERE ...` will do. None: the query of that
             name (`microdit.pipeline.selection.queries`).
         weights: how often each source comes, whatever its size; within a source the query's weights count.
+        limits: what the query may take.
+        spill: a folder for DuckDB's temporary files; None makes one.
 
     Raises:
-        RequestError: the name or the SQL is wrong, or would give other rows on another day, or the rows are none,
-            double, or not samples with status `ok`, or the weights name other sources than there are.
+        RequestError: the name or the SQL is wrong, or would give other rows on another day, or takes more than the
+            limits, or the rows are none, double, or not samples with status `ok`, or the weights name other sources
+            than there are.
     """
     if not NAME.fullmatch(name):
         raise RequestError(f"selection {name!r}: a name is letters, digits, - _ and ., and begins with no dot")
@@ -80,10 +94,13 @@ def select(corpus: Corpus, name: str, sql: str | None = None, weights: Shares | 
             "ORDER BY md5(id) LIMIT 1000"
         )
     table = sample_table(corpus)
-    with connected(corpus, table, threads=1) as connection:  # which of equal rows a LIMIT takes is no race then
+    limits = limits or SqlLimits()
+    with connected(
+        corpus, table, limits, spill, threads=1
+    ) as connection:  # which of equal rows a LIMIT takes is no race then
         jobs = jobs_of(corpus, table)
         known = {*table_schema(corpus.columns()).names, *JOB_COLUMNS.names, "contaminated"}
-        chosen = _chosen(run(connection, sql), known)
+        chosen = _chosen(connection, sql, limits, known)
         connection.register("chosen", chosen)
         _check(connection, len(chosen))
         chosen = connection.sql("SELECT * FROM chosen ORDER BY source, shard, row").to_arrow_table()
@@ -110,6 +127,18 @@ def select(corpus: Corpus, name: str, sql: str | None = None, weights: Shares | 
             f"({first_line(error)}): it is kept in the corpus, and needs the right to write; `microdit query` does not"
         ) from error
     return selection
+
+
+def select_apart(corpus: Corpus, name: str, sql: str | None, weights: Shares | None, limits: SqlLimits) -> Selection:
+    """Save a selection as `select` does, in a process of its own: whatever the query does, it can be stopped."""
+    sample_table(corpus)  # its making is not the query's
+    return run_apart(limits, _select_with, corpus, name, sql, weights, limits)
+
+
+def _select_with(
+    spill: Path, corpus: Corpus, name: str, sql: str | None, weights: Shares | None, limits: SqlLimits
+) -> Selection:
+    return select(corpus, name, sql, weights, limits, spill)
 
 
 def _pinned(corpus: Corpus, table: SampleTable, parsed: Parsed, jobs: list[str]) -> dict[str, str]:
@@ -142,14 +171,27 @@ def changed_since(corpus: Corpus, selection: str) -> list[str]:
     return [column for column, digest in before.items() if _commits_hash(now[column]) != digest]
 
 
-def _chosen(result: pa.Table, known: set[str]) -> pa.Table:
-    """Convert a query's result to the columns and types of a selection."""
+def _chosen(connection: duckdb.DuckDBPyConnection, sql: str, limits: SqlLimits, known: set[str]) -> pa.Table:
+    """Run a query, and convert its result to the columns and types of a selection; no others are computed."""
+
+    def narrowed(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
+        columns = {name.lower(): name for name in relation.columns}
+        absent, unknown = {"source", "shard", "row"} - columns.keys(), columns.keys() - known - {"weight"}
+        if absent or unknown or len(columns) != len(relation.columns):
+            raise RequestError(
+                f"SQL: it gives the columns {relation.columns}; expected source, shard and row, and weight if wanted"
+            )
+        wanted = [columns[name] for name in SELECTION.names if name in columns]
+        if len(wanted) == len(columns):
+            return relation
+        try:
+            connection.extract_statements(f"SELECT * FROM (\n{sql.strip().rstrip(';')}\n)")
+        except duckdb.ParserException:  # a comment behind a semicolon cannot stand in parentheses
+            return relation
+        return relation.project(", ".join(f'"{name}"' for name in wanted))
+
+    result = run(connection, sql, limits, narrowed)
     columns = {name.lower(): name for name in result.column_names}
-    absent, unknown = {"source", "shard", "row"} - columns.keys(), columns.keys() - known - {"weight"}
-    if absent or unknown or len(columns) != result.num_columns:
-        raise RequestError(
-            f"SQL: it gives the columns {result.column_names}; expected source, shard and row, and weight if wanted"
-        )
     if not len(result):
         raise RequestError("SQL: it gives no rows; a selection has at least one")
     arrays = {name: result[columns[name]] for name in columns if name in SELECTION.names}
@@ -218,14 +260,22 @@ def _names(corpus: Corpus) -> list[str]:
 
 def _read_about(corpus: Corpus, name: str, digest: str = "") -> Selection:
     path = _selection_path(name, digest)
-    with corpus.store.open(path) as file:
-        metadata = pq.read_metadata(file).metadata or {}
     try:
-        about = json.loads(metadata[b"microdit"])
-        columns = about.get("columns", {})  # those of older selections do not say
-        return Selection(name, digest, path, int(about["rows"]), str(about["query"]), columns)
-    except (ValueError, KeyError, TypeError):
+        with corpus.store.open(path) as file:
+            metadata = pq.read_metadata(file).metadata or {}
+        about = _About.parse(metadata[b"microdit"])
+    except (ValueError, KeyError, pa.ArrowException):
         raise RequestError(f"{path} is damaged: it does not say what it is; make the selection again") from None
+    return Selection(name, digest, path, about.rows, about.query, about.columns)
+
+
+class _About(Record):
+    """What a selection's metadata says."""
+
+    rows: Size
+    query: str
+    columns: dict[Annotated[str, Field(pattern=f"^(?:{COLUMN.pattern})$")], str] = Field(default_factory=dict)
+    """Those of older selections do not say."""
 
 
 def find_selection(corpus: Corpus, selection: str) -> str:
@@ -262,7 +312,10 @@ def load_selection(corpus: Corpus, selection: str) -> pa.Table:
     name, _, digest = find_selection(corpus, selection).partition("@")
     path = _selection_path(name, digest)
     try:
-        table = pq.ParquetFile(io.BytesIO(corpus.store.get(path))).read()
+        file = pq.ParquetFile(io.BytesIO(corpus.store.get(path)))
+        about = _About.parse((file.schema_arrow.metadata or {}).get(b"microdit", b""))
+        check_footer(file.metadata, about.rows, "its metadata")
+        table = file.read() if file.schema_arrow.equals(SELECTION) else SELECTION.empty_table()
         damaged = (
             not table.schema.equals(SELECTION)
             or selection_hash((table.schema.metadata or {}).get(b"microdit", b""), table) != digest

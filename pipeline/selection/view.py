@@ -2,11 +2,11 @@
 
 import re
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -14,17 +14,23 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from pyarrow.fs import LocalFileSystem
 
+from microdit.pipeline.base.bounded_process import ProcessDied, run_bounded
 from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.base.temporary_folder import temporary_folder
 from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.shard_files import check_footer
 from microdit.pipeline.curation.duplicates import ContaminatedTable, DuplicatesTable
-from microdit.pipeline.curation.job import CONTAMINATED, DUPLICATES, SEMANTIC, TableJob, job_base, job_since
+from microdit.pipeline.curation.job import CONTAMINATED, DUPLICATES, ROW_ID, SEMANTIC, TableJob, job_base, job_since
 from microdit.pipeline.curation.semantic import SemanticTable
 from microdit.pipeline.selection.queries import parse
-from microdit.pipeline.tables.database import connect
-from microdit.pipeline.tables.published import Table, cached, open_table
-from microdit.pipeline.tables.sample_table import SampleTable, sample_table
+from microdit.pipeline.selection.running import TOO_LARGE, TOO_LONG, LimitError, Shape, run_select
+from microdit.pipeline.tables.database import GIB, SqlLimits, connect
+from microdit.pipeline.tables.published import Table, cached, damage_of, open_table
+from microdit.pipeline.tables.sample_table import JOB_COLUMNS, SampleTable, sample_table, table_schema
 
-READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI)  # multi is PIVOT
+T = TypeVar("T")
+SPILL = "microdit-sql-"
+BESIDE = GIB  # bytes that a process of its own needs beside a query and its result
 
 CONFINED: dict[str, str | bool | int | float | list[str]] = {  # the SQL may be a stranger's
     "enable_external_access": False,
@@ -75,35 +81,75 @@ JOBS = {  # by the job's folder
 }
 
 
-def query(corpus: Corpus, sql: str) -> pa.Table:
+def query(corpus: Corpus, sql: str, limits: SqlLimits | None = None) -> pa.Table:
     """Run a SQL query over the view `samples`; nothing but that view can be reached.
 
     Raises:
-        RequestError: the SQL is wrong; the message is DuckDB's.
+        RequestError: the SQL is wrong, with DuckDB's message; or it would take more than the limits.
     """
-    with connected(corpus, sample_table(corpus)) as connection:
-        return run(connection, sql)
+    limits = limits or SqlLimits()
+    with connected(corpus, sample_table(corpus), limits) as connection:
+        return run(connection, sql, limits)
+
+
+def query_apart(corpus: Corpus, sql: str, limits: SqlLimits) -> pa.Table:
+    """Run a SQL query as `query` does, but in a process of its own: whatever it does, it can be stopped at any time."""
+    table = sample_table(corpus)
+    return run_apart(limits, _query_table, corpus, table, sql, limits)
+
+
+def _query_table(spill: Path, corpus: Corpus, table: SampleTable, sql: str, limits: SqlLimits) -> pa.Table:
+    with connected(corpus, table, limits, spill) as connection:
+        return run(connection, sql, limits)
+
+
+def run_apart(limits: SqlLimits, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function of SQL in a process of its own; its first argument is a folder for DuckDB's temporary files.
+
+    Raises:
+        LimitError: it took more than the limits allow.
+        RequestError: the function's.
+    """
+    memory = 2 * limits.memory + BESIDE
+    with temporary_folder(SPILL) as spill:
+        try:
+            answer: T = run_bounded(function, spill, *arguments, seconds=limits.seconds, memory=memory)
+            return answer
+        except TimeoutError:
+            raise LimitError(TOO_LONG.format(seconds=limits.seconds)) from None
+        except MemoryError:
+            raise LimitError(TOO_LARGE.format(gib=limits.memory / GIB)) from None
+        except ProcessDied as error:
+            raise LimitError(
+                f"SQL: {error}, perhaps for want of memory; give it more with --memory, or write it in another way"
+            ) from None
 
 
 @contextmanager
 def connected(
-    corpus: Corpus, table: SampleTable, **config: str | bool | int | float | list[str]
+    corpus: Corpus,
+    table: SampleTable,
+    limits: SqlLimits,
+    spill: Path | None = None,
+    **config: str | bool | int | float | list[str],
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """Connect to the view `samples` and the macro `one_per_group`, and nothing else.
 
     Args:
+        spill: a folder for temporary files; None makes one.
         config: further settings of DuckDB.
     """
     with (
-        tempfile.TemporaryDirectory(prefix="microdit-sql-") as spill,
-        connect(**CONFINED, **config, temp_directory=spill) as connection,
+        temporary_folder(SPILL) if spill is None else nullcontext(spill) as folder,
+        _opened(**CONFINED, **limits.settings, **config, temp_directory=str(folder)) as connection,
     ):
         jobs = jobs_of(corpus, table)
-        connection.register("sample_rows" if jobs else "samples", _view(corpus, table, Path(spill)))
+        schema = table_schema(corpus.columns())
+        connection.register("sample_rows" if jobs else "samples", _view(corpus, table, folder, schema))
         shown, joined = ["sample_rows.*"], "sample_rows"
-        for number, (folder, job) in enumerate(jobs.items()):
-            connection.register(f"job_{number}", _view(corpus, job, Path(spill)))
-            shown.append(JOBS[folder].columns.format(present=job.present))
+        for number, (name, job) in enumerate(jobs.items()):
+            connection.register(f"job_{number}", _view(corpus, job, folder, job_schema(name)))
+            shown.append(JOBS[name].columns.format(present=job.present))
             joined += f" LEFT JOIN job_{number} USING (source, shard, row)"
         if jobs:
             connection.execute(f"CREATE VIEW samples AS SELECT {', '.join(shown)} FROM {joined}")
@@ -112,24 +158,41 @@ def connected(
         yield connection
 
 
-def _view(corpus: Corpus, table: Table, spill: Path) -> ds.FileSystemDataset:
+@contextmanager
+def _opened(**config: Any) -> Iterator[duckdb.DuckDBPyConnection]:
+    connection = connect(**config)
+    try:
+        yield connection
+    finally:
+        with suppress(duckdb.ResourceInUseException):  # a query that was given up, and heeds no interrupt
+            connection.close()
+
+
+def _view(corpus: Corpus, table: Table, spill: Path, schema: pa.Schema) -> ds.FileSystemDataset:
     """Open a published table for DuckDB, by a path.
 
     Several scans of one query would share a Python file, which deadlocks and mixes up reads.
+
+    Raises:
+        RequestError: it is damaged, or has other columns than `schema`.
     """
     path = (corpus.store.root or spill) / table.object.name  # a table of this process alone has a whole path
     if corpus.store.root is None and not path.is_file():
         path = spill / path.name
         with open_table(corpus, table) as file, path.open("wb") as copy:
             shutil.copyfileobj(file, copy, 16 << 20)
-    try:
+    with damage_of(corpus.url, table):
         fragment = ds.ParquetFileFormat().make_fragment(str(path), LocalFileSystem())
-        return ds.FileSystemDataset([fragment], fragment.physical_schema, fragment.format)
-    except (pa.ArrowException, OSError) as error:
-        raise RequestError(
-            f"corpus {corpus.url}: {table.object.name} is damaged ({first_line(error)}); remove the folder "
-            "tables, it is made again"
-        ) from None
+        check_footer(fragment.metadata, table.rows, "its record")
+        if not fragment.physical_schema.equals(schema):
+            raise ValueError(f"its columns are {str(fragment.physical_schema)[:200]!r}")
+        return ds.FileSystemDataset([fragment], schema, fragment.format)
+
+
+def job_schema(folder: str) -> pa.Schema:
+    """The schema of the table of a job."""
+    prefix = folder.removeprefix("tables/").removesuffix("s")
+    return pa.schema([*ROW_ID, *(field for field in JOB_COLUMNS if field.name.startswith(prefix))])
 
 
 def jobs_of(corpus: Corpus, table: SampleTable) -> dict[str, TableJob]:
@@ -146,18 +209,20 @@ def asked_jobs(sql: str) -> list[str]:
     return [folder for folder in JOBS if folder.removeprefix("tables/").removesuffix("s") in sql.lower()]
 
 
-def run(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
-    """Run one SELECT.
+def run(
+    connection: duckdb.DuckDBPyConnection, sql: str, limits: SqlLimits | None = None, shape: Shape | None = None
+) -> pa.Table:
+    """Run one SELECT, or EXPLAIN one.
+
+    Args:
+        shape: makes what is run of what it gives, as `run_select` takes it.
 
     Raises:
-        RequestError: the SQL is wrong; with DuckDB's message, and the commands that make missing columns.
+        RequestError: the SQL is wrong, with DuckDB's message and the commands that make missing columns; or it takes
+            more than the limits.
     """
     try:
-        kinds = [statement.type for statement in connection.extract_statements(sql)]
-        if len(kinds) != 1 or kinds[0] not in READING:
-            what = ", ".join(kind.name for kind in kinds) or "nothing"
-            raise RequestError(f"SQL: {what}; expected one SELECT over the view samples")
-        table = connection.sql(sql).to_arrow_table()
+        table = run_select(connection, sql, limits or SqlLimits(), shape)
     except duckdb.Error as error:
         message = str(error)
         if isinstance(error, duckdb.BinderException):

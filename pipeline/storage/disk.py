@@ -152,17 +152,36 @@ class Disk:
                 yield ObjectInfo(name, about.st_size, datetime.fromtimestamp(about.st_mtime, UTC))
 
     def names(self, prefix: str = "") -> Iterator[str]:
-        """List the names alone, without a stat of each file."""
+        """List the names alone, without a stat of each file.
+
+        Raises:
+            RequestError: a link leads to a folder that it lies in.
+        """
         folders = [prefix]
         while folders:
             folder = folders.pop()
             with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / folder) as entries:
                 for entry in entries:
                     name = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.is_symlink():
+                        self._refuse_loop(name)
                     if entry.is_dir():
                         folders.append(name)
                     elif not UNFINISHED.search(name):
                         yield name
+
+    def _refuse_loop(self, name: str) -> None:
+        """Raise RequestError if a link leads to a folder on its own path, or to one that the corpus lies in."""
+        path = self.root / name
+        try:
+            target = path.resolve(strict=True)
+        except FileNotFoundError:
+            return
+        except (OSError, RuntimeError):  # links that lead to each other
+            target = path.parent.resolve()
+        above = [folder.resolve() for folder in path.parents if folder.is_relative_to(self.root)]
+        if target in above or self.root.resolve().is_relative_to(target):
+            raise RequestError(f"corpus {self.url}: {name} is a link to a folder that it lies in; remove the link")
 
     def unfinished(self) -> Iterator[Path]:
         """Find files that killed writers left behind."""

@@ -23,6 +23,7 @@ from microdit.pipeline.base.errors import DamagedError
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import COMMIT, TABLE, UNITS, commit_name
+from microdit.pipeline.corpus.shard_files import check_footer
 from microdit.pipeline.tables.database import connect
 from microdit.pipeline.tables.published import Table, if_allowed, publish
 
@@ -134,9 +135,10 @@ def _newest(corpus: Corpus) -> tuple[pa.Table, datetime]:
             record = Table.parse(corpus.store.get(name))
             data = corpus.store.get(record.object.name)
             if hashlib.sha256(data).hexdigest() == record.object.sha256:
-                table = pq.read_table(io.BytesIO(data))
-                if table.schema.equals(LINE):
-                    return table, item.modified
+                file = pq.ParquetFile(io.BytesIO(data))
+                check_footer(file.metadata, record.rows, "its record")
+                if file.schema_arrow.equals(LINE):
+                    return file.read(), item.modified
         except FileNotFoundError:
             continue
         except ValueError:  # pyarrow's errors are, too

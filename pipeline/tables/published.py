@@ -9,20 +9,37 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, Self, TypeVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
 from microdit.pipeline.base.digest import sha256_file
+from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.records import ObjectRef, Record
+from microdit.pipeline.corpus.names import TABLE
+from microdit.pipeline.corpus.records import ObjectRef, Record, Size
+from microdit.pipeline.corpus.shard_files import check_footer
 
 
 class Table(Record):
     """The record of a published table: its object, and its number of rows."""
 
     object: ObjectRef
-    rows: int
+    rows: Size
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """Decode a stored record.
+
+        Raises:
+            ValueError: it is none, or names an object that is no table's.
+        """
+        table = super().parse(data)
+        if not TABLE.fullmatch(table.object.name):
+            raise ValueError(f"it names {table.object.name!r}, which is no table")
+        return table
 
 
 T = TypeVar("T", bound=Table)
@@ -76,13 +93,15 @@ def cached(corpus: Corpus, base: str, kind: type[T], since: datetime | None = No
         table = kind.parse(corpus.store.get(name))
     except (FileNotFoundError, ValueError):
         return None
+    if not table.object.name.startswith(f"{base}."):
+        return None
     if since is not None:
         written = [item.modified for item in corpus.store.list(base.rpartition("/")[0]) if item.name == name]
         if not written or written[0] < since:
             with if_allowed():
                 corpus.store.delete([name, table.object.name])
             return None
-    return table if table.object.name.startswith(f"{base}.") and corpus.store.exists(table.object.name) else None
+    return table if corpus.store.exists(table.object.name) else None
 
 
 def private(write: Callable[[Path], int], record: Callable[[ObjectRef, int], T]) -> T:
@@ -94,6 +113,27 @@ def private(write: Callable[[Path], int], record: Callable[[ObjectRef, int], T])
 
 
 def open_table(corpus: Corpus, table: Table) -> BinaryIO:
-    """Open the object of a table, in the corpus or on this machine."""
+    """Open the object of a table, in the corpus or on this machine, after its footer was held against its record.
+
+    Raises:
+        RequestError: it is damaged.
+    """
     path = Path(table.object.name)
-    return path.open("rb") if path.is_absolute() else corpus.store.open(table.object.name)
+    file = path.open("rb") if path.is_absolute() else corpus.store.open(table.object.name)
+    with damage_of(corpus.url, table):
+        check_footer(pq.read_metadata(file), table.rows, "its record")
+    file.seek(0)
+    return file
+
+
+@contextmanager
+def damage_of(url: str, table: Table) -> Iterator[None]:
+    """Turn what a damaged object of a table raises into a RequestError that says how it is made again."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        folder = table.object.name.rpartition("/")[0] or "tables"
+        raise RequestError(
+            f"corpus {url}: {table.object.name} is damaged ({first_line(error)}); remove the folder {folder}, it is "
+            "made again"
+        ) from None

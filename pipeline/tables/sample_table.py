@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +13,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import PrivateAttr
 
-from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.errors import DamagedError, RequestError, first_line
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import ShardId, commit_name
-from microdit.pipeline.corpus.records import Declaration, ObjectRef, canonical
+from microdit.pipeline.corpus.names import IMAGES, ShardId, commit_name
+from microdit.pipeline.corpus.records import Commit, Declaration, ObjectRef, canonical
 from microdit.pipeline.corpus.shard_files import SCALAR_TYPES
 from microdit.pipeline.tables.published import Table, cached, if_allowed, private, publish
 
@@ -79,13 +80,18 @@ class SampleTable(Table):
         return max((moment for column, moment in self._written.items() if reads(column)), default=None)
 
 
-def sample_table(corpus: Corpus) -> SampleTable:
+def sample_table(corpus: Corpus, damage: list[str] | None = None) -> SampleTable:
     """Open or make the table of all samples of the newest commits: one row for each row of each `images` shard.
 
     It is cached in the corpus; a new commit, generation or column makes another one.
 
+    Args:
+        damage: if given, what cannot be read is named there and left out of a table for this process alone: a column of
+            a shard as if it were not committed, the shard if that is `images`.
+
     Raises:
         RequestError: the corpus has no `images` column, or its commits contradict each other.
+        DamagedError: a commit or sidecar is missing or damaged.
     """
     declared = corpus.columns()
     if "images" not in declared:
@@ -103,10 +109,10 @@ def sample_table(corpus: Corpus) -> SampleTable:
     base = f"tables/{hashlib.sha256(about).hexdigest()}"
     table = cached(corpus, base, SampleTable, max(written.values(), default=None))
 
-    def write(path: Path) -> int:
+    def write(path: Path, damage: list[str] | None = None) -> int:
         rows = 0
         with pq.ParquetWriter(path, table_schema(declared), compression="zstd") as writer:
-            for part in _parts(corpus, declared, newest):
+            for part in _parts(corpus, declared, newest, damage):
                 writer.write_table(part)
                 rows += len(part)
         return rows
@@ -115,10 +121,14 @@ def sample_table(corpus: Corpus) -> SampleTable:
         return SampleTable(object=data, rows=rows, commits=commits, names=names)
 
     if table is None:
-        with if_allowed():
-            table = publish(corpus, base, write, record)
-    if table is None:
-        table = private(write, record)
+        try:
+            with if_allowed():
+                table = publish(corpus, base, write, record)
+            table = table or private(write, record)
+        except DamagedError:
+            if damage is None:
+                raise
+            table = private(partial(write, damage=damage), record)
     table._written = written
     return table
 
@@ -161,17 +171,22 @@ def table_schema(declared: dict[str, Declaration]) -> pa.Schema:
 
 
 def _parts(
-    corpus: Corpus, declared: dict[str, Declaration], newest: dict[str, dict[ShardId, int]]
+    corpus: Corpus,
+    declared: dict[str, Declaration],
+    newest: dict[str, dict[ShardId, int]],
+    damage: list[str] | None = None,
 ) -> Iterator[pa.Table]:
     """Read the table in parts of at least `ROW_GROUP` rows, ordered by source and shard."""
     fields, schema = table_fields(declared), table_schema(declared)
 
-    def read(shard_id: ShardId) -> pa.Table:
+    def read(shard_id: ShardId) -> pa.Table | None:
         generations = {column: by_shard[shard_id] for column, by_shard in newest.items() if shard_id in by_shard}
-        return _shard_rows(corpus, shard_id, generations, fields)
+        return _shard_rows(shard_id, _sidecars(corpus, shard_id, generations, damage), fields)
 
     pending: list[pa.Table] = []
     for table in threaded(read, sorted(newest["images"])):
+        if table is None:
+            continue
         pending.append(table.cast(schema))
         if sum(map(len, pending)) >= ROW_GROUP:
             yield pa.concat_tables(pending).combine_chunks()
@@ -180,22 +195,58 @@ def _parts(
         yield pa.concat_tables(pending).combine_chunks()
 
 
-def _shard_rows(corpus: Corpus, shard_id: ShardId, generations: dict[str, int], fields: list[TableField]) -> pa.Table:
-    """Join the sidecars of all columns of one shard, row by row: each of them has every row."""
+def _sidecars(
+    corpus: Corpus, shard_id: ShardId, generations: dict[str, int], damage: list[str] | None
+) -> dict[str, tuple[Commit, pa.Table]]:
+    """Read the commits and sidecars of all columns of one shard; what is damaged is left out, or raises.
+
+    Raises:
+        DamagedError: one is missing or damaged, and `damage` is None.
+    """
+    read: dict[str, tuple[Commit, pa.Table]] = {}
+    for column, generation in sorted(generations.items(), key=lambda item: item[0] != IMAGES):  # images first
+        try:
+            read[column] = _sidecar(corpus, column, shard_id, generation)
+            rows, expected = len(read[column][1]), len(read[IMAGES][1]) if IMAGES in read else 0
+            if IMAGES in read and not read[column][1]["row"].equals(read[IMAGES][1]["row"]):
+                commit, _ = read.pop(column)
+                raise DamagedError(
+                    f"{commit.name}: its sidecar has {rows} rows, that of the images {expected}; run `microdit verify`"
+                )
+        except DamagedError as error:
+            if damage is None:
+                raise
+            damage.append(str(error))
+    return read
+
+
+def _sidecar(corpus: Corpus, column: str, shard_id: ShardId, generation: int) -> tuple[Commit, pa.Table]:
+    """Read a commit and its sidecar. Raises DamagedError if either is missing or damaged."""
+    name = commit_name(column, *shard_id, generation)
+    try:
+        commit = corpus.commit(column, *shard_id, generation)
+        name = commit.sidecar.name
+        return commit, corpus.sidecar(commit)
+    except (FileNotFoundError, pa.ArrowException) as error:
+        raise DamagedError(
+            f"corpus {corpus.url}: {name} is missing or damaged ({first_line(error)}); run `microdit verify`, then "
+            "`microdit build --repair`"
+        ) from None
+
+
+def _shard_rows(
+    shard_id: ShardId, read: dict[str, tuple[Commit, pa.Table]], fields: list[TableField]
+) -> pa.Table | None:
+    """Join the sidecars of all columns of one shard, row by row; None if there are no images."""
     source, shard = shard_id
-    commits = {column: corpus.commit(column, *shard_id, generation) for column, generation in generations.items()}
-    sidecars = {column: corpus.sidecar(commit) for column, commit in commits.items()}
-    images = sidecars["images"]
-    for column, sidecar in sidecars.items():
-        if not sidecar["row"].equals(images["row"]):
-            raise RequestError(
-                f"{commits[column].name}: its sidecar has {len(sidecar)} rows, that of the images {len(images)}; "
-                "run `microdit verify`"
-            )
+    sidecars = {column: sidecar for column, (_, sidecar) in read.items()}
+    if IMAGES not in sidecars:
+        return None
+    images = sidecars[IMAGES]
     arrays: dict[str, pa.ChunkedArray | pa.Array] = {
         "id": pc.binary_join_element_wise(source, images["key"], "/"),
         "source": pa.repeat(source, len(images)),
-        "unit": pa.repeat(commits["images"].unit, len(images)),
+        "unit": pa.repeat(read[IMAGES][0].unit, len(images)),
         "shard": pa.repeat(shard, len(images)),
     }
     arrays |= {name: images[name] for name in BASE.names if name not in arrays}

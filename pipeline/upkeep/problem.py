@@ -8,6 +8,7 @@ Kind = Literal[
     "commit",
     "counts",
     "declaration",
+    "fewer",
     "fingerprint",
     "keys",
     "lineage",
@@ -24,6 +25,9 @@ Kind = Literal[
     "unreadable",
     "unrepaired",
 ]
+
+WARNINGS: set[Kind] = {"fewer"}
+"""Kinds that are worth a look, and leave a corpus whole."""
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ class ShardCheck:
             self._check_commit(column)
         for column, commit in self.commits.items():
             self._check_objects(column, commit)
+            self._check_earlier(commit)
         for column, commit in self.commits.items():
             if column in self.sidecars:
                 self._check_rows(column, commit, self.sidecars[column])
@@ -122,6 +123,28 @@ class ShardCheck:
             self.findings.unit, self.findings.inputs = commit.unit, commit.counts.get("in", 0)
         elif IMAGES in self.commits and commit.unit != self.commits[IMAGES].unit:
             self._add("commit", name, f"its unit is {commit.unit!r}, that of the images {self.findings.unit!r}")
+
+    def _check_earlier(self, commit: Commit) -> None:
+        """Find an earlier generation with more good rows whose object is still there: rows that a repair lost."""
+        if commit.timings.get(UNREPAIRED, 0):  # named already
+            return
+        best: Commit | None = None
+        for generation in range(commit.generation):
+            try:
+                earlier = self.corpus.commit(commit.column, *self.shard, generation)
+                fewer = commit.counts["out"] < earlier.counts["out"]
+                if fewer and (best is None or best.counts["out"] < earlier.counts["out"]):
+                    best = earlier if self.corpus.store.exists(earlier.object.name) else best
+            except (OSError, ValueError, BaseError):  # of a generation that does not count
+                continue
+        if best is not None:
+            self._add(
+                "fewer",
+                commit.name,
+                f"shard {commit.shard}: generation {commit.generation} has {commit.counts['out']:,} good rows, "
+                f"generation {best.generation} had {best.counts['out']:,}, and its object {best.object.name} is still "
+                "there",
+            )
 
     # -- objects -----------------------------------------------------------------------------------------------------
 

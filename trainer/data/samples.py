@@ -11,7 +11,8 @@ from microdit.pipeline.corpus.disk_cache import DiskCache
 from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.corpus.shard_cache import ShardId
 from microdit.pipeline.selection.broken_samples import NotingShardCache
-from microdit.pipeline.selection.sample_index import SampleIndex, index_samples, open_columns
+from microdit.pipeline.selection.lineage import newest_commits
+from microdit.pipeline.selection.sample_index import SampleIndex, index_samples
 from microdit.trainer.recipe import Recipe
 
 
@@ -60,7 +61,7 @@ class RunSamples:
 def open_samples(recipe: Recipe) -> RunSamples:
     """Open the samples of a recipe. Raises RequestError if corpus, selection or column is missing, stale or empty."""
     corpus = Corpus.open(recipe.corpus)
-    columns = open_columns(corpus, list(dict.fromkeys([*(leg.latents for leg in recipe.stages), *recipe.text])))
+    columns = newest_commits(corpus, list(dict.fromkeys([*(leg.latents for leg in recipe.stages), *recipe.text])))
     wanted = [(leg.latents, leg.selection or recipe.selection) for leg in recipe.stages]
     indexes = {
         (latents, selection): index_samples(

@@ -9,8 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from microdit.pipeline.corpus.shard_files import check_footer
 from microdit.pipeline.storage.store import Store
 from microdit.pipeline.tables.joins.spec import JoinSpec, JoinTable
+from microdit.pipeline.tables.published import damage_of
 
 KEPT = 4  # row groups in memory of a worker, for each table
 AMBIGUOUS: dict[str, Any] = {}
@@ -52,7 +54,12 @@ class Joined:
 
     @cached_property
     def _file(self) -> pq.ParquetFile:
-        return pq.ParquetFile(self._store.open(self._table.object.name))
+        with damage_of(self._store.url, self._table):
+            file = pq.ParquetFile(self._store.open(self._table.object.name))
+            check_footer(file.metadata, self._table.rows, "its record")
+            if file.metadata.num_row_groups != len(self._table.last):
+                raise ValueError(f"it has {file.metadata.num_row_groups} row groups, expected {len(self._table.last)}")
+            return file
 
     def _group(self, number: int) -> tuple[list[str], pa.RecordBatch]:
         """Return the keys and the fields of a row group; the latest few are cached."""

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from microdit.pipeline.access.joined import JoinedRow, RowReader, ok_rows, plan_join, read_joined
-from microdit.pipeline.access.lineage import newest_commits
 from microdit.pipeline.access.reader import CorpusReader
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.arrays import arrays_bytes
@@ -18,6 +17,7 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import ShardId
 from microdit.pipeline.corpus.quantised import quantise
 from microdit.pipeline.corpus.records import Commit, ShardRef
+from microdit.pipeline.selection.lineage import newest_commits
 from microdit.pipeline.selection.selections import select
 from tests.pipeline.helpers.small_corpus import (
     COLUMNS,

@@ -8,7 +8,8 @@ import pytest
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import ShardRef
-from microdit.pipeline.selection.sample_index import SampleIndex, index_samples, open_columns
+from microdit.pipeline.selection.lineage import newest_commits
+from microdit.pipeline.selection.sample_index import SampleIndex, index_samples
 from tests.trainer.conftest import build_corpus, write_shard
 
 COLUMNS = ["latents/demo-32", "text/tiny@source", "text/tiny@long"]
@@ -31,14 +32,14 @@ def rows_by_shard(index: SampleIndex) -> dict[str, list[int]]:
 
 
 def test_rows_ok_in_every_column_are_kept(corpus: Corpus) -> None:
-    index, missing = index_samples(corpus, open_columns(corpus, COLUMNS))
+    index, missing = index_samples(corpus, newest_commits(corpus, COLUMNS))
     expected = [row for row in range(16) if row not in (3, 7)]
     assert rows_by_shard(index) == {f"art-{u:06d}-{s:02d}": expected for u in range(2) for s in range(3)}
     assert missing == 0
 
 
 def test_only_the_columns_asked_for_decide(corpus: Corpus) -> None:
-    index, _ = index_samples(corpus, open_columns(corpus, COLUMNS[:2]))
+    index, _ = index_samples(corpus, newest_commits(corpus, COLUMNS[:2]))
     assert len(index) == 6 * 15
 
 
@@ -67,13 +68,13 @@ def select(monkeypatch: pytest.MonkeyPatch):
 def test_selection_keeps_its_rows_and_counts_those_that_are_not_there(corpus: Corpus, select) -> None:
     a, b, gone = "art-000000-01", "art-000001-02", "art-000009-00"
     select(selection_table([(a, 0), (a, 3), (a, 5), (b, 7), (b, 15), (gone, 2)]))
-    index, missing = index_samples(corpus, open_columns(corpus, COLUMNS), "good")
+    index, missing = index_samples(corpus, newest_commits(corpus, COLUMNS), "good")
     assert rows_by_shard(index) == {a: [0, 5], b: [15]}
     assert missing == 3
 
 
 def test_weights_of_a_selection_and_of_sources(corpus: Corpus, select) -> None:
-    columns = open_columns(corpus, ["latents/demo-32"])
+    columns = newest_commits(corpus, ["latents/demo-32"])
     select(selection_table([("art-000000-01", 0), ("art-000000-01", 2)], weight=0.5))
     index, _ = index_samples(corpus, columns, "some")
     assert index.weight is None  # all alike
@@ -95,38 +96,38 @@ def test_a_sidecar_that_is_lost_is_named(tmp_path: Path) -> None:
     (commit,) = corpus.commits("latents/demo-32")
     (tmp_path / "c" / commit.sidecar.name).unlink()
     with pytest.raises(RequestError, match=r"latents/demo-32, shard art-000000-00: .*missing or damaged.*verify"):
-        index_samples(corpus, open_columns(corpus, ["latents/demo-32"]))
+        index_samples(corpus, newest_commits(corpus, ["latents/demo-32"]))
 
 
 @pytest.mark.parametrize("rows", [[], [("art-000000-01", 3)]])
 def test_selection_that_leaves_nothing_is_refused(corpus: Corpus, select, rows) -> None:
     select(selection_table(rows))
     with pytest.raises(RequestError, match="selection good has no sample"):
-        index_samples(corpus, open_columns(corpus, COLUMNS), "good")
+        index_samples(corpus, newest_commits(corpus, COLUMNS), "good")
 
 
 def test_unknown_and_empty_columns_are_refused(corpus: Corpus) -> None:
     with pytest.raises(RequestError, match=r"column 'latents/other'.*latents/demo-32"):
-        open_columns(corpus, ["latents/other"])
+        newest_commits(corpus, ["latents/other"])
     corpus.declare_column("latents/empty-32", {"stage": "latents"})
     with pytest.raises(RequestError, match=r"latents/empty-32.*no shard"):
-        open_columns(corpus, ["latents/empty-32"])
+        newest_commits(corpus, ["latents/empty-32"])
 
 
 def test_stale_lineage_is_refused_at_any_depth(tmp_path) -> None:
     corpus = build_corpus(tmp_path / "c", units=1, shards=2)
     ref = ShardRef(source="art", unit="art-000000", shard="art-000000-01")
-    open_columns(corpus, COLUMNS)
+    newest_commits(corpus, COLUMNS)
     images = write_shard(corpus, "images", ref, [], generation=1)
     with pytest.raises(
         RequestError, match=r"latents/demo-32, shard art-000000-01.*generation 0 of images.*generation 1"
     ):
-        open_columns(corpus, ["latents/demo-32"])
+        newest_commits(corpus, ["latents/demo-32"])
     # the text itself was made from the captions there are, but those were not made from these images
     with pytest.raises(RequestError, match=r"captions/source, shard art-000000-01"):
-        open_columns(corpus, ["text/tiny@source"])
+        newest_commits(corpus, ["text/tiny@source"])
     write_shard(corpus, "latents/demo-32", ref, [images], generation=1)
-    found = open_columns(corpus, ["latents/demo-32"])
+    found = newest_commits(corpus, ["latents/demo-32"])
     assert found["latents/demo-32"][("art", "art-000000-01")].generation == 1
 
 

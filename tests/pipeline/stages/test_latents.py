@@ -18,6 +18,7 @@ from microdit.pipeline.content.crop import square, squares
 from microdit.pipeline.content.images import decode, encode
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.report.pictures import pictures
+from microdit.pipeline.report.sample_view import open_samples
 from microdit.pipeline.stages import latents as latents_stage
 from microdit.pipeline.stages.rows import image_bytes
 from microdit.pipeline.stages.stage import seed_of
@@ -145,7 +146,8 @@ def test_moments_give_the_mode_and_the_sample(corpus: Corpus, one: str) -> None:
 def test_the_report_shows_the_means_of_moments(corpus: Corpus, one: str) -> None:
     made = run(stage_of(corpus, columns(moments=(one, 64, "moments"), mode=(one, 64, "mode"))), corpus)
     commits = {column: [commit] for column, commit in made.items()} | {"images": corpus.commits("images")}
-    shown = pictures(corpus, {column: corpus.column(column) for column in made}, commits, [], ["status = 'ok'"])
+    with open_samples(corpus, commits, []) as view:
+        shown = pictures(view, {column: corpus.column(column) for column in made}, commits, [], ["status = 'ok'"])
     assert shown.problems == [] and len(shown.samples) > 5
     assert shown.psnr["latents/moments"] == shown.psnr["latents/mode"]
     for sample in shown.samples:

@@ -116,7 +116,6 @@ def test_another_fingerprint_is_found(tmp_path: Path) -> None:
     [
         {"counts": {"in": 6, "out": 6, "failed": 0}},
         {"counts": {"in": 7, "out": 5, "failed": 1}},
-        {"counts": {}},
         {"reasons": {}},
         {"reasons": {"timeout": 1}},
     ],

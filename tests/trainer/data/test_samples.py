@@ -2,7 +2,8 @@ import pytest
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.selection.sample_index import index_samples, open_columns
+from microdit.pipeline.selection.lineage import newest_commits
+from microdit.pipeline.selection.sample_index import index_samples
 from microdit.trainer.data.samples import open_samples, split
 from tests.trainer.conftest import build_recipe
 
@@ -10,8 +11,8 @@ COLUMNS = ["latents/demo-32", "text/tiny@source", "text/tiny@long"]
 
 
 def test_hold_out_is_disjoint_stable_and_the_same_for_all_stages(corpus: Corpus) -> None:
-    full, _ = index_samples(corpus, open_columns(corpus, COLUMNS[:2]))
-    fewer, _ = index_samples(corpus, open_columns(corpus, COLUMNS))
+    full, _ = index_samples(corpus, newest_commits(corpus, COLUMNS[:2]))
+    fewer, _ = index_samples(corpus, newest_commits(corpus, COLUMNS))
     (a, b), (of_full, held) = split([full, fewer], 10, seed=5)
     assert len(of_full) == len(held)
     names = {held.name(i) for i in range(len(held))}
@@ -26,7 +27,7 @@ def test_hold_out_is_disjoint_stable_and_the_same_for_all_stages(corpus: Corpus)
 
 
 def test_holding_out_everything_is_refused(corpus: Corpus) -> None:
-    index, _ = index_samples(corpus, open_columns(corpus, COLUMNS))
+    index, _ = index_samples(corpus, newest_commits(corpus, COLUMNS))
     with pytest.raises(RequestError, match="hold_out: 84 leaves nothing"):
         split([index], 84, seed=0)
 
