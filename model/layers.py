@@ -162,6 +162,11 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, dim = x.shape
         k = min(int(self.capacity * tokens / self.num_experts), tokens)
+        if k == 0:
+            raise ValueError(
+                f"expert_capacity={self.capacity:g} gives each of {self.num_experts} experts none of {tokens} tokens: "
+                "raise it, take fewer experts, mask less or take larger latents"
+            )
         probs = softmax(self.gate(x))
         weight, token = probs.transpose(1, 2).topk(k, dim=-1)  # (B, E, k)
         row = token + torch.arange(batch, device=x.device)[:, None, None] * tokens

@@ -51,6 +51,7 @@ class Run:
             LegData(recipe, leg, index, self.cache, patch_size, rank, world)
             for leg, index in zip(recipe.stages, self.samples.legs, strict=True)
         ]
+        start.refuse_misfits(self.config, self.legs)
         for data in self.legs:
             data.leg = start.with_micro_batch(self.learner, data)
         self.validation = Validation(self.samples, self.team, self.log)
@@ -74,7 +75,9 @@ class Run:
             return
         changes = start.find_changes(saved, recipe, self.trained_on)
         self.changes = [*saved.state.get("changes", []), *changes]
-        self.progress = Progress(**saved.state["progress"])
+        self.progress = Progress(**{"even_lanes": False} | saved.state["progress"])
+        for data in self.legs:
+            data.lanes.even = self.progress.even_lanes
         start.change_lengths(self.progress, recipe, changes)
         for one in changes:
             self.log.say(f"going on with {one['name']} = {one['to']}, which was {one['from']}")
@@ -120,8 +123,9 @@ class Run:
         """Take a step on a batch, and count it."""
         progress, data = self.progress, self.legs[self.progress.stage]
         length, leg_seen = progress.lengths[progress.stage], (progress.stage_step + 1) * data.leg.batch
-        self.rate = learning_rate(data.leg, progress.stage_step, length, progress.scale)
-        taken = self.learner.step(batch, data.leg, self.rate, progress.scale, leg_seen)
+        scale = length / data.leg.length
+        self.rate = learning_rate(data.leg, progress.stage_step, length, scale)
+        taken = self.learner.step(batch, data.leg, self.rate, scale, leg_seen)
         self.meter.add(taken)
         self.not_finite.add(progress.position(), taken.bad, data.index, batch.positions)
         progress.advance(data.leg.batch)

@@ -16,9 +16,10 @@ from microdit.model.trained_with import differences
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.selection.broken_samples import NotingShardCache
 from microdit.pipeline.selection.sample_index import largest_scalar
+from microdit.pipeline.selection.sample_shapes import sample_shape
 from microdit.trainer.checkpoints.contents import Checkpoint
 from microdit.trainer.data.batch import MicroBatch
-from microdit.trainer.data.batches import LegData, sample_shape
+from microdit.trainer.data.batches import LegData
 from microdit.trainer.data.samples import RunSamples
 from microdit.trainer.learner import Learner
 from microdit.trainer.monitoring.progress import Progress
@@ -166,6 +167,18 @@ def network_config(
         if given.get(name, value) != value:
             raise RequestError(f"model.{name} = {given[name]}: the columns say {value}; leave it out")
     return built_config((PRESETS[preset] if preset else {}) | given | known)
+
+
+def refuse_misfits(config: Mapping[str, Any], legs: Sequence[LegData]) -> None:
+    """Raises RequestError if the network cannot take the latents of a leg, or what its mask leaves of them."""
+    with torch.device("meta"):
+        net = MicroDiT(**config)
+        for number, data in enumerate(legs):
+            x, y = torch.empty(1, *data.latent_shape), torch.empty(1, 1, data.text_width)
+            try:
+                net(x, torch.empty(1), y, mask_ratio=data.leg.mask_ratio)
+            except ValueError as error:
+                raise RequestError(f"stages.{number}, {data.leg.latents}: {error}") from error
 
 
 def built_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
