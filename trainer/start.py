@@ -10,7 +10,7 @@ import torch
 
 from microdit.model.checkpoint import CheckpointError, config_from_state_dict, read_config, read_state_dict
 from microdit.model.loading import find_parts
-from microdit.model.network import PRESETS, MicroDiT
+from microdit.model.network import PRESETS, MicroDiT, check_training
 from microdit.model.pretrained.hub import ModelFilesError
 from microdit.model.trained_with import differences
 from microdit.pipeline.base.errors import RequestError
@@ -170,15 +170,12 @@ def network_config(
 
 
 def refuse_misfits(config: Mapping[str, Any], legs: Sequence[LegData]) -> None:
-    """Raises RequestError if the network cannot take the latents of a leg, or what its mask leaves of them."""
-    with torch.device("meta"):
-        net = MicroDiT(**config)
-        for number, data in enumerate(legs):
-            x, y = torch.empty(1, *data.latent_shape), torch.empty(1, 1, data.text_width)
-            try:
-                net(x, torch.empty(1), y, mask_ratio=data.leg.mask_ratio)
-            except ValueError as error:
-                raise RequestError(f"stages.{number}, {data.leg.latents}: {error}") from error
+    """Raises RequestError if the network cannot learn from the latents of a leg, or what its mask leaves of them."""
+    for number, data in enumerate(legs):
+        try:
+            check_training(config, data.latent_shape, data.text_width, data.leg.mask_ratio)
+        except ValueError as error:
+            raise RequestError(f"stages.{number}, {data.leg.latents}: {error}") from error
 
 
 def built_config(arguments: Mapping[str, Any]) -> dict[str, Any]:

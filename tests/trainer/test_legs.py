@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from microdit.pipeline.base.errors import RequestError
 from microdit.trainer.objective import learning_rate
 from microdit.trainer.recipe import LegRecipe
+from microdit.trainer.run import Run
 from microdit.trainer.train import train
-from tests.trainer.conftest import STAGE, losses, state, tensors
+from tests.trainer.conftest import MODEL, STAGE, losses, state, tensors
 
 
 def test_several_averages_and_one_that_starts_late(recipe, tmp_path) -> None:
@@ -83,3 +85,77 @@ def test_learning_rate() -> None:
     assert [learning_rate(linear, step, 10) for step in (0, 5, 10)] == pytest.approx([1, 0.55, 0.1])
     constant = stage.model_copy(update={"schedule": "constant"})
     assert [learning_rate(constant, step, 60, scale=0.5) for step in (4, 5, 59)] == pytest.approx([5 / 6, 1, 1])
+
+
+# -- lengths that a time budget changes ------------------------------------------------------------------------------
+class Plan:
+    """Stands for a time budget: the lengths of the legs after each step, where they change."""
+
+    def __init__(self, run: Run, lengths: dict[int, list[int]]):
+        self.run, self.lengths = run, lengths
+        self.keep()
+
+    def observe(self, images_per_second: float) -> None:
+        pass
+
+    def keep(self, *_) -> bool:
+        progress, legs = self.run.progress, self.run.recipe.stages
+        if progress.step not in self.lengths:
+            return False
+        progress.lengths = self.lengths[progress.step]
+        progress.scale = sum(progress.lengths) / sum(leg.length for leg in legs)
+        return True
+
+
+def plan(monkeypatch, lengths: dict[int, list[int]]) -> None:
+    original = Run.prepare
+
+    def prepare(self) -> None:
+        original(self)
+        self.budget = Plan(self, lengths)
+
+    monkeypatch.setattr(Run, "prepare", prepare)
+
+
+def test_an_average_begins_however_short_its_leg_becomes(recipe, tmp_path, monkeypatch) -> None:
+    plan(monkeypatch, {0: [6, 30], 7: [6, 2]})  # when the second leg has begun nearly all time is over
+    stages = [STAGE | {"steps": 6}, STAGE | {"steps": 30, "ema_start": 15 * STAGE["batch"], "warmup": 15 * 16}]
+    assert train(recipe(stages=stages, checkpoint_every=1, checkpoint_keep=9))["steps"] == 8
+    found = [path.parent.name for path in sorted((tmp_path / "run").glob("checkpoints/*/ema.safetensors"))]
+    assert found[-2:] == ["step-00000006", "step-00000008"]
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "run" / "log.jsonl").open()]
+    assert rates[-2:] == pytest.approx([1e-3 / 16, 1e-3])  # and the warm-up ends
+
+
+def test_an_average_that_has_begun_stays_though_its_leg_becomes_longer(recipe, tmp_path, monkeypatch) -> None:
+    plan(monkeypatch, {0: [4], 3: [20], 6: [7]})
+    stages = [STAGE | {"steps": 20, "ema_start": 10 * STAGE["batch"]}]
+    assert train(recipe(stages=stages, checkpoint_every=1, checkpoint_keep=9))["steps"] == 7
+    found = [path.parent.name for path in sorted((tmp_path / "run").glob("checkpoints/*/ema.safetensors"))]
+    assert found == [f"step-0000000{step}" for step in (3, 4, 5, 6, 7)]
+    before, after = (tensors(tmp_path / "run", step, "ema") for step in (3, 4))
+    weights = tensors(tmp_path / "run", 4)
+    share = 1 - 0.5 ** (STAGE["batch"] / STAGE["ema_half_life"])
+    for key in before:
+        torch.testing.assert_close(after[key], before[key] + share * (weights[key] - before[key]))
+
+
+# -- what a leg cannot be ----------------------------------------------------------------------------------------------
+def test_experts_that_would_get_no_token_are_refused_and_the_advice_works(recipe) -> None:
+    model, stages = MODEL | {"depth": 3, "num_experts": 4}, [STAGE | {"steps": 1, "mask_ratio": 0.5}]
+    with pytest.raises(RequestError, match=r"stages\.0, latents/demo-32: each of the 4 experts gets none of 2 tokens"):
+        train(recipe(model=model | {"expert_capacity": 1.0}, stages=stages))
+    with pytest.raises(RequestError, match=r"raise expert_capacity to 2, lower num_experts or mask_ratio"):
+        train(recipe(model=model | {"expert_capacity": 1.9}, stages=[STAGE | {"steps": 1}, *stages]))
+    assert train(recipe(model=model | {"expert_capacity": 2.0}, stages=stages))["steps"] == 1
+
+
+def test_the_optimizer_is_reset_where_a_leg_says_so(recipe, tmp_path) -> None:
+    stages = [STAGE | {"steps": 3}, STAGE | {"steps": 2, "reset_optimizer": True}, STAGE | {"steps": 2}]
+    train(recipe(stages=stages, checkpoint_every=1, checkpoint_keep=9))
+    counts = [tensors(tmp_path / "run", step, "optimizer")["final_layer.linear.weight.step"] for step in range(1, 8)]
+    assert counts == [1, 2, 3, 1, 2, 3, 4]
+    weights = tensors(tmp_path / "run", 4)
+    kept = recipe(stages=[stages[0], STAGE | {"steps": 2}], out=str(tmp_path / "kept"), checkpoint_every=4)
+    train(kept)
+    assert not torch.equal(weights["t_embedder.mlp.0.weight"], tensors(tmp_path / "kept", 4)["t_embedder.mlp.0.weight"])

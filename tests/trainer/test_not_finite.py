@@ -4,16 +4,30 @@ import json
 import math
 import os
 import signal
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.corpus.arrays import array_bytes
+from microdit.pipeline.corpus.attempt import begin_attempt
+from microdit.pipeline.corpus.corpus import Corpus
 from microdit.trainer.__main__ import main
 from microdit.trainer.data.batches import LegData
 from microdit.trainer.run import Run
 from microdit.trainer.train import train
-from tests.trainer.conftest import STAGE, losses, saved_steps, state, tensors
+from tests.trainer.conftest import (
+    STAGE,
+    build_corpus,
+    build_recipe,
+    losses,
+    saved_steps,
+    state,
+    tensors,
+    validations,
+)
 
 
 @pytest.fixture
@@ -146,3 +160,74 @@ def test_a_step_in_which_nothing_was_learned_is_null_in_the_log(recipe, tmp_path
     assert [line["step"] for line in lines if line["loss"] is None] == [3, 4]
     assert [line["step"] for line in lines if line["grad_norm"] is None] == [3, 4]
     json.dumps(state(tmp_path / "run", 12), allow_nan=False)
+
+
+# -- samples -----------------------------------------------------------------------------------------------------------
+def corpus_with(root: Path, latents: dict[int, float], text: dict[int, float], rows: int = 16) -> Corpus:
+    """A corpus of one shard; of these rows one number of the latents, or of the text, is another one."""
+    corpus = build_corpus(root, units=1, shards=1)
+    corpus.declare_column("latents/spoilt-32", {"stage": "latents", "autoencoder": "demo", "resolution": 32})
+    corpus.declare_column("text/spoilt@source", {"stage": "text", "encoder": "tiny"}, {"tokens": "int32"})
+    rng = np.random.default_rng(0)
+    (images,), (captions,) = corpus.commits("images"), corpus.commits("captions/source")
+    for column, made_from, shape, spoilt in (
+        ("latents/spoilt-32", images, (4, 4, 4), latents), ("text/spoilt@source", captions, (3, 16), text)
+    ):  # fmt: skip
+        with begin_attempt(corpus, column, images.ref, [made_from]) as attempt:
+            for row in range(rows):
+                array = rng.normal(size=shape).astype(np.float16)
+                array.flat[7] = spoilt.get(row, 0)
+                attempt.add(row, f"k0-{row}", {"npy": array_bytes(array)}, **({"tokens": 3} if len(shape) == 2 else {}))
+            for row in range(rows, 16):
+                attempt.fail(row, f"k0-{row}", "not_an_image")
+            attempt.commit()
+    return corpus
+
+
+SPOILT = {"text": {"text/spoilt@source": 1.0}, "caption_dropout": 0.0, "max_broken": 0.2}
+
+
+@pytest.mark.parametrize("rows", [16, 11])  # of eight lanes some have but one of 11 samples
+def test_samples_that_are_not_finite_are_replaced_and_counted(tmp_path, capsys, rows) -> None:
+    corpus = corpus_with(tmp_path / "c", {5: math.nan}, {9: -math.inf}, rows)
+    stages = [STAGE | {"latents": "latents/spoilt-32", "steps": 6}]
+    recipe = build_recipe(corpus, tmp_path / "run", stages=stages, **SPOILT)
+    assert train(recipe)["skipped"] == 0
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())
+    assert state(tmp_path / "run", 6)["broken"] == [
+        [
+            "latents/spoilt-32",
+            "art",
+            "art-000000-00",
+            5,
+            "key k0-5: its numbers in latents/spoilt-32 are not all finite",
+        ],
+        [
+            "text/spoilt@source",
+            "art",
+            "art-000000-00",
+            9,
+            "key k0-9: its numbers in text/spoilt@source are not all finite",
+        ],
+    ]
+    assert (
+        capsys.readouterr().err.count("broken, and replaced: column latents/spoilt-32, shard art-000000-00, row 5") == 1
+    )
+    assert not (tmp_path / "run" / "not-finite-0.jsonl").exists()
+
+
+def test_too_many_samples_that_are_not_finite_end_the_run(tmp_path) -> None:
+    corpus = corpus_with(tmp_path / "c", dict.fromkeys(range(4), math.inf), {})
+    stages = [STAGE | {"latents": "latents/spoilt-32", "steps": 6}]
+    recipe = build_recipe(corpus, tmp_path / "run", stages=stages, **SPOILT)
+    with pytest.raises(RequestError, match=r"4 of 16 samples are broken, more than max_broken = 0\.2 .*key k0-\d: its"):
+        train(recipe)
+
+
+def test_held_out_samples_that_are_not_finite_are_left_out(tmp_path, capsys) -> None:
+    corpus = corpus_with(tmp_path / "c", {}, dict.fromkeys(range(16), math.nan) | {3: 0.0, 4: 0.0, 5: 0.0})
+    fields = SPOILT | {"stages": [STAGE | {"latents": "latents/spoilt-32", "steps": 1}], "max_broken": 0.99}
+    train(build_recipe(corpus, tmp_path / "run", hold_out=8, validate_every=1, **fields))
+    figures = validations(tmp_path / "run")[1]
+    assert figures["left_out"] >= 5 and figures["samples"] == 8 - figures["left_out"]
+    assert "held-out samples cannot be read, and are left out" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import torch
 from microdit.pipeline.base.errors import RequestError
 from microdit.trainer.__main__ import main
 from microdit.trainer.objective import learning_rate
+from microdit.trainer.run import Run
 from microdit.trainer.train import train
 from tests.trainer.conftest import STAGE, build_corpus, build_recipe, losses, state, tensors, validations
 
@@ -137,3 +138,45 @@ def test_another_recipe_or_other_samples_are_refused(recipe, tmp_path) -> None:
     build_corpus(tmp_path / "c", units=2, shards=3)
     with pytest.raises(RequestError, match=r"made on 48 samples of latents/demo-32 .* now give 96"):
         train(recipe(**own))
+
+
+@pytest.mark.parametrize("step", [5, 6, 7])
+def test_a_run_that_resets_its_optimizer_goes_on_bit_by_bit(recipe, at_step, tmp_path, monkeypatch, step) -> None:
+    fields = {"stages": [STAGE | {"steps": 5}, STAGE | {"steps": 4, "reset_optimizer": True}], "checkpoint_every": 1}
+    train(recipe(**fields, out=str(tmp_path / "whole")))
+    at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(recipe(**fields))["steps"] == step
+    monkeypatch.undo()
+    train(recipe(**fields))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    for name in ("model", "ema", "optimizer"):
+        a, b = tensors(tmp_path / "run", 9, name), tensors(tmp_path / "whole", 9, name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_of_an_earlier_version_goes_on_in_its_order(recipe, at_step, tmp_path, monkeypatch) -> None:
+    original = Run.resume
+
+    def resume(self, allowed: bool) -> None:  # as earlier versions began
+        original(self, allowed)
+        self.progress.even_lanes = False
+        for data in self.legs:
+            data.lanes.even = False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "resume", resume)
+        train(recipe(out=str(tmp_path / "whole")))
+        at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(recipe())["steps"] == 6
+    monkeypatch.undo()
+    path = tmp_path / "run" / "checkpoints" / "step-00000006" / "state.json"
+    saved = json.loads(path.read_text())
+    assert saved["progress"].pop("even_lanes") is False
+    del saved["sha256"]
+    path.write_text(json.dumps(saved))
+    train(recipe())
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert state(tmp_path / "run", 12)["progress"]["even_lanes"] is False
+    train(recipe(out=str(tmp_path / "new")))
+    assert losses(tmp_path / "new") != losses(tmp_path / "whole")
+    assert state(tmp_path / "new", 12)["progress"]["even_lanes"] is True

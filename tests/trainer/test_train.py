@@ -15,7 +15,7 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.trainer.run import Run
 from microdit.trainer.start import largest_that_fits
 from microdit.trainer.train import train
-from tests.trainer.conftest import STAGE, losses, validations
+from tests.trainer.conftest import STAGE, losses, tensors, validations
 
 
 def test_a_run_learns_logs_and_leaves_what_generation_needs(recipe, tmp_path) -> None:
@@ -87,11 +87,24 @@ def test_compiled_blocks_give_the_same_losses(recipe, tmp_path) -> None:
         ({"model": {"in_channels": 16}}, "in_channels = 16: the columns say 4"),
         ({"corpus": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"text": {"text/other@source": 1.0}}, "text/other@source"),
+        (
+            {"stages": [STAGE | {"steps": 1}, STAGE | {"steps": 1, "mask_ratio": 0.9}]},
+            r"stages\.1, latents/demo-32: mask_ratio=0\.9 keeps 0 of 4 tokens",
+        ),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused(recipe, fields, message) -> None:
     with pytest.raises(RequestError, match=message):
         train(recipe(**fields))
+
+
+def test_seeds_of_more_than_32_bits_are_seeds_of_their_own(recipe, tmp_path) -> None:
+    seeds = [3, 3 + 2**32, 3 + 2**40, 2**63 - 1]  # of the first three torch on a CPU sees the same 32 bits
+    for seed in seeds:
+        train(recipe(seed=seed, out=str(tmp_path / str(seed)), stages=[STAGE | {"steps": 1, "learning_rate": 1e-9}]))
+    found = [tensors(tmp_path / str(seed), 1)["x_embedder.proj.weight"] for seed in seeds]
+    assert all((found[i] - found[j]).abs().max() > 0.1 for i in range(4) for j in range(i))
+    assert len({losses(tmp_path / str(seed))[1] for seed in seeds}) == 4
 
 
 def test_the_log_tells_loss_by_noise_memory_and_time_left(recipe, tmp_path) -> None:
