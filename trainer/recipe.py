@@ -49,7 +49,7 @@ class LegRecipe(RecipePart):
     ema_start: int = Field(0, ge=0)
     """Images of the leg before the averages begin, with the weights of then. 0: those of the leg before go on."""
     reset_optimizer: bool = False
-    """Begin with AdamW's state empty, in place of that of the leg before."""
+    """Begin with a fresh AdamW: its moments are those of no leg before."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "LegRecipe":
