@@ -51,9 +51,6 @@ class Run:
             LegData(recipe, leg, index, self.cache, patch_size, rank, world)
             for leg, index in zip(recipe.stages, self.samples.legs, strict=True)
         ]
-        start.refuse_misfits(self.config, self.legs)
-        for data in self.legs:
-            data.leg = start.with_micro_batch(self.learner, data)
         self.validation = Validation(self.samples, self.team, self.log)
         self.trained_on = start.trained_on(recipe, self.samples)
         self.checkpoints = open_checkpoints(recipe)
@@ -68,6 +65,7 @@ class Run:
         self.resumed_step = self.saved_step = self.saver.saved = -1 if saved is None else int(saved.state["step"])
         self.changes: list[dict[str, Any]] = []
         if saved is None:
+            start.refuse_misfits(self.config, self.legs)
             self.progress = Progress([leg.length for leg in recipe.stages])
             if self.init is not None:
                 self.init.load(self.learner)
@@ -87,8 +85,10 @@ class Run:
             self.log.say(f"going on after {self.progress.seen:,} of {self.total:,} images, from {saved.name}")
 
     def prepare(self) -> None:
-        """Get ready what watches the run: pictures, time budget, log, meter."""
+        """Choose micro-batches, and get ready what watches the run: pictures, time budget, log, meter."""
         recipe, progress, team = self.recipe, self.progress, self.team
+        for data in self.legs:
+            data.leg = start.with_micro_batch(self.learner, data)
         self.sheets = self.budget = None
         if recipe.sample_every is not None and progress.seen < self.total:
             self.sheets = SampleSheets(recipe, self.samples, self.config, team, self.log)

@@ -170,7 +170,10 @@ def network_config(
 
 
 def refuse_misfits(config: Mapping[str, Any], legs: Sequence[LegData]) -> None:
-    """Raises RequestError if the network cannot learn from the latents of a leg, or what its mask leaves of them."""
+    """Raises RequestError if the network cannot learn from the latents of a leg, or what its mask leaves of them.
+
+    For a run that begins: one that has begun goes on as it is, as its network cannot be changed any more.
+    """
     for number, data in enumerate(legs):
         try:
             check_training(config, data.latent_shape, data.text_width, data.leg.mask_ratio)

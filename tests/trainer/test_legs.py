@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.trainer import start
 from microdit.trainer.objective import learning_rate
 from microdit.trainer.recipe import LegRecipe
 from microdit.trainer.run import Run
@@ -148,6 +149,16 @@ def test_experts_that_would_get_no_token_are_refused_and_the_advice_works(recipe
     with pytest.raises(RequestError, match=r"raise expert_capacity to 2, lower num_experts or mask_ratio"):
         train(recipe(model=model | {"expert_capacity": 1.9}, stages=[STAGE | {"steps": 1}, *stages]))
     assert train(recipe(model=model | {"expert_capacity": 2.0}, stages=stages))["steps"] == 1
+
+
+def test_a_run_that_began_with_idle_experts_goes_on(recipe, at_step, monkeypatch) -> None:
+    model = MODEL | {"depth": 3, "num_experts": 4, "expert_capacity": 1.0}
+    begun = recipe(model=model, stages=[STAGE | {"steps": 3, "mask_ratio": 0.5, "micro_batch": "auto"}])
+    with monkeypatch.context() as patch:
+        patch.setattr(start, "refuse_misfits", lambda *_: None)  # as earlier versions began
+        at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(begun)["steps"] == 2
+    assert train(begun)["steps"] == 3
 
 
 def test_the_optimizer_is_reset_where_a_leg_says_so(recipe, tmp_path) -> None:
