@@ -57,7 +57,7 @@ def _self_attention(attention: SelfAttention, tokens: int) -> int:
 def _feed_forward(mlp: Experts | FeedForward, tokens: int) -> int:
     if isinstance(mlp, FeedForward):
         return tokens * _linears(mlp)
-    taken = mlp.num_experts * min(int(mlp.capacity * tokens / mlp.num_experts), tokens)
+    taken = mlp.num_experts * mlp.taken(tokens)
     return tokens * _linears(mlp.gate) + taken * 4 * mlp.w1.shape[1] * mlp.w1.shape[2]
 
 

@@ -159,9 +159,13 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden, dim))
         self.gate = nn.Linear(dim, num_experts, bias=False)
 
+    def taken(self, tokens: int) -> int:
+        """Count the tokens that each expert takes of a sample (k); 0 where there are too few."""
+        return min(int(self.capacity * tokens / self.num_experts), tokens)
+
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, dim = x.shape
-        k = min(int(self.capacity * tokens / self.num_experts), tokens)
+        k = self.taken(tokens)
         probs = softmax(self.gate(x))
         weight, token = probs.transpose(1, 2).topk(k, dim=-1)  # (B, E, k)
         row = token + torch.arange(batch, device=x.device)[:, None, None] * tokens

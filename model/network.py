@@ -10,7 +10,7 @@ State-dict keys, shapes and numbers are those of the released checkpoints.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from microdit.model.layers import (
     Block,
     CaptionBlock,
     CaptionEmbedder,
+    Experts,
     FinalLayer,
     NormMlp,
     PatchEmbedder,
@@ -352,3 +353,29 @@ class MicroDiT(nn.Module):
         p = self.patch_size
         x = x.reshape(x.shape[0], rows, columns, p, p, self.in_channels).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(x.shape[0], self.in_channels, rows * p, columns * p)
+
+
+def check_training(
+    config: Mapping[str, Any], latent_shape: tuple[int, int, int], text_width: int, mask_ratio: float
+) -> None:
+    """Try what a network is trained on, without numbers: latents (C, H, W), captions and a mask ratio.
+
+    Raises:
+        ValueError: they do not fit, or leave so few tokens that the experts would get none and learn nothing.
+    """
+
+    def refuse_idle(experts: Experts, inputs: tuple[Tensor]) -> None:
+        tokens = inputs[0].shape[1]
+        if not experts.taken(tokens):
+            raise ValueError(
+                f"each of the {experts.num_experts} experts gets none of {tokens} tokens (expert_capacity="
+                f"{experts.capacity:g}): raise expert_capacity to {math.ceil(experts.num_experts / tokens)}, lower "
+                "num_experts or mask_ratio, or take larger latents"
+            )
+
+    with torch.device("meta"), torch.no_grad():
+        net = MicroDiT(**config)
+        for module in net.modules():
+            if isinstance(module, Experts):
+                module.register_forward_pre_hook(refuse_idle)
+        net(torch.empty(1, *latent_shape), torch.empty(1), torch.empty(1, 1, text_width), mask_ratio=mask_ratio)

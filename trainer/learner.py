@@ -20,6 +20,7 @@ from microdit.model.network import MicroDiT
 from microdit.model.sharding import own_part, shard_blocks, shared_as, whole, whole_tensors
 from microdit.trainer.checkpoints import contents as checkpoint
 from microdit.trainer.data.batch import Batch
+from microdit.trainer.data.randomness import weights_seed
 from microdit.trainer.objective import NOISE_BINS, Objective, Step
 from microdit.trainer.processes import Team
 from microdit.trainer.recipe import LegRecipe, Recipe
@@ -32,7 +33,7 @@ class Learner:
     """
 
     def __init__(self, recipe: Recipe, config: dict[str, Any], team: Team):
-        torch.manual_seed(recipe.seed)
+        torch.manual_seed(weights_seed(recipe.seed))
         self.recipe, self.team, self.device = recipe, team, team.device
         self.net = MicroDiT(**config).to(team.device)
         self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and has_fast_bf16(team.device))
@@ -69,9 +70,14 @@ class Learner:
     def step(self, batch: Batch, leg: LegRecipe, rate: float, scale: float = 1.0, leg_seen: float = math.inf) -> Step:
         """Take one step on this process's part of a batch.
 
-        A step whose gradient is not finite changes nothing. scale: as in `Progress`. leg_seen: images of the leg,
-        this batch included.
+        A step whose gradient is not finite changes nothing. scale: what the time budget left of the leg. leg_seen:
+        images of the leg, this batch included.
         """
+        if leg_seen <= leg.batch:  # the leg's first step
+            if leg.reset_optimizer:
+                self.optimizer.state.clear()
+            if leg.ema_start:
+                self.averages = []
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         loss, noise = torch.zeros((), device=self.device), torch.zeros(2, NOISE_BINS, device=self.device)
@@ -97,8 +103,7 @@ class Learner:
 
     def _average(self, leg: LegRecipe, scale: float, leg_seen: float, bad: Tensor) -> None:
         half_lives = leg.half_lives
-        if leg_seen <= leg.ema_start * scale:
-            self.averages = []
+        if not self.averages and leg_seen <= leg.ema_start * scale:  # once begun they stay, however the leg grows
             return
         weights = [own_part(p.detach()) for p in self.parameters.values()]
         self.averages = self.averages[: len(half_lives)]

@@ -50,7 +50,7 @@ class Objective(nn.Module):
 
 
 def learning_rate(leg: LegRecipe, step: int, length: int, scale: float = 1.0) -> float:
-    """Compute the rate of step `step` of a leg that is `length` steps long; `scale` as in `Progress`."""
+    """Compute the rate of step `step` of a leg that is `length` steps long, `scale` times the recipe's."""
     warmup = math.ceil(leg.warmup * scale / leg.batch)
     if step < warmup:
         return leg.learning_rate * (step + 1) / (warmup + 1)

@@ -48,6 +48,8 @@ class LegRecipe(RecipePart):
     one for each; `generate` takes the first."""
     ema_start: int = Field(0, ge=0)
     """Images of the leg before the averages begin, with the weights of then. 0: those of the leg before go on."""
+    reset_optimizer: bool = False
+    """Begin with a fresh AdamW: its moments are those of no leg before."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "LegRecipe":
@@ -184,7 +186,9 @@ OPERATION = {"corpus", "out", "cache_mb", "time_budget", "checkpoint_every", "ch
     "checkpoints", "checkpoint_keep_hours", "parallel", "name", "text_lengths",
 }  # fmt: skip
 # And with other values of these in a leg that is not over, and with another optimizer; a checkpoint tells what changed.
-LEG_CHANGES = {"learning_rate", "final_learning_rate", "warmup", "schedule", "clip", "images", "steps"}
+LEG_CHANGES = {"learning_rate", "final_learning_rate", "warmup", "schedule", "clip", "images", "steps"} | {
+    "reset_optimizer"
+}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -51,8 +51,6 @@ class Run:
             LegData(recipe, leg, index, self.cache, patch_size, rank, world)
             for leg, index in zip(recipe.stages, self.samples.legs, strict=True)
         ]
-        for data in self.legs:
-            data.leg = start.with_micro_batch(self.learner, data)
         self.validation = Validation(self.samples, self.team, self.log)
         self.trained_on = start.trained_on(recipe, self.samples)
         self.checkpoints = open_checkpoints(recipe)
@@ -69,6 +67,7 @@ class Run:
         self.resumed_step = self.saved_step = self.saver.saved = -1 if saved is None else int(saved.state["step"])
         self.changes: list[dict[str, Any]] = []
         if saved is None:
+            start.refuse_misfits(self.config, self.legs)
             self.progress = Progress([leg.length for leg in recipe.stages])
             if self.init is not None:
                 self.init.load(self.learner)
@@ -76,7 +75,9 @@ class Run:
             return
         changes = start.find_changes(saved, recipe, self.trained_on)
         self.changes = [*saved.state.get("changes", []), *changes]
-        self.progress = Progress(**saved.state["progress"])
+        self.progress = Progress(**{"even_lanes": False} | saved.state["progress"])
+        for data in self.legs:
+            data.lanes.even = self.progress.even_lanes
         start.change_lengths(self.progress, recipe, changes)
         for one in changes:
             self.log.say(f"going on with {one['name']} = {one['to']}, which was {one['from']}")
@@ -86,8 +87,10 @@ class Run:
             self.log.say(f"going on after {self.progress.seen:,} of {self.total:,} images, from {saved.name}")
 
     def prepare(self) -> None:
-        """Get ready what watches the run: pictures, time budget, log, meter."""
+        """Choose micro-batches, and get ready what watches the run: pictures, time budget, log, meter."""
         recipe, progress, team = self.recipe, self.progress, self.team
+        for data in self.legs:
+            data.leg = start.with_micro_batch(self.learner, data)
         self.sheets = self.budget = None
         if recipe.sample_every is not None and progress.seen < self.total:
             self.sheets = SampleSheets(recipe, self.samples, self.config, team, self.log)
@@ -122,8 +125,9 @@ class Run:
         """Take a step on a batch, and count it."""
         progress, data = self.progress, self.legs[self.progress.stage]
         length, leg_seen = progress.lengths[progress.stage], (progress.stage_step + 1) * data.leg.batch
-        self.rate = learning_rate(data.leg, progress.stage_step, length, progress.scale)
-        taken = self.learner.step(batch, data.leg, self.rate, progress.scale, leg_seen)
+        scale = length / data.leg.length
+        self.rate = learning_rate(data.leg, progress.stage_step, length, scale)
+        taken = self.learner.step(batch, data.leg, self.rate, scale, leg_seen)
         self.meter.add(taken)
         self.not_finite.add(progress.position(), taken.bad, data.index, batch.positions)
         progress.advance(data.leg.batch)

@@ -10,15 +10,16 @@ import torch
 
 from microdit.model.checkpoint import CheckpointError, config_from_state_dict, read_config, read_state_dict
 from microdit.model.loading import find_parts
-from microdit.model.network import PRESETS, MicroDiT
+from microdit.model.network import PRESETS, MicroDiT, check_training
 from microdit.model.pretrained.hub import ModelFilesError
 from microdit.model.trained_with import differences
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.selection.broken_samples import NotingShardCache
 from microdit.pipeline.selection.sample_index import largest_scalar
+from microdit.pipeline.selection.sample_shapes import sample_shape
 from microdit.trainer.checkpoints.contents import Checkpoint
 from microdit.trainer.data.batch import MicroBatch
-from microdit.trainer.data.batches import LegData, sample_shape
+from microdit.trainer.data.batches import LegData
 from microdit.trainer.data.samples import RunSamples
 from microdit.trainer.learner import Learner
 from microdit.trainer.monitoring.progress import Progress
@@ -166,6 +167,18 @@ def network_config(
         if given.get(name, value) != value:
             raise RequestError(f"model.{name} = {given[name]}: the columns say {value}; leave it out")
     return built_config((PRESETS[preset] if preset else {}) | given | known)
+
+
+def refuse_misfits(config: Mapping[str, Any], legs: Sequence[LegData]) -> None:
+    """Raises RequestError if the network cannot learn from the latents of a leg, or what its mask leaves of them.
+
+    For a run that begins: one that has begun goes on as it is, as its network cannot be changed any more.
+    """
+    for number, data in enumerate(legs):
+        try:
+            check_training(config, data.latent_shape, data.text_width, data.leg.mask_ratio)
+        except ValueError as error:
+            raise RequestError(f"stages.{number}, {data.leg.latents}: {error}") from error
 
 
 def built_config(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from microdit.pipeline.corpus.shard_cache import ShardId
 from microdit.pipeline.selection.lineage import newest_commits
 from microdit.pipeline.selection.sample_index import SampleIndex, read_captions
 from microdit.pipeline.stages.rows import image_bytes
+from microdit.trainer.data.randomness import weights_seed
 from microdit.trainer.data.samples import RunSamples, open_samples
 from microdit.trainer.recipe import Recipe
 
@@ -70,7 +71,7 @@ def evaluate(
     everything = read_images(samples.corpus, index, side) | read_images(samples.corpus, samples.held, side)
     captions = {kind: read_captions(samples.corpus, recipe.main_text, some) for kind, some in drawn.items()}
 
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(weights_seed(recipe.seed))
     untrained = MicroDiT(**pipe.transformer.config).eval().to(pipe.device)
     options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     results: list[dict[str, Any]] = []

@@ -3,9 +3,11 @@
 import sys
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+from obstore.exceptions import BaseError
 
 from microdit.pipeline.base.terminal import printable
 from microdit.pipeline.corpus.open_shard import BrokenError
@@ -84,3 +86,9 @@ class NotingShardCache(ShardCache):
             opened = self.request(column, shard).exception() is None
             self.broken.add(column, shard, row if opened else WHOLE, str(error))
             raise
+
+    def note(self, column: str, shard: ShardId, row: int, why: str) -> None:
+        """Note a row that can be read but not used, with its key."""
+        with suppress(OSError, ValueError, BaseError):  # the sidecar's storage fails: without it, then
+            why = f"key {self.corpus.sidecar(self.columns[column][shard])['key'][row]}: {why}"
+        self.broken.add(column, shard, row, why)

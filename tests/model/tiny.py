@@ -8,6 +8,7 @@ import torch
 
 from microdit.model.checkpoint import write_state_dict
 from microdit.model.network import MicroDiT
+from microdit.model.text_to_image import MicroDiTPipeline
 
 SIZES = {
     "input_size": 4, "dim": 32, "depth": 3, "head_dim": 16, "multiple_of": 8, "caption_channels": 384,
@@ -21,6 +22,10 @@ INFO = {
     "latents": {"autoencoder": "demo", "revision": None, "resolution": 32},
     "text": {"encoder": "minilm", "revision": None},
 }
+
+PROMPTS = ["red apple", "a very long caption about a lighthouse in the fog that goes on", "dog"]
+# of other batch shapes, whose matrix products round otherwise; another prompt or seed moves latents by 1 and more
+ROUNDING = 5e-3
 
 
 def network(seed: int, **sizes: Any) -> MicroDiT:
@@ -43,3 +48,8 @@ def write_run(folder: Path) -> Path:
         (checkpoint / "generate.json").write_text(json.dumps(INFO))
     (folder / "checkpoints" / "step-00000020.partial").mkdir()
     return folder
+
+
+def latents(pipe: MicroDiTPipeline, prompt: Any = "dog", *arguments: Any, **options: Any) -> torch.Tensor:
+    """What a call draws, before it is decoded."""
+    return pipe(prompt, *arguments, **({"num_inference_steps": 3, "seed": 0, "output_type": "latent"} | options)).images

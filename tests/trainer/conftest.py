@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from microdit.model.pretrained.autoencoder import load_autoencoder
 from microdit.model.pretrained.text import load_text_encoder
@@ -134,6 +136,33 @@ def validations(out: Path) -> dict[int, dict]:
     for figures in found.values():
         assert figures.pop("seconds") >= 0
     return found
+
+
+def losses(out: Path) -> dict[int, float]:
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def state(out: Path, step: int) -> dict:
+    return json.loads((out / "checkpoints" / f"step-{step:08d}" / "state.json").read_text())
+
+
+def tensors(out: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+
+
+def saved_steps(out: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (out / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def yaml_recipe(recipe, tmp_path):
+    def write(**fields) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe(**fields).model_dump(mode="json", exclude_none=True)))
+        return path
+
+    return write
 
 
 @pytest.fixture

@@ -24,6 +24,8 @@ def test_a_file_with_overrides(path) -> None:
     ("override", "message"),
     [
         ("sed=9", "sed"),
+        ("seed=9223372036854775808", "seed.*9223372036854775808.*less than 9223372036854775808"),
+        ("seed=-1", "seed.*-1"),
         ("stages.0.mask=0.5", r"stages\.0\.mask"),
         ("stages.0.mask_ratio=1", r"stages\.0\.mask_ratio.*1"),
         ("stages.0.batch=12", "12 is no multiple of lanes=8"),

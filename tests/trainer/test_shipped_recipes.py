@@ -52,6 +52,7 @@ def test_the_papers_recipes_are_the_papers(name: str) -> None:
         assert stage.latents in corpus.columns
     assert found == TABLE
     assert [corpus.columns[stage.latents].resolution for stage in recipe.stages] == [256, 256, 512, 512]  # type: ignore[union-attr]
+    assert [stage.reset_optimizer for stage in recipe.stages] == [False, False, True, False]
     assert [stage.selection is None for stage in recipe.stages] == [True, True, False, False]
     assert recipe.model == {"preset": "xl_2"} and set(recipe.text) <= set(corpus.columns)
     options = recipe.optimizer

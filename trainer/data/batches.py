@@ -8,19 +8,21 @@ A sample that turns out broken is replaced from its own lane, so that the proces
 
 import math
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
 
+from microdit.pipeline.base.buffers import Buffers
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.threads import read_ahead
-from microdit.pipeline.corpus.open_shard import BrokenError
+from microdit.pipeline.corpus.open_shard import BrokenError, is_finite
 from microdit.pipeline.corpus.quantised import Field
 from microdit.pipeline.corpus.shard_cache import ShardId
 from microdit.pipeline.selection.broken_samples import WHOLE, NotingShardCache
 from microdit.pipeline.selection.sample_index import SampleIndex
-from microdit.trainer.data.batch import Batch, Buffers, MicroBatch, pad_text
+from microdit.pipeline.selection.sample_shapes import holds_moments, sample_shape
+from microdit.trainer.data.batch import Batch, MicroBatch, pad_text
 from microdit.trainer.data.order import Lanes
 from microdit.trainer.data.randomness import Draw, Noise
 from microdit.trainer.recipe import LegRecipe, Recipe
@@ -164,11 +166,11 @@ class LegData:
         try:
             return self.checked(column, value)
         except BrokenError as error:
-            self.cache.broken.add(column, shard, row, str(error))
+            self.cache.note(column, shard, row, str(error))
             raise
 
     def checked(self, column: str, value: Field | BrokenError) -> Field:
-        """Return the same field of a sample; raises BrokenError if it is one, or has another shape than the others."""
+        """Return the same field of a sample; raises BrokenError if it is one, or cannot be trained on."""
         if isinstance(value, BrokenError):
             raise value
         if column == self.leg.latents:
@@ -178,6 +180,8 @@ class LegData:
                 raise BrokenError(f"its shape in {column} is {value.shape}, the others' is {expected}")
         elif len(value.shape) != 2 or not len(value) or value.shape[1] != self.text_width:
             raise BrokenError(f"its shape in {column} is {value.shape}, expected (tokens, {self.text_width})")
+        if not is_finite(value):
+            raise BrokenError(f"its numbers in {column} are not all finite")
         return value
 
     def _refuse_too_many(self) -> None:
@@ -209,39 +213,5 @@ class LegData:
             mean, deviation = stacked.float().chunk(2, dim=1)
             stacked = mean + deviation * drawn.posterior
         return MicroBatch(
-            rows=torch.from_numpy(rows[part]),
-            latents=stacked,
-            text=text,
-            text_mask=mask,
-            sigma_normal=draw.sigma_normal[part],
-            noise=drawn.noise,
-            permutation=drawn.permutation,
+            torch.from_numpy(rows[part]), stacked, text, mask, draw.sigma_normal[part], drawn.noise, drawn.permutation
         )
-
-
-def sample_shape(
-    cache: NotingShardCache, index: SampleIndex, latents: str, text: Sequence[str]
-) -> tuple[tuple[int, int, int], int]:
-    """Find the shape of a latent (C, H, W) and the width of a caption embedding from the first sample that can be read.
-
-    Raises:
-        RequestError: text columns of different widths, which one network cannot read; or none can be read.
-    """
-    firsts = np.flatnonzero(np.diff(index.shard, prepend=-1))  # of each shard
-    for position in firsts[:MOST_TRIES].tolist():
-        shard, row = index.locate(position)
-        try:
-            widths = {column: cache.field(column, shard, row).shape[1] for column in text}
-            channels, height, width = cache.field(latents, shard, row).shape
-        except (BrokenError, IndexError) as error:
-            last = error
-            continue
-        if len(set(widths.values())) > 1:
-            raise RequestError(f"text: the columns differ in width: {widths}; take columns of one text encoder")
-        return (channels // 2 if holds_moments(cache, latents) else channels, height, width), widths[text[0]]
-    raise RequestError(f"column {latents}: no sample can be read, the last because {last}; run `microdit verify`")
-
-
-def holds_moments(cache: NotingShardCache, latents: str) -> bool:
-    """Whether a latents column holds means and standard deviations (2C, H, W), of which each step draws a sample."""
-    return bool(cache.corpus.column(latents).made_by.get("posterior") == "moments")

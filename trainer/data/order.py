@@ -3,6 +3,10 @@
 Shards in a seeded order, their rows concatenated and cut into C lanes of equal size. Row i of a global batch belongs to
 lane i mod C, and the n-th sample of a lane is a function of (seed, lane, n) alone. A process owns whole lanes.
 
+An epoch, the next N rows of the global batches, has each sample once. Where C does not divide N, every epoch is cut
+into lanes again, because other lanes have a row more in it. Runs that an earlier version began go on with lanes that
+are cut once (`even` is False): each has epochs of its own, and where one is shorter its samples come more often.
+
 With weights the lanes are of equal weight: a sample on the border of two belongs to both, with a part of its weight in
 each. In an epoch of a lane, as long as N / C, a sample of r times the mean weight comes floor(r) times or once more.
 """
@@ -26,29 +30,46 @@ class Lanes:
 
     lanes: requested number; with fewer samples, the largest divisor of it that leaves no lane empty.
     window: shards of a lane among which rows are shuffled.
+    even: whether every sample comes equally often, see above.
     """
 
-    def __init__(self, index: SampleIndex, lanes: int, seed: int, window: int):
-        self.index, self.seed, self.window = index, seed, window
+    def __init__(self, index: SampleIndex, lanes: int, seed: int, window: int, even: bool = True):
+        self.index, self.seed, self.window, self.even = index, seed, window, even
         self.count = max(d for d in range(1, lanes + 1) if lanes % d == 0 and d <= len(index))
         bounds = np.searchsorted(index.shard, np.arange(len(index.shards) + 1))
         by_shard = [np.arange(bounds[s], bounds[s + 1]) for s in _shuffled(len(index.shards), seed, 0)]
         self._samples = np.concatenate(by_shard)
-        self._bounds = [len(index) * lane // self.count for lane in range(self.count + 1)]
         self._ends = None if index.weight is None else np.cumsum(index.weight[self._samples].astype(np.float64))
+        self._rows = len(index)  # of an epoch
+        if self._ends is not None:
+            self._rows = self.count * max(round(len(index) / self.count), 1)
         self._epochs: dict[int, dict[int, tuple[int, np.ndarray]]] = {}  # by lane, then by number
 
-    def size(self, lane: int) -> int:
+    def size(self, lane: int, epoch: int = 0) -> int:
         """Count the samples in an epoch of a lane."""
-        if self._ends is not None:
-            return max(round(len(self.index) / self.count), 1)
-        return self._bounds[lane + 1] - self._bounds[lane]
+        return self._start(lane, epoch + 1) - self._start(lane, epoch)
+
+    def _start(self, lane: int, epoch: int) -> int:
+        """Count the samples of a lane before an epoch."""
+        return self._below(lane + 1, epoch) - self._below(lane, epoch)
+
+    def _below(self, lane: int, epoch: int) -> int:
+        """Count the samples of all lanes below one, before an epoch."""
+        if not self.even:
+            return epoch * (self._rows * lane // self.count)
+        rounds, rest = divmod(epoch * self._rows, self.count)
+        return rounds * lane + min(rest, lane)
+
+    def _find(self, lane: int, n: int) -> tuple[int, int]:
+        """Return the epoch of a lane's n-th sample, and its number in it."""
+        epoch = (n * self.count + lane) // self._rows if self.even else n // self.size(lane)
+        return epoch, n - self._start(lane, epoch)
 
     def samples(self, lane: int, start: int, count: int) -> np.ndarray:
         """Return the positions in the index of samples start, start + 1, ... of a lane, without end."""
         parts = []
         while count > 0:
-            epoch, offset = divmod(start, self.size(lane))
+            epoch, offset = self._find(lane, start)
             part = self._epoch(lane, epoch)[1][offset : offset + count]
             parts.append(part)
             start, count = start + len(part), count - len(part)
@@ -56,18 +77,22 @@ class Lanes:
 
     def window_size(self, lane: int, n: int) -> float:
         """Compute the mean number of samples in the windows of the epoch of a lane's n-th sample."""
-        size = self.size(lane)
-        return size / self._epoch(lane, n // size)[0]
+        epoch, _ = self._find(lane, n)
+        return self.size(lane, epoch) / self._epoch(lane, epoch)[0]
 
     def replacement(self, seen: int, row: int, tries: int) -> int:
         """Choose what replaces a row of the batch after `seen` samples, `tries - 1` others having been broken too.
 
         It stands a window further on in its lane, which is read soon anyway, so that a broken shard's samples find
-        other ones.
+        other ones. Where the lane has no other, the lanes after it are tried.
         """
-        lane, n = row % self.count, seen // self.count + row // self.count
-        epoch, offset = divmod(n, size := self.size(lane))
+        lane = row % self.count
+        epoch, offset = self._find(lane, seen // self.count + row // self.count)
+        if self.even:
+            further, tries = divmod(tries, self.size(lane, epoch))
+            lane = (lane + further) % self.count
         windows, order = self._epoch(lane, epoch)
+        size = len(order)
         return int(order[(offset + tries * (size // windows) + tries // windows) % size])  # after a round, the next one
 
     def _epoch(self, lane: int, epoch: int) -> tuple[int, np.ndarray]:
@@ -89,7 +114,8 @@ class Lanes:
     def _drawn(self, lane: int, epoch: int) -> np.ndarray:
         """Draw the samples of an epoch of a lane, shard by shard, as often as they come."""
         if self._ends is None:
-            return self._samples[self._bounds[lane] : self._bounds[lane + 1]]
+            first, end = (self._below(border, epoch + 1) - self._below(border, epoch) for border in (lane, lane + 1))
+            return self._samples[first:end]
         low, high = (self._ends[-1] * border / self.count for border in (lane, lane + 1))
         first = int(np.searchsorted(self._ends, low, side="right"))
         last = min(int(np.searchsorted(self._ends, high, side="left")), len(self._ends) - 1)

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from microdit.pipeline.base.buffers import Buffers
 from microdit.pipeline.selection.sample_index import splitmix
-from microdit.trainer.data.batch import Buffers
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,11 @@ class HeldOutDraw:
             torch.randn(*latent_shape, generator=generator),
             torch.randn(*latent_shape, generator=generator),
         )
+
+
+def weights_seed(seed: int) -> int:
+    """Derive the seed that a recipe's weights begin with: its own up to 32 bits, as torch on a CPU reads no more."""
+    return seed if seed < 2**32 else _seed(seed, 7)
 
 
 def _seed(*words: int) -> int:

@@ -33,6 +33,7 @@ class Progress:
     validation: float | None = None  # the last one: of the first average, or of the weights if there is none
     wandb_run: str | None = None  # which run of W&B goes on
     looked: int = -1  # the step after which the last validation, or the last sheet of pictures, was due
+    even_lanes: bool = True  # as in `Lanes`; checkpoints of earlier versions, which do not say, have other ones
 
     def images(self, legs: Sequence[LegRecipe]) -> int:
         """Count the images that the whole run sees."""

@@ -37,9 +37,11 @@ def sequence(lanes: Lanes, batch: int, steps: int, world: int = 1, start: int = 
     window=st.integers(1, 4),
     seed=st.integers(0, 2**40),
 )
-def test_every_epoch_of_a_lane_has_each_of_its_samples_once(sizes, lanes, each, window, seed) -> None:
+def test_of_earlier_versions_every_epoch_of_a_lane_has_each_of_its_samples_once(
+    sizes, lanes, each, window, seed
+) -> None:
     index = made_up_index(sizes)
-    order = Lanes(index, lanes, seed, window)
+    order = Lanes(index, lanes, seed, window, even=False)
     assert lanes % order.count == 0 and order.count <= len(index)
     owned = []
     for lane in range(order.count):
@@ -48,23 +50,62 @@ def test_every_epoch_of_a_lane_has_each_of_its_samples_once(sizes, lanes, each, 
         assert sorted(first) == sorted(second)
         owned += first
         # any stretch, whatever was asked before, is the same
-        stretch = Lanes(index, lanes, seed, window).samples(lane, 3, 2 * size).tolist()
+        stretch = Lanes(index, lanes, seed, window, even=False).samples(lane, 3, 2 * size).tolist()
         assert order.samples(lane, 3, 2 * size).tolist() == stretch
         assert stretch[: max(2 * size - 3, 0)] == (first + second)[3:]
     assert sorted(owned) == list(range(len(index)))  # lanes own all, and nothing twice
     batch = order.count * each
-    assert sequence(order, batch, 3, start=2) == sequence(Lanes(index, lanes, seed, window), batch, 5)[2:]
+    assert sequence(order, batch, 3, start=2) == sequence(Lanes(index, lanes, seed, window, False), batch, 5)[2:]
+    if len(index) % order.count == 0:
+        assert sequence(order, batch, 5) == sequence(Lanes(index, lanes, seed, window), batch, 5)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(lambda s: sum(s) > 0),
+    lanes=st.sampled_from([1, 4, 8, 12, 128]),
+    each=st.integers(1, 5),
+    epochs=st.integers(1, 4),
+    start=st.integers(0, 30),
+    seed=st.integers(0, 2**40),
+)
+def test_every_sample_comes_equally_often_whatever_the_lanes_are(sizes, lanes, each, epochs, start, seed) -> None:
+    index = made_up_index(sizes)
+    order = Lanes(index, lanes, seed, 2)
+    batch = order.count * each
+    steps = -(-epochs * len(index) // batch)
+    batches = sequence(order, batch, steps)
+    for epoch in np.concatenate(batches)[: epochs * len(index)].reshape(epochs, -1):
+        assert sorted(epoch.tolist()) == list(range(len(index)))  # so that beginnings, too, differ by 1 at most
+    start %= steps
+    worlds = [world for world in (1, 2, 4) if order.count % world == 0]
+    for world in worlds:  # and on any number of processes, from any step
+        again = Lanes(index, lanes, seed, 2)
+        assert sequence(again, batch, min(steps - start, 3), world, start) == batches[start:][:3]
+
+
+def test_190_samples_in_128_lanes() -> None:
+    def times(even: bool) -> set[int]:
+        order = Lanes(made_up_index([64, 64, 62]), 128, 0, 4, even)
+        samples = np.concatenate([order.samples(lane, 0, 95) for lane in range(128)])
+        return set(np.bincount(samples, minlength=190).tolist())
+
+    assert times(even=True) == {64} and times(even=False) == {47, 48, 95}
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_sequence_is_the_same_for_any_number_of_processes(world: int) -> None:
+@pytest.mark.parametrize("even", [True, False])
+def test_sequence_is_the_same_for_any_number_of_processes(world: int, even: bool) -> None:
     index = made_up_index([30, 50, 17, 41])
-    assert sequence(Lanes(index, 8, 7, 2), 16, 12, world) == sequence(Lanes(index, 8, 7, 2), 16, 12)
+    assert sequence(Lanes(index, 8, 7, 2, even), 16, 12, world) == sequence(Lanes(index, 8, 7, 2, even), 16, 12)
 
 
 def test_lane_sizes_differ_by_one_at_most_and_row_i_is_of_lane_i_mod_lanes() -> None:
     index = made_up_index([30, 50, 17, 41])
-    lanes = Lanes(index, 8, 7, 2)
+    sizes = [[Lanes(index, 8, 7, 2).size(lane, epoch) for lane in range(8)] for epoch in range(4)]
+    assert [sum(epoch) for epoch in sizes] == [138] * 4 and {size for epoch in sizes for size in epoch} == {17, 18}
+    assert [sum(epoch[lane] for epoch in sizes) for lane in range(8)] == [69] * 8  # they take turns
+    lanes = Lanes(index, 8, 7, 2, even=False)
     owner = {}
     for lane in range(8):
         for position in lanes.samples(lane, 0, 138 // 8).tolist():
@@ -132,6 +173,14 @@ def test_order_is_pinned() -> None:
     lanes = Lanes(made_up_index([5, 9, 6]), 4, 11, 2)
     assert sequence(lanes, 4, 6) == [
         [4, 6, 12, 16], [1, 9, 14, 19], [2, 7, 10, 17], [3, 5, 11, 15], [0, 8, 13, 18], [1, 9, 11, 17],
+    ]  # fmt: skip
+    # in lanes that do not divide the samples: now, and as runs of earlier versions have it
+    lanes, earlier = (Lanes(made_up_index([5, 9, 4]), 4, 11, 2, even) for even in (True, False))
+    assert sequence(lanes, 4, 6) == [
+        [4, 6, 12, 15], [1, 9, 10, 16], [2, 7, 11, 14], [3, 5, 13, 17], [0, 8, 9, 15], [1, 4, 10, 16],
+    ]  # fmt: skip
+    assert sequence(earlier, 4, 6) == [
+        [1, 6, 11, 15], [2, 4, 9, 13], [3, 7, 10, 16], [0, 5, 12, 14], [1, 8, 10, 17], [0, 4, 11, 15],
     ]  # fmt: skip
 
 

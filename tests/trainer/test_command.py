@@ -1,0 +1,60 @@
+"""Training as a command."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from microdit.trainer.train import train
+from tests.trainer.conftest import STAGE, losses
+
+
+def command(path: Path, *overrides: str, processes: int = 0) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
+    return [sys.executable, *torchrun, "-m", "microdit.trainer", str(path), *overrides]
+
+
+def test_two_processes_give_the_losses_of_one(recipe, yaml_recipe, tmp_path) -> None:
+    stages = [STAGE | {"steps": 3, "mask_ratio": 0.5, "micro_batch": 5}, STAGE | {"steps": 2}]
+    train(recipe(stages=stages, out=str(tmp_path / "one")))
+    path = yaml_recipe(stages=stages)
+    done = subprocess.run(command(path, processes=2), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "run")
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
+    assert two.keys() == one.keys()
+    # and one process goes on where two were
+    done = subprocess.run(command(path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "finished: 80 of 80 images" in done.stdout
+
+
+def test_sigkill_and_sigterm_of_the_real_command(recipe, yaml_recipe, tmp_path) -> None:
+    stages = [STAGE | {"steps": 150}]
+    path = yaml_recipe(stages=stages, checkpoint_every=5)
+    whole = recipe(stages=stages, out=str(tmp_path / "whole"), checkpoint_every=1000)
+    train(whole)
+
+    def run_until(step: int, number: int) -> int:
+        process = subprocess.Popen(command(path), stdout=subprocess.DEVNULL)
+        log = tmp_path / "run" / "log.jsonl"
+        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= step):
+            time.sleep(0.02)
+        process.send_signal(number)
+        return process.wait()
+
+    assert run_until(12, signal.SIGKILL) == -signal.SIGKILL
+    assert run_until(40, signal.SIGTERM) == 143
+    done = subprocess.run(command(path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on after" in done.stdout
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_wrong_request_ends_with_status_2_and_one_message(yaml_recipe) -> None:
+    done = subprocess.run(command(yaml_recipe(), "corpus=/nowhere"), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "corpus /nowhere: there is no corpus.json" in done.stderr
