@@ -30,8 +30,15 @@ def build(
         ),
     ] = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Take again the shards and units that were set aside.")
+        bool,
+        typer.Option(
+            "--retry-failed", help="Take again what was set aside, and URLs that failed in passing (429, 5xx, timeout)."
+        ),
     ] = False,
+    retry_rows: Annotated[
+        list[str] | None,
+        typer.Option("--retry-rows", metavar="REASON", help="Make failed rows of this reason again, in all columns."),
+    ] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Read all that is there; make again what is damaged, lost or stale.")
     ] = False,
@@ -61,8 +68,15 @@ def build(
     wanted = [name.strip() for name in columns.split(",") if name.strip()] if columns is not None else None
     with json_answer(as_json) as answer, shown() as progress:
         loaded = load_config(config, overrides or (), corpus)
-        how = {"retry_failed": retry_failed, "repair": repair, "grow": grow}
-        summary = build_corpus(loaded, wanted, **how, progress=progress)
+        summary = build_corpus(
+            loaded,
+            wanted,
+            retry_failed=retry_failed,
+            retry_rows=retry_rows or (),
+            repair=repair,
+            grow=grow,
+            progress=progress,
+        )
         answer.update(summary.to_dict())
     if not as_json:
         print(printable(summary.text()))

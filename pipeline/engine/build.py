@@ -12,10 +12,12 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.progress import Progress, Snapshot
 from microdit.pipeline.base.signals import Stopped, stop_signals
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import IMAGES, UNITS
+from microdit.pipeline.corpus.names import IMAGES, UNITS, ShardId
 from microdit.pipeline.corpus.presence import presence
 from microdit.pipeline.corpus.records import Commit, UnitCommit
-from microdit.pipeline.engine.plan import Plan
+from microdit.pipeline.corpus.retry_units import list_retry_units, retry_names
+from microdit.pipeline.engine.failed_rows import fetches_rows, make_again
+from microdit.pipeline.engine.plan import Plan, chosen_columns
 from microdit.pipeline.engine.retries import Retries
 from microdit.pipeline.engine.summary import BuildSummary, Work, summarize
 from microdit.pipeline.sources.committed import CommittedSource
@@ -35,6 +37,7 @@ def build(
     columns: Collection[str] | None = None,
     *,
     retry_failed: bool = False,
+    retry_rows: Sequence[str] = (),
     repair: bool = False,
     grow: bool = False,
     max_attempts: int = 3,
@@ -47,7 +50,9 @@ def build(
 
     Args:
         columns: make these alone (`images` stands for ingest); None makes all.
-        retry_failed: try shards and units again that earlier builds set aside.
+        retry_failed: try shards and units again that earlier builds set aside, and, as retry units, URLs that failed in
+            passing (`pipeline/corpus/reasons.py`).
+        retry_rows: make rows of any column again that failed for these reasons (`http_4xx`: all that begin so).
         repair: read everything that is committed first (`verify`), and make shards again that are damaged, lost or
             stale, and everything that is computed from them.
         grow: take files that have been added to a source as new units.
@@ -55,7 +60,8 @@ def build(
         progress: called about four times a second with a snapshot.
 
     Raises:
-        RequestError: the corpus was made otherwise, a column is not in the config, a model cannot be loaded.
+        RequestError: the corpus was made otherwise, a column is not in the config, a model cannot be loaded, no row has
+            failed for a reason of `retry_rows`.
         Stopped: a signal came; what is committed stays.
     """
     corpus = Corpus.create(config.corpus, config.name, config.shard_samples)
@@ -79,6 +85,7 @@ def build(
         ingest,
         columns,
         retry_failed=retry_failed,
+        retry_rows=retry_rows,
         repair=repair,
         max_attempts=max_attempts,
         max_failures=config.max_failures,
@@ -123,6 +130,7 @@ def carry_out(
     columns: Collection[str] | None = None,
     *,
     retry_failed: bool = False,
+    retry_rows: Sequence[str] = (),
     repair: bool = False,
     max_attempts: int = 3,
     max_failures: float = 1.0,
@@ -140,7 +148,13 @@ def carry_out(
             progress(Snapshot(time.monotonic() - began, [], [text]))
 
     redo = _damage(corpus, note) if repair else {}
-    plan = Plan(corpus, {source.name: source.units() for source in sources}, stages, columns, retry_failed, redo)
+    rows: Mapping[str, Collection[ShardId]] = {}
+    if retry_failed or retry_rows:
+        chosen = chosen_columns(stages, columns)
+        rows = make_again(corpus, sources, chosen, retry_failed, retry_rows, redo, note)
+    retries = list_retry_units(corpus)
+    units = {s.name: list(dict.fromkeys([*s.units(), *retry_names(retries.get(s.name, {}))])) for s in sources}
+    plan = Plan(corpus, units, stages, columns, retry_failed, redo, rows, retry_rows)
     if not plan.empty():
         read = {unit.source for unit in plan.units}
         with ExitStack() as stack:
@@ -160,9 +174,9 @@ def carry_out(
             from microdit.pipeline.engine.workers import BuildContext
 
             board = Board([stage.name for stage in stages], progress)
-            retries = Retries(max_attempts, corpus.shard_samples)
+            tries = Retries(max_attempts, corpus.shard_samples)
             context = BuildContext(corpus, stack.enter_context(presence(corpus)), stall_timeout)
-            driver = Driver(plan, sources, ingest, retries, context, resources or {}, board)
+            driver = Driver(plan, sources, ingest, tries, context, resources or {}, board)
             signals.stop = driver.ask_to_stop
             signals.install()  # ray.init put its own handlers there
             check_nodes(context)
@@ -170,7 +184,8 @@ def carry_out(
             work = board.work
         if driver.stop is not None:
             raise Stopped(driver.stop)
-    return summarize(corpus, plan, names, work, time.monotonic() - began, max_failures)
+    fetched = [source.name for source in sources if fetches_rows(source)]
+    return summarize(corpus, plan, names, fetched, work, time.monotonic() - began, max_failures)
 
 
 def _damage(corpus: Corpus, say: Callable[[str], None]) -> Mapping[str, Collection[tuple[str, str]]]:

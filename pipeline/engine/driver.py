@@ -241,6 +241,9 @@ class Driver:
         self._end_call(ref, call)
         for column in (*message.written, *message.existing):
             self.plan.committed(job.source, job.shard, column)
+        for column in message.unchanged:
+            self.plan.unchanged(job.source, job.shard, column)
+            self.board.note(f"{stage_name(self.plan, job)}: {job.shard}: the rows that were made again failed again")
         self.board.written(job, message.written)
         if error is not None:
             self._retry_or_give_up(job, self.retries.raised(job, error, call.node))

@@ -102,6 +102,8 @@ class ShardEnded:
     existing: tuple[str, ...] = ()
     """The columns that others had written."""
     error: ErrorReport | None = None
+    unchanged: tuple[str, ...] = ()
+    """The columns of which failed rows were made again, and none of them is good now: nothing was written."""
 
 
 @dataclass(frozen=True)

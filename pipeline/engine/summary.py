@@ -1,17 +1,18 @@
 """The summary of a build: counts that add up, read from the commits."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.failures import failures, read_failure
 from microdit.pipeline.corpus.names import IMAGES, UNITS
+from microdit.pipeline.corpus.reasons import MADE_AGAIN, UPSTREAM, in_words, surely_passing
 from microdit.pipeline.engine.plan import Plan
-from microdit.pipeline.tables.commit_table import commit_table, totals
+from microdit.pipeline.tables.commit_table import commit_table
+from microdit.pipeline.tables.corpus_totals import corpus_totals
 
-UPSTREAM = "upstream"
 MAX_LISTED = 100  # shards set aside that a summary lists
 
 
@@ -34,6 +35,8 @@ class ColumnSummary:
     """Seconds of the stage, summed over the shards that this run made."""
     rate: float | None
     """Images a second of this run, from its first shard to its last."""
+    retry: dict[str, int] = field(default_factory=dict)
+    """Of the reasons those that another try may mend."""
 
     @property
     def own_failures(self) -> float:
@@ -102,6 +105,8 @@ class BuildSummary:
             own = {reason: count for reason, count in column.reasons.items() if reason != UPSTREAM}
             if own:  # failures upstream are listed there
                 lines.append(f"{name}: failed for " + ", ".join(f"{reason} {count:,}" for reason, count in own.items()))
+            if column.retry:
+                lines.append(f"{name}: {in_words(column.retry)} may not fail again: {_command(name, column)}")
             if column.waiting:
                 lines.append(
                     f"{name}: {column.waiting:,} shards are not made; the columns that they come from are not there"
@@ -136,12 +141,23 @@ class Work:
 
 
 def summarize(
-    corpus: Corpus, plan: Plan, sources: list[str], work: Mapping[str, Work], seconds: float, max_failures: float
+    corpus: Corpus,
+    plan: Plan,
+    sources: Sequence[str],
+    fetched: Collection[str],
+    work: Mapping[str, Work],
+    seconds: float,
+    max_failures: float,
 ) -> BuildSummary:
-    """Add up the commits of the plan's columns."""
+    """Add up the commits of the plan's columns.
+
+    Args:
+        fetched: the sources of which a failed input may come another time.
+    """
     damage: list[str] = []
-    commits = totals(commit_table(corpus, damage))
+    commits = corpus_totals(corpus, commit_table(corpus, damage))
     columns: dict[str, ColumnSummary] = {}
+    urls = [commits[IMAGES, source].reasons for source in fetched if (IMAGES, source) in commits]
     for column in plan.columns:
         by_source = [commits[column, source] for source in sources if (column, source) in commits]
         committed = sum(total.done for total in by_source)
@@ -161,6 +177,7 @@ def summarize(
             reasons=dict(reasons.most_common()),
             seconds=round(done.seconds, 3),
             rate=round(done.samples / span, 1) if span > 0 else None,
+            retry=_retry(column, sum(urls, Counter[str]()) if column == IMAGES else reasons),
         )
     return BuildSummary(
         corpus=corpus.url,
@@ -172,6 +189,19 @@ def summarize(
         damage=damage,
         max_failures=max_failures,
     )
+
+
+def _retry(column: str, reasons: Counter[str]) -> dict[str, int]:
+    """Choose the reasons that another try may mend; of images among those of sources that fetch each input."""
+    mended = surely_passing if column == IMAGES else MADE_AGAIN.fullmatch
+    return {reason: count for reason, count in reasons.most_common() if mended(reason)}
+
+
+def _command(name: str, column: ColumnSummary) -> str:
+    """Say how the rows of a column that another try may mend are made again."""
+    if name == IMAGES:
+        return "--retry-failed takes it again"
+    return f"{' '.join(f'--retry-rows {reason}' for reason in column.retry)} makes it again"
 
 
 def _set_aside(corpus: Corpus, plan: Plan) -> list[SetAside]:

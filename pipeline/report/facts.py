@@ -9,8 +9,10 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.failures import failures, read_failure
 from microdit.pipeline.corpus.names import IMAGES, UNITS
 from microdit.pipeline.corpus.records import Commit
+from microdit.pipeline.corpus.retry_units import RETRY, counts_taken_again
 from microdit.pipeline.selection.selections import Selection, list_selections
 from microdit.pipeline.selection.view import query
+from microdit.pipeline.tables.corpus_totals import failed_twice
 from microdit.pipeline.tables.sample_table import TableField
 
 # Failures of `images` by the step at which an input was lost; what is not named here was lost on the way to us.
@@ -52,7 +54,11 @@ def funnel(corpus: Corpus, commits: Mapping[str, Sequence[Commit]], complete: Ma
     lost = Counter[str]()
     for commit in commits[IMAGES]:
         lost.update(commit.reasons)
-    steps = [FunnelStep("Listed", "inputs of the sources", sum(c.counts["in"] for c in commits[IMAGES]), [])]
+    # no input counts twice, if a retry unit has taken it again
+    twice = failed_twice(counts_taken_again(corpus), {(c.source, c.shard) for c in commits[IMAGES]}, IMAGES)
+    lost = +(lost - twice)
+    listed = sum(c.counts["in"] for c in commits[IMAGES]) - twice.total()
+    steps = [FunnelStep("Listed", "inputs of the sources", listed, [])]
     examples = _examples(corpus)
     for label, what, reasons in (
         ("Fetched", "bytes arrived", set(lost) - UNDECODABLE - UNWANTED),
@@ -116,7 +122,8 @@ def incomplete_sources(corpus: Corpus) -> list[IncompleteSource]:
     """List the sources of which units are known to be missing, by what their declarations say."""
     incomplete = []
     for name, declaration in corpus.sources().items():
-        expected, done = declaration.made_by.get("units"), len(corpus.units(name))
+        expected = declaration.made_by.get("units")
+        done = sum(not RETRY.fullmatch(unit) for _, unit in corpus.committed(UNITS, name))
         if isinstance(expected, int) and done < expected:
             incomplete.append(IncompleteSource(name, done, expected))
     return incomplete

@@ -16,12 +16,12 @@ import pyarrow as pa
 from microdit.pipeline.base.errors import DamagedError
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.content.images import MEMBER_FORMATS, BadImage, prepare
+from microdit.pipeline.corpus.carried import has_hash
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, OBJECT, ShardId
 from microdit.pipeline.corpus.records import UNREPAIRED, Commit, ObjectRef
 from microdit.pipeline.corpus.shard_files import SIDECAR, open_table
 
-BLOCK = 1 << 20
 LARGEST_NOTE = 16 << 20  # bytes of a row's JSON
 GONE = {"http_404", "http_410"}
 """Reasons that say that an input will not come back: nothing is left to repair it with."""
@@ -184,14 +184,7 @@ class Salvage:
         return (picture.width, picture.height) == (line["width"], line["height"])
 
     def _has_hash(self, ref: ObjectRef) -> bool:
-        digest = hashlib.sha256()
-        try:
-            with self._corpus.store.open(ref.name) as file:
-                while block := file.read(BLOCK):
-                    digest.update(block)
-        except FileNotFoundError:
-            return False
-        return digest.hexdigest() == ref.sha256
+        return has_hash(self._corpus.store, ref)
 
 
 def _padded(size: int) -> int:

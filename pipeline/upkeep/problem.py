@@ -12,6 +12,7 @@ Kind = Literal[
     "keys",
     "lineage",
     "missing",
+    "retry",
     "rows",
     "selection",
     "sidecar",
