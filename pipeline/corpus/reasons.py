@@ -27,6 +27,9 @@ PASSING = (
 )
 """What a URL failed for, and may not fail for another time."""
 
+OF_SERVERS = re.compile(r"http_\d\d\d|timeout|connection|dns|certificate|redirects")
+"""What URLs fail for if their server is at fault, or gone."""
+
 MADE_AGAIN = re.compile(r"http_\d\d\d|timeout|connection|bad_answer|too_long|cut_off|error|crash|stall")
 """What a row of another column failed for, and may not fail for another time: a server or a process was at fault."""
 

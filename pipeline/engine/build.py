@@ -142,6 +142,7 @@ def carry_out(
     began = time.monotonic()
     names = [source.name for source in sources]
     work: dict[str, Work] = {}
+    left: list[str] = []
 
     def note(text: str) -> None:
         if progress is not None:
@@ -171,21 +172,24 @@ def carry_out(
             stack.enter_context(joined())  # ends before the sources do: no worker shall see them gone
             from microdit.pipeline.engine.board import Board
             from microdit.pipeline.engine.driver import Driver
+            from microdit.pipeline.engine.failing_sources import FailingSources
             from microdit.pipeline.engine.workers import BuildContext
 
             board = Board([stage.name for stage in stages], progress)
             tries = Retries(max_attempts, corpus.shard_samples)
             context = BuildContext(corpus, stack.enter_context(presence(corpus)), stall_timeout)
-            driver = Driver(plan, sources, ingest, tries, context, resources or {}, board)
+            driver = Driver(plan, sources, ingest, tries, context, resources or {}, board, FailingSources(max_failures))
             signals.stop = driver.ask_to_stop
             signals.install()  # ray.init put its own handlers there
             check_nodes(context)
             driver.run()
-            work = board.work
+            work, left = board.work, driver.left
         if driver.stop is not None:
             raise Stopped(driver.stop)
     fetched = [source.name for source in sources if fetches_rows(source)]
-    return summarize(corpus, plan, names, fetched, work, time.monotonic() - began, max_failures)
+    summary = summarize(corpus, plan, names, fetched, work, time.monotonic() - began, max_failures)
+    summary.left = left
+    return summary
 
 
 def _damage(corpus: Corpus, say: Callable[[str], None]) -> Mapping[str, Collection[tuple[str, str]]]:

@@ -1,7 +1,7 @@
 """Messages from the workers to the driver: small, immutable, and picklable without Ray."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.records import UNREPAIRED, Commit
@@ -44,6 +44,8 @@ class ShardWork:
     """Of these the seconds in which the model worked, where the stage measures them."""
     unrepaired: int = 0
     """Rows that a repair could not have again from the source."""
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    """Of the failed rows, by their number."""
 
     @classmethod
     def of(cls, commit: Commit) -> "ShardWork":
@@ -56,6 +58,7 @@ class ShardWork:
             timings["seconds"],
             timings.get("encode_seconds"),
             int(timings.get(UNREPAIRED, 0)),
+            dict(commit.reasons),
         )
 
     @property

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter, defaultdict, deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -243,6 +243,19 @@ class Plan:
                 return Job(stage, source, shard, columns, again)
             self._state[where] &= ~self._busy[stage]
         return None
+
+    def take_unit(self, may_read: Callable[[str], bool]) -> UnitJob | None:
+        """Take the next unit of a source that may be read now."""
+        allowed = {source: may_read(source) for source in {unit.source for unit in self.units}}
+        for index, unit in enumerate(self.units):
+            if allowed[unit.source]:
+                del self.units[index]
+                return unit
+        return None
+
+    def leave(self, source: str) -> None:
+        """Leave the units of a source unread."""
+        self.units = deque(unit for unit in self.units if unit.source != source)
 
     def requeue(self, job: Job | UnitJob) -> None:
         """Put a job that was not done back at the head of its queue."""

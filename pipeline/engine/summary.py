@@ -78,6 +78,8 @@ class BuildSummary:
     damage: list[str] = field(default_factory=list)
     """Commits that cannot be understood; the columns do not count them."""
     max_failures: float = 1.0
+    left: list[str] = field(default_factory=list)
+    """Sources that failed wholesale: their other units are left unread."""
 
     @property
     def too_many_failures(self) -> list[str]:
@@ -88,7 +90,7 @@ class BuildSummary:
     def exit_status(self) -> int:
         """Return 0, or 1 if something is set aside or damaged, or more samples failed than the config allows."""
         aside = bool(self.units.set_aside) or any(column.set_aside for column in self.columns.values())
-        return 1 if aside or self.damage or self.too_many_failures else 0
+        return 1 if aside or self.damage or self.left or self.too_many_failures else 0
 
     def text(self) -> str:
         """Return the summary for people: a table that adds up, then lines about failures."""
@@ -116,6 +118,11 @@ class BuildSummary:
             lines.append(f"set aside: {entry.column}/{entry.source}/{entry.shard}: {message}")
         if self.set_aside:
             lines.append("what was set aside is taken again with --retry-failed")
+        lines += [
+            f"source {source}: nearly all of its inputs failed, and its other units are left unread; run the same "
+            "command again when its servers answer"
+            for source in self.left
+        ]
         lines += self.damage
         for name in self.too_many_failures:
             share = self.columns[name].own_failures

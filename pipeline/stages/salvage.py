@@ -68,7 +68,7 @@ class Salvage:
 
     def saved(self, row: int) -> SavedRow | None:
         """Read a row, from the newest attempt that has it exactly or, without one, that has it in a usable state."""
-        read = [(item, data) for item in self._candidates[row] if (data := self._read(item)) is not None]
+        read = [(item, data) for item in self._candidates.get(row, ()) if (data := self._read(item)) is not None]
         for item, data in read:
             if hashlib.sha256(data).hexdigest() == item.line["sha256"]:
                 return SavedRow(item.line, data, exact=True)

@@ -29,9 +29,11 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "BACKOFF_SECONDS", 0.2)
 
 
-def config_of(folder: Path, server: PictureServer, columns: dict[str, Any], **fetch: Any) -> BuildConfig:
+def config_of(
+    folder: Path, server: PictureServer, columns: dict[str, Any], unit_inputs: int = 40, **fetch: Any
+) -> BuildConfig:
     folder.joinpath("list.tsv").write_text("".join(f"{server.url}/{n}\ta picture {n}\n" for n in range(PICTURES)))
-    source = {"adapter": "urls", "list": str(folder / "list.tsv"), "unit_inputs": 40}
+    source = {"adapter": "urls", "list": str(folder / "list.tsv"), "unit_inputs": unit_inputs}
     fetch = {"timeout": 5, "idle_timeout": 2, **fetch}
     return BuildConfig.model_validate(
         {
