@@ -59,6 +59,8 @@ def build(
 
     - `microdit build configs/demo.yaml --retry-failed resources.cpus_per_task=0.5`
 
+    - `microdit build configs/demo.yaml --retry-rows http_4xx --retry-rows timeout` when the server is well again
+
     - `microdit build configs/demo.yaml --repair` after `microdit verify` found damage, or `status` stale shards
     """
     from microdit.pipeline.base.progress import shown
