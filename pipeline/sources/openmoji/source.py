@@ -19,8 +19,6 @@ from microdit.pipeline.sources.source import Input
 class Openmoji:
     """The adapter `openmoji`: `urls` with a list and a server of its own. The first use rasterises for ten seconds."""
 
-    fetches_rows = True
-
     def __init__(self, name: str, options: OpenmojiSource):
         self.name, self._options = name, options
         self.terms = f"{LICENSE}: {ATTRIBUTION}"

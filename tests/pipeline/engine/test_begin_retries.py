@@ -25,6 +25,7 @@ from microdit.pipeline.storage import disk
 from microdit.pipeline.tables.corpus_totals import corpus_totals
 from microdit.pipeline.tables.sample_table import sample_table
 from microdit.pipeline.upkeep.damage import damage
+from microdit.pipeline.upkeep.gc import gc
 from microdit.pipeline.upkeep.verify import verify
 from tests.pipeline.stages.test_ingest import Given, config, jpeg
 
@@ -218,3 +219,12 @@ def test_reasons_are_named_alone_or_by_class() -> None:
     assert named_by("http_400", ["http_4xx"]) and named_by("http_400", ["http_400"])
     assert not named_by("http_500", ["http_4xx"]) and not named_by("http_4xx_", ["http_4xx"])
     assert not named_by("upstream", ["upstream"])
+
+
+@pytest.mark.parametrize("source", ["sources", "columns", "commits"])
+def test_the_record_of_a_retry_unit_is_no_part_of_another_corpus(tmp_path: Path, source: str) -> None:
+    corpus, about = open_corpus(tmp_path)
+    corpus.declare_source(source, {"adapter": "given", "images": ingest_stage(about.images)})
+    corpus.store.create(f"units/{source}/{source}-000000-r1.json", b"{}")
+    assert not gc(corpus, older_than_hours=0).foreign
+    assert corpus.store.exists(f"units/{source}/{source}-000000-r1.json")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from microdit.pipeline.access.joined import plan_join, read_joined
 from microdit.pipeline.access.reader import CorpusReader
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.build import BuildConfig
@@ -15,6 +16,7 @@ from microdit.pipeline.engine import retries
 from microdit.pipeline.engine.build import build
 from microdit.pipeline.engine.summary import BuildSummary
 from microdit.pipeline.report.page import gather
+from microdit.pipeline.selection.sample_index import index_samples, open_columns
 from microdit.pipeline.upkeep.gc import gc
 from microdit.pipeline.upkeep.status import status
 from microdit.pipeline.upkeep.verify import verify
@@ -68,6 +70,9 @@ def check_counts(corpus: Corpus, summary: BuildSummary, out: int, reasons: dict[
     rows = reader.query("SELECT id, status, reason FROM samples")
     assert len(rows) == len({row["id"] for row in rows}) == PICTURES
     assert Counter(row["reason"] for row in rows if row["status"] == "failed") == reasons
+    columns = [column for column in said.columns if column != "scores/basic"]
+    joined = [row.id for shard in plan_join(corpus, columns) for row in read_joined(corpus, shard)]
+    assert len(set(joined)) == len(joined) == len(index_samples(corpus, open_columns(corpus, columns))[0]) == out
     page = gather(corpus, None)
     assert (page.listed, page.kept, page.incomplete_sources) == (PICTURES, out, [])
     assert gc(corpus, older_than_hours=0, dry_run=True).attempts == 0
