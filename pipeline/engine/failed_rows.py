@@ -71,7 +71,7 @@ def _begin(
 
     begun = begin_retries(corpus, lines, source.name, candidate, failed)
     if begun.units:
-        note(f"source {source.name}: {begun.inputs:,} failed inputs are taken again in {begun.units:,} retry units")
+        note(f"source {source.name}: {begun.inputs:,} failed inputs are taken again (retry units: {begun.units:,})")
     if begun.waiting:
         note(
             f"source {source.name}: {begun.waiting:,} units are not complete yet, and are read first; then the same "

@@ -108,7 +108,8 @@ class BuildSummary:
             if own:  # failures upstream are listed there
                 lines.append(f"{name}: failed for " + ", ".join(f"{reason} {count:,}" for reason, count in own.items()))
             if column.retry:
-                lines.append(f"{name}: {in_words(column.retry)} may not fail again: {_command(name, column)}")
+                count = sum(column.retry.values())
+                lines.append(f"{name}: {count:,} may be good another time: {_command(name, column)}")
             if column.waiting:
                 lines.append(
                     f"{name}: {column.waiting:,} shards are not made; the columns that they come from are not there"
@@ -207,8 +208,8 @@ def _retry(column: str, reasons: Counter[str]) -> dict[str, int]:
 def _command(name: str, column: ColumnSummary) -> str:
     """Say how the rows of a column that another try may mend are made again."""
     if name == IMAGES:
-        return "--retry-failed takes it again"
-    return f"{' '.join(f'--retry-rows {reason}' for reason in column.retry)} makes it again"
+        return f"--retry-failed takes again what failed for {in_words(column.retry)}"
+    return f"{' '.join(f'--retry-rows {reason}' for reason in column.retry)} makes them again"
 
 
 def _set_aside(corpus: Corpus, plan: Plan) -> list[SetAside]:
