@@ -70,15 +70,8 @@ def build(
     wanted = [name.strip() for name in columns.split(",") if name.strip()] if columns is not None else None
     with json_answer(as_json) as answer, shown() as progress:
         loaded = load_config(config, overrides or (), corpus)
-        summary = build_corpus(
-            loaded,
-            wanted,
-            retry_failed=retry_failed,
-            retry_rows=retry_rows or (),
-            repair=repair,
-            grow=grow,
-            progress=progress,
-        )
+        how = {"retry_failed": retry_failed, "repair": repair, "grow": grow}
+        summary = build_corpus(loaded, wanted, retry_rows=retry_rows or (), **how, progress=progress)
         answer.update(summary.to_dict())
     if not as_json:
         print(printable(summary.text()))

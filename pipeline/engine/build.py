@@ -45,23 +45,20 @@ def build(
 ) -> BuildSummary:
     """Build everything that the config asks for and that is not committed.
 
-    Without anything to do it neither starts Ray nor reads a source. With `RAY_ADDRESS` in the environment it works on
-    that cluster, otherwise on this machine alone; a cluster that it starts it also ends.
+    Without anything to do it neither starts Ray nor reads a source. It works on the cluster of `RAY_ADDRESS`, or on
+    this machine alone; a cluster that it starts it also ends.
 
     Args:
-        columns: make these alone (`images` stands for ingest); None makes all.
-        retry_failed: try shards and units again that earlier builds set aside, and, as retry units, URLs that failed in
-            passing (`pipeline/corpus/reasons.py`).
+        columns: make these alone (`images` stands for ingest), or all.
+        retry_failed: try again what earlier builds set aside, and URLs that failed in passing.
         retry_rows: make rows of any column again that failed for these reasons (`http_4xx`: all that begin so).
-        repair: read everything that is committed first (`verify`), and make shards again that are damaged, lost or
-            stale, and everything that is computed from them.
+        repair: read all that is committed (`verify`), and make again what is damaged, lost or stale, and what follows.
         grow: take files that have been added to a source as new units.
         max_attempts: tries that a shard or a unit gets before it is set aside.
         progress: called about four times a second with a snapshot.
 
     Raises:
-        RequestError: the corpus was made otherwise, a column is not in the config, a model cannot be loaded, no row has
-            failed for a reason of `retry_rows`.
+        RequestError: the corpus was made otherwise, a column is not in the config, a model cannot be loaded.
         Stopped: a signal came; what is committed stays.
     """
     corpus = Corpus.create(config.corpus, config.name, config.shard_samples)
@@ -141,21 +138,14 @@ def carry_out(
     """Build with any sources and stages whose columns are declared; arguments and errors are those of `build`."""
     began = time.monotonic()
     names = [source.name for source in sources]
-    work: dict[str, Work] = {}
-    left: list[str] = []
+    work, left = dict[str, Work](), list[str]()
 
     def note(text: str) -> None:
         if progress is not None:
             progress(Snapshot(time.monotonic() - began, [], [text]))
 
     redo = _damage(corpus, note) if repair else {}
-    rows: Mapping[str, Collection[ShardId]] = {}
-    if retry_failed or retry_rows:
-        chosen = chosen_columns(stages, columns)
-        rows = make_again(corpus, sources, chosen, retry_failed, retry_rows, redo, note)
-    retries = list_retry_units(corpus)
-    units = {s.name: list(dict.fromkeys([*s.units(), *retry_names(retries.get(s.name, {}))])) for s in sources}
-    plan = Plan(corpus, units, stages, columns, retry_failed, redo, rows, retry_rows)
+    plan = _plan(corpus, sources, stages, columns, retry_failed, retry_rows, redo, note)
     if not plan.empty():
         read = {unit.source for unit in plan.units}
         with ExitStack() as stack:
@@ -187,9 +177,27 @@ def carry_out(
         if driver.stop is not None:
             raise Stopped(driver.stop)
     fetched = [source.name for source in sources if fetches_rows(source)]
-    summary = summarize(corpus, plan, names, fetched, work, time.monotonic() - began, max_failures)
-    summary.left = left
-    return summary
+    return summarize(corpus, plan, names, fetched, work, time.monotonic() - began, max_failures, left)
+
+
+def _plan(
+    corpus: Corpus,
+    sources: Sequence[Source],
+    stages: Sequence[Stage],
+    columns: Collection[str] | None,
+    retry_failed: bool,
+    retry_rows: Sequence[str],
+    redo: Mapping[str, Collection[ShardId]],
+    note: Callable[[str], None],
+) -> Plan:
+    """Begin the retry units that are asked for, and list what is left to do."""
+    rows: Mapping[str, Collection[ShardId]] = {}
+    if retry_failed or retry_rows:
+        chosen = chosen_columns(stages, columns)
+        rows = make_again(corpus, sources, chosen, retry_failed, retry_rows, redo, note)
+    retries = list_retry_units(corpus)
+    units = {s.name: list(dict.fromkeys([*s.units(), *retry_names(retries.get(s.name, {}))])) for s in sources}
+    return Plan(corpus, units, stages, columns, retry_failed, redo, rows, retry_rows)
 
 
 def _damage(corpus: Corpus, say: Callable[[str], None]) -> Mapping[str, Collection[tuple[str, str]]]:

@@ -156,11 +156,13 @@ def summarize(
     work: Mapping[str, Work],
     seconds: float,
     max_failures: float,
+    left: Sequence[str] = (),
 ) -> BuildSummary:
     """Add up the commits of the plan's columns.
 
     Args:
         fetched: the sources of which a failed input may come another time.
+        left: the sources of which units are left unread.
     """
     damage: list[str] = []
     commits = corpus_totals(corpus, commit_table(corpus, damage))
@@ -196,6 +198,7 @@ def summarize(
         set_aside=_set_aside(corpus, plan),
         damage=damage,
         max_failures=max_failures,
+        left=list(left),
     )
 
 
