@@ -58,13 +58,15 @@ def build(
     corpus: str | PathLike[str] | None = None,
     columns: Sequence[str] | None = None,
     retry_failed: bool = False,
+    retry_rows: Sequence[str] = (),
     repair: bool = False,
 ) -> BuildSummary:
     """Build a corpus, or go on with it: everything that the config asks for and that is not there.
 
     config: a YAML file, of ours too (`configs/demo.yaml`), or a `BuildConfig`. overrides: `key=value` as on the command
         line, of a file alone. corpus: in place of the config's. columns: make these alone.
-    retry_failed: take again what was set aside. repair: read all that is there, and make again what is damaged.
+    retry_failed: take again what was set aside, and URLs that failed in passing. retry_rows: make rows again that
+        failed for these reasons, in all columns. repair: read all that is there, and make again what is damaged.
 
     With `RAY_ADDRESS` in the environment it works on that cluster, otherwise on this machine alone. Progress goes to
     standard error. The summary's `exit_status` is that of the command, and `text()` what it prints.
@@ -89,7 +91,9 @@ def build(
     if corpus is not None:
         config = config.model_copy(update={"corpus": str(corpus)})
     with shown() as progress:
-        return build(config, columns, retry_failed=retry_failed, repair=repair, progress=progress)
+        return build(
+            config, columns, retry_failed=retry_failed, retry_rows=retry_rows, repair=repair, progress=progress
+        )
 
 
 def __getattr__(name: str) -> Any:

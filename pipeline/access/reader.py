@@ -74,10 +74,11 @@ class CorpusReader:
         Raises:
             DamagedError: a commit cannot be understood.
         """
-        from microdit.pipeline.tables.commit_table import Totals, commit_table, totals
+        from microdit.pipeline.tables.commit_table import Totals
+        from microdit.pipeline.tables.corpus_totals import corpus_totals
 
         found: dict[str, list[Totals]] = {column: [] for column in self.columns}
-        for (column, _), total in totals(commit_table(self._corpus)).items():
+        for (column, _), total in corpus_totals(self._corpus).items():
             if column in found:
                 found[column].append(total)
         return {

@@ -30,8 +30,15 @@ def build(
         ),
     ] = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Take again the shards and units that were set aside.")
+        bool,
+        typer.Option(
+            "--retry-failed", help="Take again what was set aside, and URLs that failed in passing (429, 5xx, timeout)."
+        ),
     ] = False,
+    retry_rows: Annotated[
+        list[str] | None,
+        typer.Option("--retry-rows", metavar="REASON", help="Make failed rows of this reason again, in all columns."),
+    ] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Read all that is there; make again what is damaged, lost or stale.")
     ] = False,
@@ -52,6 +59,8 @@ def build(
 
     - `microdit build configs/demo.yaml --retry-failed resources.cpus_per_task=0.5`
 
+    - `microdit build configs/demo.yaml --retry-rows http_4xx --retry-rows timeout` when the server is well again
+
     - `microdit build configs/demo.yaml --repair` after `microdit verify` found damage, or `status` stale shards
     """
     from microdit.pipeline.base.progress import shown
@@ -62,7 +71,7 @@ def build(
     with json_answer(as_json) as answer, shown() as progress:
         loaded = load_config(config, overrides or (), corpus)
         how = {"retry_failed": retry_failed, "repair": repair, "grow": grow}
-        summary = build_corpus(loaded, wanted, **how, progress=progress)
+        summary = build_corpus(loaded, wanted, retry_rows=retry_rows or (), **how, progress=progress)
         answer.update(summary.to_dict())
     if not as_json:
         print(printable(summary.text()))

@@ -27,7 +27,8 @@ def status(corpus: CorpusUrl, as_json: Json = False) -> None:
 
     `aside` are shards that failed as a whole, with the message below: `microdit build CONFIG --retry-failed` takes them
     again. `stale` are shards of which an input was made again since: `microdit build CONFIG --repair` mends them.
-    `failed` are single samples; `microdit query` tells the reasons.
+    `failed` are single samples; `microdit query` tells the reasons, and `--retry-failed` or `--retry-rows` make those
+    again that may not fail another time.
     """
     from microdit.pipeline.upkeep.status import status as status_of
 

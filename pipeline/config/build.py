@@ -62,7 +62,8 @@ class BuildConfig(Options):
     """The root: a folder or `s3://bucket/prefix`."""
     shard_samples: int = Field(default=2048, ge=1, le=65536)
     max_failures: float = Field(default=0.1, ge=0, le=1)
-    """The share of a column's inputs that may fail before the build ends with exit status 1."""
+    """The share of a column's inputs that may fail before the build ends with exit status 1; a source that exceeds it
+    is told of while it is read."""
     sources: dict[str, SourceOptions] = Field(min_length=1)
     images: ImageOptions = ImageOptions()
     columns: dict[str, ColumnOptions] = Field(default={})

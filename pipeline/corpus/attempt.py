@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from microdit.pipeline.base.digest import sha256_file
 from microdit.pipeline.base.fail_points import fail_point
 from microdit.pipeline.base.liveness import alive
 from microdit.pipeline.base.versions import versions
+from microdit.pipeline.corpus.carried import CarriedRows, scalars_of
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import KEY, UNITS, commit_name
 from microdit.pipeline.corpus.records import Commit, Declaration, InputRef, ObjectRef, ShardRef, UnitCommit
@@ -84,6 +85,8 @@ class Attempt:
         self.inputs, self.generation, self.fingerprint = inputs, generation, fingerprint
         self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.urandom(4).hex()}"
         self.rows: list[dict[str, Any]] = []
+        self.carried: CarriedRows | None = None
+        """Rows of the generation before that are kept as they are: `add` and `fail` leave them alone."""
         self._began, self._worked = (time.monotonic(), time.time()), time.process_time()
         self._stack = stack
         base = f"{declaration.name}/{ref.source}/{ref.shard}.{self.id}"
@@ -104,6 +107,12 @@ class Attempt:
             ValueError: the key is not 1 to 80 of `[A-Za-z0-9_-]`, a scalar is a string that UTF-8 cannot encode, or
                 there are no members or others than of the samples before. Nothing was added then.
         """
+        if self.carries(row):
+            return
+        self._carry_over(row)
+        self._add(row, key, members, **scalars)
+
+    def _add(self, row: int, key: str, members: Mapping[str, bytes] | None = None, **scalars: Any) -> None:
         alive()
         fail_point("writing")
         _check_key(key)
@@ -121,11 +130,47 @@ class Attempt:
         Raises:
             ValueError: the key is not 1 to 80 of `[A-Za-z0-9_-]`.
         """
+        if not self.carries(row):
+            self._fail(row, key, reason, detail, **scalars)
+
+    def _fail(self, row: int, key: str, reason: str, detail: str, **scalars: Any) -> None:
         alive()
         _check_key(key)
         line = {"reason": reason, "detail": " ".join(detail.split())[:500], **scalars}
         line = {name: _writable(value) if isinstance(value, str) else value for name, value in line.items()}
         self.rows.append({"row": row, "key": key, "status": "failed", **line})
+
+    def carry_over(self, commit: Commit, again: Callable[[str], bool]) -> None:
+        """Keep the rows of the generation before, but for those that failed for a reason that `again` is true of.
+
+        Raises:
+            ValueError: it is damaged, or was made from other inputs.
+        """
+        if commit.inputs != self.inputs:
+            raise ValueError(
+                f"{commit.name}: its inputs have been made again since, and its rows cannot be carried over: "
+                "`microdit build --repair` makes the shard again"
+            )
+        self.carried = CarriedRows(self.corpus, commit, again)
+
+    def carries(self, row: int) -> bool:
+        """Return True if the row is kept as it is."""
+        return self.carried is not None and row in self.carried
+
+    @property
+    def has_gained(self) -> bool:
+        """Return True if a commit is worth it: some row is good that was not, or nothing is carried over."""
+        good = (line["row"] for line in self.rows if line["status"] == "ok")
+        return self.carried is None or any(row not in self.carried for row in good)
+
+    def _carry_over(self, until: int | None = None) -> None:
+        """Add the carried rows before this one: samples lie in the order of their rows."""
+        for row in self.carried.before(until) if self.carried is not None else ():
+            if row.ok:
+                self._add(row.row, row.key, row.members, **scalars_of(row))
+            else:
+                line = row.scalars
+                self._fail(row.row, row.key, line["reason"], line["detail"] or "", **scalars_of(row))
 
     def commit(self, **timings: float) -> Commit:
         """Publish the objects, then write the commit.
@@ -140,6 +185,7 @@ class Attempt:
             ValueError: a row or a key is missing or double, a scalar is not declared, or the attempt is older than
                 12 hours.
         """
+        self._carry_over()
         data, sidecar = self._publish()
         fail_point("written")
         stored = self._record(data, sidecar, self._check_age(), timings).to_bytes()

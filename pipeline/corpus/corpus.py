@@ -177,7 +177,7 @@ class Corpus:
 
     def _declaration(self, name: str) -> Declaration:
         if name not in self._declarations:
-            self._declarations[name] = self._read(name, Declaration)
+            self._declarations[name] = self.read_record(name, Declaration)
         return self._declarations[name]
 
     def column(self, column: str) -> Declaration:
@@ -245,7 +245,7 @@ class Corpus:
             FileNotFoundError: there is none.
             DamagedError: it cannot be understood.
         """
-        return self._read(commit_name(column, source, shard, generation), Commit)
+        return self.read_record(commit_name(column, source, shard, generation), Commit)
 
     def commits(self, column: str, source: str | None = None) -> list[Commit]:
         """Read the commits of the highest generation of every shard of a column, ordered by source and shard.
@@ -256,21 +256,22 @@ class Corpus:
         newest = sorted(self.committed(column, source).items())
         names = [commit_name(column, source, shard, generation) for (source, shard), generation in newest]
         with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(lambda name: self._read(name, Commit), names))
+            return list(pool.map(lambda name: self.read_record(name, Commit), names))
 
     def unit(self, source: str, unit: str, generation: int = 0) -> UnitCommit:
         """Read one unit's commit; raises as `commit` does."""
-        return self._read(commit_name(UNITS, source, unit, generation), UnitCommit)
+        return self.read_record(commit_name(UNITS, source, unit, generation), UnitCommit)
 
     def units(self, source: str) -> dict[str, UnitCommit]:
         """Read the newest commits of the units of a source."""
         newest = sorted(self.committed(UNITS, source).items())
         names = [commit_name(UNITS, source, unit, generation) for (_, unit), generation in newest]
         with ThreadPoolExecutor(16) as pool:
-            records = list(pool.map(lambda name: self._read(name, UnitCommit), names))
+            records = list(pool.map(lambda name: self.read_record(name, UnitCommit), names))
         return {record.unit: record for record in records}
 
-    def _read(self, name: str, kind: type[R]) -> R:
+    def read_record(self, name: str, kind: type[R]) -> R:
+        """Read an object that is a record; raises as `commit` does."""
         data = self.store.get(name)
         try:
             return kind.parse(data)

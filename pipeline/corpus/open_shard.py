@@ -21,7 +21,7 @@ from obstore.exceptions import BaseError
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.arrays import array_view
 from microdit.pipeline.corpus.disk_cache import DiskCache
-from microdit.pipeline.corpus.quantised import Field
+from microdit.pipeline.corpus.quantised import Field, Quantised
 from microdit.pipeline.corpus.records import Commit, ObjectRef
 from microdit.pipeline.corpus.shard_files import open_table
 from microdit.pipeline.storage.store import Store

@@ -15,10 +15,12 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, UNITS, ShardId
 from microdit.pipeline.corpus.presence import presence
 from microdit.pipeline.corpus.records import Commit, UnitCommit
-from microdit.pipeline.engine.plan import Plan
+from microdit.pipeline.corpus.retry_units import list_retry_units, retry_names
+from microdit.pipeline.engine.failed_rows import fetches_rows, make_again
+from microdit.pipeline.engine.plan import Plan, chosen_columns
 from microdit.pipeline.engine.retries import Retries
 from microdit.pipeline.engine.summary import BuildSummary, Work, summarize
-from microdit.pipeline.files.download import scratch_folder
+from microdit.pipeline.files.scratch import scratch_folder
 from microdit.pipeline.sources.committed import CommittedSource, unread_units
 from microdit.pipeline.sources.registry import source_of
 from microdit.pipeline.sources.source import Source
@@ -42,6 +44,7 @@ def build(
     columns: Collection[str] | None = None,
     *,
     retry_failed: bool = False,
+    retry_rows: Sequence[str] = (),
     repair: bool = False,
     grow: bool = False,
     max_attempts: int = 3,
@@ -49,14 +52,14 @@ def build(
 ) -> BuildSummary:
     """Build everything that the config asks for and that is not committed.
 
-    Without anything to do it neither starts Ray nor reads a source. With `RAY_ADDRESS` in the environment it works on
-    that cluster, otherwise on this machine alone; a cluster that it starts it also ends.
+    Without anything to do it neither starts Ray nor reads a source. It works on the cluster of `RAY_ADDRESS`, or on
+    this machine alone; a cluster that it starts it also ends.
 
     Args:
-        columns: make these alone (`images` stands for ingest); None makes all.
-        retry_failed: try shards and units again that earlier builds set aside.
-        repair: read everything that is committed first (`verify`), and make shards again that are damaged, lost or
-            stale, and everything that is computed from them.
+        columns: make these alone (`images` stands for ingest), or all.
+        retry_failed: try again what earlier builds set aside, and URLs that failed in passing.
+        retry_rows: make rows of any column again that failed for these reasons (`http_4xx`: all that begin so).
+        repair: read all that is committed (`verify`), and make again what is damaged, lost or stale, and what follows.
         grow: take files that have been added to a source as new units.
         max_attempts: tries that a shard or a unit gets before it is set aside.
         progress: called about four times a second with a snapshot.
@@ -89,6 +92,7 @@ def build(
             ingest,
             columns,
             retry_failed=retry_failed,
+            retry_rows=retry_rows,
             repair=repair,
             redo=redo,
             max_attempts=max_attempts,
@@ -133,6 +137,7 @@ def carry_out(
     columns: Collection[str] | None = None,
     *,
     retry_failed: bool = False,
+    retry_rows: Sequence[str] = (),
     repair: bool = False,
     redo: Mapping[str, Collection[ShardId]] | None = None,
     max_attempts: int = 3,
@@ -147,7 +152,8 @@ def carry_out(
         redo: shards to make again though they are committed, by column, beside those of a repair.
     """
     began = time.monotonic()
-    work: dict[str, Work] = {}
+    names = [source.name for source in sources]
+    work, left = dict[str, Work](), list[str]()
     gpus: GpuNodes | None = None
 
     def note(text: str) -> None:
@@ -155,7 +161,7 @@ def carry_out(
             progress(Snapshot(time.monotonic() - began, [], [text]))
 
     again = _joined_redo(redo or {}, _damage(corpus, note) if repair else {})
-    plan = Plan(corpus, {source.name: source.units() for source in sources}, stages, columns, retry_failed, again)
+    plan = _plan(corpus, sources, stages, columns, retry_failed, retry_rows, again, note)
     if not plan.empty():
         read = {unit.source for unit in plan.units}
         with ExitStack() as stack:
@@ -172,21 +178,22 @@ def carry_out(
             stack.enter_context(joined())  # ends before the sources do: no worker shall see them gone
             from microdit.pipeline.engine.board import Board
             from microdit.pipeline.engine.driver import Driver
+            from microdit.pipeline.engine.failing_sources import FailingSources
             from microdit.pipeline.engine.workers import BuildContext
 
             board = Board([stage.name for stage in stages], progress)
-            retries = Retries(max_attempts, corpus.shard_samples)
+            tries = Retries(max_attempts, corpus.shard_samples)
             context = BuildContext(corpus, stack.enter_context(presence(corpus)), stall_timeout)
-            driver = Driver(plan, sources, ingest, retries, context, resources or {}, board)
+            driver = Driver(plan, sources, ingest, tries, context, resources or {}, board, FailingSources(max_failures))
             signals.stop = driver.ask_to_stop
             signals.install()  # ray.init put its own handlers there
             check_nodes(context)
             driver.run()
-            work, gpus = board.work, driver.gpus
+            work, left, gpus = board.work, driver.left, driver.gpus
         if driver.stop is not None:
             raise Stopped(driver.stop)
-    names = [source.name for source in sources]
-    summary = summarize(corpus, plan, names, work, time.monotonic() - began, max_failures)
+    fetched = [source.name for source in sources if fetches_rows(source)]
+    summary = summarize(corpus, plan, names, fetched, work, time.monotonic() - began, max_failures, left)
     if gpus is not None:
         summary.gpus, summary.gpus_left_out = gpus.count, gpus.left_out
     return summary
@@ -198,6 +205,26 @@ def _joined_redo(*redos: Mapping[str, Collection[ShardId]]) -> dict[str, set[Sha
         for column, shards in redo.items():
             joined.setdefault(column, set()).update(shards)
     return joined
+
+
+def _plan(
+    corpus: Corpus,
+    sources: Sequence[Source],
+    stages: Sequence[Stage],
+    columns: Collection[str] | None,
+    retry_failed: bool,
+    retry_rows: Sequence[str],
+    redo: Mapping[str, Collection[ShardId]],
+    note: Callable[[str], None],
+) -> Plan:
+    """Begin the retry units that are asked for, and list what is left to do."""
+    rows: Mapping[str, Collection[ShardId]] = {}
+    if retry_failed or retry_rows:
+        chosen = chosen_columns(stages, columns)
+        rows = make_again(corpus, sources, chosen, retry_failed, retry_rows, redo, note)
+    retries = list_retry_units(corpus)
+    units = {s.name: list(dict.fromkeys([*s.units(), *retry_names(retries.get(s.name, {}))])) for s in sources}
+    return Plan(corpus, units, stages, columns, retry_failed, redo, rows, retry_rows)
 
 
 def _damage(corpus: Corpus, say: Callable[[str], None]) -> Mapping[str, Collection[tuple[str, str]]]:

@@ -15,11 +15,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.names import IMAGES
+from microdit.pipeline.corpus.retry_units import is_retry
 from microdit.pipeline.engine import messages, workers
 from microdit.pipeline.engine.actors import Actor, ActorPool
 from microdit.pipeline.engine.board import Board
 from microdit.pipeline.engine.cluster import ClusterView
 from microdit.pipeline.engine.deaths import explain_death
+from microdit.pipeline.engine.failing_sources import FailingSources
 from microdit.pipeline.engine.give_up import give_up, stage_name
 from microdit.pipeline.engine.gpus import GpuNodes
 from microdit.pipeline.engine.plan import Job, Plan, UnitJob
@@ -55,8 +57,9 @@ class Driver:
         context: workers.BuildContext,
         resources: Mapping[str, float],
         board: Board,
+        failing: FailingSources,
     ):
-        self.plan, self.retries, self.board = plan, retries, board
+        self.plan, self.retries, self.board, self._failing = plan, retries, board, failing
         self.stop: int | None = None
         self._corpus, self._stall_timeout = context.corpus, context.stall_timeout
         self._order = plan.downstream_first()
@@ -90,7 +93,7 @@ class Driver:
         while self.stop is None:
             self._cluster.refresh()
             self._submit()
-            if not self._calls and not self._delayed:
+            if not self._calls and not self._delayed and not self.plan.units:  # a source may be paused
                 break
             self._wait()
             self._report()
@@ -137,8 +140,10 @@ class Driver:
             else:
                 while self._running_tasks() < self._cluster.layout.tasks and (job := self.plan.take(stage)):
                     self._submit_task(job)
-        while self.plan.units and self._running_ingests() < self._cluster.layout.ingests:
-            self._submit_task(self.plan.units.popleft())
+        while self._running_ingests() < self._cluster.layout.ingests:
+            if (unit := self.plan.take_unit(self._may_read)) is None:
+                break
+            self._submit_task(unit)
         self._actors.release_idle(self._is_finished)
 
     def _running_tasks(self) -> int:
@@ -146,6 +151,10 @@ class Driver:
 
     def _running_ingests(self) -> int:
         return sum(isinstance(call.job, UnitJob) for call in self._calls.values())
+
+    def _may_read(self, source: str) -> bool:
+        jobs = [call.job for call in self._calls.values()]
+        return self._failing.may_read(source, sum(isinstance(job, UnitJob) and job.source == source for job in jobs))
 
     def _submit_task(self, job: Job | UnitJob) -> None:
         """Submit a unit, or a shard of a stage without a model, preferably not to a node where it failed."""
@@ -223,6 +232,7 @@ class Driver:
             case messages.ShardIngested(shard, work):
                 if self.plan.committed(job.source, shard, IMAGES):
                     self.board.ingested(work)
+                    self._look_at_failures(job, work)
                 if work.unrepaired:
                     self.board.note(
                         f"ingest: {shard}: {work.unrepaired} damaged rows could not be had again; --repair tries again"
@@ -241,6 +251,20 @@ class Driver:
             case _:
                 assert_never(message)
 
+    def _look_at_failures(self, job: UnitJob, work: messages.ShardWork) -> None:
+        """Pause or leave a source that fails wholesale; a repair and a retry unit read what has failed before."""
+        if job.redo is not None or is_retry(job.unit):
+            return
+        if note := self._failing.add(job.source, work):
+            self.board.note(note)
+        if job.source in self.left:
+            self.plan.leave(job.source)
+
+    @property
+    def left(self) -> list[str]:
+        """The sources of which units are left unread, because nearly all of their inputs failed."""
+        return self._failing.left
+
     def _take_shard(self, ref: Any, call: Call, message: messages.ShardEnded) -> None:
         job, error = call.job, message.error
         assert isinstance(job, Job)
@@ -250,6 +274,9 @@ class Driver:
         self._end_call(ref, call)
         for column in (*message.written, *message.existing):
             self.plan.committed(job.source, job.shard, column)
+        for column in message.unchanged:
+            self.plan.unchanged(job.source, job.shard, column)
+            self.board.note(f"{stage_name(self.plan, job)}: {job.shard}: the rows that were made again failed again")
         self.board.written(job, message.written)
         if error is not None:
             self._retry_or_give_up(job, self.retries.raised(job, error, call.node))

@@ -1,7 +1,7 @@
 """Messages from the workers to the driver: small, immutable, and picklable without Ray."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.records import UNREPAIRED, Commit
@@ -48,6 +48,8 @@ class ShardWork:
     """Rows that a repair could not have again from the source."""
     cut: int = 0
     """Captions of which the model read the beginning alone."""
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    """Of the failed rows, by their number."""
 
     @classmethod
     def of(cls, commit: Commit) -> "ShardWork":
@@ -61,6 +63,7 @@ class ShardWork:
             timings.get("encode_seconds"),
             int(timings.get(UNREPAIRED, 0)),
             int(timings.get("cut", 0)),
+            dict(commit.reasons),
         )
 
     @property
@@ -107,6 +110,8 @@ class ShardEnded:
     existing: tuple[str, ...] = ()
     """The columns that others had written."""
     error: ErrorReport | None = None
+    unchanged: tuple[str, ...] = ()
+    """The columns of which failed rows were made again, and none of them is good now: nothing was written."""
 
 
 @dataclass(frozen=True)

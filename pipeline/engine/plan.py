@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter, defaultdict, deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +27,8 @@ class Job:
     source: str
     shard: str
     columns: Mapping[str, int] = field(compare=False)
+    again: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
+    """Columns of which only the rows that failed for these reasons are made again."""
 
     @property
     def ref(self) -> ShardRef:
@@ -65,6 +67,9 @@ class Plan:
         retry_failed: take shards and units that were set aside as new.
         redo: shards to make again though they are committed, with everything that is computed from them: by column the
             (source, shard); by `units` the (source, unit) whose own commit is written again.
+        rows: shards of which only failed rows are made again, by column. What is computed from them follows if any of
+            these rows is good then.
+        reasons: for which those rows have failed.
 
     Raises:
         RequestError: a column that neither is `images` nor made by a stage.
@@ -78,15 +83,12 @@ class Plan:
         columns: Collection[str] | None = None,
         retry_failed: bool = False,
         redo: Mapping[str, Collection[ShardId]] | None = None,
+        rows: Mapping[str, Collection[ShardId]] | None = None,
+        reasons: Sequence[str] = (),
     ):
         self.stages = list(stages)
+        self.columns = chosen_columns(stages, columns)
         made = [column for stage in self.stages for column in stage.columns]
-        for column in columns or ():
-            if column != IMAGES and column not in made:
-                raise RequestError(
-                    f"column {column!r}: this config makes no such column; it makes: {IMAGES}, {', '.join(made)}"
-                )
-        self.columns = [column for column in [IMAGES, *made] if columns is None or column in columns]
         needed = {column for stage in self.stages for spec in stage.columns.values() for column in spec.inputs}
         self._bit = {column: 1 << i for i, column in enumerate(sorted({*made, *needed, IMAGES}))}
         self._busy = [1 << (len(self._bit) + i) for i in range(len(self.stages))]
@@ -105,7 +107,9 @@ class Plan:
         self.done: Counter[str] = Counter()
         self._state: dict[ShardId, int] = {}
         self._generation: dict[tuple[str, ShardId], int] = {}  # of what is made again
-        self._list(corpus, sources, retry_failed, redo or {})
+        self._reasons, self._rows = tuple(reasons), set[tuple[str, ShardId]]()  # columns of which only rows are
+        self._following: dict[tuple[str, ShardId], list[str]] = {}  # what is made again once they have changed
+        self._list(corpus, sources, retry_failed, redo or {}, rows or {})
 
     def _list(
         self,
@@ -113,8 +117,10 @@ class Plan:
         sources: Mapping[str, Sequence[str]],
         retry_failed: bool,
         redo: Mapping[str, Collection[ShardId]],
+        rows: Mapping[str, Collection[ShardId]],
     ) -> None:
         again = {where for column, places in redo.items() if column != UNITS for where in places}
+        again = again.union(*rows.values())
         highest: dict[tuple[str, ShardId], int] = {}
         lock = Lock()
 
@@ -133,7 +139,7 @@ class Plan:
                 units = pool.submit(corpus.committed, UNITS, source)
                 failed = {c: pool.submit(failures, corpus, c, source) for c in self.aside}
                 list(pool.map(partial(listed, source), [c for c in self._bit if c != IMAGES]))
-            self._again({where for where in again if where[0] == source}, redo, highest)
+            self._again({where for where in again if where[0] == source}, redo, rows, highest)
             self._list_units(source, names, units.result(), redo)
             for column, records in failed.items():
                 for where in records.result():
@@ -150,22 +156,39 @@ class Plan:
         self,
         shards: Collection[ShardId],
         redo: Mapping[str, Collection[ShardId]],
+        rows: Mapping[str, Collection[ShardId]],
         highest: Mapping[tuple[str, ShardId], int],
     ) -> None:
-        """Mark the columns to make again, and those computed from them, as not committed."""
+        """Mark the columns to make again, and those computed from them, as not committed.
+
+        What is computed from columns of which only rows are made again stays committed until they have changed.
+        """
         specs = {column: spec for stage in self.stages for column, spec in stage.columns.items()}
         order = [IMAGES]
         while rest := [c for c in self._bit if c not in order]:
             order += [c for c in rest if c not in specs or set(specs[c].inputs) <= {*order, IMAGES}] or rest
         for where in shards:
             old: set[str] = set()
+            changing: dict[str, set[str]] = {}  # by column those of its inputs that may change
             for column in order:
-                if where in redo.get(column, ()) or (column in specs and old & {IMAGES, *specs[column].inputs}):
+                inputs = {IMAGES, *specs[column].inputs} if column in specs else set()
+                follows = set().union(*(changing[name] for name in inputs & changing.keys()))
+                wholly = where in redo.get(column, ()) or bool(old & inputs)
+                in_rows = not wholly and where in rows.get(column, ()) and (column, where) in highest
+                if not (wholly or in_rows or follows):
+                    continue
+                if (column, where) in highest:
+                    self._generation[column, where] = highest[column, where] + 1
+                if wholly:
                     old.add(column)
-                    if (column, where) in highest:
-                        self._generation[column, where] = highest[column, where] + 1
-                    if where in self._state:
-                        self._state[where] &= ~self._bit[column]
+                if in_rows:
+                    self._rows.add((column, where))
+                if (wholly or in_rows) and where in self._state:
+                    self._state[where] &= ~self._bit[column]
+                if not wholly:
+                    for name in follows:
+                        self._following.setdefault((name, where), []).append(column)
+                    changing[column] = follows | ({column} if in_rows else set())
 
     def _list_units(
         self, source: str, names: Sequence[str], units: Mapping[ShardId, int], redo: Mapping[str, Collection[ShardId]]
@@ -216,9 +239,23 @@ class Plan:
         while self.ready[stage]:
             source, shard = where = self.ready[stage].popleft()
             if columns := self._todo(stage, where):
-                return Job(stage, source, shard, columns)
+                again = {column: self._reasons for column in columns if (column, where) in self._rows}
+                return Job(stage, source, shard, columns, again)
             self._state[where] &= ~self._busy[stage]
         return None
+
+    def take_unit(self, may_read: Callable[[str], bool]) -> UnitJob | None:
+        """Take the next unit of a source that may be read now."""
+        allowed = {source: may_read(source) for source in {unit.source for unit in self.units}}
+        for index, unit in enumerate(self.units):
+            if allowed[unit.source]:
+                del self.units[index]
+                return unit
+        return None
+
+    def leave(self, source: str) -> None:
+        """Leave the units of a source unread."""
+        self.units = deque(unit for unit in self.units if unit.source != source)
 
     def requeue(self, job: Job | UnitJob) -> None:
         """Put a job that was not done back at the head of its queue."""
@@ -236,8 +273,22 @@ class Plan:
         self._state[where] = state | self._bit[column]
         self.done[column] += 1
         self.aside.get(column, set()).discard(where)
+        for follower in self._following.pop((column, where), ()):
+            self._rows.discard((follower, where))
+            if self._has(where, follower):
+                self._state[where] &= ~self._bit[follower]
+                self.done[follower] -= 1
         self._consider(where)
         return True
+
+    def unchanged(self, source: str, shard: str, column: str) -> None:
+        """Note that rows were made again and failed again: the column stays, and what is computed from it."""
+        where = (source, shard)
+        self._following.pop((column, where), None)
+        self._rows.discard((column, where))
+        self._state[where] |= self._bit[column]
+        self.done[column] += 1
+        self._consider(where)
 
     def unit_committed(self, source: str, unit: str) -> None:
         """Note a unit's own commit."""
@@ -278,6 +329,19 @@ class Plan:
     def downstream_first(self) -> list[int]:
         """Return the stages in the order in which they are served: the furthest from the sources first."""
         return sorted(range(len(self.stages)), key=lambda stage: (-len(self.upstream(stage)), stage))
+
+
+def chosen_columns(stages: Sequence[Stage], columns: Collection[str] | None) -> list[str]:
+    """Name the columns that a build makes: images and those of its stages, or of these the ones asked for.
+
+    Raises:
+        RequestError: one was asked for that neither is `images` nor made by a stage.
+    """
+    made = [IMAGES, *(column for stage in stages for column in stage.columns)]
+    for column in columns or ():
+        if column not in made:
+            raise RequestError(f"column {column!r}: this config makes no such column; it makes: {', '.join(made)}")
+    return [column for column in made if columns is None or column in columns]
 
 
 def _unit_of(shard: str) -> str:

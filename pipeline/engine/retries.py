@@ -104,7 +104,7 @@ class Retries:
         """Return the next task of a shard for its stage."""
         history = self.of(job)
         rows = history.search.trial if history.search else None
-        return Task(job.ref, dict(job.columns), dict(history.aside), rows)
+        return Task(job.ref, dict(job.columns), dict(history.aside), rows, dict(job.again))
 
     def unit_task(self, job: UnitJob) -> UnitTask:
         """Return the next task of a unit for ingest: with isolated decoding once a process died of the unit."""

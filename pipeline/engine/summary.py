@@ -1,17 +1,18 @@
 """The summary of a build: counts that add up, read from the commits."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.failures import failures, read_failure
 from microdit.pipeline.corpus.names import IMAGES, UNITS
+from microdit.pipeline.corpus.reasons import MADE_AGAIN, UPSTREAM, in_words, surely_passing
 from microdit.pipeline.engine.plan import Plan
-from microdit.pipeline.tables.commit_table import commit_table, totals
+from microdit.pipeline.tables.commit_table import commit_table
+from microdit.pipeline.tables.corpus_totals import corpus_totals
 
-UPSTREAM = "upstream"
 MAX_LISTED = 100  # shards set aside that a summary lists
 
 
@@ -36,6 +37,8 @@ class ColumnSummary:
     """Images a second of this run, from its first shard to its last."""
     cut: int = 0
     """Captions of this run of which the model read the beginning alone."""
+    retry: dict[str, int] = field(default_factory=dict)
+    """Of the reasons those that another try may mend."""
 
     @property
     def own_failures(self) -> float:
@@ -81,6 +84,8 @@ class BuildSummary:
     """GPUs that models worked on; None if this run had no work for a model that wants one."""
     gpus_left_out: list[str] = field(default_factory=list)
     """Nodes whose GPUs torch cannot use, and why."""
+    left: list[str] = field(default_factory=list)
+    """Sources that failed wholesale: their other units are left unread."""
 
     @property
     def too_many_failures(self) -> list[str]:
@@ -91,7 +96,7 @@ class BuildSummary:
     def exit_status(self) -> int:
         """Return 0, or 1 if something is set aside or damaged, or more samples failed than the config allows."""
         aside = bool(self.units.set_aside) or any(column.set_aside for column in self.columns.values())
-        return 1 if aside or self.damage or self.too_many_failures else 0
+        return 1 if aside or self.damage or self.left or self.too_many_failures else 0
 
     def text(self) -> str:
         """Return the summary for people: a table that adds up, then lines about failures."""
@@ -116,6 +121,9 @@ class BuildSummary:
                     f"{name}: {column.cut:,} captions of this run have more tokens than the model reads; they are "
                     "compared by their beginning"
                 )
+            if column.retry:
+                count = sum(column.retry.values())
+                lines.append(f"{name}: {count:,} may be good another time: {_command(name, column)}")
             if column.waiting:
                 lines.append(
                     f"{name}: {column.waiting:,} shards are not made; the columns that they come from are not there"
@@ -125,6 +133,11 @@ class BuildSummary:
             lines.append(f"set aside: {entry.column}/{entry.source}/{entry.shard}: {message}")
         if self.set_aside:
             lines.append("what was set aside is taken again with --retry-failed")
+        lines += [
+            f"source {source}: nearly all of its inputs failed, and its other units are left unread; run the same "
+            "command again when its servers answer"
+            for source in self.left
+        ]
         lines += self.damage
         for name in self.too_many_failures:
             share = self.columns[name].own_failures
@@ -154,12 +167,25 @@ class Work:
 
 
 def summarize(
-    corpus: Corpus, plan: Plan, sources: list[str], work: Mapping[str, Work], seconds: float, max_failures: float
+    corpus: Corpus,
+    plan: Plan,
+    sources: Sequence[str],
+    fetched: Collection[str],
+    work: Mapping[str, Work],
+    seconds: float,
+    max_failures: float,
+    left: Sequence[str] = (),
 ) -> BuildSummary:
-    """Add up the commits of the plan's columns."""
+    """Add up the commits of the plan's columns.
+
+    Args:
+        fetched: the sources of which a failed input may come another time.
+        left: the sources of which units are left unread.
+    """
     damage: list[str] = []
-    commits = totals(commit_table(corpus, damage))
+    commits = corpus_totals(corpus, commit_table(corpus, damage))
     columns: dict[str, ColumnSummary] = {}
+    urls = [commits[IMAGES, source].reasons for source in fetched if (IMAGES, source) in commits]
     for column in plan.columns:
         by_source = [commits[column, source] for source in sources if (column, source) in commits]
         committed = sum(total.done for total in by_source)
@@ -180,6 +206,7 @@ def summarize(
             seconds=round(done.seconds, 3),
             rate=round(done.samples / span, 1) if span > 0 else None,
             cut=done.cut,
+            retry=_retry(column, sum(urls, Counter[str]()) if column == IMAGES else reasons),
         )
     return BuildSummary(
         corpus=corpus.url,
@@ -190,7 +217,21 @@ def summarize(
         set_aside=_set_aside(corpus, plan),
         damage=damage,
         max_failures=max_failures,
+        left=list(left),
     )
+
+
+def _retry(column: str, reasons: Counter[str]) -> dict[str, int]:
+    """Choose the reasons that another try may mend; of images among those of sources that fetch each input."""
+    mended = surely_passing if column == IMAGES else MADE_AGAIN.fullmatch
+    return {reason: count for reason, count in reasons.most_common() if mended(reason)}
+
+
+def _command(name: str, column: ColumnSummary) -> str:
+    """Say how the rows of a column that another try may mend are made again."""
+    if name == IMAGES:
+        return f"--retry-failed takes again what failed for {in_words(column.retry)}"
+    return f"{' '.join(f'--retry-rows {reason}' for reason in column.retry)} makes them again"
 
 
 def _set_aside(corpus: Corpus, plan: Plan) -> list[SetAside]:

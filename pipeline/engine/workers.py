@@ -180,14 +180,18 @@ def run_stage(stage: Stage, corpus: Corpus, task: Task) -> ShardEnded:
             del left[commit.column]
             if commit.ours:
                 written[commit.column] = ShardWork.of(commit)
-        if left and task.rows is None:
+        unchanged = tuple(column for column in left if column in task.again)
+        if len(left) > len(unchanged) and task.rows is None:
             raise RuntimeError(f"stage {stage.name} made no commit of {', '.join(sorted(left))} for {task.ref.shard}")
     except CredentialsExpired as error:  # nothing can be looked up
         return ShardEnded(written, (), error_report(error))
     except Exception as error:
         existing = tuple(column for column in task.columns if _is_committed(corpus, task, column))
         return ShardEnded(written, existing, error_report(error))
-    return ShardEnded(written, tuple(c for c in task.columns if c not in written) if task.rows is None else ())
+    if task.rows is not None:
+        return ShardEnded(written)
+    existing = tuple(c for c in task.columns if c not in written and c not in unchanged)
+    return ShardEnded(written, existing, unchanged=unchanged)
 
 
 def _is_committed(corpus: Corpus, task: Task, column: str) -> bool:

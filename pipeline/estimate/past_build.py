@@ -22,6 +22,7 @@ from microdit.pipeline.config.scores import ScoresColumn
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, UNITS, ShardId, column_kind
 from microdit.pipeline.corpus.records import Commit, Declaration, UnitCommit
+from microdit.pipeline.corpus.retry_units import is_retry
 from microdit.pipeline.stages.ingest import ingest_stage
 
 T = TypeVar("T")
@@ -198,7 +199,9 @@ class PastBuild:
         return self._units[source]
 
     def _listed(self, column: str, source: str) -> list[tuple[ShardId, int]]:
-        return sorted(self.corpus.committed(column, source).items())
+        """List the newest commits, but for those of retry units, which are no measure for others."""
+        listed = self.corpus.committed(column, source)
+        return sorted(item for item in listed.items() if not is_retry(item[0][1]))
 
     def _footer(self, commit: Commit) -> float:
         """Measure the bytes of a sidecar beside its rows: how many more it has if it is cut in two."""

@@ -14,9 +14,11 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.failures import failures, read_failure
 from microdit.pipeline.corpus.names import IMAGES, UNITS
 from microdit.pipeline.corpus.records import Commit
+from microdit.pipeline.corpus.retry_units import RETRY, counts_taken_again
 from microdit.pipeline.corpus.shard_files import SIDECAR
 from microdit.pipeline.report.sample_view import SampleView
 from microdit.pipeline.selection.selections import Selection, list_selections
+from microdit.pipeline.tables.corpus_totals import failed_twice
 from microdit.pipeline.tables.sample_table import TableField
 
 # Failures of `images` by the step at which an input was lost; what is not named here was lost on the way to us.
@@ -61,7 +63,12 @@ def funnel(
     lost = Counter[str]()
     for commit in commits[IMAGES]:
         lost.update(commit.reasons)
-    steps = [FunnelStep("Listed", "inputs of the sources", sum(c.counts["in"] for c in commits[IMAGES]), [])]
+    # no input counts twice, if a retry unit has taken it again
+    shards = {(c.source, c.shard) for c in commits[IMAGES]}
+    twice = failed_twice(counts_taken_again(view.corpus), shards, IMAGES)
+    lost = +(lost - twice)
+    listed = sum(c.counts["in"] for c in commits[IMAGES]) - twice.total()
+    steps = [FunnelStep("Listed", "inputs of the sources", listed, [])]
     examples = _examples(view)
     for label, what, reasons in (
         ("Fetched", "bytes arrived", set(lost) - UNDECODABLE - UNWANTED),
@@ -130,7 +137,8 @@ def incomplete_sources(corpus: Corpus) -> list[IncompleteSource]:
     """List the sources of which units are known to be missing, by what their declarations say."""
     incomplete = []
     for name, declaration in corpus.sources().items():
-        expected, done = declaration.made_by.get("units"), len(corpus.units(name))
+        expected = declaration.made_by.get("units")
+        done = sum(not RETRY.fullmatch(unit) for _, unit in corpus.committed(UNITS, name))
         if isinstance(expected, int) and done < expected:
             incomplete.append(IncompleteSource(name, done, expected))
     return incomplete

@@ -30,7 +30,11 @@ class Input:
 
 
 class Source(Protocol):
-    """A dataset adapter. Picklable: workers get copies."""
+    """A dataset adapter. Picklable: workers get copies.
+
+    A source with an attribute `fetches_rows = True` asks for each input by itself: one that failed in passing may come
+    another time. In other sources an input is part of a file, and fails again.
+    """
 
     name: str
     terms: str

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from threading import Lock
@@ -25,6 +26,8 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, UNITS, commit_name, shard_name
 from microdit.pipeline.corpus.records import UNREPAIRED, Commit, ShardRef, UnitCommit
 from microdit.pipeline.corpus.redeclare import DECLARATION, latest_declaration
+from microdit.pipeline.corpus.retry_units import base_of, read_retries, taken_again
+from microdit.pipeline.sources.retried import read_unit
 from microdit.pipeline.sources.source import Input, Source
 from microdit.pipeline.stages.isolated_decode import IsolatedDecoder
 from microdit.pipeline.stages.salvage import GONE, Salvage, SavedRow
@@ -62,15 +65,17 @@ class UnitShards:
     """The shards of a unit, which of them are committed, and in a repair what can still be read of the others."""
 
     def __init__(self, corpus: Corpus, source: str, task: UnitTask, options: ImageOptions):
-        self._corpus, self._source, self._unit, self._redo = corpus, source, task.unit, task.redo or {}
+        self.corpus, self._source, self._unit, self._redo = corpus, source, task.unit, task.redo or {}
         self._repairs, self._options = task.redo is not None, options
         self._committed: dict[str, bool] = {}
         self._salvages: dict[str, Salvage] = {}
         self._lock = Lock()  # inputs are asked for ahead, by another thread
         self._declaration, _ = latest_declaration(corpus, source)
+        self.taken = self._taken_again() if self._repairs else {}
+        """In a repair the failed rows that a retry unit takes again, by ordinal, with their reason; they stay so."""
 
     def shard_of(self, ordinal: int) -> str:
-        return shard_name(self._unit, ordinal // self._corpus.shard_samples)
+        return shard_name(self._unit, ordinal // self.corpus.shard_samples)
 
     def generation(self, shard: str) -> int:
         return self._redo.get(shard, 0)
@@ -85,7 +90,7 @@ class UnitShards:
         """Look for the shard's commit, when its turn comes: another build may have written it meanwhile."""
         if shard not in self._committed:
             name = commit_name(IMAGES, self._source, shard, self.generation(shard))
-            self._committed[shard] = self._corpus.store.exists(name)
+            self._committed[shard] = self.corpus.store.exists(name)
         return self._committed[shard]
 
     def pass_over(self, shard: str, items: Iterable[Input]) -> int:
@@ -114,11 +119,11 @@ class UnitShards:
     def _lines(self, shard: str) -> list[dict[str, Any]] | None:
         """Read the newest sidecar of a committed shard; None if it is damaged."""
         generation = self.generation(shard)
-        while self._corpus.store.exists(commit_name(IMAGES, self._source, shard, generation + 1)):
+        while self.corpus.store.exists(commit_name(IMAGES, self._source, shard, generation + 1)):
             generation += 1
         try:
-            commit = self._corpus.commit(IMAGES, self._source, shard, generation)
-            return self._corpus.sidecar(commit).to_pylist()
+            commit = self.corpus.commit(IMAGES, self._source, shard, generation)
+            return self.corpus.sidecar(commit).to_pylist()
         except (DamagedError, FileNotFoundError, pa.ArrowException):
             return None
 
@@ -129,15 +134,21 @@ class UnitShards:
         with self._lock:
             if shard not in self._salvages:
                 shard_id, generation = (self._source, shard), self.generation(shard)
-                self._salvages[shard] = Salvage(self._corpus, shard_id, generation, self._options)
+                self._salvages[shard] = Salvage(self.corpus, shard_id, generation, self._options)
             return self._salvages[shard]
+
+    def _taken_again(self) -> dict[int, str]:
+        size, base = self.corpus.shard_samples, base_of(self._unit)
+        rows = taken_again(read_retries(self.corpus, self._source, base), base, size)
+        parts = ((row, *row.shard.rpartition("-")) for row in rows)
+        return {int(number) * size + row.row: row.reason for row, unit, _, number in parts if unit == self._unit}
 
     def wanted(self, ordinal: int) -> bool:
         shard = self.shard_of(ordinal)
-        if self.committed(shard):
+        if ordinal in self.taken or self.committed(shard):
             return False
         salvage = self.salvage(shard)
-        return salvage is None or ordinal % self._corpus.shard_samples not in salvage.exact
+        return salvage is None or ordinal % self.corpus.shard_samples not in salvage.exact
 
 
 def ingest_unit(
@@ -170,9 +181,7 @@ def ingest_unit(
                 ref = ShardRef(source=source.name, unit=task.unit, shard=shard)
                 with begin_attempt(corpus, IMAGES, ref, generation=unit_shards.generation(shard)) as attempt:
                     fail_point("fetching")
-                    writer = ShardWriter(
-                        attempt, corpus.shard_samples, config.images.format, unit_shards.salvage(shard)
-                    )
+                    writer = ShardWriter(attempt, config.images.format, unit_shards.salvage(shard), unit_shards.taken)
                     for sample, image in samples:
                         writer.write(sample, image)
                     inputs += len(attempt.rows)
@@ -204,7 +213,7 @@ def _decoded(
     if task.isolated:
         decode = stack.enter_context(IsolatedDecoder(decode, config.resources.stall_timeout))
         threads = 1
-    items = stack.enter_context(closing(source.read(task.unit, shards.wanted)))
+    items = stack.enter_context(closing(read_unit(shards.corpus, source, task.unit, shards.wanted)))
     return threaded(lambda item: (item, _prepare(item.data, decode)), items, threads)
 
 
@@ -222,10 +231,12 @@ def _prepare(data: bytes | None, decode: Decode) -> Prepared | BadImage | None:
 class ShardWriter:
     """Write the inputs of one shard, in a repair with the rows that can still be read."""
 
-    def __init__(self, attempt: Attempt, shard_samples: int, extension: str, salvage: Salvage | None):
-        self._attempt, self._shard_samples, self._extension = attempt, shard_samples, extension
-        self._salvage = salvage
+    def __init__(self, attempt: Attempt, extension: str, salvage: Salvage | None, taken: Mapping[int, str]):
+        self._attempt, self._extension, self._salvage, self._taken = attempt, extension, salvage, taken
+        self._shard_samples = attempt.corpus.shard_samples
         self._fetched = self._unrepaired = 0
+        self._gone_over = 0
+        """Rows that were there once, and are a retry unit's now."""
         self._profiles: Counter[str] = Counter()
 
     def write(self, item: Input, image: Prepared | BadImage | None) -> None:
@@ -237,6 +248,11 @@ class ShardWriter:
         row = item.ordinal % self._shard_samples
         if self._salvage is not None:
             self._check_same(row, item, self._salvage)
+        if item.ordinal in self._taken:
+            self._gone_over += self._salvage is not None and self._salvage.had(row)
+            detail = "a retry unit has taken it again"
+            self._fail(row, replace(item, data=None, reason=self._taken[item.ordinal], detail=detail), None)
+            return
         if isinstance(image, Prepared):
             self._fetched += 1
             if image.profile:
@@ -266,7 +282,7 @@ class ShardWriter:
                 f"{self._attempt.ref.shard}: the source gives {len(self._attempt.rows)} inputs, it gave "
                 f"{len(self._salvage.keys)} before: its file was changed, or is cut; put it back"
             )
-        return self._fetched > 0 or not self._salvage.waits
+        return self._fetched + self._gone_over > 0 or not self._salvage.waits
 
     def timings(self) -> dict[str, float]:
         """Say in the commit how many rows stay to be repaired, and what became of colour profiles."""

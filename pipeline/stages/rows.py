@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from microdit.pipeline.content.images import BadImage
 from microdit.pipeline.corpus.attempt import Attempt, begin_attempt
 from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.reasons import named_by
 from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.corpus.rows import Row, read_rows
 from microdit.pipeline.stages.stage import Task
@@ -64,6 +66,8 @@ def usable_rows(rows: Iterable[Row], attempts: Attempts, task: Task, column: str
     for row in rows:
         if task.rows is not None and row.row not in task.rows:
             continue
+        if attempts and all(attempt.carries(row.row) for attempt in attempts.values()):
+            continue
         if not row.ok:
             detail = f"{column}: {row.scalars['reason']}: {row.scalars['detail'] or ''}"
             write_row(attempts, row, RowFailure("upstream", detail))
@@ -112,10 +116,14 @@ class ShardRun:
         write_row({column: self.attempts[column]}, row, outcome)
 
     def commit(self, timings: Callable[[str], Mapping[str, float]] = lambda column: {}) -> list[Commit]:
-        """Commit each column with its `timings`; nothing if the task was only a trial of some rows."""
+        """Commit each column with its `timings`; nothing if the task was only a trial of some rows.
+
+        A column of which rows were made again, and none of them is good now, stays as it is.
+        """
         if self.task.rows is not None:
             return []
-        return [attempt.commit(**timings(column)) for column, attempt in self.attempts.items()]
+        gained = {column: attempt for column, attempt in self.attempts.items() if attempt.has_gained}
+        return [attempt.commit(**timings(column)) for column, attempt in gained.items()]
 
 
 @contextmanager
@@ -133,4 +141,7 @@ def open_shard(
         for column, generation in task.columns.items():
             inputs = [source, *([further[column]] if further and column in further else ())]
             attempts[column] = stack.enter_context(begin_attempt(corpus, column, task.ref, inputs, generation))
+            if reasons := task.again.get(column):
+                before = corpus.commit(column, task.ref.source, task.ref.shard, generation - 1)
+                attempts[column].carry_over(before, partial(named_by, names=reasons))
         yield ShardRun(corpus, task, source, attempts)

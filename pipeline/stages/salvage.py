@@ -16,13 +16,13 @@ import pyarrow as pa
 from microdit.pipeline.base.errors import DamagedError
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.content.images import MEMBER_FORMATS, BadImage, prepare
+from microdit.pipeline.corpus.carried import has_hash
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, OBJECT, ShardId
 from microdit.pipeline.corpus.records import UNREPAIRED, Commit, ObjectRef
 from microdit.pipeline.corpus.redeclare import DECLARATION
 from microdit.pipeline.corpus.shard_files import SIDECAR, open_table
 
-BLOCK = 1 << 20
 LARGEST_NOTE = 16 << 20  # bytes of a row's JSON
 GONE = {"http_404", "http_410"}
 """Reasons that say that an input will not come back: nothing is left to repair it with."""
@@ -71,7 +71,7 @@ class Salvage:
 
     def saved(self, row: int) -> SavedRow | None:
         """Read a row, from the newest attempt that has it exactly or, without one, that has it in a usable state."""
-        read = [(item, data) for item in self._candidates[row] if (data := self._read(item)) is not None]
+        read = [(item, data) for item in self._candidates.get(row, ()) if (data := self._read(item)) is not None]
         for item, data in read:
             if hashlib.sha256(data).hexdigest() == item.line["sha256"]:
                 return SavedRow(item.line, data, exact=True)
@@ -194,14 +194,7 @@ class Salvage:
         return (picture.width, picture.height) == (line["width"], line["height"])
 
     def _has_hash(self, ref: ObjectRef) -> bool:
-        digest = hashlib.sha256()
-        try:
-            with self._corpus.store.open(ref.name) as file:
-                while block := file.read(BLOCK):
-                    digest.update(block)
-        except FileNotFoundError:
-            return False
-        return digest.hexdigest() == ref.sha256
+        return has_hash(self._corpus.store, ref)
 
 
 def _padded(size: int) -> int:

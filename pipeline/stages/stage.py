@@ -41,6 +41,8 @@ class Task:
     """Rows that killed the processes that worked on them, and the reason: they fail with it, untouched."""
     rows: range | None = None
     """Work on these rows alone and commit nothing: a search for the row that kills the process."""
+    again: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Columns of which only the rows that failed for these reasons are made again; the others are carried over."""
 
 
 @dataclass(frozen=True)

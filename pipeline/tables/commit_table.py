@@ -257,6 +257,14 @@ GROUP BY ALL
 """
 
 
+def newest_lines(table: pa.Table) -> pa.Table:
+    """Keep of a commit table the newest generation of each shard, and unit."""
+    with connect() as connection:
+        connection.register("lines", table)
+        connection.execute(NEWEST)
+        return connection.sql("SELECT * FROM newest").to_arrow_table()
+
+
 def totals(table: pa.Table) -> dict[tuple[str, str], Totals]:
     """Add up a commit table, by column and source."""
     added: dict[tuple[str, str], Totals] = {}

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,11 @@ from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, ShardId, commit_name
 from microdit.pipeline.corpus.records import Commit, Declaration, ObjectRef, canonical
+from microdit.pipeline.corpus.retry_units import rows_taken_again
 from microdit.pipeline.corpus.shard_files import SCALAR_TYPES
 from microdit.pipeline.tables.published import Table, cached, if_allowed, private, publish
 
-LAYOUT = 1  # of the sample table; a cached table of another layout is not used
+LAYOUT, RETRIED = 1, 2  # of the sample table, and of one of a corpus that has retry units; others are not used
 ROW_GROUP = 65_536
 JOINS = "tables/joins"  # the folder of `microdit.pipeline.tables.joins.build`
 
@@ -83,7 +84,8 @@ class SampleTable(Table):
 def sample_table(corpus: Corpus, damage: list[str] | None = None) -> SampleTable:
     """Open or make the table of all samples of the newest commits: one row for each row of each `images` shard.
 
-    It is cached in the corpus; a new commit, generation or column makes another one.
+    Failed rows that a committed retry unit takes again are left out: they are rows of that. The table is cached in the
+    corpus; a new commit, generation or column makes another one.
 
     Args:
         damage: if given, what cannot be read is named there and left out of a table for this process alone: a column of
@@ -105,14 +107,15 @@ def sample_table(corpus: Corpus, damage: list[str] | None = None) -> SampleTable
         for (source, shard), generation in generations.items()
     )
     commits = hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
-    about = canonical({"layout": LAYOUT, "columns": sorted(declared), "commits": commits})
+    again = rows_taken_again(corpus, newest["images"])
+    about = canonical({"layout": RETRIED if again else LAYOUT, "columns": sorted(declared), "commits": commits})
     base = f"tables/{hashlib.sha256(about).hexdigest()}"
     table = cached(corpus, base, SampleTable, max(written.values(), default=None))
 
     def write(path: Path, damage: list[str] | None = None) -> int:
         rows = 0
         with pq.ParquetWriter(path, table_schema(declared), compression="zstd") as writer:
-            for part in _parts(corpus, declared, newest, damage):
+            for part in _parts(corpus, declared, newest, again, damage):
                 writer.write_table(part)
                 rows += len(part)
         return rows
@@ -174,6 +177,7 @@ def _parts(
     corpus: Corpus,
     declared: dict[str, Declaration],
     newest: dict[str, dict[ShardId, int]],
+    again: Mapping[ShardId, Sequence[int]],
     damage: list[str] | None = None,
 ) -> Iterator[pa.Table]:
     """Read the table in parts of at least `ROW_GROUP` rows, ordered by source and shard."""
@@ -181,7 +185,11 @@ def _parts(
 
     def read(shard_id: ShardId) -> pa.Table | None:
         generations = {column: by_shard[shard_id] for column, by_shard in newest.items() if shard_id in by_shard}
-        return _shard_rows(shard_id, _sidecars(corpus, shard_id, generations, damage), fields)
+        table = _shard_rows(shard_id, _sidecars(corpus, shard_id, generations, damage), fields)
+        if table is not None and shard_id in again:
+            left_out = pc.is_in(table["row"], value_set=pa.array(again[shard_id], pa.int32()))
+            table = table.filter(pc.invert(pc.and_(left_out, pc.equal(table["status"], "failed"))))
+        return table
 
     pending: list[pa.Table] = []
     for table in threaded(read, sorted(newest["images"])):

@@ -13,6 +13,7 @@ Kind = Literal[
     "keys",
     "lineage",
     "missing",
+    "retry",
     "rows",
     "selection",
     "sidecar",

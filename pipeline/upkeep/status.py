@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.failures import Failure, failures, read_failure
 from microdit.pipeline.corpus.names import IMAGES, UNITS
-from microdit.pipeline.tables.commit_table import Totals, commit_table, totals
+from microdit.pipeline.tables.commit_table import Totals, commit_table
+from microdit.pipeline.tables.corpus_totals import corpus_totals
 from microdit.pipeline.upkeep.devices import Devices, devices
 
 
@@ -86,7 +87,7 @@ def status(corpus: Corpus) -> CorpusStatus:
     """Count what is committed, left, failed and set aside of a corpus, by source and column."""
     declared = sorted(corpus.columns())
     table = commit_table(corpus)
-    committed = totals(table)
+    committed = corpus_totals(corpus, table)
     sources = {name: _source_status(corpus, name, committed) for name in sorted(corpus.sources())}
     set_aside = [failure for column in [*declared, UNITS] for failure in _set_aside(corpus, column, table)]
     return CorpusStatus(

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from obstore.exceptions import BaseError
 
-from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.base.errors import DamagedError, RequestError, first_line
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import (
@@ -24,7 +24,9 @@ from microdit.pipeline.corpus.names import (
     commit_name,
 )
 from microdit.pipeline.corpus.records import Declaration, UnitCommit
+from microdit.pipeline.corpus.retry_units import counts_taken_again
 from microdit.pipeline.selection.selections import load_selection
+from microdit.pipeline.tables.corpus_totals import Counted, failed_twice
 from microdit.pipeline.tables.published import Table
 from microdit.pipeline.upkeep.problem import WARNINGS, Problem
 from microdit.pipeline.upkeep.verify_shard import Findings, Hashing, ShardCheck
@@ -110,7 +112,8 @@ def verify(corpus: Corpus, progress: Callable[[int, int], None] | None = None) -
     _check_keys(checked, problems)
     _check_tables(corpus, problems)
     _check_selections(corpus, problems)
-    return Verification(corpus.url, problems, _totals(newest, checked))
+    again = _count_retries(corpus, problems)
+    return Verification(corpus.url, problems, _totals(newest, checked, again))
 
 
 def _newest_commits(
@@ -135,11 +138,16 @@ def _newest_commits(
     return newest
 
 
-def _totals(newest: _Newest, checked: Mapping[ShardId, Findings]) -> VerifiedTotals:
+def _totals(newest: _Newest, checked: Mapping[ShardId, Findings], again: Counted) -> VerifiedTotals:
     samples: dict[str, Counter[str]] = {}
     for findings in checked.values():
         for column, counts in findings.samples.items():
             samples.setdefault(column, Counter()).update(counts)
+    for column, counts in samples.items():  # no input counts twice
+        twice = failed_twice(
+            again, {shard for shard, findings in checked.items() if column in findings.samples}, column
+        )
+        counts.subtract({"in": twice.total(), "failed": twice.total()})
     begun = {(source, findings.unit) for (source, _), findings in checked.items() if findings.unit}
     return VerifiedTotals(
         shards=sum(IMAGES in generations for generations in newest.shards.values()),
@@ -214,6 +222,15 @@ def _check_units(
             problems.append(Problem("unit", name, detail))
         elif total != record.inputs and set(record.shards) == committed:
             problems.append(Problem("unit", name, f"its shards have {total} inputs, it says {record.inputs}"))
+
+
+def _count_retries(corpus: Corpus, problems: list[Problem]) -> Counted:
+    """Count the rows that retry units take again, by the records of their inputs."""
+    try:
+        return counts_taken_again(corpus)
+    except (DamagedError, OSError, BaseError) as error:
+        problems.append(Problem("retry", "units", first_line(error)))
+        return {}
 
 
 def _check_keys(checked: Mapping[ShardId, Findings], problems: list[Problem]) -> None:

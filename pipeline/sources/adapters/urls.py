@@ -136,6 +136,8 @@ class Urls:
         RequestError: the list is absent, empty, or no list of URLs and captions.
     """
 
+    fetches_rows = True
+
     def __init__(
         self,
         name: str,

@@ -134,6 +134,9 @@ class VisionScores:
             line.run(chunks(prepared, size), partial(self._score_batch, work), work.write)
             figures = {"encode_seconds": self._batches.seconds - before, "batch": self._batches.size}
             cut = {column: float(self._model.count_cut([*texts.values()])) for column, texts in work.captions.items()}
+            for column in cut:
+                if (carried := shard.attempts[column].carried) is not None:  # it has counted all of the shard
+                    cut[column] = carried.commit.timings.get("cut", 0.0)
             return shard.commit(lambda column: figures | ({"cut": cut[column]} if column in cut else {}))
 
     def _prepare(self, row: Row) -> np.ndarray:

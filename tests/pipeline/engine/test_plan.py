@@ -186,3 +186,43 @@ def test_what_is_made_again_takes_with_it_what_comes_from_it(tmp_path: Path) -> 
     plan.committed("pictures", SHARDS[1], "captions/source")
     (job,) = drain(plan, 1)
     assert (job.shard, job.columns) == (SHARDS[1], {"captions/upper": 1, "captions/lower": 0})
+
+
+def test_rows_that_are_made_again_take_what_comes_from_them_only_if_they_change(tmp_path: Path) -> None:
+    corpus = corpus_with(tmp_path, 1)
+    columns = ["images", "captions/source", "captions/upper"]
+    for shard in SHARDS[:2]:
+        STAGES[0].write(corpus, Job(0, "pictures", shard, {}).ref, "captions/source")
+        STAGES[1].write(corpus, Job(1, "pictures", shard, {}).ref, "captions/upper")
+    units = {"pictures": UNITS["pictures"][:1]}
+    shards = {("pictures", shard) for shard in SHARDS[:2]}
+    rows = {"captions/source": shards, "captions/upper": {("pictures", SHARDS[0])}}
+    plan = Plan(corpus, units, STAGES, columns, rows=rows, reasons=["error"])
+    jobs = {job.shard: job for job in drain(plan, 0)}
+    assert {shard: job.columns for shard, job in jobs.items()} == {key: {"captions/source": 1} for key in SHARDS[:2]}
+    assert all(job.again == {"captions/source": ("error",)} for job in jobs.values())
+    assert drain(plan, 1) == [] and plan.done["captions/upper"] == 1  # it waits, or stays
+
+    plan.unchanged("pictures", SHARDS[0], "captions/source")
+    (job,) = drain(plan, 1)
+    assert (job.shard, job.columns, job.again) == (SHARDS[0], {"captions/upper": 1}, {"captions/upper": ("error",)})
+    plan.committed("pictures", SHARDS[1], "captions/source")
+    (job,) = drain(plan, 1)
+    assert (job.shard, job.columns, job.again) == (SHARDS[1], {"captions/upper": 1}, {})  # as a whole
+    plan.committed("pictures", SHARDS[1], "captions/upper")
+    assert plan.done == {"images": 2, "captions/source": 2, "captions/upper": 1}
+
+    plan = Plan(corpus, units, STAGES, columns, rows=rows, reasons=["error"])
+    drain(plan, 0)
+    plan.committed("pictures", SHARDS[0], "captions/source")  # it has changed: of what comes from it, nothing is kept
+    (job,) = drain(plan, 1)
+    assert (job.shard, job.columns, job.again) == (SHARDS[0], {"captions/upper": 1}, {})
+
+
+def test_units_of_a_source_that_waits_are_passed_over(tmp_path: Path) -> None:
+    plan = Plan(open_corpus(tmp_path, [Pictures()], STAGES), {"a": ["a-000000"], "b": ["b-000000"]}, STAGES)
+    taken = plan.take_unit(lambda source: source == "b")
+    assert taken is not None and taken.unit == "b-000000"
+    assert plan.take_unit(lambda source: source == "b") is None
+    plan.leave("a")
+    assert plan.empty() and (plan.units_total, plan.units_done) == (2, 0)

@@ -181,3 +181,13 @@ def test_a_repair_never_makes_a_shard_poorer(tmp_path_factory: pytest.TempPathFa
     if waiting:
         (made,) = _repair(folder, corpus, source)
     assert made.object.sha256 == whole.object.sha256 and verify(corpus).ok
+
+
+def test_a_row_that_never_came_was_not_lost(tmp_path: Path) -> None:
+    source = _stopped(4)
+    source.inputs[0] = inputs_of(1).inputs[0]
+    corpus = _corpus(tmp_path, source)
+    corpus.store.delete([corpus.commits("images")[0].object.name])
+    (made,) = _repair(tmp_path, corpus, source)
+    assert made.counts == {"in": 4, "out": 1, "failed": 3} and "unrepaired" not in made.timings
+    assert not verify(corpus).problems
