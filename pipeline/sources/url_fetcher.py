@@ -249,6 +249,15 @@ class _Fetcher:
                 await asyncio.sleep(pause)
                 left -= pause
 
+    async def _take_slot(self, number: int) -> None:
+        """Take a slot once there is room for an answer, which may have been filled while the slot was waited for."""
+        while True:
+            await self._slots.acquire()
+            if self._held + self._spool.size < MAX_HELD + MAX_SPOOLED or number <= self._handed:
+                return
+            self._slots.release()
+            await self._room.wait()
+
     async def _try(
         self,
         client: Client,
@@ -260,13 +269,11 @@ class _Fetcher:
         host: HostPace,
     ) -> tuple[bytes, str]:
         """Make one try once there is room for its answer, and a slot, which it gives back early if it is late."""
-        while self._held + self._spool.size >= MAX_HELD + MAX_SPOOLED and number > self._handed:
-            await self._room.wait()
         late = host.suspect and self._late < MAX_LATE  # such ones need no slot, so that they are known early
         owned = not late
         self._late += late
         if owned:
-            await self._slots.acquire()
+            await self._take_slot(number)
 
         def give_back() -> None:
             nonlocal owned, late
