@@ -10,6 +10,7 @@ from PIL import Image
 
 from microdit.pipeline.content.colour import flattened
 from microdit.pipeline.content.decoded import BadImage, Decoded, Limits
+from microdit.pipeline.content.jpeg_entropy import check_place
 from microdit.pipeline.content.jpeg_scan import check_markers, decode_whole
 from microdit.pipeline.content.orientation import orientation, readable, upright, upright_array
 
@@ -31,12 +32,13 @@ class Segments:
     """The file without EXIF data, profiles and other notes."""
 
 
-def decode_jpeg(data: bytes, limits: Limits, shrink_to: int | None) -> Decoded:
+def decode_jpeg(data: bytes, limits: Limits, shrink_to: int | None, thorough: bool) -> Decoded:
     """Decode a JPEG.
 
     Args:
         shrink_to: it may be decoded at a fraction of its size, as long as the short side stays this many pixels and a
             quarter more.
+        thorough: look too for a scan that lost its place and found it again, at which decoders do not complain.
 
     Raises:
         BadImage: with the reason `bomb`, `truncated` or `damaged`; decoders raise others.
@@ -46,21 +48,24 @@ def decode_jpeg(data: bytes, limits: Limits, shrink_to: int | None) -> Decoded:
     except (KeyError, ValueError) as error:
         if "subsampling" not in str(error) and not isinstance(error, KeyError):
             raise
-        return _decode_pillow(data, limits)
+        return _decode_pillow(data, limits, thorough)
     limits.check(width, height)
     _check_scans(data)
     if colours not in ("YCbCr", "RGB", "Gray"):
-        return _decode_pillow(data, limits)
+        return _decode_pillow(data, limits, thorough)
     segments = read_segments(data)
     turned = orientation(segments.exif, segments.xmp)
     least: dict[str, Any] = {}
     if shrink_to is not None and min(width, height) >= 2 * shrink_to * SHRINK_MARGIN and turned == 1:
         least = {"min_" + side: int(shrink_to * SHRINK_MARGIN) for side in ("width", "height")} | {"min_factor": 2}
     limits.admit(width * height // (4 if least and not segments.progressive else 1))
-    pixels = upright_array(decode_whole(data, **least), turned)
+    pixels = decode_whole(data, **least)
+    scale = 1.0 if not least else round(8 * pixels.shape[0] / height) / 8
+    if thorough and not segments.progressive:
+        check_place(data, pixels, scale)
+    pixels = upright_array(pixels, turned)
     if turned >= 5:
         width, height = height, width
-    scale = 1.0 if not least else round(8 * pixels.shape[0] / height) / 8
     source, note = _in_srgb(pixels, colours, segments.profile)
     plain = turned == 1 and not note and readable(segments.exif)
     return Decoded(source, width, height, "jpeg", plain, scale, note)
@@ -74,7 +79,7 @@ def _in_srgb(pixels: np.ndarray, colours: str, profile: bytes | None) -> tuple[n
     return (converted if note == "converted" else pixels), note
 
 
-def _decode_pillow(data: bytes, limits: Limits) -> Decoded:
+def _decode_pillow(data: bytes, limits: Limits, thorough: bool) -> Decoded:
     """Decode CMYK, and sampling that simplejpeg has no name for."""
     segments = read_segments(data)
     with Image.open(io.BytesIO(segments.picture), formats=["JPEG"]) as image:
@@ -82,7 +87,9 @@ def _decode_pillow(data: bytes, limits: Limits) -> Decoded:
         _check_scans(data)
         limits.admit(image.width * image.height)
         try:
-            decode_whole(data, **({"colorspace": "CMYK"} if image.mode == "CMYK" else {}))  # to see that it is whole
+            whole = decode_whole(data, **({"colorspace": "CMYK"} if image.mode == "CMYK" else {}))
+            if thorough:
+                check_place(data, whole, 1.0)
         except ValueError as error:
             if "subsampling" not in str(error):
                 raise
