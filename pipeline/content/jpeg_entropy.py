@@ -13,7 +13,7 @@ import numpy as np
 from microdit.pipeline.content.decoded import BadImage
 from microdit.pipeline.content.jpeg_header import Header, baseline_header
 from microdit.pipeline.content.jpeg_scan import FEW, end_of_scans
-from microdit.pipeline.content.jpeg_seams import find_seam
+from microdit.pipeline.content.jpeg_seams import has_seam
 
 MAX_SCAN = 4_000_000  # bytes; a second for 3 MB
 CHUNK = 1 << 16  # bytes of which the symbols at every bit are looked up at a time
@@ -54,10 +54,8 @@ def check_place(data: bytes, pixels: np.ndarray, scale: float) -> None:
         return
     down, across = header.unit
     colours = pixels if len(header.components) > 1 else pixels[..., :1]
-    seam = find_seam(colours, round(down * scale), round(across * scale))
-    if seam.certain:
-        raise BadImage("damaged", "from one block on all colours are off: the scan lost its place")
-    end = end_of_scans(data)[0] if seam.likely or len(header.components) == 4 else None  # inks hide it
+    seen = len(header.components) == 4 or has_seam(colours, round(down * scale), round(across * scale))  # inks hide it
+    end = end_of_scans(data)[0] if seen else None
     if end is not None and (fault := scan_fault(data, header, end)):
         raise BadImage("damaged", f"the scan lost its place: {fault}")
 

@@ -29,7 +29,7 @@ def textured(seed: int, width: int = 400, height: int = 320) -> Image.Image:
         ).astype(float)
         for grain in (100, 25, 8, 2)
     ]
-    mixed = 40 + 0.7 * (0.5 * layers[0] + 0.3 * layers[1] + 0.15 * layers[2] + 0.05 * layers[3])
+    mixed = 1.6 * (0.5 * layers[0] + 0.3 * layers[1] + 0.15 * layers[2] + 0.05 * layers[3]) - 75
     return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
 
 
@@ -56,7 +56,7 @@ def test_scans_that_find_their_place_again_are_refused(kind: str):
         assert (prepare(data, KEEP).data == data) is (kind != "cmyk")
         for _ in range(40):
             at = rng.randrange(begin_of_scan(data), len(data) * 3 // 4)
-            changed = data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
+            changed = data[:at] + rng.randbytes(count := rng.choice([1, 20])) + data[at + count :]
             try:
                 plain = decode(changed, 10**6).pixels
             except BadImage:
@@ -70,7 +70,7 @@ def test_scans_that_find_their_place_again_are_refused(kind: str):
             except BadImage as error:
                 assert error.reason == "damaged"
     assert seen >= 3
-    assert unseen <= 0.4 * seen  # of photographs, one in six
+    assert unseen <= 0.8 * seen  # of photographs, a third: what is coded as any picture is, no reader can refuse
 
 
 def drawing(rng: random.Random) -> Image.Image:
@@ -88,7 +88,7 @@ def drawing(rng: random.Random) -> Image.Image:
         row, column = rng.randrange(height // 16 - 1) * 16, rng.randrange(width // 16) * 16
         draw.rectangle((column, row, width, height), fill="navy")
         draw.rectangle((0, row + 16, width, height), fill="navy")
-    elif rng.random() < 0.4:
+    if rng.random() < 0.3:
         image = Image.blend(image, textured(rng.getrandbits(32), width, height), rng.choice([0.1, 0.5, 0.9]))
     return image
 
