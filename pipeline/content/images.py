@@ -45,12 +45,14 @@ class Prepared:
 def prepare(data: bytes, options: ImageOptions) -> Prepared:
     """Decode an image whole and encode it for storage; bytes that need no change are kept as they came.
 
+    JPEGs are examined more closely than by `decode`, which reads what is stored.
+
     Raises:
         BadImage: as `decode` does, and with `too_small` or `too_long`.
     """
     with ExitStack() as stack:
         shrink_to = None if options.max_side is None else STORED_MARGIN * options.max_side
-        image = _decode(data, Limits(options.max_pixels, stack), shrink_to)
+        image = _decode(data, Limits(options.max_pixels, stack), shrink_to, thorough=True)
         short = min(image.width, image.height)
         if short < options.min_side:
             text = f"{image.width}x{image.height}; the short side must have {options.min_side} pixels"
@@ -80,13 +82,13 @@ def decode(data: bytes, max_pixels: int, shrink_to: int | None = None) -> Decode
         BadImage: with the reason `not_an_image`, `bomb`, `truncated`, `damaged` or `animated`.
     """
     with ExitStack() as stack:
-        return _decode(data, Limits(max_pixels, stack), shrink_to)
+        return _decode(data, Limits(max_pixels, stack), shrink_to, thorough=False)
 
 
-def _decode(data: bytes, limits: Limits, shrink_to: int | None) -> Decoded:
+def _decode(data: bytes, limits: Limits, shrink_to: int | None, thorough: bool) -> Decoded:
     try:
         if data.startswith(b"\xff\xd8\xff"):
-            return decode_jpeg(data, limits, shrink_to)
+            return decode_jpeg(data, limits, shrink_to, thorough)
         return decode_png(data, limits) if data.startswith(SIGNATURE) else decode_other(data, limits)
     except BadImage:
         raise

@@ -10,6 +10,7 @@ from PIL import Image
 
 from microdit.pipeline.content.colour import flattened
 from microdit.pipeline.content.decoded import BadImage, Decoded, Limits
+from microdit.pipeline.content.jpeg_entropy import check_place
 from microdit.pipeline.content.jpeg_scan import check_markers, decode_whole
 from microdit.pipeline.content.orientation import orientation, readable, upright, upright_array
 
@@ -27,16 +28,21 @@ class Segments:
     xmp: bytes
     profile: bytes | None
     progressive: bool
-    picture: bytes
-    """The file without EXIF data, profiles and other notes."""
+    one_scan: bool
+    """Decoders read one scan of the picture and no more."""
+    head: bytes
+    """The segments but for EXIF data, profiles and other notes."""
+    begin: int
+    """Where the segments end, and the picture begins."""
 
 
-def decode_jpeg(data: bytes, limits: Limits, shrink_to: int | None) -> Decoded:
+def decode_jpeg(data: bytes, limits: Limits, shrink_to: int | None, thorough: bool) -> Decoded:
     """Decode a JPEG.
 
     Args:
         shrink_to: it may be decoded at a fraction of its size, as long as the short side stays this many pixels and a
             quarter more.
+        thorough: look too for a scan that lost its place and found it again, at which decoders do not complain.
 
     Raises:
         BadImage: with the reason `bomb`, `truncated` or `damaged`; decoders raise others.
@@ -46,21 +52,24 @@ def decode_jpeg(data: bytes, limits: Limits, shrink_to: int | None) -> Decoded:
     except (KeyError, ValueError) as error:
         if "subsampling" not in str(error) and not isinstance(error, KeyError):
             raise
-        return _decode_pillow(data, limits)
+        return _decode_pillow(data, limits, thorough)
     limits.check(width, height)
-    _check_scans(data)
-    if colours not in ("YCbCr", "RGB", "Gray"):
-        return _decode_pillow(data, limits)
     segments = read_segments(data)
+    _check_scans(data, segments)
+    if colours not in ("YCbCr", "RGB", "Gray"):
+        return _decode_pillow(data, limits, thorough)
     turned = orientation(segments.exif, segments.xmp)
     least: dict[str, Any] = {}
     if shrink_to is not None and min(width, height) >= 2 * shrink_to * SHRINK_MARGIN and turned == 1:
         least = {"min_" + side: int(shrink_to * SHRINK_MARGIN) for side in ("width", "height")} | {"min_factor": 2}
     limits.admit(width * height // (4 if least and not segments.progressive else 1))
-    pixels = upright_array(decode_whole(data, **least), turned)
+    pixels = decode_whole(data, **least)
+    scale = 1.0 if not least else round(8 * pixels.shape[0] / height) / 8
+    if thorough and not segments.progressive:
+        check_place(data, pixels, scale)
+    pixels = upright_array(pixels, turned)
     if turned >= 5:
         width, height = height, width
-    scale = 1.0 if not least else round(8 * pixels.shape[0] / height) / 8
     source, note = _in_srgb(pixels, colours, segments.profile)
     plain = turned == 1 and not note and readable(segments.exif)
     return Decoded(source, width, height, "jpeg", plain, scale, note)
@@ -74,15 +83,17 @@ def _in_srgb(pixels: np.ndarray, colours: str, profile: bytes | None) -> tuple[n
     return (converted if note == "converted" else pixels), note
 
 
-def _decode_pillow(data: bytes, limits: Limits) -> Decoded:
+def _decode_pillow(data: bytes, limits: Limits, thorough: bool) -> Decoded:
     """Decode CMYK, and sampling that simplejpeg has no name for."""
     segments = read_segments(data)
-    with Image.open(io.BytesIO(segments.picture), formats=["JPEG"]) as image:
+    with Image.open(io.BytesIO(segments.head + data[segments.begin :]), formats=["JPEG"]) as image:
         limits.check(image.width, image.height)
-        _check_scans(data)
+        _check_scans(data, segments)
         limits.admit(image.width * image.height)
         try:
-            decode_whole(data, **({"colorspace": "CMYK"} if image.mode == "CMYK" else {}))  # to see that it is whole
+            whole = decode_whole(data, **({"colorspace": "CMYK"} if image.mode == "CMYK" else {}))
+            if thorough:
+                check_place(data, whole, 1.0)
         except ValueError as error:
             if "subsampling" not in str(error):
                 raise
@@ -93,8 +104,8 @@ def _decode_pillow(data: bytes, limits: Limits) -> Decoded:
         return Decoded(flat, *flat.size, "jpeg", plain=False, profile=note)
 
 
-def _check_scans(data: bytes) -> None:
-    if (scans := count_scans(data)) > MAX_SCANS:
+def _check_scans(data: bytes, segments: Segments) -> None:
+    if not segments.one_scan and (scans := count_scans(data)) > MAX_SCANS:
         raise BadImage("bomb", f"a JPEG of {scans} scans; at most {MAX_SCANS} are decoded")
 
 
@@ -109,7 +120,7 @@ def read_segments(data: bytes) -> Segments:
     exif: list[bytes] = []
     xmp = b""
     profile: list[tuple[int, bytes]] = []
-    progressive, kept, at = False, [data[:2]], 2
+    frames, kept, at = list[tuple[int, int]](), [data[:2]], 2  # of each frame its kind, and how many colours it has
     while data.startswith(b"\xff", at) and at + 4 <= len(data) and data[at + 1] != 0xDA:  # the picture begins there
         name = data[at + 1]
         if name == 0xFF:  # filling
@@ -122,10 +133,13 @@ def read_segments(data: bytes) -> Segments:
             xmp = xmp or data[at + 4 + len(XMP) : end]
         elif name == 0xE2 and data.startswith(PROFILE, at + 4) and end >= at + 18:
             profile.append((data[at + 16], data[at + 18 : end]))
-        progressive |= name == 0xC2
+        elif name in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA) and end > at + 9:
+            frames.append((name, data[at + 9]))
         if not 0xE1 <= name <= 0xED and name != 0xEF and name != 0xFE:  # JFIF and Adobe's segment tell the colours
             kept.append(data[at:end])
         at = end
-    kept.append(data[at:])
+    in_scan = int.from_bytes(data[at + 4 : at + 5], "big") if data.startswith(b"\xff\xda", at) else 0
+    one_scan = in_scan > 0 and frames in ([(0xC0, in_scan)], [(0xC1, in_scan)])
+    progressive = any(kind == 0xC2 for kind, _ in frames)
     joined = b"".join(part for _, part in sorted(profile)) if profile else None
-    return Segments(b"".join(exif), xmp, joined, progressive, b"".join(kept))
+    return Segments(b"".join(exif), xmp, joined, progressive, one_scan, b"".join(kept), at)
