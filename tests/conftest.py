@@ -32,7 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 LONG = [
     *("engine/test_build.py", "tests/test_demo.py", "tests/test_readme.py", "engine/test_cluster.py"),
     *("config/test_shipped_configs.py", "tests/test_benchmarks.py", "sources/test_miniatures.py"),
-    *("cli/test_app.py", "trainer/test_train.py", "trainer/test_sharding.py", "trainer/test_shipped_recipes.py"),
+    *("cli/test_app.py", "trainer/test_resume.py", "trainer/test_sharding.py", "trainer/test_shipped_recipes.py"),
+    *("trainer/test_train.py", "trainer/test_not_finite.py", "trainer/test_legs.py", "trainer/test_command.py"),
     *("monitoring/test_sample_sheets.py", "cli/test_demo_evaluation.py", "trainer/test_compile.py"),
     *("base/test_liveness.py", "model/test_network.py", "model/test_text_to_image.py", "storage/test_bucket.py"),
     *("scores/test_registry.py", "tests/test_package.py", "tests/test_api.py", "access/test_doors.py"),
