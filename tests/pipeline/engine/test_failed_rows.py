@@ -16,7 +16,8 @@ from microdit.pipeline.engine import retries
 from microdit.pipeline.engine.build import build
 from microdit.pipeline.engine.summary import BuildSummary
 from microdit.pipeline.report.page import gather
-from microdit.pipeline.selection.sample_index import index_samples, open_columns
+from microdit.pipeline.selection.lineage import newest_commits
+from microdit.pipeline.selection.sample_index import index_samples
 from microdit.pipeline.upkeep.gc import gc
 from microdit.pipeline.upkeep.status import status
 from microdit.pipeline.upkeep.verify import verify
@@ -72,7 +73,7 @@ def check_counts(corpus: Corpus, summary: BuildSummary, out: int, reasons: dict[
     assert Counter(row["reason"] for row in rows if row["status"] == "failed") == reasons
     columns = [column for column in said.columns if column != "scores/basic"]
     joined = [row.id for shard in plan_join(corpus, columns) for row in read_joined(corpus, shard)]
-    assert len(set(joined)) == len(joined) == len(index_samples(corpus, open_columns(corpus, columns))[0]) == out
+    assert len(set(joined)) == len(joined) == len(index_samples(corpus, newest_commits(corpus, columns))[0]) == out
     page = gather(corpus, None)
     assert (page.listed, page.kept, page.incomplete_sources) == (PICTURES, out, [])
     assert gc(corpus, older_than_hours=0, dry_run=True).attempts == 0
