@@ -135,19 +135,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             if number:
                 seconds[name].append(took)
     best = {name: statistics.median(took) for name, took in seconds.items()}
-    samplers, batches = {}, -(-options.images // together)
-    for name in SAMPLERS:
-        for steps in (options.steps, max(1, options.steps // 2)):
-            calls = 0
-
-            def count(*_: object) -> None:
-                nonlocal calls
-                calls += 1
-
-            hook = fast.register_forward_hook(count)
-            took = timed(device, partial(ours, steps, name))
-            hook.remove()
-            samplers[f"{name} {steps}"] = {"calls": calls // batches, "seconds": round(took, 3)}
     return {
         "device": torch.cuda.get_device_name() if half else "cpu",
         "preset": options.preset,
@@ -160,8 +147,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "plain_images_per_second": round(options.images / best["plain"], 3),
         "ratio_plain": round(best["plain"] / best["ours"], 3),
         "peak_gpu_memory_mb": round(torch.cuda.max_memory_allocated() / 1e6) if half else "not measured",
-        "samplers": samplers,
+        "samplers": time_samplers(fast, ours, options.steps, -(-options.images // together), device),
     }
+
+
+def time_samplers(
+    net: MicroDiT, sample: Callable[[int, str], None], steps: int, batches: int, device: str
+) -> dict[str, dict[str, float]]:
+    """Time each sampler at `steps` steps and at half of them, and count its network calls for a picture."""
+    samplers: dict[str, dict[str, float]] = {}
+    for name in SAMPLERS:
+        for count in (steps, max(1, steps // 2)):
+            calls: list[None] = []
+            hook = net.register_forward_hook(lambda *_, calls=calls: calls.append(None))  # type: ignore[misc]
+            took = timed(device, partial(sample, count, name))
+            hook.remove()
+            samplers[f"{name} {count}"] = {"calls": len(calls) // batches, "seconds": round(took, 3)}
+    return samplers
 
 
 def main(arguments: list[str] | None = None) -> int:

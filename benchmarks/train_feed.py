@@ -70,6 +70,19 @@ def write(root: Path, samples: int, side: int) -> None:
                 inputs.append(made)
 
 
+def make_recipe(folder: Path, options: argparse.Namespace) -> Recipe:
+    """Describe the training: one leg on the corpus in `folder`."""
+    leg = {"latents": LATENTS, "steps": 10**6, "batch": options.batch, "mask_ratio": 0.75, "learning_rate": 1e-5}
+    leg |= {"micro_batch": options.micro_batch} if options.micro_batch else {}
+    return Recipe.model_validate(
+        {
+            "name": "feed", "corpus": str(folder / "corpus"), "out": str(folder / "out"),
+            "text": {TEXT: 1.0}, "text_lengths": [16, 24, 32, 48], "lanes": 4, "hold_out": 0, "stages": [leg],
+            "cache_mb": 8192,
+        }
+    )  # fmt: skip
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -80,15 +93,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     device, side, batch = options.device, options.pixels // 8, options.batch
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder, "corpus"), options.samples, side)
-        leg = {"latents": LATENTS, "steps": 10**6, "batch": batch, "mask_ratio": 0.75, "learning_rate": 1e-5}
-        leg |= {"micro_batch": options.micro_batch} if options.micro_batch else {}
-        recipe = Recipe.model_validate(
-            {
-                "name": "feed", "corpus": str(Path(folder, "corpus")), "out": str(Path(folder, "out")),
-                "text": {TEXT: 1.0}, "text_lengths": [16, 24, 32, 48], "lanes": 4, "hold_out": 0, "stages": [leg],
-                "cache_mb": 8192,
-            }
-        )  # fmt: skip
+        recipe = make_recipe(Path(folder), options)
         config = SIZES[options.preset] | {"input_size": side, "caption_channels": WIDTH}
         learner = Learner(recipe, config, Team(0, 1, torch.device(device)))
         if device == "cuda":

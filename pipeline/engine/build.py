@@ -6,6 +6,7 @@ The command line and the demo call `build`. It may be killed at any moment: the 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 from microdit.pipeline.base.errors import RequestError
@@ -69,11 +70,7 @@ def build(
         Stopped: a signal came; what is committed stays.
     """
     corpus = Corpus.create(config.corpus, config.name, config.shard_samples)
-
-    def say(note: str) -> None:
-        if progress is not None:
-            progress(Snapshot(0.0, [], [note]))
-
+    say = partial(_note, progress, time.monotonic())
     sources = [_open_source(config, corpus, name, columns is None or IMAGES in columns, say) for name in config.sources]
     stages = stages_of(config, corpus)
     declare(corpus, config, sources, stages, say, grow)
@@ -155,23 +152,13 @@ def carry_out(
     names = [source.name for source in sources]
     work, left = dict[str, Work](), list[str]()
     gpus: GpuNodes | None = None
-
-    def note(text: str) -> None:
-        if progress is not None:
-            progress(Snapshot(time.monotonic() - began, [], [text]))
-
+    note = partial(_note, progress, began)
     again = _joined_redo(redo or {}, _damage(corpus, note) if repair else {})
     plan = _plan(corpus, sources, stages, columns, retry_failed, retry_rows, again, note)
     if not plan.empty():
-        read = {unit.source for unit in plan.units}
         with ExitStack() as stack:
             signals = stack.enter_context(stop_signals())
-            for source in sources:
-                note(f"source {source.name}: {source.terms}")
-            for source in sources:
-                if source.name in read:
-                    note(f"source {source.name}: getting ready")
-                    stack.enter_context(source.running(corpus, note))
+            _begin_sources(corpus, sources, {unit.source for unit in plan.units}, stack, note)
             note("starting the workers")
             from microdit.pipeline.engine.cluster import check_nodes, joined
 
@@ -197,6 +184,24 @@ def carry_out(
     if gpus is not None:
         summary.gpus, summary.gpus_left_out = gpus.count, gpus.left_out
     return summary
+
+
+def _note(progress: Progress | None, began: float, text: str) -> None:
+    """Report a line of text. began: of the build, on the monotonic clock."""
+    if progress is not None:
+        progress(Snapshot(time.monotonic() - began, [], [text]))
+
+
+def _begin_sources(
+    corpus: Corpus, sources: Sequence[Source], read: Collection[str], stack: ExitStack, note: Callable[[str], None]
+) -> None:
+    """Report the terms of all sources, and get those ready that are read, until the stack is closed."""
+    for source in sources:
+        note(f"source {source.name}: {source.terms}")
+    for source in sources:
+        if source.name in read:
+            note(f"source {source.name}: getting ready")
+            stack.enter_context(source.running(corpus, note))
 
 
 def _joined_redo(*redos: Mapping[str, Collection[ShardId]]) -> dict[str, set[ShardId]]:

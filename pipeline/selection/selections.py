@@ -115,18 +115,28 @@ def select(
     chosen = chosen.cast(SELECTION.with_metadata({"microdit": about}))
     digest = selection_hash(about, chosen)
     selection = Selection(name, digest, _selection_path(name, digest), len(chosen), sql, columns)
+    _save(corpus, selection, chosen)
+    return selection
+
+
+def _save(corpus: Corpus, selection: Selection, rows: pa.Table) -> None:
+    """Write the rows of a selection into the corpus, where it may be already.
+
+    Raises:
+        RequestError: it cannot be written, or is there and damaged.
+    """
+    named = f"{selection.name}@{selection.hash}"
     buffer = io.BytesIO()
-    pq.write_table(chosen.combine_chunks(), buffer, compression="zstd")
+    pq.write_table(rows.combine_chunks(), buffer, compression="zstd")
     try:
         corpus.store.create(selection.path, buffer.getvalue())
     except FileExistsError:
-        load_selection(corpus, f"{name}@{digest}")  # it is the same, or damaged
+        load_selection(corpus, named)  # it is the same, or damaged
     except (OSError, BaseError) as error:
         raise RequestError(
-            f"corpus {corpus.url}: the selection {name}@{digest} of {len(chosen):,} rows cannot be written "
+            f"corpus {corpus.url}: the selection {named} of {len(rows):,} rows cannot be written "
             f"({first_line(error)}): it is kept in the corpus, and needs the right to write; `microdit query` does not"
         ) from error
-    return selection
 
 
 def select_apart(corpus: Corpus, name: str, sql: str | None, weights: Shares | None, limits: SqlLimits) -> Selection:
