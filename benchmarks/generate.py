@@ -159,7 +159,7 @@ def time_samplers(
     for name in SAMPLERS:
         for count in (steps, max(1, steps // 2)):
             calls: list[None] = []
-            hook = net.register_forward_hook(lambda *_, calls=calls: calls.append(None))  # type: ignore[misc]
+            hook = net.register_forward_hook(lambda *_, calls=calls: calls.append(None))
             took = timed(device, partial(sample, count, name))
             hook.remove()
             samplers[f"{name} {count}"] = {"calls": len(calls) // batches, "seconds": round(took, 3)}
