@@ -43,6 +43,7 @@ def start(variables: Mapping[str, str], **options: Any) -> Path:
             own: dict[str, Any] = {"_node_ip_address": LOOPBACK, "_temp_dir": str(folder / "ray")}
             ray.init(address="local", include_dashboard=False, **own, **options)
     except BaseException:  # a signal, too
+        _read_settings_again()
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder

@@ -110,6 +110,12 @@ def interrupt(arguments: list[str], corpus: Path) -> "subprocess.CompletedProces
     return subprocess.CompletedProcess(program, process.returncode, out, err)
 
 
+def test_a_list_that_is_gone_is_needed_no_more(built: Built) -> None:
+    """All that it lists is committed."""
+    result = microdit("build", built.config, "--corpus", built.corpus, "sources.pictures.list=/not/there.tsv")
+    assert result.exit_code == 0 and "/not/there.tsv" in result.output and "what is committed" in result.output
+
+
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(built: Built) -> None:
     assert built.interrupted.returncode == 130, built.interrupted.stderr
     assert built.interrupted.stderr.splitlines()[-1] == (
@@ -152,7 +158,6 @@ def test_more_failures_than_allowed_are_exit_status_1(built: Built) -> None:
         (["images.quality=90"], ["'pictures'", "images.quality", "95", "90"]),
         (["imgaes.quality=90"], ["imgaes", "no such field"]),
         (["shard_samples=many"], ["shard_samples", "'many'", "integer"]),
-        (["sources.pictures.list=/not/there.tsv"], ["/not/there.tsv"]),
         (["--columns", "captions/none"], ["'captions/none'", "captions/source"]),
     ],
 )

@@ -24,6 +24,7 @@ from microdit.pipeline.upkeep.verify import verify
 from tests.pipeline.helpers.fake_driver import sources_and_stages
 from tests.pipeline.helpers.fake_stages import ROWS, ingest, open_corpus
 from tests.pipeline.helpers.small_corpus import Hashes, hashes, named_objects
+from tests.pipeline.helpers.stub_torch import write_torch
 
 Process = subprocess.Popen[str]
 ROOT = Path(__file__).parents[3]
@@ -182,13 +183,13 @@ def test_two_builds_share_the_work(cluster: Cluster, s3_url: str, logs: Path, un
     check_whole(Corpus.open(s3_url), logs, undisturbed, 2 * IN_FLIGHT)
 
 
-def test_a_model_waits_for_the_gpu_that_is_to_come(cluster: Cluster, s3_url: str, logs: Path) -> None:
+def test_a_model_waits_for_the_gpu_that_is_to_come(cluster: Cluster, s3_url: str, logs: Path, tmp_path: Path) -> None:
     """Its actor is the demand that an autoscaler sees, and starts on the node that joins."""
     with build(cluster, s3_url, logs, seconds=0.0, units=1, gpus=1) as process:
         wait_for(process, lambda: len(begun(logs)) == 2)  # what needs no model goes on meanwhile
         time.sleep(1.0)
         assert begun(logs, "upper words") == []
-        node = cluster.add_node(**NODE | {"num_gpus": 1})
+        node = cluster.add_node(**NODE | {"num_gpus": 1, "env_vars": write_torch(tmp_path)})
         summary = answer(process)
     assert summary["columns"]["captions/upper"]["built"] == 2
     assert [int(name.split("-")[2]) for name in begun(logs, "upper words")] == [

@@ -37,7 +37,7 @@ def config_of(
 ) -> BuildConfig:
     folder.joinpath("list.tsv").write_text("".join(f"{server.url}/{n}\ta picture {n}\n" for n in range(PICTURES)))
     source = {"adapter": "urls", "list": str(folder / "list.tsv"), "unit_inputs": unit_inputs}
-    fetch = {"timeout": 5, "idle_timeout": 2, **fetch}
+    fetch = {"timeout": 5, "idle_timeout": 2, "allow_networks": ["127.0.0.0/8"], "robots_txt": False, **fetch}
     return BuildConfig.model_validate(
         {
             "name": "retried",

@@ -12,18 +12,7 @@ from microdit.pipeline.base.progress import Snapshot
 from microdit.pipeline.engine.build import carry_out
 from tests.pipeline.helpers.build_checks import check_whole
 from tests.pipeline.helpers.fake_stages import Pictures, ingest, open_corpus, source_words, upper_words
-
-TORCH = """
-__version__ = "0"
-
-def zeros(*size, device):
-    pass
-
-class cuda:
-    is_initialized = lambda: True
-    get_device_name = lambda: "NVIDIA Tested"
-    get_device_properties = lambda: None
-"""
+from tests.pipeline.helpers.stub_torch import write_torch
 
 
 @pytest.fixture
@@ -44,11 +33,8 @@ def test_a_build_goes_on_with_the_gpus_that_work_and_ends_without_any(bad_gpu: C
     with pytest.raises(RequestError, match=f"^no GPU of the cluster can be used: {fault}.*--num-gpus=0"):
         carry_out(corpus, sources, stages, ingest)
 
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text(TORCH)  # that of the other node, whose GPU works
-    bad_gpu.add_node(
-        num_cpus=2, num_gpus=1, object_store_memory=100 << 20, env_vars={"PYTHONPATH": f"{tmp_path}:{Path.cwd()}"}
-    )
+    works = write_torch(tmp_path)  # that of the other node
+    bad_gpu.add_node(num_cpus=2, num_gpus=1, object_store_memory=100 << 20, env_vars=works)
     seen: list[Snapshot] = []
     summary = carry_out(corpus, sources, stages, ingest, progress=seen.append)
     check_whole(corpus, shards=4)

@@ -62,7 +62,7 @@ def test_time_is_that_of_the_narrowest_resource(tmp_path: Path) -> None:
 
 
 def test_a_gpus_times_count_for_its_kind_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempts, "_device", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(attempts, "_device", lambda: ("NVIDIA H100 80GB HBM3", "one"))
     timed(tmp_path, seconds=8, cpu_seconds=1)
     config = timed_config(tmp_path, 1000)
     found = planned(config, Machines(gpus=4, gpu="H100", gpu_price=2.0))

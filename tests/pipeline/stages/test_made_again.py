@@ -17,7 +17,9 @@ from microdit.pipeline.stages.stage import Stage, Task
 from microdit.pipeline.storage import disk
 from microdit.pipeline.upkeep.verify import verify
 from tests.pipeline.helpers.small_corpus import replace
-from tests.pipeline.helpers.stage_outputs import config, start
+from tests.pipeline.helpers.stage_outputs import autoencoder, config, start
+
+__all__ = ["autoencoder"]
 
 KEEP = ("row", "key", "status", "reason", "detail")
 

@@ -100,12 +100,14 @@ def test_one_message_when_none_come(name: str, proxy: FaultyS3, s3_url: str, mon
     assert raised.value.may_come
 
 
-def test_those_of_the_environment_cannot_change(proxy: FaultyS3, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("SESSION_TOKEN", "old")):
-        monkeypatch.setenv(f"AWS_{variable}", value)
+def test_those_of_the_environment_cannot_change(proxy: FaultyS3, s3_url: str) -> None:
     proxy.expired.add("old")
-    with pytest.raises(CredentialsExpired, match=r"set new ones, or use a profile .* run the same command") as raised:
-        open_store(s3_url).exists("one")
+    with pytest.MonkeyPatch.context() as patch:  # undone before what `proxy` has set
+        for variable, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("SESSION_TOKEN", "old")):
+            patch.setenv(f"AWS_{variable}", value)
+        words = r"set new ones, or use a profile .* run the same command"
+        with pytest.raises(CredentialsExpired, match=words) as raised:
+            open_store(s3_url).exists("one")
     assert not raised.value.may_come and error_report(raised.value).is_request
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
+from microdit.pipeline.base import machine as machine_module
 from microdit.pipeline.corpus import presence as presence_module
 from microdit.pipeline.corpus.presence import presence
 from microdit.pipeline.upkeep.damage import damage
@@ -135,10 +136,10 @@ def test_gc_leaves_a_living_build_what_it_holds(corpus_url: str, monkeypatch: py
     with presence(corpus) as probe:
         done = gc(corpus, older_than_hours=0)
         assert (done.names, done.builds) == ([], 1) and corpus.store.exists(probe)
-        monkeypatch.setattr(presence_module, "_machine", lambda: "another")
+        monkeypatch.setattr(machine_module, "machine", lambda: "another")
         assert gc(corpus, older_than_hours=0).names == []  # its process is not to be seen from here
         monkeypatch.undo()
-        monkeypatch.setattr(presence_module.os, "getpid", lambda: 2**22 + 1)
+        monkeypatch.setattr(machine_module.os, "getpid", lambda: 2**22 + 1)
     with presence(corpus) as probe:  # of a process that is gone
         assert gc(corpus, older_than_hours=0).names == sorted([orphan, probe])
 
