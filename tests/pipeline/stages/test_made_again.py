@@ -123,7 +123,7 @@ def test_columns_that_are_made_together_are_mended_apart(corpus: Corpus, autoenc
             }
             assert all(rows[row][0]["status"] == whole[name][row][0]["status"] == "ok" for row in redone)
             assert all(len(rows[row][1]) == 1 for row in redone)
-    assert not verify(corpus).problems
+    assert verify(corpus).ok  # but for the warning that the test itself made generations of fewer rows
 
 
 def test_a_shard_that_is_damaged_or_stale_is_not_carried_over(corpus: Corpus) -> None:
