@@ -19,7 +19,6 @@ from microdit.pipeline.content.images import decode, encode
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.report.pictures import pictures
 from microdit.pipeline.report.sample_view import open_samples
-from microdit.pipeline.stages import latents as latents_stage
 from microdit.pipeline.stages.rows import image_bytes
 from microdit.pipeline.stages.stage import seed_of
 from tests.pipeline.helpers.small_latents import (
@@ -213,26 +212,3 @@ def test_images_whose_latents_are_no_numbers_fail_and_those_beside_them_do_not(
     found = arrays(corpus, commit)
     assert found.keys() == plain.keys() - {KEYS[row]}
     assert all(np.array_equal(found[key], plain[key]) for key in found)
-
-
-# -- devices ---------------------------------------------------------------------------------------------------------
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_what_the_cpu_gives(corpus: Corpus, one: str, tmp_path: Path, monkeypatch: Any) -> None:
-    """Within 2% of the largest number of an image: bfloat16 has three digits. Made again, the same bytes."""
-    asked = columns(a=(one, 64), moments=(one, 32, "moments"))
-    found = []
-    for name in ("gpu", "again", "cpu"):
-        root = start(tmp_path / name)
-        if name == "cpu":
-            monkeypatch.setattr(latents_stage, "best_device", lambda: "cpu")
-        stage = stage_of(root, asked)
-        assert {model.device.type for model in stage.models.values()} == {"cpu" if name == "cpu" else "cuda"}
-        found.append(run(stage, root))
-        assert all(commit.timings["encode_seconds"] > 0 for commit in found[-1].values())
-    for column in asked:
-        assert found[0][column].object.sha256 == found[1][column].object.sha256
-        gpu, cpu = arrays(Corpus.open(tmp_path / "gpu"), found[0][column]), arrays(root, found[2][column])
-        assert gpu.keys() == cpu.keys()
-        for key, latent in gpu.items():
-            assert np.abs(latent.astype(np.float32) - cpu[key]).max() <= 0.02 * np.abs(cpu[key]).max()
