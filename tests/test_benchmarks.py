@@ -51,8 +51,8 @@ def test_overhead() -> None:
 
 @pytest.mark.slow
 def test_plan() -> None:
-    found = run("plan", "--inputs", "40", "--times", "2")
-    assert found["inputs"] == 80 and found["predicted_seconds"] > 0 and found["rates"]["latents"] > 0
+    found = run("plan", "--inputs", "160", "--times", "2")
+    assert found["inputs"] == 320 and found["predicted_seconds"] > 0 and found["rates"]["latents"] > 0
     for column, one in found["columns"].items():
         assert one["predicted"] == pytest.approx(one["bytes"], rel=0.25), column  # a few rows in a shard
 
