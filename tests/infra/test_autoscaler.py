@@ -29,6 +29,7 @@ PROVIDER = {
     "disable_node_updaters": True,  # which log in by ssh
     "disable_launch_config_check": True,
     "foreground_node_launch": True,
+    "use_node_id_as_ip": True,  # all nodes have one address: by it none is known to be there
 }
 
 

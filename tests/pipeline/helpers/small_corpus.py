@@ -14,7 +14,6 @@ from microdit.pipeline.corpus.attempt import begin_attempt, commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import shard_name, unit_name
 from microdit.pipeline.corpus.records import Commit, ShardRef
-from microdit.pipeline.upkeep.verify import verify
 
 IMAGE_SCALARS = {
     "caption": "string",
@@ -140,6 +139,8 @@ def replace(corpus: Corpus, name: str, data: bytes | None) -> None:
 
 def problems(corpus: Corpus) -> list[tuple[str, str]]:
     """What `verify` finds: kind and place."""
+    from microdit.pipeline.upkeep.verify import verify  # not for those that write a corpus alone: it needs duckdb
+
     found = verify(corpus)
     assert found.ok == (not found.problems)
     json.dumps(found.to_dict())
