@@ -150,7 +150,7 @@ def embedder() -> Callable[[list[Image.Image]], np.ndarray]:
 
 
 class Measured(NamedTuple):
-    """Of pictures what the methods compare."""
+    """Features of pictures that the methods compare."""
 
     pixels: np.ndarray
     """(n, 2) uint64: of the SHA-256 of the pixels."""

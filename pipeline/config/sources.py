@@ -134,7 +134,7 @@ class MappedOptions(FileOptions):
     """A pattern of the files: tars, or parquet files."""
     caption: str
     texts: Literal["first", "longest", "join"] = "first"
-    """Of a caption that is a list of texts: the first that is not empty, the longest, or all, joined by spaces."""
+    """Caption of a list of texts: the first one that is not empty, the longest, or all, joined by spaces."""
     fields: dict[str, str] = Field(default={})
     """Further fields of a sample, by name: where they come from, as the caption."""
     joins: list[JoinOptions] = Field(default=[])

@@ -33,7 +33,7 @@ class Segments:
     head: bytes
     """The segments but for EXIF data, profiles and other notes."""
     begin: int
-    """Where the segments end, and the picture begins."""
+    """Offset in bytes of the scan, behind the last segment."""
 
 
 def decode_jpeg(data: bytes, limits: Limits, shrink_to: int | None, thorough: bool) -> Decoded:

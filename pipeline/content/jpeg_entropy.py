@@ -26,7 +26,7 @@ BLOCK_ENDS, NO_CODE = 100, 200  # in place of a step, behind the 64 coefficients
 
 @dataclass(frozen=True)
 class Coder:
-    """How a component is read: by the 16 bits from a position on."""
+    """Look-up tables of a component's Huffman codes, indexed by the next 16 bits of the scan."""
 
     blocks: int
     quantiser: int

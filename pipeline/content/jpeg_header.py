@@ -20,7 +20,7 @@ class Component:
 
 @dataclass
 class Header:
-    """What precedes the picture of a JPEG."""
+    """Contents of a JPEG's segments in front of the first scan."""
 
     width: int = 0
     height: int = 0
@@ -32,7 +32,7 @@ class Header:
     scan: dict[int, int] = field(default_factory=dict)
     """The tables' numbers of each component of the first scan, as the file has them in one byte."""
     begin: int = 0
-    """Where the bytes of the scan begin."""
+    """Offset in bytes of the first scan's data."""
 
     @property
     def unit(self) -> tuple[int, int]:

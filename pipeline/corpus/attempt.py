@@ -154,7 +154,7 @@ class Attempt:
         self.carried = CarriedRows(self.corpus, commit, again)
 
     def carries(self, row: int) -> bool:
-        """Return True if the row is kept as it is."""
+        """Tell whether a row is carried over unchanged."""
         return self.carried is not None and row in self.carried
 
     @property

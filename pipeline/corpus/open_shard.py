@@ -32,7 +32,7 @@ class BrokenError(Exception):
 
 
 def is_finite(value: Field) -> bool:
-    """Whether all numbers of a row are finite."""
+    """Check that all numbers of a row are finite."""
     array = value.scale if isinstance(value, Quantised) else value
     if array.dtype == np.float16:  # by its bits: 30 times as fast as numpy's own
         return int((array.view(np.uint16) & 0x7FFF).max(initial=0)) < 0x7C00

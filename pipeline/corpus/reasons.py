@@ -25,13 +25,13 @@ PASSING = (
     Rule(re.compile("dns"), re.compile("(?!there is no such host)")),
     Rule(re.compile("truncated"), re.compile("the transfer broke off")),  # a picture that is cut stays so
 )
-"""What a URL failed for, and may not fail for another time."""
+"""Transient reasons of a URL: another fetch may succeed."""
 
 OF_SERVERS = re.compile(r"http_\d\d\d|timeout|connection|dns|certificate|redirects")
-"""What URLs fail for if their server is at fault, or gone."""
+"""Reasons of URLs whose server is at fault or gone."""
 
 MADE_AGAIN = re.compile(r"http_\d\d\d|timeout|connection|bad_answer|too_long|cut_off|error|crash|stall")
-"""What a row of another column failed for, and may not fail for another time: a server or a process was at fault."""
+"""Transient reasons of rows of other columns: a server or a process was at fault, and another try may succeed."""
 
 
 def may_pass(reason: str, detail: str) -> bool:

@@ -12,7 +12,7 @@ VERSION: Literal[1] = 1
 UNREPAIRED = "unrepaired"
 """In a commit's timings: rows that were damaged and could not be had again, or whose bytes could not be checked."""
 Count = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
-"""Of rows or generations: what a 32-bit integer holds, and no `true` or 1.0."""
+"""A number of rows or a generation: a JSON integer of 0 to 2^31 - 1."""
 Size = Annotated[int, Field(strict=True, ge=0, le=2**53)]
 """Of bytes, or of the rows of a whole corpus: what JSON holds exactly."""
 Timing = Annotated[float, Field(allow_inf_nan=False, ge=-1e15, le=1e15)]

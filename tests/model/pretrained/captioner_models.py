@@ -54,6 +54,14 @@ SPECIAL = {
 
 QWEN = ["<pad>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 
+QWEN_VISION: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+}
+
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -192,14 +200,7 @@ def _internvl(ids: dict[str, int]) -> tuple[Any, Any]:
 
 
 def _qwen2_5_vl(ids: dict[str, int]) -> tuple[Any, Any]:
-    vision: dict[str, Any] = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
-        "out_hidden_size": 32,
-    }
-    vision |= {"fullatt_block_indexes": [1], "window_size": 56}
+    vision = QWEN_VISION | {"fullatt_block_indexes": [1], "window_size": 56}
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "type": "default"}
     text = {**TEXT, "rope_scaling": rope, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"]}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_qwen_ids(ids))
@@ -208,14 +209,7 @@ def _qwen2_5_vl(ids: dict[str, int]) -> tuple[Any, Any]:
 
 
 def _qwen3_vl(ids: dict[str, int], head_dim: int = 8) -> tuple[Any, Any]:
-    vision: dict[str, Any] = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
-        "out_hidden_size": 32,
-    }
-    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    vision = QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
     rope: dict[str, Any] = {"rope_type": "default", "mrope_interleaved": True}
     rope["mrope_section"] = [head_dim // 4, head_dim // 8, head_dim // 8]
     text = {**TEXT, "head_dim": head_dim, "rope_scaling": rope, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"]}
