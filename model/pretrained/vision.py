@@ -200,17 +200,17 @@ def _network(files: ModelFiles, resolved: ResolvedVisionModel, task: Task) -> to
     from transformers import AutoModel, AutoModelForImageClassification, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     if task in ("embed", "compare"):
-        module, random = _load(files, AutoModel, resolved.dtype, may_lack="pooler.")
+        module, random = load_module(files, AutoModel, resolved.dtype, may_lack="pooler.")
         return _Features(module, pooled=not random)
     if resolved.has_head and task == "aesthetic":
         config = CLIPVisionConfig(**{key: value for key, value in resolved.config.items() if key != "model_type"})
-        module, _ = _load(files, CLIPVisionModelWithProjection, resolved.dtype, config=config)
+        module, _ = load_module(files, CLIPVisionModelWithProjection, resolved.dtype, config=config)
         return _WithHead(module, _head(files, resolved.config))
-    module, _ = _load(files, AutoModelForImageClassification, resolved.dtype)
+    module, _ = load_module(files, AutoModelForImageClassification, resolved.dtype)
     return _Probability(module, int(resolved.label or 0))
 
 
-def _load(
+def load_module(
     files: ModelFiles, kind: Any, dtype: torch.dtype, may_lack: str | None = None, **more: Any
 ) -> tuple[torch.nn.Module, list[str]]:
     """Load a module, and list the weights that the files lack: none but those with `may_lack` in their names."""
@@ -258,16 +258,16 @@ class _Features(torch.nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         if self._compares:
-            return _unit(_pooled(self.module.get_image_features(pixel_values=pixels)))
+            return _unit(pooled_features(self.module.get_image_features(pixel_values=pixels)))
         output = self.module(pixel_values=pixels)
         pooled = getattr(output, "pooler_output", None) if self._pooled else None
         return _unit(output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1))
 
     def read(self, tokens: Mapping[str, Tensor]) -> Tensor:
-        return _unit(_pooled(self.module.get_text_features(**tokens)))
+        return _unit(pooled_features(self.module.get_text_features(**tokens)))
 
 
-def _pooled(output: Any) -> Tensor:
+def pooled_features(output: Any) -> Tensor:
     """Take the tensor of `get_image_features` or `get_text_features`, which may come in an output object."""
     features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return features
