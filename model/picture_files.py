@@ -59,20 +59,20 @@ def generate(
         columns = num_images_per_prompt if 1 < num_images_per_prompt < len(shown) else None
         sheet = grid([[picture] for picture, _ in shown], [text["prompt"] for _, text in shown], columns)
         number = 0
-        while not _write_new(folder / f"grid{f'-{number}' if number else ''}.png", _png(sheet, shown[0][1])):
+        while not _write_new(folder / f"grid{f'-{number}' if number else ''}.png", png_bytes(sheet, shown[0][1])):
             number += 1
     return paths
 
 
 def _save(picture: Image.Image, folder: Path, number: int, words: str, text: dict[str, Any]) -> Path:
     """Write a picture to a new file, with the next number that is free."""
-    png = _png(picture, text)
+    png = png_bytes(picture, text)
     while not _write_new(path := folder / f"{number:05d}-{words}.png", png):
         number += 1
     return path
 
 
-def _png(picture: Image.Image, text: dict[str, Any]) -> bytes:
+def png_bytes(picture: Image.Image, text: dict[str, Any]) -> bytes:
     """Encode a picture with its prompt and settings."""
     info, buffer = PngInfo(), BytesIO()
     info.add_itxt("prompt", text["prompt"])

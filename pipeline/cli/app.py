@@ -6,6 +6,7 @@ from microdit.pipeline.cli.build import build, demo, plan
 from microdit.pipeline.cli.choose import decontaminate, dedup, select
 from microdit.pipeline.cli.command import Commands
 from microdit.pipeline.cli.convert import convert
+from microdit.pipeline.cli.evaluate import evaluate
 from microdit.pipeline.cli.generate import generate
 from microdit.pipeline.cli.look import gc, ls, query, report, status, verify
 from microdit.pipeline.cli.train import train
@@ -44,7 +45,7 @@ for command in (
     *(demo, build, plan),
     *(status, report, query, verify, ls, gc),
     *(select, dedup, decontaminate),
-    *(convert, train, generate),
+    *(convert, train, generate, evaluate),
 ):
     app.command()(command)
 

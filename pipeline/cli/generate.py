@@ -108,10 +108,9 @@ def generate(
         "height": height,
         "width": width,
     }
-    with _request_errors(out):
-        folder = _fetch(checkpoint)
+    with request_errors(out):
         Sampling(steps, 1.0 if guidance_scale is None else guidance_scale, sampler, guidance_interval).check()
-        pipe = _load(folder, revision, autoencoder, text_encoder, device)
+        pipe = load_pipeline(checkpoint, revision, autoencoder, text_encoder, device)
         _note_cut(pipe, [*texts, *([negative_prompt] if negative_prompt else ())])
         if save:
             pipe.save_pretrained(save)
@@ -141,7 +140,7 @@ def _check_numbers(seed: int, pictures: int, sides: dict[str, int | None]) -> No
 
 
 @contextmanager
-def _request_errors(out: Path) -> Iterator[None]:
+def request_errors(out: Path) -> Iterator[None]:
     """Turn the errors that the model raises about a request into RequestError, and tell Ctrl-C where pictures are."""
     from microdit.model.pretrained.hub import ModelFilesError
 
@@ -165,14 +164,14 @@ def _fetch(checkpoint: str) -> str:
     return str(on_this_machine(checkpoint))
 
 
-def _load(
+def load_pipeline(
     checkpoint: str, revision: str | None, autoencoder: str | None, text_encoder: str | None, device: str | None
 ) -> "MicroDiTPipeline":
-    """Load the pipeline on a device; its progress bar is drawn rarely where there is no terminal."""
+    """Load the pipeline of what `--checkpoint` takes; its progress bar is drawn rarely where there is no terminal."""
     from microdit.model.text_to_image import MicroDiTPipeline
 
     pipe = MicroDiTPipeline.from_pretrained(
-        checkpoint,
+        _fetch(checkpoint),
         revision=revision,
         autoencoder=autoencoder,
         text_encoder=text_encoder,

@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from microdit.model.device import best_device
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.evaluation.clip_scores import CONVENTIONS, clip_score
-from microdit.pipeline.evaluation.features import Extractor, load_extractor
-from microdit.pipeline.evaluation.metrics import METRICS, FeatureSet, check_counts
+from microdit.pipeline.evaluation.feature_sets import FeatureSet
+from microdit.pipeline.evaluation.features import WIDTHS, Extractor, load_extractor
+from microdit.pipeline.evaluation.metrics import METRICS, check_counts
 from microdit.pipeline.evaluation.picture_sets import PictureSet, open_pictures
 from microdit.pipeline.evaluation.statistics import FeatureStatistics
 
@@ -116,15 +117,13 @@ def _reference(extractor: Extractor, other: PictureSet | FeatureStatistics | Non
             f"the reference's statistics are of the features {other.features!r}, and the metric takes "
             f"{extractor.identity!r}; make them anew with `microdit evaluate --save-statistics`"
         )
-    from microdit.pipeline.evaluation.features import WIDTHS
-
     if width != WIDTHS[extractor.name]:
         fitting = [name for name in shapes if WIDTHS[name] == width]
         raise RequestError(
             f"the reference's statistics are of {width} features, and {extractor.name} has {WIDTHS[extractor.name]}; "
             f"give statistics of {extractor.name}{f', or a metric of {fitting[0]}' if fitting else ''}"
         )
-    return FeatureSet(other)
+    return FeatureSet(known=other)
 
 
 def _extract(extractor: Extractor, pictures: PictureSet) -> FeatureSet:
@@ -138,8 +137,7 @@ def _extract(extractor: Extractor, pictures: PictureSet) -> FeatureSet:
         features = np.concatenate(list(extractor.extract(pictures.pixels(lambda: bar.advance(task)))))
     if not np.isfinite(features).all():
         raise RequestError(f"features {extractor.name!r}: the network gives NaN for some of {pictures.folder}")
-    statistics = FeatureStatistics.of(features, extractor.identity)
-    return FeatureSet(statistics, features)
+    return FeatureSet(features, extractor.identity)
 
 
 def save_statistics(what: Path, out: Path, features: str, options: EvaluationOptions) -> FeatureStatistics:

@@ -84,7 +84,8 @@ def countable(detections: Iterable[Detection], threshold: float) -> dict[str, li
     As in GenEval's own code scores are compared in float32, and of equal ones the last comes first.
     """
     objects: dict[str, list[Detection]] = {}
-    for detection in sorted(reversed([*detections]), key=lambda each: -np.float32(each.score)):
+    last_first = [*detections][::-1]
+    for detection in sorted(last_first, key=lambda each: -np.float32(each.score)):
         if np.float32(detection.score) > np.float32(threshold):
             some = objects.setdefault(detection.name, [])
             if len(some) < MOST_OBJECTS:

@@ -13,26 +13,17 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.evaluation.distances import (
     KID_SUBSET,
     KID_SUBSETS,
-    frechet_distance,
     gaussian_mmd,
     kernel_distance,
     neighbourhoods,
     polynomial_mmd,
 )
+from microdit.pipeline.evaluation.feature_sets import FeatureSet, frechet_of_sets
 from microdit.pipeline.evaluation.features import CLIP_B32, CLIP_L14, DINOV2, INCEPTION, LITE0
-from microdit.pipeline.evaluation.statistics import FeatureStatistics
 
 RESAMPLES, TENTHS, NEAREST = 10, 10, 5
 Figures = dict[str, float | int | None]
 """`value`, `error`, and what else a metric tells."""
-
-
-@dataclass(frozen=True)
-class FeatureSet:
-    """Features (N, D) of a set of pictures, or the statistics of them where nothing else is known."""
-
-    statistics: FeatureStatistics
-    features: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -49,22 +40,9 @@ class Metric:
 
 def frechet(pictures: FeatureSet, reference: FeatureSet) -> Figures:
     """Compute the Fréchet distance, and its standard error by drawing both sets anew, with replacement."""
-    value = _frechet(pictures.statistics, reference.statistics)
     random = np.random.default_rng(0)
-    drawn = []
-    for _ in range(RESAMPLES):
-        sets = [
-            each.statistics
-            if each.features is None
-            else FeatureStatistics.of(each.features[random.integers(0, len(each.features), len(each.features))])
-            for each in (pictures, reference)
-        ]
-        drawn.append(_frechet(*sets))
-    return {"value": value, "error": float(np.std(drawn, ddof=1))}
-
-
-def _frechet(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    return frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
+    drawn = [frechet_of_sets(pictures.drawn(random), reference.drawn(random)) for _ in range(RESAMPLES)]
+    return {"value": frechet_of_sets(pictures, reference), "error": float(np.std(drawn, ddof=1))}
 
 
 def kid(pictures: FeatureSet, reference: FeatureSet) -> Figures:

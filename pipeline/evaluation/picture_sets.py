@@ -33,7 +33,7 @@ class PictureSet:
     @cached_property
     def shape(self) -> tuple[int, int]:
         """Height and width of the first picture, which all have."""
-        return self.read(self.paths[0]).shape[:2]  # type: ignore[return-value]
+        return self.read(self.paths[0]).shape[:2]
 
     def read(self, path: Path) -> np.ndarray:
         """Decode a picture: uint8 (H, W, 3).

@@ -36,8 +36,10 @@ class FeatureStatistics:
 
     def write(self, path: Path) -> None:
         """Write a file that `read` takes, and every tool that reads the keys `mu` and `sigma`."""
-        count = {} if self.count is None else {COUNT: np.array(self.count)}
-        np.savez(path, mu=self.mean, sigma=self.covariance, **{MADE_BY: np.array(self.features)}, **count)
+        arrays = {"mu": self.mean, "sigma": self.covariance, MADE_BY: np.array(self.features)}
+        if self.count is not None:
+            arrays[COUNT] = np.array(self.count)
+        np.savez(path, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def read(cls, path: Path) -> "FeatureStatistics":

@@ -20,7 +20,7 @@ WANTED = {"evaluate", "evaluate_image", "relative_position", "compute_iou"}
 
 
 def originals(path: str, detected: dict) -> dict:
-    """The functions of GenEval's own file, with a detector and a classifier of colours that say what `detected` holds."""
+    """GenEval's own functions, with a detector and a classifier of colours that say what is in `detected`."""
     tree = ast.parse(Path(path).read_text())
     body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in WANTED]
 

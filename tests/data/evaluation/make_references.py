@@ -1,4 +1,6 @@
-"""Make `references.npz`: what the public tools say of the features and pictures here. Run by hand, in an environment of its own:
+"""Make `references.npz`: what the public tools say of the features and pictures here.
+
+Run by hand, in an environment of its own:
 
     python -m venv tools && tools/bin/pip install torch torchvision torch-fidelity==0.4.0 clean-fid==0.1.35 \
         pytorch-fid==0.3.0 prdc==0.2

@@ -13,6 +13,7 @@ from microdit.pipeline.evaluation.distances import (
     neighbourhoods,
     polynomial_mmd,
 )
+from microdit.pipeline.evaluation.feature_sets import FeatureSet, frechet_of_sets
 from microdit.pipeline.evaluation.statistics import FeatureStatistics
 from tests.pipeline.evaluation.references import references
 
@@ -77,7 +78,10 @@ def test_fid_of_two_lines_is_known(seed: int) -> None:
     assert frechet(first, second) == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
-def test_few_samples_in_many_dimensions_give_a_number() -> None:
+@pytest.mark.parametrize("counts", [(20, 25), (20, 300), (300, 20)])
+def test_fewer_pictures_than_features_give_the_same_by_small_matrices(counts: tuple[int, int]) -> None:
     random = np.random.default_rng(4)
-    first, second = (random.standard_normal((20, 200)).astype(np.float32) + shift for shift in (0, 1))
-    assert 200 <= frechet(first, second) < 1000
+    first, second = (random.standard_normal((n, 60)).astype(np.float32) + i for i, n in enumerate(counts))
+    expected = frechet(first, second)
+    for other in (FeatureSet(second), FeatureSet(known=FeatureStatistics.of(second))):
+        assert frechet_of_sets(FeatureSet(first), other) == pytest.approx(expected, rel=1e-6)

@@ -35,7 +35,7 @@ def test_the_figures_are_means_over_tasks_and_pictures() -> None:
     assert figures["tasks"] == {"colors": 1.0, "single_object": 3 / 8}
     assert figures["value"] == pytest.approx((1 + 3 / 8) / 2)
     assert figures["images"] == 11 / 16 and figures["prompts"] == 3 / 4
-    # of two prompts with 3/4 and 0 the mean has a standard error of (3/8) / sqrt(2), and so half of it the mean of tasks
+    # the mean of two prompts with 3/4 and 0 has a standard error of (3/8) / sqrt(2), the mean of two tasks half of it
     assert figures["error"] == pytest.approx(3 / 8 / 2**0.5 / 2, rel=0.15)
 
 
