@@ -1,6 +1,7 @@
 """`microdit evaluate`: whether pictures, or a model, got better."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from microdit.model.text_to_image import MicroDiTPipeline
     from microdit.pipeline.evaluation.evaluate import EvaluationOptions
 
-GENEVAL = "geneval"
+MODEL = ("checkpoints", "state.json", "model_index.json")  # what a folder holds that is a run, a checkpoint, a pipeline
 
 
 # longer than 60 lines by its options and its help alone
@@ -27,7 +28,7 @@ def evaluate(
         typer.Argument(
             metavar="WHAT",
             help="A folder of pictures; a run, a checkpoint, a saved pipeline or a released model, as `microdit "
-            "generate` takes it; for `geneval` a file of detections (JSON lines).",
+            "generate` takes it; for `geneval` also a file of detections (JSON lines).",
             show_default=False,
         ),
     ],
@@ -58,6 +59,9 @@ def evaluate(
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 30,
     sampler: Annotated[str, typer.Option(help="`heun`, `unipc` or `dpmpp_2m`.")] = "heun",
     seed: Annotated[int, typer.Option(min=0, help="Of the first picture; each further one takes the next.")] = 0,
+    images_per_prompt: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Pictures of each prompt; GenEval: 4.")
+    ] = 1,
     size: Annotated[
         int | None, typer.Option(min=1, metavar="PIXELS", help="Resize and crop all pictures to a square first.")
     ] = None,
@@ -80,7 +84,7 @@ def evaluate(
 ) -> None:
     """Measure pictures: against others (FID and its kin), against their captions (CLIP score), by GenEval's rules.
 
-    A model draws one picture of each prompt into the folder `pictures` of `--out`; those that are there stay, so the
+    A model draws pictures of the prompts into the folder `pictures` of `--out`; those that are there stay, so the
     same command goes on. Each figure has its standard error; `evaluation.json` has every setting beside it, as figures
     of other settings do not compare.
 
@@ -94,25 +98,34 @@ def evaluate(
 
     - `microdit evaluate photos --metrics fid-lite --save-statistics photos.npz`
 
+    - `microdit evaluate my/run --metrics geneval --prompts evaluation_metadata.jsonl --images-per-prompt 4
+      --model mask2former=mask2former_swin-s.pth`
+
     - `microdit evaluate detections.jsonl --metrics geneval --prompts evaluation_metadata.jsonl`
     """
-    from microdit.pipeline.evaluation.evaluate import EvaluationOptions, write_evaluation
+    from microdit.pipeline.evaluation.evaluate import (
+        GENEVAL,
+        EvaluationOptions,
+        evaluate_pictures,
+        write_evaluation,
+    )
+    from microdit.pipeline.evaluation.prompt_files import judge_detections
 
     names = [name.strip() for name in metrics.split(",") if name.strip()]
-    options = EvaluationOptions(names, protocol, _models(model or []), size, device)
+    options = EvaluationOptions(names, protocol, _models(model or []), size, device, out, prompts)
+    options.check()
     with json_answer(as_json) as answer:
         if save_statistics is not None:
             _save_statistics(what, save_statistics, options)
             return
-        if names == [GENEVAL]:
-            rows = [{"metrics": {GENEVAL: _geneval(what, prompts)}}]
-        elif Path(what).is_dir() and prompts is None:
-            from microdit.pipeline.evaluation.evaluate import evaluate_pictures
-
+        if Path(what).is_file() and names == [GENEVAL]:
+            assert prompts is not None
+            rows = [{"metrics": {GENEVAL: judge_detections(Path(what), prompts)}}]
+        elif Path(what).is_dir() and not any((Path(what) / name).exists() for name in MODEL):
             rows = [evaluate_pictures(Path(what), reference, options)]
         else:
             settings = {"num_inference_steps": steps, "sampler": sampler}
-            rows = _of_model(what, prompts, reference, options, out, _numbers(guidance), seed, settings)
+            rows = _of_model(what, images_per_prompt, reference, options, _numbers(guidance), seed, settings)
         answer.update(rows[0] if len(rows) == 1 else {"rows": rows})
         path = write_evaluation(out, answer)
     if not as_json:
@@ -150,23 +163,11 @@ def _save_statistics(what: str, path: Path, options: "EvaluationOptions") -> Non
     print(f"{path}: {statistics.features}, of {statistics.count:,} pictures")
 
 
-def _geneval(what: str, prompts: Path | None) -> dict[str, Any]:
-    from microdit.pipeline.evaluation.prompt_files import judge_detections
-
-    if prompts is None or not Path(what).is_file():
-        raise RequestError(
-            "metric 'geneval': it takes a file of detections, one picture a line, and --prompts with GenEval's "
-            "evaluation_metadata.jsonl"
-        )
-    return judge_detections(Path(what), prompts)
-
-
 def _of_model(
     what: str,
-    prompts: Path | None,
+    images_per_prompt: int,
     reference: Path | None,
     options: "EvaluationOptions",
-    out: Path,
     guidance: list[float | None],
     seed: int,
     settings: Mapping[str, Any],
@@ -176,19 +177,20 @@ def _of_model(
     from microdit.pipeline.evaluation.evaluate import evaluate_pictures
     from microdit.pipeline.evaluation.prompt_files import read_prompts
 
-    options.check()
-    if prompts is None:
+    if options.prompts is None:
         raise RequestError(f"{what}: there is no such folder of pictures; a model needs --prompts FILE")
-    texts = read_prompts(prompts)
+    texts = [prompt for prompt in read_prompts(options.prompts) for _ in range(images_per_prompt)]
     rows = []
-    with request_errors(out):
+    with request_errors(options.out):
         pipe: MicroDiTPipeline = load_pipeline(what, None, None, None, options.device)
         for scale in guidance:
             asked = {**settings, "guidance_scale": pipe.guidance_scale if scale is None else scale}
-            folder = out / "pictures" / f"guidance-{asked['guidance_scale']:g}"
+            name = f"guidance-{asked['guidance_scale']:g}"
+            folder = options.out / "pictures" / name
             draw_missing(pipe, texts, folder, seed=seed, options=asked)
-            drawn = {"model": what, "prompts": str(prompts), "seed": seed, **asked}
-            rows.append({"drawn": drawn, **evaluate_pictures(folder, reference, options)})
+            drawn = {"model": what, "prompts": str(options.prompts), "seed": seed, **asked}
+            measured = evaluate_pictures(folder, reference, replace(options, out=options.out / name))
+            rows.append({"drawn": drawn, **measured})
     return rows
 
 

@@ -14,11 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from microdit.model.device import best_device
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.evaluation.clip_scores import CONVENTIONS, clip_score
+from microdit.pipeline.evaluation.detecting import COLOR_MODEL, DETECTOR, detect_pictures
 from microdit.pipeline.evaluation.feature_sets import FeatureSet
 from microdit.pipeline.evaluation.features import WIDTHS, Extractor, load_extractor
+from microdit.pipeline.evaluation.geneval import parse_prompts
 from microdit.pipeline.evaluation.metrics import METRICS, check_counts
 from microdit.pipeline.evaluation.picture_sets import PictureSet, open_pictures
+from microdit.pipeline.evaluation.prompt_files import judge_detections, read_json_lines
 from microdit.pipeline.evaluation.statistics import FeatureStatistics
+
+GENEVAL = "geneval"
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,10 @@ class EvaluationOptions:
     models: Mapping[str, str] = field(default_factory=dict)
     size: int | None = None
     device: str | None = None
+    out: Path = Path("evaluation")
+    """Where detections go."""
+    prompts: Path | None = None
+    """GenEval's prompts, for that metric."""
 
     def check(self) -> None:
         """Refuse unknown names.
@@ -43,9 +52,12 @@ class EvaluationOptions:
         Raises:
             RequestError: there is one.
         """
-        if unknown := [name for name in self.metrics if name not in METRICS and name not in CONVENTIONS]:
-            raise RequestError(f"metric {unknown[0]!r} is not known; there are {', '.join([*METRICS, *CONVENTIONS])}")
-        models = {metric.features for metric in METRICS.values()} | CONVENTIONS.keys()
+        names = [*METRICS, *CONVENTIONS, GENEVAL]
+        if unknown := [name for name in self.metrics if name not in names]:
+            raise RequestError(f"metric {unknown[0]!r} is not known; there are {', '.join(names)}")
+        if GENEVAL in self.metrics and self.prompts is None:
+            raise RequestError(f"metric {GENEVAL!r}: give --prompts with its evaluation_metadata.jsonl")
+        models = {metric.features for metric in METRICS.values()} | CONVENTIONS.keys() | {DETECTOR, COLOR_MODEL}
         if unknown := sorted(self.models.keys() - models):
             raise RequestError(f"model {unknown[0]!r} is not known; there are {', '.join(sorted(models))}")
 
@@ -64,7 +76,7 @@ def evaluate_pictures(what: Path, reference: Path | None, options: EvaluationOpt
     distances = [name for name in options.metrics if name in METRICS]
     if distances and reference is None:
         raise RequestError(f"metric {distances[0]!r}: what is compared with? Give --reference")
-    captions = pictures.captions() if len(distances) < len(options.metrics) else []
+    captions = pictures.captions() if CONVENTIONS.keys() & {*options.metrics} else []
     other = None if reference is None or not distances else _open_reference(reference, options)
     for name in distances:
         check_counts(name, len(pictures), len(other) if isinstance(other, PictureSet) else None)
@@ -85,6 +97,8 @@ def evaluate_pictures(what: Path, reference: Path | None, options: EvaluationOpt
     for name in options.metrics:
         if name in CONVENTIONS:
             figures[name] = clip_score(name, pictures.pixels(), captions, options.models.get(name), device)
+        if name == GENEVAL:
+            figures[name] = _geneval(pictures, options, device)
     return {
         "metrics": {name: figures[name] for name in options.metrics},
         "pictures": _about(pictures, what),
@@ -93,6 +107,14 @@ def evaluate_pictures(what: Path, reference: Path | None, options: EvaluationOpt
         "size": options.size,
         "software": {"torch": torch.__version__, "numpy": np.__version__, "device": str(device)},
     }
+
+
+def _geneval(pictures: PictureSet, options: EvaluationOptions, device: torch.device | str) -> dict[str, Any]:
+    """Detect what is in the pictures, into `detections.jsonl` of the folder `out`, and score it."""
+    assert options.prompts is not None
+    prompts = parse_prompts(line for _, line in read_json_lines(options.prompts))
+    path = detect_pictures(pictures, prompts, options.out, options.models, device)
+    return judge_detections(path, options.prompts)
 
 
 def _open_reference(reference: Path, options: EvaluationOptions) -> PictureSet | FeatureStatistics:

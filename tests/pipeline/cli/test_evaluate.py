@@ -92,21 +92,26 @@ def test_detections_are_judged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--metrics", "geneval"), "takes a file of detections"),
+        (("--metrics", "geneval"), "give --prompts with its evaluation_metadata.jsonl"),
         (("--metrics", "fld", "--reference", "."), "metric 'fld' is not known"),
         (("--model", "inception"), "expected NAME=PATH"),
-        (("--guidance", "1;2", "--prompts", "{prompts}"), "expected numbers with commas between"),
-        (("--prompts", "{nowhere}"), "it cannot be read as text"),
-        (("--prompts", "{nameless}"), "line 1: it has words; expected a column prompt or caption or text"),
+        (("--guidance", "1;2", "--prompts", "{prompts}", "{run}"), "expected numbers with commas between"),
+        (("--prompts", "{nowhere}", "{run}"), "it cannot be read as text"),
+        (("--prompts", "{nameless}", "{run}"), "line 1: it has words; expected a column prompt or caption or text"),
+        (("{run}",), "a model needs --prompts FILE"),
         (("--save-statistics", "file.txt"), "expected a file .npz"),
     ],
 )
-def test_wrong_requests_end_with_one_message(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+def test_wrong_requests_end_with_one_message(
+    arguments: tuple[str, ...], message: str, run: Path, tmp_path: Path
+) -> None:
     (tmp_path / "prompts.txt").write_text("a\n")
     (tmp_path / "nameless.jsonl").write_text('{"words": "a"}\n')
     files = {name: str(tmp_path / f"{name}.{end}") for name, end in
              (("prompts", "txt"), ("nowhere", "txt"), ("nameless", "jsonl"))}  # fmt: skip
     files["nowhere"] += "x"
-    result = evaluate(tmp_path, *(each.format(**files) for each in arguments), "--out", tmp_path / "out")
+    files["run"] = str(run)
+    what = [] if "{run}" in arguments else [tmp_path]
+    result = evaluate(*what, *(each.format(**files) for each in arguments), "--out", tmp_path / "out")
     assert result.exit_code == 2 and message in result.stderr, result.output
     assert len(result.stderr.strip().splitlines()) == 1
