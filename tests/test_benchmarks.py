@@ -57,6 +57,11 @@ def test_plan() -> None:
         assert one["predicted"] == pytest.approx(one["bytes"], rel=0.25), column  # a few rows in a shard
 
 
+def test_evaluate() -> None:
+    found = run("evaluate", "--pictures", "0", "--prompts", "4", "--features", "1000")
+    assert found["ratio_bare"] > 0.5 and found["fid_seconds"] > 0 and found["kid_seconds"] > 0
+
+
 def test_dedup() -> None:
     """Few pictures, but real ones; the hashes as skewed as millions of them."""
     found = run("dedup", "--images", "12", "--hashes", "30000", "--turned")

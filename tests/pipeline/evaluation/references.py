@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from microdit.model.pretrained.inception import Inception
+from microdit.model.pretrained.inception import Inception, inception_of
 
 DATA = Path(__file__).parents[2] / "data" / "evaluation"
 
@@ -23,7 +23,5 @@ def random_inception() -> Inception:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    network = Inception()
-    weights: dict[str, torch.Tensor] = module.random_weights(network.state_dict())
-    network.load_state_dict(weights)
-    return network.eval().requires_grad_(False)
+    weights: dict[str, torch.Tensor] = module.random_weights(Inception().state_dict())
+    return inception_of(weights)

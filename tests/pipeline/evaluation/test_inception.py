@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from microdit.model.pretrained.hub import ModelFilesError
-from microdit.model.pretrained.inception import inception_of, load_inception
+from microdit.model.pretrained.inception import Inception, inception_of, load_inception
 from microdit.pipeline.evaluation.resizing import PROTOCOLS
 from tests.pipeline.evaluation.references import DATA, random_inception, references
 
@@ -41,7 +41,7 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_shape_are_refused() -> None:
-    weights = random_inception().state_dict() | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    weights = Inception().state_dict() | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
     assert inception_of(weights) is not None
     weights["Mixed_7c.branch1x1.conv.weight"] = torch.zeros(3, 3)
     with pytest.raises(ModelFilesError, match="size mismatch for Mixed_7c"):
