@@ -244,6 +244,7 @@ def folded(network: Inception) -> Inception:
     network.eval().requires_grad_(False)
     for module in network.modules():
         if isinstance(module, Convolution):
-            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
+            module.conv = fuse_conv_bn_eval(module.conv, module.bn)  # type: ignore[arg-type]
             module.bn = nn.Identity()
-    return network.to(memory_format=torch.channels_last)
+    moved: Inception = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return moved
