@@ -167,6 +167,17 @@ def test_a_list_goes_on_with_the_lines_that_it_had(tmp_path: Path) -> None:
     assert units(7) == (5, ["source own: 2 lines were added to its list, and are left out"])
     with pytest.raises(RequestError, match=r"own\.list = .*2 lines were added; a list does not grow.*another source"):
         units(7, grow=True)
+    assert units(7) == (5, ["source own: 2 lines were added to its list, and are left out"])  # without, as it says
+    path.write_text("".join(lines[:5]))
+    (tmp_path / "more.tsv").write_text("".join(lines[5:]))
+    options = {name: {"adapter": "urls", "list": str(tmp_path / f"{name}.tsv")} for name in ("list", "more")}
+    sources = {"own": options["list"] | {"unit_inputs": 3}, "more": options["more"]}
+    moved = BuildConfig.model_validate({"name": "g", "corpus": str(tmp_path / "corpus"), "sources": sources})
+    for _ in range(2):
+        made, notes = sources_of(moved), list[str]()
+        declare(corpus, moved, made, [], notes.append, grow=True)
+        origins = [item.origin for one in made for unit in one.units() for item in one.read(unit, lambda _: False)]
+        assert origins == [line.partition("\t")[0] for line in lines] and notes == []
     lines[0] = "http://127.0.0.1:9/other.jpg\tother\n"
     for count in (4, 5, 7):
         with pytest.raises(RequestError, match=r"own\.list = .*another list than that of 5 inputs.*new name"):
