@@ -18,6 +18,9 @@ from microdit.pipeline.stages.ingest import ingest_unit
 from microdit.pipeline.stages.registry import declare
 from microdit.pipeline.stages.stage import UnitTask
 from tests.pipeline.helpers.dataset_archives import picture, write_tar
+from tests.servers.files_server import FilesServer, files_server
+
+__all__ = ["files_server"]
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
@@ -141,6 +144,26 @@ def test_a_file_that_is_changed_between_two_runs_is_never_mixed(tmp_path: Path, 
         [*first, *(f"own/a.tar/{n}.jpg" for n in range(len(first), 12)), "own/a.tar/x.jpg"],
         [],
     )
+
+
+@pytest.mark.parametrize("change", ["order", "cut"])
+def test_a_file_of_a_web_server_that_is_changed_is_never_mixed(
+    tmp_path: Path, files_server: FilesServer, change: str
+) -> None:
+    """Nobody asks the server how long its file is, or which version: the rows tell."""
+    pictures = {f"{n}.jpg": picture(n) for n in range(13)}
+    whole = write_tar(tmp_path / "whole.tar", pictures).read_bytes()
+    options = {"files": files_server.add("a.tar", whole)}
+    with pytest.raises(OSError, match="stopped"):
+        build(tmp_path, stop_at=12, **options)
+    first = [f"own/a.tar/{n}.jpg" for n in range(4 * len(Corpus.open(tmp_path / "corpus").committed(IMAGES)))]
+    assert first
+    names = [*range(12, -1, -1)] if change == "order" else [0, 1]
+    others = {f"{n}.jpg": pictures[f"{n}.jpg"] for n in names}
+    files_server.add("a.tar", write_tar(tmp_path / "other.tar", others).read_bytes())
+    assert build(tmp_path, **options)[:2] == (first, ["own-000000"])
+    files_server.add("a.tar", whole)
+    assert build(tmp_path, **options)[:2] == ([f"own/a.tar/{n}.jpg" for n in range(13)], [])
 
 
 def test_a_list_goes_on_with_the_lines_that_it_had(tmp_path: Path) -> None:
