@@ -345,7 +345,8 @@ def _main(arguments: list[str]) -> int:
     try:
         convert(*arguments)
     except CheckpointError as error:
-        print(error, file=sys.stderr)
+        words = str(error)  # among them names of a stranger's file
+        print("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in words), file=sys.stderr)
         return 2
     return 0
 

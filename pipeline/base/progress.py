@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from microdit.pipeline.base.terminal import printable
+from microdit.pipeline.base.terminal import printable, printable_json
 
 RATE_WINDOW = 30.0  # seconds over which rates are measured
 LINE_EVERY = 60.0  # seconds between two lines of JSON
@@ -129,9 +130,8 @@ def as_table(snapshot: Snapshot) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for line in snapshot.lines:
-        state = f"[red]{line.state}[/]" if line.aside else f"[dim]{line.state}[/]"
         table.add_row(
-            line.name,
+            Text(printable(line.name)),
             f"{line.done:,}/{line.total:,}{'+' if line.more else ''}",
             line.what,
             number(line.samples),
@@ -140,7 +140,7 @@ def as_table(snapshot: Snapshot) -> Table:
             number(None if line.bytes_rate is None else line.bytes_rate / 1e6),
             "" if line.busy is None else f"{line.busy:.0%}",
             duration(line.left),
-            state,
+            Text(printable(line.state), style="red" if line.aside else "dim"),
         )
     return table
 
@@ -169,7 +169,7 @@ def shown(console: Console | None = None) -> Iterator[Progress]:
 
             def draw(snapshot: Snapshot) -> None:
                 for note in snapshot.notes:
-                    live.console.print(printable(note), markup=False, highlight=False)
+                    live.console.print(printable(note), markup=False, emoji=False, highlight=False)
                 if snapshot.lines:
                     last[:] = [snapshot]
                 live.update(as_table(snapshot))
@@ -181,12 +181,12 @@ def shown(console: Console | None = None) -> Iterator[Progress]:
     printed = -LINE_EVERY
 
     def print_line(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def write(snapshot: Snapshot) -> None:
         nonlocal printed
         for note in snapshot.notes:
-            print_line(json.dumps({"note": note}, ensure_ascii=False))
+            print_line(printable_json({"note": note}))
         last[:] = [snapshot] if snapshot.lines else last
         if snapshot.lines and snapshot.seconds - printed >= LINE_EVERY:
             printed = snapshot.seconds

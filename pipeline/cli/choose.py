@@ -7,6 +7,7 @@ import typer
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.signals import stop_signals
+from microdit.pipeline.base.terminal import printable
 from microdit.pipeline.cli.command import (
     CorpusUrl,
     Disk,
@@ -55,7 +56,7 @@ def select(
         chosen = select_apart(open_corpus(corpus), name, sql, shares, sql_limits(timeout, memory, disk))
         answer.update({"name": chosen.name, "hash": chosen.hash, "path": chosen.path, "rows": chosen.rows})
     if not as_json:
-        print(f"{chosen.name}@{chosen.hash}: {chosen.rows:,} rows")
+        print(printable(f"{chosen.name}@{chosen.hash}: {chosen.rows:,} rows"))
 
 
 def dedup(
@@ -107,7 +108,7 @@ def dedup(
         else:
             answer.update(find(open_corpus(corpus), 6 if distance is None else distance).to_json())
     if not as_json:
-        print(_deduplicated(answer))
+        print(printable(_deduplicated(answer)))
 
 
 def _deduplicated(answer: Mapping[str, Any]) -> str:
@@ -151,11 +152,16 @@ def decontaminate(
     with json_answer(as_json) as answer:
         answer.update(find(open_corpus(corpus), against or [default_evaluation()], distance).to_json())
     if not as_json:
-        print(
-            f"{answer['contaminated']:,} of {answer['samples']:,} samples are near an evaluation set "
-            f"({', '.join(entry['name'] for entry in answer['against'])}), {answer['exact']:,} of them with the same "
-            f"pixels; {answer['without_hash']:,} more have no hash; {_turned(answer)}"
-        )
+        print(printable(_contaminated(answer)))
+
+
+def _contaminated(answer: Mapping[str, Any]) -> str:
+    """Say in one line what `decontaminate` has found."""
+    return (
+        f"{answer['contaminated']:,} of {answer['samples']:,} samples are near an evaluation set "
+        f"({', '.join(entry['name'] for entry in answer['against'])}), {answer['exact']:,} of them with the same "
+        f"pixels; {answer['without_hash']:,} more have no hash; {_turned(answer)}"
+    )
 
 
 def _turned(answer: Mapping[str, Any]) -> str:

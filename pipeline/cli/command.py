@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import math
 import signal
 import sys
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from microdit.pipeline.base.errors import CredentialsExpired, RequestError
-from microdit.pipeline.base.terminal import printable
+from microdit.pipeline.base.errors import CredentialsExpired, RequestError, first_line
+from microdit.pipeline.base.terminal import printable, printable_json
 
 if TYPE_CHECKING:
     from microdit.pipeline.corpus.corpus import Corpus
@@ -21,7 +20,8 @@ if TYPE_CHECKING:
 
 
 class Commands(TyperGroup):
-    """Exit with status 2 and one message if the request is wrong or a disk full, with 128 + the number of a signal."""
+    """Exit with status 2 and one message if the request is wrong, a disk full or not to be written, or a bucket
+    refuses; with 128 + the number of a signal."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -29,16 +29,32 @@ class Commands(TyperGroup):
         except (RequestError, CredentialsExpired) as error:
             print(printable(f"microdit: {error}"), file=sys.stderr)
             raise typer.Exit(2) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        except Exception as error:
+            if (message := _refusal(error)) is None:
                 raise
-            path = f": {error.filename}" if error.filename else ""
-            message = f"microdit: {error.strerror}{path}; with more room the same command goes on"
-            print(printable(message), file=sys.stderr)
+            print(printable(f"microdit: {message}"), file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as stopped:
-            print(f"\nmicrodit: {stopped or 'stopped; run the same command again and it goes on'}", file=sys.stderr)
+            message = f"\nmicrodit: {stopped or 'stopped; run the same command again and it goes on'}"
+            print(printable(message), file=sys.stderr)
             raise typer.Exit(128 + getattr(stopped, "signum", signal.SIGINT)) from None
+
+
+ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "with more room the same command goes on"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "check the path and your rights"),
+}
+
+
+def _refusal(error: Exception) -> str | None:
+    """Say what a disk or a bucket refuses, and what to do; None for any other error."""
+    if isinstance(error, OSError):
+        path = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{path}; {ADVICE[error.errno]}" if error.errno in ADVICE else None
+    exceptions: Any = sys.modules.get("obstore.exceptions")  # of whoever has opened a bucket
+    if exceptions and isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+        return f"{first_line(error)}; check your rights there"
+    return None
 
 
 CorpusUrl = Annotated[
@@ -99,7 +115,7 @@ def json_answer(as_json: bool) -> Iterator[dict[str, Any]]:
         return
     with contextlib.redirect_stdout(sys.stderr):
         yield answer
-    print(json.dumps(finite(answer), default=str, ensure_ascii=False, allow_nan=False))
+    print(printable_json(finite(answer), default=str, allow_nan=False))
 
 
 def finite(value: Any) -> Any:

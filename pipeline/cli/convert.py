@@ -1,6 +1,5 @@
 """`microdit convert`: MDS folders of the official micro_diffusion code to a corpus, and a corpus to such a folder."""
 
-import json
 import re
 import signal
 import threading
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from microdit.pipeline.base.errors import RequestError
-from microdit.pipeline.base.terminal import printable
+from microdit.pipeline.base.terminal import printable, printable_json
 
 if TYPE_CHECKING:
     from microdit.pipeline.base.progress import Progress
@@ -139,7 +138,7 @@ def convert(
         else:
             _refuse(to_corpus, "FROM is a corpus")
             summary = _to_mds(origin, target, to_mds, shape, threads, progress)
-    print(json.dumps(summary.to_json(), ensure_ascii=False) if as_json else printable("\n".join(summary.lines())))
+    print(printable_json(summary.to_json()) if as_json else printable("\n".join(summary.lines())))
     raise typer.Exit(summary.exit_status)
 
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,7 @@ def run_demo(out: Path, build_overrides: Sequence[str] = (), train_overrides: Se
         RequestError: something about the request is wrong; the message says what.
     """
     began = time.monotonic()
-    console, run = Console(highlight=False), out / "run"
+    console, run = Console(highlight=False, emoji=False), out / "run"
     out.mkdir(parents=True, exist_ok=True)
     steps = _Steps(console)
 
@@ -97,9 +96,9 @@ def run_demo(out: Path, build_overrides: Sequence[str] = (), train_overrides: Se
     report = write_report(corpus, out / "report.html", run)
 
     steps.begin(f"done in {(time.monotonic() - began) / 60:.1f} minutes", "")
-    console.print(f"  pictures   {run / 'grid.png'}\n  report     {report}", soft_wrap=True)
+    _say(console, f"  pictures   {run / 'grid.png'}\n  report     {report}")
     prompt = "red apple, food fruit"  # of the kind that it was trained on
-    console.print(f"  your turn  microdit generate --checkpoint {run} --prompt '{prompt}'", soft_wrap=True)
+    _say(console, f"  your turn  microdit generate --checkpoint {run} --prompt '{prompt}'")
     return 0
 
 
@@ -119,16 +118,16 @@ def _build(config: BuildConfig, console: Console) -> int:
     """Build the corpus, or go on with it; returns the build's exit status."""
     with shown(console) as progress:
         built = build(config, progress=progress)
-    console.print(printable(built.text()), markup=False, soft_wrap=True)
+    _say(console, built.text())
     return built.exit_status
 
 
 def _select(corpus: Corpus, console: Console) -> Selection:
     """Print what came in, and save the selection to train on."""
     outcomes = query(corpus, OUTCOMES)
-    console.print(_as_table(outcomes.column_names, zip(*outcomes.to_pydict().values(), strict=True)))
+    console.print(_as_table(outcomes.column_names, zip(*outcomes.to_pydict().values(), strict=True)), markup=False)
     selection = select(corpus, "demo", SELECTION)
-    console.print(f"selection {selection.name}@{selection.hash}: {selection.rows:,} images, duplicates left out")
+    _say(console, f"selection {selection.name}@{selection.hash}: {selection.rows:,} images, duplicates left out")
     return selection
 
 
@@ -167,8 +166,8 @@ def _processes() -> tuple[int, int]:
 def _draw(run: Path, console: Console) -> None:
     """Draw pictures from captions, and print what was learned beside what the network knew before its first step."""
     names, rows = _figure_rows(_evaluate(run))
-    console.print(_as_table(names, rows))
-    console.print(f"real beside generated: {run / 'grid.png'}")
+    console.print(_as_table(names, rows), markup=False)
+    _say(console, f"real beside generated: {run / 'grid.png'}")
 
 
 def _evaluate(run: Path) -> dict[str, Any]:
@@ -209,7 +208,7 @@ def _verify(corpus: Corpus, console: Console) -> int:
     """Read every byte of the corpus; print the first problems and return 1 if there are any."""
     result = verify(corpus)
     if not result.ok:
-        console.print_json(json.dumps([asdict(problem) for problem in result.problems[:20]]))
+        _say(console, "\n".join(map(str, result.problems[:20])))
         return 1
     console.print("every object, count, key and lineage is right")
     return 0
@@ -218,7 +217,12 @@ def _verify(corpus: Corpus, console: Console) -> int:
 def _as_table(names: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in names:
-        table.add_column(name)
+        table.add_column(printable(name))
     for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row))
+        table.add_row(*("" if value is None else printable(str(value)) for value in row))
     return table
+
+
+def _say(console: Console, text: str) -> None:
+    """Print a text as it is, but for control characters, and without line breaks of ours."""
+    console.print(printable(text), markup=False, emoji=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import typer
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.terminal import printable
 
 if TYPE_CHECKING:
     from microdit.model.text_to_image import MicroDiTPipeline
@@ -114,10 +115,10 @@ def generate(
         _note_cut(pipe, [*texts, *([negative_prompt] if negative_prompt else ())])
         if save:
             pipe.save_pretrained(save)
-            print(f"saved as a pipeline in {save}")
+            print(printable(f"saved as a pipeline in {save}"))
         paths = draw(pipe, texts, out, seed=seed, num_images_per_prompt=images_per_prompt, **options) if texts else []
     if paths:
-        print(f"{len(paths)} pictures in {out}" if len(paths) > 1 else f"1 picture: {paths[0]}")
+        print(printable(f"{len(paths)} pictures in {out}" if len(paths) > 1 else f"1 picture: {paths[0]}"))
 
 
 def _check_request(texts: list[str], out: Path, save: Path | None) -> None:

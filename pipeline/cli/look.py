@@ -47,7 +47,7 @@ def report(
     """One self-contained page: what came in, what was dropped and why, pictures, sizes, rates."""
     from microdit.pipeline.report.page import write_report
 
-    print(write_report(open_corpus(corpus), out, run))
+    print(printable(str(write_report(open_corpus(corpus), out, run))))
 
 
 def query(

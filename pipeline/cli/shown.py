@@ -23,7 +23,7 @@ def print_rows(columns: list[str], rows: Sequence[Mapping[str, Any]], most: int 
         table.add_column(printable(name), justify="right" if rows and numeric else "left", overflow="fold")
     for row in rows[:most]:
         table.add_row(*("" if row[name] is None else printable(str(row[name])) for name in columns))
-    console().print(table, markup=False)
+    console().print(table)
     if len(rows) > most:
         print(f"... {len(rows) - most:,} rows more; --json prints them all")
 
@@ -33,16 +33,17 @@ def console() -> Any:
     from rich.console import Console
 
     columns = os.environ.get("COLUMNS", "")
+    as_it_is: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
     if sys.stdout.isatty() or columns.isdecimal():
-        return Console(highlight=False)
-    return Console(highlight=False, width=1000)
+        return Console(**as_it_is)
+    return Console(**as_it_is, width=1000)
 
 
 def print_status(status: "CorpusStatus") -> None:
     """Print how far a corpus is: its sources, a table of its columns, and what was set aside."""
     print(printable(f"corpus {status.corpus} ({status.name}), shards of {status.shard_samples:,}"))
     for name, source in status.sources.items():
-        print(f"source {name}: {_units_read(source)} units read, {source.inputs:,} inputs")
+        print(printable(f"source {name}: {_units_read(source)} units read, {source.inputs:,} inputs"))
     rows = [
         {
             "column": column,
@@ -67,7 +68,7 @@ def print_status(status: "CorpusStatus") -> None:
         named = (f"CPUs of {n} machines" if name == "cpu" else f"{n} x {name}" for name, n in by_device.items())
         print(printable(f"{column}: worked on {', '.join(named)}"))
     for failure in status.set_aside:
-        shard, message = f"{failure.column}/{failure.source}/{failure.shard}", failure.message.splitlines()[0]
+        shard, message = f"{failure.column}/{failure.source}/{failure.shard}", failure.message.partition("\n")[0]
         print(printable(f"set aside after {failure.attempts} attempts: {shard}: {message}"))
 
 
@@ -82,7 +83,7 @@ def print_verification(result: "Verification") -> None:
     for problem in result.problems:
         print(printable(str(problem)))
     for column, samples in result.totals.samples.items():
-        print(f"{column}: in {samples.inputs:,} = out {samples.out:,} + failed {samples.failed:,}")
+        print(printable(f"{column}: in {samples.inputs:,} = out {samples.out:,} + failed {samples.failed:,}"))
     totals = result.totals
     warnings = sum(problem.kind in WARNINGS for problem in result.problems)
     print(

@@ -13,7 +13,7 @@ def show(estimate: Estimate, console: Console, size: Callable[[float], str]) -> 
     """Print an estimate; `size` formats bytes."""
 
     def write(text: str = "") -> None:
-        console.print(printable(text), markup=False, soft_wrap=True)
+        console.print(printable(text), soft_wrap=True)
 
     machines, time, money = estimate.machines, estimate.time, estimate.money
     gpus = f", {machines.gpus} GPUs ({machines.gpu})" if machines.gpus else ", no GPU"
@@ -79,6 +79,6 @@ def _table(console: Console, names: Sequence[str], rows: Sequence[Sequence[str]]
         words = i == 0 or wide or name == "on"
         table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=not wide)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     console.print()
-    console.print(table, markup=False)
+    console.print(table)

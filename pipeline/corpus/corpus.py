@@ -46,9 +46,9 @@ R = TypeVar("R", bound=Record)
 class MadeOtherwiseError(RequestError):
     """A column or source was declared with other options; `changes` says which."""
 
-    def __init__(self, what: str, name: str, url: str, changes: str):
+    def __init__(self, what: str, name: str, url: str, changes: str, why: str = ""):
         super().__init__(
-            f"{what} {name!r} of corpus {url} was made otherwise: {changes}. "
+            f"{what} {name!r} of corpus {url} was made otherwise: {changes}. {why and f'{why}. '}"
             f"Put the old value back, or give the {what} a new name"
         )
         self.changes = changes

@@ -4,6 +4,7 @@ docs/corpus.md, section 5, is the contract.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -15,7 +16,11 @@ from microdit.pipeline.corpus.presence import is_living
 from microdit.pipeline.corpus.records import Declaration
 
 CORRECTION = re.compile(rf"units/({SOURCE.pattern})\.declaration\.([1-9][0-9]*)\.json")
-HASHED = re.compile(r"^((?:tables\.\d+\.)?(?:files|list))(?:\.(?:files|sha256))?: the corpus has ['\[].*")
+HASHED = re.compile(
+    r"^((?:tables\.\d+\.|captions\.(?:\d+\.)?)?(?:files|list))(?:\.(?:files|sha256))?: the corpus has ['\[].*"
+)
+NO_CAPTION = ("no_caption", "not_text")
+"""What pictures fail for where their source asks for a caption."""
 DECLARATION = "declaration"
 """The number, in the timings of a commit, of the correction whose texts it has; absent for the declaration itself."""
 
@@ -34,12 +39,18 @@ def latest_declaration(corpus: Corpus, source: str) -> tuple[int, Declaration]:
 
 
 def declare_source(
-    corpus: Corpus, source: str, made_by: Mapping[str, Any], correctable: Collection[str], say: Callable[[str], None]
+    corpus: Corpus,
+    source: str,
+    made_by: Mapping[str, Any],
+    correctable: Collection[str],
+    fixed: Mapping[str, str],
+    say: Callable[[str], None],
 ) -> None:
     """Declare a source, or correct its declaration.
 
     Args:
-        correctable: the keys of `made_by` that say where texts come from, and change no picture.
+        correctable: the keys of `made_by` that say where texts come from, and change no input.
+        fixed: for others that look so, why they cannot be corrected.
 
     Raises:
         RequestError: it was declared with other options, and something of it is committed.
@@ -66,9 +77,22 @@ def declare_source(
             raise RequestError(
                 f"source {source}: another build has corrected it in this moment; run the command again"
             ) from None
-        say(f"source {source}: {changes}; its pictures stay, its captions are read again")
+        say(f"source {source}: {changes}; its pictures stay, its captions are read again{_left_out(corpus, source)}")
     else:
-        raise MadeOtherwiseError("source", source, corpus.url, _in_words(old, new, changed - set(correctable)))
+        refused = sorted(changed - set(correctable))
+        why = ". ".join(dict.fromkeys(fixed[key] for key in refused if key in fixed))
+        raise MadeOtherwiseError("source", source, corpus.url, _in_words(old, new, refused), why)
+
+
+def _left_out(corpus: Corpus, source: str) -> str:
+    """Say how many pictures failed for want of a caption, and stay so, and how they are taken again."""
+    counts = Counter[str]()
+    for commit in corpus.commits(IMAGES, source):
+        counts.update({reason: commit.reasons[reason] for reason in NO_CAPTION if reason in commit.reasons})
+    if not counts:
+        return ""
+    again = " ".join(f"--retry-rows {reason}" for reason in counts)
+    return f"; {counts.total():,} pictures that were left out for their captions stay so: {again} takes them again"
 
 
 def declare_column(

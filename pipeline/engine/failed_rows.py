@@ -38,7 +38,7 @@ def make_again(
         columns: those that the build makes.
         passing: take again what a URL failed for in passing.
         reasons: take again all rows that failed for these, in all columns.
-        redo: shards that are repaired: their rows are left alone until then.
+        redo: shards that are made again, by column: their rows are left alone until then, in images if those are.
 
     Raises:
         RequestError: no row has failed for one of the reasons.
@@ -47,12 +47,18 @@ def make_again(
     if reasons:
         _check_reasons(corpus, table, [source.name for source in sources], columns, reasons)
     lines = newest_lines(table)
-    if repaired := {shard for places in redo.values() for _, shard in places}:
-        lines = lines.filter(pc.invert(pc.is_in(lines["shard"], value_set=pa.array(sorted(repaired)))))
     if IMAGES in columns:
+        others = _without(lines, redo.get(IMAGES, ()))
         for source in sources:
-            _begin(corpus, lines, source, passing and fetches_rows(source), reasons, note)
-    return _shards_of_columns(lines, [source.name for source in sources], columns, reasons, note)
+            _begin(corpus, others, source, passing and fetches_rows(source), reasons, note)
+    others = _without(lines, [shard for shards in redo.values() for shard in shards])
+    return _shards_of_columns(others, [source.name for source in sources], columns, reasons, note)
+
+
+def _without(lines: pa.Table, shards: Collection[ShardId]) -> pa.Table:
+    """Leave out the lines of some shards."""
+    names = pa.array(sorted({shard for _, shard in shards}), pa.string())
+    return lines.filter(pc.invert(pc.is_in(lines["shard"], value_set=names)))
 
 
 def _begin(

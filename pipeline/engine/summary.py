@@ -129,7 +129,7 @@ class BuildSummary:
                     f"{name}: {column.waiting:,} shards are not made; the columns that they come from are not there"
                 )
         for entry in self.set_aside:
-            message = entry.message.splitlines()[0]
+            message = entry.message.partition("\n")[0]
             lines.append(f"set aside: {entry.column}/{entry.source}/{entry.shard}: {message}")
         if self.set_aside:
             lines.append("what was set aside is taken again with --retry-failed")

@@ -73,7 +73,7 @@ def error_report(error: BaseException) -> ErrorReport:
     is_plain = isinstance(error, RequestError | CredentialsExpired)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return ErrorReport(
-        message=text if is_plain else f"{type(error).__name__}: {text}".rstrip(": "),
+        message=text if is_plain and text else f"{type(error).__name__}: {text}".rstrip(": "),
         traceback="".join(traceback.format_exception(error)),
         is_request=hopeless
         or (isinstance(error, RequestError) and not isinstance(error, DamagedError | UnreadableError)),

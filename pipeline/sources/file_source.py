@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -62,7 +62,9 @@ class FileSource:
     version: ClassVar[int] = 1
     """Raise it when the same files give other samples."""
     text_options: ClassVar[frozenset[str]] = frozenset()
-    """The keys of `stage()` that say where texts come from, and change no picture: they can be corrected."""
+    """The keys of `stage()` that say where texts come from, and change no input: they can be corrected."""
+    fixed_options: ClassVar[Mapping[str, str]] = {}
+    """Keys of `stage()` that look like those and cannot be corrected: why, and what to do instead."""
     has_names: bool = False
     """The samples' keys are names of the dataset, which may begin again in each file."""
 

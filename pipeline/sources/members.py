@@ -11,6 +11,11 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
 
 
 NOT_TEXT = "not_text"
+WHICH_IMAGES = (
+    "They say which images of the zip are taken. Other captions of the same images are another column, as in "
+    "captions/mine: {join: TABLE, by: key}"
+)
+"""Why a source's file of captions cannot be corrected, if images without one are no inputs."""
 
 
 def is_image(name: str) -> bool:

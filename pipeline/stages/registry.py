@@ -1,6 +1,6 @@
 """Make the stages that a config asks for, and declare their columns."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.build import BuildConfig
@@ -103,12 +103,13 @@ def declare(
     corpus.declare_column(IMAGES, {"stage": "ingest", "version": 1}, SCALARS)
     for source in sources:
         correctable: Collection[str] = ()
+        fixed: Mapping[str, str] = {}
         if isinstance(source, FileSource | Urls):
             source.keep_to_known_files(corpus, grow, say)
         if isinstance(source, FileSource):
-            correctable = source.text_options
+            correctable, fixed = source.text_options, source.fixed_options
         made_by = {**source.stage(), "images": ingest_stage(config.images)}
-        declare_source(corpus, source.name, made_by, correctable, say)
+        declare_source(corpus, source.name, made_by, correctable, fixed, say)
     for stage in stages:
         if isinstance(stage, GivenCaptions) and stage.table is not None:
             stage.keep_to_known_table(corpus)

@@ -9,7 +9,7 @@ from microdit.pipeline.base.errors import CredentialsExpired, first_line
 
 EXPIRED = re.compile(
     r"<Code>(ExpiredToken|ExpiredTokenException|RequestExpired|TokenRefreshRequired)</Code>"
-    r"|(?i:SSO session|sso token|security token|credentials)[^\n]{0,80} (has|have|is|are) expired"
+    r"|(?i:SSO session|sso token|security token|credentials)[^\n]{0,80} (has|have|is|are) (still )?expired"
     r"|(?i:error when retrieving token from sso)"
 )
 PATIENCE = 40.0  # seconds to wait for new ones before that is said; builds ask again after it
@@ -58,7 +58,7 @@ def _frozen(credentials: Any) -> Credentials:
 
     try:
         now = None if credentials is None else credentials.get_frozen_credentials()
-    except BotoCoreError:  # what they are renewed with has expired as well
+    except (BotoCoreError, RuntimeError):  # what they are renewed with has expired as well, or gave expired ones
         now = None
     return (
         Credentials("", "", getattr(credentials, "method", ""))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from microdit.model import checkpoint
 from microdit.model.checkpoint import (
     CheckpointError,
     config_from_state_dict,
@@ -143,6 +144,13 @@ def test_nothing_is_unpickled(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             read_state_dict(tmp_path / f"{name}.pt")
         assert "weights_only" not in str(error.value)  # torch says how to unpickle it all the same
     assert "unpickled" not in capsys.readouterr().out
+
+
+def test_names_of_a_file_are_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"\x1b[2J\x9b\u202ea": "no tensor"}, tmp_path / "\x1b]0;a.pt")
+    assert checkpoint._main([str(tmp_path / "\x1b]0;a.pt"), str(tmp_path / "out.safetensors")]) == 2
+    said = capsys.readouterr().err
+    assert r"\x1b]0;a.pt" in said and not set("\x1b\x9b\u202e") & set(said)
 
 
 @pytest.mark.parametrize("content", [{"step": 3}, [torch.zeros(1)], {"model": {"a": torch.zeros(1)}}])

@@ -1,5 +1,6 @@
 """Training as a command."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,9 +28,11 @@ def test_two_processes_give_the_losses_of_one(recipe, yaml_recipe, tmp_path) -> 
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
     assert two.keys() == one.keys()
     # and one process goes on where two were
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000005")
     done = subprocess.run(command(path), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "finished: 80 of 80 images" in done.stdout
+    assert "going on after 64 of 80 images" in done.stdout and "finished: 80 of 80 images" in done.stdout
+    assert list(losses(tmp_path / "run").values()) == pytest.approx(list(one.values()), rel=1e-5)
 
 
 def test_sigkill_and_sigterm_of_the_real_command(recipe, yaml_recipe, tmp_path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.json_lines import JsonLines, plain
 from microdit.pipeline.base.tensorboard import TensorBoard
+from microdit.pipeline.base.terminal import printable
 from microdit.trainer.monitoring.progress import Progress
 from microdit.trainer.objective import NOISE_EDGES
 
@@ -42,6 +43,7 @@ class Log:
         self._project, self._run = wandb, None
         self._wandb = _wandb_ready(wandb) if wandb is not None and active else None
         self._terminal = sys.stdout.isatty()
+        self._clear = "\r\x1b[2K" if self._terminal else ""
         self._printed = -PLAIN_STATUS_SECONDS
 
     def open(self, step: int, progress: "Progress") -> None:
@@ -93,14 +95,12 @@ class Log:
         if not self.active or not (self._terminal or last or now - self._printed >= PLAIN_STATUS_SECONDS):
             return
         self._printed = now
-        print(
-            f"\r\x1b[2K{text}" if self._terminal else text, end="" if self._terminal and not last else "\n", flush=True
-        )
+        print(f"{self._clear}{text}", end="" if self._terminal and not last else "\n", flush=True)
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
         if self.active:
-            print(f"\r\x1b[2K{text}" if self._terminal else text, flush=True)
+            print(f"{self._clear}{printable(text)}", flush=True)
 
     def close(self) -> None:
         if self._full and (error := self._lines.write() or self._board.write()):

@@ -21,7 +21,7 @@ from microdit.model.picture_files import grid
 from microdit.model.pretrained.hub import ModelFilesError
 from microdit.model.pretrained.text import TextEncoder
 from microdit.model.text_to_image import MicroDiTPipeline, load_encoders
-from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.selection.sample_index import read_captions
 from microdit.trainer.checkpoints.contents import folder_name
 from microdit.trainer.data.samples import RunSamples
@@ -58,7 +58,7 @@ class SampleSheets:
             try:
                 self._draw(step, learner, weights, latent_shape)
             except (OSError, RuntimeError, ValueError) as error:  # the disk is full, or the GPU's memory
-                self.log.say(f"step {step}: no pictures, because {str(error).splitlines()[0]}")
+                self.log.say(f"step {step}: no pictures, because {first_line(error)}")
 
         self.team.from_first(drawn, self._group)
 

@@ -22,6 +22,7 @@ class Cc12m(FileSource):
     """The adapter `cc12m`. Samples have the dataset's nine digits; fields: `alt` as it came, and LLaVA-NeXT's."""
 
     adapter = "cc12m"
+    text_options = frozenset({"caption", "clean", "require_caption", "tables"})
 
     def __init__(self, name: str, options: Cc12mSource, scratch: Path):
         super().__init__(name, options, scratch)

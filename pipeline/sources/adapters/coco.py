@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.sources import CocoSource
@@ -24,7 +24,7 @@ from microdit.pipeline.files.download import local_copy
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
-from microdit.pipeline.sources.members import failed, is_image, one_line
+from microdit.pipeline.sources.members import WHICH_IMAGES, failed, is_image, one_line
 
 LICENSE = "CC-BY-4.0 (captions); images: Flickr Terms of Use"
 CAPTIONS = "captions_val2014.json"
@@ -36,6 +36,7 @@ class Coco(FileSource):
     """The adapter `coco`. Samples are called `COCO_val2014_<12 digits>`; fields: `caption_1` and so on, `image_id`."""
 
     adapter = "coco"
+    fixed_options: ClassVar[dict[str, str]] = {"captions": WHICH_IMAGES}
 
     def __init__(self, name: str, options: CocoSource, scratch: Path):
         super().__init__(name, options, scratch)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,6 +21,11 @@ METADATA = {"2m": "metadata.parquet", "large": "metadata-large.parquet"}
 KNOWN = ("image_nsfw", "prompt_nsfw", "width", "height")
 BLURRED = 2.0  # Stable Diffusion's own filter had seen the image first
 PLAIN = (int, float, str)
+BY_SCORES = (
+    "The scores say which images are taken. To keep fewer of those that are there, select by them, as in `microdit "
+    'select CORPUS safe "SELECT source, shard, row FROM samples '
+    "WHERE (nullif(fields, '') ->> 'image_nsfw')::FLOAT <= 0.1\"`"
+)
 PARAMETERS = {"se": "seed", "c": "cfg", "st": "steps", "sa": "sampler"}
 
 
@@ -32,6 +37,7 @@ class Diffusiondb(FileSource):
     """
 
     adapter = "diffusiondb"
+    fixed_options: ClassVar[dict[str, str]] = dict.fromkeys(("image_nsfw", "prompt_nsfw", "tables"), BY_SCORES)
 
     def __init__(self, name: str, options: DiffusiondbSource, scratch: Path, min_side: int):
         super().__init__(name, options, scratch)

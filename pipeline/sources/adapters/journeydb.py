@@ -38,6 +38,7 @@ class Journeydb(FileSource):
     """
 
     adapter = "journeydb"
+    text_options = frozenset({"caption", "prompt_fallback", "strip_flags", "require_caption", "tables"})
 
     def __init__(self, name: str, options: JourneydbSource, scratch: Path):
         super().__init__(name, options, scratch)

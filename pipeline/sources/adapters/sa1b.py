@@ -34,6 +34,7 @@ class Sa1b(FileSource):
     """The adapter `sa1b`. Samples are called `sa_<number>`; fields: `joined` and `txt`, the captions that there are."""
 
     adapter = "sa1b"
+    text_options = frozenset({"caption", "require_caption", "tables"})
 
     def __init__(self, name: str, options: Sa1bSource, scratch: Path):
         super().__init__(name, options, scratch)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.sources import TextcapsSource
@@ -12,7 +12,7 @@ from microdit.pipeline.files.download import local_copy
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample, FileSource
-from microdit.pipeline.sources.members import failed, is_image, one_line
+from microdit.pipeline.sources.members import WHICH_IMAGES, failed, is_image, one_line
 
 LICENSE = "CC-BY-4.0"
 
@@ -22,6 +22,7 @@ class Textcaps(FileSource):
     `split`."""
 
     adapter = "textcaps"
+    fixed_options: ClassVar[dict[str, str]] = {"captions": WHICH_IMAGES}
 
     def __init__(self, name: str, options: TextcapsSource, scratch: Path):
         super().__init__(name, options, scratch)

@@ -206,8 +206,8 @@ class Urls:
         added = self._index.inputs - inputs
         if added > 0 and grow:
             raise RequestError(
-                f"{what}: {added:,} lines were added; a list does not grow: put them into one of their own, as another "
-                "source, or build without --grow"
+                f"{what}: {added:,} lines were added; a list does not grow: move them into one of their own, as "
+                "another source, or build without --grow"
             )
         if added > 0:
             report(f"source {self.name}: {added:,} lines were added to its list, and are left out")

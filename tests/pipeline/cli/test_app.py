@@ -1,5 +1,6 @@
 """The command line on a small real corpus: images over HTTP from a loopback server, through Ray."""
 
+import errno
 import io
 import json
 import os
@@ -15,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from obstore.exceptions import PermissionDeniedError
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from microdit.pipeline.cli.app import app
+from microdit.pipeline.storage.disk import Disk
 
 ROOT = Path(__file__).parents[3]
 COUNT, SHARD, BAD = 24, 4, (5, 17)
@@ -239,6 +242,28 @@ def test_gc_leaves_what_is_committed(built: Built) -> None:
     assert stray.exists()
     assert json.loads(microdit("gc", built.corpus, "--json").stdout)["attempts"] == 1
     assert sorted(path for path in built.corpus.rglob("*.tar")) == kept
+
+
+@pytest.mark.parametrize("command", [["gc", "--older-than-hours", "0"], ["dedup"]])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EROFS, "Read-only file system", "/data/x"),
+        PermissionError(errno.EACCES, "Permission denied", "/data/x"),
+        PermissionDeniedError("Forbidden: /data/x"),
+    ],
+)
+def test_a_storage_that_may_not_be_written_is_one_message(
+    built: Built, command: list[str], error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise error
+
+    for name in ("delete", "scratch"):
+        monkeypatch.setattr(Disk, name, refuse)
+    result = microdit(command[0], built.corpus, *command[1:])
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("microdit: ") and "/data/x" in result.stderr and "your rights" in result.stderr
 
 
 def test_report(built: Built, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import time
 import pytest
 import ray
 
-from microdit.pipeline.base.errors import DamagedError, RequestError
+from microdit.pipeline.base.errors import DamagedError, RequestError, UnreadableError
 from microdit.pipeline.engine import cluster
 from microdit.pipeline.engine.board import Board
 from microdit.pipeline.engine.deaths import explain_death
@@ -23,6 +23,11 @@ def test_messages_survive_pickling() -> None:
         UnitIngested(("a", "b")),
     ):
         assert pickle.loads(pickle.dumps(message)) == message
+
+
+def test_an_error_without_a_text_has_its_types_name() -> None:
+    for error in (ValueError(), RequestError(""), UnreadableError(" \n"), DamagedError()):
+        assert error_report(error).message == type(error).__name__
 
 
 def test_seconds_of_a_model_are_those_of_the_whole_where_they_are_not_measured() -> None:

@@ -7,7 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from obstore.exceptions import PermissionDeniedError
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
@@ -170,6 +172,19 @@ def test_bad_selections_are_refused(corpus: Corpus, sql: str, message: str) -> N
     with pytest.raises(RequestError, match=f"SQL: (?s:.*){message}"):
         select(corpus, "bad", sql)
     assert not [item for item in list_selections(corpus) if item.name == "bad"]
+
+
+@pytest.mark.parametrize("error", [partial(OSError, 30, "Read-only"), partial(PermissionDeniedError, "Forbidden")])
+def test_where_nothing_may_be_written_a_selection_is_refused(
+    corpus: Corpus, error: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise error()
+
+    for name in ("create", "scratch"):
+        monkeypatch.setattr(type(corpus.store), name, refuse)
+    with pytest.raises(RequestError, match=r"unheard-of@.*cannot be written .*needs the right to write"):
+        select(corpus, "unheard-of", "SELECT * FROM samples WHERE status = 'ok' AND row = 1")
 
 
 @pytest.mark.parametrize("name", ["", "a@b", "a/b", "../a", ".a", "a b"])

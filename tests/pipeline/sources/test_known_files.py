@@ -18,6 +18,9 @@ from microdit.pipeline.stages.ingest import ingest_unit
 from microdit.pipeline.stages.registry import declare
 from microdit.pipeline.stages.stage import UnitTask
 from tests.pipeline.helpers.dataset_archives import picture, write_tar
+from tests.servers.files_server import FilesServer, files_server
+
+__all__ = ["files_server"]
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
@@ -143,6 +146,26 @@ def test_a_file_that_is_changed_between_two_runs_is_never_mixed(tmp_path: Path, 
     )
 
 
+@pytest.mark.parametrize("change", ["order", "cut"])
+def test_a_file_of_a_web_server_that_is_changed_is_never_mixed(
+    tmp_path: Path, files_server: FilesServer, change: str
+) -> None:
+    """Nobody asks the server how long its file is, or which version: the rows tell."""
+    pictures = {f"{n}.jpg": picture(n) for n in range(13)}
+    whole = write_tar(tmp_path / "whole.tar", pictures).read_bytes()
+    options = {"files": files_server.add("a.tar", whole)}
+    with pytest.raises(OSError, match="stopped"):
+        build(tmp_path, stop_at=12, **options)
+    first = [f"own/a.tar/{n}.jpg" for n in range(4 * len(Corpus.open(tmp_path / "corpus").committed(IMAGES)))]
+    assert first
+    names = [*range(12, -1, -1)] if change == "order" else [0, 1]
+    others = {f"{n}.jpg": pictures[f"{n}.jpg"] for n in names}
+    files_server.add("a.tar", write_tar(tmp_path / "other.tar", others).read_bytes())
+    assert build(tmp_path, **options)[:2] == (first, ["own-000000"])
+    files_server.add("a.tar", whole)
+    assert build(tmp_path, **options)[:2] == ([f"own/a.tar/{n}.jpg" for n in range(13)], [])
+
+
 def test_a_list_goes_on_with_the_lines_that_it_had(tmp_path: Path) -> None:
     lines = [f"http://127.0.0.1:9/{n}.jpg\t{n}\n" for n in range(7)]
     path = tmp_path / "list.tsv"
@@ -167,6 +190,17 @@ def test_a_list_goes_on_with_the_lines_that_it_had(tmp_path: Path) -> None:
     assert units(7) == (5, ["source own: 2 lines were added to its list, and are left out"])
     with pytest.raises(RequestError, match=r"own\.list = .*2 lines were added; a list does not grow.*another source"):
         units(7, grow=True)
+    assert units(7) == (5, ["source own: 2 lines were added to its list, and are left out"])  # without, as it says
+    path.write_text("".join(lines[:5]))
+    (tmp_path / "more.tsv").write_text("".join(lines[5:]))
+    options = {name: {"adapter": "urls", "list": str(tmp_path / f"{name}.tsv")} for name in ("list", "more")}
+    sources = {"own": options["list"] | {"unit_inputs": 3}, "more": options["more"]}
+    moved = BuildConfig.model_validate({"name": "g", "corpus": str(tmp_path / "corpus"), "sources": sources})
+    for _ in range(2):
+        made, notes = sources_of(moved), list[str]()
+        declare(corpus, moved, made, [], notes.append, grow=True)
+        origins = [item.origin for one in made for unit in one.units() for item in one.read(unit, lambda _: False)]
+        assert origins == [line.partition("\t")[0] for line in lines] and notes == []
     lines[0] = "http://127.0.0.1:9/other.jpg\tother\n"
     for count in (4, 5, 7):
         with pytest.raises(RequestError, match=r"own\.list = .*another list than that of 5 inputs.*new name"):

@@ -1,8 +1,10 @@
 """Credentials of a bucket that expire in the middle: new ones are waited for, then one message says what to do."""
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,29 @@ def test_a_download_goes_on_with_the_ones_that_come(
     threading.Timer(0.2, profile, ["new"]).start()
     with local_copy(RemoteFile("x.tar", f"{s3_url}/x.tar", 3), tmp_path / "scratch") as path:
         assert path.read_bytes() == b"abc"
+
+
+def test_a_process_that_gives_expired_ones_is_asked_again(proxy: FaultyS3, s3_url: str, tmp_path: Path) -> None:
+    """boto3 says so itself then, before anything is sent."""
+
+    def give(hours: int) -> None:
+        until = datetime.now(UTC) + timedelta(hours=hours)
+        keys = {"AccessKeyId": f"key{hours}", "SecretAccessKey": "test", "SessionToken": "new", "Version": 1}
+        (tmp_path / "partial").write_text(json.dumps(keys | {"Expiration": f"{until:%Y-%m-%dT%H:%M:%SZ}"}))
+        (tmp_path / "partial").rename(tmp_path / "given.json")
+
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = cat {tmp_path}/given.json\n")
+    files = {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in files.items():
+            patch.setenv(name, value)
+        give(-1)
+        store = open_store(s3_url)
+        timer = threading.Timer(0.5, give, [1])
+        timer.start()
+        store.create("one", b"1")
+        timer.join()
+        assert store.get("one") == b"1"
 
 
 @pytest.mark.parametrize("name", REQUESTS)

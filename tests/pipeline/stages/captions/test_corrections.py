@@ -17,14 +17,12 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.failures import write_failure
 from microdit.pipeline.corpus.names import IMAGES, UNITS
 from microdit.pipeline.corpus.presence import presence
-from microdit.pipeline.engine.plan import Plan
 from microdit.pipeline.sources.registry import sources_of
-from microdit.pipeline.stages.captions.correct import correct
 from microdit.pipeline.stages.ingest import ingest_unit
-from microdit.pipeline.stages.registry import declare, stages_of
-from microdit.pipeline.stages.stage import Task, UnitTask
+from microdit.pipeline.stages.stage import UnitTask
 from microdit.pipeline.upkeep.damage import damage
 from microdit.pipeline.upkeep.verify import verify
+from tests.pipeline.helpers.corrected_build import CorrectedBuild
 from tests.pipeline.helpers.dataset_archives import picture, write_tar
 
 
@@ -36,38 +34,13 @@ def write(folder: Path, number: int, count: int = 6) -> None:
     write_tar(folder / "in" / f"{number}.tar", members)
 
 
-class Build:
-    """One build without the driver, of images and of the captions that its plan asks for."""
+class Build(CorrectedBuild):
+    """Of tars with their texts in a json, or as the options say."""
 
     def __init__(self, folder: Path, grow: bool = False, read: bool = True, field: str = "long", **options: Any):
         source = {"adapter": "webdataset", "files": str(folder / "in" / "*.tar"), "caption": "json.caption"}
         columns = {"captions/source": {}, "captions/long": {"field": field}}
-        config = BuildConfig.model_validate(
-            {
-                "name": "c", "corpus": str(folder / "corpus"), "shard_samples": 4, "images": {"min_side": 32},
-                "sources": {"own": source | options}, "columns": columns,
-            }
-        )  # fmt: skip
-        self.corpus, self.notes = Corpus.create(config.corpus, "c", 4), list[str]()
-        sources, stages = sources_of(config), stages_of(config)
-        declare(self.corpus, config, sources, stages, self.notes.append, grow)
-        self.readers, redo = correct(self.corpus, sources, stages, None, folder / "scratch")
-        plan = Plan(self.corpus, {"own": sources[0].units()}, stages, redo=redo)
-        with sources[0].running(self.corpus, print):
-            for unit in list(plan.units) if read else []:
-                record = ingest_unit(self.corpus, sources[0], UnitTask(unit.unit, unit.redo), config)
-                for shard in record.shards:
-                    plan.committed("own", shard, IMAGES)
-            for number, stage in enumerate(stages):
-                while job := plan.take(number):
-                    stage.run(self.corpus, Task(job.ref, job.columns))
-
-    def captions(self, column: str = "captions/source") -> list[str]:
-        rows = [row for commit in self.corpus.commits(column) for row in self.corpus.sidecar(commit).to_pylist()]
-        return [row["caption"] or row["reason"] for row in rows]
-
-    def images(self) -> dict[str, str]:
-        return {commit.shard: commit.object.sha256 for commit in self.corpus.commits(IMAGES)}
+        super().__init__(folder, source | options, columns, grow, read)
 
 
 def right(numbers: list[int], what: str = "caption") -> list[str]:
@@ -166,8 +139,17 @@ def test_a_column_without_one_caption_may_be_corrected_and_no_other(tmp_path: Pa
     assert second.captions("captions/long") == right([0], "long") and second.captions() == right([0])
     assert not second.corpus.committed("text/x@long") and verify(second.corpus).ok
     assert second.images() == first.images()
-    with pytest.raises(RequestError, match="made otherwise: field: the corpus has 'long', the config says 'short'"):
+    message = (
+        "made otherwise: field: the corpus has 'long', the config says 'short'. "
+        "Put the old value back, or give the column a new name"
+    )
+    with pytest.raises(RequestError, match=message):
         Build(tmp_path, fields=fields, field="short")
+    source = {"adapter": "webdataset", "files": str(tmp_path / "in" / "*.tar"), "caption": "json.caption"}
+    columns = {"captions/source": {}, "captions/short": {"field": "short"}}
+    advised = CorrectedBuild(tmp_path, source | {"fields": fields}, columns)
+    assert advised.captions("captions/short") == right([0]) and advised.captions("captions/long") == right([0], "long")
+    assert not Build(tmp_path, fields=fields).notes and verify(advised.corpus).ok
 
 
 def test_options_that_make_other_pictures_are_refused_by_name(tmp_path: Path) -> None:
