@@ -11,13 +11,16 @@ UNPROVEN = 8  # requests at once to a host that has not answered yet
 RETRIED = 16  # and to one that was silent and is tried again
 SILENT = 3  # requests in a row without any answer after which a host that has answered before is put off
 MEMORY = 300.0  # seconds for which a process knows that a host was silent
+KNOWN_SILENT = 3  # units in a row that found a host silent, after which the next ones do not ask it for a while
+REST = 10.0  # seconds of that while, doubled with each further unit that finds it silent
 MOST_KNOWN = 100_000
 JITTER = (1.0, 1.25)
 FIRST_INTERVAL = 0.1  # seconds between the requests to a host that refused its first ones
 FASTER = 0.99  # the factor of the interval with each answer: a host that refused once may allow more later
 PATIENCE = 300.0  # seconds that a request waits for its host's pace
 
-_silent_hosts: dict[str, float] = {}  # when hosts that never answered were found silent, for this process' next units
+_silent_hosts: dict[str, tuple[float, int]] = {}
+"""For this process' next units: when hosts that never answered were last found silent, and by how many units."""
 
 
 class HostPace:
@@ -30,10 +33,13 @@ class HostPace:
 
     def __init__(self, name: str, at_end: Callable[[], bool]) -> None:
         self._name, self._at_end = name, at_end
-        self.suspect = time.monotonic() - _silent_hosts.get(name, -MEMORY) < MEMORY
+        when, self._units = _silent_hosts.get(name, (0.0, 0))
+        since = time.monotonic() - when
+        self.suspect = self._units > 0 and since < MEMORY
         """It was silent in an earlier unit of this process, and has not answered since: it is tried shortly, once."""
-        self.dead = False
-        """It was silent when it was tried again: its other URLs fail at once."""
+        rest = REST * 2 ** (self._units - KNOWN_SILENT) if self._units >= KNOWN_SILENT else 0.0
+        self.dead = self.suspect and since < min(rest, MEMORY)
+        """It was silent when it was tried again, or in several units just now: its other URLs fail at once."""
         self.allowed = 0
         """Requests that it did not refuse."""
         self._silent = self._silent_at_end = self._open = 0
@@ -46,6 +52,11 @@ class HostPace:
     @property
     def put_off(self) -> bool:
         return self._silent >= (SILENT if self._proven else 1)
+
+    @property
+    def new(self) -> bool:
+        """Tell whether it is open if it answers."""
+        return not self._proven and not self.put_off
 
     @property
     def waiting(self) -> int:
@@ -123,7 +134,7 @@ class HostPace:
         self._silent_at_end += last
         self.dead = self.suspect or self._silent_at_end >= RETRIED
         if not self._proven and len(_silent_hosts) < MOST_KNOWN:
-            _silent_hosts[self._name] = time.monotonic()
+            _silent_hosts[self._name] = time.monotonic(), self._units + 1
         self.proceed()
 
     def refuse(self, asked: float) -> None:

@@ -16,6 +16,7 @@ from microdit.pipeline.base.retry import Backoff
 from microdit.pipeline.base.secrets import without_secrets
 from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.sources.host_pace import HostPace
+from microdit.pipeline.sources.slots import Slots
 from microdit.pipeline.sources.spool import Spool
 from microdit.pipeline.sources.url_request import RequestFailed, request, seconds
 from microdit.pipeline.sources.web_client import Client
@@ -136,7 +137,7 @@ class _Fetcher:
             self._loop.close()
 
     async def _work(self) -> None:
-        self._slots = asyncio.Semaphore(self._options.concurrency)
+        self._slots = Slots(self._options.concurrency)
         ticks = asyncio.create_task(self._tick())
         try:
             async with Client(self._options) as client, asyncio.TaskGroup() as tasks:
@@ -249,10 +250,13 @@ class _Fetcher:
                 await asyncio.sleep(pause)
                 left -= pause
 
-    async def _take_slot(self, number: int) -> None:
-        """Take a slot once there is room for an answer, which may have been filled while the slot was waited for."""
+    async def _take_slot(self, number: int, host: HostPace) -> None:
+        """Take a slot once there is room for an answer, which may have been filled while the slot was waited for.
+
+        The first requests to each host go first, so that a silent one is waited for while others are fetched.
+        """
         while True:
-            await self._slots.acquire()
+            await self._slots.acquire((not host.new, number))
             if self._held + self._spool.size < MAX_HELD + MAX_SPOOLED or number <= self._handed:
                 return
             self._slots.release()
@@ -273,7 +277,7 @@ class _Fetcher:
         owned = not late
         self._late += late
         if owned:
-            await self._take_slot(number)
+            await self._take_slot(number, host)
 
         def give_back() -> None:
             nonlocal owned, late

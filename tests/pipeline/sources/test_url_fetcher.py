@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microdit.pipeline.config.sources import FetchOptions
+from microdit.pipeline.sources import host_pace
 from microdit.pipeline.sources.url_fetcher import Fetched, fetch_all
 from microdit.pipeline.sources.web_url import as_written, redirected
 from tests.servers.sloppy import SloppyServer, picture
@@ -129,6 +130,29 @@ def test_a_silent_host_is_known_in_the_next_unit_and_may_answer_again(server: Sl
         }
 
 
+def test_a_host_that_stays_silent_is_not_asked_in_each_unit(server: SloppyServer, monkeypatch: pytest.MonkeyPatch):
+    impatient = QUICK.model_copy(update={"idle_timeout": 1.0})
+    with socket.create_server(("127.0.0.1", 0), backlog=200) as silent:
+        port = silent.getsockname()[1]
+        paths = [f"http://127.0.0.1:{port}/1", "/ok/1"]
+        for _ in range(3):
+            assert fetched(server, paths, impatient)[paths[0]].reason == "timeout"
+        began = time.monotonic()
+        assert [answer.reason for answer in fetched(server, paths, impatient).values()] == ["timeout", None]
+        assert time.monotonic() - began < 0.7
+    with SloppyServer(port=port) as revived:
+        assert fetched(revived, paths, impatient)[paths[0]].reason == "timeout"  # a passing fault, for `--retry-failed`
+        monkeypatch.setattr(host_pace, "REST", 0.0)
+        assert fetched(revived, paths, impatient)[paths[0]].data == picture("/1")
+
+
+def test_each_host_is_asked_at_the_beginning(server: SloppyServer):
+    """A silent host at the end of the list is known early, and waited for while others are fetched."""
+    last = server.url.replace("127.0.0.1", "localhost") + "/last"
+    fetched(server, [*(f"/ok/{i}" for i in range(60)), last], QUICK.model_copy(update={"concurrency": 2}))
+    assert server.asked.index("/last") < 20
+
+
 def test_slow_hosts_lose_nothing(server: SloppyServer):
     paths = [f"/{'slow' if i % 3 else 'ok'}/{i}" for i in range(60)]
     assert [answer.data for answer in fetched(server, paths).values()] == [picture(path) for path in paths]
@@ -157,6 +181,7 @@ WATCHED = """
 import sys
 from microdit.pipeline.base.liveness import watched
 from microdit.pipeline.config.sources import FetchOptions
+from microdit.pipeline.sources import host_pace
 from microdit.pipeline.sources.url_fetcher import fetch_all
 options = FetchOptions(timeout=8, idle_timeout=2, allow_networks=["127.0.0.1"])
 with watched(1.0):
