@@ -171,3 +171,13 @@ def test_the_trainer_needs_no_ray() -> None:
     code += "print([n for n in ('ray', 'duckdb') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["folder", "s3"])
+def test_full_size(store: str) -> None:
+    found = run("full_size", "--rows", "8000", "--store", store, "--only", "grown", "start")
+    for name in ("first", "grown", "paper", "start"):  # with those that they need
+        small, large = found[name]["2000"], found[name]["8000"]
+        assert large["memory_gib"] > 0 and large["read_mb"] >= small["read_mb"] > 0
+        assert (large.get("requests", 0) >= small.get("requests", 0) > 0) == (store == "s3")
