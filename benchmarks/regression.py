@@ -7,7 +7,7 @@ by bit. Without --corpus the corpus is built first (configs/demo.yaml, without i
 the recipe, and then there is no line to hold it against.
 
 loss        validation loss of the moving average at the end, unmasked, over 256 drawings that were held out
-stated      what it is: measured when the recipe was made (docs/measurements.md)
+stated      what it is: measured when the recipe was made (benchmarks/LOG.md)
 tolerance   3 standard deviations of runs with other seeds, which draw other samples to hold out as well
 holds       whether the loss is that good, null for another recipe. A much better one is a reason to state it anew
 curve       [images, loss of the average] of every validation
@@ -34,7 +34,7 @@ from microdit.trainer.train import train
 
 RECIPE = "configs/recipes/regression.yaml"
 COLUMNS = ["images", "captions/source", "captions/long", "latents/demo-64", "text/minilm@source", "text/minilm@long"]
-STATED, TOLERANCE = 0.4047, 0.02  # measured: docs/measurements.md
+STATED, TOLERANCE = 0.4047, 0.02  # measured: benchmarks/LOG.md
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""README's commands, all of them, in its order, as a reader would type them; only made smaller."""
+"""The commands of README and of three guides, in their order, as a reader would type them; only made smaller."""
 
 import os
 import re
@@ -11,6 +11,8 @@ import boto3
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+PAGES = ["README.md", *(f"docs/guides/{name}.md" for name in ("building", "choosing", "clusters"))]
 
 BUILD = [
     "shard_samples=16", "max_failures=0.5", "sources.openmoji.unit_inputs=32", "sources.openmoji.limit=32",
@@ -27,6 +29,7 @@ TRAIN = [
 ]
 
 ELSEWHERE = {  # what runs the commands that are not microdit's
+    "pip ": "tests/test_package.py",  # a wheel of the sdist, installed and used
     "make demo": "tests/test_demo.py",  # the demo that it starts
     "make test": ".ci/run",
     "microdit build configs/microdit-": "tests/pipeline/config/test_shipped_configs.py",
@@ -37,8 +40,11 @@ ELSEWHERE = {  # what runs the commands that are not microdit's
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    """The commands of all pages; one that comes again is left out."""
+    text = "\n".join((ROOT / page).read_text() for page in PAGES)
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    return list(dict.fromkeys(lines))
 
 
 @pytest.mark.timeout(600)

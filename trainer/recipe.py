@@ -24,7 +24,7 @@ class LegRecipe(RecipePart):
     """In place of the recipe's."""
     images: int | None = Field(None, gt=0)
     """How many images to see, rounded up to whole batches. Give this or `steps`."""
-    steps: int | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0, description="Optimizer steps of the leg. Give this or `images`.")
     batch: int = Field(2048, gt=0)
     """Images a step, over all processes: a multiple of the recipe's `lanes`."""
     micro_batch: Annotated[int, Field(ge=0), BeforeValidator(lambda v: AUTO if v == "auto" else v)] | None = None
@@ -32,15 +32,15 @@ class LegRecipe(RecipePart):
     auto: on a GPU the whole, a half, a quarter and so on, the first that fits; on a CPU 32. Without it the whole."""
     mask_ratio: float = Field(0.0, ge=0, lt=1)
     """Share of the patches dropped after the patch mixer."""
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, description="AdamW's rate after the warm-up.")
     warmup: int = Field(0, ge=0)
     """Images over which the rate rises from 0."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """How the rate goes, after the warm-up, from `learning_rate` to `final_learning_rate` at the leg's end."""
-    final_learning_rate: float = Field(0.0, ge=0)
+    final_learning_rate: float = Field(0.0, ge=0, description="The rate at the leg's end, unless it is constant.")
     p_mean: float = -0.6
     """Training noise: ln(sigma) has this mean and the deviation `p_std`."""
-    p_std: float = Field(1.2, gt=0)
+    p_std: float = Field(1.2, gt=0, description="Standard deviation of ln(sigma).")
     clip: float | None = Field(None, gt=0)
     """Largest norm of the whole gradient, in place of the optimizer's."""
     ema_half_life: Annotated[float, Field(gt=0)] | list[Annotated[float, Field(gt=0)]] | None = None
@@ -72,8 +72,9 @@ class OptimizerRecipe(RecipePart):
     """AdamW."""
 
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
+    """Decay of the means of the gradient and of its square."""
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(default=0.1, ge=0, description="AdamW's decoupled weight decay.")
     clip: float | None = Field(default=0.25, gt=0)
     """Largest norm of the whole gradient."""
     expert_rate: float = Field(default=1.0, gt=0)
@@ -83,8 +84,8 @@ class OptimizerRecipe(RecipePart):
 class Recipe(RecipePart):
     """A run of the trainer. `OPERATION` names the fields that change nothing of what is computed (beyond rounding)."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    corpus: str
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="The name of the run.")
+    corpus: str = Field(description="The corpus to train on: a folder, or s3://bucket/prefix, gs://..., az://...")
     out: Path
     """Folder of this machine for logs and pictures, and for the checkpoints too unless `checkpoints` is given."""
     checkpoints: str | None = None
@@ -95,7 +96,7 @@ class Recipe(RecipePart):
     mix: dict[str, Annotated[float, Field(gt=0)]] = {}
     """How often the samples of a source come, e.g. {diffusiondb: 0.5}: by it the weights of the selection are
     multiplied; sources that are not named have 1."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63, description="Everything random of the run follows from it.")
     init: str | None = None
     """Weights to start from: a released checkpoint by name, or whatever else `microdit generate` opens. Its columns
     must be made as those it was trained on. Leave `model` out then."""
@@ -123,9 +124,9 @@ class Recipe(RecipePart):
     max_broken: float = Field(0.01, ge=0, lt=1)
     """Share of a leg's samples that may turn out broken; each is replaced by another one of its lane. More end the
     run."""
-    stages: list[LegRecipe] = Field(min_length=1)
-    optimizer: OptimizerRecipe = OptimizerRecipe()
-    sigma_data: float = Field(0.9, gt=0)
+    stages: list[LegRecipe] = Field(min_length=1, description="The legs of the run, one after the other.")
+    optimizer: OptimizerRecipe = Field(OptimizerRecipe(), description="AdamW's settings, for all legs.")
+    sigma_data: float = Field(0.9, gt=0, description="Standard deviation of the latents, for EDM's preconditioning.")
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 is autocast over fp32 weights; auto takes it on GPUs and on CPUs with matrix units for it."""
     compile: bool = False

@@ -92,7 +92,7 @@ class CorpusReader:
         }
 
     def query(self, sql: str) -> list[dict[str, Any]]:
-        """Run one SELECT over the view `samples` (docs/corpus.md, section 6), and give its rows.
+        """Run one SELECT over the view `samples` (docs/reference/corpus.md, section 6), and give its rows.
 
         >>> import microdit
         >>> corpus = microdit.open_corpus("my/corpus")

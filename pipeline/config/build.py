@@ -35,8 +35,9 @@ class Resources(Options):
     cpus_per_task: float = Field(default=1.0, gt=0)
     """CPUs that ingest and the cheap stages ask for."""
     cpus_per_actor: float = Field(default=1.0, ge=0)
+    """CPUs of a stage that holds a model."""
     gpus_per_actor: float = Field(default=1.0, ge=0)
-    """Of a stage that holds a model; not asked for where there is no GPU."""
+    """GPUs of a stage that holds a model; not asked for where there is no GPU."""
     decode_threads: int = Field(default=2, ge=1, le=64)
     """Threads that decode images inside one task."""
     latents_batch: int = Field(default=32, ge=1)
@@ -58,16 +59,22 @@ class BuildConfig(Options):
     """A corpus to build."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """The name of the corpus, in its `corpus.json` and in reports."""
     corpus: str
     """The root: a folder or `s3://bucket/prefix`."""
     shard_samples: int = Field(default=2048, ge=1, le=65536)
+    """Inputs of a shard at most. It is fixed when the corpus is made."""
     max_failures: float = Field(default=0.1, ge=0, le=1)
     """The share of a column's inputs that may fail before the build ends with exit status 1; a source that exceeds it
     is told of while it is read."""
     sources: dict[str, SourceOptions] = Field(min_length=1)
+    """Where images come from, by name: each block has an `adapter`."""
     images: ImageOptions = ImageOptions()
+    """Which images are accepted, and how they are stored."""
     columns: dict[str, ColumnOptions] = Field(default={})
+    """What is computed, by the column's name: `captions/...`, `scores/...`, `latents/...` or `text/...`."""
     resources: Resources = Resources()
+    """How the work is laid out on the machines; it changes no result."""
 
     @field_validator("sources")
     @classmethod

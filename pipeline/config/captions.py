@@ -75,7 +75,7 @@ class CaptionsColumn(Options):
     price_out: float | None = Field(default=None, ge=0)
     """and of a million that it writes."""
     max_spend: float | None = Field(default=None, gt=0)
-    """In that currency: the build stops when the column has cost so much (`docs/captions.md` says what counts)."""
+    """In that currency: the build stops when the column has cost so much (docs/guides/captions.md: what counts)."""
 
     top: int = Field(default=5, ge=1, le=100)
     """Tags of an image at most,"""

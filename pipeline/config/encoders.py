@@ -13,7 +13,9 @@ class LatentsColumn(Options):
     autoencoder: str
     """A name of `microdit.model.pretrained.autoencoder`, a folder, or a hub repository."""
     revision: str | None = None
+    """A hub revision; by default the one that the registry fixes, else the newest."""
     resolution: int = Field(ge=8, le=4096)
+    """Pixels of a side: the image is resized and cropped to this square before it is encoded."""
     posterior: Literal["sample", "mode", "moments"] = "sample"
     """A sample of the posterior, seeded by key and column; its mode; or its means and standard deviations, twice the
     channels, of which the trainer draws another sample each time."""
@@ -25,6 +27,7 @@ class TextColumn(Options):
     encoder: str
     """A name of `microdit.model.pretrained.text`, a folder, or a hub repository."""
     revision: str | None = None
+    """A hub revision; by default the one that the registry fixes, else the newest."""
     storage: Literal["float16", "int8", "int4"] = "float16"
     """int8 takes half the bytes, int4 a quarter; the loss is measured on one sample in a hundred."""
     max_loss: float | None = Field(default=None, gt=0)

@@ -25,6 +25,7 @@ class NsfwScores(ScoresColumn):
     model: str = YAHOO
     """`yahoo`, which the extra `scorers` brings along; or an image classifier, as a folder or a hub repository."""
     revision: str | None = None
+    """A hub revision; by default the one that the registry fixes, else the newest."""
     label: str | None = None
     """The label of a classifier that is unsafe."""
 
@@ -49,6 +50,7 @@ class AestheticScores(ScoresColumn):
     model: str
     """A folder or a hub repository: a CLIP image tower with the head of LAION's predictor V2, or a classifier."""
     revision: str | None = None
+    """A hub revision; by default the one that the registry fixes, else the newest."""
     label: str | None = None
     """The label of a classifier with several whose probability is the score."""
 
@@ -59,6 +61,7 @@ class EmbeddingScores(ScoresColumn):
     model: str
     """`efficientnet`, which the extra `scorers` brings along; or a vision model, as a folder or a hub repository."""
     revision: str | None = None
+    """A hub revision; by default the one that the registry fixes, else the newest."""
 
 
 class ClipScores(ScoresColumn):
@@ -67,6 +70,7 @@ class ClipScores(ScoresColumn):
     model: str
     """A CLIP or SigLIP, as a folder or a hub repository. Columns of one model share its actor and the pictures."""
     revision: str | None = None
+    """A hub revision; by default the one that the registry fixes, else the newest."""
     captions: str
     """The name of the captions column that is compared."""
 

@@ -30,10 +30,12 @@ class FetchOptions(Options):
     max_bytes: int = Field(default=32 << 20, ge=1)
     """A longer answer is refused (`too_large`)."""
     max_redirects: int = Field(default=5, ge=0, le=20)
+    """Redirects that are followed for one URL."""
     retry_after: float = Field(default=10.0, ge=0, le=600)
     """The longest `Retry-After` that is waited for; if a server asks for more, there is no retry. It holds for all URLs
     of the host, whose pace is learnt by it."""
     user_agent: str = Field(default="Mozilla/5.0 (compatible; microdit/0.1)", pattern="^[ -~]+$")
+    """The header `User-Agent`, before `contact`."""
     contact: str = Field(default="", pattern="^[ -~]*$")
     """Your mail address or page, which stands behind the user agent: some servers refuse requests without one."""
     robots_txt: bool = True
@@ -69,11 +71,13 @@ class UrlsSource(Options):
     list: str
     """The file with the list, on a disk of this machine."""
     license: str = ""
+    """The licence of every sample."""
     unit_inputs: int = Field(default=4096, ge=1, le=1_000_000)
     """Lines of a unit, which one worker fetches."""
     limit: int | None = Field(default=None, ge=1)
     """Take the first lines only, to try things."""
     fetch: FetchOptions = FetchOptions()
+    """How the URLs are fetched."""
 
 
 class OpenmojiSource(Options):
@@ -83,9 +87,11 @@ class OpenmojiSource(Options):
     cache: str | None = None
     """Where the prepared images are kept (default: `microdit` in `$XDG_CACHE_HOME` or `~/.cache`)."""
     unit_inputs: int = Field(default=512, ge=1, le=1_000_000)
+    """Drawings of a unit."""
     limit: int | None = Field(default=None, ge=1)
     """Take that many drawings only."""
     fetch: FetchOptions = FetchOptions(timeout=12.0, idle_timeout=6.0, max_bytes=4 << 20)
+    """How the drawings are fetched."""
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -133,11 +139,13 @@ class MappedOptions(FileOptions):
     files: str
     """A pattern of the files: tars, or parquet files."""
     caption: str
+    """Where the caption comes from."""
     texts: Literal["first", "longest", "join"] = "first"
     """Caption of a list of texts: the first one that is not empty, the longest, or all, joined by spaces."""
     fields: dict[str, str] = Field(default={})
     """Further fields of a sample, by name: where they come from, as the caption."""
     joins: list[JoinOptions] = Field(default=[])
+    """Tables whose columns become further fields."""
 
 
 def _check_names(fields: Mapping[str, str], joins: Sequence[JoinOptions]) -> None:

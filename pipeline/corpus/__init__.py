@@ -1,1 +1,1 @@
-"""The format of docs/corpus.md: names, records, shard files, reading, and writing exactly once."""
+"""The format of docs/reference/corpus.md: names, records, shard files, reading, and writing exactly once."""

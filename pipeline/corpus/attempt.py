@@ -1,4 +1,6 @@
-"""Write to a corpus: an attempt is one try to write one shard of one column (docs/corpus.md, sections 3 and 4).
+"""Write to a corpus: an attempt is one try to write one shard of one column.
+
+The contract: docs/reference/corpus.md, sections 3 and 4.
 
 Guarantee: each generation of a shard, and of a unit, is committed exactly once.
 """

@@ -1,4 +1,4 @@
-"""Read a corpus: its declarations, commits and shards (docs/corpus.md). `attempt` writes."""
+"""Read a corpus: its declarations, commits and shards (docs/reference/corpus.md). `attempt` writes."""
 
 import json
 from collections.abc import Iterator, Mapping

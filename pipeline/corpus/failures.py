@@ -1,4 +1,4 @@
-"""Records of shards and units that failed too often and were set aside (docs/corpus.md, section 8)."""
+"""Records of shards and units that failed too often and were set aside (docs/reference/corpus.md, section 8)."""
 
 import re
 import socket

@@ -1,4 +1,4 @@
-"""Tell a corpus's own objects from whatever else lies below its root (docs/corpus.md, section 9)."""
+"""Tell a corpus's own objects from whatever else lies below its root (docs/reference/corpus.md, section 9)."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator

@@ -1,4 +1,7 @@
-"""Show that a build is working on a corpus, so that no cleaner takes what it holds (docs/corpus.md, section 9)."""
+"""Show that a build is working on a corpus, so that no cleaner takes what it holds.
+
+The contract: docs/reference/corpus.md, section 9.
+"""
 
 import json
 import threading

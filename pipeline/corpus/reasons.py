@@ -1,4 +1,4 @@
-"""The reasons of failed rows that another try may mend: one table of them (docs/corpus.md, section 3.3)."""
+"""The reasons of failed rows that another try may mend: one table of them (docs/reference/corpus.md, section 3.3)."""
 
 import re
 from collections.abc import Iterable, Mapping

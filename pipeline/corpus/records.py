@@ -1,4 +1,4 @@
-"""The JSON records of a corpus: declarations, commits, references (docs/corpus.md, sections 1, 4 and 5)."""
+"""The JSON records of a corpus: declarations, commits, references (docs/reference/corpus.md, sections 1, 4 and 5)."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ class ShardRef(Record):
 
 
 class Declaration(Record):
-    """The declaration of a column or a source (docs/corpus.md, section 5)."""
+    """The declaration of a column or a source (docs/reference/corpus.md, section 5)."""
 
     name: str
     kind: str
@@ -79,7 +79,7 @@ class InputRef(Record):
 
 
 class Commit(Record):
-    """The record that makes an attempt the shard (docs/corpus.md, section 4)."""
+    """The record that makes an attempt the shard (docs/reference/corpus.md, section 4)."""
 
     version: Literal[1] = VERSION
     column: str

@@ -1,6 +1,6 @@
 """Declare a source or a column again: one of which nothing is committed, or a source whose texts come from elsewhere.
 
-docs/corpus.md, section 5, is the contract.
+docs/reference/corpus.md, section 5, is the contract.
 """
 
 import re

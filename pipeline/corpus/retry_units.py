@@ -1,4 +1,4 @@
-"""Retry units: inputs of a unit that failed, as a further unit `<unit>-r<n>` (docs/corpus.md, section 2)."""
+"""Retry units: inputs of a unit that failed, as a further unit `<unit>-r<n>` (docs/reference/corpus.md, section 2)."""
 
 import re
 from collections import Counter, defaultdict

@@ -1,4 +1,7 @@
-"""The data objects of one shard: tars that stock webdataset reads, and parquet sidecars (docs/corpus.md, section 3)."""
+"""The data objects of one shard: tars that stock webdataset reads, and parquet sidecars.
+
+The contract: docs/reference/corpus.md, section 3.
+"""
 
 import io
 import tarfile

@@ -1,4 +1,4 @@
-"""What table jobs share: records, names, and access to the sample table (docs/corpus.md, section 6).
+"""What table jobs share: records, names, and access to the sample table (docs/reference/corpus.md, section 6).
 
 A table job reads the newest commits of some columns and writes one small table about some of the samples;
 `pipeline.selection.view` shows it as columns of every sample.

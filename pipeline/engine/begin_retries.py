@@ -1,4 +1,6 @@
-"""Begin retry units of inputs that failed: note which they are, so that ingest reads them (docs/corpus.md, section 2).
+"""Begin retry units of inputs that failed: note which they are, so that ingest reads them.
+
+The contract: docs/reference/corpus.md, section 2.
 
 No ray here.
 """

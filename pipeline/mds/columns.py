@@ -3,7 +3,7 @@
 caption           captions/<name>              str
 caption_latents   text/<encoder>@<captions>    float16 (1, tokens, width), as bytes
 latents_<R>       latents/<autoencoder>-<R>    float16 (C, R / 8, R / 8), as bytes: a posterior sample, scaled
-jpg               images                       jpeg; without it a sample has no picture (docs/corpus.md, section 3.1)
+jpg               images                       jpeg; without it a sample has no picture (corpus.md, section 3.1)
 """
 
 import math

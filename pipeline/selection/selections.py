@@ -1,4 +1,4 @@
-"""Selections: the rows that a query chose, immutable and named by their hash (docs/corpus.md, section 6)."""
+"""Selections: the rows that a query chose, immutable and named by their hash (docs/reference/corpus.md, section 6)."""
 
 import hashlib
 import io
@@ -241,7 +241,7 @@ def _check(connection: duckdb.DuckDBPyConnection, rows: int) -> None:
 
 
 def selection_hash(about: bytes, table: pa.Table) -> str:
-    """Hash the metadata and the rows: the first 16 hex digits of a SHA-256 (docs/corpus.md, section 6)."""
+    """Hash the metadata and the rows: the first 16 hex digits of a SHA-256 (docs/reference/corpus.md, section 6)."""
     digest = hashlib.sha256(about + b"\n")
     for batch in table.to_batches(max_chunksize=ROW_GROUP):
         weights = pc.dictionary_encode(batch["weight"])

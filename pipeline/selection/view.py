@@ -1,4 +1,4 @@
-"""SQL over the sample table: the view `samples` (docs/corpus.md, section 6)."""
+"""SQL over the sample table: the view `samples` (docs/reference/corpus.md, section 6)."""
 
 import re
 import shutil

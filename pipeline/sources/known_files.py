@@ -1,7 +1,7 @@
 """Remember which files a source has, so that it goes on when files are added, replaced or removed.
 
-A unit is named by its file's number. The first build notes the files (docs/corpus.md, section 2); a later one keeps to
-that list, whatever else its pattern stands for by then.
+A unit is named by its file's number. The first build notes the files (docs/reference/corpus.md, section 2);
+a later one keeps to that list, whatever else its pattern stands for by then.
 """
 
 import re

@@ -53,7 +53,7 @@ def image_bytes(members: dict[str, bytes]) -> bytes:
     """The image among the members of an images sample, whatever its format.
 
     Raises:
-        BadImage: the sample came without one (docs/corpus.md, section 3.1).
+        BadImage: the sample came without one (docs/reference/corpus.md, section 3.1).
     """
     for extension, data in members.items():
         if extension != "json":

@@ -23,7 +23,7 @@ class ColumnSpec:
     """How a column is made, and from which columns."""
 
     stage: dict[str, Any]
-    """What makes the numbers: name, version, options, models with their hashes (docs/corpus.md, section 5)."""
+    """What makes the numbers: name, version, options, model hashes (docs/reference/corpus.md, section 5)."""
     scalars: dict[str, str] = field(default_factory=dict)
     """The sidecar's own columns, by type name."""
     inputs: tuple[str, ...] = ()

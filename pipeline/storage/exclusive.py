@@ -1,4 +1,7 @@
-"""Check that a storage lets exactly one of two writers win: all of a corpus rests on it (docs/corpus.md, section 1)."""
+"""Check that a storage lets exactly one of two writers win: all of a corpus rests on it.
+
+The contract: docs/reference/corpus.md, section 1.
+"""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -1,4 +1,7 @@
-"""Choose the store of a root: a folder, or a bucket prefix on S3, GCS or Azure (docs/corpus.md, section 1)."""
+"""Choose the store of a root: a folder, or a bucket prefix on S3, GCS or Azure.
+
+The contract: docs/reference/corpus.md, section 1.
+"""
 
 from pathlib import Path
 from urllib.parse import unquote, urlsplit

@@ -1,7 +1,7 @@
 """The commit table: all commits as lines of one object, so that nobody reads a million small ones twice.
 
-It is a cache like the sample table (docs/corpus.md, section 6): commits that it lacks are read one by one, and when
-those were many, a new table is published.
+It is a cache like the sample table (docs/reference/corpus.md, section 6): commits that it lacks are read one by one,
+and when those were many, a new table is published.
 """
 
 import hashlib

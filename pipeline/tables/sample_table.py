@@ -1,4 +1,4 @@
-"""The sample table: all sidecars joined, cached in the corpus (docs/corpus.md, section 6)."""
+"""The sample table: all sidecars joined, cached in the corpus (docs/reference/corpus.md, section 6)."""
 
 import hashlib
 import re

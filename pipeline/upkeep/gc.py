@@ -1,4 +1,7 @@
-"""`microdit gc`: delete what killed writers left in a corpus, and nothing else (docs/corpus.md, section 9)."""
+"""`microdit gc`: delete what killed writers left in a corpus, and nothing else.
+
+The contract: docs/reference/corpus.md, section 9.
+"""
 
 from contextlib import suppress
 from dataclasses import dataclass

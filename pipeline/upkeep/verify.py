@@ -1,4 +1,4 @@
-"""`microdit verify`: read all that is committed, and name what is not as docs/corpus.md promises."""
+"""`microdit verify`: read all that is committed, and name what is not as docs/reference/corpus.md promises."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping

@@ -1,9 +1,9 @@
 """Build join tables: further captions or scores of samples, sorted once by key and then looked up by any worker.
 
 Such tables come with millions of rows in any order and in four kinds of files. The driver streams one through DuckDB's
-sort, which spills to disk, into a Parquet file in the corpus (`tables/joins/`, docs/corpus.md, section 6). A worker
-reads the row group that a key must be in and keeps a few: neighbours in key order cost one read, and no table is ever
-in memory as a whole.
+sort, which spills to disk, into a Parquet file in the corpus (`tables/joins/`, docs/reference/corpus.md, section 6).
+A worker reads the row group that a key must be in and keeps a few: neighbours in key order cost one read, and no table
+is ever in memory as a whole.
 """
 
 import shutil

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 from microdit.pipeline.corpus.arrays import array_bytes, array_from_bytes, arrays_bytes
 from microdit.pipeline.corpus.quantised import FORMS, Loss, Storage, compared, dequantise, groups_of, quantise
 
-PAGE = Path(__file__).parents[3] / "docs/corpus.md"
+PAGE = Path(__file__).parents[3] / "docs/reference/corpus.md"
 STORAGES: list[Storage] = ["int8", "int4"]
 
 

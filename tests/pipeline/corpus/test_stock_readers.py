@@ -31,7 +31,7 @@ from tests.pipeline.helpers.small_corpus import (
     write_images,
 )
 
-PAGE = Path(__file__).parents[3] / "docs/corpus.md"
+PAGE = Path(__file__).parents[3] / "docs/reference/corpus.md"
 SHARDS = 3
 ALIVE = [row for row in range(SHARD_SAMPLES) if row not in FAILED]
 UNIT = unit_name(SOURCE, 0)

@@ -240,7 +240,7 @@ SELECTED = st.lists(
 @settings(max_examples=100, deadline=None, print_blob=True)
 @given(SELECTED, st.dictionaries(st.text(max_size=3), st.integers(), max_size=2))
 def test_the_hash_is_that_of_the_page(rows: list[tuple[str, str, int, float]], about: dict[str, int]) -> None:
-    """docs/corpus.md, section 6, word by word; and a selection that was stored has the hash that it had before."""
+    """docs/reference/corpus.md, section 6, word by word; a stored selection has the hash that it had."""
     text = canonical({**about})
     table = pa.table([list(column) for column in zip(*rows, strict=True)] or [[]] * 4, schema=SELECTION)
     lines = "".join(f"{source}\t{shard}\t{row}\t{weight:.9g}\n" for source, shard, row, weight in rows)

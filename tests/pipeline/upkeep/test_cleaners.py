@@ -1,4 +1,4 @@
-"""What a cleaner may remove (docs/corpus.md, section 9): never what a commit names, nor what is another's."""
+"""What a cleaner may remove (docs/reference/corpus.md, section 9): never what a commit names, nor what is another's."""
 
 import os
 import time
