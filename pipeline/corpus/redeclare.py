@@ -14,6 +14,7 @@ from microdit.pipeline.corpus.failures import FAILURE
 from microdit.pipeline.corpus.names import IMAGES, PROBES, SOURCE, UNITS, commit_name
 from microdit.pipeline.corpus.presence import is_living
 from microdit.pipeline.corpus.records import Declaration
+from microdit.pipeline.corpus.retry_units import all_taken_again, list_retry_units
 
 CORRECTION = re.compile(rf"units/({SOURCE.pattern})\.declaration\.([1-9][0-9]*)\.json")
 HASHED = re.compile(
@@ -89,6 +90,9 @@ def _left_out(corpus: Corpus, source: str) -> str:
     counts = Counter[str]()
     for commit in corpus.commits(IMAGES, source):
         counts.update({reason: commit.reasons[reason] for reason in NO_CAPTION if reason in commit.reasons})
+    if counts:
+        retries = {source: list_retry_units(corpus).get(source, {})}
+        counts -= Counter(row.reason for _, row in all_taken_again(corpus, retries))
     if not counts:
         return ""
     again = " ".join(f"--retry-rows {reason}" for reason in counts)

@@ -10,6 +10,7 @@ from typing import Any
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.corpus.redeclare import DECLARATION
+from microdit.pipeline.corpus.retry_units import base_of
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.sources.file_source import FileSource
 from microdit.pipeline.tables.joins.build import SPILL, build
@@ -31,11 +32,12 @@ class Correction:
     def texts(self, corpus: Corpus, unit: str, origins: Iterable[str]) -> Mapping[str, Mapping[str, Any]]:
         """Return `caption` and `fields` of the inputs of a unit that has committed shards, by origin.
 
-        They are read once, into a table that is cached in the corpus.
+        They are read once, into a table that is cached in the corpus; a retry unit's are in that of its unit.
 
         Raises:
             UnreadableError: the unit's file is gone, or cannot be read.
         """
+        unit = base_of(unit)
         with TemporaryDirectory(dir=self._made_scratch(), prefix=SPILL) as folder:
             path = Path(folder) / f"{unit}.jsonl"
             identity = {"sha256": [self.fingerprint, unit]}

@@ -106,6 +106,13 @@ def test_what_was_left_out_is_taken_again_as_the_note_says(tmp_path: Path, adapt
     whole = build(tmp_path, source | change, retry_rows=["no_caption"])
     assert sorted(whole.by_key().values()) == [text.format(n) for n in range(COUNT)]
     assert whole.by_key().keys() > before.keys() and verify(whole.corpus).ok
+    # what is taken again is corrected with the others, once more too
+    for change, text in (CHANGES[adapter][2], CHANGES[adapter][0]):
+        again = build(tmp_path, source | change)
+        left = COUNT - (not change or "strip_flags" in change)  # the picture 1 has none of these
+        texts = {text.format(n) for n in range(COUNT)}
+        assert len(again.by_key()) == left and set(again.by_key().values()) <= texts
+        assert "stay so" not in again.notes[0] and again.images() == whole.images() and verify(again.corpus).ok
     # and with the option that left it out
     other = tmp_path / "other"
     source = MADE[adapter](other)
