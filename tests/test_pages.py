@@ -1,5 +1,6 @@
 """The pages: what is generated is up to date, links lead somewhere, lines are short, commands can be parsed."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -90,7 +91,7 @@ def commands_of(path: Path) -> Iterator[str]:
 
 
 def example(command: str) -> bool:
-    """Whether a command is one to type: neither a form (`microdit train RECIPE KEY=VALUE`) nor a name (`microdit gc`)."""
+    """Whether a command is one to type: neither a form (`microdit train RECIPE`) nor a name (`microdit gc`)."""
     words = command.split()
     return len(words) > 2 and not any(word.strip("[]").isupper() or word in ("...", "[OPTIONS]") for word in words)
 
@@ -109,3 +110,19 @@ def test_commands_can_be_parsed(path: Path) -> None:
             load_config(ROOT / given["config"], given["overrides"] or ())
         if str(given.get("recipe", "")).startswith("configs/"):
             load_recipe(ROOT / given["recipe"], given["overrides"] or ())
+
+
+def test_the_messages_of_troubleshooting_are_those_of_the_code() -> None:
+    """Each piece between `...` of a quoted message stands in a text of the code."""
+    texts = [
+        node.value
+        for folder in ("pipeline", "trainer", "model")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    quoted = re.findall(r"^### `(.*)`$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(quoted) >= 20
+    for message in quoted:
+        for piece in filter(str.strip, message.split("...")):
+            assert any(piece in text for text in texts), f"{message!r}: no message of the code has {piece!r}"
