@@ -126,3 +126,16 @@ def test_the_messages_of_troubleshooting_are_those_of_the_code() -> None:
     for message in quoted:
         for piece in filter(str.strip, message.split("...")):
             assert any(piece in text for text in texts), f"{message!r}: no message of the code has {piece!r}"
+
+
+@page
+def test_programs_and_files_that_a_page_names_are_there(path: Path) -> None:
+    """`python -m benchmarks.NAME`, `make TARGET`, and files of the tree in backquotes or commands."""
+    text = path.read_text()
+    for module in re.findall(r"python -m (benchmarks\.[a-z_]+)", text):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), f"{name_of(path)}: there is no {module}"
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"^make ([a-z]+)", text, re.MULTILINE):
+        assert target in targets, f"{name_of(path)}: there is no make {target}"
+    for file in re.findall(r"\b((?:configs|infra|benchmarks|docs)/[A-Za-z0-9_/-]+\.(?:yaml|sbatch|py|md|sql))", text):
+        assert (ROOT / file).exists(), f"{name_of(path)}: there is no {file}"
