@@ -88,8 +88,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def common_text(tar: Path, device: str, encoder: Any, texts: list[str], batch: int) -> list[np.ndarray]:
-    """Embeddings (most tokens, width) with padding, in order, also written into `tar`. `encoder` is ours: its network
-    is used."""
+    """Embeddings (most tokens, width) with padding, in order, also written into `tar`; by the network of `encoder`."""
     made: list[np.ndarray] = []
     half = encoder.fingerprint["dtype"] != "float32"
     with tarfile.open(tar, "w") as out, torch.inference_mode():

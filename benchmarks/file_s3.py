@@ -1,5 +1,7 @@
-"""A folder as an S3 server on loopback, for reading: whole objects, ranges, heads, listings. It sends by sendfile, so
-that it is no bottleneck; `python benchmarks/file_s3.py FOLDER` prints its port."""
+"""Serve a folder as S3 on loopback, for reading: whole objects, ranges, heads, listings.
+
+It sends by sendfile, so that it is no bottleneck; `python benchmarks/file_s3.py FOLDER` prints its port.
+"""
 
 import os
 import re

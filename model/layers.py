@@ -222,8 +222,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor, c: Tensor, text_mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """x (B, T, D), y (B, L, D) or packed (see `padded`), c (B, cond_dim), text_mask bool (B, L) or None
-        -> (B, T, D)."""
+        """x (B, T, D), y (B, L, D) or packed (`padded`), c (B, cond_dim), text_mask bool (B, L) | None -> (B, T, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = torch.addcmul(x, gate1.unsqueeze(1), self.attn(modulate(self.norm1(x), shift1, scale1)))
         x = x + self.cross_attn(self.norm2(x), y, text_mask, positions)

@@ -31,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # the files of the most seconds first: whoever comes to its end early finds something left to do
 LONG = [
     *("engine/test_build.py", "tests/test_demo.py", "tests/test_readme.py", "engine/test_cluster.py"),
+    *("tests/test_tutorial.py", "tests/test_extending.py"),
     *("config/test_shipped_configs.py", "tests/test_benchmarks.py", "sources/test_miniatures.py"),
     *("cli/test_app.py", "trainer/test_resume.py", "trainer/test_sharding.py", "trainer/test_shipped_recipes.py"),
     *("trainer/test_train.py", "trainer/test_not_finite.py", "trainer/test_legs.py", "trainer/test_command.py"),

@@ -1,5 +1,6 @@
 """The pages: what is generated is up to date, links lead somewhere, lines are short, commands can be parsed."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -90,7 +91,7 @@ def commands_of(path: Path) -> Iterator[str]:
 
 
 def example(command: str) -> bool:
-    """Whether a command is one to type: neither a form (`microdit train RECIPE KEY=VALUE`) nor a name (`microdit gc`)."""
+    """Whether a command is one to type: neither a form (`microdit train RECIPE`) nor a name (`microdit gc`)."""
     words = command.split()
     return len(words) > 2 and not any(word.strip("[]").isupper() or word in ("...", "[OPTIONS]") for word in words)
 
@@ -109,3 +110,32 @@ def test_commands_can_be_parsed(path: Path) -> None:
             load_config(ROOT / given["config"], given["overrides"] or ())
         if str(given.get("recipe", "")).startswith("configs/"):
             load_recipe(ROOT / given["recipe"], given["overrides"] or ())
+
+
+def test_the_messages_of_troubleshooting_are_those_of_the_code() -> None:
+    """Each piece between `...` of a quoted message stands in a text of the code."""
+    texts = [
+        node.value
+        for folder in ("pipeline", "trainer", "model")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    quoted = re.findall(r"^### `(.*)`$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(quoted) >= 20
+    for message in quoted:
+        for piece in filter(str.strip, message.split("...")):
+            assert any(piece in text for text in texts), f"{message!r}: no message of the code has {piece!r}"
+
+
+@page
+def test_programs_and_files_that_a_page_names_are_there(path: Path) -> None:
+    """`python -m benchmarks.NAME`, `make TARGET`, and files of the tree in backquotes or commands."""
+    text = path.read_text()
+    for module in re.findall(r"python -m (benchmarks\.[a-z_]+)", text):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), f"{name_of(path)}: there is no {module}"
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"^make ([a-z]+)", text, re.MULTILINE):
+        assert target in targets, f"{name_of(path)}: there is no make {target}"
+    for file in re.findall(r"\b((?:configs|infra|benchmarks|docs)/[A-Za-z0-9_/-]+\.(?:yaml|sbatch|py|md|sql))", text):
+        assert (ROOT / file).exists(), f"{name_of(path)}: there is no {file}"

@@ -1,5 +1,4 @@
-"""What comes before the first step: the network's arguments, weights to start from, whether a checkpoint is the run's
-own, and what is tried: the largest micro-batch that fits into memory, and how long a step takes."""
+"""Prepare the first step: the network's arguments, its first weights, checks of a checkpoint, trials of step sizes."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +53,7 @@ def begin_message(recipe: Recipe, samples: RunSamples, legs: Sequence[LegData], 
 
 
 def refuse_long_captions(recipe: Recipe, samples: RunSamples) -> None:
-    """Raises RequestError if a caption is longer than the last of `text_lengths`, by the sidecars of the columns."""
+    """Raise RequestError if a caption is longer than the last of `text_lengths`, by the sidecars of the columns."""
     for column in recipe.text:
         for index in (*{one.digest: one for one in samples.legs}.values(), samples.held):
             longest = largest_scalar(samples.corpus, samples.columns[column], index, "tokens")
@@ -170,7 +169,7 @@ def network_config(
 
 
 def refuse_misfits(config: Mapping[str, Any], legs: Sequence[LegData]) -> None:
-    """Raises RequestError if the network cannot learn from the latents of a leg, or what its mask leaves of them.
+    """Raise RequestError if the network cannot learn from the latents of a leg, or what its mask leaves of them.
 
     For a run that begins: one that has begun goes on as it is, as its network cannot be changed any more.
     """

@@ -149,7 +149,7 @@ class TextEncoder:
 
 
 def filled_up(longest: int, most: int) -> int:
-    """The first of `LENGTHS` that has room for `longest` tokens, and no more than `most`."""
+    """Return the first of `LENGTHS` that has room for `longest` tokens, and no more than `most`."""
     return min(next((length for length in LENGTHS if length >= longest), most), most)
 
 

@@ -49,7 +49,9 @@ class JoinedShard:
 
 @dataclass(frozen=True)
 class JoinedRow:
-    """One sample. `row["latents/sdxl-256"]` is what a column says of it, by the kind of the column:
+    """One sample. `row["latents/sdxl-256"]` is what a column says of it.
+
+    By the kind of the column that is
 
     images              the encoded picture, bytes; None where the sample came without one
     latents, text       float16 array (C, H, W), (tokens, width); quantised text as float16, too

@@ -15,8 +15,10 @@ WebdatasetSample = dict[str, str | bytes]
 
 
 class JoinedWebDataset(webdataset.DataPipeline, webdataset.FluidInterface):
-    """Joined samples, undecoded; made by `CorpusReader.to_webdataset`. `.decode("pil")`, `.shuffle(...)` and so on are
-    those of `webdataset.WebDataset`."""
+    """Joined samples, undecoded; made by `CorpusReader.to_webdataset`.
+
+    `.decode("pil")`, `.shuffle(...)` and so on are those of `webdataset.WebDataset`.
+    """
 
     def __init__(self, corpus: Corpus, shards: Sequence[JoinedShard]):
         super().__init__(

@@ -64,8 +64,11 @@ class FetchOptions(Options):
 
 
 class UrlsSource(Options):
-    """A list of lines with a URL and a caption each: `url<TAB>caption` as CC12M is published, `caption<TAB>url` as CC3M
-    is, or a TSV or CSV whose first line names its columns; in UTF-8 or UTF-16."""
+    """A list of lines with a URL and a caption each.
+
+    `url<TAB>caption` as CC12M is published, `caption<TAB>url` as CC3M is, or a TSV or CSV whose first line names its
+    columns; in UTF-8 or UTF-16.
+    """
 
     adapter: Literal["urls"]
     list: str

@@ -251,8 +251,7 @@ class Attempt:
         )
 
     def _lost_to(self, winner: Commit) -> Commit:
-        """The commit that is there already. Our objects are removed, unless it is ours: a request whose answer was lost
-        is sent again."""
+        """Return the commit that exists, and remove our objects unless it is ours: a lost answer makes us ask again."""
         if winner.attempt != self.id:
             self.corpus.store.delete(sorted({self._object_name, self._sidecar_name}))
             winner._ours = False

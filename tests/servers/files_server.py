@@ -1,5 +1,7 @@
-"""A plain web server for files on loopback, as data sets are published outside of hubs: signed links that expire,
-ranges or none, and everything that goes wrong with downloads of many gigabytes."""
+"""A plain web server for files on loopback, as data sets are published outside of hubs.
+
+Signed links that expire, ranges or none, and everything that goes wrong with downloads of many gigabytes.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ import pytest
 
 @dataclass
 class Served:
-    """A file, and what its server does with it. `faults` are those of the next requests, in order, one for each:
+    """A file, and what its server does with it. `faults` are those of the next requests, in order, one for each.
 
     ("cut", bytes after which the connection breaks), ("status", answered instead), ("slow", bytes in each twentieth of
     a second), ("silent", bytes after which nothing comes for a second), ("lie", bytes that are announced and do not

@@ -19,8 +19,10 @@ def picture(path: str) -> bytes:
 
 
 class SloppyServer:
-    """The server, on a free port of this machine; `asked` has the paths in the order of the requests, `logins` their
-    Authorization."""
+    """The server, on a free port of this machine.
+
+    `asked` has the paths in the order of the requests, `logins` their Authorization.
+    """
 
     def __init__(self, rate: float = 60.0, port: int = 0, robots: bytes = b""):
         self._robots = robots

@@ -276,8 +276,10 @@ def _member(rank: int, environment: dict, recipe: dict, at: tuple[int, int, int]
 
 @pytest.fixture
 def team() -> Iterator[Callable[..., list[int]]]:
-    """Train a recipe with several processes, as torchrun does; gives their exit codes. They are forked from a server
-    that has imported everything already."""
+    """Train a recipe with several processes, as torchrun does; gives their exit codes.
+
+    They are forked from a server that has imported everything already.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["microdit.trainer.train", "tests.trainer.conftest"])
     started = []

@@ -132,7 +132,7 @@ def parse_state(text: str | bytes) -> dict[str, Any]:
 
 
 def check_file(path: Path, expected: Mapping[str, Any], name: str) -> None:
-    """Raises CheckpointError if a file is not the one that was `listed`, OSError if it cannot be read."""
+    """Raise CheckpointError if a file is not the one that was `listed`, OSError if it cannot be read."""
     found = listed(path)
     if found != {key: expected[key] for key in found}:
         raise CheckpointError(f"{name} is damaged: size and SHA-256 are {found}, expected {expected}")

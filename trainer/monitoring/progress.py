@@ -92,7 +92,7 @@ class TimeBudget:
         return True
 
     def share(self) -> float:
-        """What part of the steps left, by the recipe, there is time for: at most 1."""
+        """Compute the share, at most 1, of the steps that the recipe leaves for which there is time."""
         needed = sum(steps * seconds for steps, seconds in zip(self._whole(), self.step_seconds, strict=True))
         left = max(self._ends - self._clock(), 0.0) * (1 - RESERVE)
         return min(1.0, left / max(self._slower * needed, 1e-9))
@@ -114,7 +114,7 @@ class TimeBudget:
         return True
 
     def _whole(self) -> list[float]:
-        """Steps left of each leg if it were as long as in the recipe: what it did so far counts by its share."""
+        """Count the steps left of each leg, at the recipe's length: what it did so far counts by its share."""
         progress = self.progress
         left = [0.0 if number < progress.stage else float(leg.length) for number, leg in enumerate(self.legs)]
         left[progress.stage] *= 1 - progress.stage_step / progress.lengths[progress.stage]

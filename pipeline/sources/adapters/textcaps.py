@@ -18,8 +18,10 @@ LICENSE = "CC-BY-4.0"
 
 
 class Textcaps(FileSource):
-    """The adapter `textcaps`. Keys are the image ids; the caption is the first one; fields: `caption_1` to `caption_5`,
-    `split`."""
+    """The adapter `textcaps`.
+
+    Keys are the image ids; the caption is the first one; fields: `caption_1` to `caption_5`, `split`.
+    """
 
     adapter = "textcaps"
     fixed_options: ClassVar[dict[str, str]] = {"captions": WHICH_IMAGES}

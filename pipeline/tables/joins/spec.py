@@ -56,8 +56,11 @@ class JoinSpec:
         return {address_without_extension(file.url): prefix_of(file) for file in self.listing.files}
 
     def _files(self) -> Any:
-        """Identify the files. The identity of their listing is not enough: it is equal for files of one name on two
-        servers, and for a local file that was changed and is as long as before."""
+        """Identify the files.
+
+        The identity of their listing is not enough: it is equal for files of one name on two servers, and for a local
+        file that was changed and is as long as before.
+        """
         if "sha256" in self.listing.identity:
             return self.listing.identity
         versions = [(file.url.partition("?")[0], file.size, file.etag) for file in self.listing.files]
