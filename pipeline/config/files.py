@@ -13,6 +13,14 @@ JOINED = "joined."
 """Before the name of a joined table's field, where a caption comes from there."""
 
 
+class ExpectedSize(Options):
+    """What is published of a data set's size, for `microdit plan`; of what is read it says nothing."""
+
+    inputs: int = Field(ge=1)
+    files: int = Field(default=1, ge=1)
+    bytes: float | None = Field(default=None, gt=0)
+
+
 # A pattern of files is a path or a glob of this machine, `hf://datasets/OWNER/NAME[@REVISION]/GLOB`,
 # `s3://bucket/prefix/GLOB`, or `https://host/name-{0000..0099}.tar`.
 class FileOptions(Options):
@@ -28,6 +36,7 @@ class FileOptions(Options):
     """The licence of every sample; by default the one that the dataset is published under."""
     terms: str = ""
     """The licence in a line for people: who may use it, and where it is accepted; by default `license`."""
+    expected: ExpectedSize | None = None
 
     @model_validator(mode="after")
     def _check_units(self) -> "FileOptions":
@@ -106,8 +115,8 @@ class MappedOptions(FileOptions):
         for number, join in enumerate(self.joins):
             for name in join.fields:
                 if name in taken:
-                    path = ("joins", number, "fields", name)
-                    raise FieldError(path, "a field of this name is there already", join.fields[name])
+                    where = ("joins", number, "fields", name)
+                    raise FieldError(where, "a field of this name is there already", join.fields[name])
                 taken.add(name)
         for number, choice in enumerate(self.choices):
             if choice.name in taken:
