@@ -32,11 +32,8 @@ def caption_column(columns: Columns) -> str:
 
 def url_column(columns: Columns) -> str:
     """Find the column of the addresses; empty if there is none."""
-    found = {
-        name
-        for name, texts in _texts(columns).items()
-        if all(text.startswith(("http://", "https://")) for text in texts)
-    }
+    texts = _texts(columns)
+    found = {name for name in texts if all(text.startswith(("http://", "https://")) for text in texts[name])}
     return next((name for name in URL_NAMES if name in found), min(found, default=""))
 
 

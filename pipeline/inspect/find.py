@@ -25,6 +25,7 @@ from microdit.pipeline.sources.file_source import MAX_BYTES
 from microdit.pipeline.sources.members import IMAGES, is_image, whole_stem
 
 LOOKED_AT = 200  # members, rows or records
+SOME = 20  # json files beside pictures
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TABLES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet")
 KINDS = {
@@ -67,7 +68,7 @@ def inspect(place: str, scratch: Path) -> Found:
             found.columns = of.by_name([json.loads(path.read_bytes())])
         return found
     if kind == "folder":
-        _look_at_folder(found, root, listing)
+        _look_at_folder(found, root, listing, scratch)
         return found
     found.block["list" if kind == "urls" else "files"] = _pattern(root, files)
     with joined_copy(files[0], scratch) as path:
@@ -135,7 +136,7 @@ def _usual_ending(files: Sequence[RemoteFile]) -> str:
 
 
 # -- layouts ---------------------------------------------------------------------------------------------------------
-def _look_at_folder(found: Found, root: str, listing: Listing) -> None:
+def _look_at_folder(found: Found, root: str, listing: Listing, scratch: Path) -> None:
     pictures = [file.name for file in listing.files if is_image(file.name)]
     stems = {name.rpartition(".")[0] for name in pictures}
     beside = Counter(
@@ -145,14 +146,11 @@ def _look_at_folder(found: Found, root: str, listing: Listing) -> None:
     found.block |= {"files": root, "caption": ""}
     found.estimate, found.files = len(pictures), len(pictures)
     found.columns = {"name": pictures[:LOOKED_AT]}
-    scratch = Path(root)
     texts = [file for file in listing.files if file.name.rpartition(".")[0] in stems and not is_image(file.name)]
     if "json" in beside:
-        rows = [
-            json.loads(Path(f.url).read_bytes()) for f in texts[:20] if f.name.endswith(".json") and "://" not in f.url
-        ]
-        columns = of.by_name([row for row in rows if isinstance(row, dict)])
-        caption = of.caption_column(columns)
+        records = [file for file in texts if file.name.endswith(".json")][:SOME]
+        rows = [row for file in records for row in _rows_of(file, scratch)]
+        caption = of.caption_column(of.by_name(rows))
         found.block["caption"] = f"json.{caption}" if caption else ""
     if beside and not found.block["caption"]:
         extension = beside.most_common(1)[0][0]
@@ -194,11 +192,20 @@ def _look_at_archive(found: Found, path: Path, files: Sequence[RemoteFile]) -> N
     if len(set(names)) < len(names):
         found.notes.append("names come again within the archive; the second ones fail with duplicate_key")
     size, read = files[0].size or path.stat().st_size, sum(len(data) for each in kept.values() for data in each)
+    count = len(found.columns["name"])
     if read and found.bytes:
-        share = len(found.columns["name"]) * min(1.0, size / read) if len(names) < LOOKED_AT else (
-            len(found.columns["name"]) * size / read
-        )  # fmt: skip
-        found.estimate = max(len(found.columns["name"]), round(share * found.bytes / size))
+        of_one = count if len(names) < LOOKED_AT else count * size / read
+        found.estimate = round(of_one * found.bytes / size)
+
+
+def _rows_of(file: RemoteFile, scratch: Path) -> list[dict[str, Any]]:
+    """Read a json beside a picture; nothing if it is no object."""
+    with joined_copy(file, scratch) as path:
+        try:
+            row = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_BYTES else None
+        except (ValueError, RecursionError):
+            return []
+    return [row] if isinstance(row, dict) else []
 
 
 def _texts_of(
@@ -231,14 +238,9 @@ def _look_at_parquet(found: Found, path: Path, files: Sequence[RemoteFile]) -> N
     pictures = {n: v for n, v in found.columns.items() if v and all(of.is_picture(_bytes_of(each)) for each in v)}
     if not pictures:
         url = of.url_column(found.columns)
-        raise RequestError(
-            f"PLACE: no column of {files[0].name} holds pictures; it has {', '.join(found.columns)}"
-            + (
-                f". Its column {url!r} has URLs: for `adapter: urls` write it as .tsv with a line for each"
-                if url
-                else ""
-            )
-        )
+        advice = f". Its column {url!r} has URLs: for `adapter: urls` write a .tsv of them" if url else ""
+        known = ", ".join(found.columns)
+        raise RequestError(f"PLACE: no column of {files[0].name} holds pictures; it has {known}{advice}")
     image = next(iter(pictures))
     caption = of.caption_column(found.columns)
     found.block |= {"image": image, "caption": caption, "fields": of.other_fields(found.columns, [image, caption])}
