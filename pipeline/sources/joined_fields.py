@@ -71,7 +71,7 @@ def tables_of(
         others = [file.name for file in listing.files if not file.name.endswith(tuple(READERS))]
         if others or len(readers) > 1:
             is_there = f"found {others[0]}" if others else "found several kinds"
-            raise RequestError(f"{what} = {join.file!r}: expected files of one kind, {', '.join(READERS)}; {is_there}")
+            raise RequestError(f"{what} = {join.file!r}: expected {', '.join(READERS)} files of one kind; {is_there}")
         apart = [file.name for file in listing.files if address_without_extension(file.url) not in addresses]
         if apart and join.rows_of == "beside":
             raise RequestError(

@@ -1,8 +1,10 @@
 """`folder`: pictures in folders, with their texts beside them or in one table."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from microdit.pipeline.sources.file_source import MAX_BYTES, FileSample
 from microdit.pipeline.sources.joined_fields import nested_value
 from microdit.pipeline.sources.mapped_source import MappedSource
 from microdit.pipeline.sources.members import is_image, text_of
+
+HUB_FOLDER = re.compile(r"hf://datasets/[^/]+/[^/]+/(.+)")
 
 
 class Folder(MappedSource):
@@ -43,7 +47,10 @@ class Folder(MappedSource):
         extensions = {text_member(path)[0] for path in options.paths().values()}
         folders: dict[str, list[RemoteFile]] = {}
         self._pictures, self._texts = {}, {}
-        for file in whole.files:
+        inner = HUB_FOLDER.match(options.files)
+        before = f"{inner[1].rstrip('/')}/" if inner else ""  # the hub's files have their whole path as a name
+        for found in whole.files:
+            file = replace(found, name=found.name.removeprefix(before))
             name = file.name.rpartition("/")[2]
             if is_of_macos(file.name) or name.startswith("."):
                 continue

@@ -144,5 +144,5 @@ def test_the_configs_of_newer_sets_are_planned_without_network(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     found = planned(load_config(f"configs/{name}.yaml"), Machines(gpus=8, gpu="h100"))
-    assert sum(source.inputs for source in found.sources.values()) == inputs
-    assert {source.origin for source in found.sources.values()} == {"written about the dataset"}
+    assert sum(source["inputs"] for source in found["sources"].values()) == inputs
+    assert {source["origin"] for source in found["sources"].values()} == {"written about the dataset"}

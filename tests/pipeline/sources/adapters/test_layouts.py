@@ -19,6 +19,9 @@ from microdit.pipeline.base.errors import RequestError, UnreadableError
 from microdit.pipeline.files.tfrecords import parse_example
 from microdit.pipeline.sources.file_source import MAX_BYTES
 from tests.pipeline.helpers.dataset_archives import ingested, picture, write_tar
+from tests.servers.hub import Hub, hub
+
+__all__ = ["hub"]
 
 
 # -- writers ---------------------------------------------------------------------------------------------------------
@@ -293,3 +296,27 @@ def test_one_weight_alone_and_names_given_twice_are_refused(tmp_path: Path) -> N
     ):
         with pytest.raises(ValueError, match=said):
             ingested(tmp_path, source | {"caption": caption})
+
+
+# -- elsewhere -------------------------------------------------------------------------------------------------------
+def test_layouts_of_the_hub(tmp_path: Path, hub: Hub) -> None:
+    """A folder, JSON lines with pictures beside them, and TFRecords, through the same client as archives."""
+    inside = {"image": "in/1.jpg", "caption": "beside"}
+    lost = {"image": "in/9.jpg", "caption": "gone"}
+    hub.add(
+        "me/set",
+        {
+            "README.md": b"#", "deep/in/1.jpg": picture(1), "deep/in/1.txt": b"red",
+            "deep/a.jsonl": json.dumps(inside).encode() + b"\n" + json.dumps(lost).encode(),
+            "r/a.tfrecord": framed(example(image=picture(2), caption="blue")),
+        },
+        kind="datasets",
+    )  # fmt: skip
+    root = "hf://datasets/me/set"
+    folder, _ = ingested(tmp_path / "a", {"adapter": "folder", "files": f"{root}/deep"})
+    assert [(row["origin"], row["caption"]) for row in folder] == [("me/set/in/1.jpg", "red")]
+    lines, _ = ingested(tmp_path / "b", {"adapter": "jsonl", "files": f"{root}/deep/*.jsonl"})
+    assert [row["reason"] or row["caption"] for row in lines] == ["beside", "missing"]
+    assert lines[0]["sha256"] == folder[0]["sha256"]
+    blue, _ = ingested(tmp_path / "c", {"adapter": "tfrecord", "files": f"{root}/r/*.tfrecord"})
+    assert [row["caption"] for row in blue] == ["blue"]
