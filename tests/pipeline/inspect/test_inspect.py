@@ -16,8 +16,14 @@ from microdit.pipeline.cli.app import app
 from microdit.pipeline.config.build import load_config
 from microdit.pipeline.upkeep.verify import verify
 from tests.miniatures.built import build, rows_of
+from tests.miniatures.modern import modern
+from tests.miniatures.server import publish
 from tests.pipeline.helpers.dataset_archives import picture, write_tar
 from tests.pipeline.sources.adapters.test_layouts import example, framed
+from tests.servers.files_server import FilesServer, files_server
+from tests.servers.hub import Hub, hub
+
+__all__ = ["files_server", "hub"]
 
 COUNT = 3
 CAPTIONS = {f"the caption {n} of a red fox" for n in range(COUNT)}
@@ -183,3 +189,33 @@ def test_a_place_with_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in/README.md").write_text("nothing")
     found = microdit("inspect", tmp_path / "in")
     assert found.exit_code == 2 and "none of its 1 files is an archive" in found.stderr
+
+
+@pytest.mark.parametrize("name", ["sharegpt-4o-image", "fine-t2i", "commoncatalog-cc-by"])
+def test_repositories_of_the_hub(name: str, tmp_path: Path, hub: Hub, files_server: FilesServer) -> None:
+    made = modern(name)
+    publish([made], hub, files_server)
+    written = tmp_path / "my.yaml"
+    found = microdit("inspect", next(iter(made.repositories)), "--write", written)
+    assert found.exit_code == 0, (found.output, found.exception)
+    corpus, _ = build(load_config(written, [f"resources.scratch={tmp_path / 'scratch'}"], str(tmp_path / "corpus")))
+    captions = sorted(row.scalars["caption"] for row in rows_of(corpus, "captions/source", "data"))
+    assert len(captions) == len(made.expected) and all(captions)
+
+
+def test_a_list_of_urls(tmp_path: Path) -> None:
+    path = tmp_path / "list.tsv"
+    path.write_text("".join(f"http://127.0.0.1:9/{n}.jpg\t{caption(n)}\n" for n in range(COUNT)))
+    found = microdit("inspect", path, "--write", tmp_path / "my.yaml")
+    assert found.exit_code == 0, (found.output, found.exception)
+    assert "private_address" in found.stdout and caption(0) in found.stdout
+    assert load_config(tmp_path / "my.yaml").sources["data"].adapter == "urls"
+
+
+def test_the_command_builds_what_inspect_wrote(tmp_path: Path) -> None:
+    folder_with_texts(tmp_path / "in")
+    written = tmp_path / "my.yaml"
+    assert microdit("inspect", tmp_path / "in", "--write", written).exit_code == 0
+    for _ in range(2):  # the second time there is nothing to do
+        found = microdit("build", written, "--corpus", tmp_path / "corpus", "--json")
+        assert found.exit_code == 0, (found.output, found.exception)
