@@ -26,6 +26,10 @@ from microdit.pipeline.sources.members import IMAGES, is_image, whole_stem
 
 LOOKED_AT = 200  # members, rows or records
 SOME = 20  # json files beside pictures
+MOST_HELD = 256 << 20  # bytes of an archive's members
+START = 32  # bytes of a picture that tell its format
+FILES = re.compile(r"[*?\[{]|^hf://datasets/[^/]+/[^/]+/.*\.\w{2,8}$|^(?:s3|gs|az)://.+/.*\.\w{2,8}$")
+"""An address of files: with a wildcard, or a name with an extension below a bucket or a repository."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TABLES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet")
 KINDS = {
@@ -96,12 +100,10 @@ def _listed(place: str) -> tuple[str, Listing]:
     if "://" not in place:
         root = str(path.absolute())
         listing = list_files(f"{root}/**" if path.is_dir() else root, what)
-    elif re.search(r"[*?\[{]", place) or re.search(r"\.[a-z0-9]{2,8}$", place.rpartition("/")[2].partition("?")[0]):
+    elif FILES.search(place) or place.startswith(("http://", "https://")):
         root, listing = place, list_files(place, what)
-    elif re.fullmatch(r"hf://datasets/[^/]+/.+", place) or not place.startswith("http"):
-        root, listing = place.rstrip("/"), list_files(f"{place.rstrip('/')}/**", what)
     else:
-        root, listing = place, list_files(place, what)
+        root, listing = place.rstrip("/"), list_files(f"{place.rstrip('/')}/**", what)
     return root, with_parts_joined(listing, what)
 
 
@@ -164,13 +166,18 @@ def _look_at_folder(found: Found, root: str, listing: Listing, scratch: Path) ->
 def _look_at_archive(found: Found, path: Path, files: Sequence[RemoteFile]) -> None:
     names: list[str] = []
     kept: dict[str, list[bytes]] = {}
+    read = 0
     for member in islice(members(path, lambda name: not name.endswith("/"), MAX_BYTES), LOOKED_AT):
         if member.reason == "damaged_archive":
             found.notes.append(f"{files[0].name} is damaged: {member.detail}")
             break
         names.append(member.name)
         if member.data is not None:
-            kept.setdefault(stem(member.name)[1], []).append(member.data)
+            data = member.data[:START] if of.is_picture(member.data) else member.data
+            kept.setdefault(stem(member.name)[1], []).append(data)
+            read += len(member.data)
+        if read > MOST_HELD:
+            break
     found.columns = {"name": [name for name in names if is_image(name)] or names}
     pictures = [extension for extension, data in kept.items() if all(map(of.is_picture, data))]
     unknown = [extension for extension in pictures if extension.rpartition(".")[2] not in IMAGES]
@@ -191,10 +198,10 @@ def _look_at_archive(found: Found, path: Path, files: Sequence[RemoteFile]) -> N
         found.notes.append("members of a sample are not side by side: pack again with names sorted (tar --sort=name)")
     if len(set(names)) < len(names):
         found.notes.append("names come again within the archive; the second ones fail with duplicate_key")
-    size, read = files[0].size or path.stat().st_size, sum(len(data) for each in kept.values() for data in each)
+    size = files[0].size or path.stat().st_size
     count = len(found.columns["name"])
     if read and found.bytes:
-        of_one = count if len(names) < LOOKED_AT else count * size / read
+        of_one = count if len(names) < LOOKED_AT and read <= MOST_HELD else count * size / read
         found.estimate = round(of_one * found.bytes / size)
 
 
@@ -232,7 +239,7 @@ def _texts_of(
 
 def _look_at_parquet(found: Found, path: Path, files: Sequence[RemoteFile]) -> None:
     with pq.ParquetFile(path) as table:
-        rows = next(table.iter_batches(16)).to_pylist() if table.metadata.num_rows else []
+        rows = next(table.iter_batches(8)).to_pylist() if table.metadata.num_rows else []
         found.estimate = table.metadata.num_rows * len(files)
     found.columns = of.by_name(rows)
     pictures = {n: v for n, v in found.columns.items() if v and all(of.is_picture(_bytes_of(each)) for each in v)}
