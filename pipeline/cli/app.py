@@ -8,6 +8,7 @@ from microdit.pipeline.cli.command import Commands
 from microdit.pipeline.cli.convert import convert
 from microdit.pipeline.cli.evaluate import evaluate
 from microdit.pipeline.cli.generate import generate
+from microdit.pipeline.cli.inspect import inspect
 from microdit.pipeline.cli.look import gc, ls, query, report, status, verify
 from microdit.pipeline.cli.train import train
 
@@ -42,7 +43,7 @@ app = typer.Typer(
 
 
 for command in (
-    *(demo, build, plan),
+    *(demo, build, plan, inspect),
     *(status, report, query, verify, ls, gc),
     *(select, dedup, decontaminate),
     *(convert, train, generate, evaluate),

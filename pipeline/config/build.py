@@ -10,6 +10,7 @@ from microdit.pipeline.config.block import FieldError, Options
 from microdit.pipeline.config.captions import CaptionsColumn
 from microdit.pipeline.config.encoders import LatentsColumn, TextColumn
 from microdit.pipeline.config.images import ImageOptions
+from microdit.pipeline.config.presets import with_preset
 from microdit.pipeline.config.scores import SCORERS, AnyScores, CaptionScores, ClipScores, ScoresColumn, scorer_of
 from microdit.pipeline.config.sources import SourceOptions
 from microdit.pipeline.config.yaml import fault_of, load_yaml
@@ -75,6 +76,14 @@ class BuildConfig(Options):
     """What is computed, by the column's name: `captions/...`, `scores/...`, `latents/...` or `text/...`."""
     resources: Resources = Resources()
     """How the work is laid out on the machines; it changes no result."""
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _apply_presets(cls, sources: Any) -> Any:
+        """Put the options of published data sets in the place of their presets' names."""
+        if not isinstance(sources, dict):
+            return sources
+        return {name: with_preset(str(name), given) for name, given in sources.items()}
 
     @field_validator("sources")
     @classmethod

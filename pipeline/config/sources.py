@@ -1,21 +1,19 @@
 """Options of the sources: the blocks under `sources:` of a config."""
 
-import re
-from collections.abc import Mapping, Sequence
 from ipaddress import ip_network
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from microdit.pipeline.config.block import FieldError, Options
+from microdit.pipeline.config.files import FileOptions
+from microdit.pipeline.config.layouts import FolderSource, JsonlSource, ParquetSource, TfrecordSource, WebdatasetSource
 
 SA1B_CAPTIONS = "hf://datasets/PixArt-alpha/SAM-LLaVA-Captions10M/SA1B_caption.tar.gz"
 TEXTCAPS_IMAGES = "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"
 TEXTCAPS_CAPTIONS = "https://dl.fbaipublicfiles.com/textvqa/data/textcaps/TextCaps_0.1_{split}.json"
 COCO_IMAGES = "http://images.cocodataset.org/zips/val2014.zip"
 COCO_CAPTIONS = "http://images.cocodataset.org/annotations/annotations_trainval2014.zip"
-TEXT_MEMBER = re.compile(r"(?P<json>(?:[^.]+\.)*?json)(?P<field>(?:\.[^.]+)+)|(?P<text>[^.]+(?:\.[^.]+)*)")
-"""Where a text of a webdataset comes from: a member by its extension, or a field of a json."""
 
 
 class FetchOptions(Options):
@@ -98,128 +96,6 @@ class OpenmojiSource(Options):
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
-# A pattern of files is a path or a glob of this machine, `hf://datasets/OWNER/NAME[@REVISION]/GLOB`,
-# `s3://bucket/prefix/GLOB`, or `https://host/name-{0000..0099}.tar`.
-class FileOptions(Options):
-    """Options of all sources whose units are files: tars, zips, parquet files."""
-
-    limit: int | None = Field(default=None, ge=1)
-    """Take so many inputs in all, evenly from the units, to try things."""
-    units: int | list[str] | None = None
-    """Read the first so many files only, or those of these names. A build with more goes on from there."""
-    shuffle: int | None = None
-    """A seed for the order in which files are read, and so for the ones that `units: 10` takes."""
-    license: str = ""
-    """The licence of every sample; by default the one that the dataset is published under."""
-
-    @model_validator(mode="after")
-    def _check_units(self) -> "FileOptions":
-        if self.units == [] or (isinstance(self.units, int) and self.units < 1):
-            raise FieldError(("units",), "expected a number of files, or their names", self.units)
-        return self
-
-
-class JoinOptions(Options):
-    """A table that is joined to the samples."""
-
-    file: str
-    """A pattern of .parquet or .jsonl(.gz) files."""
-    key: str
-    """The table's column with the key of a sample."""
-    fields: dict[str, str] = Field(min_length=1)
-    """Names of the sample's new fields, and the columns that they are taken from (dotted inside of structs)."""
-    by: Literal["key", "origin"] = "key"
-    """What the table's key is matched with: the sample's key in the dataset (of a webdataset the name of its members),
-    or its origin in the file: the member with the image, a row's key, or without one `row-<number>`."""
-    rows_of: Literal["beside", "all"] | None = None
-    """Whose samples a table's file describes: those of the archive beside it (`a/7.parquet` of `a/7.tar`), or all; by
-    default those beside it if every file of the table lies beside one."""
-
-
-class MappedOptions(FileOptions):
-    """Options of the sources that say themselves where captions, fields and joined tables come from."""
-
-    files: str
-    """A pattern of the files: tars, or parquet files."""
-    caption: str
-    """Where the caption comes from."""
-    texts: Literal["first", "longest", "join"] = "first"
-    """Caption of a list of texts: the first one that is not empty, the longest, or all, joined by spaces."""
-    fields: dict[str, str] = Field(default={})
-    """Further fields of a sample, by name: where they come from, as the caption."""
-    joins: list[JoinOptions] = Field(default=[])
-    """Tables whose columns become further fields."""
-
-
-def _check_names(fields: Mapping[str, str], joins: Sequence[JoinOptions]) -> None:
-    """Refuse a name that several fields have."""
-    taken = set(fields)
-    for number, join in enumerate(joins):
-        for name in join.fields:
-            if name in taken:
-                raise FieldError(
-                    ("joins", number, "fields", name), "a field of this name is there already", join.fields[name]
-                )
-            taken.add(name)
-
-
-def text_member(path: str) -> tuple[str, str]:
-    """Split where a text comes from into a member's extension and a json's field; two empty ones if it is neither."""
-    match = TEXT_MEMBER.fullmatch(path)
-    if match is None or (match["text"] or "").rpartition(".")[2] == "json":
-        return "", ""
-    return (match["json"] or match["text"]).lower(), (match["field"] or "").removeprefix(".")
-
-
-class WebdatasetSource(MappedOptions):
-    """Tars of images with their texts beside them: members that share a name up to its first dot are a sample."""
-
-    adapter: Literal["webdataset"]
-    image: list[str] = Field(default=[])
-    """Extensions of the image, of which the first that a sample has is taken; by default all formats that are read."""
-    caption: str = "txt"
-    """The extension of the text (`txt`, `cap`, `output.txt`), or `json.FIELD` for a field of the json member, or empty
-    for none."""
-    keys: Literal["number", "member"] = "number"
-    """A sample's key: the numbers of file and sample, which are always unique; or the name of its members, with the
-    file's number in front if names begin again in each file."""
-
-    @model_validator(mode="after")
-    def _check_members(self) -> "WebdatasetSource":
-        for number, extension in enumerate(self.image):
-            if extension != extension.strip("./ \t") or not extension:
-                raise FieldError(("image", number), "expected an extension such as jpg", extension)
-        if self.caption and not text_member(self.caption)[0]:
-            raise FieldError(("caption",), "expected an extension such as txt, json.FIELD or nothing", self.caption)
-        for name, member in self.fields.items():
-            if not text_member(member)[0]:
-                raise FieldError(("fields", name), "expected an extension such as txt, or json.FIELD", member)
-        _check_names(self.fields, self.joins)
-        return self
-
-
-class ParquetSource(MappedOptions):
-    """Parquet files with images inside."""
-
-    adapter: Literal["parquet"]
-    image: str | None = None
-    """The column with the image: bytes, or a struct of bytes and path; by default the only such column."""
-    caption: str = ""
-    """The column with the caption, dotted inside of structs; empty for none."""
-    key: str | None = None
-    """The column with a sample's key; by default the numbers of file and row."""
-
-    @model_validator(mode="after")
-    def _check_joins(self) -> "ParquetSource":
-        for number, join in enumerate(self.joins):
-            if join.by == "key" and self.key is None:
-                raise FieldError(
-                    ("joins", number, "by"), "there is no key to look up; give key, or by: origin", join.by
-                )
-        _check_names(self.fields, self.joins)
-        return self
-
-
 class Img2datasetSource(FileOptions):
     """A folder that img2dataset has written: tars, parquet tables, or files in folders."""
 
@@ -354,6 +230,9 @@ SourceOptions = Annotated[
     | OpenmojiSource
     | WebdatasetSource
     | ParquetSource
+    | FolderSource
+    | JsonlSource
+    | TfrecordSource
     | Img2datasetSource
     | Sa1bSource
     | Cc12mSource

@@ -153,6 +153,9 @@ def _known(name: str, options: sources.SourceOptions, config: BuildConfig, past:
         case sources.CocoSource() if _is_default(options, "images"):
             inputs = min(options.choose or COCO.inputs, COCO.inputs)
             return _chosen([Dataset(COCO.files, inputs, COCO.fetched)], options)
+    expected = getattr(options, "expected", None)
+    if expected is not None:
+        return _chosen([Dataset(expected.files, expected.inputs, expected.bytes)], options)
     return _listed(name, options, config, past)
 
 

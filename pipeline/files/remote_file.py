@@ -22,6 +22,8 @@ class RemoteFile:
     etag: str = ""
     """The version of the bytes: the sha256 of a large hub file, git's hash of a small one, a bucket's ETag, size and
     time of a local file."""
+    parts: "tuple[RemoteFile, ...]" = ()
+    """The files that it was split into, in their order; it is their bytes, one after the other."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def tar_members(path: Path, wanted: Callable[[str], bool], max_bytes: int) -> It
     A tar without an end marker counts as truncated: it may have been cut between two members.
     """
     with path.open("rb") as file:
-        tar = _Tar(_Stream(file), wanted, max_bytes)
+        tar = _Tar(PackedStream(file), wanted, max_bytes)
         try:
             yield from tar.members()
         except ArchiveError as error:
@@ -60,7 +60,7 @@ def tar_chunks(path: Path, wanted: Callable[[str], bool]) -> Iterator[bytes]:
         ValueError: the tar is damaged, there or before it; or it has no such member.
     """
     with path.open("rb") as file:
-        tar = _Tar(_Stream(file), wanted, 0)
+        tar = _Tar(PackedStream(file), wanted, 0)
         try:
             while (header := tar._next()) is not None:
                 if header.kind in b"0\x007" and wanted(header.name):
@@ -89,7 +89,7 @@ class _Header:
 class _Tar:
     """One pass through a tar. `last` is the name of the latest member, `count` the number of members so far."""
 
-    def __init__(self, stream: "_Stream", wanted: Callable[[str], bool], max_bytes: int):
+    def __init__(self, stream: "PackedStream", wanted: Callable[[str], bool], max_bytes: int):
         self.stream, self._wanted, self._max_bytes = stream, wanted, max_bytes
         self.last, self.count = "", 0
 
@@ -240,7 +240,7 @@ def _what(kind: bytes) -> str:
     return kinds.get(kind, f"a sparse file or something else of type {kind!r}") + "; expected a regular file"
 
 
-class _Stream:
+class PackedStream:
     """Read a file from front to back, decompress it if need be, and refuse decompression bombs."""
 
     def __init__(self, file: BinaryIO):
@@ -282,6 +282,12 @@ class _Stream:
             size -= len(part)
             parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def some(self, size: int) -> bytes:
+        """Read up to `size` bytes, those before any damage too; none at the end. Raises as `read`."""
+        if self._chunks is None or (self._at == len(self._held) and not self._more()):
+            return self.read(size)
+        return self.read(min(size, len(self._held) - self._at))
 
     def exactly(self, size: int) -> bytes:
         data = self.read(size)

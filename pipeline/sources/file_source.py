@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from microdit.pipeline.base.errors import RequestError, UnreadableError
 from microdit.pipeline.base.liveness import alive
-from microdit.pipeline.config.sources import FileOptions
+from microdit.pipeline.config.files import FileOptions
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import unit_name
 from microdit.pipeline.files.download import local_copy
@@ -71,7 +71,7 @@ class FileSource:
     def __init__(self, name: str, options: FileOptions, scratch: Path):
         self.name, self._file_options, self._scratch = name, options, scratch
         self.license: str = options.license
-        self.terms: str = options.license or "no licence is stated: see the dataset's own terms"
+        self.terms: str = options.terms or options.license or "no licence is stated: see the dataset's own terms"
         self._joined: list[Joined] | None = None
         self._numbered = False
         self._revisions: dict[str, str] = {}
@@ -93,6 +93,10 @@ class FileSource:
         that is no exception. If it is the first sample as well, the unit is set aside.
         """
         raise NotImplementedError
+
+    def opened(self, file: RemoteFile) -> AbstractContextManager[Path]:
+        """Give the path of a file on this machine, for as long as it is read."""
+        return local_copy(file, self._scratch)
 
     def why_empty(self, path: Path) -> str:
         """Say why there are no samples in the file at `path`; empty if that is nothing to worry about."""
@@ -215,7 +219,7 @@ class FileSource:
             )
         before = f"{self.dataset}/{file.name}/"
         keys = _Keys(number, self._numbered)
-        with local_copy(file, self._scratch) as path, closing(_generator(self.samples(path, file, number))) as samples:
+        with self.opened(file) as path, closing(_generator(self.samples(path, file, number))) as samples:
             ordinal = -1
             for ordinal, sample in enumerate(islice(samples, share)):
                 alive()

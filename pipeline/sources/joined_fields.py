@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from microdit.pipeline.base.errors import RequestError
-from microdit.pipeline.config.sources import JoinOptions
+from microdit.pipeline.config.files import JoinOptions
 from microdit.pipeline.content.text_bytes import NotTextError, checked_text
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.sources.members import one_line
@@ -14,7 +14,12 @@ from microdit.pipeline.tables.joins.lookup import Joined
 from microdit.pipeline.tables.joins.spec import JoinSpec, address_without_extension
 
 Plain = str | int | float | bool | None
-READERS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl"}
+READERS = {
+    ".parquet": "parquet",
+    **dict.fromkeys((".jsonl", ".jsonl.gz"), "jsonl"),
+    ".json": "json",
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+}
 
 
 def plain(value: object) -> Plain:
@@ -65,8 +70,8 @@ def tables_of(
         readers = {reader for file in listing.files for end, reader in READERS.items() if file.name.endswith(end)}
         others = [file.name for file in listing.files if not file.name.endswith(tuple(READERS))]
         if others or len(readers) > 1:
-            is_there = f"found {others[0]}" if others else "found both"
-            raise RequestError(f"{what} = {join.file!r}: expected .parquet, or .jsonl or .jsonl.gz files; {is_there}")
+            is_there = f"found {others[0]}" if others else "found several kinds"
+            raise RequestError(f"{what} = {join.file!r}: expected {', '.join(READERS)} files of one kind; {is_there}")
         apart = [file.name for file in listing.files if address_without_extension(file.url) not in addresses]
         if apart and join.rows_of == "beside":
             raise RequestError(

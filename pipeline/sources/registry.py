@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from microdit.pipeline.config.build import BuildConfig
+from microdit.pipeline.config.layouts import FolderSource, JsonlSource, ParquetSource, TfrecordSource, WebdatasetSource
 from microdit.pipeline.config.sources import (
     Cc12mSource,
     CocoSource,
@@ -10,22 +11,23 @@ from microdit.pipeline.config.sources import (
     Img2datasetSource,
     JourneydbSource,
     OpenmojiSource,
-    ParquetSource,
     Sa1bSource,
     SourceOptions,
     TextcapsSource,
     UrlsSource,
-    WebdatasetSource,
 )
 from microdit.pipeline.files.scratch import scratch_folder
 from microdit.pipeline.sources.adapters.cc12m import Cc12m
 from microdit.pipeline.sources.adapters.coco import Coco
 from microdit.pipeline.sources.adapters.diffusiondb import Diffusiondb
+from microdit.pipeline.sources.adapters.folder import Folder
 from microdit.pipeline.sources.adapters.img2dataset import Img2dataset
 from microdit.pipeline.sources.adapters.journeydb import Journeydb
+from microdit.pipeline.sources.adapters.jsonl import Jsonl
 from microdit.pipeline.sources.adapters.parquet import Parquet
 from microdit.pipeline.sources.adapters.sa1b import Sa1b
 from microdit.pipeline.sources.adapters.textcaps import Textcaps
+from microdit.pipeline.sources.adapters.tfrecord import Tfrecord
 from microdit.pipeline.sources.adapters.urls import Urls
 from microdit.pipeline.sources.adapters.webdataset import Webdataset
 from microdit.pipeline.sources.openmoji.source import Openmoji
@@ -70,3 +72,9 @@ def _source(name: str, options: SourceOptions, scratch: Path, config: BuildConfi
             return Img2dataset(name, options, scratch)
         case ParquetSource():
             return Parquet(name, options, scratch)
+        case FolderSource():
+            return Folder(name, options, scratch)
+        case JsonlSource():
+            return Jsonl(name, options, scratch)
+        case TfrecordSource():
+            return Tfrecord(name, options, scratch)

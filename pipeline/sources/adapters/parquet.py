@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from microdit.pipeline.base.errors import RequestError, UnreadableError
 from microdit.pipeline.base.liveness import alive
-from microdit.pipeline.config.sources import ParquetSource
+from microdit.pipeline.config.layouts import ParquetSource
 from microdit.pipeline.content.text_bytes import NotTextError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import UNITS
@@ -144,7 +144,7 @@ class Parquet(MappedSource):
 
     def _sample(self, batch: pa.RecordBatch, index: int, columns: _Columns, row: int, file: RemoteFile) -> FileSample:
         """Make the sample of row `index` of a batch, which is row `row` of the file."""
-        options, origin = self._options, f"row-{row}"
+        origin = f"row-{row}"
         values: dict[str, object] = {}
         faults: dict[str, str] = {}
         for option, path in columns.others.items():
@@ -165,8 +165,7 @@ class Parquet(MappedSource):
             return FileSample("", None, origin=origin, reason="bad_value", detail=f"its key is no text: {error}")
         key = "" if raw_key is None else str(raw_key)
         origin = key or origin
-        named = {name: values.get(f"fields.{name}") for name in options.fields}
-        caption, fields = self.caption_and_fields(values.get("caption"), named, file, key, origin, faults)
+        caption, fields = self.caption_and_fields(values, file, key, origin, faults)
         cell = _cell(batch, columns.image, index)
         data = None if cell is None else cell.as_buffer()
         if data is None or not len(data):
@@ -186,18 +185,16 @@ class Parquet(MappedSource):
             RequestError: a column is absent or of a wrong type, or the image's cannot be told.
         """
         options = self._options
-        named = {f"fields.{field}": column for field, column in options.fields.items()}
+        named = options.paths()
         if options.key is not None:
             named["key"] = options.key
-        if options.caption:
-            named["caption"] = options.caption
         others = {}
         for option, column in named.items():
             others[option], kind = self._find(schema, option, column, file)
-            if option == "caption" and not _is_text(kind):
+            if option.startswith("caption") and not option.endswith(".if") and not _is_text(kind):
                 would_do = [field.name for field in schema if _is_text(field.type)]
                 raise RequestError(
-                    f"sources.{self.name}.caption = {column!r}: that column of {file} is of the type {kind}; expected "
+                    f"sources.{self.name}.{option} = {column!r}: that column of {file} is of the type {kind}; expected "
                     f"text or a list of texts, as {', '.join(would_do[:NAMED]) or 'no column of this file'}"
                 )
             if _is_binary(kind) or (option == "key" and pa.types.is_nested(kind)):

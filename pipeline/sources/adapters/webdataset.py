@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from microdit.pipeline.config.sources import WebdatasetSource, text_member
+from microdit.pipeline.config.files import text_member
+from microdit.pipeline.config.layouts import WebdatasetSource
 from microdit.pipeline.files.archives import members, stem
 from microdit.pipeline.files.remote_file import RemoteFile
 from microdit.pipeline.files.tars import Member
@@ -38,8 +39,7 @@ class Webdataset(MappedSource):
         self._options = options
         self._images = [extension.lower() for extension in options.image]
         self.has_names = options.keys == "member"
-        paths = [options.caption, *options.fields.values()]
-        named = [text_member(path) for path in paths if path]
+        named = [text_member(path) for path in options.paths().values()]
         self._texts = {extension for extension, _ in named}
         self._records = sorted({extension for extension, field in named if field})
 
@@ -110,9 +110,8 @@ class Webdataset(MappedSource):
                 return nested_value(records[extension], field)
             return text_of(sample.texts.get(extension), name, faults)
 
-        named = {name: value_at(path, name) for name, path in options.fields.items()}
-        text = value_at(options.caption, "caption") if options.caption else ""
-        caption, fields = self.caption_and_fields(text, named, file, sample.key, image.name, faults)
+        values = {option: value_at(path, option.removeprefix("fields.")) for option, path in options.paths().items()}
+        caption, fields = self.caption_and_fields(values, file, sample.key, image.name, faults)
         if apart and not sample.texts:
             fields[NOT_SIDE_BY_SIDE] = f"its texts came before its image; {REPACK}"
         return FileSample(key, image.data, caption, image.name, fields)

@@ -1,5 +1,6 @@
-"""Read the rows of join tables from parquet, JSON lines and tar files."""
+"""Read the rows of join tables from parquet, JSON, CSV and tar files."""
 
+import csv
 import gzip
 import io
 import json
@@ -25,6 +26,7 @@ from microdit.pipeline.tables.joins.spec import JoinSpec, prefix_of
 
 BATCH = 8192
 MAX_LINE, MAX_TEXT = 4 << 20, 256 << 10
+MAX_LIST = 512 << 20  # bytes of a json that is one list
 EXAMPLES = 3
 SAY_EVERY = 5.0  # seconds
 LINES_WITHOUT_KEY = 100  # read before a key column that no line has had is an error
@@ -67,7 +69,14 @@ def read_table(spec: JoinSpec, scratch: Path, tally: JoinTally) -> tuple[pa.Sche
 
 
 def _batches(spec: JoinSpec, schema: pa.Schema, scratch: Path, tally: JoinTally) -> Iterator[pa.RecordBatch]:
-    read = {"parquet": _parquet, "jsonl": _jsonl, "tar_txt": _tar_txt, "tar_jsonl": _tar_jsonl}[spec.reader]
+    read = {
+        "parquet": _parquet,
+        "jsonl": _jsonl,
+        "json": _json,
+        "csv": _csv,
+        "tar_txt": _tar_txt,
+        "tar_jsonl": _tar_jsonl,
+    }[spec.reader]
     rules: dict[str, Callable[[str], str]] = {"": str, "stem": _only_stem, "path_dir_stem": _dir_and_stem}
     key_of = rules[spec.key_of]
     number = 0
@@ -223,6 +232,40 @@ def _jsonl(path: Path, spec: JoinSpec, tally: JoinTally, name: str) -> Iterator[
         raw.seek(0)
         file: Any = gzip.GzipFile(fileobj=raw) if compressed else raw
         yield from _JsonRows(spec, tally, name).columns(_lines(file, tally, name))
+
+
+def _json(path: Path, spec: JoinSpec, tally: JoinTally, name: str) -> Iterator[_Columns]:
+    """Read a json that is one list of objects, as a whole."""
+    size = path.stat().st_size
+    try:
+        rows = json.loads(path.read_bytes()) if size <= MAX_LIST else None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{spec.what}: {name} cannot be read as JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise RequestError(
+            f"{spec.what}: expected {name} to be a list of objects of {MAX_LIST} bytes at most; for more use .jsonl"
+        )
+    yield from _JsonRows(spec, tally, name).columns(json.dumps(row).encode() for row in rows)
+
+
+def _csv(path: Path, spec: JoinSpec, tally: JoinTally, name: str) -> Iterator[_Columns]:
+    """Read a .csv or .tsv, whose first line names the columns; cells may be quoted and have line breaks."""
+    delimiter = "\t" if name.lower().endswith(".tsv") else ","
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.DictReader(file, delimiter=delimiter)
+
+        def lines() -> Iterator[bytes]:
+            while True:
+                try:
+                    row = next(rows, None)
+                except csv.Error as error:
+                    tally.leave_out("no_csv", f"line {rows.line_num:,} of {name}: {error}")
+                    continue
+                if row is None:
+                    return
+                yield json.dumps({column: value for column, value in row.items() if column}).encode()
+
+        yield from _JsonRows(spec, tally, name).columns(lines())
 
 
 def _tar_jsonl(path: Path, spec: JoinSpec, tally: JoinTally, name: str) -> Iterator[_Columns]:

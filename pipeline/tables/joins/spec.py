@@ -19,8 +19,8 @@ class JoinSpec:
     """A table to join by key.
 
     Args:
-        reader: `parquet`; `jsonl`, compressed with gzip or not; `tar_txt`: a tar of `<key>.txt`; `tar_jsonl`: a tar
-            that holds one .jsonl.
+        reader: `parquet`; `jsonl`, compressed with gzip or not; `json`: a list of objects; `csv`, or tsv by its name;
+            `tar_txt`: a tar of `<key>.txt`; `tar_jsonl`: a tar that holds one .jsonl.
         key: the column of the key, `a/b` for two columns joined by a slash; unused by `tar_txt`.
         fields: columns of the table by the names that they get, dotted for one inside another (`Task2.Caption`).
         key_of: what is made of the key: "" nothing, `stem` (of the last part of a path, before its first dot),

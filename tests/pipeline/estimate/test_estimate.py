@@ -136,3 +136,13 @@ def test_a_wrong_request(words: list[str], message: str) -> None:
     found = CliRunner().invoke(app, ["plan", "configs/microdit-37m.yaml", *words])
     assert found.exit_code == 2 and message in found.stderr
     assert len(found.stderr.strip().splitlines()) == 1 and not found.stdout
+
+
+@pytest.mark.parametrize(("name", "inputs"), [("modern-20m", 20_265_279), ("synthetic-modern", 11_890_279)])
+def test_the_configs_of_newer_sets_are_planned_without_network(
+    name: str, inputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = planned(load_config(f"configs/{name}.yaml"), Machines(gpus=8, gpu="h100"))
+    assert sum(source["inputs"] for source in found["sources"].values()) == inputs
+    assert {source["origin"] for source in found["sources"].values()} == {"written about the dataset"}

@@ -169,8 +169,8 @@ def test_joins_by_key_and_by_origin(tmp_path: Path):
 
 def test_a_table_of_another_kind_is_refused(tmp_path: Path):
     empty(tmp_path / "t.tar")
-    join = {"file": str(empty(tmp_path / "t.csv")), "key": "id", "fields": {"a": "b"}}
-    with pytest.raises(RequestError, match=r"sources\.own\.joins\.0\.file = .*expected \.parquet.*found t\.csv"):
+    join = {"file": str(empty(tmp_path / "t.xlsx")), "key": "id", "fields": {"a": "b"}}
+    with pytest.raises(RequestError, match=r"sources\.own\.joins\.0\.file = .*expected \.parquet.*found t\.xlsx"):
         source(tmp_path, joins=[join]).tables()
 
 
