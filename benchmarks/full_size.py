@@ -120,7 +120,7 @@ def run(command: list[str], place: Place, timeout: float) -> dict[str, Any]:
         said, failed = out.read(), err.read()
     if process.returncode and not stopped:
         raise RuntimeError(f"{command[-3:]} ended with {process.returncode}: {failed[-3000:]}")
-    found = {"seconds": round(seconds, 1), "memory_gib": round(memory / GIB, 2)}
+    found: dict[str, Any] = {"seconds": round(seconds, 1), "memory_gib": round(memory / GIB, 2)}
     if place.proxy is not None:
         requests = Counter(place.proxy.requests)
         found |= {"requests": sum(requests.values()), "by_method": dict(requests)}
@@ -265,8 +265,8 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=1800, help="seconds of one command")
     options: argparse.Namespace = parser.parse_args()
     only = set(options.only)
-    while more := {NEEDS[name] for name in only if name in NEEDS} - only:
-        only |= more
+    while needed := {NEEDS[name] for name in only if name in NEEDS} - only:
+        only |= needed
     with tempfile.TemporaryDirectory() as temporary:
         work = (options.work or Path(temporary)).absolute()
         sizes: dict[int, dict[str, Any]] = {}

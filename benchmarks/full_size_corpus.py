@@ -180,11 +180,11 @@ def _sidecar(
         "offset": pc.if_else(good, pa.array(offsets, pa.int64()), number) if tar else pa.nulls(rows, pa.int64()),
         "size": pc.if_else(good, pa.scalar(sizes, pa.int64()), number) if tar else pa.nulls(rows, pa.int64()),
     }
-    schema = sidecar_schema(scalars)
+    schema = sidecar_schema(dict(sorted(scalars.items())))
     for name in scalars:
         kind = schema.field(name).type
         arrays[name] = pc.if_else(good, pc.cast(pa.array(values[name]), kind), pa.scalar(None, kind))
-    return pa.table(arrays).cast(schema)
+    return pa.table([arrays[name] for name in schema.names], names=schema.names).cast(schema)
 
 
 def _write(

@@ -6,6 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
+PART = 1 << 20  # pairs that are compared at a time
 Near = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Compares pairs of samples, given as two arrays of indices (or one index and an array); returns which are near."""
 
@@ -58,11 +59,15 @@ def nearest_kept(labels: np.ndarray, area: np.ndarray, near: Near) -> KeptGroups
     starts, ends = np.append(0, changes)[: len(order)], np.append(changes, len(order))[: len(order)]
     heads = np.repeat(order[starts], ends - starts)
     keeper = np.arange(len(order))
-    close = near(order, heads)  # the first round of all groups at once: most groups end with it
+    parts = [slice(at, at + PART) for at in range(0, len(order), PART)]
+    close = np.zeros(len(order), bool)
+    for part in parts:  # the first round of all groups at once: most groups end with it
+        close[part] = near(order[part], heads[part])
     keeper[order[close]] = heads[close]
     left = ~close & (order != heads)
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        rest = order[start:end][left[start:end]] if end - start > 2 else order[:0]
+    more = ends - starts > 2
+    for start, end in zip(starts[more].tolist(), ends[more].tolist(), strict=True):
+        rest = order[start:end][left[start:end]]
         while len(rest) > 1:
             close = near(rest[0], rest[1:])
             keeper[rest[1:][close]] = rest[0]

@@ -76,13 +76,20 @@ def read_hashes(corpus: Corpus, table: SampleTable) -> Hashed:
             turned.append(turned_hashes(kept["turned_phashes"], hashes[-1]))
             has_turned += len(kept) - kept["turned_phashes"].null_count
         number += len(batch)
-    line = np.concatenate([np.empty(0, np.int64), *lines])
-    phash = np.concatenate([np.empty(0, np.uint64), *hashes])
-    whole = np.concatenate([np.empty((0, 2), np.uint64), *pixels])
-    area = np.concatenate([np.empty(0, np.int64), *areas])
-    colour = np.concatenate([np.empty((0, 3), np.float32), *colours])
-    ways = np.concatenate([np.empty((0, WAYS), np.uint64), *turned]) if turning else None
+    line = _joined(lines, np.empty(0, np.int64))
+    phash = _joined(hashes, np.empty(0, np.uint64))
+    whole = _joined(pixels, np.empty((0, 2), np.uint64))
+    area = _joined(areas, np.empty(0, np.int64))
+    colour = _joined(colours, np.empty((0, 3), np.float32))
+    ways = _joined(turned, np.empty((0, WAYS), np.uint64)) if turning else None
     return Hashed(line, phash, whole, area, colour, ok - len(line), ways, has_turned)
+
+
+def _joined(parts: list[np.ndarray], none: np.ndarray) -> np.ndarray:
+    """Concatenate parts, which are given up."""
+    whole = np.concatenate([none, *parts])
+    parts.clear()
+    return whole
 
 
 def turned_hashes(texts: pa.ChunkedArray, plain: np.ndarray) -> np.ndarray:
@@ -118,11 +125,12 @@ def bits_between(hashed: Hashed, ones: np.ndarray, others: np.ndarray) -> np.nda
 def near(hashed: Hashed, distance: int, ones: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Compare pairs of samples by their hashes; if one of them is flat, their colours or pixels decide."""
     close = bits_between(hashed, ones, others) <= distance
-    flat = (hashed.flat[ones] | hashed.flat[others]) & close
-    if flat.any():
-        apart = np.abs(hashed.colour[ones] - hashed.colour[others]).max(-1)
-        equal = (hashed.pixels[ones] == hashed.pixels[others]).all(-1)
-        close &= ~flat | (apart <= COLOUR) | equal
+    flat = np.flatnonzero((hashed.flat[ones] | hashed.flat[others]) & close)
+    if len(flat):
+        some, with_ = (np.broadcast_to(each, close.shape)[flat] for each in (ones, others))
+        apart = np.abs(hashed.colour[some] - hashed.colour[with_]).max(-1)
+        equal = (hashed.pixels[some] == hashed.pixels[with_]).all(-1)
+        close[flat] = (apart <= COLOUR) | equal
     return close
 
 

@@ -126,18 +126,9 @@ def index_samples(
 
 def selected_rows(corpus: Corpus, selection: str) -> dict[ShardId, tuple[np.ndarray, np.ndarray]]:
     """Read the rows (int32) and weights (float32) of a selection, by shard. Raises as `load_selection`."""
-    from microdit.pipeline.selection.selections import load_selection  # it brings duckdb
+    from microdit.pipeline.selection import selections  # it brings duckdb
 
-    table = load_selection(corpus, selection)
-    if not len(table):
-        return {}
-    # ordered by source, shard and row: a shard's rows lie together
-    names = [table[name].combine_chunks() for name in ("source", "shard")]
-    changes = np.logical_or.reduce([np.diff(n.dictionary_encode().indices.to_numpy()) != 0 for n in names])
-    starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
-    shards = zip(*(name.take(pa.array(starts)).to_pylist() for name in names), strict=True)
-    rows, weights = (np.split(table[name].to_numpy(), starts[1:]) for name in ("row", "weight"))
-    return dict(zip(shards, zip(rows, weights, strict=True), strict=True))
+    return selections.selected_rows(corpus, selection)
 
 
 def usable_rows(

@@ -3,11 +3,13 @@
 import hashlib
 import io
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -16,10 +18,11 @@ from pydantic import Field
 
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import COLUMN, COMMIT, commit_name
+from microdit.pipeline.corpus.names import COLUMN, COMMIT, ShardId, commit_name
 from microdit.pipeline.corpus.records import Record, Size, canonical
 from microdit.pipeline.corpus.shard_files import check_footer
 from microdit.pipeline.curation.job import reads
+from microdit.pipeline.selection.chosen_rows import PART, SELECTION, ChosenRows, SelectionHash, rows_by_shard
 from microdit.pipeline.selection.queries import Parsed, named_queries, named_query, parse
 from microdit.pipeline.selection.view import asked_jobs, connected, jobs_of, run, run_apart
 from microdit.pipeline.selection.weights import EQUAL, Shares, weigh
@@ -27,20 +30,10 @@ from microdit.pipeline.tables.database import SqlLimits
 from microdit.pipeline.tables.sample_table import (
     BASE,
     JOB_COLUMNS,
-    ROW_GROUP,
     SampleTable,
     sample_table,
     table_fields,
     table_schema,
-)
-
-SELECTION = pa.schema(
-    [
-        pa.field("source", pa.string(), nullable=False),
-        pa.field("shard", pa.string(), nullable=False),
-        pa.field("row", pa.int32(), nullable=False),
-        pa.field("weight", pa.float32(), nullable=False),
-    ]
 )
 
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
@@ -100,10 +93,8 @@ def select(
     ) as connection:  # which of equal rows a LIMIT takes is no race then
         jobs = jobs_of(corpus, table)
         known = {*table_schema(corpus.columns()).names, *JOB_COLUMNS.names, "contaminated"}
-        chosen = _chosen(connection, sql, limits, known)
-        connection.register("chosen", chosen)
-        _check(connection, len(chosen))
-        chosen = connection.sql("SELECT * FROM chosen ORDER BY source, shard, row").to_arrow_table()
+        chosen = ChosenRows.of(_chosen(connection, sql, limits, known))
+        _check(connection, chosen)
     if weights is not None:
         chosen = weigh(chosen, weights)
     asked = {folder: jobs[folder].asked() for folder in asked_jobs(sql) if folder in jobs}
@@ -112,29 +103,30 @@ def select(
     pinned |= {"jobs": asked} if asked else {}
     pinned |= {"weights": weights if weights == EQUAL else dict(weights)} if weights is not None else {}
     about = canonical(pinned)
-    chosen = chosen.cast(SELECTION.with_metadata({"microdit": about}))
-    digest = selection_hash(about, chosen)
-    selection = Selection(name, digest, _selection_path(name, digest), len(chosen), sql, columns)
-    _save(corpus, selection, chosen)
+    digest, buffer = SelectionHash(about), io.BytesIO()
+    with pq.ParquetWriter(buffer, SELECTION.with_metadata({"microdit": about}), compression="zstd") as writer:
+        for part in chosen.parts():
+            digest.update(part)
+            writer.write_table(part, row_group_size=PART)
+    selection = Selection(name, digest.value(), _selection_path(name, digest.value()), len(chosen), sql, columns)
+    _save(corpus, selection, buffer)
     return selection
 
 
-def _save(corpus: Corpus, selection: Selection, rows: pa.Table) -> None:
-    """Write the rows of a selection into the corpus, where it may be already.
+def _save(corpus: Corpus, selection: Selection, file: io.BytesIO) -> None:
+    """Write the file of a selection into the corpus, where it may be already.
 
     Raises:
         RequestError: it cannot be written, or is there and damaged.
     """
     named = f"{selection.name}@{selection.hash}"
-    buffer = io.BytesIO()
-    pq.write_table(rows.combine_chunks(), buffer, compression="zstd")
     try:
-        corpus.store.create(selection.path, buffer.getvalue())
+        corpus.store.create(selection.path, file.getvalue())
     except FileExistsError:
         load_selection(corpus, named)  # it is the same, or damaged
     except (OSError, BaseError) as error:
         raise RequestError(
-            f"corpus {corpus.url}: the selection {named} of {len(rows):,} rows cannot be written "
+            f"corpus {corpus.url}: the selection {named} of {selection.rows:,} rows cannot be written "
             f"({first_line(error)}): it is kept in the corpus, and needs the right to write; `microdit query` does not"
         ) from error
 
@@ -205,7 +197,7 @@ def _chosen(connection: duckdb.DuckDBPyConnection, sql: str, limits: SqlLimits, 
     if not len(result):
         raise RequestError("SQL: it gives no rows; a selection has at least one")
     arrays = {name: result[columns[name]] for name in columns if name in SELECTION.names}
-    arrays.setdefault("weight", pa.repeat(1.0, len(result)))
+    arrays.setdefault("weight", pa.repeat(pa.scalar(1, pa.float32()), len(result)))
     for field in SELECTION:
         try:
             arrays[field.name] = pc.cast(arrays[field.name], field.type, safe=field.name != "weight")
@@ -220,8 +212,15 @@ def _chosen(connection: duckdb.DuckDBPyConnection, sql: str, limits: SqlLimits, 
     return pa.table([arrays[field.name] for field in SELECTION], names=SELECTION.names)
 
 
-def _check(connection: duckdb.DuckDBPyConnection, rows: int) -> None:
+def _check(connection: duckdb.DuckDBPyConnection, chosen: ChosenRows) -> None:
     """Refuse rows that are no samples, have no image, or are there twice."""
+    if not chosen.double:
+        good = connection.sql("SELECT source, shard, row FROM samples WHERE status = 'ok'").to_arrow_reader(PART)
+        if chosen.all_in(good):
+            return
+        del good
+    rows = len(chosen)  # what is wrong with them takes more memory to say
+    connection.register("chosen", pa.concat_tables(chosen.parts()))
     bad = connection.execute(
         "SELECT c.source, c.shard, c.row, s.reason, count(*) OVER () FROM chosen c "
         "LEFT JOIN samples s USING (source, shard, row) WHERE s.status IS DISTINCT FROM 'ok' ORDER BY ALL LIMIT 1"
@@ -242,15 +241,9 @@ def _check(connection: duckdb.DuckDBPyConnection, rows: int) -> None:
 
 def selection_hash(about: bytes, table: pa.Table) -> str:
     """Hash the metadata and the rows: the first 16 hex digits of a SHA-256 (docs/reference/corpus.md, section 6)."""
-    digest = hashlib.sha256(about + b"\n")
-    for batch in table.to_batches(max_chunksize=ROW_GROUP):
-        weights = pc.dictionary_encode(batch["weight"])
-        texts = pa.array([f"{weight:.9g}" for weight in weights.dictionary.to_pylist()], pa.string())
-        lines = pc.binary_join_element_wise(
-            batch["source"], batch["shard"], pc.cast(batch["row"], pa.string()), texts.take(weights.indices), "\t"
-        )
-        digest.update("".join(f"{line}\n" for line in lines.to_pylist()).encode())
-    return digest.hexdigest()[:16]
+    digest = SelectionHash(about)
+    digest.update(table)
+    return digest.value()
 
 
 def _selection_path(name: str, digest: str) -> str:
@@ -319,21 +312,37 @@ def load_selection(corpus: Corpus, selection: str) -> pa.Table:
     Raises:
         RequestError: there is none, there are several, or it is damaged.
     """
+    return pa.concat_tables(_checked_parts(corpus, selection))
+
+
+def selected_rows(corpus: Corpus, selection: str) -> dict[ShardId, tuple[np.ndarray, np.ndarray]]:
+    """Read the rows (int32) and weights (float32) of a selection, by shard. Raises as `load_selection`."""
+    return rows_by_shard(_checked_parts(corpus, selection))
+
+
+def _checked_parts(corpus: Corpus, selection: str) -> Iterator[pa.Table]:
+    """Read a selection in parts, the last of which comes when all of it is checked. Raises as `load_selection`."""
     name, _, digest = find_selection(corpus, selection).partition("@")
     path = _selection_path(name, digest)
+    damaged = RequestError(
+        f"corpus {corpus.url}: {path} is damaged; restore it from a copy, or remove it and select again"
+    )
     try:
         file = pq.ParquetFile(io.BytesIO(corpus.store.get(path)))
-        about = _About.parse((file.schema_arrow.metadata or {}).get(b"microdit", b""))
-        check_footer(file.metadata, about.rows, "its metadata")
-        table = file.read() if file.schema_arrow.equals(SELECTION) else SELECTION.empty_table()
-        damaged = (
-            not table.schema.equals(SELECTION)
-            or selection_hash((table.schema.metadata or {}).get(b"microdit", b""), table) != digest
-        )
+        schema = file.schema_arrow
+        said = (schema.metadata or {}).get(b"microdit", b"")
+        check_footer(file.metadata, _About.parse(said).rows, "its metadata")
+        found = SelectionHash(said)
+        if not schema.equals(SELECTION):
+            raise damaged
+        parts = (file.read_row_group(number) for number in range(file.num_row_groups))
+        part = schema.empty_table()
+        for following in parts:
+            found.update(following)
+            yield part
+            part = following
     except (pa.ArrowException, OSError, ValueError):
-        damaged = True
-    if damaged:
-        raise RequestError(
-            f"corpus {corpus.url}: {path} is damaged; restore it from a copy, or remove it and select again"
-        )
-    return table
+        raise damaged from None
+    if found.value() != digest:
+        raise damaged
+    yield part

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.selection.chosen_rows import ChosenRows
 
 EQUAL: Literal["equal"] = "equal"
 Shares = Literal["equal"] | Mapping[str, float]
@@ -39,7 +39,7 @@ def parse_shares(text: str) -> Shares:
     return shares
 
 
-def weigh(chosen: pa.Table, shares: Shares) -> pa.Table:
+def weigh(chosen: ChosenRows, shares: Shares) -> ChosenRows:
     """Weight the rows of a selection so that each source comes as often as its share says; the mean weight is 1.
 
     Within a source the weights that the rows had keep their proportions.
@@ -47,7 +47,7 @@ def weigh(chosen: pa.Table, shares: Shares) -> pa.Table:
     Raises:
         RequestError: the sources are not those that the shares name.
     """
-    codes = pc.dictionary_encode(chosen["source"]).combine_chunks()
+    codes = chosen.sources
     sources = codes.dictionary.to_pylist()
     given = dict.fromkeys(sources, 1.0) if shares == EQUAL else dict(shares)
     if given.keys() != set(sources):
@@ -58,12 +58,11 @@ def weigh(chosen: pa.Table, shares: Shares) -> pa.Table:
             f"{', '.join(sorted(sources))}"
         )
     index = codes.indices.to_numpy()
-    weight = chosen["weight"].to_numpy().astype(np.float64)
+    weight = chosen.weight.astype(np.float64)
     total = np.bincount(index, weight)  # adds up row by row, so that every machine has the same sums
     share = np.array([given[source] for source in sources])
     factor = share / math.fsum(share) * len(chosen) / total
     scaled = factor[index] * weight
     if not ((scaled >= LEAST) & (scaled <= MOST)).all():
         raise RequestError("--weights: some weights are too far apart for 32-bit numbers; give shares nearer together")
-    column = chosen.schema.get_field_index("weight")
-    return chosen.set_column(column, chosen.schema.field(column), pa.array(scaled.astype(np.float32)))
+    return replace(chosen, weight=scaled.astype(np.float32))

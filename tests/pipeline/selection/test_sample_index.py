@@ -56,11 +56,12 @@ def selection_table(rows: list[tuple[str, int]], weight: float = 1.0) -> pa.Tabl
 
 @pytest.fixture
 def select(monkeypatch: pytest.MonkeyPatch):
-    """Make `load_selection` give a table; that it reads what `microdit select` wrote is tested with the demo."""
+    """Make `selected_rows` give those of a table; that it reads what `select` wrote is tested with the demo."""
     from microdit.pipeline.selection import selections
+    from microdit.pipeline.selection.chosen_rows import rows_by_shard
 
     def use(table: pa.Table) -> None:
-        monkeypatch.setattr(selections, "load_selection", lambda corpus, name: table)
+        monkeypatch.setattr(selections, "selected_rows", lambda corpus, name: rows_by_shard([table]))
 
     return use
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.selection.chosen_rows import ChosenRows
 from microdit.pipeline.selection.selections import SELECTION, load_selection, select
 from microdit.pipeline.selection.weights import parse_shares, weigh
 from tests.pipeline.helpers.scored_corpus import OK, make
@@ -45,7 +46,8 @@ WEIGHT = st.floats(0.125, 8, width=32)
 def test_weights_keep_their_proportions_within_a_source(sources: dict[str, tuple[float, list[float]]]) -> None:
     rows = [(source, "s", row, w) for source in sorted(sources) for row, w in enumerate(sources[source][1])]
     table = pa.table([list(column) for column in zip(*rows, strict=True)], schema=SELECTION)
-    found = weigh(table, {source: share for source, (share, _) in sources.items()})
+    chosen = ChosenRows.of(table)
+    found = pa.concat_tables(weigh(chosen, {source: share for source, (share, _) in sources.items()}).parts())
     assert found.drop(["weight"]).equals(table.drop(["weight"])) and found.schema.equals(SELECTION)
     weight = found["weight"].to_numpy().astype(np.float64)
     assert weight.mean() == pytest.approx(1, rel=1e-5)
@@ -55,7 +57,7 @@ def test_weights_keep_their_proportions_within_a_source(sources: dict[str, tuple
         assert mine.sum() / len(rows) == pytest.approx(share / whole, rel=1e-5)
         assert mine / mine.sum() == pytest.approx(np.array(before) / math.fsum(before), rel=1e-5)
     if len({share for share, _ in sources.values()}) == 1:
-        assert weigh(table, "equal").equals(found)
+        assert pa.concat_tables(weigh(chosen, "equal").parts()).equals(found)
 
 
 @pytest.mark.parametrize("text", ["", "a", "a=", "=1", "a=0", "a=-1", "a=nan", "a=inf", "a=1,,b=1", "a=1,a=2", "a:1"])
