@@ -16,7 +16,8 @@ def colour(rng: random.Random) -> tuple[int, int, int]:
 
 
 def blank(rng: random.Random, grid: int = 1) -> Image.Image:
-    return Image.new("RGB", tuple(rng.randrange(160, 800) // grid * grid for _ in range(2)), colour(rng))
+    width, height = (rng.randrange(160, 800) // grid * grid for _ in range(2))
+    return Image.new("RGB", (width, height), colour(rng))
 
 
 def text(rng: random.Random, photo: Photographs) -> Image.Image:
@@ -113,9 +114,11 @@ def collage(rng: random.Random, photo: Photographs) -> Image.Image:
     grid = rng.choice([1, 8, 16, 64])
     image = blank(rng, grid)
     for _ in range(rng.randrange(2, 9)):
-        size = tuple(max(grid, rng.randrange(60, side + 60) // grid * grid) for side in image.size)
+        width, height = (max(grid, rng.randrange(60, side + 60) // grid * grid) for side in image.size)
+        size = width, height
         part = photo(rng).resize(size) if rng.random() < 0.7 else Image.new("RGB", size, colour(rng))
-        image.paste(part, tuple(rng.randrange(side) // grid * grid for side in image.size))
+        x, y = (rng.randrange(side) // grid * grid for side in image.size)
+        image.paste(part, (x, y))
     return image
 
 

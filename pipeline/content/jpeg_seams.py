@@ -9,7 +9,8 @@ but windows on a screen may: it is a sign and no proof.
 import numpy as np
 
 DARK, LIGHT = 4, 251  # means beyond which a colour may have been clipped, so that it says nothing
-WORTH_A_LOOK = 0.5  # of jump by noise: of parts of photographs one in a hundred has more, of whole ones fewer
+WORTH_A_LOOK = 0.5  # of jump by noise, of the rows of pixels beside the seam alone
+LIKELY = 0.7  # of jump by noise: of parts of photos one in a hundred has more, of whole ones fewer
 NOISE = 4.0  # levels
 MOST = 64  # levels that one jump counts for
 CLIPPED_BEFORE, CLIPPED_AFTER = 0.1, 0.7  # shares of MCUs: a shift beyond all colours
@@ -30,9 +31,7 @@ def has_seam(pixels: np.ndarray, height: int, width: int) -> bool:
         return False
     outer = _block_means(pixels, rows + 1, width) - _block_means(pixels, rows - 2, width)
     sharp = 1.5 * (below - above) - 0.5 * outer
-    return any(
-        _steps(jump, valid, across, WORTH_A_LOOK) for jump in (sharp, outer)
-    )  # colours of a half size are smoothed
+    return any(_steps(jump, valid, across, LIKELY) for jump in (sharp, outer))  # colours of a half size are smoothed
 
 
 def _block_means(pixels: np.ndarray, rows: np.ndarray, width: int) -> np.ndarray:
