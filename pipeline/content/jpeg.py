@@ -1,7 +1,8 @@
 """Decode JPEGs: by simplejpeg, at a fraction of their size where that is enough; by Pillow what that does not take."""
 
 import io
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from microdit.pipeline.content.orientation import orientation, readable, upright
 MAX_SCANS = 200  # of a progressive JPEG, which has about ten; each costs a pass over the whole picture
 SHRINK_MARGIN = 1.25  # a JPEG is decoded at least this much larger than the size that it is resized to
 PROFILE = b"ICC_PROFILE\0"
+ADOBE = re.compile(rb"(\xff\xee\x00\x0eAdobe.{6})[^\x00\x01]", re.DOTALL)  # the last byte: how colours are coded
+KNOWN = b"\\1\x01"  # YCbCr, as decoders take them all
 XMP = b"http://ns.adobe.com/xap/1.0/\0"
 
 
@@ -50,6 +53,8 @@ def decode_jpeg(data: bytes, limits: Limits, shrink_to: int | None, thorough: bo
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except (KeyError, ValueError) as error:
+        if "Adobe color transform" in str(error) and (known := ADOBE.sub(KNOWN, data, count=1)) != data:
+            return replace(decode_jpeg(known, limits, shrink_to, thorough), plain=False)
         if "subsampling" not in str(error) and not isinstance(error, KeyError):
             raise
         return _decode_pillow(data, limits, thorough)

@@ -3,6 +3,7 @@
 import io
 import re
 
+import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from microdit.pipeline.content.colour import flattened
@@ -11,6 +12,7 @@ from microdit.pipeline.content.orientation import orientation, readable, upright
 from microdit.pipeline.content.tiff import check_tiff
 
 FORMATS = ("WEBP", "AVIF", "GIF", "BMP", "TIFF")
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF, and its value
 AVIF_EXIF = re.compile(rb"(infe\x02.{7})Exif", re.DOTALL)  # the entry of EXIF data in an AVIF's list of items
 
 
@@ -39,9 +41,17 @@ def decode_other(data: bytes, limits: Limits) -> Decoded:
         elif frame is not None and frame != (0, 0, *image.size):
             picture = Image.new("RGBA", image.size)
             picture.paste(image.crop(frame).convert("RGBA"), frame)
+        elif name == "tiff" and _is_inverted(image):
+            picture = Image.fromarray(65535 - np.asarray(image))  # Pillow inverts 8 bits alone
         flat, note = flattened(picture, image.info.get("icc_profile"))
         flat = upright(flat, turned)
         return Decoded(flat, *flat.size, name, plain and turned == 1 and not note, profile=note)
+
+
+def _is_inverted(image: Image.Image) -> bool:
+    """Check for a TIFF of 16 bits in which zero is white."""
+    tags = getattr(image, "tag_v2", {})
+    return image.mode.startswith("I;16") and tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
 
 
 def _opened(data: bytes) -> ImageFile.ImageFile:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.sound_pictures import SORTS
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.content.images import BadImage, decode, prepare
 from microdit.pipeline.content.jpeg_entropy import scan_fault
@@ -108,6 +109,14 @@ def test_sound_pictures_are_none_of_those(seed: int, quality: int, subsampling: 
     assert header is not None
     assert end is not None
     assert scan_fault(data, header, end) is None
+
+
+@settings(max_examples=48, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(SORTS), st.sampled_from([30, 75, 95]), st.sampled_from([0, 2]))
+def test_sound_pictures_that_look_most_like_damage_are_accepted(seed: int, sort, quality: int, subsampling: int):
+    image = sort(random.Random(seed), lambda rng: textured(rng.getrandbits(32)))
+    data = saved(image, quality=quality, subsampling=subsampling)
+    assert prepare(data, KEEP).data == data
 
 
 def test_means_out_of_range_and_bytes_left_are_faults():
