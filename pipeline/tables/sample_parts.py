@@ -234,7 +234,7 @@ def _shard_rows(corpus: Corpus, spec: PartSpec, one: ShardCommits) -> pa.Table:
         DamagedError: a commit or sidecar is missing or damaged.
     """
     shard_id, names = (spec.source, one.shard), spec.schema.names
-    images = None
+    images: pa.Table = None
     if spec.column == IMAGES or one.again:
         commit, images = _sidecar(corpus, IMAGES, shard_id, one.images)
     if spec.column == IMAGES:

@@ -157,7 +157,8 @@ def _refs(
     """Find or make parts; returns them and the shards whose images are lost."""
     keys = [spec.key for spec in specs]
     absent = [number for number, key in enumerate(keys) if key not in present]
-    refs, lost = {key: present[key] for key in keys if key in present}, set()
+    refs = {key: present[key] for key in keys if key in present}
+    lost: set[ShardId] = set()
     for number, made in zip(absent, make_parts(corpus, [specs[n] for n in absent], damage), strict=True):
         refs[keys[number]] = made.ref
         lost |= made.lost
