@@ -1,7 +1,8 @@
 """Read a corpus: its declarations, commits and shards (docs/reference/corpus.md). `attempt` writes."""
 
+import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -36,7 +37,7 @@ from microdit.pipeline.corpus.shard_files import (
     ColumnTypeError,
     RowCountError,
     check_types,
-    read_table,
+    open_table,
 )
 from microdit.pipeline.storage.store import Store, open_store
 
@@ -284,16 +285,16 @@ class Corpus:
 
     # -- reading a shard -----------------------------------------------------------------------------------------
 
-    def sidecar(self, commit: Commit) -> pa.Table:
-        """Read the sidecar of a commit: one line per row, in row order.
+    def sidecar(self, commit: Commit, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read the sidecar of a commit, or some columns of it: one line per row, in row order.
 
         Raises:
             DamagedError: it has other rows than the commit says, or columns of other types than are declared.
         """
         try:
-            table = read_table(self.store.get(commit.sidecar.name), commit.counts["in"])
-            check_types(table.schema, self._scalars(commit.column))
-            return table
+            file = open_table(io.BytesIO(self.store.get(commit.sidecar.name)), commit.counts["in"])
+            check_types(file.schema_arrow, self._scalars(commit.column))
+            return file.read(columns, use_threads=False)
         except (RowCountError, ColumnTypeError) as error:
             raise DamagedError(
                 f"corpus {self.url}: {commit.sidecar.name} is damaged: {error}; `microdit verify` lists all damage, "

@@ -19,6 +19,8 @@ TABLE = re.compile(
     rf"[0-9a-f]{{32,64}}\.(?:json|{ATTEMPT.pattern}\.parquet)"
 )
 
+PART = re.compile(r"tables/samples/([0-9a-f]{64})\.([0-9a-f]{64})\.parquet")  # its key, and the hash of its bytes
+
 
 def column_kind(column: str) -> str:
     """Tell whether a column is a `table` (captions and scores) or a `tar` (all others, and embeddings)."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.failures import FAILURE
-from microdit.pipeline.corpus.names import COLUMN, COMMIT, OBJECT, PROBES, RESERVED, SHARD, SOURCE, TABLE, UNITS
+from microdit.pipeline.corpus.names import COLUMN, COMMIT, OBJECT, PART, PROBES, RESERVED, SHARD, SOURCE, TABLE, UNITS
 from microdit.pipeline.corpus.retry_units import NAME as RETRIED
 
 SELECTION = re.compile(r"selections/[A-Za-z0-9_-][A-Za-z0-9_.-]*@[0-9a-f]{16}\.parquet")
@@ -39,7 +39,7 @@ class Ownership:
             return False
         if match := COMMIT.fullmatch(name):
             return (match[1] in self.columns or match[1] == UNITS) and match[2] in self.sources
-        patterns = (DECLARED, TABLE, SELECTION, FAILURE, PROBE, RETRIED)
+        patterns = (DECLARED, TABLE, PART, SELECTION, FAILURE, PROBE, RETRIED)
         if name == "corpus.json" or any(pattern.fullmatch(name) for pattern in patterns):
             return True
         return self.owns_attempt(name)
@@ -53,8 +53,8 @@ class Ownership:
         return bool(is_shard) and match[1] in self.columns and match[2] in self.sources
 
     def owns_table(self, name: str) -> bool:
-        """Return True for a cached table, or its record."""
-        return bool(TABLE.fullmatch(name)) and not _below(name, self.foreign)
+        """Return True for a cached table, its record, or a part of the sample table."""
+        return bool(TABLE.fullmatch(name) or PART.fullmatch(name)) and not _below(name, self.foreign)
 
     def owns_probe(self, name: str) -> bool:
         """Return True for the probe of a build."""

@@ -20,8 +20,9 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import COMMIT
 from microdit.pipeline.corpus.records import canonical
 from microdit.pipeline.curation.greedy import KeptGroups
-from microdit.pipeline.tables.published import Table, cached, open_table
-from microdit.pipeline.tables.sample_table import JOB_COLUMNS, ROW_GROUP, SampleTable
+from microdit.pipeline.tables.part_files import read_batches
+from microdit.pipeline.tables.published import Table, cached
+from microdit.pipeline.tables.sample_table import JOB_COLUMNS, SampleTable
 
 LAYOUT = 1
 BASIC, TURNED, EMBEDDING = "scores/basic", "scores/turned", "scores/embedding"
@@ -136,10 +137,8 @@ def cached_job(corpus: Corpus, table: SampleTable, base: str, kind: type[J], sam
 
 
 def batches(corpus: Corpus, table: SampleTable, columns: list[str]) -> Iterator[pa.Table]:
-    """Read columns of the sample table in row groups."""
-    with open_table(corpus, table) as file:
-        for batch in pq.ParquetFile(file).iter_batches(ROW_GROUP, columns=columns):
-            yield pa.Table.from_batches([batch])
+    """Read columns of the sample table in parts of its rows, in order."""
+    return read_batches(corpus, table, columns)
 
 
 def areas(batch: pa.Table) -> np.ndarray:

@@ -5,12 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import duckdb
-
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.report.stored import Reader, SampleRef, Thumbnail, thumbnail
-from microdit.pipeline.selection.view import connected, run
+from microdit.pipeline.selection.view import OpenView, connected, run
 from microdit.pipeline.tables.database import SqlLimits
 from microdit.pipeline.tables.sample_table import SampleTable, sample_table
 
@@ -23,7 +21,7 @@ class SampleView:
     """A corpus, the open view over its samples, and its pictures."""
 
     corpus: Corpus
-    connection: duckdb.DuckDBPyConnection
+    connection: OpenView
     reader: Reader
     limits: SqlLimits
     table: SampleTable

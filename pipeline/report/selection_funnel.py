@@ -4,8 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import duckdb
-
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.report.filters import bare
@@ -13,7 +11,7 @@ from microdit.pipeline.report.sample_view import OK
 from microdit.pipeline.selection.queries import Conditions, parse
 from microdit.pipeline.selection.running import LimitError
 from microdit.pipeline.selection.selections import Selection, changed_since, load_selection
-from microdit.pipeline.selection.view import connected, run, run_apart
+from microdit.pipeline.selection.view import OpenView, connected, run, run_apart
 from microdit.pipeline.tables.database import GIB, SqlLimits
 from microdit.pipeline.tables.sample_table import SampleTable
 
@@ -109,7 +107,7 @@ def _funnel_steps(
 class _Counts:
     """The open view of samples, to count in."""
 
-    connection: duckdb.DuckDBPyConnection
+    connection: OpenView
     limits: SqlLimits
 
     def count(self, condition: str, table: str = "samples") -> int:

@@ -75,6 +75,15 @@ class Parsed:
         """All columns are read: `*`, or COLUMNS(...)."""
         return any(part.get("class") == "STAR" for part in _parts(self.tree))
 
+    @cached_property
+    def reads_unnamed(self) -> bool:
+        """Columns may be read that the text does not name: all of them, a row as a whole, or by a NATURAL join."""
+        parts = list(_parts(self.tree))
+        tables = {str(part.get(name, "")).lower() for part in parts if "table_name" in part or "ref_type" in part
+                  for name in ("alias", "table_name")}  # fmt: skip
+        rows = self.columns & (tables - {""})
+        return self.star or bool(rows) or any(part.get("ref_type") == "NATURAL" for part in parts)
+
     def unsteady(self) -> str | None:
         """Name what may give other rows on another day; None if there is nothing."""
         with _parser().cursor() as connection:

@@ -24,7 +24,7 @@ from microdit.pipeline.corpus.shard_files import check_footer
 from microdit.pipeline.curation.job import reads
 from microdit.pipeline.selection.chosen_rows import PART, SELECTION, ChosenRows, SelectionHash, rows_by_shard
 from microdit.pipeline.selection.queries import Parsed, named_queries, named_query, parse
-from microdit.pipeline.selection.view import asked_jobs, connected, jobs_of, run, run_apart
+from microdit.pipeline.selection.view import OpenView, asked_jobs, connected, jobs_of, run, run_apart
 from microdit.pipeline.selection.weights import EQUAL, Shares, weigh
 from microdit.pipeline.tables.database import SqlLimits
 from microdit.pipeline.tables.sample_table import (
@@ -173,7 +173,7 @@ def changed_since(corpus: Corpus, selection: str) -> list[str]:
     return [column for column, digest in before.items() if _commits_hash(now[column]) != digest]
 
 
-def _chosen(connection: duckdb.DuckDBPyConnection, sql: str, limits: SqlLimits, known: set[str]) -> pa.Table:
+def _chosen(connection: OpenView, sql: str, limits: SqlLimits, known: set[str]) -> pa.Table:
     """Run a query, and convert its result to the columns and types of a selection; no others are computed."""
 
     def narrowed(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
@@ -212,7 +212,7 @@ def _chosen(connection: duckdb.DuckDBPyConnection, sql: str, limits: SqlLimits, 
     return pa.table([arrays[field.name] for field in SELECTION], names=SELECTION.names)
 
 
-def _check(connection: duckdb.DuckDBPyConnection, chosen: ChosenRows) -> None:
+def _check(connection: OpenView, chosen: ChosenRows) -> None:
     """Refuse rows that are no samples, have no image, or are there twice."""
     if not chosen.double:
         good = connection.sql("SELECT source, shard, row FROM samples WHERE status = 'ok'").to_arrow_reader(PART)

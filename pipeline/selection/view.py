@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,14 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 from pyarrow.fs import LocalFileSystem
 
 from microdit.pipeline.base.bounded_process import ProcessDied, run_bounded
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.temporary_folder import temporary_folder
 from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.shard_files import check_footer
 from microdit.pipeline.curation.duplicates import ContaminatedTable, DuplicatesTable
 from microdit.pipeline.curation.job import CONTAMINATED, DUPLICATES, ROW_ID, SEMANTIC, TableJob, job_base, job_since
@@ -25,16 +27,27 @@ from microdit.pipeline.curation.semantic import SemanticTable
 from microdit.pipeline.selection.queries import parse
 from microdit.pipeline.selection.running import TOO_LARGE, TOO_LONG, LimitError, Shape, run_select
 from microdit.pipeline.tables.database import GIB, SqlLimits, connect
+from microdit.pipeline.tables.part_files import PartFiles
 from microdit.pipeline.tables.published import Table, cached, damage_of, open_table
-from microdit.pipeline.tables.sample_table import JOB_COLUMNS, SampleTable, sample_table, table_schema
+from microdit.pipeline.tables.sample_parts import part_schema
+from microdit.pipeline.tables.sample_table import JOB_COLUMNS, SampleTable, ViewColumn, sample_table, view_columns
 
 T = TypeVar("T")
 SPILL = "microdit-sql-"
 BESIDE = GIB  # bytes that a process of its own needs beside a query and its result
 
 CONFINED: dict[str, str | bool | int | float | list[str]] = {  # the SQL may be a stranger's
-    "enable_external_access": False,
     "python_enable_replacements": False,
+    "enable_external_access": False,
+}
+
+SQL_TYPES = {
+    pa.string(): "VARCHAR",
+    pa.int32(): "INTEGER",
+    pa.int64(): "BIGINT",
+    pa.float32(): "FLOAT",
+    pa.float64(): "DOUBLE",
+    pa.bool_(): "BOOLEAN",
 }
 
 SCORES = re.compile(
@@ -132,7 +145,7 @@ def connected(
     limits: SqlLimits,
     spill: Path | None = None,
     **config: str | bool | int | float | list[str],
-) -> Iterator[duckdb.DuckDBPyConnection]:
+) -> Iterator["OpenView"]:
     """Connect to the view `samples` and the macro `one_per_group`, and nothing else.
 
     Args:
@@ -141,21 +154,93 @@ def connected(
     """
     with (
         temporary_folder(SPILL) if spill is None else nullcontext(spill) as folder,
-        _opened(**CONFINED, **limits.settings, **config, temp_directory=str(folder)) as connection,
+        _opened(**limits.settings, **config, temp_directory=str(folder)) as connection,
     ):
-        jobs = jobs_of(corpus, table)
-        schema = table_schema(corpus.columns())
-        connection.register("sample_rows" if jobs else "samples", _view(corpus, table, folder, schema))
-        shown, joined = ["sample_rows.*"], "sample_rows"
-        for number, (name, job) in enumerate(jobs.items()):
-            connection.register(f"job_{number}", _view(corpus, job, folder, job_schema(name)))
-            shown.append(JOBS[name].columns.format(present=job.present))
-            joined += f" LEFT JOIN job_{number} USING (source, shard, row)"
-        if jobs:
-            connection.execute(f"CREATE VIEW samples AS SELECT {', '.join(shown)} FROM {joined}")
+        view = OpenView(corpus, table, connection, folder)
         connection.execute(ONE_PER_GROUP)
+        connection.execute("SET allowed_directories = ?", [view.files.folders])
+        for name, value in CONFINED.items():
+            connection.execute(f"SET {name} = {value}")
         connection.execute("SET lock_configuration=true")
-        yield connection
+        yield view
+
+
+class OpenView:
+    """A connection that has the view `samples`; it shows the columns that the next query needs."""
+
+    def __init__(self, corpus: Corpus, table: SampleTable, connection: duckdb.DuckDBPyConnection, folder: Path):
+        self.corpus, self.table, self.connection = corpus, table, connection
+        self.files = PartFiles(corpus, table, folder)
+        self.columns = view_columns(corpus.columns())
+        self.jobs = jobs_of(corpus, table)
+        self._shown: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+        for number, (name, job) in enumerate(self.jobs.items()):
+            connection.register(f"job_{number}", _view(corpus, job, folder, job_schema(name)))
+        for column, declaration in corpus.columns().items():  # by an empty file each: DuckDB opens the first at once
+            pq.write_table(part_schema(column, declaration).empty_table(), self._empty(column))
+        self.show(None)
+        self.sql, self.execute, self.register = connection.sql, connection.execute, connection.register
+        self.extract_statements, self.interrupt = connection.extract_statements, connection.interrupt
+
+    def show(self, sql: str | None) -> None:
+        """Make the view of what a query needs; None shows the names of all columns, and no rows.
+
+        Raises:
+            RequestError: a part is damaged.
+        """
+        jobs = list(self.jobs) if sql is None else [folder for folder in self.jobs if _needs_all(sql, folder)]
+        text = f"{sql} {' '.join(self.jobs[folder].present for folder in jobs)}".lower()
+        whole = sql is None or _needs_all(sql)
+        columns = [c for c in self.columns if whole or c.column == IMAGES or c.name.lower() in text]
+        parts = [IMAGES, *sorted({c.column for c in columns} & self.table.parts.keys() - {IMAGES})]
+        if (shown := (tuple(parts), tuple(jobs))) == self._shown and sql is not None:
+            return
+        self._shown = None if sql is None else shown
+        numbers = {column: number for number, column in enumerate(parts)}
+        tables = [
+            f"read_parquet({_texts([self._empty(column), *([] if sql is None else self.files.paths(column))])}) AS p{n}"
+            for column, n in numbers.items()
+        ]
+        shape = [f"{_column_sql(c, numbers)} AS {_quoted(c.name)}" for c in self.columns if c in columns]
+        rows = f"SELECT {', '.join(shape)} FROM {' POSITIONAL JOIN '.join(tables)}"
+        if not jobs:
+            self.connection.execute(f"CREATE OR REPLACE VIEW samples AS {rows}")
+            return
+        joined, more = f"({rows}) AS sample_rows", ["sample_rows.*"]
+        for folder in jobs:
+            joined += f" LEFT JOIN job_{list(self.jobs).index(folder)} USING (source, shard, row)"
+            more.append(JOBS[folder].columns.format(present=self.jobs[folder].present))
+        self.connection.execute(f"CREATE OR REPLACE VIEW samples AS SELECT {', '.join(more)} FROM {joined}")
+
+    def _empty(self, column: str) -> str:
+        return str(self.files.spill / f"{column.replace('/', ',')}.empty.parquet")
+
+
+def _needs_all(sql: str, job: str = "") -> bool:
+    """Whether a query may read columns that it does not name; with a job's folder also if it names that job's."""
+    if job and job in asked_jobs(sql):
+        return True
+    try:
+        return parse(sql).reads_unnamed
+    except RequestError:  # EXPLAIN, DESCRIBE and PIVOT, or wrong
+        return True
+
+
+def _column_sql(column: ViewColumn, numbers: Mapping[str, int]) -> str:
+    """SQL of a column of the view; constant where its column has no commits."""
+    if column.column not in numbers:
+        return "false" if column.sql == "ok" else f"NULL::{SQL_TYPES[column.type]}"
+    part = f"p{numbers[column.column]}"
+    return f"{part}.source || '/' || {part}.key" if column.name == "id" else f"{part}.{_quoted(column.sql)}"
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _texts(values: Sequence[str]) -> str:
+    """A SQL list of strings."""
+    return "[" + ", ".join("'" + value.replace("'", "''") + "'" for value in values) + "]"
 
 
 @contextmanager
@@ -176,7 +261,7 @@ def _view(corpus: Corpus, table: Table, spill: Path, schema: pa.Schema) -> ds.Fi
     Raises:
         RequestError: it is damaged, or has other columns than `schema`.
     """
-    path = (corpus.store.root or spill) / table.object.name  # a table of this process alone has a whole path
+    path = (corpus.store.root or spill) / table.object.name
     if corpus.store.root is None and not path.is_file():
         path = spill / path.name
         with open_table(corpus, table) as file, path.open("wb") as copy:
@@ -209,9 +294,7 @@ def asked_jobs(sql: str) -> list[str]:
     return [folder for folder in JOBS if folder.removeprefix("tables/").removesuffix("s") in sql.lower()]
 
 
-def run(
-    connection: duckdb.DuckDBPyConnection, sql: str, limits: SqlLimits | None = None, shape: Shape | None = None
-) -> pa.Table:
+def run(view: OpenView, sql: str, limits: SqlLimits | None = None, shape: Shape | None = None) -> pa.Table:
     """Run one SELECT, or EXPLAIN one.
 
     Args:
@@ -222,11 +305,18 @@ def run(
             more than the limits.
     """
     try:
-        table = run_select(connection, sql, limits or SqlLimits(), shape)
+        view.show(sql)
+        try:
+            table = run_select(view.connection, sql, limits or SqlLimits(), shape)
+        except duckdb.BinderException:  # with all columns, among which it finds what was meant
+            view.show(None)
+            view.sql(sql)
+            view.show("FROM samples")
+            table = run_select(view.connection, sql, limits or SqlLimits(), shape)
     except duckdb.Error as error:
         message = str(error)
         if isinstance(error, duckdb.BinderException):
-            available = {name for name, *_ in connection.sql("DESCRIBE samples").fetchall()}
+            available = {name for name, *_ in view.sql("DESCRIBE samples").fetchall()}
             commands = makers(parse(sql).columns - available)
             lines = [f"\n{', '.join(names)}: from {command}" for command, names in commands.items()]
             message = "".join([first_line(error), *lines]) if lines else message

@@ -76,8 +76,29 @@ def commit_table(corpus: Corpus, damage: list[str] | None = None) -> pa.Table:
     Raises:
         DamagedError: a commit cannot be understood, and none of its shard is newer.
     """
+    read = read_commits(corpus)
+    for commit_id, error in read.damaged.items():
+        if not _has_newer(read.table, commit_id):
+            if damage is None:
+                raise error
+            damage.append(str(error))
+    return read.table
+
+
+@dataclass(frozen=True)
+class CommitsRead:
+    """The lines of all commits that can be understood, and what else the listing says."""
+
+    table: pa.Table
+    damaged: dict[CommitId, DamagedError]
+    written: dict[str, datetime]
+    """By column when its newest commit was written."""
+
+
+def read_commits(corpus: Corpus) -> CommitsRead:
+    """Read the lines of all commits; publish the table if many of them were new."""
     known, published = _newest(corpus)
-    names, old = _listed(corpus, published)
+    names, old, written = _listed(corpus, published)
     missing = names.filter(pc.invert(pc.and_(old, pc.is_in(names, value_set=known["name"].combine_chunks()))))
     if len(names) - len(missing) < len(known):  # some are not listed any more, or were made again
         known = known.filter(pc.is_in(known["name"], value_set=names.filter(old)))
@@ -88,14 +109,9 @@ def commit_table(corpus: Corpus, damage: list[str] | None = None) -> pa.Table:
         if len(table) - saved >= SAVE_EVERY:
             _publish(corpus, table)
             saved = len(table)
-    for commit_id, error in damaged.items():
-        if not _has_newer(table, commit_id):
-            if damage is None:
-                raise error
-            damage.append(str(error))
     if len(table) - saved >= max(LEAST, saved // 10):
         _publish(corpus, table)
-    return table
+    return CommitsRead(table, damaged, written)
 
 
 def _with_progress(parts: Iterator[pa.Table], total: int) -> Iterator[pa.Table]:
@@ -111,17 +127,21 @@ def _with_progress(parts: Iterator[pa.Table], total: int) -> Iterator[pa.Table]:
             yield part
 
 
-def _listed(corpus: Corpus, published: datetime) -> tuple[pa.Array, pa.Array]:
-    """List the names of all commits, and which of them were written before a table was published.
+def _listed(corpus: Corpus, published: datetime) -> tuple[pa.Array, pa.Array, dict[str, datetime]]:
+    """List all commits: names, which of them were written before a table was published, and each column's newest time.
 
     A commit that was removed and made again has the name of the old one: what the table says is not of it.
     """
     names: list[str] = []
     old: list[bool] = []
+    written: dict[str, datetime] = {}
     for item in corpus.store.list("commits"):
+        column = item.name.removeprefix("commits/").rsplit("/", 2)[0]
+        if column not in written or written[column] < item.modified:
+            written[column] = item.modified
         names.append(item.name)
         old.append(item.modified <= published)
-    return pa.array(names, pa.string()), pa.array(old, pa.bool_())
+    return pa.array(names, pa.string()), pa.array(old, pa.bool_()), written
 
 
 def _newest(corpus: Corpus) -> tuple[pa.Table, datetime]:

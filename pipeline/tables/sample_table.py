@@ -1,44 +1,26 @@
-"""The sample table: all sidecars joined, cached in the corpus (docs/reference/corpus.md, section 6)."""
+"""The sample table: all sidecars joined, row by row, kept in the corpus in parts (docs/reference/corpus.md, section 6)."""
 
-import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from pydantic import PrivateAttr
 
-from microdit.pipeline.base.errors import DamagedError, RequestError, first_line
-from microdit.pipeline.base.threads import threaded
+from microdit.pipeline.base.errors import DamagedError, RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, ShardId, commit_name
-from microdit.pipeline.corpus.records import Commit, Declaration, ObjectRef, canonical
+from microdit.pipeline.corpus.records import Declaration, ObjectRef
 from microdit.pipeline.corpus.retry_units import rows_taken_again
 from microdit.pipeline.corpus.shard_files import SCALAR_TYPES
-from microdit.pipeline.tables.published import Table, cached, if_allowed, private, publish
+from microdit.pipeline.tables.commit_table import CommitsRead, read_commits
+from microdit.pipeline.tables.sample_parts import IMAGE_FIELDS, PartSpec, make_parts, part_specs, present_parts
 
-LAYOUT, RETRIED = 1, 2  # of the sample table, and of one of a corpus that has retry units; others are not used
 ROW_GROUP = 65_536
 JOINS = "tables/joins"  # the folder of `microdit.pipeline.tables.joins.build`
 
-BASE = pa.schema(
-    [
-        pa.field("id", pa.string()),
-        pa.field("source", pa.string()),
-        pa.field("unit", pa.string()),
-        pa.field("shard", pa.string()),
-        pa.field("row", pa.int32()),
-        pa.field("key", pa.string()),
-        pa.field("status", pa.string()),
-        pa.field("reason", pa.string()),
-        pa.field("detail", pa.string()),
-    ]
-)
+BASE = pa.schema([pa.field("id", pa.string()), *IMAGE_FIELDS])
 
 JOB_COLUMNS = pa.schema(  # what the table jobs (`microdit.pipeline.curation.job`) add to the view
     [
@@ -67,28 +49,39 @@ class TableField(NamedTuple):
     type: pa.DataType
 
 
-class SampleTable(Table):
-    """The record of the cached sample table."""
+class ViewColumn(NamedTuple):
+    """A column of the view `samples`: SQL over the parts of a column."""
 
-    commits: str
-    """Hash of `names`."""
+    name: str
+    column: str
+    sql: str
+    type: pa.DataType
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """The sample table: its parts, and the commits that they were read from."""
+
     names: list[str]
-    """Of the commits in it."""
-    _written: dict[str, datetime] = PrivateAttr({})
+    """Of the commits, sorted."""
+    parts: dict[str, list[ObjectRef]]
+    """By column that has commits, in the order of the rows; those of this process alone have a whole path."""
+    written: dict[str, datetime]
+    """By column when its newest commit was written."""
 
     def newest(self, reads: Callable[[str], bool]) -> datetime | None:
         """When the newest commit of some columns was written, as far as there are any."""
-        return max((moment for column, moment in self._written.items() if reads(column)), default=None)
+        return max((moment for column, moment in self.written.items() if reads(column)), default=None)
 
 
 def sample_table(corpus: Corpus, damage: list[str] | None = None) -> SampleTable:
-    """Open or make the table of all samples of the newest commits: one row for each row of each `images` shard.
+    """Open the table of all samples of the newest commits: one row for each row of each `images` shard.
 
-    Failed rows that a committed retry unit takes again are left out: they are rows of that. The table is cached in the
-    corpus; a new commit, generation or column makes another one.
+    Failed rows that a committed retry unit takes again are left out: they are rows of that. The parts that the corpus
+    does not have yet are made, and kept there.
 
     Args:
-        damage: if given, what cannot be read is named there and left out of a table for this process alone: a column of
+        damage: if given, what cannot be read is named there and left out of parts for this process alone: a column of
             a shard as if it were not committed, the shard if that is `images`.
 
     Raises:
@@ -96,44 +89,80 @@ def sample_table(corpus: Corpus, damage: list[str] | None = None) -> SampleTable
         DamagedError: a commit or sidecar is missing or damaged.
     """
     declared = corpus.columns()
-    if "images" not in declared:
+    if IMAGES not in declared:
         raise RequestError(f"corpus {corpus.url}: it has no images yet; run `microdit build` first")
-    listed = {column: corpus.listed_since(column) for column in declared}
-    newest = {column: highest for column, (highest, _) in listed.items()}
-    written = {column: moment for column, (_, moment) in listed.items() if moment is not None}
-    names = sorted(
-        commit_name(column, source, shard, generation)
-        for column, generations in newest.items()
-        for (source, shard), generation in generations.items()
-    )
-    commits = hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
-    again = rows_taken_again(corpus, newest["images"])
-    about = canonical({"layout": RETRIED if again else LAYOUT, "columns": sorted(declared), "commits": commits})
-    base = f"tables/{hashlib.sha256(about).hexdigest()}"
-    table = cached(corpus, base, SampleTable, max(written.values(), default=None))
+    table_fields(declared)  # raises
+    read = read_commits(corpus)
+    newest, rows, names = _newest_commits(read, declared, damage)
+    again = rows_taken_again(corpus, newest[IMAGES])
+    present, parts = present_parts(corpus), {}
+    parts[IMAGES], lost = _refs(corpus, part_specs(IMAGES, declared, newest, rows, again), present, damage)
+    missing = [
+        spec
+        for column in sorted(declared)
+        if column != IMAGES and newest[column]
+        for spec in part_specs(column, declared, newest, rows, again, lost)
+    ]
+    refs, _ = _refs(corpus, missing, present, damage)
+    for spec, ref in zip(missing, refs, strict=True):
+        parts.setdefault(spec.column, []).append(ref)
+    return SampleTable(names, parts, {c: when for c, when in read.written.items() if c in declared})
 
-    def write(path: Path, damage: list[str] | None = None) -> int:
-        rows = 0
-        with pq.ParquetWriter(path, table_schema(declared), compression="zstd") as writer:
-            for part in _parts(corpus, declared, newest, again, damage):
-                writer.write_table(part)
-                rows += len(part)
-        return rows
 
-    def record(data: ObjectRef, rows: int) -> SampleTable:
-        return SampleTable(object=data, rows=rows, commits=commits, names=names)
+def named_parts(corpus: Corpus) -> list[ObjectRef]:
+    """List the parts of the table of the newest commits that are there; all of them if damage hides which those are."""
+    present = present_parts(corpus)
+    try:
+        declared = corpus.columns()
+        read = read_commits(corpus)
+        newest, rows, _ = _newest_commits(read, declared, None)
+        if IMAGES not in declared:
+            return []
+        again = rows_taken_again(corpus, newest[IMAGES])
+    except DamagedError:
+        return list(present.values())
+    specs = [spec for c in declared if newest[c] for spec in part_specs(c, declared, newest, rows, again)]
+    return [present[key] for spec in specs if (key := spec.key) in present]
 
-    if table is None:
-        try:
-            with if_allowed():
-                table = publish(corpus, base, write, record)
-            table = table or private(write, record)
-        except DamagedError:
+
+def _newest_commits(
+    read: CommitsRead, declared: Collection[str], damage: list[str] | None
+) -> tuple[dict[str, dict[ShardId, tuple[int, str]]], dict[ShardId, int], list[str]]:
+    """Find the newest commit of each shard: by column generation and hash, the images' rows, and all names."""
+    newest: dict[str, dict[ShardId, tuple[int, str]]] = {column: {} for column in declared}
+    rows: dict[ShardId, int] = {}
+    lines = (read.table[name].to_pylist() for name in ("column", "source", "shard", "generation", "sha256", "in"))
+    for column, source, shard, generation, sha256, count in zip(*lines, strict=True):
+        of_column, shard_id = newest.get(column), (source, shard)
+        if of_column is not None and (shard_id not in of_column or of_column[shard_id][0] < generation):
+            of_column[shard_id] = (generation, sha256)
+            if column == IMAGES:
+                rows[shard_id] = count
+    unread: list[str] = []
+    for (column, source, shard, generation), error in read.damaged.items():
+        shard_id = (source, shard)
+        if column in declared and newest[column].get(shard_id, (-1, ""))[0] < generation:
             if damage is None:
-                raise
-            table = private(partial(write, damage=damage), record)
-    table._written = written
-    return table
+                raise error
+            damage.append(str(error))
+            newest[column].pop(shard_id, None)
+            unread.append(commit_name(column, source, shard, generation))
+    names = [commit_name(column, *id, version[0]) for column, of in newest.items() for id, version in of.items()]
+    return newest, rows, sorted([*names, *unread])
+
+
+def _refs(
+    corpus: Corpus, specs: Sequence[PartSpec], present: Mapping[str, ObjectRef], damage: list[str] | None
+) -> tuple[list[ObjectRef], set[ShardId]]:
+    """Find or make parts; returns them and the shards whose images are lost."""
+    keys = [spec.key for spec in specs]
+    absent = [number for number, key in enumerate(keys) if key not in present]
+    refs = {key: present[key] for key in keys if key in present}
+    lost: set[ShardId] = set()
+    for number, made in zip(absent, make_parts(corpus, [specs[n] for n in absent], damage), strict=True):
+        refs[keys[number]] = made.ref
+        lost |= made.lost
+    return [refs[key] for key in keys], lost
 
 
 def table_fields(declared: dict[str, Declaration]) -> list[TableField]:
@@ -173,96 +202,9 @@ def table_schema(declared: dict[str, Declaration]) -> pa.Schema:
     return pa.schema([*BASE, *(pa.field(field.name, field.type) for field in table_fields(declared))])
 
 
-def _parts(
-    corpus: Corpus,
-    declared: dict[str, Declaration],
-    newest: dict[str, dict[ShardId, int]],
-    again: Mapping[ShardId, Sequence[int]],
-    damage: list[str] | None = None,
-) -> Iterator[pa.Table]:
-    """Read the table in parts of at least `ROW_GROUP` rows, ordered by source and shard."""
-    fields, schema = table_fields(declared), table_schema(declared)
-
-    def read(shard_id: ShardId) -> pa.Table | None:
-        generations = {column: by_shard[shard_id] for column, by_shard in newest.items() if shard_id in by_shard}
-        table = _shard_rows(shard_id, _sidecars(corpus, shard_id, generations, damage), fields)
-        if table is not None and shard_id in again:
-            left_out = pc.is_in(table["row"], value_set=pa.array(again[shard_id], pa.int32()))
-            table = table.filter(pc.invert(pc.and_(left_out, pc.equal(table["status"], "failed"))))
-        return table
-
-    pending: list[pa.Table] = []
-    for table in threaded(read, sorted(newest["images"])):
-        if table is None:
-            continue
-        pending.append(table.cast(schema))
-        if sum(map(len, pending)) >= ROW_GROUP:
-            yield pa.concat_tables(pending).combine_chunks()
-            pending = []
-    if pending:
-        yield pa.concat_tables(pending).combine_chunks()
-
-
-def _sidecars(
-    corpus: Corpus, shard_id: ShardId, generations: dict[str, int], damage: list[str] | None
-) -> dict[str, tuple[Commit, pa.Table]]:
-    """Read the commits and sidecars of all columns of one shard; what is damaged is left out, or raises.
-
-    Raises:
-        DamagedError: one is missing or damaged, and `damage` is None.
-    """
-    read: dict[str, tuple[Commit, pa.Table]] = {}
-    for column, generation in sorted(generations.items(), key=lambda item: item[0] != IMAGES):  # images first
-        try:
-            read[column] = _sidecar(corpus, column, shard_id, generation)
-            rows, expected = len(read[column][1]), len(read[IMAGES][1]) if IMAGES in read else 0
-            if IMAGES in read and not read[column][1]["row"].equals(read[IMAGES][1]["row"]):
-                commit, _ = read.pop(column)
-                raise DamagedError(
-                    f"{commit.name}: its sidecar has {rows} rows, that of the images {expected}; run `microdit verify`"
-                )
-        except DamagedError as error:
-            if damage is None:
-                raise
-            damage.append(str(error))
-    return read
-
-
-def _sidecar(corpus: Corpus, column: str, shard_id: ShardId, generation: int) -> tuple[Commit, pa.Table]:
-    """Read a commit and its sidecar. Raises DamagedError if either is missing or damaged."""
-    name = commit_name(column, *shard_id, generation)
-    try:
-        commit = corpus.commit(column, *shard_id, generation)
-        name = commit.sidecar.name
-        return commit, corpus.sidecar(commit)
-    except (FileNotFoundError, pa.ArrowException) as error:
-        raise DamagedError(
-            f"corpus {corpus.url}: {name} is missing or damaged ({first_line(error)}); run `microdit verify`, then "
-            "`microdit build --repair`"
-        ) from None
-
-
-def _shard_rows(
-    shard_id: ShardId, read: dict[str, tuple[Commit, pa.Table]], fields: list[TableField]
-) -> pa.Table | None:
-    """Join the sidecars of all columns of one shard, row by row; None if there are no images."""
-    source, shard = shard_id
-    sidecars = {column: sidecar for column, (_, sidecar) in read.items()}
-    if IMAGES not in sidecars:
-        return None
-    images = sidecars[IMAGES]
-    arrays: dict[str, pa.ChunkedArray | pa.Array] = {
-        "id": pc.binary_join_element_wise(source, images["key"], "/"),
-        "source": pa.repeat(source, len(images)),
-        "unit": pa.repeat(read[IMAGES][0].unit, len(images)),
-        "shard": pa.repeat(shard, len(images)),
-    }
-    arrays |= {name: images[name] for name in BASE.names if name not in arrays}
-    for field in fields:
-        sidecar = sidecars.get(field.column)
-        if field.scalar is None:
-            is_ok = pa.repeat(False, len(images)) if sidecar is None else pc.equal(sidecar["status"], "ok")
-            arrays[field.name] = is_ok
-        else:
-            arrays[field.name] = pa.nulls(len(images), field.type) if sidecar is None else sidecar[field.scalar]
-    return pa.table(arrays)
+def view_columns(declared: dict[str, Declaration]) -> list[ViewColumn]:
+    """List the columns of the view `samples`: their SQL, and the column whose parts it reads."""
+    base = [ViewColumn("id", IMAGES, "source || '/' || key", pa.string())]
+    base += [ViewColumn(field.name, IMAGES, field.name, field.type) for field in IMAGE_FIELDS]
+    more = [ViewColumn(f.name, f.column, f.scalar or "ok", f.type) for f in table_fields(declared)]
+    return base + more

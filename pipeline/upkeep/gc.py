@@ -14,7 +14,7 @@ from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.attempt import MAX_ATTEMPT_HOURS
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import COMMIT, OBJECT, UNITS
+from microdit.pipeline.corpus.names import COMMIT, OBJECT, PART, UNITS
 from microdit.pipeline.corpus.ownership import Ownership
 from microdit.pipeline.corpus.presence import is_living
 from microdit.pipeline.corpus.records import Commit
@@ -22,7 +22,7 @@ from microdit.pipeline.storage.disk import UNFINISHED
 from microdit.pipeline.storage.object_info import ObjectInfo
 from microdit.pipeline.storage.uploads import old_uploads
 from microdit.pipeline.tables.published import Table
-from microdit.pipeline.tables.sample_table import JOINS
+from microdit.pipeline.tables.sample_table import JOINS, named_parts
 
 
 @dataclass(frozen=True)
@@ -139,18 +139,20 @@ def _named_objects(corpus: Corpus) -> tuple[set[str], set[tuple[str, ...]]]:
 
 
 def _old_tables(corpus: Corpus, names: list[str], own: Ownership) -> list[str]:
-    """List all but the newest sample table and commit table, and the tables that samples are joined to."""
+    """List what is no part of the sample table, no newest table of its folder, and none that samples are joined to."""
     newest: dict[str, ObjectInfo] = {}
     for item in corpus.store.list("tables"):
         folder = item.name.rpartition("/")[0]
         folder = item.name if folder == JOINS else folder
-        is_record = item.name.endswith(".json") and own.owns_table(item.name)
+        is_record = item.name.endswith(".json") and own.owns_table(item.name) and folder != "tables"  # an old layout
         if is_record and (folder not in newest or newest[folder].modified < item.modified):
             newest[folder] = item
     keep: set[str] = set()
     for item in newest.values():
         with suppress(ValueError, FileNotFoundError):  # it is a cache
             keep |= {Table.parse(corpus.store.get(item.name)).object.name, item.name}
+    if any(PART.fullmatch(name) for name in names):
+        keep |= {ref.name for ref in named_parts(corpus)}
     return [name for name in names if name not in keep]
 
 

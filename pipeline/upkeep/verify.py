@@ -16,6 +16,7 @@ from microdit.pipeline.corpus.names import (
     COLUMN,
     COMMIT,
     IMAGES,
+    PART,
     SOURCE,
     TABLE,
     UNITS,
@@ -251,6 +252,8 @@ def _check_keys(checked: Mapping[ShardId, Findings], problems: list[Problem]) ->
 def _check_tables(corpus: Corpus, problems: list[Problem]) -> None:
     """Read and hash the cached tables."""
     for item in corpus.store.list("tables"):
+        if part := PART.fullmatch(item.name):
+            problems += _part_problems(corpus, item.name, part[2])
         if not (item.name.endswith(".json") and TABLE.fullmatch(item.name)):
             continue
         try:
@@ -269,6 +272,21 @@ def _check_tables(corpus: Corpus, problems: list[Problem]) -> None:
         except ValueError as error:
             detail = f"{first_line(error)}; remove the folder tables, it is made again"
             problems.append(Problem("table", item.name, detail))
+
+
+def _part_problems(corpus: Corpus, name: str, sha256: str) -> list[Problem]:
+    """Hold a part of the sample table against the hash in its name."""
+    try:
+        with corpus.store.open(name) as file:
+            hashing = Hashing(file)
+            hashing.drain()
+    except FileNotFoundError:
+        return []
+    except (OSError, BaseError) as error:
+        return [Problem("unreadable", name, first_line(error))]
+    if hashing.digest.hexdigest() == sha256:
+        return []
+    return [Problem("table", name, "it has another checksum; remove it, it is made again")]
 
 
 def _check_selections(corpus: Corpus, problems: list[Problem]) -> None:

@@ -6,7 +6,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -23,6 +22,7 @@ from microdit.pipeline.sources.source import Input
 from microdit.pipeline.stages.ingest import SCALARS, ingest_stage, ingest_unit
 from microdit.pipeline.storage import disk
 from microdit.pipeline.tables.corpus_totals import corpus_totals
+from microdit.pipeline.tables.part_files import read_batches
 from microdit.pipeline.tables.sample_table import sample_table
 from microdit.pipeline.upkeep.damage import damage
 from microdit.pipeline.upkeep.gc import gc
@@ -96,8 +96,8 @@ def check(corpus: Corpus, source: Web) -> None:
     inputs = len(source.fails)
     assert (total.inputs, total.out + total.failed) == (inputs, inputs)
     assert sum(total.reasons.values()) == total.failed
-    with corpus.store.open(sample_table(corpus).object.name) as file:
-        rows = pq.read_table(file).to_pylist()
+    batches = read_batches(corpus, sample_table(corpus), ["key", "status", "reason"])
+    rows = [row for batch in batches for row in batch.to_pylist()]
     assert sorted(row["key"] for row in rows) == [f"{n:09d}" for n in range(inputs)]
     assert Counter(row["reason"] for row in rows if row["status"] == "failed") == total.reasons
 

@@ -34,24 +34,26 @@ def parquet(table: pa.Table, repeats: int = 1) -> bytes:
 
 
 def as_struct(table: pa.Table) -> pa.Table:
-    number = table.schema.get_field_index("caption_source")
-    return table.set_column(number, "caption_source", pa.array([{"a": 1}] * len(table)))
+    number = table.schema.get_field_index("caption")
+    return table.set_column(number, "caption", pa.array([{"a": 1}] * len(table)))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda table: parquet(table, 50), "it has 300 rows, its record says 6"),
+        (lambda table: parquet(table, 50), "it has 300 rows, the part of the images says 6"),
         (lambda table: parquet(as_struct(table)), "its columns are"),
-        (lambda table: parquet(table.drop_columns(["width"])), "its columns are"),
+        (lambda table: parquet(table.drop_columns(["tokens"])), "its columns are"),
         (lambda table: b"PAR1", ""),
     ],
 )
 def test_a_sample_table_of_anything(corpus: Corpus, change, message: str) -> None:
-    name = sample_table(corpus).object.name
+    name = sample_table(corpus).parts["captions/source"][0].name
     table = pq.read_table(io.BytesIO(corpus.store.get(name)))
     replace(corpus, name, change(table))
-    with pytest.raises(RequestError, match=rf"{name} is damaged \(.*{message}.*\); remove the folder tables, it is"):
+    with pytest.raises(
+        RequestError, match=rf"{name} is damaged \(.*{message}.*\); remove the folder tables/samples, it is"
+    ):
         query(corpus, "SELECT * FROM samples")
 
 
@@ -73,19 +75,20 @@ def test_rows_that_would_fill_the_memory_are_not_read(corpus: Corpus) -> None:
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../../x", "{base}./../../../x.parquet", "corpus.json"])
-def test_a_record_names_tables_alone(corpus: Corpus, name: str, tmp_path: Path) -> None:
-    """A record that is older than a commit is deleted, with the object that it names."""
-    (tmp_path / "x.parquet").write_bytes(b"not ours")
-    table = sample_table(corpus)
-    base = table.object.name.partition(".")[0]
-    about = json.loads(corpus.store.get(f"{base}.json"))
-    about["object"]["name"] = name.format(base=base)
-    replace(corpus, f"{base}.json", json.dumps(about).encode())
-    fill(corpus, units=2, shards=1, columns=("captions/source",)) if name == "corpus.json" else None
+def test_a_record_names_tables_alone(name: str) -> None:
+    base = f"tables/{'0' * 64}"
+    about = {"object": {"name": name.format(base=base), "size": 1, "sha256": ""}, "rows": 1}
     with pytest.raises(ValueError, match="which is no table"):
         Table.parse(json.dumps(about).encode())
-    assert query(corpus, "SELECT count(*) AS n FROM samples")["n"][0].as_py() in (6, 12)
-    assert (tmp_path / "x.parquet").is_file() and Corpus.open(corpus.url).name == "made"
+
+
+@pytest.mark.parametrize("name", ["x", "0.1.parquet", f"{'0' * 64}.{'0' * 64}.parquet"])
+def test_other_files_among_the_parts_are_not_read(corpus: Corpus, name: str) -> None:
+    path = Path(corpus.url, "tables/samples", name)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"not ours")
+    assert query(corpus, "SELECT count(*) AS n FROM samples")["n"].to_pylist() == [6]
+    assert path.read_bytes() == b"not ours"
 
 
 def test_a_selection_of_more_rows_than_it_says(corpus: Corpus) -> None:

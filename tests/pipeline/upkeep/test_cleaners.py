@@ -11,13 +11,25 @@ from hypothesis import strategies as st
 from microdit.pipeline.base import machine as machine_module
 from microdit.pipeline.corpus import presence as presence_module
 from microdit.pipeline.corpus.presence import presence
+from microdit.pipeline.tables.sample_table import sample_table
 from microdit.pipeline.upkeep.damage import damage
 from microdit.pipeline.upkeep.gc import gc
 from tests.pipeline.helpers.small_corpus import LATENTS, REF, fill, make_corpus, named_objects, replace, write_images
 
 ATTEMPT = "20200101T000000-0123abcd"
 COLUMNS = ("images", LATENTS)
-FOLDERS = ["second", "a/b/c", "images", "images/demo", "latents", LATENTS, f"{LATENTS}/demo", "tables", "tables/joins"]
+FOLDERS = [
+    "second",
+    "a/b/c",
+    "images",
+    "images/demo",
+    "latents",
+    LATENTS,
+    f"{LATENTS}/demo",
+    "tables",
+    "tables/joins",
+    "tables/samples",
+]
 FOLDERS += ["probes", "commits", "commits/images", "selections", "scores/second", "columns", "sources", "failures"]
 STRANGE = [
     *("README", "photos/1.tar", "images/demo/notes.tar", "images/mine#7", "tables/notes", "tables/notes.json"),
@@ -27,6 +39,7 @@ STRANGE = [
 ORPHANS = [f"{column}/demo/{REF.shard}.{ATTEMPT}.tar" for column in COLUMNS]
 OWN = [
     *(*ORPHANS, f"{ORPHANS[0]}#9", "columns/scores/basic.json#3", "selections/s@0123456789abcdef.parquet#12"),
+    f"tables/samples/{'c' * 64}.{'d' * 64}.parquet",
     *(f"tables/{'a' * 64}.{ATTEMPT}.parquet", f"tables/joins/{'b' * 32}.{ATTEMPT}.parquet", "probes/old"),
 ]
 DAMAGE = ["nothing", "no corpus.json", "no columns", "commits", "no commits", "empty"]
@@ -87,6 +100,7 @@ def test_cleaners_remove_only_what_is_this_corpus_own(
     corpus = make_corpus(root)
     fill(corpus, shards=2, columns=[LATENTS])
     write_images(corpus, REF, generation=1)
+    sample_table(corpus)  # its parts stay
     keep = set(_files(root))
     if damaged:
         replace(corpus, f"commits/{LATENTS}/demo/{REF.shard}.0.json", b"{")
@@ -104,7 +118,8 @@ def test_cleaners_remove_only_what_is_this_corpus_own(
     assert set(before) - set(after) <= mine
     assert set(done.names) == set(before) - set(after)
     below = {name for name in mine if any(name.startswith(f"{folder}/") for folder in done.foreign)}
-    kept = {OWN[1]} if damaged else set()  # the damaged commit may name it
+    parts = {name for name in mine if name.startswith("tables/samples/")}
+    kept = {OWN[1], *parts} if damaged else set()  # the damaged commit may name them
     assert mine - below - kept <= set(before) - set(after)
     assert {folder for folder, state in nested.items() if state in ("nothing", "empty")} <= {
         folder for folder in nested for root in done.foreign if folder == root or folder.startswith(f"{root}/")

@@ -1,0 +1,145 @@
+"""Parts of the sample table as files of this machine, held against each other before they are read."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.base.threads import threaded
+from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.disk_cache import DiskCache
+from microdit.pipeline.corpus.names import IMAGES
+from microdit.pipeline.corpus.records import ObjectRef
+from microdit.pipeline.corpus.shard_files import check_footer
+from microdit.pipeline.tables.sample_parts import FOLDER, ROW_GROUP, part_schema, private_folder
+from microdit.pipeline.tables.sample_table import SampleTable, view_columns
+
+CACHE_BYTES = 32 << 30  # at most, of copies of a bucket's parts; a third of the disk if that is less
+DOWNLOADS = 4  # at once: each is in memory
+
+
+class PartFiles:
+    """The files of a table's parts: those of a corpus in a folder, or verified copies of a bucket's.
+
+    Copies are kept in `microdit` in `$XDG_CACHE_HOME` or `~/.cache`; what has no room there goes to `spill`.
+    """
+
+    def __init__(self, corpus: Corpus, table: SampleTable, spill: Path):
+        self.corpus, self.table, self.spill = corpus, table, spill
+        self.declared = corpus.columns()
+        self._rows: list[int] | None = None
+        self._paths: dict[str, list[str]] = {}
+        self._cache = _cache() if corpus.store.root is None else None
+
+    @property
+    def folders(self) -> list[str]:
+        """The folders in which the files are."""
+        cache = [] if self._cache is None else [str(self._cache.folder)]
+        root = [] if self.corpus.store.root is None else [str(self.corpus.store.root / FOLDER)]
+        return [*root, *cache, str(self.spill), str(private_folder())]
+
+    def paths(self, column: str) -> list[str]:
+        """The files of a column, in the order of the rows.
+
+        Raises:
+            RequestError: one is damaged, or has other rows than the images' one beside it.
+        """
+        if column not in self._paths:
+            if self._rows is None and column != IMAGES:
+                self.paths(IMAGES)
+            refs, schema = self.table.parts[column], part_schema(column, self.declared[column])
+            wanted: Sequence[int | None] = self._rows if self._rows is not None else [None] * len(refs)
+            files = list(threaded(lambda item: self._checked(*item, schema), zip(refs, wanted, strict=True), DOWNLOADS))
+            self._paths[column] = [path for path, _ in files]
+            self._rows = [rows for _, rows in files]
+        return self._paths[column]
+
+    def _checked(self, ref: ObjectRef, wanted: int | None, schema: pa.Schema) -> tuple[str, int]:
+        """Return the file of a part and its number of rows, which is `wanted` if that is given."""
+        try:
+            path = self._local(ref)
+            footer = pq.read_metadata(path)
+            check_footer(footer, wanted, "the part of the images")
+            if not footer.schema.to_arrow_schema().equals(schema):
+                raise ValueError(f"its columns are {str(footer.schema.to_arrow_schema())[:200]!r}")
+            return path, footer.num_rows
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise RequestError(
+                f"corpus {self.corpus.url}: {ref.name} is damaged ({first_line(error)}); remove the folder {FOLDER}, "
+                "it is made again"
+            ) from None
+
+    def _local(self, ref: ObjectRef) -> str:
+        """Return the file of a part; a copy is verified once, when it is made."""
+        if Path(ref.name).is_absolute():
+            return ref.name
+        if self.corpus.store.root is not None:
+            return str(self.corpus.store.root / ref.name)
+        copy = self.spill / f"{ref.sha256}.parquet"
+        if copy.is_file():
+            return str(copy)
+        if (kept := self._kept(ref)) is not None:
+            return kept
+        data = self.corpus.store.get_buffer(ref.name)
+        if hashlib.sha256(data).hexdigest() != ref.sha256:
+            raise ValueError("it has another checksum")
+        if self._cache is not None:
+            self._cache.put(ref, data)
+            if (kept := self._kept(ref)) is not None:
+                return kept
+        copy.write_bytes(data)
+        return str(copy)
+
+    def _kept(self, ref: ObjectRef) -> str | None:
+        if self._cache is None or (file := self._cache.get(ref)) is None:
+            return None
+        file.close()
+        return str(self._cache.folder / ref.sha256)
+
+    def batches(self, names: Sequence[str]) -> Iterator[pa.Table]:
+        """Read columns of the view in tables of at most `ROW_GROUP` rows, in the order of the rows."""
+        wanted = {column.name: column for column in view_columns(self.declared) if column.name in names}
+        fields: dict[str, list[str]] = {IMAGES: []}
+        for column in wanted.values():
+            fields.setdefault(column.column, []).extend(["source", "key"] if column.name == "id" else [column.sql])
+        files = {column: self.paths(column) for column in fields if column in self.table.parts}
+        for number in range(len(files[IMAGES])):
+            read = {
+                column: pq.read_table(paths[number], columns=list(dict.fromkeys(fields[column])), partitioning=None)
+                for column, paths in files.items()
+            }
+            rows = (self._rows or [])[number]
+            arrays = {}
+            for name in names:
+                column = wanted[name]
+                if name == "id":
+                    arrays[name] = pc.binary_join_element_wise(read[IMAGES]["source"], read[IMAGES]["key"], "/")
+                elif column.column in read:
+                    arrays[name] = read[column.column][column.sql]
+                else:
+                    arrays[name] = pa.repeat(False, rows) if column.sql == "ok" else pa.nulls(rows, column.type)
+            run = pa.table(arrays)
+            yield from (run.slice(start, ROW_GROUP) for start in range(0, rows, ROW_GROUP))
+
+
+def read_batches(corpus: Corpus, table: SampleTable, names: Sequence[str]) -> Iterator[pa.Table]:
+    """Read columns of the view `samples` in tables of at most `ROW_GROUP` rows, in the order of the rows."""
+    with TemporaryDirectory(prefix="microdit-table-") as spill:
+        yield from PartFiles(corpus, table, Path(spill)).batches(names)
+
+
+def _cache() -> DiskCache | None:
+    """Open the cache of copies; None if this machine has no room for one, or does not let it be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "microdit"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        return DiskCache(folder, min(CACHE_BYTES, shutil.disk_usage(folder).free // 2))
+    return None
