@@ -9,9 +9,9 @@ tried with a part of the list. In turns; medians.
 `fetch` writes the bytes that come into tars and decodes nothing, as img2dataset does where it keeps them; `keep` is
 ingest, which decodes and checks each picture (img2dataset: as in `fetch`); `resize` reduces the short side to 256
 pixels; each by HTTP and HTTPS, `close` is `fetch` with a connection for each URL. `ratio_fetch`, `ratio_keep` and
-`ratio_resize` are microdit's images/s by img2dataset's, of the slower of the two protocols (goals: 2 where the bytes are
-kept, 1.5 for `resize`). `ratio_cpu_*` is img2dataset's processor time an image by microdit's (goal: 1.5). `psnr` compares
-what both made of the pictures in `resize` with a Lanczos filter in floating point.
+`ratio_resize` are microdit's images/s by img2dataset's, of the slower of the two protocols (goals: 2 where the bytes
+are kept, 1.5 for `resize`). `ratio_cpu_*` is img2dataset's processor time an image by microdit's (goal: 1.5). `psnr`
+compares what both made of the pictures in `resize` with a Lanczos filter in floating point.
 
 `silent`: 1% and 5% of the URLs on servers that never answer, as `fetch`. `faults`: a tenth of the URLs fails at first
 (reset, stall, 429, 503, cut); img2dataset with `retries=2`; goal: 0.999 of what can be had.

@@ -54,12 +54,11 @@ class Run:
 def img2dataset_python() -> Path:
     """Return the interpreter of an environment with img2dataset, which is made once, with pip from the registry."""
     python = CACHE / f"img2dataset-{VERSION}" / "bin" / "python"
-    if not (
-        python.exists() and subprocess.run([python, "-c", "import img2dataset"], capture_output=True).returncode == 0
-    ):
+    check = [str(python), "-c", "import img2dataset"]
+    if not python.exists() or subprocess.run(check, capture_output=True).returncode:
         shutil.rmtree(python.parents[1], ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
-        install = [python, "-m", "pip", "install", "-q", f"img2dataset=={VERSION}"]
+        install = [str(python), "-m", "pip", "install", "-q", f"img2dataset=={VERSION}"]
         subprocess.run(install, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return python
 

@@ -166,3 +166,10 @@ def test_the_trainer_needs_no_ray() -> None:
     code += "print([n for n in ('ray', 'duckdb') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.slow
+def test_fetch_soak() -> None:
+    found = run("fetch_soak", "--urls", "4000", "--hosts", "100")
+    assert (found["urls"], found["unexpected"], found["unexpected_kinds"], found["files_left"]) == (4000, 0, {}, 0)
+    assert len(found["reasons"]) == 11 and found["memory_peak_mb"] < 500
