@@ -33,7 +33,11 @@ from microdit.pipeline.sources.url_fetcher import fetch_all
 UNIT = 16384
 BODY = b"a picture" * 200
 OPTIONS = FetchOptions(
-    **{"concurrency": 256, "timeout": 3.0, "idle_timeout": 1.0, "max_bytes": 1 << 20, "robots_txt": False},
+    concurrency=256,
+    timeout=3.0,
+    idle_timeout=1.0,
+    max_bytes=1 << 20,
+    robots_txt=False,
     allow_networks=["127.0.0.0/8"],
 )
 OUTCOMES: dict[str, set[str | None]] = {
