@@ -181,3 +181,10 @@ def test_full_size(store: str) -> None:
         small, large = found[name]["2000"], found[name]["8000"]
         assert large["memory_gib"] > 0 and large["read_mb"] >= small["read_mb"] > 0
         assert (large.get("requests", 0) >= small.get("requests", 0) > 0) == (store == "s3")
+
+
+@pytest.mark.slow
+def test_fetch_soak() -> None:
+    found = run("fetch_soak", "--urls", "4000", "--hosts", "100")
+    assert (found["urls"], found["unexpected"], found["unexpected_kinds"], found["files_left"]) == (4000, 0, {}, 0)
+    assert len(found["reasons"]) == 11 and found["memory_peak_mb"] < 500

@@ -52,6 +52,24 @@ def test_redirects_are_checked_again(server: SloppyServer):
     assert all(path.startswith("/away/") for path in server.asked)
 
 
+@pytest.mark.parametrize("scheme", ["file", "gopher", "ftp", "dict", "ldap", "data", "FILE", "jar:http"])
+def test_other_schemes_are_refused(server: SloppyServer, scheme: str):
+    port = server.url.rpartition(":")[2]
+    urls = [f"{scheme}://127.0.0.1:{port}/x", f"{scheme}:///etc/passwd", f"{server.url}/away/{scheme}://127.0.0.1/x"]
+    assert [one.reason for one in fetched(urls, LOOPBACK)] == ["bad_url"] * 3
+    assert all(path.startswith("/away/") for path in server.asked)
+
+
+def test_redirects_to_private_hosts_are_refused_in_all_their_forms(server: SloppyServer):
+    """All but those of this machine, which the test lets be asked for the sake of its server."""
+    port = server.url.rpartition(":")[2]
+    hosts = ["2852039166", "0xa9fea9fe", "0251.0376.0251.0376", "169.254.43518", "[::ffff:169.254.169.254]", "[::1]"]
+    hosts += ["[64:ff9b::a9fe:a9fe]", "[2002:a9fe:a9fe::]", "0", "[::]", "10.1", "127.0.0.2", "[fd00:ec2::254]"]
+    found = fetched([f"{server.url}/away/http://{host}:{port}/x" for host in hosts], ["127.0.0.1"])
+    assert dict(zip(hosts, (one.reason for one in found), strict=True)) == dict.fromkeys(hosts, "private_address")
+    assert all(path.startswith("/away/") for path in server.asked)
+
+
 def test_the_address_that_was_checked_is_the_one_that_is_asked(server: SloppyServer, monkeypatch: pytest.MonkeyPatch):
     """The name leads to an allowed host first, and to others from then on; sloppy answers are asked for twice."""
     port = int(server.url.rpartition(":")[2])
