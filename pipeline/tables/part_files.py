@@ -41,10 +41,9 @@ class PartFiles:
 
     @property
     def folders(self) -> list[str]:
-        """The folders in which the files are."""
-        cache = [] if self._cache is None else [str(self._cache.folder)]
+        """The folders in which the files are: nothing in them is of another corpus."""
         root = [] if self.corpus.store.root is None else [str(self.corpus.store.root / FOLDER)]
-        return [*root, *cache, str(self.spill), str(private_folder())]
+        return [*root, str(self.spill), str(private_folder())]
 
     def paths(self, column: str) -> list[str]:
         """The files of a column, in the order of the rows.
@@ -86,23 +85,27 @@ class PartFiles:
         copy = self.spill / f"{ref.sha256}.parquet"
         if copy.is_file():
             return str(copy)
-        if (kept := self._kept(ref)) is not None:
-            return kept
+        if self._link(ref, copy):
+            return str(copy)
         data = self.corpus.store.get_buffer(ref.name)
         if hashlib.sha256(data).hexdigest() != ref.sha256:
             raise ValueError("it has another checksum")
         if self._cache is not None:
             self._cache.put(ref, data)
-            if (kept := self._kept(ref)) is not None:
-                return kept
+            if self._link(ref, copy):
+                return str(copy)
         copy.write_bytes(data)
         return str(copy)
 
-    def _kept(self, ref: ObjectRef) -> str | None:
+    def _link(self, ref: ObjectRef, copy: Path) -> bool:
+        """Link what the cache has of a part, so that it stays while it is read; False if it has none, or cannot."""
         if self._cache is None or (file := self._cache.get(ref)) is None:
-            return None
+            return False
         file.close()
-        return str(self._cache.folder / ref.sha256)
+        with suppress(OSError):  # removed meanwhile, or another file system
+            os.link(self._cache.folder / ref.sha256, copy)
+            return True
+        return False
 
     def batches(self, names: Sequence[str]) -> Iterator[pa.Table]:
         """Read columns of the view in tables of at most `ROW_GROUP` rows, in the order of the rows."""
