@@ -6,7 +6,7 @@ Parts of the photographs that some packages carry, turned and resized, as JPEGs 
 are inserted, repeated or zeroed, or a bit is turned over. `accepted_wrong`: accepted with more than a tenth of the
 pixels wrong. Goal: under 1%. `sound_refused` counts those that are refused of sound pictures: photographs, and drawn
 ones that look most like damage (benchmarks/sound_pictures.py), a fifth with a camera's padding. Goal: 0. Photographs
-are looked for where Python looks for packages and in FOLDER; the figures of docs/measurements.md are with those of
+are looked for where Python looks for packages and in FOLDER; the figures of benchmarks/LOG.md are with those of
 
     pip install --no-deps --target FOLDER scikit-image matplotlib ultralytics insightface gradio scikit-learn
 """

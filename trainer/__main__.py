@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from microdit.model.checkpoint import CheckpointError
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.terminal import printable
+from microdit.trainer.processes import SAID
 from microdit.trainer.recipe import load_recipe
 from microdit.trainer.train import train
 
@@ -22,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         summary = train(load_recipe(given.recipe, given.overrides), resume=given.resume == "auto")
     except (RequestError, CheckpointError) as error:
-        print(printable(str(error)), file=sys.stderr)
+        if SAID not in getattr(error, "__notes__", ()):
+            print(printable(str(error)), file=sys.stderr)
         return 2
     return 128 + summary["signal"] if summary["signal"] else 0
 

@@ -10,7 +10,10 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from microdit.pipeline.base.errors import RequestError, first_line
+
 SECONDS = 2.0  # between the moments when all processes agree on whether a signal came: a stall of each GPU
+SAID = "the first process says so"  # a note of errors that need no second message
 MOST_STEPS = 64  # between two of them
 T = TypeVar("T")
 
@@ -49,9 +52,17 @@ class Team:
                 result = error
         if self.world > 1:
             box = [result]
-            dist.broadcast_object_list(box, 0, group)
+            try:
+                dist.broadcast_object_list(box, 0, group)
+            except RuntimeError as error:  # the connection is closed, or nothing came for as long as torch waits
+                raise RequestError(
+                    f"process {self.rank}: the first process of the run died, or gave no answer ({first_line(error)}); "
+                    "what it printed says why"
+                ) from error
             result = box[0]
         if isinstance(result, Exception):
+            if self.rank:
+                result.add_note(SAID)
             raise result
         return cast(T, result)
 

@@ -40,7 +40,7 @@ class Run:
         self.signals = stack.enter_context(NotedSignals())
         self.log = stack.enter_context(closing(Log(recipe.out, self.team.rank == 0, recipe.wandb, recipe.name)))
         self.team.from_first(lambda: stack.enter_context(folder_lock(recipe.out, "run")))
-        self.samples = open_samples(recipe)
+        self.samples = open_samples(recipe, self.team)
         self.team.from_first(lambda: start.refuse_long_captions(recipe, self.samples))
         self.init = None if recipe.init is None else start.Init(recipe, self.samples)
         self.cache = stack.enter_context(closing(open_cache(recipe, self.samples)))
@@ -52,7 +52,7 @@ class Run:
             for leg, index in zip(recipe.stages, self.samples.legs, strict=True)
         ]
         self.validation = Validation(self.samples, self.team, self.log)
-        self.trained_on = start.trained_on(recipe, self.samples)
+        self.trained_on = self.team.from_first(lambda: start.trained_on(recipe, self.samples))
         self.checkpoints = open_checkpoints(recipe)
         if recipe.checkpoints is not None:  # `out` is locked
             self.team.from_first(lambda: stack.enter_context(self.checkpoints.locked(self.log.say)))
@@ -71,7 +71,9 @@ class Run:
             self.progress = Progress([leg.length for leg in recipe.stages])
             if self.init is not None:
                 self.init.load(self.learner)
-            self.log.say(start.begin_message(recipe, self.samples, self.legs, self.learner))
+            self.team.from_first(
+                lambda: self.log.say(start.begin_message(recipe, self.samples, self.legs, self.learner))
+            )
             return
         changes = start.find_changes(saved, recipe, self.trained_on)
         self.changes = [*saved.state.get("changes", []), *changes]

@@ -14,12 +14,12 @@ from microdit.model.pretrained.hub import ModelFilesError
 from microdit.model.trained_with import differences
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.selection.broken_samples import NotingShardCache
+from microdit.pipeline.selection.run_samples import RunSamples
 from microdit.pipeline.selection.sample_index import largest_scalar
 from microdit.pipeline.selection.sample_shapes import sample_shape
 from microdit.trainer.checkpoints.contents import Checkpoint
 from microdit.trainer.data.batch import MicroBatch
 from microdit.trainer.data.batches import LegData
-from microdit.trainer.data.samples import RunSamples
 from microdit.trainer.learner import Learner
 from microdit.trainer.monitoring.progress import Progress
 from microdit.trainer.processes import Team
@@ -55,6 +55,8 @@ def begin_message(recipe: Recipe, samples: RunSamples, legs: Sequence[LegData], 
 def refuse_long_captions(recipe: Recipe, samples: RunSamples) -> None:
     """Raise RequestError if a caption is longer than the last of `text_lengths`, by the sidecars of the columns."""
     for column in recipe.text:
+        if (samples.longest[column] or 0) <= recipe.text_lengths[-1]:
+            continue
         for index in (*{one.digest: one for one in samples.legs}.values(), samples.held):
             longest = largest_scalar(samples.corpus, samples.columns[column], index, "tokens")
             if longest is not None and longest[0] > recipe.text_lengths[-1]:

@@ -23,9 +23,10 @@ from microdit.pipeline.cli.app import app
 from microdit.pipeline.config.build import BuildConfig, Resources
 from microdit.pipeline.config.captions import CaptionsColumn
 from microdit.pipeline.config.encoders import LatentsColumn, TextColumn
+from microdit.pipeline.config.files import JoinOptions
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.config.scores import SCORERS
-from microdit.pipeline.config.sources import FetchOptions, JoinOptions, SourceOptions
+from microdit.pipeline.config.sources import FetchOptions, SourceOptions
 from microdit.trainer.recipe import LegRecipe, OptimizerRecipe, Recipe
 
 FOLDER = Path(__file__).parent

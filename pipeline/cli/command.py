@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 
 class Commands(TyperGroup):
-    """Exit with status 2 and one message if the request is wrong, a disk full or not to be written, or a bucket
-    refuses; with 128 + the number of a signal."""
+    """Exit with status 2 and one message if the request is wrong, and with 128 + the number of a signal.
+
+    Wrong is also a disk that is full or cannot be written, and a bucket that refuses.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:

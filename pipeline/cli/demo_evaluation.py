@@ -24,10 +24,11 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.rows import read_rows
 from microdit.pipeline.corpus.shard_cache import ShardId
 from microdit.pipeline.selection.lineage import newest_commits
+from microdit.pipeline.selection.run_samples import RunSamples
 from microdit.pipeline.selection.sample_index import SampleIndex, read_captions
 from microdit.pipeline.stages.rows import image_bytes
 from microdit.trainer.data.randomness import weights_seed
-from microdit.trainer.data.samples import RunSamples, open_samples
+from microdit.trainer.data.samples import open_samples
 from microdit.trainer.recipe import Recipe
 
 SEED = 1  # of the noise, and with the recipe's seed of the captions drawn

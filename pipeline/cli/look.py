@@ -1,8 +1,9 @@
 """The commands that look at a corpus: `status`, `report`, `query`, `verify`, `ls`, `gc`."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +20,7 @@ from microdit.pipeline.cli.command import (
     open_corpus,
     sql_limits,
 )
-from microdit.pipeline.cli.shown import print_garbage, print_rows, print_status, print_verification
+from microdit.pipeline.cli.shown import print_garbage, print_rows, print_status
 
 
 def status(corpus: CorpusUrl, as_json: Json = False) -> None:
@@ -77,16 +78,41 @@ def query(
         print_rows(answer["columns"], answer["rows"])
 
 
-def verify(corpus: CorpusUrl, as_json: Json = False) -> None:
+def verify(
+    corpus: CorpusUrl,
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Read the objects of these columns alone, separated by commas."),
+    ] = None,
+    source: Annotated[str | None, typer.Option(metavar="NAME", help="Check one source.")] = None,
+    sample: Annotated[
+        float, typer.Option(metavar="SHARE", help="Check a share of the shards, above 0; 1 is all.", max=1)
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Which shards --sample draws.", min=0)] = 0,
+    as_json: Json = False,
+) -> None:
     """Check every object: checksums, counts, keys, lineage, in = out + failed. Exit status 1 if something is wrong.
 
     Every byte is read, and every fault named. `microdit build CONFIG --repair` makes again what is damaged, lost or
-    stale.
+    stale. Where RAY_ADDRESS names a Ray cluster, all its machines read (`RAY_ADDRESS=local`: all CPUs of this one).
+
+    **Example**
+
+    - `microdit verify my/corpus --sample 0.01 --seed 7` reads a hundredth of the shards; another seed other ones
     """
+    from microdit.pipeline.base.threads import threaded
+    from microdit.pipeline.cli.shown_verify import print_verification, verify_progress
+    from microdit.pipeline.upkeep.verify import VerifiedPart
     from microdit.pipeline.upkeep.verify import verify as verify_all
 
-    with json_answer(as_json) as answer:
-        result = verify_all(open_corpus(corpus))
+    part = None
+    if columns is not None or source is not None or sample != 1:
+        part = VerifiedPart(columns.split(",") if columns else [], source, sample, seed)
+    spread: Any = threaded
+    if os.environ.get("RAY_ADDRESS"):
+        from microdit.pipeline.engine.spread import spread
+    with json_answer(as_json) as answer, stop_signals(), verify_progress() as progress:
+        result = verify_all(open_corpus(corpus), progress, part, spread)
         answer.update(result.to_dict())
     if not as_json:
         print_verification(result)

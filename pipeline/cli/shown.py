@@ -10,7 +10,6 @@ from microdit.pipeline.base.terminal import printable
 if TYPE_CHECKING:  # `microdit --help` imports nothing heavy
     from microdit.pipeline.upkeep.gc import Garbage
     from microdit.pipeline.upkeep.status import CorpusStatus, SourceStatus
-    from microdit.pipeline.upkeep.verify import Verification
 
 
 def print_rows(columns: list[str], rows: Sequence[Mapping[str, Any]], most: int = 100) -> None:
@@ -74,23 +73,6 @@ def print_status(status: "CorpusStatus") -> None:
 
 def _units_read(source: "SourceStatus") -> str:
     return f"{source.units_done:,}" if source.units is None else f"{source.units_done:,} of {source.units:,}"
-
-
-def print_verification(result: "Verification") -> None:
-    """Print every problem, the samples of each column, and the totals."""
-    from microdit.pipeline.upkeep.problem import WARNINGS
-
-    for problem in result.problems:
-        print(printable(str(problem)))
-    for column, samples in result.totals.samples.items():
-        print(printable(f"{column}: in {samples.inputs:,} = out {samples.out:,} + failed {samples.failed:,}"))
-    totals = result.totals
-    warnings = sum(problem.kind in WARNINGS for problem in result.problems)
-    print(
-        f"{totals.shards:,} shards, {totals.commits:,} commits, {totals.units:,} units, "
-        f"{in_bytes(totals.bytes)}: {len(result.problems) - warnings:,} problems"
-        f"{f' and {warnings:,} warnings' if warnings else ''}"
-    )
 
 
 def print_garbage(result: "Garbage") -> None:

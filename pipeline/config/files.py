@@ -37,6 +37,7 @@ class FileOptions(Options):
     terms: str = ""
     """The licence in a line for people: who may use it, and where it is accepted; by default `license`."""
     expected: ExpectedSize | None = None
+    """What the whole is said to have, for `microdit plan` where files cannot be listed."""
 
     @model_validator(mode="after")
     def _check_units(self) -> "FileOptions":

@@ -15,7 +15,7 @@ SHARD = re.compile(r"[a-z0-9][a-z0-9_-]*")
 ATTEMPT = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{8}")
 OBJECT = re.compile(rf"([^/]+(?:/[^/]+)?)/([^/]+)/([^/]+)\.{ATTEMPT.pattern}\.(?:tar|parquet|rows\.parquet)")
 TABLE = re.compile(
-    r"tables/((?:commits|joins|duplicates|semantic|contaminated|hashes)/)?"
+    r"tables/((?:commits|statuses|joins|duplicates|semantic|contaminated|hashes)/)?"
     rf"[0-9a-f]{{32,64}}\.(?:json|{ATTEMPT.pattern}\.parquet)"
 )
 

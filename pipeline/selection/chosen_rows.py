@@ -121,7 +121,7 @@ def rows_by_shard(parts: Iterable[pa.Table]) -> dict[ShardId, tuple[np.ndarray, 
 
 
 class SelectionHash:
-    """The hash of a selection (docs/corpus.md, section 6), of its metadata and of its rows in parts."""
+    """The hash of a selection (docs/reference/corpus.md, section 6), of its metadata and of its rows in parts."""
 
     def __init__(self, about: bytes):
         self._digest = hashlib.sha256(about + b"\n")

@@ -1,19 +1,19 @@
 """The samples of several columns joined by row: the rows of a selection that are ok in every one of them."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import ShardId
 from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.selection.lineage import newest_commits
+from microdit.pipeline.tables.status_table import read_ok_rows
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class SampleIndex:
         """Draw `count` samples by a seed, those of the lowest hashes: their positions, ascending."""
         return np.sort(np.argsort(self.hashes(seed), kind="stable")[:count])
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A hash of the samples, by name, and of their weights."""
         digest = hashlib.sha256()
@@ -109,7 +109,21 @@ def index_samples(
         RequestError: no such selection, none of its samples can be had, or a sidecar cannot be read.
     """
     kept = None if selection is None else selected_rows(corpus, selection)
-    usable = usable_rows(corpus, columns, kept)
+    return join_samples(columns, lambda column, shard: read_ok_rows(corpus, columns[column][shard])[0], selection, kept)
+
+
+def join_samples(
+    columns: Mapping[str, Collection[ShardId]],
+    ok_rows: Callable[[str, ShardId], np.ndarray],
+    selection: str | None,
+    kept: Mapping[ShardId, tuple[np.ndarray, np.ndarray]] | None,
+) -> tuple[SampleIndex, int]:
+    """Index samples as `index_samples` does. kept: the rows of the selection; the others are as of `usable_rows`.
+
+    Raises:
+        RequestError: none of the samples can be had.
+    """
+    usable = usable_rows(columns, ok_rows, kept)
     sizes = [len(rows) for rows, _ in usable.values()]
     if not sum(sizes):
         what = f"selection {selection}" if selection else "the corpus"
@@ -132,41 +146,34 @@ def selected_rows(corpus: Corpus, selection: str) -> dict[ShardId, tuple[np.ndar
 
 
 def usable_rows(
-    corpus: Corpus,
-    columns: Mapping[str, Mapping[ShardId, Commit]],
+    columns: Mapping[str, Collection[ShardId]],
+    ok_rows: Callable[[str, ShardId], np.ndarray],
     selected: Mapping[ShardId, tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> dict[ShardId, tuple[np.ndarray, np.ndarray]]:
     """Find the rows that are ok in every column, and their weights, by shard; shards and rows ascend.
 
+    columns: the shards of each. ok_rows: tells which rows of a column's shard are ok (bool).
     selected: what `selected_rows` gives; without it all rows of the shards that every column has, with weight 1.
-
-    Raises:
-        RequestError: a sidecar cannot be read.
     """
-    shards = sorted(set.intersection(*(set(own) for own in columns.values())))
-    if selected is not None:
-        shards = [shard for shard in shards if shard in selected]
 
     def usable(shard: ShardId) -> tuple[np.ndarray, np.ndarray]:
-        ok = np.logical_and.reduce([_ok_rows(corpus, own[shard]) for own in columns.values()])
+        ok = np.logical_and.reduce([ok_rows(column, shard) for column in columns])
         if selected is None:
             return np.flatnonzero(ok), np.ones(ok.sum(), dtype=np.float32)
         rows, weights = selected[shard]
         use = (rows < len(ok)) & ok[np.minimum(rows, len(ok) - 1)]
         return rows[use], weights[use]
 
+    shards = shared_shards(columns, selected)
     return dict(zip(shards, threaded(usable, shards), strict=True))
 
 
-def _ok_rows(corpus: Corpus, commit: Commit) -> np.ndarray:
-    try:
-        return pc.equal(corpus.sidecar(commit)["status"], "ok").to_numpy()
-    except (FileNotFoundError, pa.ArrowException) as error:
-        raise RequestError(
-            f"column {commit.column}, shard {commit.shard}: {commit.sidecar.name} is missing or damaged "
-            f"({first_line(error)}), so that nobody knows its samples; run `microdit verify`, then "
-            "`microdit build --repair`"
-        ) from None
+def shared_shards(
+    columns: Mapping[str, Collection[ShardId]], selected: Collection[ShardId] | None = None
+) -> list[ShardId]:
+    """List the shards that every column has, and the selection if there is one; they ascend."""
+    shards = sorted(set.intersection(*(set(own) for own in columns.values())))
+    return shards if selected is None else [shard for shard in shards if shard in selected]
 
 
 def largest_scalar(

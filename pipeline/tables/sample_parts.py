@@ -1,4 +1,4 @@
-"""The parts of the sample table: one object for each column and run of units (docs/corpus.md, section 6).
+"""The parts of the sample table: one object for each column and run of units (docs/reference/corpus.md, section 6).
 
 A part is named by a key, over the hashes of the commits that it was read from, and by the hash of its own bytes. So it
 needs no record, is never out of date, and is made once, whatever else of the corpus grows.

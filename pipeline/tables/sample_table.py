@@ -1,4 +1,4 @@
-"""The sample table: all sidecars joined, row by row, kept in the corpus in parts (docs/reference/corpus.md, section 6)."""
+"""The sample table: all sidecars joined row by row, kept in parts (docs/reference/corpus.md, section 6)."""
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -21,7 +21,7 @@ class Damage:
     """Problems that no rebuilding mends."""
 
 
-def damage(corpus: Corpus, progress: Callable[[int, int], None] | None = None) -> Damage:
+def damage(corpus: Corpus, progress: Callable[[int, int, int], None] | None = None) -> Damage:
     """Read everything that is committed (`verify`), and list what must be made again.
 
     Damaged cached tables are deleted: they are made again when they are needed.

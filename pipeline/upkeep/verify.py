@@ -1,10 +1,13 @@
 """`microdit verify`: read all that is committed, and name what is not as docs/reference/corpus.md promises."""
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from obstore.exceptions import BaseError
@@ -30,7 +33,7 @@ from microdit.pipeline.selection.selections import load_selection
 from microdit.pipeline.tables.corpus_totals import Counted, failed_twice
 from microdit.pipeline.tables.published import Table
 from microdit.pipeline.upkeep.problem import WARNINGS, Problem
-from microdit.pipeline.upkeep.verify_shard import Findings, Hashing, ShardCheck
+from microdit.pipeline.upkeep.verify_shard import Findings, Hashing, ShardCheck, key_hashes
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,44 @@ class VerifiedTotals:
 
 
 @dataclass(frozen=True)
+class VerifiedPart:
+    """What of a corpus is checked: objects of these columns (none: all), one source, a share of its shards by a seed.
+
+    Another seed draws other shards, so that runs with one after the other come to see all.
+    """
+
+    columns: list[str] = field(default_factory=list)
+    source: str | None = None
+    sample: float = 1.0
+    seed: int = 0
+
+    def refuse_unknown(self, columns: Collection[str], sources: Collection[str]) -> None:
+        """Raises RequestError if a column or the source is not declared, or the share is none."""
+        for what, names, known in (
+            ("columns", self.columns, columns),
+            ("source", [] if self.source is None else [self.source], sources),
+        ):
+            if unknown := [name for name in names if name not in known]:
+                raise RequestError(
+                    f"{what}: {', '.join(unknown)} is not declared; there are {', '.join(sorted(known))}"
+                )
+        if not 0 < self.sample <= 1:
+            raise RequestError(f"sample: {self.sample:g} is no share; expected a number above 0, at most 1")
+
+    def has(self, shard: ShardId) -> bool:
+        """Tell whether a shard is drawn."""
+        digest = hashlib.sha256(f"{self.seed}/{shard[0]}/{shard[1]}".encode()).digest()
+        return self.source in (None, shard[0]) and int.from_bytes(digest[:8]) < self.sample * 2**64
+
+
+@dataclass(frozen=True)
 class Verification:
-    """The result of `verify`."""
+    """The result of `verify`. `part`: what of the corpus was checked, None if all."""
 
     corpus: str
     problems: list[Problem]
     totals: VerifiedTotals
+    part: VerifiedPart | None = None
 
     @property
     def ok(self) -> bool:
@@ -72,7 +107,8 @@ class Verification:
             column: {"in": count.inputs, "out": count.out, "failed": count.failed}
             for column, count in self.totals.samples.items()
         }
-        return {
+        part = {} if self.part is None else {"part": asdict(self.part)}
+        return part | {
             "corpus": self.corpus,
             "ok": self.ok,
             "problems": [asdict(problem) for problem in self.problems],
@@ -87,34 +123,81 @@ class _Newest:
     shards: dict[ShardId, dict[str, int]] = field(default_factory=dict)
     units: dict[ShardId, int] = field(default_factory=dict)
 
+    def limit(self, part: VerifiedPart) -> None:
+        """Leave out what a part does not have."""
+        self.shards = {
+            shard: of
+            for shard, of in self.shards.items()
+            if part.has(shard) and (not part.columns or not of.keys().isdisjoint(part.columns))
+        }
+        whole = part.sample == 1 and (not part.columns or IMAGES in part.columns)
+        self.units = {unit: n for unit, n in self.units.items() if whole and part.source in (None, unit[0])}
 
-def verify(corpus: Corpus, progress: Callable[[int, int], None] | None = None) -> Verification:
+
+Spread = Callable[
+    [Callable[[ShardId], tuple[ShardId, Findings]], Iterable[ShardId]], Iterable[tuple[ShardId, Findings]]
+]
+"""Calls a function for each shard, many at once, and gives the results in any order; `threaded` is one."""
+
+
+def verify(
+    corpus: Corpus,
+    progress: Callable[[int, int, int], None] | None = None,
+    part: VerifiedPart | None = None,
+    spread: Spread = threaded,
+) -> Verification:
     """Check every newest commit: objects and checksums, rows, counts, members, keys, lineage, fingerprints, units.
 
     Every byte of the corpus is read. A build may go on meanwhile: what it adds is left for the next time.
 
     Args:
-        progress: called with the number of shards that are done, and of all.
+        progress: called with the number of shards that are done, of all, and the bytes that were read.
+        part: what of the corpus is read: then no tables and selections, and units only where all their shards are.
+        spread: what the shards are checked with.
+
+    Raises:
+        RequestError: `part` names a column or source that is not there.
     """
     problems: list[Problem] = []
     columns, sources = (_declarations(corpus, folder, problems) for folder in ("columns", "sources"))
-    newest = _newest_commits(corpus, columns, sources, problems)
-
-    def check(shard: ShardId) -> tuple[ShardId, Findings]:
-        return shard, ShardCheck(corpus, shard, newest.shards[shard], columns, sources).run()
-
+    if part is not None:
+        part.refuse_unknown(columns, sources)
+    strays: list[Problem] = []
+    newest = _newest_commits(corpus, columns, sources, strays)
+    if part is None:
+        problems += strays
+    else:
+        newest.limit(part)
+    only = None if part is None or not part.columns else frozenset(part.columns)
+    check = partial(_check_shard, corpus, newest.shards, columns, sources, only)
     checked: dict[ShardId, Findings] = {}
-    for number, (shard, findings) in enumerate(threaded(check, sorted(newest.shards)), 1):
+    read = 0
+    for number, (shard, findings) in enumerate(spread(check, sorted(newest.shards)), 1):
         checked[shard] = findings
-        problems += findings.problems
+        read += findings.bytes
         if progress:
-            progress(number, len(newest.shards))
-    _check_units(corpus, newest.units, checked, sources, problems)
-    _check_keys(checked, problems)
-    _check_tables(corpus, problems)
-    _check_selections(corpus, problems)
+            progress(number, len(newest.shards), read)
+    for shard in sorted(checked):
+        problems += checked[shard].problems
+    if part is None or part.sample == 1:
+        _check_units(corpus, newest.units, checked, sources, problems)
+    _check_keys(corpus, newest, checked, problems)
+    if part is None:
+        _check_tables(corpus, problems)
+        _check_selections(corpus, problems)
     again = _count_retries(corpus, problems)
-    return Verification(corpus.url, problems, _totals(newest, checked, again))
+    return Verification(corpus.url, problems, _totals(newest, checked, again), part)
+
+
+def _check_shard(
+    corpus: Corpus,
+    generations: Mapping[ShardId, Mapping[str, int]],
+    columns: Mapping[str, Declaration | None],
+    sources: Mapping[str, Declaration | None],
+    only: frozenset[str] | None,
+    shard: ShardId,
+) -> tuple[ShardId, Findings]:
+    return shard, ShardCheck(corpus, shard, generations[shard], columns, sources, only).run()
 
 
 def _newest_commits(
@@ -234,19 +317,43 @@ def _count_retries(corpus: Corpus, problems: list[Problem]) -> Counted:
         return {}
 
 
-def _check_keys(checked: Mapping[ShardId, Findings], problems: list[Problem]) -> None:
-    """Find the keys that are there more than once among a source's images that are ok."""
-    by_source: dict[str, dict[str, pa.Array]] = {}
-    for (source, shard), findings in checked.items():
-        if findings.keys is not None:
-            by_source.setdefault(source, {})[shard] = findings.keys
-            findings.keys = None
-    for source, keys in by_source.items():
-        counted = pc.value_counts(pa.chunked_array(list(keys.values()), pa.string()))
-        double = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")
-        for key in double.to_pylist():
-            shards = [shard for shard, of_shard in keys.items() if pc.index(of_shard, key).as_py() >= 0]
-            problems.append(Problem("keys", f"{IMAGES}/{source}", f"key {key!r} is in the shards {shards}"))
+def _check_keys(corpus: Corpus, newest: _Newest, checked: Mapping[ShardId, Findings], problems: list[Problem]) -> None:
+    """Find the keys that are there more than once among a source's images that are ok.
+
+    Hashes of 8 bytes tell which keys may be: those alone are read again.
+    """
+    by_source: dict[str, dict[str, np.ndarray]] = {}
+    for (source, shard), findings in sorted(checked.items()):
+        if findings.key_hashes is not None:
+            by_source.setdefault(source, {})[shard] = findings.key_hashes
+            findings.key_hashes = None
+    for source, hashes in by_source.items():
+        ordered = np.concatenate(list(hashes.values()))
+        ordered.sort()
+        double = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+        if not len(double):
+            continue
+        shards: dict[str, list[str]] = {}
+        for shard, own in hashes.items():
+            if np.isin(own, double).any():
+                for key in _ok_keys(corpus, source, shard, newest.shards[source, shard][IMAGES], double):
+                    shards.setdefault(key, []).append(shard)
+        for key, where in shards.items():
+            if len(where) > 1:
+                problems.append(
+                    Problem("keys", f"{IMAGES}/{source}", f"key {key!r} is in the shards {[*dict.fromkeys(where)]}")
+                )
+
+
+def _ok_keys(corpus: Corpus, source: str, shard: str, generation: int, hashes: np.ndarray) -> list[str]:
+    """Read the keys of a shard's images that are ok and have one of these hashes."""
+    try:
+        sidecar = corpus.sidecar(corpus.commit(IMAGES, source, shard, generation))
+    except (OSError, ValueError, BaseError):  # it was read a moment ago
+        return []
+    keys = sidecar["key"].filter(pc.equal(sidecar["status"], "ok")).combine_chunks()
+    found: list[str] = keys.filter(pa.array(np.isin(key_hashes(keys), hashes))).to_pylist()
+    return found
 
 
 def _check_tables(corpus: Corpus, problems: list[Problem]) -> None:

@@ -3,11 +3,12 @@
 import hashlib
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from obstore.exceptions import BaseError
@@ -35,8 +36,8 @@ class Findings:
     """The unit that its images name."""
     inputs: int = 0
     """Its number of rows, by the commit of its images."""
-    keys: pa.Array | None = None
-    """The keys of its images that are ok."""
+    key_hashes: np.ndarray | None = None
+    """Of the keys of its images that are ok, 8 bytes each (uint64)."""
 
 
 class ShardCheck:
@@ -46,6 +47,7 @@ class ShardCheck:
         shard: its source and name.
         generations: by column the newest generation that was listed.
         columns, sources: all declarations; None for one that is damaged.
+        only: columns whose objects are read; None for all. Of the others the commits are, for the lineage.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class ShardCheck:
         generations: Mapping[str, int],
         columns: Mapping[str, Declaration | None],
         sources: Mapping[str, Declaration | None],
+        only: Collection[str] | None = None,
     ):
         self.corpus, self.shard, self.columns, self.sources = corpus, shard, columns, sources
+        self.only = only
         self.generations = dict(generations)
         self.findings = Findings()
         self.commits: dict[str, Commit] = {}
@@ -68,15 +72,16 @@ class ShardCheck:
         # images first: the other columns are compared with them
         for column in sorted(self.generations, key=lambda column: (column != IMAGES, column)):
             self._check_commit(column)
-        for column, commit in self.commits.items():
+        asked = {name: commit for name, commit in self.commits.items() if self.only is None or name in self.only}
+        for column, commit in asked.items():
             self._check_objects(column, commit)
             self._check_earlier(commit)
-        for column, commit in self.commits.items():
+        for column, commit in asked.items():
             if column in self.sidecars:
                 self._check_rows(column, commit, self.sidecars[column])
             self._check_lineage(column, commit)
         if self.findings.problems and (newest := self._newest_generations()) != self.generations:
-            return ShardCheck(self.corpus, self.shard, newest, self.columns, self.sources).run()
+            return ShardCheck(self.corpus, self.shard, newest, self.columns, self.sources, self.only).run()
         return self.findings
 
     def _add(self, kind: Kind, what: str, detail: str) -> None:
@@ -109,9 +114,10 @@ class ShardCheck:
             self._add("unreadable", name, first_line(error))
             return
         self.commits[column] = commit
-        self.findings.commits += 1
-        self.findings.samples[column] = Counter(commit.counts)
-        self.findings.bytes += sum({ref.name: ref.size for ref in (commit.object, commit.sidecar)}.values())
+        if self.only is None or column in self.only:
+            self.findings.commits += 1
+            self.findings.samples[column] = Counter(commit.counts)
+            self.findings.bytes += commit.size
         maker = self.sources[commit.source] if column == IMAGES else self.columns[column]
         if maker is not None and commit.fingerprint != maker.fingerprint:
             self._add("fingerprint", name, f"{commit.fingerprint}, declared is {maker.fingerprint}")
@@ -259,7 +265,7 @@ class ShardCheck:
         expect(len(set(texts)) == count, "keys", "a key is there twice")
         if column == IMAGES:
             expect(count <= self.corpus.shard_samples, "rows", f"{count} rows, at most {self.corpus.shard_samples}")
-            self.findings.keys = keys.filter(alive)
+            self.findings.key_hashes = key_hashes(keys.filter(alive))
         elif IMAGES in self.sidecars:
             images = self.sidecars[IMAGES]["key"].combine_chunks()
             expect(keys.equals(images), "keys", f"its {count} keys are not those of the images ({len(images)})")
@@ -291,6 +297,12 @@ class ShardCheck:
             self._add(
                 "rows", commit.sidecar.name, f"a row that failed in {upstream} has another reason than `upstream`"
             )
+
+
+def key_hashes(keys: pa.Array) -> np.ndarray:
+    """Hash keys to 8 bytes each (uint64)."""
+    digests = (hashlib.blake2b(str(key).encode(), digest_size=8).digest() for key in keys.to_pylist())
+    return np.frombuffer(b"".join(digests), np.uint64)
 
 
 class Hashing:

@@ -7,7 +7,6 @@ A sample that turns out broken is replaced from its own lane, so that the proces
 """
 
 import math
-import os
 from collections.abc import Generator, Iterator
 
 import numpy as np
@@ -20,11 +19,13 @@ from microdit.pipeline.corpus.open_shard import BrokenError, is_finite
 from microdit.pipeline.corpus.quantised import Field
 from microdit.pipeline.corpus.shard_cache import ShardId
 from microdit.pipeline.selection.broken_samples import WHOLE, NotingShardCache
+from microdit.pipeline.selection.run_samples import commit_sizes
 from microdit.pipeline.selection.sample_index import SampleIndex
 from microdit.pipeline.selection.sample_shapes import holds_moments, sample_shape
 from microdit.trainer.data.batch import Batch, MicroBatch, pad_text
 from microdit.trainer.data.order import Lanes
 from microdit.trainer.data.randomness import Draw, Noise
+from microdit.trainer.data.samples import local_room
 from microdit.trainer.recipe import LegRecipe, Recipe
 
 AHEAD = 4  # batches before it is used, a shard is asked for at least
@@ -98,28 +99,13 @@ class LegData:
                     self.cache.request(column, shard)
 
     def _room(self) -> float:
-        """Compute how much of another window there is room for, beside the one that is read: 0 to 1.
-
-        Raises:
-            RequestError: there is no room for one, and it would come from a bucket again and again.
-        """
+        """Compute how much of another window there is room for, 0 to 1. Raises as `CacheRoom.spread`."""
         if self.cache.corpus.store.root is not None:
             return 1.0
-        sizes = [[c.size for c in self.cache.columns[column].values()] for column in (self.leg.latents, *self.text)]
-        own = self.lanes.count // self.world
-        window = own * min(self.lanes.window, -(-len(self.index.shards) // self.lanes.count) + 1)
-        needed = sum(min(sum(column), window * sum(column) / len(column)) for column in sizes)
-        name, room, unit, advice = "cache_mb", self.cache.max_bytes, 1 << 20, "give cache_folder, a local folder, or "
-        if (disk := self.cache.reader.disk) is not None:
-            name, room, unit, advice = "cache_gb", disk.max_bytes, 10**9, ""
-            needed *= int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
-        if needed > room:
-            raise RequestError(
-                f"{name} = {room / unit:g}: {own} lanes of a process read {window} shards at a time, for which this "
-                f"machine needs {needed / 1e9:.3g} GB, and would ask the bucket for them again and again; {advice}"
-                f"set {name} to {math.ceil(needed / unit)} or more, or lower shuffle_window or lanes"
-            )
-        return min(room / needed - 1, 1.0)
+        sizes = {column: commit_sizes(self.cache.columns[column]) for column in (self.leg.latents, *self.text)}
+        own, disk, memory = self.lanes.count // self.world, self.cache.reader.disk, self.cache.max_bytes
+        room = local_room(own, self.lanes.window, self.world, memory, None if disk is None else disk.max_bytes)
+        return room.spread(sizes, self.lanes.count)
 
     def _batch(self, step: int, seen: int) -> Batch:
         rows, positions = self.lanes.batch(seen, self.leg.batch, self.rank, self.world)

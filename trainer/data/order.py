@@ -37,9 +37,12 @@ class Lanes:
         self.index, self.seed, self.window, self.even = index, seed, window, even
         self.count = max(d for d in range(1, lanes + 1) if lanes % d == 0 and d <= len(index))
         bounds = np.searchsorted(index.shard, np.arange(len(index.shards) + 1))
-        by_shard = [np.arange(bounds[s], bounds[s + 1]) for s in _shuffled(len(index.shards), seed, 0)]
-        self._samples = np.concatenate(by_shard)
-        self._ends = None if index.weight is None else np.cumsum(index.weight[self._samples].astype(np.float64))
+        order = _shuffled(len(index.shards), seed, 0)
+        self._first = bounds[order]  # sample of each shard, in their order
+        self._before = np.concatenate([[0], np.cumsum(np.diff(bounds)[order])])  # samples before each
+        self._ends = None
+        if index.weight is not None:
+            self._ends = np.cumsum(index.weight[self._ordered(0, len(index))], dtype=np.float64)
         self._rows = len(index)  # of an epoch
         if self._ends is not None:
             self._rows = self.count * max(round(len(index) / self.count), 1)
@@ -64,6 +67,14 @@ class Lanes:
         """Return the epoch of a lane's n-th sample, and its number in it."""
         epoch = (n * self.count + lane) // self._rows if self.even else n // self.size(lane)
         return epoch, n - self._start(lane, epoch)
+
+    def _ordered(self, start: int, end: int) -> np.ndarray:
+        """Return the samples from `start` to `end` of all, shard by shard in the order of the shards."""
+        low, high = np.searchsorted(self._before, start, "right") - 1, np.searchsorted(self._before, end, "left")
+        shards = zip(self._before[low:high], self._before[low + 1 : high + 1], self._first[low:high], strict=True)
+        return np.concatenate(
+            [np.arange(max(start, before), min(end, after)) + (first - before) for before, after, first in shards]
+        )
 
     def samples(self, lane: int, start: int, count: int) -> np.ndarray:
         """Return the positions in the index of samples start, start + 1, ... of a lane, without end."""
@@ -115,7 +126,7 @@ class Lanes:
         """Draw the samples of an epoch of a lane, shard by shard, as often as they come."""
         if self._ends is None:
             first, end = (self._below(border, epoch + 1) - self._below(border, epoch) for border in (lane, lane + 1))
-            return self._samples[first:end]
+            return self._ordered(first, end)
         low, high = (self._ends[-1] * border / self.count for border in (lane, lane + 1))
         first = int(np.searchsorted(self._ends, low, side="right"))
         last = min(int(np.searchsorted(self._ends, high, side="left")), len(self._ends) - 1)
@@ -128,7 +139,7 @@ class Lanes:
         start = float(_raw(1, self.seed, 5, lane, epoch)[0] >> np.uint64(44)) / 2**20
         times = np.empty(len(parts), dtype=np.int64)
         times[order] = np.diff(np.floor(ends + start), prepend=0)
-        return np.repeat(self._samples[first : last + 1], times)
+        return np.repeat(self._ordered(first, last + 1), times)
 
     def batch(self, seen: int, batch: int, rank: int = 0, world: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Return a rank's part of the global batch after `seen` samples: (rows in it, positions in the index)."""

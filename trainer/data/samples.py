@@ -1,76 +1,50 @@
-"""The samples of a run: which each leg trains on, and which no leg does."""
+"""The samples of a recipe, made once for all processes of a machine, and what they are read through."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
-import numpy as np
-
-from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.corpus.cache_room import CacheRoom
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.disk_cache import DiskCache
-from microdit.pipeline.corpus.records import Commit
-from microdit.pipeline.corpus.shard_cache import ShardId
 from microdit.pipeline.selection.broken_samples import NotingShardCache
-from microdit.pipeline.selection.lineage import newest_commits
-from microdit.pipeline.selection.sample_index import SampleIndex, index_samples
+from microdit.pipeline.selection.mapped_arrays import private_folder
+from microdit.pipeline.selection.run_samples import AskedSamples, RunSamples, map_samples, prepare_samples
+from microdit.trainer.processes import Team
 from microdit.trainer.recipe import Recipe
 
+FOLDER = "microdit-index"
+T = TypeVar("T")
 
-def split(indexes: Sequence[SampleIndex], hold_out: int, seed: int) -> tuple[list[SampleIndex], list[SampleIndex]]:
-    """Split off what is held out of all legs: the `hold_out` lowest hashes of the last one.
 
-    Returns what each leg trains on and, for each leg, those held out that it could have trained on: all of them for the
-    last leg.
+def open_samples(recipe: Recipe, team: Team | None = None) -> RunSamples:
+    """Open the samples of a recipe, the first process before the others.
 
     Raises:
-        RequestError: nothing would be left to train on.
+        RequestError: corpus, selection or column is missing, stale or empty; or `cache_mb` or `cache_gb` is too small.
     """
-    last = indexes[-1]
-    hashes = last.hashes(seed)[last.lowest(hold_out, seed)]
-    left, held = [], []
-    for index in indexes:
-        own = index.hashes(seed)
-        apart = own <= hashes.max() if hold_out else np.zeros(len(index), dtype=bool)
-        left.append(index.take(~apart) if hold_out else index)
-        apart[apart] = np.isin(own[apart], hashes)
-        held.append(index.take(apart))
-        if not len(left[-1]):
-            raise RequestError(f"hold_out: {hold_out} leaves nothing to train on of {len(last)} samples; lower it")
-    return left, held
+    folder = private_folder(FOLDER) if recipe.cache_folder is None else recipe.cache_folder / FOLDER
+    legs = [(leg.latents, leg.selection or recipe.selection) for leg in recipe.stages]
+    asked = AskedSamples(legs, list(recipe.text), recipe.hold_out, recipe.seed, recipe.mix)
+    world = 1 if team is None else team.world
 
+    def check(sizes: Mapping[str, Sequence[int]]) -> None:
+        if corpus.store.root is None:
+            disk = None if recipe.cache_folder is None else int(recipe.cache_gb * 1e9)
+            own = max(recipe.lanes // world, 1)
+            local_room(own, recipe.shuffle_window, world, recipe.cache_mb << 20, disk).spread(sizes, recipe.lanes)
 
-@dataclass(frozen=True)
-class RunSamples:
-    """The samples of a run: `legs[i]` is what leg i trains on, `held` what no leg does.
+    def first(work: Callable[[], T]) -> T:
+        return work() if team is None else team.from_first(work)
 
-    `held_by_leg[i]`: those of `held` that leg i's latents column and selection have.
-    """
-
-    corpus: Corpus
-    columns: dict[str, dict[ShardId, Commit]]
-    legs: list[SampleIndex]
-    held_by_leg: list[SampleIndex]
-    missing: int
-    """Samples of the selection that are not ok in every column of the last leg."""
-
-    @property
-    def held(self) -> SampleIndex:
-        return self.held_by_leg[-1]
-
-
-def open_samples(recipe: Recipe) -> RunSamples:
-    """Open the samples of a recipe. Raises RequestError if corpus, selection or column is missing, stale or empty."""
     corpus = Corpus.open(recipe.corpus)
-    columns = newest_commits(corpus, list(dict.fromkeys([*(leg.latents for leg in recipe.stages), *recipe.text])))
-    wanted = [(leg.latents, leg.selection or recipe.selection) for leg in recipe.stages]
-    indexes = {
-        (latents, selection): index_samples(
-            corpus, {name: columns[name] for name in (latents, *recipe.text)}, selection
-        )
-        for latents, selection in dict.fromkeys(wanted)
-    }
-    legs, held = split([indexes[one][0] for one in wanted], recipe.hold_out, recipe.seed)
-    return RunSamples(corpus, columns, [index.mixed(recipe.mix) for index in legs], held, indexes[wanted[-1]][1])
+    key, named = first(lambda: prepare_samples(corpus, asked, folder, check))
+    return map_samples(corpus, key, named, folder)
+
+
+def local_room(lanes: int, window: int, world: int, memory: int, disk: int | None) -> CacheRoom:
+    """Describe the room for what a process with so many lanes, one of `world`, reads at a time."""
+    return CacheRoom(lanes, window, int(os.environ.get("LOCAL_WORLD_SIZE", world)), memory, disk)
 
 
 def open_cache(recipe: Recipe, samples: RunSamples) -> NotingShardCache:

@@ -22,9 +22,9 @@ from microdit.model.pretrained.hub import ModelFilesError
 from microdit.model.pretrained.text import TextEncoder
 from microdit.model.text_to_image import MicroDiTPipeline, load_encoders
 from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.selection.run_samples import RunSamples
 from microdit.pipeline.selection.sample_index import read_captions
 from microdit.trainer.checkpoints.contents import folder_name
-from microdit.trainer.data.samples import RunSamples
 from microdit.trainer.learner import Learner
 from microdit.trainer.monitoring.log import Log
 from microdit.trainer.processes import Team

@@ -18,10 +18,10 @@ from torch import Tensor
 from microdit.model.edm import EDM
 from microdit.pipeline.corpus.open_shard import BrokenError, ShardReader, read_scattered
 from microdit.pipeline.corpus.quantised import Field
+from microdit.pipeline.selection.run_samples import RunSamples
 from microdit.trainer.data.batch import pad_text
 from microdit.trainer.data.batches import LegData
 from microdit.trainer.data.randomness import HeldOutDraw
-from microdit.trainer.data.samples import RunSamples
 from microdit.trainer.learner import Learner
 from microdit.trainer.monitoring.log import Log, by_noise
 from microdit.trainer.objective import NOISE_BINS, NOISE_EDGES

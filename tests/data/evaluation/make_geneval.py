@@ -1,4 +1,6 @@
-"""Make `geneval.jsonl`: detections made by hand and at random, and what GenEval's own code says of them. Run by hand:
+"""Make `geneval.jsonl`: detections made by hand and at random, and what GenEval's own code says of them.
+
+Run by hand:
 
 git clone https://github.com/djghosh13/geneval
 python tests/data/evaluation/make_geneval.py geneval/evaluation/evaluate_images.py

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from microdit.pipeline.cli.shown import print_verification
+from microdit.pipeline.cli.shown_verify import print_verification
 from microdit.pipeline.upkeep.verify import verify
 from tests.pipeline.helpers.small_corpus import REF, fill, make_corpus, write_images
 

@@ -38,7 +38,8 @@ def test_a_whole_corpus_has_no_problems(corpus_url: str) -> None:
     fill(corpus, units=2)
     select(corpus, "all", "SELECT * FROM samples WHERE status = 'ok'")
     steps: list[tuple[int, int]] = []
-    result = verify(corpus, lambda done, of: steps.append((done, of)))
+    read: list[int] = []
+    result = verify(corpus, lambda done, of, size: (steps.append((done, of)), read.append(size)))
     assert result.ok and result.problems == []
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
     totals = result.totals
@@ -47,6 +48,7 @@ def test_a_whole_corpus_has_no_problems(corpus_url: str) -> None:
     assert totals.samples == dict.fromkeys(("images", *COLUMNS), counts)
     commits = [commit for column in corpus.columns() for commit in corpus.commits(column)]
     named = {ref.name for commit in commits for ref in (commit.object, commit.sidecar)}
+    assert read == sorted(read) and read[-1] == totals.bytes
     assert totals.bytes == sum(item.size for item in corpus.store.list() if item.name in named)
 
 

@@ -2,12 +2,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.loader import shuffle_quality
 from microdit.pipeline.selection.sample_index import SampleIndex
-from microdit.trainer.data.order import Lanes
+from microdit.trainer.data.order import Lanes, _shuffled
 
 
 def made_up_index(sizes: list[int]) -> SampleIndex:
@@ -187,3 +187,15 @@ def test_order_is_pinned() -> None:
 def test_fewer_samples_than_lanes() -> None:
     assert Lanes(made_up_index([5]), 128, 0, 4).count == 4
     assert Lanes(made_up_index([7]), 12, 0, 4).count == 6
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(0, 99), st.data())
+def test_samples_are_in_the_order_of_the_shards(sizes: list[int], seed: int, data: st.DataObject) -> None:
+    assume(sum(sizes))
+    shard = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    index = SampleIndex([("s", f"s-{n}") for n in range(len(sizes))], shard, np.arange(len(shard), dtype=np.int32))
+    lanes, order = Lanes(index, 1, seed, 2), _shuffled(len(sizes), seed, 0)
+    whole = np.concatenate([np.flatnonzero(shard == number) for number in order])
+    start = data.draw(st.integers(0, len(whole) - 1))
+    end = data.draw(st.integers(start + 1, len(whole)))
+    assert np.array_equal(lanes._ordered(start, end), whole[start:end])

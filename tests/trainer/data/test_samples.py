@@ -3,8 +3,9 @@ import pytest
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.selection.lineage import newest_commits
+from microdit.pipeline.selection.run_samples import split
 from microdit.pipeline.selection.sample_index import index_samples
-from microdit.trainer.data.samples import open_samples, split
+from microdit.trainer.data.samples import open_samples
 from tests.trainer.conftest import build_recipe
 
 COLUMNS = ["latents/demo-32", "text/tiny@source", "text/tiny@long"]
