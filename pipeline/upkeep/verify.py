@@ -19,9 +19,7 @@ from microdit.pipeline.corpus.names import (
     COLUMN,
     COMMIT,
     IMAGES,
-    PART,
     SOURCE,
-    TABLE,
     UNITS,
     ShardId,
     column_kind,
@@ -29,11 +27,10 @@ from microdit.pipeline.corpus.names import (
 )
 from microdit.pipeline.corpus.records import Declaration, UnitCommit
 from microdit.pipeline.corpus.retry_units import counts_taken_again
-from microdit.pipeline.selection.selections import load_selection
 from microdit.pipeline.tables.corpus_totals import Counted, failed_twice
-from microdit.pipeline.tables.published import Table
 from microdit.pipeline.upkeep.problem import WARNINGS, Problem
-from microdit.pipeline.upkeep.verify_shard import Findings, Hashing, ShardCheck, key_hashes
+from microdit.pipeline.upkeep.verify_shard import Findings, ShardCheck, key_hashes
+from microdit.pipeline.upkeep.verify_tables import check_selections, check_tables
 
 
 @dataclass(frozen=True)
@@ -183,8 +180,8 @@ def verify(
         _check_units(corpus, newest.units, checked, sources, problems)
     _check_keys(corpus, newest, checked, problems)
     if part is None:
-        _check_tables(corpus, problems)
-        _check_selections(corpus, problems)
+        check_tables(corpus, problems)
+        check_selections(corpus, problems)
     again = _count_retries(corpus, problems)
     return Verification(corpus.url, problems, _totals(newest, checked, again), part)
 
@@ -354,52 +351,3 @@ def _ok_keys(corpus: Corpus, source: str, shard: str, generation: int, hashes: n
     keys = sidecar["key"].filter(pc.equal(sidecar["status"], "ok")).combine_chunks()
     found: list[str] = keys.filter(pa.array(np.isin(key_hashes(keys), hashes))).to_pylist()
     return found
-
-
-def _check_tables(corpus: Corpus, problems: list[Problem]) -> None:
-    """Read and hash the cached tables."""
-    for item in corpus.store.list("tables"):
-        if part := PART.fullmatch(item.name):
-            problems += _part_problems(corpus, item.name, part[2])
-        if not (item.name.endswith(".json") and TABLE.fullmatch(item.name)):
-            continue
-        try:
-            table = Table.parse(corpus.store.get(item.name))
-            if not table.object.name.startswith(item.name.removesuffix("json")):
-                raise ValueError(f"it names {table.object.name!r}")
-            with corpus.store.open(table.object.name) as file:
-                hashing = Hashing(file)
-                hashing.drain()
-            if hashing.digest.hexdigest() != table.object.sha256:
-                raise ValueError(f"{table.object.name} has another checksum")
-        except FileNotFoundError:
-            continue  # a cache: what is gone is made again
-        except (OSError, BaseError) as error:
-            problems.append(Problem("unreadable", item.name, first_line(error)))
-        except ValueError as error:
-            detail = f"{first_line(error)}; remove the folder tables, it is made again"
-            problems.append(Problem("table", item.name, detail))
-
-
-def _part_problems(corpus: Corpus, name: str, sha256: str) -> list[Problem]:
-    """Hold a part of the sample table against the hash in its name."""
-    try:
-        with corpus.store.open(name) as file:
-            hashing = Hashing(file)
-            hashing.drain()
-    except FileNotFoundError:
-        return []
-    except (OSError, BaseError) as error:
-        return [Problem("unreadable", name, first_line(error))]
-    if hashing.digest.hexdigest() == sha256:
-        return []
-    return [Problem("table", name, "it has another checksum; remove it, it is made again")]
-
-
-def _check_selections(corpus: Corpus, problems: list[Problem]) -> None:
-    """Load every selection, which checks its hash."""
-    for item in corpus.store.list("selections"):
-        try:
-            load_selection(corpus, item.name.removeprefix("selections/").removesuffix(".parquet"))
-        except RequestError as error:
-            problems.append(Problem("selection", item.name, str(error)))

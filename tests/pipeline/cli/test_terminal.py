@@ -16,7 +16,8 @@ from microdit.pipeline.base.progress import Line, Snapshot, shown
 from microdit.pipeline.base.terminal import printable, printable_json
 from microdit.pipeline.cli import demo
 from microdit.pipeline.cli.app import app
-from microdit.pipeline.cli.shown import print_garbage, print_rows, print_status, print_verification
+from microdit.pipeline.cli.shown import print_garbage, print_rows, print_status
+from microdit.pipeline.cli.shown_verify import print_verification
 from microdit.pipeline.corpus.attempt import begin_attempt, commit_unit
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.failures import Failure, write_failure
