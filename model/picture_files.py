@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from microdit.model.text_to_image import MicroDiTPipeline
 
+LONGEST = 500  # characters of a caption that are looked at: more than a cell is wide
 SHEET = 100  # pictures on a sheet at most
 NUMBER = re.compile(r"(\d+)-.*\.png")
 
@@ -105,7 +106,7 @@ def grid(cells: Sequence[Sequence[Image.Image]], captions: Sequence[str], column
         left, top = gap + i % columns * (width + gap), gap + i // columns * (height + gap)
         for number, picture in enumerate(pictures):
             sheet.paste(picture.resize((wide, high), Image.Resampling.BICUBIC), (left + number * wide, top))
-        text = " ".join(caption.split())
+        text = " ".join(caption[:LONGEST].split())
         while text and draw.textlength(text, font) > width:
             text = text[:-2].rstrip("…") + "…" if len(text) > 2 else ""
         draw.text((left, top + high + 2), text, "black", font)

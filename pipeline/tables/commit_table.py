@@ -24,7 +24,6 @@ from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import COMMIT, TABLE, UNITS, commit_name
 from microdit.pipeline.corpus.shard_files import check_footer
-from microdit.pipeline.tables.database import connect
 from microdit.pipeline.tables.published import Table, if_allowed, publish
 
 FOLDER = "tables/commits"
@@ -279,6 +278,8 @@ GROUP BY ALL
 
 def newest_lines(table: pa.Table) -> pa.Table:
     """Keep of a commit table the newest generation of each shard, and unit."""
+    from microdit.pipeline.tables.database import connect  # DuckDB is not what reading commits needs
+
     with connect() as connection:
         connection.register("lines", table)
         connection.execute(NEWEST)
@@ -288,6 +289,8 @@ def newest_lines(table: pa.Table) -> pa.Table:
 def totals(table: pa.Table) -> dict[tuple[str, str], Totals]:
     """Add up a commit table, by column and source."""
     added: dict[tuple[str, str], Totals] = {}
+    from microdit.pipeline.tables.database import connect  # DuckDB is not what reading commits needs
+
     with connect() as connection:
         connection.register("lines", table)
         connection.execute(NEWEST)

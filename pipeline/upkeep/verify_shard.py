@@ -36,6 +36,8 @@ class Findings:
     """The unit that its images name."""
     inputs: int = 0
     """Its number of rows, by the commit of its images."""
+    generation: int = 0
+    """Of that commit."""
     key_hashes: np.ndarray | None = None
     """Of the keys of its images that are ok, 8 bytes each (uint64)."""
 
@@ -127,6 +129,7 @@ class ShardCheck:
             self._add("unrepaired", name, f"{unrepaired} rows were damaged and could not be had again from the source")
         if column == IMAGES:
             self.findings.unit, self.findings.inputs = commit.unit, commit.counts.get("in", 0)
+            self.findings.generation = commit.generation
         elif IMAGES in self.commits and commit.unit != self.commits[IMAGES].unit:
             self._add("commit", name, f"its unit is {commit.unit!r}, that of the images {self.findings.unit!r}")
 

@@ -37,6 +37,7 @@ from tests.pipeline.helpers.small_corpus import (
     SOURCE,
     fill,
     make_corpus,
+    replace,
     write_column,
     write_images,
 )
@@ -288,3 +289,20 @@ def test_processes_with_other_numbers_of_threads_make_the_same_file(tmp_path: Pa
         assert run.returncode == 0, run.stderr
         names.append(tmp_path / threads / json.loads(run.stdout)["path"])
     assert names[0].name == names[1].name and names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_a_flipped_bit_is_found_or_changes_no_row(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    fill(corpus, shards=1, columns=[])
+    selection = select(corpus, "x", "SELECT * FROM samples WHERE status = 'ok'")
+    whole, rows = corpus.store.get(selection.path), load_selection(corpus, "x")
+    found = 0
+    for place in range(0, len(whole), 5):
+        data = bytearray(whole)
+        data[place] ^= 1
+        replace(corpus, selection.path, bytes(data))
+        try:
+            assert load_selection(corpus, "x").equals(rows), place
+        except RequestError:
+            found += 1
+    assert found > len(whole) // 10
