@@ -31,6 +31,7 @@ REFUSALS = 10  # further tries of a URL whose host refuses it and allows others
 SECOND_WAIT = 1.0  # seconds for an answer of a host that was silent before, in this unit or an earlier one
 PAUSE, JITTER = 0.4, (0.5, 1.5)  # seconds before the retry, and the range of their random factor
 TICK = 0.1
+TURN = 0.02  # seconds for which requests are begun before those that run have their turn
 STUCK = 5.0  # seconds without a tick after which the thread hangs
 T = TypeVar("T")
 
@@ -141,15 +142,17 @@ class _Fetcher:
         ticks = asyncio.create_task(self._tick())
         try:
             async with Client(self._options) as client, asyncio.TaskGroup() as tasks:
-                number = 0
+                number, turned = 0, time.monotonic()
                 while (started := await self._next()) is not None:
                     url, future = started
                     if future is not None:
                         self._running += 1
                         tasks.create_task(self._answer(client, number, url, future))
                     number += 1
-                    if number % 64 == 0:
+                    # a unit's URLs are all known early, so that the wait for silent hosts ends with the others
+                    if time.monotonic() - turned > TURN:
                         await asyncio.sleep(0)
+                        turned = time.monotonic()
                 self._exhausted = True
         finally:
             ticks.cancel()
