@@ -1,4 +1,4 @@
-"""What is asked of a corpus of the full size: seconds, memory, requests and bytes of each command.
+"""Measure the commands on a corpus of the full size: seconds, memory, requests and bytes of each.
 
     python -m benchmarks.full_size --rows 4000000 --work DIR [--store folder|s3] [--only query report] [--json]
 
@@ -89,7 +89,7 @@ NEEDS = {"again": "first", "grown": "first", "start": "paper"}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a corpus is measured: its URL, its folder, and what counts requests if it is on S3."""
+    """Locate the corpus that is measured: its URL, its folder, and what counts requests if it is on S3."""
 
     url: str
     folder: Path

@@ -23,7 +23,7 @@ def inspect(
     out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a sheet of pictures.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What is in a data set, by a few samples of it, and the config that builds it.
+    """Look at a few samples of a data set, say what is in it, and write the config that builds it.
 
     One file of it is read, and fetched whole where it is not on this machine; of a list of URLs the first are fetched.
 

@@ -14,7 +14,7 @@ JOINED = "joined."
 
 
 class ExpectedSize(Options):
-    """What is published of a data set's size, for `microdit plan`; of what is read it says nothing."""
+    """State the published size of a data set, for `microdit plan`; reading does not depend on it."""
 
     inputs: int = Field(ge=1)
     files: int = Field(default=1, ge=1)

@@ -24,7 +24,7 @@ from microdit.pipeline.evaluation.features import BATCH, CLIP_MEAN, CLIP_STD, cr
 
 @dataclass(frozen=True)
 class Convention:
-    """How a CLIP score is made of cosines."""
+    """Define how a CLIP score is made of cosines."""
 
     model: str
     prefix: str = ""

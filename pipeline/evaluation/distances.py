@@ -80,7 +80,7 @@ def square_distances(features: np.ndarray, other: np.ndarray) -> Iterator[tuple[
 
 @dataclass(frozen=True)
 class Neighbourhoods:
-    """What `neighbourhoods` gives: means over the pictures, each of 0 to 1 but for `density`."""
+    """Hold the figures of `neighbourhoods`: means over the pictures, each of 0 to 1 but for `density`."""
 
     precision: float
     recall: float

@@ -28,7 +28,7 @@ GENEVAL = "geneval"
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is measured, and how.
+    """Choose what is measured, and how.
 
     Attributes:
         protocol: how Inception's pictures are resized (`microdit.pipeline.evaluation.resizing`).

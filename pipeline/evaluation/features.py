@@ -115,7 +115,7 @@ def _load(name: str, protocol: str, model: str | Path | None, device: str | torc
 
 
 def _preparation(name: str, side: int) -> Callable[[np.ndarray], np.ndarray]:
-    """How the tower of a name takes a picture, whose training had `side` pixels."""
+    """Choose how a tower that was trained at `side` pixels prepares a picture."""
 
     def prepared(pixels: np.ndarray) -> np.ndarray:
         image = Image.fromarray(pixels)

@@ -44,7 +44,7 @@ KINDS = {
 
 @dataclass
 class Found:
-    """What a data set is: the options that read it, its columns with examples, and what is odd about it."""
+    """Describe a data set: the options that read it, its columns with examples, and what is odd about it."""
 
     layout: str
     block: dict[str, Any]
