@@ -40,7 +40,7 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class Run:
-    """Hold what a fetched list took: seconds from the first unit's begin to the last one's end, and processor seconds."""
+    """Hold the cost of a fetched list: seconds from the first begin to the last end, and processor seconds."""
 
     images: int
     seconds: float

@@ -254,6 +254,19 @@ def _wants_code(error: Exception) -> bool:
     return isinstance(error, ValueError) and "trust_remote_code" in str(error)
 
 
+def file_sha256(file: Path, what: str) -> str:
+    """Hash a file of weights: 64 hexadecimal digits.
+
+    Raises:
+        ModelFilesError: it cannot be read; the message begins with `what`.
+    """
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelFilesError(f"{what} {file}: {reason(error)}; give the path of the file") from error
+
+
 def reason(error: Exception) -> str:
     """Say in one line why a file could not be read; without torch's advice, which is to unpickle it all the same."""
     if isinstance(error, UnpicklingError):

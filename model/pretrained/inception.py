@@ -7,7 +7,6 @@ clean-fid and StyleGAN. Either is taken by its SHA-256 alone.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from microdit.model.pretrained.hub import ModelFilesError, reason
+from microdit.model.pretrained.hub import ModelFilesError, file_sha256
 
 WIDTH, SIDE = 2048, 299  # features, and pixels of a side
 WEIGHTS = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # pt_inception-2015-12-05-6726825d.pth
@@ -198,11 +197,7 @@ def load_inception(path: str | Path) -> tuple[nn.Module, str]:
         ModelFilesError: there is no such file, or it is another one.
     """
     file = Path(path).expanduser()
-    try:
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelFilesError(f"Inception's weights {file}: {reason(error)}; give the path of the file") from error
+    digest = file_sha256(file, "Inception's weights")
     if digest == WEIGHTS:
         return inception_of(torch.load(file, map_location="cpu", weights_only=True)), digest
     if digest == SCRIPT:  # it resizes and scales by itself; its layers take what `Inception` takes

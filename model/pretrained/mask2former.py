@@ -9,7 +9,6 @@ of the outputs is mmdet's: transformers' own post-processing gives other scores 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from microdit.model.pretrained.hub import ModelFilesError, reason
+from microdit.model.pretrained.hub import ModelFilesError, file_sha256, reason
 
 DIGEST = "743b7d99"  # how the SHA-256 of the file begins
 LONG, SHORT, MULTIPLE = 1333, 800, 32  # pixels: a picture is scaled to fit in, and padded to a multiple
@@ -257,9 +256,8 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Objec
         ModelFilesError: there is no such file, or it is another one.
     """
     file = Path(path).expanduser()
+    digest = file_sha256(file, "GenEval's detector")
     try:
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
         if not digest.startswith(DIGEST):
             raise ModelFilesError(
                 f"GenEval's detector {file}: its SHA-256 begins with {digest[:8]}; expected {DIGEST}, mmdet's "
