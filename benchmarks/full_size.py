@@ -9,6 +9,9 @@ taken from there by the next run; its tables and selections are removed before e
 runs some of the commands (and those that they need); a command that takes longer than `--timeout` is stopped, and its
 figures are then at least these.
 
+Seconds are by the clock, `cpu_seconds` those of the processor in all processes of a command: they say more where others
+use the machine, too.
+
 Memory is the largest sum over all processes of a command of what they hold for themselves (anonymous and shared, by
 smaps_rollup; without pages of files), looked at ten times a second. Bytes read are those of read calls on a folder, and
 those of answers on S3: moto's server, before it a proxy that answers each request 20 ms late and counts it; all of the
@@ -106,7 +109,7 @@ def run(command: list[str], place: Place, timeout: float) -> dict[str, Any]:
         process = subprocess.Popen(command, stdout=out, stderr=err, cwd=place.folder, start_new_session=True)
         memory = read = 0
         stopped = False
-        while process.poll() is None:
+        while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
             held, bytes_read = _look(process.pid)
             memory, read = max(memory, held), max(read, bytes_read)
             if time.perf_counter() - began > timeout:
@@ -115,12 +118,14 @@ def run(command: list[str], place: Place, timeout: float) -> dict[str, Any]:
                     os.killpg(process.pid, 9)
             time.sleep(0.1)
         seconds = time.perf_counter() - began
+        process.returncode, used = os.waitstatus_to_exitcode(ended[1]), ended[2]
         out.seek(0)
         err.seek(0)
         said, failed = out.read(), err.read()
     if process.returncode and not stopped:
         raise RuntimeError(f"{command[-3:]} ended with {process.returncode}: {failed[-3000:]}")
-    found: dict[str, Any] = {"seconds": round(seconds, 1), "memory_gib": round(memory / GIB, 2)}
+    found: dict[str, Any] = {"seconds": round(seconds, 1), "cpu_seconds": round(used.ru_utime + used.ru_stime, 1)}
+    found["memory_gib"] = round(memory / GIB, 2)
     if place.proxy is not None:
         requests = Counter(place.proxy.requests)
         found |= {"requests": sum(requests.values()), "by_method": dict(requests)}
@@ -249,7 +254,7 @@ def extrapolated(small: tuple[int, dict[str, Any]], large: tuple[int, dict[str, 
     """Figures of a command at the full size, by the slope between two sizes; each beside its goal."""
     (fewer, less), (more, much) = small, large
     found: dict[str, Any] = {}
-    for figure in ("seconds", "memory_gib", "requests", "read_mb"):
+    for figure in ("seconds", "cpu_seconds", "memory_gib", "requests", "read_mb"):
         if figure in much and figure in less:
             slope = max(0.0, (much[figure] - less[figure]) / (more - fewer))
             found[figure] = round(much[figure] + slope * (FULL - more), 1)

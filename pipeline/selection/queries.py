@@ -75,14 +75,35 @@ class Parsed:
         """All columns are read: `*`, or COLUMNS(...)."""
         return any(part.get("class") == "STAR" for part in _parts(self.tree))
 
-    @cached_property
-    def reads_unnamed(self) -> bool:
-        """Columns may be read that the text does not name: all of them, a row as a whole, or by a NATURAL join."""
-        parts = list(_parts(self.tree))
+    def reads_unnamed(self, rows_only: bool = False) -> bool:
+        """Tell whether columns may be read that the text does not name.
+
+        All of them, a row as a whole, by their place, or by a NATURAL join.
+
+        Args:
+            rows_only: nothing but `source`, `shard`, `row` and `weight` is taken of the result, so that a `*` that
+                stands for the samples as they are says no more than these.
+        """
+        node = self.tree["statements"][0]["node"]
+        left_out = _stars(node) if rows_only and self._plain and not _orders_by_place(node) else []
+        parts = [part for part in _parts(self.tree) if not any(part is star for star in left_out)]
         tables = {str(part.get(name, "")).lower() for part in parts if "table_name" in part or "ref_type" in part
                   for name in ("alias", "table_name")}  # fmt: skip
         rows = self.columns & (tables - {""})
-        return self.star or bool(rows) or any(part.get("ref_type") == "NATURAL" for part in parts)
+        unnamed = any(part.get("class") in ("STAR", "POSITIONAL_REFERENCE") for part in parts)
+        return unnamed or bool(rows) or any(part.get("ref_type") == "NATURAL" for part in parts)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether it is a SELECT from `samples` by conditions, and no more."""
+        node = self.tree["statements"][0]["node"]
+        table = node.get("from_table") or {}
+        return (
+            node["type"] == "SELECT_NODE"
+            and (table.get("type"), str(table.get("table_name")).lower()) == ("BASE_TABLE", "samples")
+            and not any(node[part] for part in ("group_expressions", "having", "sample"))
+            and not (table.get("sample") or node["cte_map"]["map"])
+        )
 
     def unsteady(self) -> str | None:
         """Name what may give other rows on another day; None if there is nothing."""
@@ -104,16 +125,10 @@ class Parsed:
         Raises:
             RequestError: they are nested too deeply.
         """
-        node = self.tree["statements"][0]["node"]
-        table = node.get("from_table") or {}
-        plain = (
-            node["type"] == "SELECT_NODE"
-            and (table.get("type"), str(table.get("table_name")).lower()) == ("BASE_TABLE", "samples")
-            and not any(node[part] for part in ("group_expressions", "having", "sample"))
-            and not (table.get("sample") or node["cte_map"]["map"])
-        )
-        if not plain:
+        if not self._plain:
             return None
+        node = self.tree["statements"][0]["node"]
+        table = node["from_table"]
         alias = str(table.get("alias") or "samples").replace('"', '""')
         try:
             where, qualify = (_sql(_conjuncts(node[part])) for part in ("where_clause", "qualify"))
@@ -185,6 +200,17 @@ def _conjuncts(condition: Node | None) -> list[Node]:
     if condition.get("type") == "CONJUNCTION_AND":
         return [part for child in condition["children"] for part in _conjuncts(child)]
     return [condition]
+
+
+def _stars(node: Node) -> list[Node]:
+    """List the `*` of a SELECT's own list, but not COLUMNS(...)."""
+    return [one for one in node["select_list"] if one.get("class") == "STAR" and not one.get("columns")]
+
+
+def _orders_by_place(node: Node) -> bool:
+    """Tell whether a SELECT may order its rows by the place of a column: `ORDER BY 2`."""
+    orders = (order for modifier in node["modifiers"] for order in modifier.get("orders", ()))
+    return any(order["expression"].get("class") == "CONSTANT" for order in orders)
 
 
 def _parts(tree: object) -> Iterator[Node]:

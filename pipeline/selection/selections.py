@@ -23,15 +23,15 @@ from microdit.pipeline.corpus.records import Record, Size, canonical
 from microdit.pipeline.corpus.shard_files import check_footer
 from microdit.pipeline.curation.job import reads
 from microdit.pipeline.selection.chosen_rows import PART, SELECTION, ChosenRows, SelectionHash, rows_by_shard
+from microdit.pipeline.selection.needed_columns import asked_jobs
 from microdit.pipeline.selection.queries import Parsed, named_queries, named_query, parse
-from microdit.pipeline.selection.view import OpenView, asked_jobs, connected, jobs_of, run, run_apart
+from microdit.pipeline.selection.view import OpenView, connected, jobs_of, run, run_apart, table_for
 from microdit.pipeline.selection.weights import EQUAL, Shares, weigh
 from microdit.pipeline.tables.database import SqlLimits
 from microdit.pipeline.tables.sample_table import (
     BASE,
     JOB_COLUMNS,
     SampleTable,
-    sample_table,
     table_fields,
     table_schema,
 )
@@ -86,7 +86,7 @@ def select(
             f"SQL: {unsteady} gives something else every time, a selection must not; to draw 1,000 rows take "
             "ORDER BY md5(id) LIMIT 1000"
         )
-    table = sample_table(corpus)
+    table = table_for(corpus, sql, rows_only=True)
     limits = limits or SqlLimits()
     with connected(
         corpus, table, limits, spill, threads=1
@@ -133,7 +133,7 @@ def _save(corpus: Corpus, selection: Selection, file: io.BytesIO) -> None:
 
 def select_apart(corpus: Corpus, name: str, sql: str | None, weights: Shares | None, limits: SqlLimits) -> Selection:
     """Save a selection as `select` does, in a process of its own: whatever the query does, it can be stopped."""
-    sample_table(corpus)  # its making is not the query's
+    table_for(corpus, named_query(name).sql if sql is None else sql, rows_only=True)  # its making is not the query's
     return run_apart(limits, _select_with, corpus, name, sql, weights, limits)
 
 
@@ -192,7 +192,7 @@ def _chosen(connection: OpenView, sql: str, limits: SqlLimits, known: set[str]) 
             return relation
         return relation.project(", ".join(f'"{name}"' for name in wanted))
 
-    result = run(connection, sql, limits, narrowed)
+    result = run(connection, sql, limits, narrowed, rows_only=True)
     columns = {name.lower(): name for name in result.column_names}
     if not len(result):
         raise RequestError("SQL: it gives no rows; a selection has at least one")

@@ -24,12 +24,13 @@ from microdit.pipeline.corpus.shard_files import check_footer
 from microdit.pipeline.curation.duplicates import ContaminatedTable, DuplicatesTable
 from microdit.pipeline.curation.job import CONTAMINATED, DUPLICATES, ROW_ID, SEMANTIC, TableJob, job_base, job_since
 from microdit.pipeline.curation.semantic import SemanticTable
+from microdit.pipeline.selection.needed_columns import asked_jobs, needed
 from microdit.pipeline.selection.queries import parse
 from microdit.pipeline.selection.running import TOO_LARGE, TOO_LONG, LimitError, Shape, run_select
 from microdit.pipeline.tables.database import GIB, SqlLimits, connect
 from microdit.pipeline.tables.part_files import PartFiles
+from microdit.pipeline.tables.part_specs import FieldGroup
 from microdit.pipeline.tables.published import Table, cached, damage_of, open_table
-from microdit.pipeline.tables.sample_parts import part_schema
 from microdit.pipeline.tables.sample_table import JOB_COLUMNS, SampleTable, ViewColumn, sample_table, view_columns
 
 T = TypeVar("T")
@@ -101,14 +102,32 @@ def query(corpus: Corpus, sql: str, limits: SqlLimits | None = None) -> pa.Table
         RequestError: the SQL is wrong, with DuckDB's message; or it would take more than the limits.
     """
     limits = limits or SqlLimits()
-    with connected(corpus, sample_table(corpus), limits) as connection:
+    with connected(corpus, table_for(corpus, sql), limits) as connection:
         return run(connection, sql, limits)
 
 
 def query_apart(corpus: Corpus, sql: str, limits: SqlLimits) -> pa.Table:
     """Run a SQL query as `query` does, but in a process of its own: whatever it does, it can be stopped at any time."""
-    table = sample_table(corpus)
+    table = table_for(corpus, sql)  # its making is not the query's
     return run_apart(limits, _query_table, corpus, table, sql, limits)
+
+
+def table_for(corpus: Corpus, sql: str, rows_only: bool = False) -> SampleTable:
+    """Open the sample table, with the parts that a query reads.
+
+    Args:
+        rows_only: nothing but `source`, `shard`, `row` and `weight` is taken of the query's result.
+
+    Raises:
+        RequestError: as `sample_table`.
+    """
+    declared = corpus.columns()
+    columns = view_columns(declared) if IMAGES in declared else []
+    first = needed(sql, columns, {}, rows_only)
+    table = sample_table(corpus, reads=[column.name for column in first.columns])
+    jobs = {folder: job.present for folder, job in jobs_of(corpus, table).items()}
+    table.make(corpus, needed(sql, columns, jobs, rows_only).groups)
+    return table
 
 
 def _query_table(spill: Path, corpus: Corpus, table: SampleTable, sql: str, limits: SqlLimits) -> pa.Table:
@@ -173,35 +192,38 @@ class OpenView:
         self.files = PartFiles(corpus, table, folder)
         self.columns = view_columns(corpus.columns())
         self.jobs = jobs_of(corpus, table)
-        self._shown: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+        self._shown: tuple[tuple[ViewColumn, ...], tuple[str, ...]] | None = None
         for number, (name, job) in enumerate(self.jobs.items()):
             connection.register(f"job_{number}", _view(corpus, job, folder, job_schema(name)))
-        for column, declaration in corpus.columns().items():  # by an empty file each: DuckDB opens the first at once
-            pq.write_table(part_schema(column, declaration).empty_table(), self._empty(column))
+        for group, schema in table.schemas.items():  # by an empty file each: DuckDB opens the first at once
+            pq.write_table(schema.empty_table(), self._empty(group))
         self.show(None)
         self.sql, self.execute, self.register = connection.sql, connection.execute, connection.register
         self.extract_statements, self.interrupt = connection.extract_statements, connection.interrupt
 
-    def show(self, sql: str | None) -> None:
+    def show(self, sql: str | None, rows_only: bool = False) -> None:
         """Make the view of what a query needs; None shows the names of all columns, and no rows.
+
+        Args:
+            rows_only: as `needed` takes it.
 
         Raises:
             RequestError: a part is damaged.
         """
-        jobs = list(self.jobs) if sql is None else [folder for folder in self.jobs if _needs_all(sql, folder)]
-        text = f"{sql} {' '.join(self.jobs[folder].present for folder in jobs)}".lower()
-        whole = sql is None or _needs_all(sql)
-        columns = [c for c in self.columns if whole or c.column == IMAGES or c.name.lower() in text]
-        parts = [IMAGES, *sorted({c.column for c in columns} & self.table.parts.keys() - {IMAGES})]
-        if (shown := (tuple(parts), tuple(jobs))) == self._shown and sql is not None:
+        present = {folder: job.present for folder, job in self.jobs.items()}
+        columns, jobs = wanted = needed("FROM samples" if sql is None else sql, self.columns, present, rows_only)
+        groups = [group for group in wanted.groups if group in self.table.schemas]
+        if (shown := (tuple(columns), tuple(jobs))) == self._shown and sql is not None:
             return
         self._shown = None if sql is None else shown
-        numbers = {column: number for number, column in enumerate(parts)}
+        if sql is not None:
+            self.files.make(groups)
+        numbers = {group: number for number, group in enumerate(groups)}
         tables = [
-            f"read_parquet({_texts([self._empty(column), *([] if sql is None else self.files.paths(column))])}) AS p{n}"
-            for column, n in numbers.items()
+            f"read_parquet({_texts([self._empty(group), *([] if sql is None else self.files.paths(group))])}) AS p{n}"
+            for group, n in numbers.items()
         ]
-        shape = [f"{_column_sql(c, numbers)} AS {_quoted(c.name)}" for c in self.columns if c in columns]
+        shape = [f"{_column_sql(c, numbers)} AS {_quoted(c.name)}" for c in columns]
         rows = f"SELECT {', '.join(shape)} FROM {' POSITIONAL JOIN '.join(tables)}"
         if not jobs:
             self.connection.execute(f"CREATE OR REPLACE VIEW samples AS {rows}")
@@ -209,29 +231,19 @@ class OpenView:
         joined, more = f"({rows}) AS sample_rows", ["sample_rows.*"]
         for folder in jobs:
             joined += f" LEFT JOIN job_{list(self.jobs).index(folder)} USING (source, shard, row)"
-            more.append(JOBS[folder].columns.format(present=self.jobs[folder].present))
+            more.append(JOBS[folder].columns.format(present=present[folder]))
         self.connection.execute(f"CREATE OR REPLACE VIEW samples AS SELECT {', '.join(more)} FROM {joined}")
 
-    def _empty(self, column: str) -> str:
-        return str(self.files.spill / f"{column.replace('/', ',')}.empty.parquet")
+    def _empty(self, group: FieldGroup) -> str:
+        return str(self.files.spill / f"{list(self.table.schemas).index(group)}.empty.parquet")
 
 
-def _needs_all(sql: str, job: str = "") -> bool:
-    """Whether a query may read columns that it does not name; with a job's folder also if it names that job's."""
-    if job and job in asked_jobs(sql):
-        return True
-    try:
-        return parse(sql).reads_unnamed
-    except RequestError:  # EXPLAIN, DESCRIBE and PIVOT, or wrong
-        return True
-
-
-def _column_sql(column: ViewColumn, numbers: Mapping[str, int]) -> str:
+def _column_sql(column: ViewColumn, numbers: Mapping[FieldGroup, int]) -> str:
     """SQL of a column of the view; constant where its column has no commits."""
-    if column.column not in numbers:
-        return "false" if column.sql == "ok" else f"NULL::{SQL_TYPES[column.type]}"
-    part = f"p{numbers[column.column]}"
-    return f"{part}.source || '/' || {part}.key" if column.name == "id" else f"{part}.{_quoted(column.sql)}"
+    if not {*column.groups} <= numbers.keys():
+        return "false" if column.field == "ok" else f"NULL::{SQL_TYPES[column.type]}"
+    first, *others = (f"p{numbers[group]}" for group in column.groups)
+    return f"{first}.source || '/' || {others[0]}.key" if others else f"{first}.{_quoted(column.field)}"
 
 
 def _quoted(name: str) -> str:
@@ -289,23 +301,21 @@ def jobs_of(corpus: Corpus, table: SampleTable) -> dict[str, TableJob]:
     return {folder: job for folder, job in jobs.items() if job is not None}
 
 
-def asked_jobs(sql: str) -> list[str]:
-    """Find the folders of the table jobs whose columns the SQL names."""
-    return [folder for folder in JOBS if folder.removeprefix("tables/").removesuffix("s") in sql.lower()]
-
-
-def run(view: OpenView, sql: str, limits: SqlLimits | None = None, shape: Shape | None = None) -> pa.Table:
+def run(
+    view: OpenView, sql: str, limits: SqlLimits | None = None, shape: Shape | None = None, rows_only: bool = False
+) -> pa.Table:
     """Run one SELECT, or EXPLAIN one.
 
     Args:
         shape: makes what is run of what it gives, as `run_select` takes it.
+        rows_only: as `needed` takes it.
 
     Raises:
         RequestError: the SQL is wrong, with DuckDB's message and the commands that make missing columns; or it takes
             more than the limits.
     """
     try:
-        view.show(sql)
+        view.show(sql, rows_only)
         try:
             table = run_select(view.connection, sql, limits or SqlLimits(), shape)
         except duckdb.BinderException:  # with all columns, among which it finds what was meant

@@ -51,8 +51,12 @@ LINE = pa.schema(
             "inputs",
             pa.list_(pa.struct([("column", pa.string()), ("generation", pa.int32()), ("sha256", pa.string())])),
         ),
+        pa.field("unit", pa.string()),
+        pa.field("attempt", pa.string()),
+        pa.field("sidecar_sha256", pa.string()),
     ]
 )
+OLD_LINE = pa.schema(list(LINE)[:-3])  # of earlier versions: who needs the last three reads the commit
 
 
 class CommitId(NamedTuple):
@@ -156,8 +160,8 @@ def _newest(corpus: Corpus) -> tuple[pa.Table, datetime]:
             if hashlib.sha256(data).hexdigest() == record.object.sha256:
                 file = pq.ParquetFile(io.BytesIO(data))
                 check_footer(file.metadata, record.rows, "its record")
-                if file.schema_arrow.equals(LINE):
-                    return file.read(), item.modified
+                if file.schema_arrow.equals(LINE) or file.schema_arrow.equals(OLD_LINE):
+                    return _with_all_fields(file.read()), item.modified
         except FileNotFoundError:
             continue
         except ValueError:  # pyarrow's errors are, too
@@ -165,6 +169,13 @@ def _newest(corpus: Corpus) -> tuple[pa.Table, datetime]:
         with if_allowed():
             corpus.store.delete([name])
     return LINE.empty_table(), datetime.min.replace(tzinfo=UTC)
+
+
+def _with_all_fields(table: pa.Table) -> pa.Table:
+    """Add the fields that a table of an earlier version lacks, as nulls."""
+    for added in list(LINE)[len(table.schema) :]:
+        table = table.append_column(added, pa.nulls(len(table), added.type))
+    return table
 
 
 def _has_newer(table: pa.Table, commit_id: CommitId) -> bool:
@@ -216,6 +227,9 @@ def _line(corpus: Corpus, commit_id: CommitId) -> CommitLine:
         "seconds": commit.timings.get("seconds", 0.0),
         "reasons": [{"reason": reason, "count": count} for reason, count in sorted(commit.reasons.items())],
         "inputs": [item.model_dump() for item in commit.inputs],
+        "unit": commit.unit,
+        "attempt": commit.attempt,
+        "sidecar_sha256": commit.sidecar.sha256,
     }
 
 

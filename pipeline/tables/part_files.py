@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,10 +16,10 @@ from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.threads import threaded
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.disk_cache import DiskCache
-from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.records import ObjectRef
 from microdit.pipeline.corpus.shard_files import check_footer
-from microdit.pipeline.tables.sample_parts import FOLDER, ROW_GROUP, part_schema, private_folder
+from microdit.pipeline.tables.part_specs import ROWS, FieldGroup
+from microdit.pipeline.tables.sample_parts import FOLDER, ROW_GROUP, private_folder
 from microdit.pipeline.tables.sample_table import SampleTable, view_columns
 
 CACHE_BYTES = 32 << 30  # at most, of copies of a bucket's parts; a third of the disk if that is less
@@ -36,30 +36,36 @@ class PartFiles:
         self.corpus, self.table, self.spill = corpus, table, spill
         self.declared = corpus.columns()
         self._rows: list[int] | None = None
-        self._paths: dict[str, list[str]] = {}
+        self._paths: dict[FieldGroup, list[str]] = {}
         self._cache = _cache() if corpus.store.root is None else None
 
     @property
     def folders(self) -> list[str]:
         """The folders in which the files are: nothing in them is of another corpus."""
         root = [] if self.corpus.store.root is None else [str(self.corpus.store.root / FOLDER)]
-        return [*root, str(self.spill), str(private_folder())]
+        made = {str(Path(ref.name).parent) for refs in self.table.parts.values() for ref in refs if ref.name[:1] == "/"}
+        return [*root, str(self.spill), str(private_folder()), *sorted(made)]
 
-    def paths(self, column: str) -> list[str]:
-        """The files of a column, in the order of the rows.
+    def make(self, groups: Iterable[FieldGroup]) -> None:
+        """Make the parts that are not there yet, which is cheapest for all that is needed at once."""
+        self.table.make(self.corpus, groups)
+
+    def paths(self, group: FieldGroup) -> list[str]:
+        """The files of a group of fields, in the order of the rows.
 
         Raises:
             RequestError: one is damaged, or has other rows than the images' one beside it.
         """
-        if column not in self._paths:
-            if self._rows is None and column != IMAGES:
-                self.paths(IMAGES)
-            refs, schema = self.table.parts[column], part_schema(column, self.declared[column])
+        if group not in self._paths:
+            if self._rows is None and group != ROWS:
+                self.paths(ROWS)
+            self.make([group])
+            refs, schema = self.table.parts[group], self.table.schemas[group]
             wanted: Sequence[int | None] = self._rows if self._rows is not None else [None] * len(refs)
             files = list(threaded(lambda item: self._checked(*item, schema), zip(refs, wanted, strict=True), DOWNLOADS))
-            self._paths[column] = [path for path, _ in files]
+            self._paths[group] = [path for path, _ in files]
             self._rows = [rows for _, rows in files]
-        return self._paths[column]
+        return self._paths[group]
 
     def _checked(self, ref: ObjectRef, wanted: int | None, schema: pa.Schema) -> tuple[str, int]:
         """Return the file of a part and its number of rows, which is `wanted` if that is given."""
@@ -110,25 +116,30 @@ class PartFiles:
     def batches(self, names: Sequence[str]) -> Iterator[pa.Table]:
         """Read columns of the view in tables of at most `ROW_GROUP` rows, in the order of the rows."""
         wanted = {column.name: column for column in view_columns(self.declared) if column.name in names}
-        fields: dict[str, list[str]] = {IMAGES: []}
-        for column in wanted.values():
-            fields.setdefault(column.column, []).extend(["source", "key"] if column.name == "id" else [column.sql])
-        files = {column: self.paths(column) for column in fields if column in self.table.parts}
-        for number in range(len(files[IMAGES])):
+        groups = [ROWS, *(group for column in wanted.values() for group in column.groups)]
+        groups = [group for group in dict.fromkeys(groups) if group in self.table.schemas]
+        self.make(groups)
+        files = {group: self.paths(group) for group in groups}
+        fields = {group: [c.field for c in wanted.values() if c.groups == (group,)] for group in groups}
+        if "id" in wanted:
+            for group, name in zip(wanted["id"].groups, ("source", "key"), strict=True):
+                fields[group].append(name)
+        for number, rows in enumerate(self._rows or []):
             read = {
-                column: pq.read_table(paths[number], columns=list(dict.fromkeys(fields[column])), partitioning=None)
-                for column, paths in files.items()
+                group: pq.read_table(files[group][number], columns=list(dict.fromkeys(own)), partitioning=None)
+                for group, own in fields.items()
+                if own
             }
-            rows = (self._rows or [])[number]
             arrays = {}
             for name in names:
                 column = wanted[name]
+                group = column.groups[-1]
                 if name == "id":
-                    arrays[name] = pc.binary_join_element_wise(read[IMAGES]["source"], read[IMAGES]["key"], "/")
-                elif column.column in read:
-                    arrays[name] = read[column.column][column.sql]
+                    arrays[name] = pc.binary_join_element_wise(read[ROWS]["source"], read[group]["key"], "/")
+                elif group in read:
+                    arrays[name] = read[group][column.field]
                 else:
-                    arrays[name] = pa.repeat(False, rows) if column.sql == "ok" else pa.nulls(rows, column.type)
+                    arrays[name] = pa.repeat(False, rows) if column.field == "ok" else pa.nulls(rows, column.type)
             run = pa.table(arrays)
             yield from (run.slice(start, ROW_GROUP) for start in range(0, rows, ROW_GROUP))
 

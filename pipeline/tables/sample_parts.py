@@ -1,19 +1,18 @@
-"""The parts of the sample table: one object for each column and run of units (docs/reference/corpus.md, section 6).
+"""Make the parts of the sample table: one object for each group of fields and run of units.
 
 A part is named by a key, over the hashes of the commits that it was read from, and by the hash of its own bytes. So it
-needs no record, is never out of date, and is made once, whatever else of the corpus grows.
+needs no record, is never out of date, and is made once, whatever else of the corpus grows. Parts of one run are made
+in one pass over its sidecars; many runs are shared out among processes, because most of the work holds Python's lock.
 """
 
 import atexit
 import hashlib
 import io
 import os
-import re
 import shutil
 import tempfile
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,103 +24,22 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from microdit.pipeline.base.bounded_process import run_bounded
 from microdit.pipeline.base.errors import DamagedError, first_line
-from microdit.pipeline.base.threads import threaded
+from microdit.pipeline.base.threads import chunks, threaded
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.names import IMAGES, PART, ShardId, commit_name
-from microdit.pipeline.corpus.records import Commit, Declaration, ObjectRef, canonical
-from microdit.pipeline.corpus.shard_files import SCALAR_TYPES
+from microdit.pipeline.corpus.names import IMAGES, OBJECT, PART, ShardId, column_kind, commit_name
+from microdit.pipeline.corpus.records import ObjectRef
+from microdit.pipeline.corpus.shard_files import check_types, open_table
+from microdit.pipeline.tables.part_specs import IMAGE_FIELDS, ROWS, ColumnRun, CommitRef, PartSpec, ShardCommits
 from microdit.pipeline.tables.published import if_allowed
 
 FOLDER = "tables/samples"
-LAYOUT = 1
-RUN_SHARDS = 128  # at most, unless one unit has more
 ROW_GROUP = 65_536
-MOST_THREADS = 8  # each has a row group and a part's bytes in memory
-NUMBERED = re.compile(r".*-([0-9]{6,})(?:-r[0-9]+)?-[0-9]+")  # a shard's name: the number of its unit
-
-# of every part of the images, before their scalars
-IMAGE_FIELDS = pa.schema(
-    [
-        pa.field("source", pa.string()),
-        pa.field("unit", pa.string()),
-        pa.field("shard", pa.string()),
-        pa.field("row", pa.int32()),
-        pa.field("key", pa.string()),
-        pa.field("status", pa.string()),
-        pa.field("reason", pa.string()),
-        pa.field("detail", pa.string()),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class ShardCommits:
-    """A shard, its generation and commit's hash in the images and in one column, and rows that are left out."""
-
-    shard: str
-    rows: int
-    """Of the images."""
-    images: tuple[int, str]
-    own: tuple[int, str] | None
-    again: Sequence[int] = ()
-    """Left out if they failed: a retry unit has them, too."""
-
-
-@dataclass(frozen=True)
-class PartSpec:
-    """What one part is made of."""
-
-    column: str
-    source: str
-    declaration: Declaration
-    shards: tuple[ShardCommits, ...]
-
-    @property
-    def key(self) -> str:
-        about = {
-            "layout": LAYOUT,
-            "column": self.column,
-            "source": self.source,
-            "scalars": self.declaration.scalars,
-            "shards": [
-                [one.shard, one.images[1], one.own[1] if one.own else None, list(one.again)] for one in self.shards
-            ],
-        }
-        return hashlib.sha256(canonical(about)).hexdigest()
-
-    @property
-    def schema(self) -> pa.Schema:
-        return part_schema(self.column, self.declaration)
-
-
-def part_schema(column: str, declaration: Declaration) -> pa.Schema:
-    """The fields of a column's parts: `ok` and its scalars; of the images `IMAGE_FIELDS` and theirs."""
-    scalars = [pa.field(name, SCALAR_TYPES[kind]) for name, kind in declaration.scalars.items()]
-    return pa.schema([*(IMAGE_FIELDS if column == IMAGES else [pa.field("ok", pa.bool_())]), *scalars])
-
-
-def runs_of(shards: Iterable[ShardId]) -> list[list[ShardId]]:
-    """Cut shards, in their order, into runs of whole units that stay the same when others are added.
-
-    A run is a power of two of units: as many as have `RUN_SHARDS` shards if all are as large as the largest.
-    """
-    by_source: dict[str, list[str]] = defaultdict(list)
-    for source, shard in sorted(shards):
-        by_source[source].append(shard)
-    runs: dict[tuple[str, int], list[ShardId]] = defaultdict(list)
-    for source, names in by_source.items():
-        matches = [NUMBERED.fullmatch(name) for name in names]
-        units = [int(match[1]) for match in matches if match]
-        if len(units) < len(names):  # names that are not this project's: the order of shards comes first
-            units = [0] * len(names)
-        sizes: dict[int, int] = defaultdict(int)
-        for unit in units:
-            sizes[unit] += 1
-        per_run = max(RUN_SHARDS >> (max(sizes.values()) - 1).bit_length(), 1)
-        for unit, name in zip(units, names, strict=True):
-            runs[source, unit // per_run].append((source, name))
-    return [runs[run] for run in sorted(runs)]
+MOST_AT_ONCE = 8  # runs: each has a row group and its parts' bytes in memory
+READERS = 8  # threads that read the sidecars of one run: a bucket answers late
+APART_SHARDS = 1024  # so many are worth a process of their own, which takes a second to begin
+PROCESS_MEMORY = 8 << 30
 
 
 def present_parts(corpus: Corpus) -> dict[str, ObjectRef]:
@@ -134,56 +52,93 @@ def present_parts(corpus: Corpus) -> dict[str, ObjectRef]:
 
 
 @dataclass(frozen=True)
-class PartMade:
-    """A part that was made, and the shards whose images cannot be read. One of this process alone has a whole path."""
+class RunMade:
+    """The parts that were made of a run, the shards whose images cannot be read, and what is damaged.
 
-    ref: ObjectRef
+    A part of this process alone has a whole path.
+    """
+
+    refs: list[ObjectRef]
     lost: frozenset[ShardId] = frozenset()
+    damage: tuple[str, ...] = ()
 
 
-def make_parts(corpus: Corpus, specs: Sequence[PartSpec], damage: list[str] | None) -> Iterator[PartMade]:
-    """Make parts in threads, and publish each; what cannot be published is made for this process alone.
+def make_parts(corpus: Corpus, runs: Sequence[Sequence[PartSpec]], damage: list[str] | None) -> Iterator[RunMade]:
+    """Make parts, and publish each; what cannot be published is made for this process alone.
 
     Args:
+        runs: the wanted parts of each run; those of one have the same shards.
         damage: as `sample_table` takes it: parts with damage are for this process alone.
 
     Raises:
         DamagedError: a commit or sidecar is missing or damaged.
     """
+    folder, lenient = private_folder(), damage is not None
+    at_once = min(os.cpu_count() or 1, MOST_AT_ONCE)
+    shards = sum(len(specs[0].run.shards) for specs in runs)
     console = Console(stderr=True)
     with Progress(
         TextColumn("reading sidecars"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=console, transient=True, disable=len(specs) < 16 or not console.is_terminal,
+        console=console, transient=True, disable=len(runs) < 16 or not console.is_terminal,
     ) as bar:  # fmt: skip
-        task = bar.add_task("sidecars", total=sum(len(spec.shards) for spec in specs))
-        threads = min(os.cpu_count() or 1, MOST_THREADS)
-        made = threaded(lambda spec: _make(corpus, spec, damage), specs, threads, threads)
-        for spec, part in zip(specs, made, strict=True):
-            bar.advance(task, len(spec.shards))
-            yield part
+        task = bar.add_task("sidecars", total=shards)
+
+        def apart(some: Sequence[Sequence[PartSpec]]) -> list[RunMade]:
+            made: list[RunMade] = run_bounded(
+                _make_all, corpus, some, folder, lenient, seconds=None, memory=PROCESS_MEMORY
+            )
+            return made
+
+        def here(some: Sequence[Sequence[PartSpec]]) -> list[RunMade]:
+            return _make_all(corpus, some, folder, lenient)
+
+        many = at_once > 1 and shards >= 2 * APART_SHARDS
+        shared_out = list(chunks(runs, max(1, APART_SHARDS * len(runs) // shards))) if many else [[run] for run in runs]
+        all_made = threaded(apart if many else here, shared_out, at_once, at_once)
+        for some, made in zip(shared_out, all_made, strict=True):
+            bar.advance(task, sum(len(specs[0].run.shards) for specs in some))
+            for one in made:
+                if damage is not None:
+                    damage += one.damage
+                yield one
 
 
-def _make(corpus: Corpus, spec: PartSpec, damage: list[str] | None) -> PartMade:
-    """Make one part; what is damaged is left out, if `damage` is given, and reported there."""
+def _make_all(corpus: Corpus, runs: Sequence[Sequence[PartSpec]], folder: Path, lenient: bool) -> list[RunMade]:
+    """Make the parts of some runs."""
+    return [_make(corpus, specs, folder, lenient) for specs in runs]
+
+
+def _make(corpus: Corpus, specs: Sequence[PartSpec], folder: Path, lenient: bool) -> RunMade:
+    """Make parts of one run; what is damaged is left out, if `lenient`."""
     lost: dict[ShardId, str] = {}
     try:
-        data = _part_bytes(corpus, spec, None)
+        files = _part_bytes(corpus, specs, None)
     except DamagedError:
-        if damage is None:
+        if not lenient:
             raise
-        data = _part_bytes(corpus, spec, lost)
-        damage += lost.values()
+        files = _part_bytes(corpus, specs, lost)
+    refs = [_keep(corpus, spec, data, folder, bool(lost)) for spec, data in zip(specs, files, strict=True)]
+    whole = any(_says_rows(spec) for spec in specs)
+    return RunMade(refs, frozenset(lost) if whole else frozenset(), tuple(lost.values()))
+
+
+def _says_rows(spec: PartSpec) -> bool:
+    """Tell whether this is a part of the group that says which rows there are."""
+    return spec.run.column == ROWS.column and "source" in spec.schema.names
+
+
+def _keep(corpus: Corpus, spec: PartSpec, data: bytes, folder: Path, apart: bool) -> ObjectRef:
+    """Publish a part; or write it to `folder`, where the corpus may not be written, or the part is to be `apart`."""
     digest = hashlib.sha256(data).hexdigest()
     name = f"{FOLDER}/{spec.key}.{digest}.parquet"
-    if not lost:
+    if not apart:
         with if_allowed():
             with suppress(FileExistsError):  # another writer made the same bytes
                 corpus.store.create(name, data)
-            return PartMade(ObjectRef(name=name, size=len(data), sha256=digest))
-    path = private_folder() / f"{os.urandom(16).hex()}.parquet"
+            return ObjectRef(name=name, size=len(data), sha256=digest)
+    path = folder / f"{os.urandom(16).hex()}.parquet"
     path.write_bytes(data)
-    ref = ObjectRef(name=str(path), size=len(data), sha256=digest)
-    return PartMade(ref, frozenset(lost) if spec.column == IMAGES else frozenset())
+    return ObjectRef(name=str(path), size=len(data), sha256=digest)
 
 
 @cache
@@ -194,8 +149,8 @@ def private_folder() -> Path:
     return folder
 
 
-def _part_bytes(corpus: Corpus, spec: PartSpec, lost: dict[ShardId, str] | None) -> bytes:
-    """Read the shards of a part, and write them as Parquet, row group by row group.
+def _part_bytes(corpus: Corpus, specs: Sequence[PartSpec], lost: dict[ShardId, str] | None) -> list[bytes]:
+    """Read the shards of a run, and write its parts as Parquet, row group by row group.
 
     Args:
         lost: if given, gets the shards that are missing or damaged, and why.
@@ -203,111 +158,116 @@ def _part_bytes(corpus: Corpus, spec: PartSpec, lost: dict[ShardId, str] | None)
     Raises:
         DamagedError: one is, and `lost` is None.
     """
-    buffer = io.BytesIO()
+    run = specs[0].run
+    schema = pa.schema([field for spec in specs for field in spec.schema])
+    buffers = [io.BytesIO() for _ in specs]
     pending: list[pa.Table] = []
-    rows = 0
-    with pq.ParquetWriter(buffer, spec.schema, compression="zstd", write_page_checksum=True) as writer:
-        for one in spec.shards:
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(pq.ParquetWriter(buffer, spec.schema, compression="zstd", write_page_checksum=True))
+            for buffer, spec in zip(buffers, specs, strict=True)
+        ]
+
+        def write() -> None:
+            table = pa.concat_tables(pending).combine_chunks()
+            for writer, spec in zip(writers, specs, strict=True):
+                writer.write_table(table.select(spec.schema.names))
+            pending.clear()
+
+        def read(one: ShardCommits) -> pa.Table | DamagedError:
             try:
-                table = _shard_rows(corpus, spec, one)
+                return _shard_rows(corpus, run, schema, one)
             except DamagedError as error:
+                return error
+
+        for one, table in zip(run.shards, threaded(read, run.shards, READERS), strict=True):
+            if isinstance(table, DamagedError):
                 if lost is None:
-                    raise
-                lost[spec.source, one.shard] = str(error)
-                table = spec.schema.empty_table()
-                if spec.column != IMAGES:
-                    table = _shard_rows(corpus, spec, replace(one, own=None))
+                    raise table
+                lost[run.source, one.shard] = str(table)
+                table = _without(corpus, run, schema, one)
             pending.append(table)
-            rows += len(table)
-            if rows >= ROW_GROUP:
-                writer.write_table(pa.concat_tables(pending).combine_chunks())
-                pending, rows = [], 0
-        if rows:
-            writer.write_table(pa.concat_tables(pending).combine_chunks())
-    return buffer.getvalue()
+            if sum(map(len, pending)) >= ROW_GROUP:
+                write()
+        if any(map(len, pending)):
+            write()
+    return [buffer.getvalue() for buffer in buffers]
 
 
-def _shard_rows(corpus: Corpus, spec: PartSpec, one: ShardCommits) -> pa.Table:
-    """Read the rows of a part in one shard; nulls where the column is not committed.
+def _without(corpus: Corpus, run: ColumnRun, schema: pa.Schema, one: ShardCommits) -> pa.Table:
+    """Return what a part has of a shard that cannot be read: nothing of the images' rows, of all others nulls."""
+    if run.column == IMAGES and "source" in schema.names:
+        return schema.empty_table()
+    return _shard_rows(corpus, run, schema, replace(one, own=None))
+
+
+def _shard_rows(corpus: Corpus, run: ColumnRun, schema: pa.Schema, one: ShardCommits) -> pa.Table:
+    """Read the rows of parts in one shard; nulls where the column is not committed.
 
     Raises:
         DamagedError: a commit or sidecar is missing or damaged.
     """
-    shard_id, names = (spec.source, one.shard), spec.schema.names
-    images: pa.Table = None
-    if spec.column == IMAGES or one.again:
-        commit, images = _sidecar(corpus, IMAGES, shard_id, one.images)
-    if spec.column == IMAGES:
-        known = {"source": spec.source, "unit": commit.unit, "shard": one.shard}
-        arrays = [pa.repeat(known[name], one.rows) if name in known else images[name] for name in names]
-    elif one.own is not None:
-        commit, own = _sidecar(corpus, spec.column, shard_id, one.own)
+    names = schema.names
+    own: pa.Table = None
+    if one.own is not None:
+        wanted = [name for name in names if run.column == IMAGES or name != "ok"]
+        wanted = [name for name in wanted if not (run.column == IMAGES and name in IMAGE_FIELDS.names[:3])]
+        unit, own = _sidecar(corpus, run, one, one.own, [*wanted, "row", "status"])
         if not np.array_equal(own["row"].to_numpy(), np.arange(one.rows)):
+            name = commit_name(run.column, run.source, one.shard, one.own.generation)
             raise DamagedError(
-                f"{commit.name}: its sidecar has {len(own)} rows, that of the images {one.rows}; run `microdit verify`"
+                f"{name}: its sidecar has {len(own)} rows, that of the images {one.rows}; run `microdit verify`"
             )
-        arrays = [pc.equal(own["status"], "ok"), *(own[name] for name in names[1:])]
+        known = {"source": run.source, "unit": unit, "shard": one.shard} if run.column == IMAGES else {}
+        arrays = [
+            pa.repeat(pa.scalar(known[name], pa.string()), one.rows) if name in known
+            else pc.equal(own["status"], "ok") if name == "ok" and run.column != IMAGES
+            else own[name]
+            for name in names
+        ]  # fmt: skip
     else:
-        nulls = [pa.nulls(one.rows, field.type) for field in list(spec.schema)[1:]]
-        arrays = [pa.repeat(False, one.rows), *nulls]
-    table = pa.table(arrays, schema=spec.schema)
-    if images is not None and one.again:
+        arrays = [pa.repeat(False, one.rows) if f.name == "ok" else pa.nulls(one.rows, f.type) for f in schema]
+    table = pa.table(arrays, schema=schema)
+    if one.again:
+        images = own
+        if run.column != IMAGES or own is None:
+            _, images = _sidecar(corpus, replace(run, column=IMAGES, scalars={}), one, one.images, ["row", "status"])
         left_out = pc.is_in(images["row"], value_set=pa.array(one.again, pa.int32()))
         table = table.filter(pc.invert(pc.and_(left_out, pc.equal(images["status"], "failed"))))
     return table
 
 
-def _sidecar(corpus: Corpus, column: str, shard_id: ShardId, version: tuple[int, str]) -> tuple[Commit, pa.Table]:
-    """Read a commit of a known hash, and of its sidecar what a part may need.
+def _sidecar(
+    corpus: Corpus, run: ColumnRun, one: ShardCommits, ref: CommitRef, fields: Sequence[str]
+) -> tuple[str, pa.Table]:
+    """Read some fields of a commit's sidecar; returns its unit, too.
+
+    Where the commit table does not say where the sidecar is, the commit does.
 
     Raises:
         DamagedError: either is missing or damaged, or the commit was made again meanwhile.
     """
-    generation, sha256 = version
-    name = commit_name(column, *shard_id, generation)
+    name = commit_name(run.column, run.source, one.shard, ref.generation)
     try:
-        commit = corpus.commit(column, *shard_id, generation)
-        if commit.sha256 != sha256:
-            raise DamagedError(f"corpus {corpus.url}: {name} was made again meanwhile; run the command again")
-        name = commit.sidecar.name
-        scalars = corpus.column(column).scalars
-        return commit, corpus.sidecar(
-            commit, [*(IMAGE_FIELDS.names[3:] if column == IMAGES else ("row", "status")), *scalars]
-        )
-    except (FileNotFoundError, pa.ArrowException) as error:
+        if ref.attempt is None:
+            commit = corpus.commit(run.column, run.source, one.shard, ref.generation)
+            if commit.sha256 != ref.sha256:
+                raise DamagedError(f"corpus {corpus.url}: {name} was made again meanwhile; run the command again")
+            ref = ref._replace(unit=commit.unit, attempt=commit.attempt, sidecar=commit.sidecar.sha256)
+        kind = "parquet" if column_kind(run.column) == "table" else "rows.parquet"
+        name = f"{run.column}/{run.source}/{one.shard}.{ref.attempt}.{kind}"
+        if not OBJECT.fullmatch(name):
+            raise ValueError("it is no name of a sidecar")
+        data = corpus.store.get_buffer(name)
+        if hashlib.sha256(data).hexdigest() != ref.sidecar:
+            raise ValueError("it has another checksum")
+        file = open_table(pa.BufferReader(data), one.rows if run.column == IMAGES else None)
+        check_types(file.schema_arrow, run.scalars)
+        return str(ref.unit), file.read(list(dict.fromkeys(fields)), use_threads=False)
+    except DamagedError:
+        raise
+    except (FileNotFoundError, ValueError) as error:  # pyarrow's errors are, too
         raise DamagedError(
             f"corpus {corpus.url}: {name} is missing or damaged ({first_line(error)}); run `microdit verify`, then "
             "`microdit build --repair`"
         ) from None
-
-
-def part_specs(
-    column: str,
-    declared: Mapping[str, Declaration],
-    newest: Mapping[str, Mapping[ShardId, tuple[int, str]]],
-    rows: Mapping[ShardId, int],
-    again: Mapping[ShardId, Sequence[int]],
-    lost: Collection[ShardId] = (),
-) -> list[PartSpec]:
-    """List the parts of a column, in the order of the table's rows.
-
-    Args:
-        newest: by column the generation and the hash of the newest commit of each shard.
-        rows: of the images.
-        again: rows that are left out if they failed.
-        lost: shards whose images cannot be read.
-    """
-    images, own = newest[IMAGES], newest[column]
-    return [
-        PartSpec(
-            column,
-            run[0][0],
-            declared[column],
-            tuple(
-                ShardCommits(id[1], rows[id], images[id], own.get(id), again.get(id, ()))
-                for id in run
-                if id not in lost
-            ),
-        )
-        for run in runs_of(images)
-    ]

@@ -89,6 +89,9 @@ def test_it_says_what_the_commits_say(corpus_url: str) -> None:
         "seconds": newer.timings["seconds"],
         "reasons": [{"reason": "http_404", "count": 2}],
         "inputs": [],
+        "unit": UNIT,
+        "attempt": newer.attempt,
+        "sidecar_sha256": newer.sidecar.sha256,
     }
     text = corpus.commit("text/minilm@source", SOURCE, REF.shard, 0)
     assert lines[text.name]["inputs"] == [item.model_dump() for item in text.inputs]
@@ -267,17 +270,16 @@ def test_gc_and_verify_know_both_kinds_of_tables(tmp_path: Path) -> None:
     fill(corpus)
     for number in range(2):
         status(corpus)
-        query(corpus, "SELECT 1")
+        query(corpus, "SELECT * FROM samples")
         fill(corpus, units=2 + number)
     status(corpus)
-    query(corpus, "SELECT 1")
+    groups = len(sample_table(corpus, reads=None).parts)
     manifests = sorted((tmp_path / "tables").rglob("*.json"), key=lambda path: path.stat().st_mtime)
     parts = set(corpus.store.names("tables/samples"))
-    columns = len(corpus.columns())
-    assert len(manifests) == 3 and len(parts) == 3 * columns  # the one run of units has grown
+    assert len(manifests) == 3 and len(parts) == 3 * groups  # the one run of units has grown
     assert verify(corpus).problems == []
     removed = gc(corpus, older_than_hours=0)
-    assert removed.tables == 2 * 2 + 2 * columns
+    assert removed.tables == 2 * 2 + 2 * groups
     assert sorted((tmp_path / "tables").rglob("*.json")) == manifests[-1:]
     assert set(corpus.store.names("tables/samples")) < parts and query(corpus, "SELECT 1").num_rows == 1
     os.truncate(next((tmp_path / TABLES).glob("*.parquet")), 100)

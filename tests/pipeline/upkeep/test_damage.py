@@ -52,7 +52,7 @@ def test_a_unit_that_lacks_a_shard_is_read_again(tmp_path: Path) -> None:
 def test_a_damaged_table_is_deleted(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path)
     fill(corpus, columns=[])
-    name = sample_table(corpus).parts["images"][0].name
+    name = sample_table(corpus).parts["images", ""][0].name
     replace(corpus, name, b"damaged")
     result = damage(corpus)
     assert not result.redo and not result.beyond

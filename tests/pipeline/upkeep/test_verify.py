@@ -168,7 +168,7 @@ def test_damaged_tables_and_selections_are_found(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path)
     fill(corpus, shards=1, columns=[])
     selection = select(corpus, "x", "SELECT * FROM samples WHERE status = 'ok'")
-    table = sample_table(corpus).parts["images"][0].name
+    table = sample_table(corpus).parts["images", ""][0].name
     whole = corpus.store.get(selection.path)
     replace(corpus, selection.path, whole[: len(whole) // 2])
     data = bytearray(corpus.store.get(table))
