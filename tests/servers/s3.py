@@ -95,8 +95,11 @@ def s3_server() -> Iterator[str]:
 
 
 @pytest.fixture
-def s3_url(s3_server: str) -> str:
-    """A fresh prefix in the bucket."""
+def s3_url(s3_server: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh prefix in the bucket; what is kept of it on this machine goes with the test."""
+    kept = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    monkeypatch.setenv("HF_HOME", os.environ.get("HF_HOME") or f"{kept}/huggingface")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"
 
 
