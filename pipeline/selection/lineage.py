@@ -9,7 +9,7 @@ from microdit.pipeline.base.errors import DamagedError, RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import COMMIT, ShardId
 from microdit.pipeline.corpus.records import Commit, InputRef
-from microdit.pipeline.tables.commit_table import LINE, commit_table
+from microdit.pipeline.tables.commit_table import commit_table
 
 Names = dict[str, str]  # of commits, with the SHA-256 of their stored bytes
 
@@ -52,7 +52,7 @@ def newest_commit_lines(corpus: Corpus, columns: Sequence[str]) -> tuple[dict[st
     damage: list[str] = []
     table = commit_table(corpus, damage)
     named = dict(zip(table["name"].to_pylist(), table["sha256"].to_pylist(), strict=True))
-    wanted = [line.name for line in LINE if line.name not in ("in", "out", "failed", "seconds", "reasons")]
+    wanted = ["name", "source", "shard", "generation", "sha256", "bytes", "inputs"]
     commits: dict[str, dict[ShardId, CommitOf]] = {}
     waiting = list(columns)
     while waiting:
@@ -67,7 +67,7 @@ def newest_commit_lines(corpus: Corpus, columns: Sequence[str]) -> tuple[dict[st
         ordered = own.sort_by([("source", "ascending"), ("shard", "ascending"), ("generation", "ascending")])
         commits[column] = {
             (source, shard): CommitOf(name, generation, sha256, size, [InputRef.model_construct(**ref) for ref in refs])
-            for name, _, source, shard, generation, sha256, size, refs in zip(
+            for name, source, shard, generation, sha256, size, refs in zip(
                 *(one.to_pylist() for one in ordered.columns), strict=True
             )
         }

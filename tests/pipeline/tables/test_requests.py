@@ -36,7 +36,9 @@ def test_what_a_query_reads_of_a_bucket(s3_server: str, s3_url: str, monkeypatch
     assert grown["first"] == 2 * (commits + shards), "each commit once, and of the sidecars those of the images"
     assert grown["again"] == 0 and found[3]["again"] < found[3]["first"] // 2
     assert grown["captions"] == 2 * shards
-    assert grown["all"] == 2 * shards * (len(COLUMNS) + 1), "of each sidecar, which all have more fields, once; no commit again"
+    assert grown["all"] == 2 * shards * (len(COLUMNS) + 1), (
+        "of each sidecar, which all have more fields, once; no commit again"
+    )
 
 
 def test_copies_of_parts_are_kept_where_the_environment_says(
