@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.table import Table
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.progress import shown
 from microdit.pipeline.base.terminal import printable
+from microdit.pipeline.cli.command import torchrun
 from microdit.pipeline.config.build import BuildConfig, load_config
 from microdit.pipeline.config.yaml import HOME
 from microdit.pipeline.corpus.corpus import Corpus
@@ -137,8 +137,7 @@ def _train(corpus: Corpus, selection: Selection, run: Path, budget: float, overr
     Every core is used unless OMP_NUM_THREADS says less.
     """
     processes, threads = _processes()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "microdit.trainer", str(HOME / "configs/recipes/demo.yaml")]
+    command = [*torchrun(processes), "-m", "microdit.trainer", str(HOME / "configs/recipes/demo.yaml")]
     command += [f"corpus={corpus.url}", f"selection={selection.name}@{selection.hash}", f"out={run}"]
     command += [f"time_budget={budget:.0f}", *overrides]
     environment = KEEP_MEMORY | os.environ | {"OMP_NUM_THREADS": str(threads)}
