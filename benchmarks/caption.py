@@ -1,4 +1,4 @@
-"""What the captions stage costs beside the model: committed tar to committed captions, against bare `generate`.
+"""Measure the captions stage beside the model: committed tar to committed captions, against bare `generate`.
 
     python -m benchmarks.caption [--model qwen3-vl-4b] [--images 64] [--batch 16] [--rounds 3] [--json]
 

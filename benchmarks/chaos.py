@@ -275,7 +275,7 @@ class Disturbed:
 # -- what is there afterwards ------------------------------------------------------------------------------------------
 @dataclass
 class Contents:
-    """What a corpus has: how often each sample is ok in a column, and the data object of each shard by its hash."""
+    """Contents of a corpus: how often each sample is ok in a column, and the data object of each shard by its hash."""
 
     samples: Counter[tuple[str, str]]
     objects: dict[tuple[str, str], str]

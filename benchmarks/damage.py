@@ -115,7 +115,7 @@ def _memory() -> int:
 # -- the whole run ---------------------------------------------------------------------------------------------------
 @dataclass
 class Totals:
-    """What came of one sort of item."""
+    """Outcomes of one sort of item."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     by_kind: dict[str, Counter[str]] = field(default_factory=dict)

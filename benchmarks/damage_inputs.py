@@ -1,4 +1,4 @@
-"""What benchmarks/damage.py tries: pictures and archives of every kind, and the damage, by seed and number."""
+"""Make what benchmarks/damage.py tries: pictures and archives of every kind, and the damage, by seed and number."""
 
 import gzip
 import io
@@ -250,7 +250,7 @@ class Item:
     damage: str
     data: bytes
     expected: str
-    """What must come of it if it is whole."""
+    """Expected result if it is undamaged."""
     inside: int = 0
     """Of an archive: the members that are asked for."""
     whole: bytes = b""

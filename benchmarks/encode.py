@@ -61,7 +61,7 @@ DEFAULT = {"cuda": ["sdxl", "t5-xxl", "dfn-clip-h"], "cpu": ["demo", "minilm", "
 # -- timing ------------------------------------------------------------------------------------------------------------
 @dataclass
 class Setting:
-    """What is measured on what."""
+    """One measurement: a model, a resolution and a device."""
 
     corpus: Corpus
     folder: Path

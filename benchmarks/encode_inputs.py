@@ -1,4 +1,4 @@
-"""What `benchmarks/encode.py` encodes, and with what: a corpus, and models of the real sizes with random weights."""
+"""Make the inputs of `benchmarks/encode.py`: a corpus, and models of the real sizes with random weights."""
 
 import itertools
 import json

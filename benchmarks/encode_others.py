@@ -1,4 +1,4 @@
-"""What `benchmarks/encode.py` compares our stages with: the loop that most people write, and a feed without a model."""
+"""References of `benchmarks/encode.py`: the loop that most people write, and a feed without a model."""
 
 import io
 import tarfile
@@ -122,7 +122,7 @@ def difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> floa
 
 # -- the feed ----------------------------------------------------------------------------------------------------------
 class NoModel:
-    """What the feed is measured with: takes the pixels to the device, and gives zeros."""
+    """Stand-in for a model: takes the pixels to the device, and gives zeros."""
 
     deterministic = False
 

@@ -1,4 +1,4 @@
-"""What ingest costs beside the decoding: `ingest_unit` on CC12M's tars against the bare loop over the same tars.
+"""Measure ingest beside the decoding: `ingest_unit` on CC12M's tars against the bare loop over the same tars.
 
     python benchmarks/ingest.py [--tars 2] [--samples 200] [--rounds 5] [--threads 2] [--json]
 
@@ -117,7 +117,7 @@ def built(tars: Path, root: Path, threads: int) -> float:
 
 
 def compare(made: Path, root: Path) -> int:
-    """How many JPEGs the two gave, which must be the same ones.
+    """Count the JPEGs that the two gave, which must be the same ones.
 
     Raises:
         AssertionError: they are not.

@@ -294,7 +294,7 @@ def compare(
 
 
 def processor_seconds(process: int) -> float:
-    """What a process has worked so far, by Linux' book."""
+    """Read a process' processor time so far from /proc."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

@@ -1,4 +1,4 @@
-"""What the engine adds to a shard that takes a second: its time with Ray against that of the bare stage function.
+"""Measure the engine's overhead on a shard that takes a second: with Ray against the bare stage function.
 
     python benchmarks/overhead.py [--shards 30] [--seconds 1.0] [--rounds 2] [--json]
 

@@ -1,4 +1,4 @@
-"""What `microdit plan` says beforehand, against a real build ten times as large as the one that it learned from.
+"""Compare `microdit plan` with a real build ten times as large as the one that it learned from.
 
     python benchmarks/plan.py [--inputs 1974] [--times 10] [--folder DIR] [--json]
 

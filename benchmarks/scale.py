@@ -104,7 +104,7 @@ def refs(shards: int) -> list[ShardRef]:
 
 
 def commit_bytes(corpus: Corpus, column: str) -> Callable[[ShardRef], bytes]:
-    """What a column's commit of any shard looks like: one that was made once, with other names."""
+    """Write a column's commit of any shard: one that was made once, with other names."""
     ref, attempt = ShardRef(source=SOURCE, unit="@unit", shard="0shard0"), "20261101T000000-00000000"
     base, table = f"{column}/{SOURCE}/{ref.shard}.{attempt}", column != IMAGES
     data = ObjectRef(name=f"{base}.parquet" if table else f"{base}.tar", size=1000, sha256="0" * 64)

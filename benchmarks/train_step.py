@@ -87,7 +87,7 @@ class Reference:
 
 
 class _Through:
-    """What `EDM.loss` asks of a network: to be called, and its patch size."""
+    """The part of a network that `EDM.loss` needs: to be called, and its patch size."""
 
     def __init__(self, run: Callable[..., Any], patch_size: int):
         self.run, self.patch_size = run, patch_size

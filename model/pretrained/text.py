@@ -135,7 +135,7 @@ class TextEncoder:
         return sum(len(tokens) > skip + self.max_tokens for tokens in ids)
 
     def _encode_clip(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`encode` of (B, 77) token ids."""
+        """Encode (B, 77) token ids as `encode` does."""
         lengths = torch.full((len(ids),), ids.shape[1])
         if self._trim:
             lengths = ids.shape[1] - ids.flip(1).argmax(1)  # the end token has the largest id

@@ -185,7 +185,7 @@ def _evaluate(run: Path) -> dict[str, Any]:
 
 
 def _figure_rows(figures: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, str, str]]]:
-    """The names of the columns, and rows of what is measured, the trained network's figure and the untrained one's."""
+    """Return the column names, and rows: what is measured, the trained network's figure, the untrained one's."""
     count, held_out = figures["count"], figures["held_out_count"]
 
     def row(text: str, name: str, form: str) -> tuple[str, str, str]:

@@ -25,7 +25,7 @@ XMP = b"http://ns.adobe.com/xap/1.0/\0"
 
 @dataclass
 class Segments:
-    """What the segments before a JPEG's picture hold."""
+    """Contents of the segments before a JPEG's picture."""
 
     exif: bytes
     xmp: bytes

@@ -26,7 +26,7 @@ class _State:
     tries: int = 0
     """Pauses since the source was sound."""
     until: float | None = None
-    """When it may be tried again, by the monotonic clock; None if it is sound."""
+    """Time of the next try, by the monotonic clock; None if it is sound."""
     left: bool = False
 
 

@@ -23,7 +23,7 @@ class SourceSize:
     units: int
     inputs: int
     origin: str
-    """Where the numbers come from."""
+    """Origin of the numbers."""
     fetched: float | None = None
     """Bytes that are downloaded; None if unknown."""
     failed: float = 0.0
@@ -32,7 +32,7 @@ class SourceSize:
     """Inputs of each unit but the last; None if all have about the same."""
 
     def shards(self, shard_samples: int) -> int:
-        """Number of shards that the units are cut into."""
+        """Count the shards that the units are cut into."""
         each = self.unit_inputs or math.ceil(self.inputs / self.units)
         whole, rest = divmod(self.inputs, each)
         return whole * math.ceil(each / shard_samples) + math.ceil(rest / shard_samples)
@@ -165,7 +165,7 @@ def _is_default(options: sources.FileOptions, field: str) -> bool:
 
 
 def _chosen(sets: list[Dataset], options: sources.FileOptions, failed: float = 0.0) -> SourceSize:
-    """The part of a dataset that `units` and `limit` take."""
+    """Return the part of a dataset that `units` and `limit` take."""
     files, inputs = sum(each.files for each in sets), sum(each.inputs for each in sets)
     wanted = len(options.units) if isinstance(options.units, list) else options.units or files
     units = min(wanted, files, options.limit or files)

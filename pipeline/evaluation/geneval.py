@@ -36,7 +36,7 @@ class Wanted(Strict):
     count: int = Field(ge=1)
     color: str | None = None
     position: tuple[Relation, int] | None = Field(default=None, strict=False)
-    """How each of these objects lies to each of the objects of the entry with that number."""
+    """Spatial relation of these objects to those of the entry with that number."""
 
 
 class Prompt(Strict):
@@ -173,7 +173,7 @@ def summary(prompts: Sequence[Prompt], correct: Sequence[Sequence[bool]]) -> dic
 
 
 def _share(some: Sequence[Sequence[bool]]) -> float:
-    """The share of correct pictures among those of several prompts."""
+    """Return the share of correct pictures among those of several prompts."""
     return sum(map(sum, some)) / sum(map(len, some))
 
 

@@ -15,7 +15,7 @@ Names = dict[str, str]  # of commits, with the SHA-256 of their stored bytes
 
 
 class CommitOf(NamedTuple):
-    """What the commit table says of a commit; `size` in bytes of its objects."""
+    """Entry of the commit table; `size` in bytes of its objects."""
 
     name: str
     generation: int

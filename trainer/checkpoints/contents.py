@@ -1,4 +1,4 @@
-"""What a checkpoint of a run consists of; `folder.py` and `bucket.py` keep it. Nothing in it is pickled.
+"""Contents of a run's checkpoint; `folder.py` and `bucket.py` keep it. Nothing in it is pickled.
 
 model.safetensors      the weights, with the network's arguments in the header
 ema.safetensors        their moving average, of the same form; only if the leg keeps one
@@ -64,7 +64,7 @@ def snapshot(
 
 
 def file_names(tensors: TensorSnapshot) -> list[str]:
-    """All files of a checkpoint but state.json, which is written last."""
+    """List the files of a checkpoint but state.json, which is written last."""
     return [*tensors.files, INFO]
 
 
