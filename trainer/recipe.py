@@ -21,7 +21,7 @@ class LegRecipe(RecipePart):
     latents: str
     """The latents column to train on; it gives resolution and channels."""
     selection: str | None = None
-    """In place of the recipe's."""
+    """Replaces the recipe's."""
     images: int | None = Field(None, gt=0)
     """Number of images to see, rounded up to whole batches. Give this or `steps`."""
     steps: int | None = Field(None, gt=0, description="Optimizer steps of the leg. Give this or `images`.")

@@ -2,8 +2,9 @@
 
     captions --tokenizer--> ids (B, L) --encoder, mask--> embeddings (B, L, width), lengths (B,)
 
-Three families, told apart by the model's config: encoders (T5, BERT) give their last layer; CLIP text towers all their
-positions, as open_clip does (`model.pretrained.clip`); decoder LLMs a chosen layer for a prompt made from the caption.
+Three families, distinguished by the model's config: encoders (T5, BERT) give their last layer; CLIP text towers all
+their positions, as open_clip does (`model.pretrained.clip`); decoder LLMs a chosen layer for a prompt made from the
+caption.
 """
 
 from __future__ import annotations

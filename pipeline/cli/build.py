@@ -32,7 +32,7 @@ def build(
     retry_failed: Annotated[
         bool,
         typer.Option(
-            "--retry-failed", help="Take again what was set aside, and URLs that failed in passing (429, 5xx, timeout)."
+            "--retry-failed", help="Take again what was set aside, and URLs that failed for now (429, 5xx, timeout)."
         ),
     ] = False,
     retry_rows: Annotated[

@@ -144,7 +144,7 @@ def _train(corpus: Corpus, selection: Selection, run: Path, budget: float, overr
     with subprocess.Popen(command, env=environment) as process:
         try:
             return process.wait()
-        except KeyboardInterrupt:  # the terminal told the trainer too: it saves a checkpoint and ends
+        except KeyboardInterrupt:  # the terminal sends the signal to the trainer too: it saves a checkpoint and ends
             process.send_signal(signal.SIGINT)
             return process.wait()
 

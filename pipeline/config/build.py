@@ -80,7 +80,7 @@ class BuildConfig(Options):
     @field_validator("sources", mode="before")
     @classmethod
     def _apply_presets(cls, sources: Any) -> Any:
-        """Put the options of published data sets in the place of their presets' names."""
+        """Replace the names of presets by the options of the published data sets."""
         if not isinstance(sources, dict):
             return sources
         return {name: with_preset(str(name), given) for name, given in sources.items()}

@@ -149,7 +149,7 @@ def _money(
         price = known.price
         assumptions.add(f"${price} for an hour of one {gpu}: {known.why} (--gpu-price)")
     elif machines.gpus and price is not None:
-        assumptions.add(f"${price} for an hour of one {gpu}, as it was told")
+        assumptions.add(f"${price} for an hour of one {gpu}, as given")
     elif machines.gpus:
         assumptions.add(f"the price of an hour of one {gpu} is not known: give --gpu-price")
     assumptions.add(f"${machines.cpu_price} for an hour of one CPU (--cpu-price): assumed, no quote")

@@ -125,7 +125,7 @@ def _as_given(samples: int, name: str, options: sources.SourceOptions, past: Pas
     cut = options.unit_inputs if isinstance(options, sources.UrlsSource | sources.OpenmojiSource) else None
     each = cut or (past.inputs_of_a_unit(name) if past is not None else None)
     units = max(1, math.ceil(samples / each)) if each else 1
-    return SourceSize(units, samples, "as it was told (--samples)", unit_inputs=cut)
+    return SourceSize(units, samples, "as given (--samples)", unit_inputs=cut)
 
 
 def _known(name: str, options: sources.SourceOptions, config: BuildConfig, past: PastBuild | None) -> SourceSize | None:

@@ -146,7 +146,7 @@ def summary(prompts: Sequence[Prompt], correct: Sequence[Sequence[bool]]) -> dic
     """Add up what is correct by prompt and picture, to GenEval's figures.
 
     Returns `value`, the mean over the tasks of the share of correct pictures in each; `error`, its standard error over
-    the prompts, by drawing those of each task anew; `tasks` by name; and the shares `images` and `prompts`, of which a
+    the prompts, by resampling those of each task; `tasks` by name; and the shares `images` and `prompts`, of which a
     picture is correct.
 
     Raises:

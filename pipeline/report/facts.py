@@ -95,7 +95,7 @@ def _examples(view: SampleView) -> dict[str, tuple[str, str | None]]:
 
 
 def _column_drops(corpus: Corpus, commits: Sequence[Commit], notes: list[str]) -> list[Drop]:
-    """Count what failed in one column itself; what it inherited (`upstream`) is told where it began."""
+    """Count what failed in one column itself; what it inherited (`upstream`) is counted where it began."""
     total: Counter[str] = Counter()
     first: dict[str, Commit] = {}
     for commit in commits:

@@ -92,7 +92,7 @@ class _Criterion:
 
     @property
     def unknown(self) -> str:
-        """SQL that is true of rows of which it cannot be told."""
+        """Write the SQL of rows whose value is not known."""
         return f"({self.condition}) IS NULL" if self.group is None else f"NOT ({self.condition})"
 
 

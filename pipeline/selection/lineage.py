@@ -97,5 +97,5 @@ def _refuse_stale(commits: Mapping[str, Mapping[ShardId, Commit | CommitOf]]) ->
                 raise RequestError(
                     f"column {column}, shard {where[1]}: it was made from generation {ref.generation} of {ref.column}, "
                     f"the corpus now has {'none' if now is None else f'generation {now.generation}'}; "
-                    "run `microdit build --repair`, which makes it anew"
+                    "run `microdit build --repair`, which makes it again"
                 )

@@ -156,7 +156,7 @@ def read(folder: Path, state: dict[str, Any], name: str) -> Checkpoint:
 
 
 def _averages_due(state: Mapping[str, Any]) -> int:
-    """Count the averages that a checkpoint must have which does not list its files, as far as that can be told."""
+    """Count the averages that a checkpoint must have which does not list its files, as far as that is known."""
     if "recipe" not in state or not state["progress"]["stage_step"]:
         return 0
     leg = state["recipe"]["stages"][state["progress"]["stage"]]

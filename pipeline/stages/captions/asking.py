@@ -36,7 +36,7 @@ def asked_of(options: CaptionsColumn, prompt: str) -> dict[str, Any]:
 
 
 def check_language(column: str, options: CaptionsColumn) -> None:
-    """Check that captions in the asked language can be told from others.
+    """Check that captions in the asked language can be recognised.
 
     Raises:
         RequestError: they cannot.
