@@ -58,7 +58,7 @@ SCORES = re.compile(
 
 @dataclass(frozen=True)
 class JobView:
-    """How the view shows a table job's table."""
+    """View of a table job's table."""
 
     record: type[TableJob]
     command: str
@@ -251,7 +251,7 @@ def _quoted(name: str) -> str:
 
 
 def _texts(values: Sequence[str]) -> str:
-    """A SQL list of strings."""
+    """Write a SQL list of strings."""
     return "[" + ", ".join("'" + value.replace("'", "''") + "'" for value in values) + "]"
 
 
@@ -287,7 +287,7 @@ def _view(corpus: Corpus, table: Table, spill: Path, schema: pa.Schema) -> ds.Fi
 
 
 def job_schema(folder: str) -> pa.Schema:
-    """The schema of the table of a job."""
+    """Return the schema of the table of a job."""
     prefix = folder.removeprefix("tables/").removesuffix("s")
     return pa.schema([*ROW_ID, *(field for field in JOB_COLUMNS if field.name.startswith(prefix))])
 

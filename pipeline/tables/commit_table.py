@@ -60,7 +60,7 @@ OLD_LINE = pa.schema(list(LINE)[:-3])  # of earlier versions: who needs the last
 
 
 class CommitId(NamedTuple):
-    """What names a commit; of a unit's commit the column is `units`, and the unit stands for the shard."""
+    """Identity of a commit; of a unit's commit the column is `units`, and the unit stands for the shard."""
 
     column: str
     source: str

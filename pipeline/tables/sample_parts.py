@@ -143,7 +143,7 @@ def _keep(corpus: Corpus, spec: PartSpec, data: bytes, folder: Path, apart: bool
 
 @cache
 def private_folder() -> Path:
-    """A folder for parts of this process alone; it goes with the process."""
+    """Make a folder for parts of this process alone; it goes with the process."""
     folder = Path(tempfile.mkdtemp(prefix="microdit-table-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

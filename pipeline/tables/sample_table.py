@@ -94,7 +94,7 @@ class SampleTable:
     """As `sample_table` takes it."""
 
     def newest(self, reads: Callable[[str], bool]) -> datetime | None:
-        """When the newest commit of some columns was written, as far as there are any."""
+        """Return when the newest commit of some columns was written, as far as there are any."""
         return max((moment for column, moment in self.written.items() if reads(column)), default=None)
 
     def specs(self, group: FieldGroup) -> list[PartSpec]:
