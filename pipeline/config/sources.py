@@ -13,6 +13,8 @@ SA1B_CAPTIONS = "hf://datasets/PixArt-alpha/SAM-LLaVA-Captions10M/SA1B_caption.t
 TEXTCAPS_IMAGES = "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"
 TEXTCAPS_CAPTIONS = "https://dl.fbaipublicfiles.com/textvqa/data/textcaps/TextCaps_0.1_{split}.json"
 COCO_IMAGES = "http://images.cocodataset.org/zips/val2014.zip"
+OWN_FIELDS = {"final_url", "not_text", "unverified_certificate"}
+"""Fields that fetching makes itself."""
 COCO_CAPTIONS = "http://images.cocodataset.org/annotations/annotations_trainval2014.zip"
 
 
@@ -62,15 +64,26 @@ class FetchOptions(Options):
 
 
 class UrlsSource(Options):
-    """A list of lines with a URL and a caption each.
+    """A list of rows with a URL and a caption each.
 
     `url<TAB>caption` as CC12M is published, `caption<TAB>url` as CC3M is, or a TSV or CSV whose first line names its
-    columns; in UTF-8 or UTF-16.
+    columns, in UTF-8 or UTF-16; JSON lines; Parquet tables. Text may be compressed with gzip, zstd, bzip2 or xz.
     """
 
     adapter: Literal["urls"]
     list: str
-    """The file with the list, on a disk of this machine."""
+    """The list: a file, or a pattern of several of one kind, here, `https://`, `s3://` or `hf://`. What is not one
+    plain file of this machine is copied into the scratch folder, unpacked."""
+    url: str | int | None = None
+    """The column with the URL: its name, or its number from 1; by default it is found by its name or content."""
+    caption: str | int | None = None
+    """The column with the caption, as `url`; empty for none."""
+    fields: dict[str, str | int] = Field(default={})
+    """Further columns that become fields of a sample, by the field's name."""
+    md5: str | int | None = None
+    """The column with the MD5 of the bytes, as 32 hexadecimal digits. Other bytes fail with `wrong_checksum`."""
+    sha256: str | int | None = None
+    """The column with their SHA-256, as `md5`."""
     license: str = ""
     """The licence of every sample."""
     unit_inputs: int = Field(default=4096, ge=1, le=1_000_000)
@@ -79,6 +92,17 @@ class UrlsSource(Options):
     """Take the first lines only, to try things."""
     fetch: FetchOptions = FetchOptions()
     """How the URLs are fetched."""
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> "UrlsSource":
+        given = {(name,): getattr(self, name) for name in ("url", "caption", "md5", "sha256")}
+        given |= {("fields", name): column for name, column in self.fields.items()}
+        for where, column in given.items():
+            if (column == "" and where != ("caption",)) or (isinstance(column, int) and column < 1):
+                raise FieldError(where, "expected the name of a column, or its number from 1", column)
+        for name in OWN_FIELDS & set(self.fields):
+            raise FieldError(("fields", name), "fetching makes a field of this name; take another", name)
+        return self
 
 
 class OpenmojiSource(Options):
