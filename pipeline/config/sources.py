@@ -1,7 +1,7 @@
 """Options of the sources: the blocks under `sources:` of a config."""
 
 from ipaddress import ip_network
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -47,6 +47,10 @@ class FetchOptions(Options):
     """Networks (`10.1.0.0/16`) whose addresses may be asked though they are not public. Without it URLs, redirects and
     names that lead to this machine, its network or a cloud's metadata fail (`private_address`)."""
 
+    accept_failing_certificates: bool = False
+    """Fetch from hosts whose certificate fails, too, which have expired ones mostly; else their URLs fail
+    (`certificate`). Such a picture's field `unverified_certificate` says what was wrong."""
+
     @property
     def agent(self) -> str:
         """The header `User-Agent`."""
@@ -61,6 +65,30 @@ class FetchOptions(Options):
             except ValueError as error:
                 raise FieldError((number,), f"expected a network such as 10.1.0.0/16 ({error})", network) from None
         return networks
+
+
+OWN_OPTIONS = {
+    *("url_list", "output_folder", "input_format", "url_col", "caption_col", "bbox_col", "output_format"),
+    *("number_sample_per_shard", "processes_count", "disable_all_reencoding", "resize_mode", "extract_exif"),
+    *("compute_hash", "verify_hash", "incremental_mode", "distributor", "save_additional_columns"),
+}
+"""Options of img2dataset that a unit sets itself."""
+
+
+class Img2datasetOptions(Options):
+    """How `fetcher: img2dataset` runs it."""
+
+    python: str | None = None
+    """The interpreter of an environment with img2dataset; by default microdit's own, with its extra `img2dataset`."""
+    options: dict[str, Any] = Field(default={})
+    """Its own options that say how it fetches, such as `thread_count`, `timeout`, `retries`, `user_agent_token`."""
+
+    @field_validator("options")
+    @classmethod
+    def _check_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for name in OWN_OPTIONS & set(options):
+            raise FieldError((name,), "a unit sets this option of img2dataset itself; leave it out", options[name])
+        return options
 
 
 class UrlsSource(Options):
@@ -92,6 +120,11 @@ class UrlsSource(Options):
     """Take the first lines only, to try things."""
     fetch: FetchOptions = FetchOptions()
     """How the URLs are fetched."""
+    fetcher: Literal["microdit", "img2dataset"] = "microdit"
+    """Who fetches. img2dataset heeds no robots.txt, bounds no sizes, and follows redirects to any address; what it
+    failed to fetch in passing is fetched again by microdit."""
+    img2dataset: Img2datasetOptions = Img2datasetOptions()
+    """How `fetcher: img2dataset` runs it."""
 
     @model_validator(mode="after")
     def _check_columns(self) -> "UrlsSource":

@@ -54,7 +54,8 @@ def _source(name: str, options: SourceOptions, scratch: Path, config: BuildConfi
         case UrlsSource():
             columns = ListColumns.of(options)
             about = (options.unit_inputs, options.fetch, options.limit, options.license)
-            return Urls(name, options.list, *about, columns=columns, scratch=scratch)
+            engine = options.img2dataset if options.fetcher == "img2dataset" else None
+            return Urls(name, options.list, *about, columns=columns, scratch=scratch, img2dataset=engine)
         case OpenmojiSource():
             return Openmoji(name, options)
         case Sa1bSource():

@@ -9,17 +9,19 @@ from functools import lru_cache
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import numpy as np
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.secrets import has_secrets, without_secrets
-from microdit.pipeline.config.sources import FetchOptions
+from microdit.pipeline.config.sources import FetchOptions, Img2datasetOptions
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import unit_name
 from microdit.pipeline.corpus.redeclare import is_unused_source
+from microdit.pipeline.files.scratch import scratch_folder
+from microdit.pipeline.sources.img2dataset_engine import check_img2dataset, fetch_by_img2dataset
 from microdit.pipeline.sources.joined_fields import as_text, fields_of
 from microdit.pipeline.sources.list_columns import ListColumns
 from microdit.pipeline.sources.list_format import PLAIN, SAMPLE, ListFormat, find_format
@@ -28,9 +30,10 @@ from microdit.pipeline.sources.list_records import MAX_LINE, read_records, recor
 from microdit.pipeline.sources.list_text import ListText
 from microdit.pipeline.sources.members import fault_fields
 from microdit.pipeline.sources.source import Input
-from microdit.pipeline.sources.url_fetcher import fetch_all
+from microdit.pipeline.sources.url_fetcher import Fetched, fetch_all
 
 BLOCK = 8 << 20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class Urls:
         path: the list, or a pattern of its files.
         columns: the columns of the list that are asked for.
         scratch: folder for the copy of a list that is not one plain file of this machine.
+        img2dataset: how it is run, if it fetches.
         base: URL that relative URLs of the list are relative to; the origin of an input is as the list has it.
 
     Raises:
@@ -155,14 +159,16 @@ class Urls:
         base: str | None = None,
         columns: ListColumns | None = None,
         scratch: Path | None = None,
+        img2dataset: Img2datasetOptions | None = None,
     ):
         self.name, self.base = name, base
         self.terms = license or "each image under its own owner's terms"
         self._unit_inputs, self._license, self._fetch = unit_inputs, license, fetch
+        self._img2dataset, self._scratch = img2dataset, scratch or scratch_folder(None)
         self._where = f"sources.{name}.list = {without_secrets(str(path))!r}"
         self._format: ListFormat | JsonFormat = PLAIN
         try:
-            self._text = ListText.find(path, self._where, scratch, limit)
+            self._text = ListText.find(path, self._where, self._scratch, limit)
             text = self._text.path()
             with text.open("rb") as file:
                 head = file.read(SAMPLE)
@@ -227,6 +233,8 @@ class Urls:
             self._index = index
 
     def running(self, corpus: Corpus, report: Callable[[str], None]) -> AbstractContextManager[None]:
+        if self._img2dataset is not None:
+            check_img2dataset(f"sources.{self.name}.fetcher", self._img2dataset)
         if self.base is None and not re.search(r"@|://", self._fetch.agent):
             report(
                 f"source {self.name}: sources.{self.name}.fetch.contact=ADDRESS tells servers your mail address or "
@@ -240,7 +248,7 @@ class Urls:
         return nullcontext()
 
     def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:
-        for (item, checksums), fetched in fetch_all(self._requests(unit, wanted), self._fetch):
+        for (item, checksums), fetched in self._fetched(self._requests(unit, wanted)):
             if fetched is None:
                 yield item
             else:
@@ -249,11 +257,18 @@ class Urls:
                 fields = dict(item.fields)
                 if moved:
                     fields["final_url"] = final  # placeholders share it: "photo removed"
+                if fetched.unverified:
+                    fields["unverified_certificate"] = fetched.unverified
                 wrong = _wrong_checksum(fetched.data, checksums) if fetched.data is not None else None
                 if wrong is not None:
                     yield replace(item, data=None, reason="wrong_checksum", detail=wrong, fields=fields)
                     continue
                 yield replace(item, data=fetched.data, reason=fetched.reason, detail=fetched.detail, fields=fields)
+
+    def _fetched(self, requests: Iterator[tuple[T, str | None]]) -> Generator[tuple[T, Fetched | None]]:
+        if self._img2dataset is not None:
+            return fetch_by_img2dataset(requests, self._fetch, self._img2dataset, self._scratch)
+        return fetch_all(requests, self._fetch)
 
     def _requests(
         self, unit: str, wanted: Callable[[int], bool]
