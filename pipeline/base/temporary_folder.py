@@ -14,10 +14,14 @@ UNLOCKED = 3600.0  # seconds after which a folder without a lock file is left ov
 
 
 @contextmanager
-def temporary_folder(prefix: str) -> Iterator[Path]:
-    """Make a folder for the duration of the block, and remove those with the same prefix whose processes have died."""
-    _sweep(Path(tempfile.gettempdir()), prefix)
-    folder = Path(tempfile.mkdtemp(prefix=prefix))
+def temporary_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """Make a folder for the duration of the block, and remove those with the same prefix whose processes have died.
+
+    Args:
+        parent: where it lies; by default the system's folder of temporary files.
+    """
+    _sweep(parent or Path(tempfile.gettempdir()), prefix)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
         with (folder / LOCK).open("w") as file:
             with suppress(OSError):  # a file system without locks

@@ -1,6 +1,8 @@
 """Options of `scores/<scorer>` columns, or `scores/<scorer>-<name>` where there are several of one kind."""
 
-from pydantic import model_validator
+import re
+
+from pydantic import Field, model_validator
 
 from microdit.pipeline.config.block import FieldError, Options
 
@@ -82,6 +84,20 @@ class CaptionScores(ScoresColumn):
     """The name of the captions column that is scored."""
 
 
+class FieldScores(ScoresColumn):
+    """`scores/fields`: numbers that came with the samples, as columns of the sample table, without a model."""
+
+    fields: list[str] = Field(min_length=1)
+    """Names of the samples' fields; texts that are numbers count, others and what is missing are null."""
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "FieldScores":
+        for number, name in enumerate(self.fields):
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or self.fields.index(name) < number:
+                raise FieldError(("fields", number), "expected letters, digits and underscores, each name once", name)
+        return self
+
+
 SCORERS: dict[str, type[ScoresColumn]] = {
     "basic": BasicScores,
     "turned": TurnedScores,
@@ -91,6 +107,7 @@ SCORERS: dict[str, type[ScoresColumn]] = {
     "clip": ClipScores,
     "embedding": EmbeddingScores,
     "caption": CaptionScores,
+    "fields": FieldScores,
 }
 
 
@@ -104,6 +121,7 @@ AnyScores = (
     | ClipScores
     | EmbeddingScores
     | CaptionScores
+    | FieldScores
 )
 
 

@@ -1,7 +1,7 @@
 """Options of the sources: the blocks under `sources:` of a config."""
 
 from ipaddress import ip_network
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,6 +13,8 @@ SA1B_CAPTIONS = "hf://datasets/PixArt-alpha/SAM-LLaVA-Captions10M/SA1B_caption.t
 TEXTCAPS_IMAGES = "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"
 TEXTCAPS_CAPTIONS = "https://dl.fbaipublicfiles.com/textvqa/data/textcaps/TextCaps_0.1_{split}.json"
 COCO_IMAGES = "http://images.cocodataset.org/zips/val2014.zip"
+OWN_FIELDS = {"final_url", "not_text", "unverified_certificate"}
+"""Fields that fetching makes itself."""
 COCO_CAPTIONS = "http://images.cocodataset.org/annotations/annotations_trainval2014.zip"
 
 
@@ -45,6 +47,10 @@ class FetchOptions(Options):
     """Networks (`10.1.0.0/16`) whose addresses may be asked though they are not public. Without it URLs, redirects and
     names that lead to this machine, its network or a cloud's metadata fail (`private_address`)."""
 
+    accept_failing_certificates: bool = False
+    """Fetch from hosts whose certificate fails, too, which have expired ones mostly; else their URLs fail
+    (`certificate`). Such a picture's field `unverified_certificate` says what was wrong."""
+
     @property
     def agent(self) -> str:
         """The header `User-Agent`."""
@@ -61,16 +67,51 @@ class FetchOptions(Options):
         return networks
 
 
+OWN_OPTIONS = {
+    *("url_list", "output_folder", "input_format", "url_col", "caption_col", "bbox_col", "output_format"),
+    *("number_sample_per_shard", "processes_count", "disable_all_reencoding", "resize_mode", "extract_exif"),
+    *("compute_hash", "verify_hash", "incremental_mode", "distributor", "save_additional_columns"),
+}
+"""Options of img2dataset that a unit sets itself."""
+
+
+class Img2datasetOptions(Options):
+    """How `fetcher: img2dataset` runs it."""
+
+    python: str | None = None
+    """The interpreter of an environment with img2dataset; by default microdit's own, with its extra `img2dataset`."""
+    options: dict[str, Any] = Field(default={})
+    """Its own options that say how it fetches, such as `thread_count`, `timeout`, `retries`, `user_agent_token`."""
+
+    @field_validator("options")
+    @classmethod
+    def _check_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for name in OWN_OPTIONS & set(options):
+            raise FieldError((name,), "a unit sets this option of img2dataset itself; leave it out", options[name])
+        return options
+
+
 class UrlsSource(Options):
-    """A list of lines with a URL and a caption each.
+    """A list of rows with a URL and a caption each.
 
     `url<TAB>caption` as CC12M is published, `caption<TAB>url` as CC3M is, or a TSV or CSV whose first line names its
-    columns; in UTF-8 or UTF-16.
+    columns, in UTF-8 or UTF-16; JSON lines; Parquet tables. Text may be compressed with gzip, zstd, bzip2 or xz.
     """
 
     adapter: Literal["urls"]
     list: str
-    """The file with the list, on a disk of this machine."""
+    """The list: a file, or a pattern of several of one kind, here, `https://`, `s3://` or `hf://`. What is not one
+    plain file of this machine is copied into the scratch folder, unpacked."""
+    url: str | int | None = None
+    """The column with the URL: its name, or its number from 1; by default it is found by its name or content."""
+    caption: str | int | None = None
+    """The column with the caption, as `url`; empty for none."""
+    fields: dict[str, str | int] = Field(default={})
+    """Further columns that become fields of a sample, by the field's name."""
+    md5: str | int | None = None
+    """The column with the MD5 of the bytes, as 32 hexadecimal digits. Other bytes fail with `wrong_checksum`."""
+    sha256: str | int | None = None
+    """The column with their SHA-256, as `md5`."""
     license: str = ""
     """The licence of every sample."""
     unit_inputs: int = Field(default=4096, ge=1, le=1_000_000)
@@ -78,7 +119,23 @@ class UrlsSource(Options):
     limit: int | None = Field(default=None, ge=1)
     """Take the first lines only, to try things."""
     fetch: FetchOptions = FetchOptions()
-    """Options of fetching the URLs."""
+    """How the URLs are fetched."""
+    fetcher: Literal["microdit", "img2dataset"] = "microdit"
+    """Who fetches. img2dataset heeds no robots.txt, bounds no sizes, and follows redirects to any address; what it
+    failed to fetch in passing is fetched again by microdit."""
+    img2dataset: Img2datasetOptions = Img2datasetOptions()
+    """How `fetcher: img2dataset` runs it."""
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> "UrlsSource":
+        given = {(name,): getattr(self, name) for name in ("url", "caption", "md5", "sha256")}
+        given |= {("fields", name): column for name, column in self.fields.items()}
+        for where, column in given.items():
+            if (column == "" and where != ("caption",)) or (isinstance(column, int) and column < 1):
+                raise FieldError(where, "expected the name of a column, or its number from 1", column)
+        for name in OWN_FIELDS & set(self.fields):
+            raise FieldError(("fields", name), "fetching makes a field of this name; take another", name)
+        return self
 
 
 class OpenmojiSource(Options):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from microdit.pipeline.sources.list_format import CAPTION_NAMES, URL_NAMES
+from microdit.pipeline.sources.list_columns import CAPTION_NAMES, URL_NAMES
 
 CAPTIONS = ("long_caption", "detailed_caption", "input_prompt", "instruction", *CAPTION_NAMES, "txt", "cap")
 MAGICS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")

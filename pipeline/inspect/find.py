@@ -18,6 +18,7 @@ from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.remote_file import Listing, RemoteFile
 from microdit.pipeline.files.split_files import joined_copy, with_parts_joined
 from microdit.pipeline.files.tfrecords import parse_example, records
+from microdit.pipeline.files.unpacked import unpacked
 from microdit.pipeline.files.wrong_files import what_it_is
 from microdit.pipeline.inspect import columns as of
 from microdit.pipeline.inspect.tables import join_of, rows_of_table
@@ -38,7 +39,7 @@ KINDS = {
     "folder": re.compile(rf".*\.({'|'.join(IMAGES)})$", re.IGNORECASE),
     "parquet": re.compile(r".*\.parquet$", re.IGNORECASE),
     "jsonl": re.compile(r".*\.(jsonl|ndjson)(\.(gz|zst))?$|.*\.json$", re.IGNORECASE),
-    "urls": re.compile(r".*\.(txt|tsv|csv)$", re.IGNORECASE),
+    "urls": re.compile(r".*\.(txt|tsv|csv)(\.(gz|zst|bz2|xz))?$", re.IGNORECASE),
 }
 
 
@@ -244,13 +245,24 @@ def _look_at_parquet(found: Found, path: Path, files: Sequence[RemoteFile]) -> N
     found.columns = of.by_name(rows)
     pictures = {n: v for n, v in found.columns.items() if v and all(of.is_picture(_bytes_of(each)) for each in v)}
     if not pictures:
-        url = of.url_column(found.columns)
-        advice = f". Its column {url!r} has URLs: for `adapter: urls` write a .tsv of them" if url else ""
+        if _is_list(found):
+            return
         known = ", ".join(found.columns)
-        raise RequestError(f"PLACE: no column of {files[0].name} holds pictures; it has {known}{advice}")
+        raise RequestError(f"PLACE: no column of {files[0].name} holds pictures or URLs; it has {known}")
     image = next(iter(pictures))
     caption = of.caption_column(found.columns)
     found.block |= {"image": image, "caption": caption, "fields": of.other_fields(found.columns, [image, caption])}
+
+
+def _is_list(found: Found) -> bool:
+    """Describe a table without pictures as a list, if it has URLs."""
+    url = of.url_column(found.columns)
+    if url:
+        caption = of.caption_column({name: values for name, values in found.columns.items() if name != url})
+        fields = of.other_fields(found.columns, [url, caption])
+        found.layout, place = "urls", found.block["files"]
+        found.block = {"adapter": "urls", "list": place, "url": url, "caption": caption, "fields": fields}
+    return bool(url)
 
 
 def _bytes_of(value: object) -> object:
@@ -283,23 +295,21 @@ def _look_at_lines(found: Found, path: Path, files: Sequence[RemoteFile]) -> Non
     found.columns = of.by_name(rows)
     images = [n for n, v in found.columns.items() if v and all(isinstance(x, str) and _is_image_text(x) for x in v)]
     if not images:
-        raise RequestError(
-            f"PLACE: no field of {files[0].name} has pictures (paths or base64); it has {', '.join(found.columns)}"
-        )
+        if _is_list(found):
+            return
+        known = ", ".join(found.columns)
+        raise RequestError(f"PLACE: no field of {files[0].name} has pictures (paths or base64) or URLs; it has {known}")
     image = images[0]
     caption = of.caption_column({n: v for n, v in found.columns.items() if n != image})
     found.block |= {"image": image, "caption": caption, "fields": of.other_fields(found.columns, [image, caption])}
 
 
 def _is_image_text(text: str) -> bool:
-    return is_image(text) or text.startswith(("data:image/", "/9j/", "iVBORw0KGgo", "UklGR"))
+    return (is_image(text) and "://" not in text) or text.startswith(("data:image/", "/9j/", "iVBORw0KGgo", "UklGR"))
 
 
 def _look_at_list(found: Found, path: Path, files: Sequence[RemoteFile]) -> None:
-    if len(files) > 1:
-        found.notes.append(f"of {len(files)} lists the first is taken: a source reads one list")
-    found.block["list"] = files[0].url
-    with path.open("rb") as file:
+    with unpacked(path) as file:
         found.columns = {"line": list(_first_lines(file))}
 
 

@@ -37,19 +37,20 @@ class Head:
 
 
 async def ask_leniently(
-    url: URL, addresses: Sequence[str], headers: Mapping[str, str], max_bytes: int
+    url: URL, addresses: Sequence[str], headers: Mapping[str, str], max_bytes: int, verify: bool = True
 ) -> tuple[Head, bytes]:
     """Ask for a URL on a connection of its own; return the head and the body. The caller bounds the time.
 
     Args:
         addresses: those of its host, of which the first that takes a connection is asked.
+        verify: refuse a certificate that fails.
 
     Raises:
         UnreadableAnswer: it is no answer, or beyond the limits.
         OSError: there is no connection.
         EOFError: the connection ended before the answer did.
     """
-    reader, writer = await _connect(url, addresses)
+    reader, writer = await _connect(url, addresses, verify)
     try:
         host = url.host_port_subcomponent or ""
         lines = {"Host": host, **headers, "Accept-Encoding": "gzip, deflate", "Connection": "close"}
@@ -70,10 +71,15 @@ async def ask_leniently(
             writer.transport.abort()
 
 
-async def _connect(url: URL, addresses: Sequence[str]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def _connect(
+    url: URL, addresses: Sequence[str], verify: bool
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     secure: dict[str, Any] = {}
     if url.scheme == "https":
-        secure = {"ssl": ssl.create_default_context(), "server_hostname": (url.raw_host or "").rstrip(".")}
+        context = ssl.create_default_context()
+        if not verify:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        secure = {"ssl": context, "server_hostname": (url.raw_host or "").rstrip(".")}
     failed: OSError = OSError("its host has no address")
     for address in addresses:
         try:

@@ -5,9 +5,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from microdit.pipeline.base.secrets import without_secrets
+from microdit.pipeline.sources.list_columns import CAPTION_NAMES, URL_NAMES, Column, ListColumns, ListRow
+from microdit.pipeline.sources.list_json import JsonFormat, find_json_format, is_json
 from microdit.pipeline.sources.list_records import MAX_LINE, merged
 
 SAMPLE = 1 << 20  # bytes from the beginning of a list that its format is found by
@@ -15,10 +17,13 @@ MAX_SHOWN = 4096  # characters of a line that are searched for secrets before it
 EVEN = 0.9  # the share of the lines that must have the same number of columns
 URL = re.compile(r"https?://\S+", re.IGNORECASE)
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
-URL_NAMES = ("url", "image_url", "img_url", "imageurl", "image_link", "image", "link", "uri", "src")
-CAPTION_NAMES = ("caption", "text", "top_caption", "alt_text", "alt", "title", "description", "prompt")
 BYTE_ORDER_MARK = "\ufeff"
-OTHER_FILES = {b"PAR1": "a Parquet file", b"\x1f\x8b": "compressed with gzip", b"PK\x03\x04": "a zip file"}
+OTHER_FILES = {
+    b"PAR1": "a Parquet file that is packed once more",
+    b"\x1f\x8b": "compressed twice",
+    b"PK\x03\x04": "a zip file",
+    b"[": "one JSON list, not lines of objects",
+}
 EXPECTED = "expected url<TAB>caption lines, or a first line that names the columns, such as url<TAB>caption<TAB>score"
 
 
@@ -35,13 +40,22 @@ class ListFormat:
     columns: int = 2
     url: int = 0
     caption: int = 1
+    """-1: there is none."""
+    more: tuple[tuple[str, int], ...] = ()
+    """Further columns by what they are for: `fields.NAME`, `md5`, `sha256`."""
+
+    longest: ClassVar[int] = MAX_LINE
+    """Bytes of a line at most."""
 
     def stage(self) -> dict[str, Any]:
         """Declare the format where it is not the default."""
-        return {} if self == PLAIN else {"format": asdict(self)}
+        if self == PLAIN:
+            return {}
+        more = {"more": dict(self.more)} if self.more else {}
+        return {"format": {name: value for name, value in asdict(self).items() if name != "more"} | more}
 
-    def parse(self, line: bytes) -> tuple[str, str]:
-        """Parse the URL and the caption of a list's line, which is UTF-8 whatever the list is.
+    def parse(self, line: bytes) -> ListRow:
+        """Parse a list's line, which is UTF-8 whatever the list is.
 
         Raises:
             ValueError: the line is malformed; the message says how.
@@ -52,7 +66,8 @@ class ListFormat:
         shown = without_secrets(text[:MAX_SHOWN])[:80]
         if self.encoding != "utf-8" and "\ufffd" in text:
             raise ValueError(f"expected {self.encoding}, found {shown!r}")
-        if not self.quoted and self.columns == 2 and self.url == 0:
+        more: dict[str, object] = {}
+        if not self.quoted and (self.columns, self.url, self.caption, self.more) == (2, 0, 1, ()):
             url, tab, caption = text.partition(self.delimiter)
             if not tab or not url.strip():
                 raise ValueError(f"expected url<TAB>caption, found {shown!r}")
@@ -60,8 +75,9 @@ class ListFormat:
             cells = split(text, self.delimiter, self.quoted)
             if len(cells) > self.columns or len(cells) <= max(self.url, self.caption):
                 raise ValueError(f"expected {self.columns} columns, found {len(cells)}: {shown!r}")
-            url, caption = cells[self.url], cells[self.caption]
-        return url.strip(), " ".join(caption.split())
+            url, caption = cells[self.url], cells[self.caption] if self.caption >= 0 else ""
+            more = {what: cells[index] for what, index in self.more if index < len(cells)}
+        return ListRow(url.strip(), " ".join(caption.split()), more)
 
 
 PLAIN = ListFormat()
@@ -81,17 +97,23 @@ def split(text: str, delimiter: str, quoted: bool) -> list[str]:
         raise ValueError(f"{error}: {without_secrets(text[:MAX_SHOWN])[:80]!r}") from None
 
 
-def find_format(head: bytes, whole: bool, limit: int | None = None) -> ListFormat:
+def find_format(
+    head: bytes, whole: bool, limit: int | None = None, columns: ListColumns | None = None
+) -> ListFormat | JsonFormat:
     """Find the format of a list by its first bytes.
 
     Args:
         head: the first `SAMPLE` bytes.
         whole: they are the whole list.
         limit: the number of lines that are read.
+        columns: those that are asked for.
 
     Raises:
         ValueError: these are no lines with a URL and a caption each, or it is open which columns they are.
     """
+    columns = columns or ListColumns()
+    if is_json(head):
+        return find_json_format(head, columns)
     for magic, what in OTHER_FILES.items():
         if head.startswith(magic):
             raise ValueError(f"it is {what}; {EXPECTED}")
@@ -107,20 +129,25 @@ def find_format(head: bytes, whole: bool, limit: int | None = None) -> ListForma
     filled = [line for line in lines if line.strip()]
     linked = [line for line in filled if URL.search(line)]
     delimiter = "\t" if 2 * sum("\t" in line for line in linked) >= len(linked) else ","
+    if columns.caption == "" and linked and not any("\t" in line for line in linked) and not columns.names():
+        start = len(head.split(b"\n")[0]) + 1 if lines[0].strip().lower() in URL_NAMES else 0
+        return ListFormat(encoding, "\t", False, _aligned(head, start, encoding), 1, 0, -1)
     if not any(delimiter in line for line in linked):
         found = without_secrets(filled[0][:MAX_SHOWN])[:80] if filled else ""
         raise ValueError(f"none of its first {len(filled)} lines has a URL and a caption: {found!r}; {EXPECTED}")
     texts = [text for text in joined[delimiter] if text.strip()]
     quoted = delimiter == "," or _is_quoted(texts)
     filled = texts if quoted else filled
-    header = _header(lines[0], delimiter, quoted)
+    header = _header(lines[0], delimiter, quoted, columns)
     if header is None:
-        return ListFormat(encoding, delimiter, quoted, 0, *_by_content(filled, delimiter, quoted))
-    url, caption = _named(header)
-    if (encoding, delimiter, quoted, len(header), url) == ("utf-8", "\t", False, 2, 0):
+        width, url, caption, more = _by_number(filled, delimiter, quoted, columns)
+        return ListFormat(encoding, delimiter, quoted, 0, width, url, caption, more)
+    url, caption = _named(header, columns)
+    more = tuple((what, _position(header, what, column)) for what, column in columns.more)
+    if (encoding, delimiter, quoted, len(header), url, caption, more) == ("utf-8", "\t", False, 2, 0, 1, ()):
         return PLAIN  # its header is an input that fails, as it always was: keys count the lines
     start = head.index("\n".encode(encoding)) + len("\n".encode(encoding))
-    return ListFormat(encoding, delimiter, quoted, _aligned(head, start, encoding), len(header), url, caption)
+    return ListFormat(encoding, delimiter, quoted, _aligned(head, start, encoding), len(header), url, caption, more)
 
 
 def _aligned(head: bytes, start: int, encoding: str) -> int:
@@ -158,39 +185,78 @@ def _is_quoted(lines: Sequence[str]) -> bool:
     return doubled or not (bare or len(lines) < 2)
 
 
-def _header(line: str, delimiter: str, quoted: bool) -> list[str] | None:
+def _header(line: str, delimiter: str, quoted: bool, columns: ListColumns) -> list[str] | None:
     """Return the names of the columns if the first line is a header: it has no URL, and a column named as one."""
+    known = {*URL_NAMES, *CAPTION_NAMES, *(name.lower() for name in columns.names())}
     try:
         names = [name.strip().lower() for name in split(line, delimiter, quoted)]
     except ValueError:
         return None
-    if len(names) < 2 or URL.search(line) or not set(names) & {*URL_NAMES, *CAPTION_NAMES}:
+    if len(names) < 2 or URL.search(line) or not set(names) & known:
         return None
     return names
 
 
-def _named(names: Sequence[str]) -> tuple[int, int]:
+def _named(names: Sequence[str], columns: ListColumns) -> tuple[int, int]:
     """Find the columns of the URL and the caption by their names."""
     found = []
-    for what, known in (("URL", URL_NAMES), ("caption", CAPTION_NAMES)):
+    for what, known, column in (("URL", URL_NAMES, columns.url), ("caption", CAPTION_NAMES, columns.caption)):
+        if column is not None:
+            found.append(_position(names, what.lower(), column) if column != "" else -1)
+            continue
         name = next((name for name in known if name in names), None)
         if name is None:
             raise ValueError(
                 f"its header names no column with the {what}: {', '.join(names)[:200]}; "
-                f"expected {known[0]!r} among them"
+                f"expected {known[0]!r} among them, or the option {what.lower()}"
             )
         found.append(names.index(name))
     return found[0], found[1]
 
 
+def _position(names: Sequence[str], what: str, column: Column) -> int:
+    """Find a column that is asked for in a header."""
+    if isinstance(column, str) and column.lower() in names:
+        return names.index(column.lower())
+    if isinstance(column, int) and column <= len(names):
+        return column - 1
+    raise ValueError(f"{what}: it has no column {column!r}; expected one of {', '.join(names)[:200]}")
+
+
+def _by_number(
+    lines: Sequence[str], delimiter: str, quoted: bool, columns: ListColumns
+) -> tuple[int, int, int, tuple[tuple[str, int], ...]]:
+    """Find the columns of a list without a header: how many, those of URL and caption, and the further ones."""
+    if columns.names():
+        shown = without_secrets(lines[0][:MAX_SHOWN])[:80]
+        raise ValueError(
+            f"its first line names no column {columns.names()[0]!r}: {shown!r}; expected a first line with the names "
+            "of the columns, or the number of the column, from 1, in the option"
+        )
+    if columns.url is None or columns.caption is None:
+        width, url, caption = _by_content(lines, delimiter, quoted)
+    else:
+        widths = Counter(len(cells) for line in lines if (cells := _cells(line, delimiter, quoted)))
+        width, url, caption = widths.most_common(1)[0][0], 0, 1
+    url = columns.url - 1 if isinstance(columns.url, int) else url
+    caption = columns.caption - 1 if isinstance(columns.caption, int) else -1 if columns.caption == "" else caption
+    more = tuple((what, int(column) - 1) for what, column in columns.more)
+    for what, index in (("url", url), ("caption", caption), *more):
+        if index >= width:
+            raise ValueError(f"{what}: its lines have {width} columns; expected a number from 1 to {width}")
+    return width, url, caption, more
+
+
+def _cells(line: str, delimiter: str, quoted: bool) -> list[str]:
+    try:
+        return split(line, delimiter, quoted)
+    except ValueError:
+        return []
+
+
 def _by_content(lines: Sequence[str], delimiter: str, quoted: bool) -> tuple[int, int, int]:
     """Find the number of columns, and those of the URL and the caption, by what is in them."""
-    rows = []
-    for line in lines:
-        try:
-            rows.append(split(line, delimiter, quoted))
-        except ValueError:
-            continue
+    rows = [_cells(line, delimiter, quoted) for line in lines]
     rows = [row for row in rows if any(URL.fullmatch(cell.strip()) for cell in row)]
     widths = Counter(map(len, rows))
     width, count = max(widths.items(), key=lambda item: item[1], default=(0, 0))

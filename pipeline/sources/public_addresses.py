@@ -61,6 +61,25 @@ def is_public(address: Address) -> bool:
     return not any(address in network for network in NOT_PUBLIC)
 
 
+def check_host(host: str, allowed: Sequence[Network] = ()) -> None:
+    """Check a host that is an address itself.
+
+    Args:
+        allowed: networks whose addresses may be asked though they are not public.
+
+    Raises:
+        PrivateAddress: it may not be asked.
+    """
+    address = literal(host)
+    if address is not None and not _is_allowed(address, allowed):
+        raise PrivateAddress(_refusal(host, address))
+
+
+def _is_allowed(address: Address, allowed: Sequence[Network]) -> bool:
+    given = (address, _in_ipv4(address))
+    return is_public(address) or any(one in network for network in allowed for one in given)
+
+
 class PublicResolver(ThreadedResolver):
     """Look up hosts and keep the addresses that may be connected to; aiohttp connects to no others.
 
@@ -78,9 +97,7 @@ class PublicResolver(ThreadedResolver):
         Raises:
             PrivateAddress: it may not be connected to.
         """
-        address = literal(host)
-        if address is not None and not self._is_allowed(address):
-            raise PrivateAddress(_refusal(host, address))
+        check_host(host, self._allowed)
 
     async def resolve(self, host: str, port: int = 0, family: Any = socket.AF_INET) -> list[Any]:
         """Look up a host.
@@ -89,14 +106,10 @@ class PublicResolver(ThreadedResolver):
             PrivateAddress: none of its addresses may be connected to.
         """
         answers = await super().resolve(host, port, family)
-        allowed = [answer for answer in answers if self._is_allowed(_parsed(answer["host"]))]
+        allowed = [answer for answer in answers if _is_allowed(_parsed(answer["host"]), self._allowed)]
         if answers and not allowed:
             raise PrivateAddress(_refusal(host, _parsed(answers[0]["host"])))
         return allowed
-
-    def _is_allowed(self, address: Address) -> bool:
-        given = (address, _in_ipv4(address))
-        return is_public(address) or any(one in network for network in self._allowed for one in given)
 
 
 def _parsed(address: str) -> Address:

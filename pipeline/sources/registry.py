@@ -30,6 +30,7 @@ from microdit.pipeline.sources.adapters.textcaps import Textcaps
 from microdit.pipeline.sources.adapters.tfrecord import Tfrecord
 from microdit.pipeline.sources.adapters.urls import Urls
 from microdit.pipeline.sources.adapters.webdataset import Webdataset
+from microdit.pipeline.sources.list_columns import ListColumns
 from microdit.pipeline.sources.openmoji.source import Openmoji
 from microdit.pipeline.sources.source import Source
 
@@ -51,7 +52,10 @@ def source_of(config: BuildConfig, name: str) -> Source:
 def _source(name: str, options: SourceOptions, scratch: Path, config: BuildConfig) -> Source:
     match options:
         case UrlsSource():
-            return Urls(name, options.list, options.unit_inputs, options.fetch, options.limit, options.license)
+            columns = ListColumns.of(options)
+            about = (options.unit_inputs, options.fetch, options.limit, options.license)
+            engine = options.img2dataset if options.fetcher == "img2dataset" else None
+            return Urls(name, options.list, *about, columns=columns, scratch=scratch, img2dataset=engine)
         case OpenmojiSource():
             return Openmoji(name, options)
         case Sa1bSource():

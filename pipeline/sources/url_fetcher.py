@@ -5,7 +5,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.sources.host_pace import HostPace
 from microdit.pipeline.sources.slots import Slots
 from microdit.pipeline.sources.spool import Spool
-from microdit.pipeline.sources.url_request import RequestFailed, request, seconds
+from microdit.pipeline.sources.url_request import Received, RequestFailed, request, seconds
 from microdit.pipeline.sources.web_client import Client
 
 WINDOW = 16384  # requests that may be running or completed ahead of the one that is waited for
@@ -44,11 +44,13 @@ class Fetched:
     reason: str | None = None
     detail: str = ""
     url: str = ""
-    """Final URL of the bytes, after redirects."""
+    """Where the bytes came from, after redirects."""
+    unverified: str = ""
+    """What was wrong with the certificate of a host that was asked all the same."""
     spooled: tuple[int, int] | None = None
 
 
-def fetch_all(requests: Iterable[tuple[T, str | None]], options: FetchOptions) -> Iterator[tuple[T, Fetched | None]]:
+def fetch_all(requests: Iterable[tuple[T, str | None]], options: FetchOptions) -> Generator[tuple[T, Fetched | None]]:
     """Fetch the URLs of (anything, URL) pairs; yield (anything, result) in the same order.
 
     Where the URL is None nothing is fetched and the result is None. Fetching goes on in a thread while the caller works
@@ -222,9 +224,9 @@ class _Fetcher:
             try:
                 if host.put_off or host.suspect:
                     wait = min(wait, SECOND_WAIT)
-                data, final = await self._try(client, number, url, min(left, wait), left, lenient, host)
+                received = await self._try(client, number, url, min(left, wait), left, lenient, host)
                 host.allow()
-                return Fetched(data, url=final)
+                return Fetched(received.data, url=received.url, unverified=received.unverified)
             except RequestFailed as error:
                 longer = failed if failed is not None and failed.silent and error.silent else None
                 failed = longer or error
@@ -274,7 +276,7 @@ class _Fetcher:
         left: float,
         lenient: bool,
         host: HostPace,
-    ) -> tuple[bytes, str]:
+    ) -> Received:
         """Make one try once there is room for its answer, and a slot, which it gives back early if it is late."""
         late = host.suspect and self._late < MAX_LATE  # such ones need no slot, so that they are known early
         owned = not late

@@ -50,6 +50,17 @@ class RequestFailed(Exception):
 
 
 @dataclass(frozen=True)
+class Received:
+    """The bytes of a URL."""
+
+    data: bytes
+    url: str
+    """Where they came from, after redirects."""
+    unverified: str = ""
+    """What was wrong with the certificate of a host that was asked all the same."""
+
+
+@dataclass(frozen=True)
 class Answer:
     """The body of an answer, or where it redirects to."""
 
@@ -59,8 +70,8 @@ class Answer:
 
 async def request(
     client: Client, url: str, wait: float, lenient: bool, heard: Callable[[], None], robots: bool | None = None
-) -> tuple[bytes, str]:
-    """Ask for a URL and follow its redirects; return the bytes and the URL that they came from.
+) -> Received:
+    """Ask for a URL and follow its redirects.
 
     Args:
         wait: seconds to wait for a connection, or for the next byte.
@@ -71,6 +82,7 @@ async def request(
     Raises:
         RequestFailed: there is no complete answer within the limits.
     """
+    unverified = ""
     for _ in range(client.options.max_redirects + 1):
         target = _checked(url)
         try:
@@ -82,16 +94,17 @@ async def request(
         if lenient and proxy is None:
             answer = await _ask_leniently(client, target, heard)
         else:
-            answer = await _ask(session, target, proxy, client.options, wait, heard)
+            answer = await _ask_whoever(client, session, target, proxy, wait, heard)
+        unverified = client.unverified.get(host_of(target), unverified)
         if answer.location is None:
-            return answer.data, url
+            return Received(answer.data, url, unverified)
         url = redirected(url, answer.location)
     raise RequestFailed("redirects", f"more than {client.options.max_redirects} redirects")
 
 
 async def _check_robots(client: Client, url: URL, wait: float, heard: Callable[[], None]) -> None:
     """Raise RequestFailed if the host's robots.txt forbids a URL, or cannot be had for now."""
-    host = f"{url.scheme}://{url.host_port_subcomponent}"
+    host = host_of(url)
     if host not in client.robots:
         task = client.robots[host] = asyncio.create_task(_robots_rules(client, host, wait, heard))
 
@@ -111,7 +124,7 @@ async def _robots_rules(client: Client, host: str, wait: float, heard: Callable[
     url = f"{host}/robots.txt"
     try:
         async with asyncio.timeout(client.options.timeout):
-            data, _ = await request(client, url, wait, False, heard, robots=False)
+            data = (await request(client, url, wait, False, heard, robots=False)).data
     except TimeoutError:
         limit = seconds(client.options.timeout)
         raise RequestFailed("timeout", f"robots.txt: no complete answer within {limit}") from None
@@ -133,6 +146,26 @@ def _checked(url: str) -> URL:
     return target
 
 
+async def _ask_whoever(
+    client: Client,
+    session: aiohttp.ClientSession,
+    url: URL,
+    proxy: str | None,
+    wait: float,
+    heard: Callable[[], None],
+) -> Answer:
+    """Ask a host, also one whose certificate fails if the options accept that; such hosts are noted in the client."""
+    host = host_of(url)
+    if host not in client.unverified:
+        try:
+            return await _ask(session, url, proxy, client.options, wait, heard)
+        except RequestFailed as error:
+            if error.reason != "certificate" or not client.options.accept_failing_certificates:
+                raise
+            client.unverified[host] = error.detail
+    return await _ask(session, url, proxy, client.options, wait, heard, verify=False)
+
+
 async def _ask(
     session: aiohttp.ClientSession,
     url: URL,
@@ -140,11 +173,12 @@ async def _ask(
     options: FetchOptions,
     wait: float,
     heard: Callable[[], None],
+    verify: bool = True,
 ) -> Answer:
     timeout = aiohttp.ClientTimeout(connect=wait, sock_read=wait)
     begun = False
     try:
-        async with session.get(url, allow_redirects=False, timeout=timeout, proxy=proxy) as response:
+        async with session.get(url, allow_redirects=False, timeout=timeout, proxy=proxy, ssl=verify) as response:
             heard()
             begun = True
             location = _location(response.status, response.reason or "", response.headers, options)
@@ -189,6 +223,11 @@ def _location(status: int, reason: str, headers: Headers, options: FetchOptions)
     raise RequestFailed(f"http_{status}", f"{status} {reason}", transient, asked)
 
 
+def host_of(url: URL) -> str:
+    """Return a URL's scheme, host and port."""
+    return f"{url.scheme}://{url.host_port_subcomponent}"
+
+
 def seconds(number: float) -> str:
     return f"{number:.3g} second{'' if number == 1 else 's'}"
 
@@ -208,7 +247,7 @@ def _failed(error: Exception, wait: float, begun: bool) -> RequestFailed:
             why = "the name server did not answer" if number == socket.EAI_AGAIN else "there is no such host"
             return RequestFailed("dns", f"{why}: {error}", number == socket.EAI_AGAIN)
         case aiohttp.ClientConnectorCertificateError():
-            return RequestFailed("certificate", detail)
+            return RequestFailed("certificate", " ".join(detail.split())[:300])
         case aiohttp.InvalidURL():
             return RequestFailed("bad_url", detail)
         case aiohttp.ClientPayloadError():
@@ -221,7 +260,8 @@ def _failed(error: Exception, wait: float, begun: bool) -> RequestFailed:
 async def _ask_leniently(client: Client, url: URL, heard: Callable[[], None]) -> Answer:
     try:
         addresses = await client.addresses(url)
-        head, body = await ask_leniently(url, addresses, client.headers, client.options.max_bytes)
+        verify = host_of(url) not in client.unverified
+        head, body = await ask_leniently(url, addresses, client.headers, client.options.max_bytes, verify)
         heard()
         location = _location(head.status, head.reason, head.headers, client.options)
         return Answer(body, location)

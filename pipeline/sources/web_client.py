@@ -32,6 +32,8 @@ class Client:
         self.resolver = PublicResolver(options.allow_networks)
         self.robots: dict[str, asyncio.Task[RobotsRules]] = {}
         """By scheme, host and port: what its robots.txt says, or the request for it."""
+        self.unverified: dict[str, str] = {}
+        """By scheme, host and port: what is wrong with the certificate of a host that is asked all the same."""
         self._proxies = _proxies()
         self._direct = _session(self.headers, self.resolver)
         self._through_proxies = _session(self.headers, None) if self._proxies else self._direct

@@ -5,7 +5,7 @@ from typing import Any
 
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import Commit
-from microdit.pipeline.corpus.rows import Row, latest
+from microdit.pipeline.corpus.rows import Row, latest, read_lines
 from microdit.pipeline.stages.rows import Outcome, Output, RowFailure, Scalars, ShardRun, open_shard
 from microdit.pipeline.stages.stage import ColumnSpec, Task
 
@@ -19,12 +19,15 @@ class RowStage:
     Args:
         device: `cpu` if `load` loads a model, else None.
         load: returns the function of a row; picklable, called once per process.
+        scalars_only: the function needs no members, so that no pictures are read.
     """
 
-    def __init__(self, name: str, spec: ColumnSpec, device: str | None, load: Callable[[], Compute]):
+    def __init__(
+        self, name: str, spec: ColumnSpec, device: str | None, load: Callable[[], Compute], scalars_only: bool = False
+    ):
         self.name, self.device, self.columns = name, device, {name: spec}
         (self._input,) = spec.inputs
-        self._load = load
+        self._load, self._scalars_only = load, scalars_only
         self._compute: Compute | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -36,8 +39,10 @@ class RowStage:
     def run(self, corpus: Corpus, task: Task) -> list[Commit]:
         self.load()
         assert self._compute is not None
-        with open_shard(corpus, task, latest(corpus, self._input, task.ref)) as shard:
-            return compute_rows(shard, self._compute)
+        source = latest(corpus, self._input, task.ref)
+        rows = list(read_lines(corpus, source)) if self._scalars_only else None
+        with open_shard(corpus, task, source) as shard:
+            return compute_rows(shard, self._compute, rows)
 
 
 def compute_rows(

@@ -1,32 +1,39 @@
-"""`urls`: a list of lines with a URL and a caption each, as CC12M and CC3M are published. A line is an input."""
+"""`urls`: a list of rows with a URL and a caption each, as CC12M and CC3M are published. A row is an input."""
 
 import hashlib
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import numpy as np
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.secrets import has_secrets, without_secrets
-from microdit.pipeline.config.sources import FetchOptions
+from microdit.pipeline.config.sources import FetchOptions, Img2datasetOptions
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import unit_name
 from microdit.pipeline.corpus.redeclare import is_unused_source
+from microdit.pipeline.files.scratch import scratch_folder
+from microdit.pipeline.sources.img2dataset_engine import check_img2dataset, fetch_by_img2dataset
+from microdit.pipeline.sources.joined_fields import as_text, fields_of
+from microdit.pipeline.sources.list_columns import ListColumns
 from microdit.pipeline.sources.list_format import PLAIN, SAMPLE, ListFormat, find_format
+from microdit.pipeline.sources.list_json import JsonFormat
 from microdit.pipeline.sources.list_records import MAX_LINE, read_records, records
-from microdit.pipeline.sources.members import fault_fields, one_line
+from microdit.pipeline.sources.list_text import ListText
+from microdit.pipeline.sources.members import fault_fields
 from microdit.pipeline.sources.source import Input
-from microdit.pipeline.sources.url_fetcher import fetch_all
+from microdit.pipeline.sources.url_fetcher import Fetched, fetch_all
 
 BLOCK = 8 << 20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ def index_list(
     path: Path,
     unit_inputs: int,
     limit: int | None = None,
-    form: ListFormat = PLAIN,
+    form: ListFormat | JsonFormat = PLAIN,
 ) -> ListIndex:
     """Find the units of a list; cached as long as the file is unchanged.
 
@@ -57,9 +64,9 @@ def index_list(
 
 @lru_cache(maxsize=16)
 def _index_list(
-    path: Path, unit_inputs: int, limit: int | None, form: ListFormat, modified: int, size: int
+    path: Path, unit_inputs: int, limit: int | None, form: ListFormat | JsonFormat, modified: int, size: int
 ) -> ListIndex:
-    if form.quoted:
+    if isinstance(form, ListFormat) and form.quoted:
         return _index_records(path, unit_inputs, limit, form)
     kind = np.dtype({"utf-8": "u1", "utf-16-le": "<u2", "utf-16-be": ">u2"}[form.encoding])
     digest, inputs, end = hashlib.sha256(), 0, form.start
@@ -101,16 +108,16 @@ def _index_records(path: Path, unit_inputs: int, limit: int | None, form: ListFo
     return ListIndex(digest.hexdigest(), inputs, tuple([*offsets, end] if inputs else offsets))
 
 
-def read_lines(path: Path, index: ListIndex, number: int) -> Iterator[bytes]:
-    """Read the lines of a unit without their line ends; of one longer than `MAX_LINE`, a byte more than that."""
+def read_lines(path: Path, index: ListIndex, number: int, longest: int = MAX_LINE) -> Iterator[bytes]:
+    """Read the lines of a unit without their line ends; of one longer than `longest`, a byte more than that."""
     start, end = index.offsets[number : number + 2]
     with path.open("rb") as file:
         file.seek(start)
         while file.tell() < end:
-            line = part = file.readline(MAX_LINE + 2)
+            line = part = file.readline(longest + 2)
             while part and not part.endswith(b"\n"):
-                part = file.readline(MAX_LINE)
-            yield line.rstrip(b"\r\n") if len(line) <= MAX_LINE else line[: MAX_LINE + 1]
+                part = file.readline(longest)
+            yield line.rstrip(b"\r\n") if len(line) <= longest else line[: longest + 1]
 
 
 def decode_lines(path: Path, index: ListIndex, number: int, count: int, encoding: str) -> Iterator[bytes]:
@@ -129,7 +136,10 @@ class Urls:
     """The adapter `urls`.
 
     Args:
-        path: the list.
+        path: the list, or a pattern of its files.
+        columns: the columns of the list that are asked for.
+        scratch: folder for the copy of a list that is not one plain file of this machine.
+        img2dataset: how it is run, if it fetches.
         base: URL that relative URLs of the list are relative to; the origin of an input is as the list has it.
 
     Raises:
@@ -147,27 +157,36 @@ class Urls:
         limit: int | None = None,
         license: str = "",
         base: str | None = None,
+        columns: ListColumns | None = None,
+        scratch: Path | None = None,
+        img2dataset: Img2datasetOptions | None = None,
     ):
         self.name, self.base = name, base
         self.terms = license or "each image under its own owner's terms"
-        self._path = Path(path).expanduser().absolute()
         self._unit_inputs, self._license, self._fetch = unit_inputs, license, fetch
+        self._img2dataset, self._scratch = img2dataset, scratch or scratch_folder(None)
+        self._where = f"sources.{name}.list = {without_secrets(str(path))!r}"
+        self._format: ListFormat | JsonFormat = PLAIN
         try:
-            with self._path.open("rb") as file:
+            self._text = ListText.find(path, self._where, self._scratch, limit)
+            text = self._text.path()
+            with text.open("rb") as file:
                 head = file.read(SAMPLE)
-            self._format, self._secrets = PLAIN, has_secrets(head.decode("latin-1").replace("\0", ""))
+            self._secrets = has_secrets(head.decode("latin-1").replace("\0", ""))
             if head and base is None:
-                self._format = find_format(head, self._path.stat().st_size <= SAMPLE, limit)
-            self._index = index_list(self._path, unit_inputs, limit, self._format)
+                self._format = find_format(head, text.stat().st_size <= SAMPLE, limit, columns)
+            self._index = index_list(text, unit_inputs, limit, self._format)
         except OSError as error:
             raise RequestError(
-                f"sources.{name}.list = {str(path)!r}: it cannot be read ({error.strerror}); "
+                f"{self._where}: it cannot be read ({error.strerror or error}); "
                 "expected a file of url<TAB>caption lines"
             ) from None
+        except RequestError:
+            raise
         except ValueError as error:
-            raise RequestError(f"sources.{name}.list = {str(path)!r}: {error}") from None
+            raise RequestError(f"{self._where}: {error}") from None
         if self._index.inputs == 0:
-            raise RequestError(f"sources.{name}.list = {str(path)!r}: it is empty; expected url<TAB>caption lines")
+            raise RequestError(f"{self._where}: it is empty; expected url<TAB>caption lines")
 
     def stage(self) -> dict[str, Any]:
         return {
@@ -196,8 +215,8 @@ class Urls:
         declared = corpus.source(self.name).made_by
         if declared.get("adapter") != "urls" or declared.get("unit_inputs") != self._unit_inputs:
             return  # `declare` says what differs
-        inputs, what = int(declared["inputs"]), f"sources.{self.name}.list = {str(self._path)!r}"
-        index = index_list(self._path, self._unit_inputs, inputs, self._format)
+        inputs, what = int(declared["inputs"]), self._where
+        index = index_list(self._text.path(), self._unit_inputs, inputs, self._format)
         if index.sha256 != declared["list"]:
             raise RequestError(
                 f"{what}: it is another list than that of {inputs:,} inputs which the corpus was made from; put that "
@@ -214,6 +233,8 @@ class Urls:
             self._index = index
 
     def running(self, corpus: Corpus, report: Callable[[str], None]) -> AbstractContextManager[None]:
+        if self._img2dataset is not None:
+            check_img2dataset(f"sources.{self.name}.fetcher", self._img2dataset)
         if self.base is None and not re.search(r"@|://", self._fetch.agent):
             report(
                 f"source {self.name}: sources.{self.name}.fetch.contact=ADDRESS tells servers your mail address or "
@@ -227,7 +248,7 @@ class Urls:
         return nullcontext()
 
     def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:
-        for item, fetched in fetch_all(self._requests(unit, wanted), self._fetch):
+        for (item, checksums), fetched in self._fetched(self._requests(unit, wanted)):
             if fetched is None:
                 yield item
             else:
@@ -236,34 +257,59 @@ class Urls:
                 fields = dict(item.fields)
                 if moved:
                     fields["final_url"] = final  # placeholders share it: "photo removed"
+                if fetched.unverified:
+                    fields["unverified_certificate"] = fetched.unverified
+                wrong = _wrong_checksum(fetched.data, checksums) if fetched.data is not None else None
+                if wrong is not None:
+                    yield replace(item, data=None, reason="wrong_checksum", detail=wrong, fields=fields)
+                    continue
                 yield replace(item, data=fetched.data, reason=fetched.reason, detail=fetched.detail, fields=fields)
 
-    def _requests(self, unit: str, wanted: Callable[[int], bool]) -> Iterator[tuple[Input, str | None]]:
-        """List the unit's inputs without their bytes, and the URLs to fetch them from."""
+    def _fetched(self, requests: Iterator[tuple[T, str | None]]) -> Generator[tuple[T, Fetched | None]]:
+        if self._img2dataset is not None:
+            return fetch_by_img2dataset(requests, self._fetch, self._img2dataset, self._scratch)
+        return fetch_all(requests, self._fetch)
+
+    def _requests(
+        self, unit: str, wanted: Callable[[int], bool]
+    ) -> Iterator[tuple[tuple[Input, Sequence[tuple[str, str]]], str | None]]:
+        """List the unit's inputs without their bytes, with their checksums, and the URLs to fetch them from."""
         number = self.units().index(unit)
         for ordinal, line in enumerate(self._lines(number)):
             key = f"{number * self._unit_inputs + ordinal:09d}"
             try:
-                origin, caption = self._format.parse(line)
-                url = urljoin(self.base, origin) if self.base else origin
-                origin = without_secrets(origin)
+                row = self._format.parse(line)
+                checksums = row.checksums()
+                url = urljoin(self.base, row.url) if self.base else row.url
+                origin = without_secrets(row.url)
                 if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
                     raise ValueError(f"expected an http:// or https:// URL, found {origin[:80]!r}")
             except ValueError as error:
-                yield Input(ordinal, key, None, reason="unreadable_list_line", detail=str(error)), None
+                yield (Input(ordinal, key, None, reason="unreadable_list_line", detail=str(error)), ()), None
                 continue
             faults: dict[str, str] = {}
-            caption = one_line(caption, "caption", faults)
-            item = Input(ordinal, key, None, origin, caption, self._license, fault_fields(faults))
-            yield item, url if wanted(ordinal) else None
+            caption = as_text(row.caption, faults)
+            fields = fields_of(row.fields(), faults)
+            item = Input(ordinal, key, None, origin, caption, self._license, {**fields, **fault_fields(faults)})
+            yield (item, checksums), url if wanted(ordinal) else None
 
     def _lines(self, number: int) -> Iterator[bytes]:
+        form, path = self._format, self._text.path()
         count = min(self._unit_inputs, self._index.inputs - number * self._unit_inputs)
-        if self._format.quoted:
-            with self._path.open("rb") as file:
+        if isinstance(form, ListFormat) and form.quoted:
+            with path.open("rb") as file:
                 file.seek(self._index.offsets[number])
-                yield from read_records(file, self._format.encoding, self._format.delimiter, count)
-        elif self._format.encoding == "utf-8":
-            yield from read_lines(self._path, self._index, number)
+                yield from read_records(file, form.encoding, form.delimiter, count)
+        elif form.encoding == "utf-8":
+            yield from read_lines(path, self._index, number, form.longest)
         else:
-            yield from decode_lines(self._path, self._index, number, count, self._format.encoding)
+            yield from decode_lines(path, self._index, number, count, form.encoding)
+
+
+def _wrong_checksum(data: bytes, checksums: Sequence[tuple[str, str]]) -> str | None:
+    """Return how the bytes differ from the list's checksums; None if they do not."""
+    for name, expected in checksums:
+        found = hashlib.new(name, data, usedforsecurity=False).hexdigest()
+        if found != expected:
+            return f"the {name} of the {len(data)} bytes that came is {found}, the list has {expected}"
+    return None

@@ -10,6 +10,7 @@ from microdit.pipeline.config.scores import (
     CaptionScores,
     ClipScores,
     EmbeddingScores,
+    FieldScores,
     NsfwScores,
     TextScores,
     TurnedScores,
@@ -19,6 +20,7 @@ from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.stages.identity import carried_identity
 from microdit.pipeline.stages.row_stage import RowStage
 from microdit.pipeline.stages.scores.caption_text import caption_score_stage
+from microdit.pipeline.stages.scores.field_numbers import field_score_stage
 from microdit.pipeline.stages.scores.pixels import PixelFunction, basic_score_stage, pixel_score_stage
 from microdit.pipeline.stages.scores.turned import NESTED, VERSION, turned_score_stage
 from microdit.pipeline.stages.scores.vision import VisionScores
@@ -51,6 +53,8 @@ def score_stages(config: BuildConfig, corpus: Corpus | None = None) -> Iterator[
                 yield _text_stage(name, max_pixels)
             case CaptionScores():
                 yield caption_score_stage(name, options)
+            case FieldScores():
+                yield field_score_stage(name, options)
             case ClipScores():
                 by_clip.setdefault((options.model, options.revision), {})[name] = options
             case NsfwScores() | AestheticScores() | EmbeddingScores():

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import gzip
 import json
 import zipfile
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from microdit.pipeline.cli.app import app
 from microdit.pipeline.config.build import load_config
+from microdit.pipeline.sources.registry import sources_of
 from microdit.pipeline.upkeep.verify import verify
 from tests.miniatures.built import build, rows_of
 from tests.miniatures.modern import modern
@@ -219,3 +221,25 @@ def test_the_command_builds_what_inspect_wrote(tmp_path: Path) -> None:
     for _ in range(2):  # the second time there is nothing to do
         found = microdit("build", written, "--corpus", tmp_path / "corpus", "--json")
         assert found.exit_code == 0, (found.output, found.exception)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl.gz", "csv.zst"])
+def test_a_table_of_urls_is_a_list(tmp_path: Path, kind: str) -> None:
+    rows = [{"link": f"http://127.0.0.1:9/{n}.jpg", "words": f"a cat {n}", "score": n / 2} for n in range(3)]
+    path = tmp_path / f"list.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    else:
+        lines = "link,caption\n" + "".join(f"{row['link']},{row['words']}\n" for row in rows)
+        path.write_bytes(pa.compress(lines.encode(), "zstd", asbytes=True))
+    said = microdit("inspect", path, "--write", tmp_path / "my.yaml")
+    assert said.exit_code == 0, (said.output, said.exception)
+    config = load_config(tmp_path / "my.yaml")
+    assert config.sources["data"].adapter == "urls"
+    (source,) = sources_of(config)
+    found = [item for unit in source.units() for item in source.read(unit, lambda ordinal: False)]
+    assert [(item.origin, item.caption) for item in found] == [(row["link"], row["words"]) for row in rows]
+    if kind != "csv.zst":
+        assert [item.fields["score"] for item in found] == [0.0, 0.5, 1.0]

@@ -50,12 +50,14 @@ def test_lists_as_people_have_them(name: str, caption: str):
     [
         (b"{}\n" * 50, "none of its first 50 lines has a URL and a caption"),
         (b"\n\n\n", "none of its first 0 lines"),
-        (b"PAR1...", "a Parquet file"),
-        (b"\x1f\x8b\x08...", "compressed with gzip"),
+        (b"PAR1...", "list.tsv is damaged: Parquet file"),
+        (b"\x1f\x8b\x08...", "list.tsv is damaged"),
         (b"http://a/1\n" * 3, "none of its first 3 lines"),
         (b"http://a/1\tcat\tde\nhttp://a/2\tdog\ten\n", "which of its 3 columns are the URL and the caption is open"),
         (b"http://a/1\thttp://b/1\tdog\n" * 2, "which of its 3 columns are the URL and the caption is open"),
         (b"http://a/1\tcat\t0.3\nhttp://a/2\tdog\n", "its lines have from 2 to 3 columns"),
+        (b'["a", "b"]\n', "one JSON list"),
+        (b'{"link": "http://a/1", "name": "cat"}\n', "which column is the caption is open"),
         (b"url\tscore\nhttp://a/1\t0.3\n", "its header names no column with the caption: url, score"),
     ],
 )

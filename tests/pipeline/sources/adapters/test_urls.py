@@ -3,6 +3,8 @@
 import asyncio
 import datetime
 import email.utils
+import hashlib
+import json
 import pickle
 import socket
 import threading
@@ -18,6 +20,7 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.sources import url_fetcher as fetch
 from microdit.pipeline.sources.adapters.urls import MAX_LINE, Urls, index_list, read_lines
+from microdit.pipeline.sources.list_columns import ListColumns
 from microdit.pipeline.sources.source import Input
 
 QUICK = FetchOptions(
@@ -383,6 +386,32 @@ def test_a_list_that_is_not_there_or_empty(tmp_path: Path):
     (tmp_path / "empty.tsv").touch()
     with pytest.raises(RequestError, match="empty"):
         Urls("web", tmp_path / "empty.tsv", 10, QUICK)
+
+
+def test_bytes_are_those_that_the_list_says(tmp_path: Path, server: Server):
+    data = b"1"
+    rows = [
+        {"md5": hashlib.md5(data).hexdigest().upper(), "sha256": hashlib.sha256(data).hexdigest()},
+        {"md5": None, "sha256": ""},
+        {"md5": hashlib.md5(data).hexdigest(), "sha256": "0" * 64},
+        {"md5": "f" * 32},
+        {"md5": "none"},
+        {"md5": 12},
+    ]
+    lines = [json.dumps({"url": f"{server.url}/ok/1", "caption": "one", **row}) for row in rows]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    columns = ListColumns(more=(("md5", "md5"), ("sha256", "sha256")))
+    found = read(Urls("web", tmp_path / "list.jsonl", 10, QUICK, columns=columns))
+    assert [(item.reason, item.data) for item in found] == [
+        *[(None, data)] * 2,
+        *[("wrong_checksum", None)] * 2,
+        *[("unreadable_list_line", None)] * 2,
+    ]
+    assert found[2].detail == (
+        f"the sha256 of the 1 bytes that came is {hashlib.sha256(data).hexdigest()}, the list has {'0' * 64}"
+    )
+    assert found[4].detail == "md5: expected 32 hexadecimal digits, found 'none'"
+    assert found[3].origin == f"{server.url}/ok/1"
 
 
 def test_sources_travel(tmp_path: Path, server: Server):
