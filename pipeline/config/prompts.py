@@ -50,8 +50,9 @@ class PromptsConfig(Options):
     """Words or phrases, or a text file with one a line: a prompt with one of them is left out (`blocked`), whatever its
     case."""
     duplicates: Literal["keep", "exact", "near"] = "exact"
-    """Of equal prompts only the first is taken (`duplicate`), whatever their case, spaces and punctuation; with `near`
-    also of those that share nine of ten triples of words (`near_duplicate`); `keep` takes all."""
+    """Of prompts that are equal but for case and spaces only the first is taken (`duplicate`), with `near` also of
+    those that have most of their runs of three words in common (`near_duplicate`: a share of 0.8 of all that either
+    has); `keep` takes all."""
     shuffle: int | None = None
     """A seed for the order of the prompts, and so for those that `limit` takes."""
     limit: int | None = Field(default=None, ge=1)

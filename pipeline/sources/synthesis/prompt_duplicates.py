@@ -6,7 +6,7 @@ it: eight bands of eight values find pairs to compare (of pairs at 0.9 all but o
 
 import hashlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import duckdb
@@ -29,7 +29,8 @@ BAND_NAMES = [f"band_{number}" for number in range(BANDS)]
 EXACT_FIELDS = [pa.field(name, pa.uint64()) for name in EXACT]
 NEAR_FIELDS = [*(pa.field(name, pa.uint64()) for name in BAND_NAMES), pa.field("signature", pa.binary(VALUES))]
 
-_SEEDS = mix(np.arange(1, VALUES + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+_FAMILY = mix(np.arange(1, 2 * VALUES + 1, dtype=np.uint64)).reshape(VALUES, 2) | np.array([1, 0], np.uint64)
+"""Odd factors and terms: each pair orders the shingles in another way."""
 
 
 def exact_columns(texts: Sequence[str]) -> dict[str, pa.Array]:
@@ -58,15 +59,18 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
         for word in words:
             if word not in known:
                 known[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
-    result = np.empty((len(texts), VALUES), np.uint64)
-    for number, words in enumerate(lists):
-        hashes = np.array([known[word] for word in words], np.uint64)
-        size = min(SHINGLE, len(hashes))
-        shingles = np.zeros(len(hashes) - size + 1, np.uint64)
-        for at in range(size):
-            shingles = mix(shingles ^ hashes[at : len(hashes) - size + 1 + at])
-        result[number] = mix(shingles[:, None] ^ _SEEDS).min(0)
-    return result
+    counts = np.array([max(len(words), SHINGLE) for words in lists])
+    ends = np.cumsum(counts)
+    hashes = np.zeros(counts.sum(), np.uint64)  # short texts are filled up with zeros
+    for words, end, count in zip(lists, ends.tolist(), counts.tolist(), strict=True):
+        hashes[end - count : end - count + len(words)] = [known[word] for word in words]
+    shingles = mix(mix(mix(hashes[:-2]) ^ hashes[1:-1]) ^ hashes[2:])
+    inside = np.ones(len(shingles), bool)  # of one text
+    inside[np.concatenate([ends[:-1] - 1, ends[:-1] - 2])] = False
+    shingles = shingles[inside]
+    starts = np.concatenate([[0], np.cumsum(counts - SHINGLE + 1)[:-1]])
+    values = [np.minimum.reduceat(shingles * factor + term, starts) for factor, term in _FAMILY]
+    return np.stack(values, 1)
 
 
 def first_ones(parts: Sequence[Path], count: int, near: bool, spill: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -102,7 +106,7 @@ def first_ones(parts: Sequence[Path], count: int, near: bool, spill: Path) -> tu
     return equal, similar & ~equal
 
 
-def _batches(database: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchReader:
+def _batches(database: duckdb.DuckDBPyConnection, sql: str) -> Iterator[pa.RecordBatch]:
     for batch in database.sql(sql).to_arrow_reader(BATCH):
         alive()
         yield batch

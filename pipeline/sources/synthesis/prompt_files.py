@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.content.text_bytes import MARKS, NotTextError, checked_text
+from microdit.pipeline.sources.list_records import merged
 from microdit.pipeline.sources.synthesis.prompt_tally import LeftOut, RawPrompt, RawPrompts, shown
 
 NAMES = ("prompt", "caption", "text")
@@ -91,7 +92,7 @@ class PromptFile:
                 continue
             columns = list(row)
             name = self._column or _named(columns)
-            found = found or (name is not None and name.split(".")[0] in row)
+            found = found or (name is not None and _top(name, columns) in row)
             if not found and self.next - start > LINES_WITHOUT_COLUMN:
                 break
             yield from self._prompt(_nested(row, name or ""), row)
@@ -99,21 +100,20 @@ class PromptFile:
             raise self._no_column(columns)
 
     def _table(self, text: io.TextIOWrapper, kind: str) -> RawPrompts:
-        rows = csv.reader(_lines(text), delimiter="\t" if kind == ".tsv" else ",")
+        delimiter = "\t" if kind == ".tsv" else ","
         header: list[str] | None = None
-        while True:
+        for _, record in merged(((0, line.rstrip("\r\n")) for line in _lines(text)), delimiter):
             try:
-                cells = next(rows, None)
-            except csv.Error as error:
-                self._leave_out("no_csv", str(error))
-                continue
-            if cells is None:
-                return
+                [cells] = csv.reader([record], delimiter=delimiter, strict=True) if record else [[]]
+            except (csv.Error, ValueError) as error:
+                if kind == ".csv":
+                    self._leave_out("no_csv", f"{error}: {shown(record)}")
+                    continue
+                cells = record.split(delimiter)  # quotes that are part of the text
             if header is None:
                 header = [cell.strip() for cell in cells]
                 name = self._column or _named(header)
-                wanted = [*self._fields.values(), *([] if name is None else [name])]
-                if name is None or not set(wanted) <= set(header):
+                if name is None or not {*self._fields.values(), name} <= set(header):
                     raise self._no_column(header)
                 continue
             row = dict(zip(header, cells, strict=False))
@@ -124,11 +124,11 @@ class PromptFile:
         with pq.ParquetFile(self._path) as file:
             names = file.schema_arrow.names
             name = self._column or _named(names)
-            wanted = [*self._fields.values(), *([] if name is None else [name])]
-            if name is None or not {each.split(".")[0] for each in wanted} <= set(names):
+            if name is None or not (columns := {_top(each, names) for each in {*self._fields.values(), name}}) <= {
+                *names
+            }:
                 raise self._no_column(names)
-            columns = sorted({each.split(".")[0] for each in wanted})
-            for batch in file.iter_batches(BATCH, columns=columns, use_threads=False):
+            for batch in file.iter_batches(BATCH, columns=sorted(columns), use_threads=False):
                 for row in _rows(batch):
                     yield from self._prompt(_nested(row, name), row)
 
@@ -159,9 +159,8 @@ class PromptFile:
         self._left.add(reason, f"row {self.next:,} of {self._name}: {example}")
 
     def _no_column(self, columns: Sequence[str]) -> RequestError:
-        missing = [name for name in self._fields.values() if name.split(".")[0] not in columns]
-        if self._column is not None and self._column.split(".")[0] not in columns:
-            missing.insert(0, self._column)
+        wanted = [*([] if self._column is None else [self._column]), *self._fields.values()]
+        missing = [name for name in wanted if _top(name, columns) not in columns]
         expected = f"no column {', '.join(map(repr, missing))}" if missing else f"no column {' or '.join(NAMES)}"
         have = ", ".join(map(str, columns[:NAMED])) or "none"
         return self._error(f"it has {expected} (it has: {have}); name one of them in column")
@@ -208,6 +207,11 @@ def _named(columns: Sequence[str]) -> str | None:
     """Find the column of the prompts by its name."""
     lower = {str(name).lower(): str(name) for name in reversed(columns)}
     return next((lower[name] for name in NAMES if name in lower), None)
+
+
+def _top(name: str, columns: Sequence[str]) -> str:
+    """Return the column that a name is, or that a dotted name is inside of."""
+    return name if name in columns else name.split(".")[0]
 
 
 def _nested(row: Any, name: str) -> Any:

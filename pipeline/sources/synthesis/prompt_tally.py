@@ -34,9 +34,6 @@ class LeftOut:
         if len(self.examples) < EXAMPLES:
             self.examples.append(f"{reason}: {example}")
 
-    def __str__(self) -> str:
-        return ", ".join(f"{count:,} {reason}" for reason, count in self.counts.most_common())
-
 
 def shown(text: str) -> str:
     """Cut a prompt for a message."""

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import shutil
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +29,8 @@ from microdit.pipeline.sources.synthesis.prompt_templates import Templates
 
 VERSION = 1
 """Of what is made of the same options."""
+PREFIX, OLD = "microdit-prompts-", 30 * 86_400.0
+"""Names in the scratch folder, and the seconds without use after which they are removed."""
 
 
 @dataclass(frozen=True)
@@ -96,18 +101,30 @@ def open_prompts(config: PromptsConfig, scratch: Path, what: str = "prompts") ->
     blocklist = Blocklist(_entries(config.blocklist, f"{what}.blocklist"), what)
     options = config.model_dump(mode="json", exclude={"path", "corpus", "lists", "blocklist"})
     about = json.dumps([VERSION, key, options, blocklist.entries], sort_keys=True)
-    path = scratch / f"prompts-{hashlib.sha256(about.encode()).hexdigest()[:32]}.parquet"
-    if not path.exists():
-        with TemporaryDirectory(dir=scratch, prefix="microdit-prompts-") as folder:
+    _sweep(scratch)
+    path = scratch / f"{PREFIX}{hashlib.sha256(about.encode()).hexdigest()[:32]}.parquet"
+    if path.exists():
+        path.touch()
+    else:
+        with TemporaryDirectory(dir=scratch, prefix=PREFIX) as folder:
             made = Path(folder) / "prompts.parquet"
             chosen = choose(accepted(raw, config, blocklist, left), config, Path(folder), left)
             write_prompts(made, chosen, left.counts, left.examples)
             made.replace(path)
     prompts = Prompts(path)
     if not len(prompts):
-        why = "; ".join(prompts.examples) or "there are none"
-        raise RequestError(f"{what}.{config.origin}: no prompt is left ({why})")
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in prompts.left_out.items())
+        why = f"all are left out: {counts} ({'; '.join(prompts.examples)})" if counts else "it is empty"
+        raise RequestError(f"{what}.{config.origin}: there is no prompt; {why}")
     return prompts
+
+
+def _sweep(scratch: Path) -> None:
+    """Remove prepared prompts that nobody has opened for long, and what killed builds left."""
+    for path in scratch.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # another process was faster
+            if time.time() - path.stat().st_mtime > OLD:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _raw_prompts(config: PromptsConfig, scratch: Path, what: str, left: LeftOut) -> tuple[str, RawPrompts]:
