@@ -29,7 +29,7 @@ from microdit.pipeline.sources.synthesis.prompt_templates import mix
 from microdit.pipeline.tables.database import connect
 
 BATCH = 16_384
-LEAST = 65_536  # candidates that are read before duplicates are looked for
+LEAST = 8192  # candidates that are read before duplicates are looked for
 
 
 class Blocklist:

@@ -53,9 +53,8 @@ class PromptFile:
         Raises:
             RequestError: the file is damaged, of another kind, or has no such column.
         """
-        suffixes = [suffix.lower() for suffix in Path(self._name).suffixes]
-        kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else (suffixes or [""])[-1]
-        if kind not in KINDS or suffixes[-2:] == [".parquet", ".gz"]:
+        kind = _kind(self._name)
+        if kind not in KINDS:
             raise self._error(f"expected a file as {', '.join(f'*{each}' for each in KINDS)}")
         if kind == ".txt" and (self._column or self._fields):
             raise self._error("it is text without columns; leave column and fields out, or give a table")
@@ -167,6 +166,18 @@ class PromptFile:
 
     def _error(self, message: str) -> RequestError:
         return RequestError(f"{self._what}: {self._name}: {message}")
+
+
+def is_prompt_file(name: str) -> bool:
+    """Tell by a file's name whether it can have prompts."""
+    return _kind(name) in KINDS
+
+
+def _kind(name: str) -> str:
+    """Return the kind of a file, as in `KINDS` if it is one of them."""
+    stem, _, last = name.lower().rpartition(".")
+    unpacked = stem.rpartition(".")[2] if last == "gz" else last
+    return f".{unpacked}.gz" if last == "gz" and unpacked == "parquet" else f".{unpacked}"
 
 
 def _text_of(file: Any) -> io.TextIOWrapper:
