@@ -129,7 +129,9 @@ def test_killed_at_every_step_or_built_twice_at_once_the_bytes_are_the_same(tiny
     expected, seed = hash_of(undisturbed), random.randrange(2**32)
     print(f"seed {seed}")
     torch.set_num_threads(1)  # a child that is forked has no other ones
-    for point, most in (("fetching", 6), ("writing", 12), ("committing", 6), ("committed", 6), ("committing-unit", 3)):
+    shards, units = len(expected), len(source.units())
+    points = {"fetching": shards, "writing": 2 * COUNT, "committing": shards, "committed": shards}
+    for point, most in {**points, "committing-unit": units}.items():
         config = config_of(tmp_path / point, makers, images_per_prompt=2)
         if (child := os.fork()) == 0:
             signal.alarm(120)
