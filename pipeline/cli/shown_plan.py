@@ -46,6 +46,8 @@ def show(estimate: Estimate, console: Console, size: Callable[[float], str]) -> 
             for name, one in estimate.stages.items()
         ],
     )  # fmt: skip
+    if estimate.makers:
+        _show_makers(estimate, console)
     write()
     least = "at least " if time.not_measured else ""
     write(f"bytes   {size(estimate.bytes)} in {estimate.shards:,} shards of {len(estimate.columns)} columns")
@@ -60,6 +62,19 @@ def show(estimate: Estimate, console: Console, size: Callable[[float], str]) -> 
     write("\nassumed:")
     for line in estimate.assumptions:
         write(f"  - {line}")
+
+
+def _show_makers(estimate: Estimate, console: Console) -> None:
+    """Print a table of the models that make pictures."""
+    _table(
+        console,
+        ("maker", "pictures", "GPU hours", "money", "known from"),
+        [
+            (name, f"{one.images:,}", "?" if one.gpu_hours is None else f"{one.gpu_hours:,.1f}",
+             "?" if one.money is None else f"${one.money:,.2f}", one.origin)
+            for name, one in estimate.makers.items()
+        ],
+    )  # fmt: skip
 
 
 def duration(seconds: float | None) -> str:

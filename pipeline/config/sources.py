@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from microdit.pipeline.config.block import FieldError, Options
 from microdit.pipeline.config.files import FileOptions
 from microdit.pipeline.config.layouts import FolderSource, JsonlSource, ParquetSource, TfrecordSource, WebdatasetSource
+from microdit.pipeline.config.synthesis import SynthesizeSource
 
 SA1B_CAPTIONS = "hf://datasets/PixArt-alpha/SAM-LLaVA-Captions10M/SA1B_caption.tar.gz"
 TEXTCAPS_IMAGES = "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"
@@ -296,7 +297,8 @@ SourceOptions = Annotated[
     | JourneydbSource
     | DiffusiondbSource
     | TextcapsSource
-    | CocoSource,
+    | CocoSource
+    | SynthesizeSource,
     Field(discriminator="adapter"),
 ]
 

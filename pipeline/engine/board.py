@@ -82,8 +82,8 @@ class Board:
 
         Args:
             running: the job of every call that has not ended.
-            loading: the stages that load their models.
-            holding: the stage of every actor that has loaded one.
+            loading: the stages that load their models, and above those, of sources.
+            holding: the stage of every actor that has loaded one, or above those, whose model of a source it is.
         """
         self._shown = time.monotonic()
         notes, self._notes = self._notes, []
@@ -99,6 +99,8 @@ class Board:
         units = sum(isinstance(job, UnitJob) for job in running)
         if IMAGES in plan.columns:
             line = Line(INGEST, "units", plan.units_done, plan.units_total, aside=len(plan.aside[UNITS]), running=units)
+            if not units and any(holder >= len(plan.stages) for holder in loading):
+                line.state = "loading its model"
             yield _rated(line, self.ingest)
         more = bool(plan.units) or units > 0
         for i, stage in enumerate(plan.stages):

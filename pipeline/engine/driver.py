@@ -24,6 +24,7 @@ from microdit.pipeline.engine.deaths import explain_death
 from microdit.pipeline.engine.failing_sources import FailingSources
 from microdit.pipeline.engine.give_up import give_up, stage_name
 from microdit.pipeline.engine.gpus import GpuNodes
+from microdit.pipeline.engine.holders import SourceModels, stage_holder
 from microdit.pipeline.engine.plan import Job, Plan, UnitJob
 from microdit.pipeline.engine.retries import DelayedJobs, Retries
 from microdit.pipeline.sources.source import Source
@@ -64,18 +65,20 @@ class Driver:
         self._corpus, self._stall_timeout = context.corpus, context.stall_timeout
         self._order = plan.downstream_first()
         self._upstream = [plan.upstream(stage) for stage in range(len(plan.stages))]
-        self._devices = [stage.device for stage in plan.stages]
-        models = [device for device, targets in zip(self._devices, plan.targets, strict=True) if targets]
-        self._wants_gpus = "gpu" in models
-        self._cluster = ClusterView(models.count("gpu"), models.count("cpu"), resources)
         self._calls: dict[Any, Call] = {}
         self._delayed = DelayedJobs()
         self._ingest: Any = ray.remote(max_retries=0, num_returns="streaming")(workers.ingest)
         self._task: Any = ray.remote(max_retries=0, num_returns="streaming")(workers.stage_task)
         context_ref, ingest_ref = ray.put(context), ray.put(ingest)
         self._source_refs = {source.name: [context_ref, ingest_ref, ray.put(source)] for source in sources}
-        self._stage_refs = [[context_ref, ray.put(stage)] for stage in plan.stages]
-        self._actors = ActorPool(plan.stages, self._stage_refs, retries.max_attempts)
+        self._models = SourceModels(sources, len(plan.stages))
+        self._holders = [stage_holder(stage, [context_ref, ray.put(stage)]) for stage in plan.stages]
+        self._holders += self._models.holders(self._source_refs)
+        self._devices = [holder.device for holder in self._holders]
+        models = [self._devices[holder] for holder in range(len(self._holders)) if self._has_work(holder)]
+        self._wants_gpus = "gpu" in models
+        self._cluster = ClusterView(models.count("gpu"), models.count("cpu"), resources)
+        self._actors = ActorPool(self._holders, retries.max_attempts)
 
     def ask_to_stop(self, signum: int) -> None:
         """End `run` soon, because this signal came."""
@@ -140,9 +143,9 @@ class Driver:
             else:
                 while self._running_tasks() < self._cluster.layout.tasks and (job := self.plan.take(stage)):
                     self._submit_task(job)
-        while self._running_ingests() < self._cluster.layout.ingests:
-            if (unit := self.plan.take_unit(self._may_read)) is None:
-                break
+        for holder in range(len(self.plan.stages), len(self._holders)):
+            self._submit_to_actors(holder)
+        while self._running_ingests() < self._cluster.layout.ingests and (unit := self._take_unit(None)):
             self._submit_task(unit)
         self._actors.release_idle(self._is_finished)
 
@@ -150,7 +153,20 @@ class Driver:
         return sum(isinstance(call.job, Job) and call.actor is None for call in self._calls.values())
 
     def _running_ingests(self) -> int:
-        return sum(isinstance(call.job, UnitJob) for call in self._calls.values())
+        return sum(isinstance(call.job, UnitJob) and call.actor is None for call in self._calls.values())
+
+    def _take_unit(self, holder: int | None) -> UnitJob | None:
+        """Take the next unit that needs this model, or (None) none."""
+        may_read: dict[str, bool] = {}
+
+        def may_take(unit: UnitJob) -> bool:
+            if self._models.holder_of(unit) != holder:
+                return False
+            if unit.source not in may_read:
+                may_read[unit.source] = self._may_read(unit.source)
+            return may_read[unit.source]
+
+        return self.plan.take_unit(may_take)
 
     def _may_read(self, source: str) -> bool:
         jobs = [call.job for call in self._calls.values()]
@@ -168,35 +184,47 @@ class Driver:
             ref = call.remote(self._source_refs[job.source], self.retries.unit_task(job))
         else:
             call = self._task.options(num_cpus=self._cluster.layout.task_cpu, **options)
-            ref = call.remote(self._stage_refs[job.stage], self.retries.task(job))
+            ref = call.remote(self._holders[job.stage].refs, self.retries.task(job))
         self._calls[ref] = Call(job)
         self.board.begin(job)
 
-    def _submit_to_actors(self, stage: int) -> None:
-        """Give a stage's shards to its actors, and start one more if they are behind."""
-        while self._actors.free(stage) and (job := self.plan.take(stage)):
-            actor = self._actors.choose(stage, self.retries.of(job).nodes, self.retries.suspected(job))
+    def _submit_to_actors(self, holder: int) -> None:
+        """Give a stage's shards or a source's units to the actors with the model; start one more if they are behind."""
+        is_stage = holder < len(self.plan.stages)
+        while self._actors.free(holder) and (job := self.plan.take(holder) if is_stage else self._take_unit(holder)):
+            actor = self._actors.choose(holder, self.retries.of(job).nodes, self.retries.suspected(job))
             if actor is None:
                 self.plan.requeue(job)
                 break
-            self._calls[actor.submit(self.retries.task(job))] = Call(job, actor)
+            task = self.retries.unit_task(job) if isinstance(job, UnitJob) else self.retries.task(job)
+            self._calls[actor.submit(task)] = Call(job, actor)
             self.board.begin(job)
-        share = self._cluster.layout.models(self._devices[stage] or "cpu")
-        if fresh := self._actors.grow(stage, len(self.plan.ready[stage]), share, lambda: self._with_model(stage)):
+        share = self._cluster.layout.models(self._devices[holder] or "cpu")
+        backlog = len(self.plan.ready[holder]) if is_stage else self._models.waiting(self.plan, holder)
+        if fresh := self._actors.grow(holder, backlog, share, lambda: self._with_model(holder)):
             self._calls |= {ref: Call(None, fresh) for ref in fresh.refs}
 
     def _with_model(self, like: int) -> set[int]:
-        """Return the stages on the same device as this one that have, or will have, work for a model."""
-        same = [stage for stage, device in enumerate(self._devices) if device == self._devices[like]]
-        return {stage for stage in same if self.plan.targets[stage] and not self._is_finished(stage)}
+        """Return the holders on the same device as this one that have, or will have, work for a model."""
+        same = [holder for holder, device in enumerate(self._devices) if device == self._devices[like]]
+        return {holder for holder in same if self._has_work(holder) and not self._is_finished(holder)}
 
-    def _is_finished(self, stage: int) -> bool:
-        """Return True if no more work can come for a stage."""
+    def _has_work(self, holder: int) -> bool:
+        """Return True if the plan asks for what a holder makes."""
+        if holder < len(self.plan.stages):
+            return bool(self.plan.targets[holder])
+        return self._models.waiting(self.plan, holder) > 0
+
+    def _is_finished(self, holder: int) -> bool:
+        """Return True if no more work can come for a stage, or for a source's model."""
         jobs = [call.job for call in self._calls.values()] + list(self._delayed)
+        if holder >= len(self.plan.stages):
+            units = [*self.plan.units, *(job for job in jobs if isinstance(job, UnitJob))]
+            return all(self._models.holder_of(unit) != holder for unit in units)
         if self.plan.units or any(isinstance(job, UnitJob) for job in jobs):
             return False
         busy = {job.stage for job in jobs if isinstance(job, Job)}
-        return all(s not in busy and not self.plan.ready[s] for s in {stage, *self._upstream[stage]})
+        return all(s not in busy and not self.plan.ready[s] for s in {holder, *self._upstream[holder]})
 
     # -- take back -----------------------------------------------------------------------------------------------------
 
@@ -238,7 +266,7 @@ class Driver:
                         f"ingest: {shard}: {work.unrepaired} damaged rows could not be had again; --repair tries again"
                     )
             case messages.UnitIngested(shards):
-                del self._calls[ref]
+                self._end_call(ref, call)
                 for shard in shards:
                     self.plan.committed(job.source, shard, IMAGES)
                 self.plan.unit_committed(job.source, job.unit)
@@ -246,7 +274,7 @@ class Driver:
                 self.board.unit_read()
             case messages.UnitFailed(error):
                 error.raise_if_request()
-                del self._calls[ref]
+                self._end_call(ref, call)
                 self._retry_or_give_up(job, self.retries.raised(job, error, call.node))
             case _:
                 assert_never(message)
@@ -300,10 +328,12 @@ class Driver:
     ) -> None:
         if isinstance(message, messages.LoadFailed):
             message.error.raise_if_request()
-            holder = call.actor or call.job
-            assert isinstance(holder, Actor | Job)
-            name = self.plan.stages[holder.stage].name
-            raise RequestError(f"stage {name}: it cannot be loaded: {message.error.message}")
+            if call.actor is not None:
+                name = self._holders[call.actor.holder].name
+            else:
+                assert isinstance(call.job, Job)
+                name = self._holders[call.job.stage].name
+            raise RequestError(f"{name}: it cannot be loaded: {message.error.message}")
         assert call.actor is not None
         self._end_call(ref, call)
         if isinstance(message, messages.ActorStarted):

@@ -244,11 +244,10 @@ class Plan:
             self._state[where] &= ~self._busy[stage]
         return None
 
-    def take_unit(self, may_read: Callable[[str], bool]) -> UnitJob | None:
-        """Take the next unit of a source that may be read now."""
-        allowed = {source: may_read(source) for source in {unit.source for unit in self.units}}
+    def take_unit(self, may_take: Callable[[UnitJob], bool]) -> UnitJob | None:
+        """Take the next unit that may be read now."""
         for index, unit in enumerate(self.units):
-            if allowed[unit.source]:
+            if may_take(unit):
                 del self.units[index]
                 return unit
         return None

@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -43,7 +44,7 @@ from microdit.pipeline.engine.messages import (
     UnitFailed,
     UnitIngested,
 )
-from microdit.pipeline.sources.source import Source
+from microdit.pipeline.sources.source import ModelSource, Source
 from microdit.pipeline.stages.stage import Stage, Task, UnitTask
 
 Ingest = Callable[[Corpus, Source, UnitTask, Callable[[Commit], None]], UnitCommit]
@@ -147,6 +148,11 @@ def ingest(refs: list[Any], task: UnitTask) -> Iterator[Began | IngestMessage]:
     end_with_parent()
     yield Began(node_id())
     context, function, source = (ray.get(ref) for ref in refs)
+    yield from _read_unit(context, function, source, task)
+
+
+def _read_unit(context: BuildContext, function: Ingest, source: Source, task: UnitTask) -> Iterator[IngestMessage]:
+    """Read a unit in a thread, and yield what it reports."""
     messages: queue.SimpleQueue[IngestMessage] = queue.SimpleQueue()
 
     def report(commit: Commit) -> None:
@@ -221,6 +227,19 @@ def stage_task(refs: list[Any], task: Task) -> Iterator[Began | ShardEnded | Loa
     yield message
 
 
+def load_model(context: BuildContext, load: Callable[[], None]) -> LoadMessage:
+    """Load a model in an actor's process."""
+    try:
+        check_fits(context)
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        if (fault := gpu_fault(gpus)) is not None:
+            return GpuUnusable(node_id(), fault)
+        load()
+    except Exception as error:
+        return LoadFailed(error_report(error))
+    return ActorLoaded(node_id(), tuple(gpus))
+
+
 class StageActor:
     """A stage that holds a model: loaded once, then one shard after the other, or two at once in threads.
 
@@ -237,15 +256,7 @@ class StageActor:
 
     def load(self) -> LoadMessage:
         """Load the models."""
-        try:
-            check_fits(self._context)
-            gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-            if (fault := gpu_fault(gpus)) is not None:
-                return GpuUnusable(node_id(), fault)
-            self._stage.load()
-        except Exception as error:
-            return LoadFailed(error_report(error))
-        return ActorLoaded(node_id(), tuple(gpus))
+        return load_model(self._context, self._stage.load)
 
     def run(self, task: Task) -> Iterator[Began | ShardEnded]:
         """Run the stage on one shard."""
@@ -253,3 +264,28 @@ class StageActor:
         with watched(self._context.stall_timeout):
             message = run_stage(self._stage, self._context.corpus, task)
         yield message
+
+
+class SourceActor:
+    """A source that holds a model: loaded once, then one unit after the other, or two at once in threads.
+
+    refs: the context, the `Ingest` function, the source and the number of the model.
+    """
+
+    def __init__(self, refs: list[Any]):
+        end_with_parent()
+        self._context, self._function, source, self._model = (ray.get(ref) for ref in refs)
+        self._source: ModelSource = source
+
+    def start(self) -> LoadMessage:
+        """Answer as soon as Ray has started the actor, with its node."""
+        return ActorStarted(node_id())
+
+    def load(self) -> LoadMessage:
+        """Load the model."""
+        return load_model(self._context, partial(self._source.load, self._model))
+
+    def run(self, task: UnitTask) -> Iterator[Began | IngestMessage]:
+        """Read a unit: messages as those of `ingest`."""
+        yield Began(node_id())
+        yield from _read_unit(self._context, self._function, self._source, task)

@@ -12,16 +12,18 @@ from microdit.pipeline.base.errors import DamagedError, RequestError
 from microdit.pipeline.config.build import BuildConfig
 from microdit.pipeline.estimate import rates
 from microdit.pipeline.estimate.column_sizes import ColumnSizes
+from microdit.pipeline.estimate.makers import MakerWork
 from microdit.pipeline.estimate.past_build import PastBuild
 from microdit.pipeline.estimate.result import (
     Estimate,
     EstimatedMachines,
+    EstimatedMaker,
     EstimatedMoney,
     EstimatedSource,
     EstimatedTime,
 )
 from microdit.pipeline.estimate.source_sizes import source_sizes
-from microdit.pipeline.estimate.stage_times import Hardware, StageTimes
+from microdit.pipeline.estimate.stage_times import Cost, Hardware, StageTimes
 
 CPUS_A_GPU = 16
 
@@ -98,10 +100,19 @@ def estimate(
         },
         columns=columns,
         stages={name: times.stage(cost) for name, cost in costs.items()},
+        makers={maker.name: _maker(maker, costs[maker.name], machines, gpu) for maker in times.makers},
         time=time,
         money=money,
         assumptions=assumptions.lines,
     )
+
+
+def _maker(work: MakerWork, cost: Cost, machines: Machines, gpu: str | None) -> EstimatedMaker:
+    """The pictures of one maker, and the price of the GPUs' time for them."""
+    hours = None if gpu is None or cost.gpu is None else cost.gpu / 3600
+    price = machines.gpu_price if machines.gpu_price is not None or gpu is None else rates.GPUS[gpu].price
+    money = None if hours is None or price is None else hours * price
+    return EstimatedMaker(work.images, hours, money, cost.origins[work.source])
 
 
 def _past_build(config: BuildConfig, learn_from: str | None, assumptions: Assumptions) -> PastBuild | None:

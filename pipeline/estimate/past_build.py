@@ -96,7 +96,7 @@ class PastBuild:
 
     def size(self, column: str, source: str) -> ShardSize | None:
         """Learn the size of a column's shards; None if it was not built of this source."""
-        commits = self._commits_of(column, source)
+        commits = self.commits(column, source)
         inputs, out = (sum(commit.counts[what] for commit in commits) for what in ("in", "out"))
         if not inputs:
             return None
@@ -116,10 +116,10 @@ class PastBuild:
 
         Without shards of this source those of others count, but not for ingest: images differ, and so do servers.
         """
-        sources = [source] if IMAGES in columns or self._commits_of(IMAGES, source) else self.sources
+        sources = [source] if IMAGES in columns or self.commits(IMAGES, source) else self.sources
         by_shard: dict[str, list[Commit]] = {}
         for column in columns:
-            if not (commits := [commit for name in sources for commit in self._commits_of(column, name)]):
+            if not (commits := [commit for name in sources for commit in self.commits(column, name)]):
                 return None
             for commit in commits:
                 by_shard.setdefault(f"{commit.source}/{commit.shard}", []).append(commit)
@@ -153,7 +153,7 @@ class PastBuild:
 
     def words(self, column: str, source: str) -> float | None:
         """Mean number of words of a caption; None if the captions column was not built of this source."""
-        commits = self._commits_of(column, source)
+        commits = self.commits(column, source)
         counts = [n for c in commits[:8] for n in self.corpus.sidecar(c)["tokens"].to_pylist() if n is not None]
         return sum(counts) / len(counts) if counts else None
 
@@ -185,7 +185,8 @@ class PastBuild:
 
     # -- commits -------------------------------------------------------------------------------------------------------
 
-    def _commits_of(self, column: str, source: str) -> list[Commit]:
+    def commits(self, column: str, source: str) -> list[Commit]:
+        """Read commits of a column and source, `MOST` of them at most, evenly spaced."""
         if (column, source) not in self._commits:
             listed = spread([(shard, number) for (_, shard), number in self._listed(column, source)])
             read = threaded(lambda item: self.corpus.commit(column, source, *item), listed)

@@ -86,6 +86,16 @@ class EstimatedStage:
 
 
 @dataclass(frozen=True)
+class EstimatedMaker:
+    """The pictures of a model that makes them of prompts: what they take of GPUs, and what that costs in dollars."""
+
+    images: int
+    gpu_hours: float | None
+    money: float | None
+    origin: str
+
+
+@dataclass(frozen=True)
 class EstimatedTime:
     """The time of the build, without the stages that are `not_measured`."""
 
@@ -127,6 +137,8 @@ class Estimate:
     sources: Mapping[str, EstimatedSource]
     columns: Mapping[str, EstimatedColumn]
     stages: Mapping[str, EstimatedStage]
+    makers: Mapping[str, EstimatedMaker]
+    """By the name of their stage, `SOURCE:MAKER`."""
     time: EstimatedTime
     money: EstimatedMoney
     assumptions: list[str]
@@ -155,6 +167,7 @@ class Estimate:
             "sources": {name: asdict(source) for name, source in self.sources.items()},
             "columns": {name: column.to_json() for name, column in self.columns.items()},
             "stages": {name: stage.to_json() for name, stage in self.stages.items()},
+            "makers": {name: asdict(maker) for name, maker in self.makers.items()},
             "totals": {
                 "inputs": self.inputs,
                 "shards": self.shards,

@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config import sources
 from microdit.pipeline.config.build import BuildConfig
+from microdit.pipeline.config.synthesis import SynthesizeSource
 from microdit.pipeline.estimate.past_build import PastBuild
 from microdit.pipeline.files.find import list_files
+from microdit.pipeline.sources.adapters.synthesize import Synthesize
 from microdit.pipeline.sources.registry import sources_of
 from microdit.pipeline.sources.source import Source
 
@@ -136,6 +138,11 @@ def _known(name: str, options: sources.SourceOptions, config: BuildConfig, past:
             return SourceSize(
                 declared["units"], declared["inputs"], "counted: its list", unit_inputs=options.unit_inputs
             )
+        case SynthesizeSource():
+            source = _source(name, config)
+            assert isinstance(source, Synthesize)
+            inputs = len(source.prompts) * options.images_per_prompt  # its declaration would ask the hub
+            return SourceSize(len(source.units()), inputs, "counted: its prompts")
         case sources.Sa1bSource() if options.links is not None or _is_default(options, "files"):
             dropped = SA1B.failed if options.caption == "joined" and options.require_caption else 0.0
             return _chosen([SA1B], options, dropped)

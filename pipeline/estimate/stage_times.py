@@ -21,6 +21,7 @@ from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.engine.layout import Layout
 from microdit.pipeline.estimate import rates
 from microdit.pipeline.estimate.column_sizes import ColumnSizes, by_origin
+from microdit.pipeline.estimate.makers import MakerWork, drawing, makers_of
 from microdit.pipeline.estimate.past_build import Pace, PastBuild
 from microdit.pipeline.estimate.result import EstimatedStage, EstimatedTime
 from microdit.pipeline.estimate.source_sizes import SourceSize
@@ -108,6 +109,8 @@ class StageTimes:
         self.config, self.sources, self.sizes, self.past = config, sources, sizes, past
         self.otherwise, self.hardware, self.assume = otherwise, hardware, assume
         devices = {stage_name(config, column): _device(options) for column, options in config.columns.items()}
+        self.makers = list(makers_of(config, sources))
+        devices |= {maker.name: "gpu" for maker in self.makers}
         counts = [list(devices.values()).count(device) for device in ("gpu", "cpu")]
         self.layout = Layout.for_cluster(
             hardware.cpus,
@@ -117,9 +120,11 @@ class StageTimes:
         )
 
     def costs(self) -> dict[str, Cost]:
-        """Return the cost of each stage, as the engine calls it, over all sources."""
-        units = sum(source.units for source in self.sources.values())
-        costs = {INGEST: Cost("cpu", False, min(self.layout.ingests, units))}
+        """The cost of each stage, as the engine calls it, over all sources."""
+        drawn = {maker.source for maker in self.makers}
+        units = sum(source.units for name, source in self.sources.items() if name not in drawn)
+        costs = {INGEST: Cost("cpu", False, min(self.layout.ingests, units))} if units else {}
+        costs |= {maker.name: self._drawing_cost(maker) for maker in self.makers}
         columns: dict[str, list[str]] = {INGEST: [IMAGES]}
         for column, options in self.config.columns.items():
             device, name = _device(options), stage_name(self.config, column)
@@ -129,11 +134,30 @@ class StageTimes:
                 workers = self.layout.models(device).per_stage if device else self.hardware.cpus
                 costs.setdefault(name, Cost("cpu", bool(device), workers))
             columns.setdefault(name, []).append(column)
-        for stage, cost in costs.items():
+        for stage in [name for name in costs if name in columns]:
             for name, source in self.sources.items():
-                each, origin = self._per_input(stage, cost, columns[stage], name, source)
-                cost.add(name, source.inputs, each, origin)
+                if stage != INGEST or name not in drawn:
+                    each, origin = self._per_input(stage, costs[stage], columns[stage], name, source)
+                    costs[stage].add(name, source.inputs, each, origin)
         return costs
+
+    def _drawing_cost(self, maker: MakerWork) -> Cost:
+        """The cost of a maker's pictures: drawing them, and the CPUs' part as ingest's."""
+        gpu = self.hardware.gpu if self.hardware.gpus else None
+        workers = self.hardware.gpus if gpu else self.layout.models("gpu").per_stage
+        cost = Cost("gpu" if gpu else "cpu", True, workers)
+        seconds, origin = drawing(maker, gpu, self.past, self.assume)
+        beside = rates.measured(INGEST, rates.CPU)
+        each = None
+        if seconds is not None and gpu is not None and beside is not None:
+            self.assume(
+                f"{maker.name}: its CPUs' part (encoding, checks) takes as long as ingest in the measured table"
+            )
+            each = PerInput(1 / beside.rate, seconds, seconds)
+        elif seconds is not None:
+            each = PerInput(seconds if gpu is None else 0.0, 0.0 if gpu is None else seconds, seconds)
+        cost.add(maker.source, maker.images, each, origin)
+        return cost
 
     def stage(self, cost: Cost) -> EstimatedStage:
         """Return the figures of one stage."""

@@ -4,7 +4,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from microdit.pipeline.files.tfrecords import parse_example, records
 from microdit.pipeline.files.unpacked import unpacked
 from microdit.pipeline.files.wrong_files import what_it_is
 from microdit.pipeline.inspect import columns as of
+from microdit.pipeline.inspect.found import Found
+from microdit.pipeline.inspect.prompts import as_prompts
 from microdit.pipeline.inspect.tables import join_of, rows_of_table
 from microdit.pipeline.sources.file_source import MAX_BYTES
 from microdit.pipeline.sources.members import IMAGES, is_image, whole_stem
@@ -41,20 +42,6 @@ KINDS = {
     "jsonl": re.compile(r".*\.(jsonl|ndjson)(\.(gz|zst))?$|.*\.json$", re.IGNORECASE),
     "urls": re.compile(r".*\.(txt|tsv|csv)(\.(gz|zst|bz2|xz))?$", re.IGNORECASE),
 }
-
-
-@dataclass
-class Found:
-    """Describe a data set: the options that read it, its columns with examples, and what is odd about it."""
-
-    layout: str
-    block: dict[str, Any]
-    files: int
-    bytes: int | None
-    estimate: int | None = None
-    """Samples in all, by the share of one file that was looked at."""
-    columns: dict[str, list[Any]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 def inspect(place: str, scratch: Path) -> Found:
@@ -245,7 +232,7 @@ def _look_at_parquet(found: Found, path: Path, files: Sequence[RemoteFile]) -> N
     found.columns = of.by_name(rows)
     pictures = {n: v for n, v in found.columns.items() if v and all(of.is_picture(_bytes_of(each)) for each in v)}
     if not pictures:
-        if _is_list(found):
+        if _is_list(found) or as_prompts(found, files):
             return
         known = ", ".join(found.columns)
         raise RequestError(f"PLACE: no column of {files[0].name} holds pictures or URLs; it has {known}")
@@ -295,7 +282,7 @@ def _look_at_lines(found: Found, path: Path, files: Sequence[RemoteFile]) -> Non
     found.columns = of.by_name(rows)
     images = [n for n, v in found.columns.items() if v and all(isinstance(x, str) and _is_image_text(x) for x in v)]
     if not images:
-        if _is_list(found):
+        if _is_list(found) or as_prompts(found, files):
             return
         known = ", ".join(found.columns)
         raise RequestError(f"PLACE: no field of {files[0].name} has pictures (paths or base64) or URLs; it has {known}")
@@ -311,6 +298,14 @@ def _is_image_text(text: str) -> bool:
 def _look_at_list(found: Found, path: Path, files: Sequence[RemoteFile]) -> None:
     with unpacked(path) as file:
         found.columns = {"line": list(_first_lines(file))}
+    if not any("://" in line for line in found.columns["line"]):
+        if not files[0].name.lower().endswith(".txt"):
+            found.columns = of.by_name(list(islice(rows_of_table(path, files[0].name), LOOKED_AT)))
+        if as_prompts(found, files):
+            return
+        raise RequestError(
+            f"PLACE: {files[0].name} has neither URLs nor prompts; its columns are {', '.join(found.columns) or 'none'}"
+        )
 
 
 def _first_lines(file: Any) -> Iterator[str]:

@@ -16,8 +16,9 @@ from PIL import Image
 
 from microdit.pipeline.config.build import BuildConfig
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.inspect.find import Found
+from microdit.pipeline.inspect.found import Found
 from microdit.pipeline.sources.registry import sources_of
+from microdit.pipeline.sources.source import Input
 
 SHOWN, SIDE, MAX_PIXELS = 12, 320, 64 << 20
 EXAMPLE = 100  # characters
@@ -61,12 +62,18 @@ def read_few(config: str, scratch: Path) -> list[Shown]:
             for unit in source.units():
                 with closing(source.read(unit, lambda ordinal: True)) as inputs:
                     for item in islice(inputs, SHOWN - len(shown)):
-                        picture, fault = _small(item.data)
-                        reason = item.reason or ("unreadable" if fault else "")
-                        shown.append(Shown(item.origin, item.caption, picture, reason, item.detail or fault))
+                        shown.append(shown_input(item))
                 if len(shown) >= SHOWN:
                     break
     return shown
+
+
+def shown_input(item: Input) -> Shown:
+    """Reduce the picture of an input for the sheet."""
+    picture, fault = _small(item.data)
+    return Shown(
+        item.origin, item.caption, picture, item.reason or ("unreadable" if fault else ""), item.detail or fault
+    )
 
 
 def _small(data: bytes | None) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from microdit.pipeline.config.sources import (
     TextcapsSource,
     UrlsSource,
 )
+from microdit.pipeline.config.synthesis import SynthesizeSource
 from microdit.pipeline.files.scratch import scratch_folder
 from microdit.pipeline.sources.adapters.cc12m import Cc12m
 from microdit.pipeline.sources.adapters.coco import Coco
@@ -26,6 +27,7 @@ from microdit.pipeline.sources.adapters.journeydb import Journeydb
 from microdit.pipeline.sources.adapters.jsonl import Jsonl
 from microdit.pipeline.sources.adapters.parquet import Parquet
 from microdit.pipeline.sources.adapters.sa1b import Sa1b
+from microdit.pipeline.sources.adapters.synthesize import Synthesize
 from microdit.pipeline.sources.adapters.textcaps import Textcaps
 from microdit.pipeline.sources.adapters.tfrecord import Tfrecord
 from microdit.pipeline.sources.adapters.urls import Urls
@@ -82,3 +84,5 @@ def _source(name: str, options: SourceOptions, scratch: Path, config: BuildConfi
             return Jsonl(name, options, scratch)
         case TfrecordSource():
             return Tfrecord(name, options, scratch)
+        case SynthesizeSource():
+            return Synthesize(name, options, config.images, config.resources.decode_threads, scratch)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from microdit.pipeline.corpus.corpus import Corpus
 
@@ -37,8 +37,10 @@ class Source(Protocol):
     """
 
     name: str
-    terms: str
-    """The licence in one line: its name, who may use it, where to accept it. The first thing that a user sees."""
+
+    @property
+    def terms(self) -> str:
+        """The licence in one line: its name, who may use it, where to accept it. The first thing that a user sees."""
 
     def stage(self) -> dict[str, Any]:
         """Declare what the inputs are made by, with a hash of the list."""
@@ -51,3 +53,28 @@ class Source(Protocol):
 
     def running(self, corpus: Corpus, report: Callable[[str], None]) -> AbstractContextManager[None]:
         """Prepare the source, once, by the driver, around all reads; `report` receives lines on the progress."""
+
+
+class ModelSource(Source, Protocol):
+    """A source that makes its inputs with models, of which each unit needs one.
+
+    Its units are read by processes that keep their model, as those of stages with a model do. With an attribute
+    `at_once = 2` a process may read two units in threads.
+    """
+
+    device: str
+    """Where the models run: `gpu`, on a GPU if there is one; `cpu`, always on the CPU."""
+
+    def models(self) -> list[str]:
+        """List the names of the models."""
+
+    def model_of(self, unit: str) -> int:
+        """Return the number of the model that a unit needs."""
+
+    def load(self, model: int) -> None:
+        """Load a model, once per process, in place of any other one of the source."""
+
+
+def holds_models(source: Source) -> TypeGuard[ModelSource]:
+    """Return True for a source that makes its inputs with models."""
+    return getattr(source, "device", None) is not None

@@ -221,8 +221,8 @@ def test_rows_that_are_made_again_take_what_comes_from_them_only_if_they_change(
 
 def test_units_of_a_source_that_waits_are_passed_over(tmp_path: Path) -> None:
     plan = Plan(open_corpus(tmp_path, [Pictures()], STAGES), {"a": ["a-000000"], "b": ["b-000000"]}, STAGES)
-    taken = plan.take_unit(lambda source: source == "b")
+    taken = plan.take_unit(lambda unit: unit.source == "b")
     assert taken is not None and taken.unit == "b-000000"
-    assert plan.take_unit(lambda source: source == "b") is None
+    assert plan.take_unit(lambda unit: unit.source == "b") is None
     plan.leave("a")
     assert plan.empty() and (plan.units_total, plan.units_done) == (2, 0)
