@@ -25,7 +25,7 @@ class Actor:
     holder: int
     """Whose model it holds: the number of a stage, or one behind those, of a source's model."""
     asked: float
-    """When Ray was asked for it."""
+    """Time at which Ray was asked for it."""
     node: str | None = None
     """The node on which Ray has started it."""
     ready: bool = False
