@@ -13,11 +13,12 @@ from aiohttp import web
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.explore.chosen import SelectedRows
 from microdit.pipeline.explore.guard import Guard
 from microdit.pipeline.explore.pictures import Pictures
 from microdit.pipeline.explore.pool import Pool
 from microdit.pipeline.explore.state import CorpusState
-from microdit.pipeline.explore.thumbnails import ThumbnailFolder, thumbnail_folder
+from microdit.pipeline.explore.thumbnails import ThumbnailFolder, cache_folder
 from microdit.pipeline.tables.database import GIB, SqlLimits
 
 WORKERS = 3
@@ -36,8 +37,12 @@ class Explorer:
         disk = min(QUERY_DISK, SqlLimits().disk)
         limits = SqlLimits(memory=min(QUERY_MEMORY, SqlLimits().memory), disk=disk, seconds=QUERY_SECONDS)
         self.pool = Pool(corpus, limits, WORKERS, min(os.cpu_count() or 1, MOST_THREADS))
-        self.state = CorpusState(corpus, self.pool)
-        self.pictures = Pictures(self.state.members, ThumbnailFolder(thumbnail_folder()))
+        self.state = CorpusState(corpus, self.pool, cache_folder() / "tables")
+        self.pictures = Pictures(self.state.members, ThumbnailFolder(cache_folder() / "thumbnails"))
+        self.selected = SelectedRows(corpus)
+        self.decoding, self.saving, self.marking = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
+        self.listeners = 0
+        """Pages that wait for events."""
         self.readers = ThreadPoolExecutor(32 if corpus.store.root is None else 4, thread_name_prefix="pictures")
 
     @property
@@ -54,11 +59,12 @@ EXPLORER = web.AppKey("explorer", Explorer)
 
 def make_app(explorer: Explorer) -> web.Application:
     """Build the application around an explorer; it starts the workers and reads the table when it starts."""
-    from microdit.pipeline.explore.handlers import ROUTES, errors
+    from microdit.pipeline.explore import change_handlers, detail_handlers, handlers, run_handlers
 
-    app = web.Application(middlewares=[explorer.guard.middleware, errors], client_max_size=LARGEST_REQUEST)
+    app = web.Application(middlewares=[explorer.guard.middleware, handlers.errors], client_max_size=LARGEST_REQUEST)
     app[EXPLORER] = explorer
-    app.add_routes(ROUTES)
+    for routes in (handlers.ROUTES, detail_handlers.ROUTES, change_handlers.ROUTES, run_handlers.ROUTES):
+        app.add_routes(routes)
     app.cleanup_ctx.append(_running)
     return app
 
@@ -67,7 +73,7 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
     explorer = app[EXPLORER]
     starting = asyncio.create_task(explorer.pool.start())
     try:
-        await explorer.state.refresh()
+        await explorer.state.begin()
         await starting
         following = asyncio.create_task(explorer.state.follow())
         try:
