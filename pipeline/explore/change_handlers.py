@@ -13,9 +13,9 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.marks import LONGEST_NOTE, WORDS, Mark
 from microdit.pipeline.explore import rows
 from microdit.pipeline.explore.condition import CHOICE, checked
+from microdit.pipeline.explore.explorer import EXPLORER, Explorer
 from microdit.pipeline.explore.guard import error, reader
 from microdit.pipeline.explore.handlers import MOST_ROWS, number
-from microdit.pipeline.explore.server import EXPLORER, Explorer
 from microdit.pipeline.selection.selections import list_selections, select_apart
 
 ROUTES = web.RouteTableDef()

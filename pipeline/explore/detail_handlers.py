@@ -15,11 +15,11 @@ from microdit.pipeline.explore import rows, sample
 from microdit.pipeline.explore.chosen import chosen_by
 from microdit.pipeline.explore.column_failures import column_failed_rows, column_reasons
 from microdit.pipeline.explore.condition import Condition, checked
+from microdit.pipeline.explore.explorer import EXPLORER, Explorer
 from microdit.pipeline.explore.guard import reader
 from microdit.pipeline.explore.handlers import MOST_ROWS, answer, marked, number, place_of, text
 from microdit.pipeline.explore.pictures import NoPicture
-from microdit.pipeline.explore.server import EXPLORER, Explorer
-from microdit.pipeline.explore.similar import build_index, vector_of
+from microdit.pipeline.explore.similar import VectorIndex, build_index, vector_of
 
 ROUTES = web.RouteTableDef()
 COMPARED = 32
@@ -155,12 +155,7 @@ async def similar(request: web.Request) -> web.Response:
         raise RequestError(f"column {column[:80]!r}: expected one of embeddings; {advice}")
     at = await place_of(request, explorer)
     vector = await explorer.in_thread(vector_of, explorer.state.members, column, at)
-    names = explorer.state.members.names
-
-    async def built() -> Any:
-        return await explorer.in_thread(build_index, explorer.corpus, names, column)
-
-    index = await explorer.state.remembered(("index", column), built)
+    index = await _index(explorer, column)
     if index.index.d != len(vector):
         raise NoPicture(f"{column}, shard {at[1]}: its embedding has {len(vector)} numbers, others {index.index.d}")
     nearest = [(p, score) for p, score in await explorer.in_thread(index.nearest, vector, limit + 1) if p != at][:limit]
@@ -168,6 +163,17 @@ async def similar(request: web.Request) -> web.Response:
     found = await explorer.pool.ask(reader(request), rows.rows_at, [place for place, _ in nearest])
     shown = [row | {"score": round(scores[row["source"], row["shard"], row["row"]], 4)} for row in found]
     return answer(explorer, {"rows": shown, "note": index.note})
+
+
+async def _index(explorer: Explorer, column: str) -> VectorIndex:
+    """Give the index of a column of embeddings, built anew when there are other commits of it."""
+    prefix = f"commits/{column}/"
+    names = [name for name in explorer.state.members.names if name.startswith(prefix)]
+    async with explorer.indexing:
+        if explorer.index is None or explorer.index[0] != names:
+            explorer.index = None  # two do not fit
+            explorer.index = names, await explorer.in_thread(build_index, explorer.corpus, names, column)
+        return explorer.index[1]
 
 
 @ROUTES.get("/api/search")

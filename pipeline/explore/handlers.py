@@ -13,10 +13,10 @@ from microdit.pipeline.corpus.marks import WORDS
 from microdit.pipeline.curation.job import is_embedding
 from microdit.pipeline.explore import histograms, rows
 from microdit.pipeline.explore.condition import checked
+from microdit.pipeline.explore.explorer import EXPLORER, Explorer
 from microdit.pipeline.explore.guard import Handler, error, reader
 from microdit.pipeline.explore.pictures import SIDES, NoPicture
 from microdit.pipeline.explore.pool import BusyError
-from microdit.pipeline.explore.server import EXPLORER, Explorer
 from microdit.pipeline.selection.selections import list_selections
 
 ROUTES = web.RouteTableDef()

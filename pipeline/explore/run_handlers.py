@@ -7,9 +7,9 @@ from typing import Any
 from aiohttp import web
 
 from microdit.pipeline.explore import rows, runs
+from microdit.pipeline.explore.explorer import EXPLORER, Explorer
 from microdit.pipeline.explore.guard import reader
 from microdit.pipeline.explore.handlers import number, text
-from microdit.pipeline.explore.server import EXPLORER, Explorer
 
 ROUTES = web.RouteTableDef()
 MOST_LISTENERS = 200
