@@ -8,7 +8,7 @@ from typing import Any
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.names import COMMIT, IMAGES, SHARD, SOURCE, ShardId
 from microdit.pipeline.explore.columns import caption_column
-from microdit.pipeline.explore.condition import Condition, both
+from microdit.pipeline.explore.condition import Condition, both, checked
 from microdit.pipeline.explore.worker import WorkerView
 from microdit.pipeline.tables.sample_parts import runs_of
 
@@ -80,6 +80,17 @@ def page(view: WorkerView, condition: Condition, after: str, before: str, limit:
         "next": cursor(rows[-1]) if rows and ahead else None,
         "previous": cursor(rows[0]) if rows and behind else None,
     }
+
+
+def last(view: WorkerView, limit: int) -> list[Row]:
+    """Read the last good rows of the table, the last one first: of a source that grows these are the newest."""
+    condition, places = checked("status = 'ok'"), list[Place]()
+    for runs in _windows(view, condition, None, backwards=True):
+        found = view.rows(_page_sql(condition, None, True, limit - len(places)), runs)
+        places += [(row["source"], row["shard"], row["row"]) for row in found]
+        if len(places) >= limit:
+            break
+    return rows_at(view, places)
 
 
 def _windows(

@@ -23,12 +23,14 @@ from microdit.pipeline.explore.pictures import Members
 from microdit.pipeline.explore.pool import Pool
 from microdit.pipeline.explore.progress import progress
 from microdit.pipeline.explore.rows import Place
+from microdit.pipeline.explore.rows import last as last_rows
 from microdit.pipeline.selection.view import jobs_of
 from microdit.pipeline.tables.sample_table import SampleTable, sample_table
 
 LOOK = 5.0  # seconds between two looks for a living build
 SELDOM = 60.0  # seconds after which the table is read again where none is known to write
 PATIENCE = 10  # times as long as reading the table took, until it is read again while a build writes
+NEWEST = 12  # rows that events show
 KEPT_ANSWERS = 2048
 KEPT_PLACES = 100_000
 
@@ -132,6 +134,9 @@ class CorpusState:
                     await self.refresh()
                     self.error = None
                     self.live = await asyncio.to_thread(progress, self.corpus, self.live)
+                    newest = await self.pool.ask("events", last_rows, NEWEST)
+                    self.places.add(newest)
+                    self.live["newest"] = newest
                 except (RequestError, OSError, BaseError) as error:
                     self.error = first_line(error)
                 last = time.monotonic()

@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.marks import Mark, Marks
+from microdit.pipeline.corpus.presence import presence
 from microdit.pipeline.explore.condition import checked
 from microdit.pipeline.explore.guard import check_host
 from microdit.pipeline.explore.histograms import edges_of
@@ -175,14 +177,21 @@ def test_bytes_that_are_no_picture_are_not_served(tmp_path: Path) -> None:
             assert "no picture" in server.refused("image", source=SOURCE, key=line["key"], size=size)
 
 
-def test_shards_that_are_added_are_seen(tmp_path: Path) -> None:
+def test_shards_that_a_build_adds_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("microdit.pipeline.explore.state.LOOK", 0.2)
     corpus = make_corpus(tmp_path / "corpus")
     fill(corpus)
-    with served(corpus) as server:
+    with served(corpus) as server, presence(corpus):
         assert server.get("count")["rows"] == 12
+        cursor = server.get("rows", limit=12)["rows"][-1]
         fill(corpus, units=2)
-        with served(corpus) as later:
-            assert later.get("count")["rows"] == 24
+        end = time.monotonic() + 60
+        while server.get("count")["rows"] != 24:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        assert server.get("corpus")["growing"]
+        after = f"{cursor['source']}/{cursor['shard']}/{cursor['row']}"
+        assert len(server.get("rows", after=after)["rows"]) == 12
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
