@@ -17,6 +17,7 @@ from microdit.pipeline.explore.explorer import EXPLORER, Explorer
 from microdit.pipeline.explore.guard import Handler, error, reader
 from microdit.pipeline.explore.pictures import SIDES, NoPicture
 from microdit.pipeline.explore.pool import BusyError
+from microdit.pipeline.explore.text_search import may_have_text
 from microdit.pipeline.selection.selections import list_selections
 
 ROUTES = web.RouteTableDef()
@@ -136,7 +137,7 @@ async def corpus(request: web.Request) -> web.Response:
             "latents": [name for name in sorted(declared) if name.startswith("latents/")],
             "images": True,
             "embeddings": [name for name in sorted(declared) if is_embedding(name)],
-            "text_search": False,
+            "text_search": any(is_embedding(name) and may_have_text(one) for name, one in declared.items()),
             "read_only": explorer.read_only,
             "token": explorer.guard.csrf,
             "columns": [column.to_json() for column in state.columns],
