@@ -18,6 +18,8 @@ class Needed(NamedTuple):
 
     columns: list[ViewColumn]
     jobs: list[str]
+    whole: bool
+    """It may read columns that it does not name."""
 
     @property
     def groups(self) -> list[FieldGroup]:
@@ -41,7 +43,7 @@ def needed(sql: str, columns: Sequence[ViewColumn], jobs: Mapping[str, str], row
     folders = list(jobs) if whole else [folder for folder in asked_jobs(sql) if folder in jobs]
     text = " ".join([sql, *(jobs[folder] for folder in folders)])
     named = {*_named(text, columns)}
-    return Needed([c for c in columns if whole or c.groups == (ROWS,) or c in named], folders)
+    return Needed([c for c in columns if whole or c.groups == (ROWS,) or c in named], folders, whole)
 
 
 def named_columns(corpus: Corpus, sql: str) -> list[str]:

@@ -19,6 +19,7 @@ from microdit.pipeline.base.bounded_process import ProcessDied, run_bounded
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.temporary_folder import temporary_folder
 from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.marks import MARKS, Marks, marks_table
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.shard_files import check_footer
 from microdit.pipeline.curation.duplicates import ContaminatedTable, DuplicatesTable
@@ -51,6 +52,7 @@ SQL_TYPES = {
     pa.bool_(): "BOOLEAN",
 }
 
+MARK = re.compile(r"\bmark(_note)?\b", re.I)
 SCORES = re.compile(
     r"(nsfw|aesthetic|clip|basic|turned)(_\w+)?$|text_(area|boxes|characters)$|caption_(characters|words|language|repetition)$"
 )
@@ -192,7 +194,13 @@ class OpenView:
         self.files = PartFiles(corpus, table, folder)
         self.columns = view_columns(corpus.columns())
         self.jobs = jobs_of(corpus, table)
-        self._shown: tuple[tuple[ViewColumn, ...], tuple[str, ...]] | None = None
+        self.runs: Sequence[int] | None = None
+        """The parts whose rows the next query sees, in order; None for all."""
+        self.marks: int | None = None
+        """How many marks the view shows; None as long as no query has asked for them."""
+        self._may_mark = not {"mark", "mark_note"} & {column.name for column in self.columns}
+        self._shown: tuple[object, ...] | None = None
+        connection.register("sample_marks", MARKS.empty_table())
         for number, (name, job) in enumerate(self.jobs.items()):
             connection.register(f"job_{number}", _view(corpus, job, folder, job_schema(name)))
         for group, schema in table.schemas.items():  # by an empty file each: DuckDB opens the first at once
@@ -211,28 +219,46 @@ class OpenView:
             RequestError: a part is damaged.
         """
         present = {folder: job.present for folder, job in self.jobs.items()}
-        columns, jobs = wanted = needed("FROM samples" if sql is None else sql, self.columns, present, rows_only)
+        wanted = needed("FROM samples" if sql is None else sql, self.columns, present, rows_only)
         groups = [group for group in wanted.groups if group in self.table.schemas]
-        if (shown := (tuple(columns), tuple(jobs))) == self._shown and sql is not None:
+        runs = None if self.runs is None else tuple(self.runs)
+        marked = self._may_mark and self._shows_marks(sql, wanted.whole)
+        shown = (tuple(wanted.columns), tuple(wanted.jobs), runs, marked)
+        if shown == self._shown and sql is not None:
             return
         self._shown = None if sql is None else shown
         if sql is not None:
             self.files.make(groups)
         numbers = {group: number for number, group in enumerate(groups)}
-        tables = [
-            f"read_parquet({_texts([self._empty(group), *([] if sql is None else self.files.paths(group))])}) AS p{n}"
-            for group, n in numbers.items()
-        ]
-        shape = [f"{_column_sql(c, numbers)} AS {_quoted(c.name)}" for c in columns]
+        files = {group: [] if sql is None else self.files.paths(group, runs) for group in groups}
+        tables = [f"read_parquet({_texts([self._empty(g), *files[g]])}) AS p{n}" for g, n in numbers.items()]
+        shape = [f"{_column_sql(c, numbers)} AS {_quoted(c.name)}" for c in wanted.columns]
         rows = f"SELECT {', '.join(shape)} FROM {' POSITIONAL JOIN '.join(tables)}"
-        if not jobs:
+        if not wanted.jobs and not marked:
             self.connection.execute(f"CREATE OR REPLACE VIEW samples AS {rows}")
             return
         joined, more = f"({rows}) AS sample_rows", ["sample_rows.*"]
-        for folder in jobs:
+        for folder in wanted.jobs:
             joined += f" LEFT JOIN job_{list(self.jobs).index(folder)} USING (source, shard, row)"
             more.append(JOBS[folder].columns.format(present=present[folder]))
+        if marked:
+            joined += " LEFT JOIN sample_marks USING (source, shard, row)"
+            more.append("mark, mark_note")
         self.connection.execute(f"CREATE OR REPLACE VIEW samples AS SELECT {', '.join(more)} FROM {joined}")
+
+    def _shows_marks(self, sql: str | None, whole: bool) -> bool:
+        """Tell whether a query names marks, or reads all columns and there are some; they are read when they are."""
+        named = sql is None or MARK.search(sql) is not None
+        if sql is not None and self.marks is None and (named or whole):
+            marks = Marks(self.corpus)
+            marks.read()
+            self.show_marks(marks_table(marks.newest().values()), marks.next)
+        return named or (whole and bool(self.marks))
+
+    def show_marks(self, table: pa.Table, count: int) -> None:
+        """Show these marks in further queries, which are the first `count` of the corpus."""
+        self.connection.register("sample_marks", table)
+        self.marks, self._shown = count, None
 
     def _empty(self, group: FieldGroup) -> str:
         return str(self.files.spill / f"{list(self.table.schemas).index(group)}.empty.parquet")

@@ -35,8 +35,8 @@ class PartFiles:
     def __init__(self, corpus: Corpus, table: SampleTable, spill: Path):
         self.corpus, self.table, self.spill = corpus, table, spill
         self.declared = corpus.columns()
-        self._rows: list[int] | None = None
-        self._paths: dict[FieldGroup, list[str]] = {}
+        self._rows: dict[int, int] = {}
+        self._paths: dict[FieldGroup, dict[int, str]] = {}
         self._cache = _cache() if corpus.store.root is None else None
 
     @property
@@ -50,22 +50,28 @@ class PartFiles:
         """Make the parts that are not there yet, which is cheapest for all that is needed at once."""
         self.table.make(self.corpus, groups)
 
-    def paths(self, group: FieldGroup) -> list[str]:
-        """The files of a group of fields, in the order of the rows.
+    def paths(self, group: FieldGroup, runs: Sequence[int] | None = None) -> list[str]:
+        """List the files of a group of fields, in the order of the rows.
+
+        Args:
+            runs: numbers of the parts that are wanted; by default all.
 
         Raises:
             RequestError: one is damaged, or has other rows than the images' one beside it.
         """
-        if group not in self._paths:
-            if self._rows is None and group != ROWS:
-                self.paths(ROWS)
-            self.make([group])
-            refs, schema = self.table.parts[group], self.table.schemas[group]
-            wanted: Sequence[int | None] = self._rows if self._rows is not None else [None] * len(refs)
-            files = list(threaded(lambda item: self._checked(*item, schema), zip(refs, wanted, strict=True), DOWNLOADS))
-            self._paths[group] = [path for path, _ in files]
-            self._rows = [rows for _, rows in files]
-        return self._paths[group]
+        self.make([group])
+        refs, known = self.table.parts[group], self._paths.setdefault(group, {})
+        runs = range(len(refs)) if runs is None else runs
+        if missing := [number for number in runs if number not in known]:
+            if group != ROWS:
+                self.paths(ROWS, missing)
+            schema = self.table.schemas[group]
+            wanted = [(refs[number], self._rows.get(number)) for number in missing]
+            files = threaded(lambda item: self._checked(*item, schema), wanted, DOWNLOADS)
+            for number, (path, rows) in zip(missing, files, strict=True):
+                known[number] = path
+                self._rows[number] = rows
+        return [known[number] for number in runs]
 
     def _checked(self, ref: ObjectRef, wanted: int | None, schema: pa.Schema) -> tuple[str, int]:
         """Return the file of a part and its number of rows, which is `wanted` if that is given."""
@@ -124,7 +130,7 @@ class PartFiles:
         if "id" in wanted:
             for group, name in zip(wanted["id"].groups, ("source", "key"), strict=True):
                 fields[group].append(name)
-        for number, rows in enumerate(self._rows or []):
+        for number, rows in sorted(self._rows.items()):
             read = {
                 group: pq.read_table(files[group][number], columns=list(dict.fromkeys(own)), partitioning=None)
                 for group, own in fields.items()
