@@ -13,7 +13,7 @@ async function answer(promise) {
     throw new Error("The server does not answer: has microdit explore been stopped?");
   }
   const body = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(body.error || `The server answers ${response.status}.`);
+  if (!response.ok) throw Object.assign(new Error(body.error || `The server answers ${response.status}.`), { status: response.status });
   return body;
 }
 

@@ -6,18 +6,15 @@ import { Where } from "./where.js";
 
 const [WIDTH, HEIGHT, FEW] = [280, 56, 7];
 
-/** Make the bars of a histogram over all rows (pale) and over those that are left. */
-export function bars(whole, left, { low, high, height = HEIGHT, kind = "fill" } = {}) {
+/** Make the bars of a histogram over all rows (pale) and over those that are left; all are equally wide. */
+export function bars(whole, left, height = HEIGHT, kind = "fill") {
   const drawn = [];
   for (const [data, style] of [[whole, "ghost"], [left, kind]]) {
-    if (!data) continue;
-    const most = Math.max(...data.counts, 1);
-    const span = high - low || 1;
-    data.counts.forEach((rows, i) => {
-      if (!rows) return;
-      const [x, to] = [data.edges[i], data.edges[i + 1]].map((edge) => ((edge - low) / span) * WIDTH);
+    const most = Math.max(...(data?.counts ?? []), 1);
+    const wide = WIDTH / (data?.counts.length ?? 1);
+    data?.counts.forEach((rows, i) => {
       const tall = Math.max(1.5, (rows / most) * (height - 2));
-      drawn.push(svg("rect", { class: style, x: x + 0.4, y: height - tall, width: Math.max(to - x - 0.8, 0.6), height: tall }));
+      if (rows) drawn.push(svg("rect", { class: style, x: i * wide + 0.4, y: height - tall, width: wide - 0.8, height: tall }));
     });
   }
   return drawn;
@@ -67,7 +64,7 @@ class Facet {
     this.low = edges[0];
     this.high = edges[edges.length - 1];
     const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", class: "histogram", "aria-hidden": "true" });
-    picture.append(...bars(this.whole, this.left, this));
+    picture.append(...bars(this.whole, this.left));
     this.brush = svg("rect", { class: "brush", y: 0, height: HEIGHT, width: 0, "data-brush": "" });
     picture.append(this.brush);
     this.showBrush(filter?.low ?? this.low, filter?.high ?? this.high, Boolean(filter));
@@ -89,7 +86,12 @@ class Facet {
   }
 
   showBrush(low, high, shown = true) {
-    const x = (value) => Math.min(Math.max((value - this.low) / (this.high - this.low || 1), 0), 1) * WIDTH;
+    const { edges } = this.whole;
+    const x = (value) => {
+      const i = Math.min(Math.max(edges.findIndex((edge) => edge > value) - 1, value < this.low ? 0 : value >= this.high ? edges.length - 2 : 0), edges.length - 2);
+      const part = (value - edges[i]) / (edges[i + 1] - edges[i] || 1);
+      return ((i + Math.min(Math.max(part, 0), 1)) / (edges.length - 1)) * WIDTH;
+    };
     this.brush.setAttribute("x", x(low));
     this.brush.setAttribute("width", shown ? Math.max(x(high) - x(low), 1) : 0);
   }
@@ -100,9 +102,8 @@ class Facet {
     const counts = this.left.counts;
     const bin = (event) => {
       const box = picture.getBoundingClientRect();
-      const at = this.low + Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1) * (this.high - this.low);
-      const found = edges.findIndex((edge) => edge > at);
-      return found < 0 ? edges.length - 2 : Math.max(found - 1, 0);
+      const part = (event.clientX - box.left) / box.width;
+      return Math.min(Math.max(Math.floor(part * (edges.length - 1)), 0), edges.length - 2);
     };
     const spoken = (a, b) => `${number(edges[a])} – ${number(edges[b + 1])}: ${count(counts.slice(a, b + 1).reduce((sum, rows) => sum + rows, 0))}`;
     let begun = null;

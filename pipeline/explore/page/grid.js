@@ -62,7 +62,7 @@ export class Grid {
       if (serial !== this.serial) return;
       this.loading = false;
       this.done = true;
-      this.say(error.name === "AbortError" ? "" : `The pictures cannot be had: ${error.message}`);
+      this.say(error.name === "AbortError" || error.status === 400 ? "" : `The pictures cannot be had: ${error.message}`);
     }
   }
 

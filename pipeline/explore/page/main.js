@@ -5,7 +5,7 @@ import { byId, copy, count, dialog, el, later, many, shortCount, toast } from ".
 import { Filters } from "./filters.js";
 import { Grid } from "./grid.js";
 import { showRuns } from "./runs.js";
-import { showSample } from "./sample.js";
+import { marking, showSample } from "./sample.js";
 import { go, link, note, onChange, state } from "./state.js";
 import { liveStatus, showCompare, showFailures, showGroups } from "./views.js";
 import { Where } from "./where.js";
@@ -145,8 +145,7 @@ async function drawSample() {
   if (i >= grid.items.length - 3 && i >= 0) grid.more();
   const neighbours = { before: i > 0 ? grid.items[i - 1] : null, after: i >= 0 ? (grid.items[i + 1] ?? null) : null };
   const words = [...new Where(state.where, corpus.columns).words(), ...(state.text ?? "").split(/\s+/)].filter(Boolean);
-  const again = (name, text) => mark(row, name, text).then(drawSample);
-  const found = await showSample(byId("page-view"), { row, corpus, words, neighbours, mark: again, signal: viewAbort.signal });
+  const found = await showSample(byId("page-view"), { row, corpus, words, neighbours, mark: (name, text) => mark(row, name, text), signal: viewAbort.signal });
   sample = { ...found, ...neighbours };
 }
 
@@ -154,12 +153,23 @@ async function drawSample() {
 async function mark(row, name, text = "") {
   if (corpus.read_only) return toast("This page may only read: it was started with --read-only.", { bad: true });
   try {
-    await post("marks", { source: row.source, key: row.key, mark: name, note: text });
+    const made = await post("marks", { source: row.source, key: row.key, mark: name, note: text });
     grid.marked(row, name);
-    toast(name ? `Marked ${name}: ${row.key}` : `The mark of ${row.key} is undone.`, name ? { action: "Undo", run: () => mark(row, null).then(() => state.view === "sample" && drawSample()) } : {});
+    if (state.view === "sample" && state.key === row.key) showMark(row, name ? made : null);
+    toast(name ? `Marked ${name}: ${row.key}` : `The mark of ${row.key} is undone.`, name ? { action: "Undo", run: () => mark(row, null) } : {});
   } catch (error) {
     toast(`Not marked: ${error.message}`, { bad: true });
   }
+}
+
+/** Show the new mark of the picture that is open; the focus stays where it was. */
+function showMark(row, made) {
+  const old = document.querySelector(".marking");
+  const position = [...old.children].indexOf(document.activeElement);
+  sample.mark = made;
+  old.replaceWith(marking(sample, corpus, (name, text) => mark(row, name, text)));
+  const now = document.querySelector(".marking").children[position];
+  if (now) (now.disabled ? document.querySelector(".marking button") : now).focus();
 }
 
 const query = () => `SELECT source, shard, row FROM samples${state.where ? ` WHERE ${state.where}` : ""}`;
@@ -211,7 +221,7 @@ function key(event) {
   else if (event.key === "s") byId("words").focus();
   else if (event.key === "f") openFilters();
   else if (event.key === "?") help();
-  else if (row && event.key in marks) mark(row, marks[event.key], byId("note")?.value ?? "").then(() => state.view === "sample" && drawSample());
+  else if (row && event.key in marks) mark(row, marks[event.key], byId("note")?.value ?? "");
   else if (state.view === "sample" && event.key === "ArrowLeft" && sample?.before) go({ source: sample.before.source, key: sample.before.key }, true);
   else if (state.view === "sample" && event.key === "ArrowRight" && sample?.after) go({ source: sample.after.source, key: sample.after.key }, true);
   else if (state.view === "grid" && event.key.startsWith("Arrow") && !event.target.closest("#grid, #facets, summary")) grid.reveal(grid.current);

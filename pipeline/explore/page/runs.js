@@ -4,7 +4,7 @@ import { get, sheet } from "./api.js";
 import { count, el, number, svg } from "./dom.js";
 import { link, note, state } from "./state.js";
 
-const [WIDTH, HEIGHT, LEFT, BOTTOM] = [460, 190, 46, 22];
+const [WIDTH, HEIGHT, LEFT, BOTTOM] = [460, 190, 52, 22];
 
 /** Choose about so many round values between two ends. */
 function ticks(low, high, most) {
@@ -43,10 +43,10 @@ function curve({ name, points }) {
   const drawn = thinned(known);
   const said = `${name}: ${number(values[0])} at step ${count(first)}, ${number(values.at(-1))} at step ${count(last)}`;
   const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, class: "curve", role: "img", "aria-label": said });
-  for (const value of ticks(least, most, 4)) {
+  for (const value of ticks(least, most, 6)) {
     picture.append(svg("line", { class: "rule", x1: LEFT, x2: WIDTH - 8, y1: y(value), y2: y(value) }), svg("text", { x: LEFT - 8, y: y(value) + 4, "text-anchor": "end" }, number(value)));
   }
-  for (const step of ticks(first, last, 4)) picture.append(svg("text", { x: x(step), y: HEIGHT - 4, "text-anchor": "middle" }, count(step)));
+  for (const step of ticks(first, last, 4)) picture.append(svg("text", { x: x(step), y: HEIGHT - 4, "text-anchor": x(step) > WIDTH - 30 ? "end" : "middle" }, count(step)));
   picture.append(svg("polyline", { class: "line", points: drawn.map(([step, value]) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`).join(" ") }));
   const dot = svg("circle", { class: "point", r: 4, cx: -9, cy: -9 });
   picture.append(dot);

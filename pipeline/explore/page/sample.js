@@ -72,7 +72,7 @@ function belongs(sample) {
 }
 
 /** The form that marks a picture; `mark(name, note)` carries it out. */
-function marking(sample, corpus, mark) {
+export function marking(sample, corpus, mark) {
   const now = sample.mark;
   const note = el("input", { id: "note", type: "text", maxlength: 500, value: now?.note ?? "", placeholder: "A note, if you like", "aria-label": "Note", autocomplete: "off" });
   note.addEventListener("keydown", (event) => event.key === "Enter" && mark(now?.mark ?? "keep", note.value));

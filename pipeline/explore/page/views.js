@@ -32,7 +32,7 @@ async function endless(list, load, signal) {
       if (signal.aborted) return;
       list.append(...found.nodes);
       next = found.next;
-      end.textContent = next ? "" : list.childElementCount ? "" : "There are none.";
+      end.textContent = next || list.childElementCount ? "" : (found.note ?? "There are none.");
       if (!next) watch.disconnect();
       else setTimeout(() => ((loading = false), watch.unobserve(end), watch.observe(end)));
     } catch (error) {
@@ -74,7 +74,7 @@ export async function showGroups(root, { signal }) {
   const card = ({ id, rows, count: all }) => el("li.card", {}, el("p.soft.small", {}, `group ${id} · ${many(all ?? rows.length, "picture")}`), el("div.thumbs", {}, ...rows.map((row) => thumb(row, { kept: row.kept }))));
   return endless(list, async (after) => {
     const found = await get("groups", { kind, after, limit: 24, where: state.where }, signal);
-    return { next: found.next, nodes: found.groups.map(card) };
+    return { next: found.next, nodes: found.groups.map(card), note: found.note };
   }, signal);
 }
 
@@ -83,7 +83,7 @@ function chart(column, whole, a, b) {
   if (whole.kind === "bins") {
     const [low, high] = [whole.edges[0], whole.edges.at(-1)];
     const picture = svg("svg", { viewBox: "0 0 280 72", preserveAspectRatio: "none", class: "histogram", role: "img", "aria-label": `${column.label}: A and B` });
-    picture.append(...bars(null, a, { low, high, height: 72, kind: "a" }), ...bars(null, b, { low, high, height: 72, kind: "b" }));
+    picture.append(...bars(null, a, 72, "a"), ...bars(null, b, 72, "b"));
     return [picture, el("div.ends", {}, el("span", {}, number(low)), el("span", {}, number(high)))];
   }
   const share = (data, value) => {

@@ -124,7 +124,9 @@ export class Where {
 
   /** The SQL with this word looked for in all captions; an empty word takes the search away. */
   withWord(word) {
-    const names = this.columns.filter(({ kind, group }) => kind === "text" && /^captions/.test(group)).map(({ name }) => name);
+    const texts = this.columns.filter(({ kind, name }) => kind === "text" && /^caption/.test(name));
+    const written = texts.filter(({ group }) => /^captions/.test(group));
+    const names = (written.length ? written : texts).map(({ name }) => name);
     const searched = (text) => names.length > 0 && text.replace(/^\(|\)$/g, "").split(" OR ").every((part) => names.some((name) => /^ILIKE '%.*%'$/.test(after(part, name) ?? "")));
     const rest = this.clauses.filter(({ text }) => !searched(text));
     const text = names.map((name) => `${name} ILIKE ${literal(`%${word}%`)}`).join(" OR ");
