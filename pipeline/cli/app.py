@@ -7,6 +7,7 @@ from microdit.pipeline.cli.choose import decontaminate, dedup, select
 from microdit.pipeline.cli.command import Commands
 from microdit.pipeline.cli.convert import convert
 from microdit.pipeline.cli.evaluate import evaluate
+from microdit.pipeline.cli.explore import explore
 from microdit.pipeline.cli.generate import generate
 from microdit.pipeline.cli.inspect import inspect
 from microdit.pipeline.cli.look import gc, ls, query, report, status, verify
@@ -44,7 +45,7 @@ app = typer.Typer(
 
 for command in (
     *(demo, build, plan, inspect),
-    *(status, report, query, verify, ls, gc),
+    *(status, report, explore, query, verify, ls, gc),
     *(select, dedup, decontaminate),
     *(convert, train, generate, evaluate),
 ):

@@ -173,7 +173,9 @@ class OpenView:
         self.files = PartFiles(corpus, table, folder)
         self.columns = view_columns(corpus.columns())
         self.jobs = jobs_of(corpus, table)
-        self._shown: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+        self.runs: Sequence[int] | None = None
+        """The parts whose rows the next query sees, in order; None for all."""
+        self._shown: tuple[object, ...] | None = None
         for number, (name, job) in enumerate(self.jobs.items()):
             connection.register(f"job_{number}", _view(corpus, job, folder, job_schema(name)))
         for column, declaration in corpus.columns().items():  # by an empty file each: DuckDB opens the first at once
@@ -193,14 +195,14 @@ class OpenView:
         whole = sql is None or _needs_all(sql)
         columns = [c for c in self.columns if whole or c.column == IMAGES or c.name.lower() in text]
         parts = [IMAGES, *sorted({c.column for c in columns} & self.table.parts.keys() - {IMAGES})]
-        if (shown := (tuple(parts), tuple(jobs))) == self._shown and sql is not None:
+        runs = None if self.runs is None else tuple(self.runs)
+        shown = (tuple(column.name for column in columns), tuple(parts), tuple(jobs), runs)
+        if shown == self._shown and sql is not None:
             return
         self._shown = None if sql is None else shown
         numbers = {column: number for number, column in enumerate(parts)}
-        tables = [
-            f"read_parquet({_texts([self._empty(column), *([] if sql is None else self.files.paths(column))])}) AS p{n}"
-            for column, n in numbers.items()
-        ]
+        files = {column: [] if sql is None else self.files.paths(column, runs) for column in parts}
+        tables = [f"read_parquet({_texts([self._empty(c), *files[c]])}) AS p{n}" for c, n in numbers.items()]
         shape = [f"{_column_sql(c, numbers)} AS {_quoted(c.name)}" for c in self.columns if c in columns]
         rows = f"SELECT {', '.join(shape)} FROM {' POSITIONAL JOIN '.join(tables)}"
         if not jobs:

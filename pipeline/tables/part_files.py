@@ -35,31 +35,39 @@ class PartFiles:
     def __init__(self, corpus: Corpus, table: SampleTable, spill: Path):
         self.corpus, self.table, self.spill = corpus, table, spill
         self.declared = corpus.columns()
-        self._rows: list[int] | None = None
-        self._paths: dict[str, list[str]] = {}
+        self._rows: dict[int, int] = {}
+        self._paths: dict[str, dict[int, str]] = {}
         self._cache = _cache() if corpus.store.root is None else None
 
     @property
     def folders(self) -> list[str]:
         """The folders in which the files are: nothing in them is of another corpus."""
         root = [] if self.corpus.store.root is None else [str(self.corpus.store.root / FOLDER)]
-        return [*root, str(self.spill), str(private_folder())]
+        names = (Path(ref.name) for refs in self.table.parts.values() for ref in refs)
+        private = {str(path.parent) for path in names if path.is_absolute()}  # perhaps of the process that made it
+        return [*root, str(self.spill), str(private_folder()), *sorted(private)]
 
-    def paths(self, column: str) -> list[str]:
-        """The files of a column, in the order of the rows.
+    def paths(self, column: str, runs: Sequence[int] | None = None) -> list[str]:
+        """List the files of a column, in the order of the rows.
+
+        Args:
+            runs: numbers of the parts that are wanted; by default all.
 
         Raises:
             RequestError: one is damaged, or has other rows than the images' one beside it.
         """
-        if column not in self._paths:
-            if self._rows is None and column != IMAGES:
-                self.paths(IMAGES)
-            refs, schema = self.table.parts[column], part_schema(column, self.declared[column])
-            wanted: Sequence[int | None] = self._rows if self._rows is not None else [None] * len(refs)
-            files = list(threaded(lambda item: self._checked(*item, schema), zip(refs, wanted, strict=True), DOWNLOADS))
-            self._paths[column] = [path for path, _ in files]
-            self._rows = [rows for _, rows in files]
-        return self._paths[column]
+        refs, known = self.table.parts[column], self._paths.setdefault(column, {})
+        runs = range(len(refs)) if runs is None else runs
+        if missing := [number for number in runs if number not in known]:
+            if column != IMAGES:
+                self.paths(IMAGES, missing)
+            schema = part_schema(column, self.declared[column])
+            wanted = [(refs[number], self._rows.get(number)) for number in missing]
+            files = threaded(lambda item: self._checked(*item, schema), wanted, DOWNLOADS)
+            for number, (path, rows) in zip(missing, files, strict=True):
+                known[number] = path
+                self._rows[number] = rows
+        return [known[number] for number in runs]
 
     def _checked(self, ref: ObjectRef, wanted: int | None, schema: pa.Schema) -> tuple[str, int]:
         """Return the file of a part and its number of rows, which is `wanted` if that is given."""
@@ -119,7 +127,7 @@ class PartFiles:
                 column: pq.read_table(paths[number], columns=list(dict.fromkeys(fields[column])), partitioning=None)
                 for column, paths in files.items()
             }
-            rows = (self._rows or [])[number]
+            rows = self._rows[number]
             arrays = {}
             for name in names:
                 column = wanted[name]
