@@ -35,14 +35,17 @@ export const post = (path, body) =>
     }),
   );
 
+/** What names a sample: its shard and row too, where they are known. */
+export const named = ({ source, key, shard, row }) => ({ source, key, shard, row });
+
 /** The address of a picture that is at least so many CSS pixels large on its longer side. */
 export function picture(row, pixels) {
   const wanted = pixels * Math.min(window.devicePixelRatio || 1, 2);
   const size = pixels === Infinity ? "full" : ([160, 320, 640].find((side) => side >= wanted * 0.9) ?? 640);
-  return address("/api/image", { source: row.source, key: row.key, size });
+  return address("/api/image", { ...named(row), size });
 }
 
-export const decoded = (row, column) => address("/api/decoded", { source: row.source, key: row.key, column });
+export const decoded = (row, column) => address("/api/decoded", { ...named(row), column });
 
 export const sheet = (run, step) => address(`/api/runs/${encodeURIComponent(run)}/sheet`, { step });
 

@@ -182,7 +182,7 @@ export class Filters {
     this.facets = [];
     this.watch = new IntersectionObserver((entries) => this.sighted(entries), { root: byId("facets"), rootMargin: "300px" });
     for (const [group, members] of groups) {
-      const facets = members.filter(({ kind }) => kind !== "text").map((column) => new Facet(this, column));
+      const facets = members.filter(({ kind, name }) => kind !== "text" && name !== "row").map((column) => new Facet(this, column));
       if (!facets.length) continue;
       byId("facets").append(el("h3.group", {}, group), ...facets.map(({ root }) => root));
       this.facets.push(...facets);

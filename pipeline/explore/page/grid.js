@@ -9,6 +9,9 @@ const [GAP, CAPTION] = [10, 24];
 /** Name a picture to those who hear the page. */
 const spoken = (row) => `${row.caption || "no caption"} (${row.source}/${row.key})${row.mark ? `, marked ${row.mark}` : ""}`;
 
+/** Give the link to a picture's view; its shard and row let the server find it at once. */
+export const place = ({ source, key, shard, row }) => link({ view: "sample", source, key, shard: shard ?? null, row: row ?? null });
+
 /** Make an image, or what stands for one that is not there: rows that failed have no width. */
 export function image(row, pixels, alt = "") {
   if (row.width === null) return el("span.absent", {}, "no picture");
@@ -189,9 +192,8 @@ export class Grid {
 
   tile(i, pixels) {
     const row = this.items[i];
-    const href = link({ view: "sample", source: row.source, key: row.key });
     const caption = el("span.cap", { "aria-hidden": "true" }, row.score === undefined ? "" : el("b", {}, row.score.toFixed(2)), row.caption ?? "");
-    const anchor = el("a", { href, "aria-label": spoken(row), title: row.caption || null }, el("span.frame", {}, image(row, pixels)), caption);
+    const anchor = el("a", { href: place(row), "aria-label": spoken(row), title: row.caption || null }, el("span.frame", {}, image(row, pixels)), caption);
     const tile = el("li", { "data-index": i, "aria-posinset": i + 1, "aria-setsize": this.done ? this.items.length : -1 }, anchor);
     tile.classList.toggle("keep", row.mark === "keep");
     tile.classList.toggle("drop", row.mark === "drop");

@@ -1,6 +1,6 @@
 /** The page of microdit explore: it joins the URL, the filters, the grid and the views. */
 
-import { get, post, setToken } from "./api.js";
+import { get, named, post, setToken } from "./api.js";
 import { byId, copy, count, dialog, el, later, many, shortCount, toast } from "./dom.js";
 import { Filters } from "./filters.js";
 import { Grid } from "./grid.js";
@@ -140,7 +140,7 @@ function returnTo(before) {
 }
 
 async function drawSample() {
-  const row = { source: state.source, key: state.key };
+  const row = named(state);
   const i = grid.indexOf(row);
   if (i >= grid.items.length - 3 && i >= 0) grid.more();
   const neighbours = { before: i > 0 ? grid.items[i - 1] : null, after: i >= 0 ? (grid.items[i + 1] ?? null) : null };
@@ -153,7 +153,7 @@ async function drawSample() {
 async function mark(row, name, text = "") {
   if (corpus.read_only) return toast("This page may only read: it was started with --read-only.", { bad: true });
   try {
-    const made = await post("marks", { source: row.source, key: row.key, mark: name, note: text });
+    const made = await post("marks", { ...named(row), row: row.row === undefined ? undefined : Number(row.row), mark: name, note: text });
     grid.marked(row, name);
     if (state.view === "sample" && state.key === row.key) showMark(row, name ? made : null);
     toast(name ? `Marked ${name}: ${row.key}` : `The mark of ${row.key} is undone.`, name ? { action: "Undo", run: () => mark(row, null) } : {});
@@ -222,8 +222,8 @@ function key(event) {
   else if (event.key === "f") openFilters();
   else if (event.key === "?") help();
   else if (row && event.key in marks) mark(row, marks[event.key], byId("note")?.value ?? "");
-  else if (state.view === "sample" && event.key === "ArrowLeft" && sample?.before) go({ source: sample.before.source, key: sample.before.key }, true);
-  else if (state.view === "sample" && event.key === "ArrowRight" && sample?.after) go({ source: sample.after.source, key: sample.after.key }, true);
+  else if (state.view === "sample" && event.key === "ArrowLeft" && sample?.before) go(named(sample.before), true);
+  else if (state.view === "sample" && event.key === "ArrowRight" && sample?.after) go(named(sample.after), true);
   else if (state.view === "grid" && event.key.startsWith("Arrow") && !event.target.closest("#grid, #facets, summary")) grid.reveal(grid.current);
   else return;
   event.preventDefault();
@@ -237,7 +237,7 @@ function swipes(root) {
     const to = event.changedTouches[0];
     if (!from || state.view !== "sample" || Math.abs(to.clientX - from.clientX) < 70 || Math.abs(to.clientY - from.clientY) > 50) return;
     const row = to.clientX < from.clientX ? sample?.after : sample?.before;
-    if (row) go({ source: row.source, key: row.key }, true);
+    if (row) go(named(row), true);
   });
 }
 

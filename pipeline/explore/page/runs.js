@@ -2,6 +2,7 @@
 
 import { get, sheet } from "./api.js";
 import { count, el, number, svg } from "./dom.js";
+import { place } from "./grid.js";
 import { link, note, state } from "./state.js";
 
 const [WIDTH, HEIGHT, LEFT, BOTTOM] = [460, 190, 52, 22];
@@ -89,7 +90,7 @@ export async function showRuns(root, { signal }) {
   const run = runs.find(({ name }) => name === state.run) ?? runs[0];
   const tabs = runs.map(({ name, steps }) => el("a", { href: link({ run: name, step: null }), "aria-current": name === run.name ? "page" : null }, name, el("span.soft.small", {}, steps === undefined ? "" : ` ${count(steps)}`)));
   const found = await get(`runs/${encodeURIComponent(run.name)}`, {}, signal);
-  const place = ({ source, key, shard, row, reason }) => el("li", {}, key ? el("a", { href: link({ view: "sample", source, key }) }, `${source}/${key}`) : `${shard} row ${row}`, el("span.tag.drop", {}, reason ?? "broken"));
-  const broken = found.broken?.length ? el("section.block", {}, el("h3", {}, "Samples that were found broken"), el("ul.lines", {}, ...found.broken.map(place))) : "";
+  const line = ({ source, key, shard, row, reason }) => el("li", {}, key ? el("a", { href: place({ source, key, shard, row }) }, `${source}/${key}`) : `${shard} row ${row}`, el("span.tag.drop", {}, reason ?? "broken"));
+  const broken = found.broken?.length ? el("section.block", {}, el("h3", {}, "Samples that were found broken"), el("ul.lines", {}, ...found.broken.map(line))) : "";
   root.replaceChildren(head, el("nav.tabs", { "aria-label": "Runs" }, ...tabs), el("div.curves", {}, ...found.curves.map(curve)), sheets(run.name, found.sheets ?? []), broken);
 }

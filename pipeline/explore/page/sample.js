@@ -1,8 +1,8 @@
 /** One picture: everything that the corpus knows of it. */
 
-import { decoded, get, picture } from "./api.js";
+import { decoded, get, named, picture } from "./api.js";
 import { count, el, highlighted, many, number } from "./dom.js";
-import { image } from "./grid.js";
+import { image, place } from "./grid.js";
 import { link } from "./state.js";
 
 const isAddress = (text) => /^https?:\/\/\S+$/i.test(text);
@@ -84,9 +84,8 @@ export function marking(sample, corpus, mark) {
 
 /** Draw a picture's view; gives what is needed to draw it again. */
 export async function showSample(root, { row, corpus, words, neighbours, mark, signal }) {
-  const sample = await get("sample", row, signal);
-  const to = (other) => (other ? link({ source: other.source, key: other.key }) : null);
-  const step = (other, text, name) => el("a.button", { href: to(other), "aria-label": name, "aria-disabled": other ? null : "true" }, text);
+  const sample = await get("sample", named(row), signal);
+  const step = (other, text, name) => el("a.button", { href: other && place(other), role: "link", "aria-label": name, "aria-disabled": other ? null : "true" }, text);
   const title = el("div.sample-head", {},
     el("a.button", { href: link({ view: "grid" }) }, "← Pictures"),
     el("h2", { tabindex: -1, id: "sample-title" }, el("span.soft", {}, `${sample.source} / `), sample.key),

@@ -2,7 +2,7 @@
 
 const listeners = [];
 const VIEWS = ["grid", "sample", "failures", "groups", "compare", "runs"];
-const OF_A_VIEW = ["source", "key", "column", "reason", "kind", "a", "b", "run", "step"];
+const OF_A_VIEW = ["source", "key", "shard", "row", "column", "reason", "kind", "a", "b", "run", "step"];
 const OF_THE_LIST = ["like", "text", "order", "seed", "at"];
 
 export let state = read();

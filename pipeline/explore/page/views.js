@@ -3,12 +3,10 @@
 import { get } from "./api.js";
 import { bars } from "./filters.js";
 import { count, el, many, number, shortCount, svg } from "./dom.js";
-import { image } from "./grid.js";
+import { image, place } from "./grid.js";
 import { go, link, state } from "./state.js";
 
 const heading = (title, ...says) => el("header.view-head", {}, el("h2", { tabindex: -1 }, title), says.length ? el("p.soft", {}, ...says) : "");
-
-const place = (row) => link({ view: "sample", source: row.source, key: row.key });
 
 /** A thumbnail that leads to its picture. */
 function thumb(row, { kept = false, picture = true, says = "" } = {}) {
@@ -140,5 +138,5 @@ export function liveStatus(box, status) {
   const stage = ({ name, done, total, rate, failed }) => el("li", {}, el("span.value", {}, name), el("span.rows", {}, `${count(done ?? 0)}${total ? ` of ${count(total)}` : ""} shards`), el("span.bar", { "aria-hidden": "true" }, el("i.fill", { style: { width: `${total ? Math.min(done / total, 1) * 100 : 0}%` } })), el("span.soft.small", {}, [rate ? `${number(rate)} a second` : "", failed ? `${count(failed)} failed` : ""].filter(Boolean).join(" · ")));
   const newest = (status.newest ?? []).map((row) => thumb(row));
   const rows = status.rows === undefined ? "" : el("p.soft", {}, `${shortCount(status.rows)} rows${status.failed ? `, ${shortCount(status.failed)} failed` : ""}`);
-  box.querySelector(".pop").replaceChildren(rows, el("ul.values", {}, ...(status.stages ?? []).map(stage)), newest.length ? el("h3", {}, "Newest") : "", el("div.thumbs", {}, ...newest), el("button", { onclick: () => location.reload() }, "Load what is new"));
+  box.querySelector(".pop").replaceChildren(rows, el("ul.values", {}, ...(status.stages ?? []).map(stage)), newest.length ? el("p.soft.small", {}, "The newest pictures") : "", el("div.thumbs", {}, ...newest), el("button", { onclick: () => location.reload() }, "Load what is new"));
 }

@@ -14,6 +14,7 @@ SIZES = {390: 844, 1280: 900, 2560: 1400}
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
+    expect.set_options(timeout=20_000)  # a machine may be busy
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=SWITCHES)
         yield browser
