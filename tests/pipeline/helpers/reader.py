@@ -26,9 +26,9 @@ class Reader:
 
     def __init__(self, tab: Page, url: str):
         self.tab, self.url = tab, url
-        self.messages: list[str] = []
+        self.messages: list[str] = []  # a browser also writes down every request that is refused
         self.requests: list[str] = []
-        tab.on("console", lambda message: self.messages.append(message.text))
+        tab.on("console", lambda message: self.messages.append(f"{message.text} {message.location.get('url')}"))
         tab.on("pageerror", lambda error: self.messages.append(str(error)))
         tab.on("request", lambda request: self.requests.append(request.url))
 
@@ -59,6 +59,14 @@ class Reader:
         """The name of what has the focus."""
         return self.tab.evaluate("document.activeElement.getAttribute('aria-label') ?? document.activeElement.id")
 
+    def until(self, expression: str) -> None:
+        """Wait until this is true in the page; the page's policy forbids playwright's own way."""
+        for _ in range(400):
+            if self.tab.evaluate(expression):
+                return
+            self.tab.wait_for_timeout(50)
+        raise AssertionError(f"never true: {expression}")
+
     def filter_by_sql(self, where: str) -> None:
         """Type a condition, from wherever the focus is."""
         self.tab.evaluate("document.activeElement.blur()")
@@ -75,6 +83,7 @@ class Reader:
             self.tab.evaluate("document.getElementById('main').scrollBy(0, 2 * innerHeight)")
             self.tab.wait_for_timeout(30)
             most = max(most, self.see("#grid li").count())
+        self.tab.evaluate("document.getElementById('main').scrollTo(0, 1e9)")
         return most
 
 
