@@ -181,7 +181,7 @@ def _embedded(corpus: Corpus, table: SampleTable, column: str, spill: Path) -> E
     lines, width, count = [np.empty(0, np.int64)], 0, 0
     with spill.open("wb") as file:
         for (source, shard, _), (rows, vectors) in zip(
-            shards, threaded(lambda shard: _read(corpus, corpus.commit(column, *shard)), shards, 4), strict=True
+            shards, threaded(lambda shard: read_vectors(corpus, corpus.commit(column, *shard)), shards, 4), strict=True
         ):
             if not len(rows):
                 continue
@@ -225,7 +225,7 @@ def _lines(corpus: Corpus, table: SampleTable) -> tuple[dict[ShardId, int], np.n
     return begins, np.concatenate(area), ok
 
 
-def _read(corpus: Corpus, commit: Commit) -> tuple[np.ndarray, np.ndarray]:
+def read_vectors(corpus: Corpus, commit: Commit) -> tuple[np.ndarray, np.ndarray]:
     """Read one shard: (k,) rows and (k, width) float16 vectors.
 
     Raises:

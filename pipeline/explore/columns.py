@@ -9,14 +9,12 @@ import pyarrow as pa
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.records import Declaration
 from microdit.pipeline.curation.job import CONTAMINATED
-from microdit.pipeline.selection.view import JOBS
 from microdit.pipeline.tables.sample_table import JOB_COLUMNS, view_columns
 
 TEXTS = {  # scalars that are different for nearly every sample
     *("id", "key", "unit", "shard", "detail", "caption", "origin", "fields", "sha256"),
     *("pixels_sha256", "phash", "phashes"),
 }
-GROUPS = {"images": "picture", "captions": "captions", "scores": "scores", "latents": "latents", "text": "text"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,7 @@ class ShownColumn:
     """`number`, `category`, `text` or `flag`."""
     label: str
     group: str
+    """The column of the corpus that it is from; `tables` of table jobs, `marks` of marks."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -42,19 +41,19 @@ def shown_columns(declared: dict[str, Declaration], jobs: Iterable[str]) -> list
     """
     columns = []
     for column in view_columns(declared):
-        family = column.column.partition("/")[0]
         scalar = column.name if column.column == IMAGES else column.sql
-        columns.append(_shown(column.name, column.type, scalar, GROUPS.get(family, family)))
+        columns.append(_shown(column.name, column.type, scalar, column.column))
     for folder in jobs:
         prefix = folder.removeprefix("tables/").removesuffix("s")
         fields = [field for field in JOB_COLUMNS if field.name.startswith(prefix)]
-        group = "contamination" if folder == CONTAMINATED else "duplicates"
         if folder == CONTAMINATED:
             fields = [pa.field("contaminated", pa.bool_()), *fields]
         for field in fields:
             text = field.name.endswith(("_group", "_by"))
-            columns.append(_shown(field.name, field.type, "id" if text else field.name, group))
-    assert all(folder in JOBS for folder in jobs)
+            columns.append(_shown(field.name, field.type, "id" if text else field.name, "tables"))
+    if not {"mark", "mark_note"} & {column.name for column in columns}:
+        columns.append(ShownColumn("mark", "category", "mark", "marks"))
+        columns.append(ShownColumn("mark_note", "text", "note of the mark", "marks"))
     return columns
 
 

@@ -69,16 +69,18 @@ class Guard:
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Refuse what is not ours, and set the headers of every answer."""
-        response = self._refusal(request)
-        if response is None:
-            response = await handler(request)
+        response: web.StreamResponse = self._refusal(request) or await handler(request)
         if not response.prepared:
-            for name, value in HEADERS.items():
-                response.headers.setdefault(name, value)
-            response.headers.setdefault("Cache-Control", "no-store")
-            if READER not in request.cookies:
-                response.set_cookie(READER, secrets.token_urlsafe(9), httponly=True, samesite="Strict")
+            self.protect(request, response)
         return response
+
+    def protect(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Set the headers that every answer has."""
+        for name, value in HEADERS.items():
+            response.headers.setdefault(name, value)
+        response.headers.setdefault("Cache-Control", "no-store")
+        if READER not in request.cookies:
+            response.set_cookie(READER, secrets.token_urlsafe(9), httponly=True, samesite="Strict")
 
     def _refusal(self, request: web.Request) -> web.Response | None:
         host = request.headers.get("Host", "")

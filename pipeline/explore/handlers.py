@@ -9,12 +9,14 @@ from aiohttp import web
 from obstore.exceptions import BaseError
 
 from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.corpus.marks import WORDS
+from microdit.pipeline.curation.job import is_embedding
 from microdit.pipeline.explore import histograms, rows
 from microdit.pipeline.explore.condition import checked
+from microdit.pipeline.explore.explorer import EXPLORER, Explorer
 from microdit.pipeline.explore.guard import Handler, error, reader
 from microdit.pipeline.explore.pictures import SIDES, NoPicture
 from microdit.pipeline.explore.pool import BusyError
-from microdit.pipeline.explore.server import EXPLORER, Explorer
 from microdit.pipeline.selection.selections import list_selections
 
 ROUTES = web.RouteTableDef()
@@ -79,11 +81,22 @@ async def place_of(request: web.Request, explorer: Explorer) -> rows.Place:
     return at  # type: ignore[no-any-return]
 
 
-def answer(explorer: Explorer, value: Any) -> web.Response:
-    """Answer with JSON; the places of rows in it are remembered, because their pictures are asked for next."""
-    if isinstance(value, dict) and "rows" in value and isinstance(value["rows"], list):
-        explorer.state.places.add(value["rows"])
+def answer(explorer: Explorer, value: dict[str, Any]) -> web.Response:
+    """Answer with JSON; rows in it get their marks, and their places are remembered: their pictures come next."""
+    if isinstance(found := value.get("rows"), list):
+        explorer.state.places.add(found)
+        for row in found:
+            mark = explorer.state.newest_marks.get((row["source"], row["shard"], row["row"]))
+            row["mark"] = mark.mark if mark is not None else None
     return web.json_response(value)
+
+
+def marked(explorer: Explorer, at: rows.Place) -> dict[str, Any] | None:
+    """Give the mark of a sample that counts, if it was not taken back."""
+    mark = explorer.state.newest_marks.get(at)
+    if mark is None or not (mark.mark or mark.note):
+        return None
+    return {"mark": mark.mark, "note": mark.note, "who": mark.who, "when": mark.time}
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -112,6 +125,7 @@ async def corpus(request: web.Request) -> web.Response:
     sources = await state.remembered("sources", lambda: explorer.pool.ask(asker, rows.count_sources))
     selections = await explorer.in_thread(list_selections, explorer.corpus)
     declared = await explorer.in_thread(explorer.corpus.columns)
+    words = [mark.mark for mark in state.newest_marks.values()]
     return web.json_response(
         {
             "name": explorer.corpus.name,
@@ -121,13 +135,13 @@ async def corpus(request: web.Request) -> web.Response:
             "captions": [name for name in sorted(declared) if name.startswith("captions/")],
             "latents": [name for name in sorted(declared) if name.startswith("latents/")],
             "images": True,
-            "embeddings": [],
+            "embeddings": [name for name in sorted(declared) if is_embedding(name)],
             "text_search": False,
             "read_only": explorer.read_only,
             "token": explorer.guard.csrf,
             "columns": [column.to_json() for column in state.columns],
             "selections": [{"name": s.name, "hash": s.hash, "rows": s.rows, "query": s.query} for s in selections],
-            "marks": {"keep": 0, "drop": 0},
+            "marks": {word: words.count(word) for word in WORDS},
             "growing": state.growing,
             "notes": state.notes[:20],
         }
@@ -167,7 +181,9 @@ async def histogram(request: web.Request) -> web.Response:
     async def asked() -> Any:
         if column.kind != "number":
             return await explorer.pool.ask(asker, histograms.values, column.name, condition)
-        return await explorer.pool.ask(asker, histograms.numbers, column.name, condition, bins)
+        known = (await explorer.state.quantiles(asker, [column.name]))[column.name]
+        edges = histograms.edges_of(known, bins)
+        return await explorer.pool.ask(asker, histograms.bins, column.name, condition, edges)
 
     return web.json_response(await explorer.state.remembered(("histogram", column.name, condition.text, bins), asked))
 

@@ -8,7 +8,7 @@ from microdit.pipeline.explore.condition import Condition
 from microdit.pipeline.explore.rows import quoted
 from microdit.pipeline.explore.worker import WorkerView
 
-VALUES = 50  # of a category that are named; the others are counted together
+VALUES = 30  # of a category that are named; the others are counted together
 SAMPLED_RUNS = 16  # parts of the table from which the quantiles of a column are estimated
 SHARES = [0.0, 0.005, *(n / 100 for n in range(1, 100)), 0.995, 1.0]
 
@@ -34,50 +34,49 @@ def quantiles(view: WorkerView, columns: Sequence[str]) -> dict[str, list[float]
     return found
 
 
-def numbers(view: WorkerView, column: str, condition: Condition, most: int) -> dict[str, Any]:
-    """Count numbers in about so many bins, which are the same whatever the condition."""
-    found = view.quantiles([column], quantiles)[column]
-    if not found:
-        (row,) = view.rows(f"SELECT count(*) AS n FROM (\n{condition.choose('source')}) AS chosen")
-        return {"kind": "bins", "edges": [], "counts": [], "nulls": int(row["n"])}
-    return bins(view, column, condition, edges_of(found, most, all(value == int(value) for value in found)))
-
-
-def edges_of(values: Sequence[float], bins: int, whole: bool) -> list[float]:
-    """Choose the edges of bins of equal width between the outer quantiles; the outermost bins hold what is beyond."""
+def edges_of(values: Sequence[float], bins: int) -> list[float]:
+    """Choose the edges of at most so many bins of equal, round width between the outer quantiles of a column."""
     if not values:
         return []
     low, high = values[1], values[-2]
     if not high > low:
         low, high = values[0], values[-1]
+    whole = all(value == math.floor(value) for value in values)
     if not high > low:
-        return [low, low + 1.0] if whole else [low, math.nextafter(low, math.inf)]
-    if whole:
-        low, high = math.floor(low), math.ceil(high) + 1
-        step = float(-(-(high - low) // bins))
-        return [low + step * n for n in range(math.ceil((high - low) / step) + 1)]
+        return [low, low + 1.0] if whole else [low, low + (abs(low) / 1000 or 1.0)]
+    rough = (high + whole - low) / bins
+    power = 10.0 ** math.floor(math.log10(rough))
+    steps = [shape * scale for scale in (power, 10 * power) for shape in (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5)]
+    for step in steps:
+        if whole and (step < 1 or step != math.floor(step)):
+            continue
+        first, last = math.floor(low / step), math.ceil((high + whole) / step)
+        if last - first <= bins:
+            return [float(f"{n * step:.10g}") for n in range(first, last + 1)]
     return [low + (high - low) * n / bins for n in range(bins + 1)]
 
 
 def bins(view: WorkerView, column: str, condition: Condition, edges: Sequence[float]) -> dict[str, Any]:
-    """Count numbers in bins; those beyond the edges count in the outermost ones, and move these edges to them."""
-    value, most = f"{quoted(column)}::DOUBLE", len(edges) - 2
-    low, step = edges[0], edges[1] - edges[0]
-    number = f"greatest(least(floor((x - ({low!r})) / {step!r}), {most}), 0)::INTEGER"
+    """Count numbers in bins; those beyond the edges count in the outermost ones."""
+    most = len(edges) - 2
+    bin_of = "NULL"
+    if edges:
+        low, step = edges[0], (edges[-1] - edges[0]) / (len(edges) - 1)
+        bin_of = (
+            f"CASE WHEN isfinite(x) THEN greatest(least(floor((x - ({low!r})) / {step!r} + 1e-9), {most}), 0)::INTEGER "
+            "END"
+        )
     rows = view.rows(
-        f"SELECT CASE WHEN isfinite(x) THEN {number} END AS bin, count(*) AS n, "
-        f"min(x) FILTER (isfinite(x)) AS low, max(x) FILTER (isfinite(x)) AS high "
-        f"FROM (\n{condition.choose(f'{value} AS x')}) AS numbers GROUP BY 1"
+        f"SELECT {bin_of} AS bin, count(*) AS n "
+        f"FROM (\n{condition.choose(f'{quoted(column)}::DOUBLE AS x')}) AS numbers GROUP BY 1"
     )
-    counts = [0] * (len(edges) - 1)
-    nulls, ends = 0, list(map(float, edges))
+    counts, nulls = [0] * max(len(edges) - 1, 0), 0
     for row in rows:
         if row["bin"] is None:
             nulls += int(row["n"])
         else:
             counts[row["bin"]] += int(row["n"])
-            ends[0], ends[-1] = min(ends[0], row["low"]), max(ends[-1], row["high"])
-    return {"kind": "bins", "edges": ends, "counts": counts, "nulls": nulls}
+    return {"kind": "bins", "edges": list(edges), "counts": counts, "nulls": nulls}
 
 
 def values(view: WorkerView, column: str, condition: Condition) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -77,6 +78,19 @@ class Members:
         if len(data) != size:
             raise NoPicture(f"{column}, shard {at[1]}: its object is cut; `microdit verify` says more")
         return data, commit
+
+    def status(self, column: str, at: Place) -> dict[str, Any] | None:
+        """Read status, reason and detail of a sample in a column; None where that cannot be read."""
+        name = self.commit_name(column, *at[:2])
+        match = COMMIT.fullmatch(name) if name is not None else None
+        if match is None:
+            return None
+        try:
+            commit = self.corpus.commit(match[1], match[2], match[3], int(match[4]))
+            lines = self.corpus.sidecar(commit, ["status", "reason", "detail"]).slice(at[2], 1).to_pylist()
+        except (OSError, ValueError, BaseError, pa.ArrowException):
+            return None
+        return lines[0] if lines else None
 
     def _shard(self, name: str) -> tuple[Commit, np.ndarray, np.ndarray]:
         """Read a commit and where the rows lie in its tar; a failed row has the size -1."""

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.marks import MARKS
 from microdit.pipeline.explore.worker import INTERRUPT, LENGTH, START, WorkerView
 from microdit.pipeline.selection.running import TOO_LONG, LimitError
 from microdit.pipeline.tables.database import SqlLimits
@@ -47,6 +50,8 @@ class _Worker:
         self.process = process
         self.version = -1
         """Of the sample table that it has open."""
+        self.marks = -1
+        """How many marks it shows."""
         self.heavy = False
 
     @classmethod
@@ -109,6 +114,8 @@ class Pool:
         """Workers that one reader may hold."""
         self.table: SampleTable | None = None
         self.version = -1
+        self.marks: tuple[pa.Table, int] = (MARKS.empty_table(), 0)
+        """The marks that count, and how many there are with those that do not."""
         self._idle: list[_Worker] = []
         self._workers: set[_Worker] = set()
         self._waiting: OrderedDict[str, deque[_Asked]] = OrderedDict()
@@ -199,6 +206,10 @@ class Pool:
             version, table = self.version, self.table
             await worker.call(WorkerView.open, table)
             worker.version = version
+        if worker.marks != self.marks[1]:
+            marks = self.marks
+            await worker.call(WorkerView.mark, *marks)
+            worker.marks = marks[1]
         return await worker.call(asked.function, *asked.arguments)
 
     async def _watched(self, worker: _Worker, call: asyncio.Task[Any], asked: _Asked) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.names import COMMIT, IMAGES, SHARD, SOURCE, ShardId
 from microdit.pipeline.explore.columns import caption_column
-from microdit.pipeline.explore.condition import Condition
+from microdit.pipeline.explore.condition import Condition, both, checked
 from microdit.pipeline.explore.worker import WorkerView
 from microdit.pipeline.tables.sample_parts import runs_of
 
@@ -61,26 +61,36 @@ def run_bounds(view: WorkerView) -> list[tuple[ShardId, ShardId]]:
 def page(view: WorkerView, condition: Condition, after: str, before: str, limit: int) -> dict[str, Any]:
     """Read the rows that come after a place, or before one, in the order of source, shard and row.
 
-    Parts of the table that cannot have any are not read, and of the others no more than the page needs.
+    Parts of the table that cannot have any are not read, and of the others no more than the page needs: the view joins
+    its columns row by row before it filters them, so that captions are read when it is known whose.
     """
     start = place(after or before) if after or before else None
     backwards = bool(before) and not after
-    rows: list[Row] = []
-    columns = shown(view)
+    places: list[Place] = []
     for runs in _windows(view, condition, start, backwards):
-        sql = _page_sql(columns, condition, start, backwards, limit + 1 - len(rows))
-        rows += view.rows(sql, runs)
-        if len(rows) > limit:
+        sql = _page_sql(condition, start, backwards, limit + 1 - len(places))
+        places += [(row["source"], row["shard"], row["row"]) for row in view.rows(sql, runs)]
+        if len(places) > limit:
             break
-    more, rows = len(rows) > limit, rows[:limit]
-    if backwards:
-        rows.reverse()
+    more, places = len(places) > limit, places[:limit]
+    rows = rows_at(view, places[::-1] if backwards else places)
     ahead, behind = (bool(rows), more) if backwards else (more, start is not None and bool(rows))
     return {
         "rows": rows,
         "next": cursor(rows[-1]) if rows and ahead else None,
         "previous": cursor(rows[0]) if rows and behind else None,
     }
+
+
+def last(view: WorkerView, limit: int) -> list[Row]:
+    """Read the last good rows of the table, the last one first: of a source that grows these are the newest."""
+    condition, places = checked("status = 'ok'"), list[Place]()
+    for runs in _windows(view, condition, None, backwards=True):
+        found = view.rows(_page_sql(condition, None, True, limit - len(places)), runs)
+        places += [(row["source"], row["shard"], row["row"]) for row in found]
+        if len(places) >= limit:
+            break
+    return rows_at(view, places)
 
 
 def _windows(
@@ -103,7 +113,7 @@ def _windows(
         numbers, many = numbers[many:], min(2 * many, MOST_RUNS)
 
 
-def _page_sql(columns: str, condition: Condition, start: Place | None, backwards: bool, limit: int) -> str:
+def _page_sql(condition: Condition, start: Place | None, backwards: bool, limit: int) -> str:
     way, sign = ("DESC", "<") if backwards else ("ASC", ">")
     only = ""
     if start is not None:
@@ -113,7 +123,8 @@ def _page_sql(columns: str, condition: Condition, start: Place | None, backwards
             f"OR (shard = {shard} AND row {sign} {row}))"
         )
     order = ", ".join(f"{name} {way}" for name in ("source", "shard", "row"))
-    return f"SELECT * FROM (\n{condition.choose(columns)}) AS chosen {only} ORDER BY {order} LIMIT {limit}"
+    chosen = condition.choose("source, shard, row")
+    return f"SELECT * FROM (\n{chosen}) AS chosen {only} ORDER BY {order} LIMIT {limit}"
 
 
 def drawn(view: WorkerView, condition: Condition, limit: int, seed: str) -> list[Row]:
@@ -141,6 +152,17 @@ def rows_at(view: WorkerView, places: Sequence[Place]) -> list[Row]:
 def count(view: WorkerView, condition: Condition) -> int:
     """Count the rows that a condition chooses."""
     (row,) = view.rows(f"SELECT count(*) AS n FROM (\n{condition.choose('source')}) AS chosen")
+    return int(row["n"])
+
+
+def count_both(view: WorkerView, a: Condition, b: Condition) -> int:
+    """Count the rows that two conditions choose both."""
+    if a.by_row and b.by_row:
+        return count(view, both(a, b))
+    chosen = [one.choose("source, shard, row") for one in (a, b)]
+    (row,) = view.rows(
+        f"SELECT count(*) AS n FROM (\n{chosen[0]}) AS a SEMI JOIN (\n{chosen[1]}) AS b USING (source, shard, row)"
+    )
     return int(row["n"])
 
 

@@ -2,63 +2,27 @@
 
 import asyncio
 import errno
-import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from aiohttp import web
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.explore import change_handlers, detail_handlers, handlers, run_handlers
+from microdit.pipeline.explore.explorer import EXPLORER, Explorer
 from microdit.pipeline.explore.guard import Guard
-from microdit.pipeline.explore.pictures import Pictures
-from microdit.pipeline.explore.pool import Pool
-from microdit.pipeline.explore.state import CorpusState
-from microdit.pipeline.explore.thumbnails import ThumbnailFolder, thumbnail_folder
-from microdit.pipeline.tables.database import GIB, SqlLimits
 
-WORKERS = 3
-QUERY_SECONDS = 60.0
-QUERY_MEMORY = GIB // 2
-QUERY_DISK = 8 * GIB
-MOST_THREADS = 4  # of a query
 LARGEST_REQUEST = 256 << 10  # bytes
-
-
-class Explorer:
-    """What the handlers of one server share."""
-
-    def __init__(self, corpus: Corpus, guard: Guard, read_only: bool, runs: Path | None):
-        self.guard, self.read_only, self.runs = guard, read_only, runs
-        disk = min(QUERY_DISK, SqlLimits().disk)
-        limits = SqlLimits(memory=min(QUERY_MEMORY, SqlLimits().memory), disk=disk, seconds=QUERY_SECONDS)
-        self.pool = Pool(corpus, limits, WORKERS, min(os.cpu_count() or 1, MOST_THREADS))
-        self.state = CorpusState(corpus, self.pool)
-        self.pictures = Pictures(self.state.members, ThumbnailFolder(thumbnail_folder()))
-        self.readers = ThreadPoolExecutor(32 if corpus.store.root is None else 4, thread_name_prefix="pictures")
-
-    @property
-    def corpus(self) -> Corpus:
-        return self.state.corpus
-
-    async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function that reads objects."""
-        return await asyncio.get_running_loop().run_in_executor(self.readers, function, *arguments)
-
-
-EXPLORER = web.AppKey("explorer", Explorer)
 
 
 def make_app(explorer: Explorer) -> web.Application:
     """Build the application around an explorer; it starts the workers and reads the table when it starts."""
-    from microdit.pipeline.explore.handlers import ROUTES, errors
-
-    app = web.Application(middlewares=[explorer.guard.middleware, errors], client_max_size=LARGEST_REQUEST)
+    app = web.Application(middlewares=[explorer.guard.middleware, handlers.errors], client_max_size=LARGEST_REQUEST)
     app[EXPLORER] = explorer
-    app.add_routes(ROUTES)
+    for routes in (handlers.ROUTES, detail_handlers.ROUTES, change_handlers.ROUTES, run_handlers.ROUTES):
+        app.add_routes(routes)
     app.cleanup_ctx.append(_running)
     return app
 
@@ -67,7 +31,7 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
     explorer = app[EXPLORER]
     starting = asyncio.create_task(explorer.pool.start())
     try:
-        await explorer.state.refresh()
+        await explorer.state.begin()
         await starting
         following = asyncio.create_task(explorer.state.follow())
         try:

@@ -82,6 +82,6 @@ class ThumbnailFolder:
         return size
 
 
-def thumbnail_folder() -> Path:
-    """Name the folder of small pictures: `microdit/thumbnails` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "microdit" / "thumbnails"
+def cache_folder() -> Path:
+    """Name the folder of what pages of this machine keep: `microdit/explore` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "microdit" / "explore"

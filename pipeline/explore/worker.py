@@ -29,8 +29,6 @@ START = [
 INTERRUPT = b"interrupt"
 LENGTH = struct.Struct("<Q")
 
-Quantiles = Callable[["WorkerView", Sequence[str]], dict[str, list[float]]]
-
 
 class WorkerView:
     """The view `samples` that a worker has open, for the functions that a server asks it to call."""
@@ -39,14 +37,15 @@ class WorkerView:
         self.corpus, self.limits, self.threads = corpus, limits, threads
         self._stack = ExitStack()
         self._view: OpenView | None = None
-        self._quantiles: dict[str, list[float]] = {}
+        self._marks: tuple[pa.Table, int] | None = None
 
     def open(self, table: SampleTable) -> None:
         """Open the view over a sample table in place of the one before."""
         self._stack.close()
-        self._quantiles.clear()
         self.corpus = Corpus.open(self.corpus.url)
         self._view = self._stack.enter_context(connected(self.corpus, table, self.limits, threads=self.threads))
+        if self._marks is not None:
+            self.view.show_marks(*self._marks)
 
     @property
     def view(self) -> OpenView:
@@ -63,11 +62,10 @@ class WorkerView:
         self.view.runs = runs
         return run(self.view, sql, self.limits)
 
-    def quantiles(self, columns: Sequence[str], ask: Quantiles) -> dict[str, list[float]]:
-        """Give the quantiles of columns of this table, asking for those that are not known."""
-        if missing := [name for name in columns if name not in self._quantiles]:
-            self._quantiles |= ask(self, missing)
-        return {name: self._quantiles[name] for name in columns}
+    def mark(self, table: pa.Table, count: int) -> None:
+        """Show these marks, which are the first `count` of the corpus, in further queries."""
+        self._marks = table, count
+        self.view.show_marks(table, count)
 
     def interrupt(self) -> None:
         """Stop the query that runs, from another thread."""

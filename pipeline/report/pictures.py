@@ -3,25 +3,22 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from microdit.model.device import best_device
 from microdit.pipeline.content.crop import square
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.records import Commit, Declaration
 from microdit.pipeline.report.sample_view import SampleView
 from microdit.pipeline.report.stored import THUMBNAIL, Reader, SampleRef, data_uri
+from microdit.pipeline.stages.decoding import decode_latents
 from microdit.pipeline.tables.sample_table import TableField
 
 PICTURES = 15
 SEED = "report"  # another word, another sample
 BESIDE = 10  # pictures whose captions stand side by side, if there are several captions columns
 SIDE = 256  # larger pictures are scaled down to this many pixels
-BATCH_LATENTS = 4096  # positions (h x w) of the latents that are decoded at a time: 16 images of 128 px, 1 of 512 px
 MAX_CAPTION = 420  # characters shown of a caption
 
 
@@ -148,7 +145,7 @@ def _add_decoded(reader: Reader, declaration: Declaration, samples: Sequence[Sam
     if not with_latent:
         return math.nan
     values = []
-    decoded = _decode(declaration, [latent for _, latent in with_latent])
+    decoded = decode_latents(declaration, [latent for _, latent in with_latent])
     for (sample, _), pixels in zip(with_latent, decoded, strict=True):
         values.append(psnr(square(np.asarray(sample.image), pixels.shape[0]), pixels))
         back = Image.fromarray(pixels)
@@ -156,35 +153,6 @@ def _add_decoded(reader: Reader, declaration: Declaration, samples: Sequence[Sam
         alt = f"decoded from {declaration.name}: {sample.alt}"
         sample.views.append(_view(_smaller(back, SIDE), declaration.name.partition("/")[2], detail, alt))
     return float(np.mean(values))
-
-
-def _decode(declaration: Declaration, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Decode latents (c, h, w) of one column to uint8 images (8h, 8w, 3).
-
-    Raises:
-        ValueError: the autoencoder that is here is not the one that the column was made with.
-    """
-    import torch  # slow to import, and not needed by a corpus without latents
-
-    model = declaration.made_by.get("model", {})
-    autoencoder = _autoencoder(str(declaration.made_by["autoencoder"]), model.get("revision"))
-    if any(autoencoder.fingerprint.get(name) != value for name, value in model.items()):
-        raise ValueError(f"the autoencoder {autoencoder.name!r} that is here is not the one that made them")
-    decoded: list[np.ndarray] = []
-    at_once = max(1, BATCH_LATENTS // latents[0][0].size)
-    while len(decoded) < len(latents):
-        stacked = torch.from_numpy(np.stack(latents[len(decoded) : len(decoded) + at_once]))
-        if declaration.made_by.get("posterior") == "moments":
-            stacked = stacked[:, : autoencoder.channels]  # the means
-        decoded += list(autoencoder.decode(stacked).numpy())
-    return decoded
-
-
-@lru_cache(maxsize=1)
-def _autoencoder(name: str, revision: str | None) -> Any:
-    from microdit.model.pretrained.autoencoder import load_autoencoder
-
-    return load_autoencoder(name, revision=revision, device=best_device())
 
 
 def psnr(wanted: np.ndarray, actual: np.ndarray) -> float:

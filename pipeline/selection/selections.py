@@ -37,6 +37,7 @@ from microdit.pipeline.tables.sample_table import (
 )
 
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+MARK_COLUMNS = {"mark", "mark_note"}
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,17 @@ def select(
         corpus, table, limits, spill, threads=1
     ) as connection:  # which of equal rows a LIMIT takes is no race then
         jobs = jobs_of(corpus, table)
-        known = {*table_schema(corpus.columns()).names, *JOB_COLUMNS.names, "contaminated"}
+        known = {*table_schema(corpus.columns()).names, *JOB_COLUMNS.names, "contaminated", *MARK_COLUMNS}
         chosen = ChosenRows.of(_chosen(connection, sql, limits, known))
         _check(connection, chosen)
+        marks = connection.marks if parsed.columns & MARK_COLUMNS else None
     if weights is not None:
         chosen = weigh(chosen, weights)
     asked = {folder: jobs[folder].asked() for folder in asked_jobs(sql) if folder in jobs}
     columns = _pinned(corpus, table, parsed, [*asked])
     pinned = {"name": name, "query": sql, "rows": len(chosen), "columns": columns}
     pinned |= {"jobs": asked} if asked else {}
+    pinned |= {"marks": marks} if marks is not None else {}
     pinned |= {"weights": weights if weights == EQUAL else dict(weights)} if weights is not None else {}
     about = canonical(pinned)
     digest, buffer = SelectionHash(about), io.BytesIO()
@@ -146,7 +149,7 @@ def _select_with(
 def _pinned(corpus: Corpus, table: SampleTable, parsed: Parsed, jobs: list[str]) -> dict[str, str]:
     """Find the columns that a query reads, and hash the names of the commits that each has in the table."""
     fields = table_fields(corpus.columns())
-    known = {*BASE.names, *JOB_COLUMNS.names, "contaminated", *(field.name for field in fields)}
+    known = {*BASE.names, *JOB_COLUMNS.names, "contaminated", *MARK_COLUMNS, *(field.name for field in fields)}
     everything = parsed.star or not parsed.columns <= {name.lower() for name in known}  # a row as a whole, or an alias
     read = {field.column for field in fields if everything or field.name.lower() in parsed.columns}
     read |= {column for column in corpus.columns() if any(reads(folder, column) for folder in jobs)}

@@ -19,6 +19,7 @@ from microdit.pipeline.base.bounded_process import ProcessDied, run_bounded
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.base.temporary_folder import temporary_folder
 from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.marks import MARKS, Marks, marks_table
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.corpus.shard_files import check_footer
 from microdit.pipeline.curation.duplicates import ContaminatedTable, DuplicatesTable
@@ -50,6 +51,7 @@ SQL_TYPES = {
     pa.bool_(): "BOOLEAN",
 }
 
+MARK = re.compile(r"\bmark(_note)?\b", re.I)
 SCORES = re.compile(
     r"(nsfw|aesthetic|clip|basic|turned)(_\w+)?$|text_(area|boxes|characters)$|caption_(characters|words|language|repetition)$"
 )
@@ -175,7 +177,11 @@ class OpenView:
         self.jobs = jobs_of(corpus, table)
         self.runs: Sequence[int] | None = None
         """The parts whose rows the next query sees, in order; None for all."""
+        self.marks: int | None = None
+        """How many marks the view shows; None as long as no query has asked for them."""
+        self._may_mark = not {"mark", "mark_note"} & {column.name for column in self.columns}
         self._shown: tuple[object, ...] | None = None
+        connection.register("sample_marks", MARKS.empty_table())
         for number, (name, job) in enumerate(self.jobs.items()):
             connection.register(f"job_{number}", _view(corpus, job, folder, job_schema(name)))
         for column, declaration in corpus.columns().items():  # by an empty file each: DuckDB opens the first at once
@@ -196,7 +202,8 @@ class OpenView:
         columns = [c for c in self.columns if whole or c.column == IMAGES or c.name.lower() in text]
         parts = [IMAGES, *sorted({c.column for c in columns} & self.table.parts.keys() - {IMAGES})]
         runs = None if self.runs is None else tuple(self.runs)
-        shown = (tuple(column.name for column in columns), tuple(parts), tuple(jobs), runs)
+        marked = self._may_mark and self._shows_marks(sql, whole)
+        shown = (tuple(column.name for column in columns), tuple(parts), tuple(jobs), runs, marked)
         if shown == self._shown and sql is not None:
             return
         self._shown = None if sql is None else shown
@@ -205,14 +212,31 @@ class OpenView:
         tables = [f"read_parquet({_texts([self._empty(c), *files[c]])}) AS p{n}" for c, n in numbers.items()]
         shape = [f"{_column_sql(c, numbers)} AS {_quoted(c.name)}" for c in self.columns if c in columns]
         rows = f"SELECT {', '.join(shape)} FROM {' POSITIONAL JOIN '.join(tables)}"
-        if not jobs:
+        if not jobs and not marked:
             self.connection.execute(f"CREATE OR REPLACE VIEW samples AS {rows}")
             return
         joined, more = f"({rows}) AS sample_rows", ["sample_rows.*"]
         for folder in jobs:
             joined += f" LEFT JOIN job_{list(self.jobs).index(folder)} USING (source, shard, row)"
             more.append(JOBS[folder].columns.format(present=self.jobs[folder].present))
+        if marked:
+            joined += " LEFT JOIN sample_marks USING (source, shard, row)"
+            more.append("mark, mark_note")
         self.connection.execute(f"CREATE OR REPLACE VIEW samples AS SELECT {', '.join(more)} FROM {joined}")
+
+    def _shows_marks(self, sql: str | None, whole: bool) -> bool:
+        """Tell whether a query names marks, or reads all columns and there are some; they are read when they are."""
+        named = sql is None or MARK.search(sql) is not None
+        if sql is not None and self.marks is None and (named or whole):
+            marks = Marks(self.corpus)
+            marks.read()
+            self.show_marks(marks_table(marks.newest().values()), marks.next)
+        return named or (whole and bool(self.marks))
+
+    def show_marks(self, table: pa.Table, count: int) -> None:
+        """Show these marks in further queries, which are the first `count` of the corpus."""
+        self.connection.register("sample_marks", table)
+        self.marks, self._shown = count, None
 
     def _empty(self, column: str) -> str:
         return str(self.files.spill / f"{column.replace('/', ',')}.empty.parquet")
