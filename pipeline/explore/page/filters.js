@@ -27,7 +27,7 @@ class Facet {
     this.reset = el("button.link", { hidden: true, "aria-label": `Take away the filter of ${column.label}`, onclick: () => this.set(null) }, "clear");
     this.chart = el("div.chart", {}, el("p.soft", {}, "…"));
     const title = el("h4", { title: column.name }, column.label);
-    this.root = el("section.facet", { "data-column": column.name, "aria-label": column.label }, el("div.facet-head", {}, title, this.readout, this.reset), this.chart);
+    this.root = el(`section.facet.${column.kind}`, { "data-column": column.name, "aria-label": column.label }, el("div.facet-head", {}, title, this.readout, this.reset), this.chart);
   }
 
   set(filter) {

@@ -1,12 +1,8 @@
 """A corpus to look through: pictures of many shapes with captions and scores, some failed, one with hostile words."""
 
-import contextlib
 import io
 import json
 import math
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -95,19 +91,3 @@ def _write(corpus: Corpus, ref: ShardRef, numbers: range) -> None:
                     words = caption(number) + (". The light is soft." if column == "captions/long" else "")
                     attempt.add(row, f"k{number}", caption=words, tokens=len(words.split()))
             attempt.commit()
-
-
-@contextlib.contextmanager
-def explored(corpus: Corpus, *options: str) -> Iterator[str]:
-    """Serve the corpus with `microdit explore` in a process of its own; gives the page's address."""
-    command = [sys.executable, "-c", "from microdit.pipeline.cli.app import main; main()"]
-    command += ["explore", corpus.url, "--port", "0", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            line = server.stdout.readline()
-            assert "http://" in line, f"the server said {line!r}"
-            yield line[line.index("http://") :].split(" (")[0].strip()
-        finally:
-            server.terminate()
-            server.wait(timeout=30)

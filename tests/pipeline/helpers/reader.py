@@ -3,10 +3,9 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from urllib.parse import urlencode
 
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
 SIZES = {390: 844, 1280: 900, 2560: 1400}
@@ -38,8 +37,8 @@ class Reader:
         expect(self.tab.locator("h1")).not_to_have_text("microdit explore")
         return self
 
-    def see(self, selector: str) -> Any:
-        return self.tab.locator(selector)
+    def see(self, selector: str, text: str | None = None) -> Locator:
+        return self.tab.locator(selector, has_text=text)
 
     def press(self, *keys: str) -> None:
         for key in keys:
