@@ -10,6 +10,7 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.folder_lock import folder_lock
 from microdit.pipeline.base.json_lines import plain
 from microdit.pipeline.base.noted_signals import NotedSignals
+from microdit.pipeline.evaluation.in_training import RunEvaluation
 from microdit.trainer import start
 from microdit.trainer.checkpoints.contents import folder_name, snapshot
 from microdit.trainer.checkpoints.saver import Saver, load_latest, open_checkpoints
@@ -17,7 +18,6 @@ from microdit.trainer.data.batch import Batch
 from microdit.trainer.data.batches import LegData
 from microdit.trainer.data.samples import open_cache, open_samples
 from microdit.trainer.learner import Learner
-from microdit.trainer.monitoring.evaluations import Evaluations
 from microdit.trainer.monitoring.log import Log
 from microdit.trainer.monitoring.meter import LIMIT, Meter, NotFinite
 from microdit.trainer.monitoring.progress import Progress, TimeBudget
@@ -94,9 +94,9 @@ class Run:
         recipe, progress, team = self.recipe, self.progress, self.team
         for data in self.legs:
             data.leg = start.with_micro_batch(self.learner, data)
-        self.sheets = self.budget = self.evaluations = None
+        self.sheets = self.budget = self.evaluation = None
         if recipe.evaluate is not None and progress.seen < self.total:
-            self.evaluations = Evaluations(recipe, self.samples, self.config, team, self.log)
+            self.evaluation = RunEvaluation(recipe, self.samples, self.config, team)
         if recipe.sample_every is not None and progress.seen < self.total:
             self.sheets = SampleSheets(recipe, self.samples, self.config, team, self.log)
         if recipe.time_budget is not None and progress.seen < self.total:
@@ -161,8 +161,7 @@ class Run:
         progress = self.progress
         measure = last or progress.step % self.recipe.validate_every == 0
         draw = self.sheets is not None and (last or progress.step % self.sheets.every == 0)
-        evaluate = self.recipe.evaluate is not None and (last or progress.step % self.recipe.evaluate.every == 0)
-        evaluate = evaluate and progress.step > 0
+        evaluate = self.evaluation is not None and (last or progress.step % self.evaluation.every == 0)
         if not (last or self.goes_on()) or progress.looked == progress.step or not (measure or draw or evaluate):
             return
         began, progress.looked = time.monotonic(), progress.step
@@ -175,10 +174,10 @@ class Run:
         if self.sheets is not None and draw:
             self.sheets.draw(progress.step, self.learner, self.legs[number].latent_shape)
         best = False
-        if self.evaluations is not None and evaluate:
-            best = self.evaluations.measure(progress, self.learner, self.legs[number].latent_shape)
+        if self.evaluation is not None and evaluate:
+            best = self.evaluation.measure(progress, self.learner, self.legs[number].latent_shape, self.log)
         self.meter.pause(time.monotonic() - began)
-        if best and not last:
+        if best and self.goes_on():
             self.save()
 
     def save_if_due(self) -> None:

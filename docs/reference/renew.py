@@ -27,6 +27,7 @@ from microdit.pipeline.config.files import JoinOptions
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.config.scores import SCORERS
 from microdit.pipeline.config.sources import FetchOptions, SourceOptions
+from microdit.pipeline.evaluation.in_training import EvaluateRecipe
 from microdit.trainer.recipe import LegRecipe, OptimizerRecipe, Recipe
 
 FOLDER = Path(__file__).parent
@@ -156,7 +157,8 @@ def recipe_page() -> Iterable[str]:
         "`stages.0.images=1000`, `optimizer.eps=1e-6`. Unknown keys are refused."
     )
     yield from ("", *table_of(Recipe))
-    for title, model in (("An entry of `stages`", LegRecipe), ("The block `optimizer`", OptimizerRecipe)):
+    blocks = [("The block `optimizer`", OptimizerRecipe), ("The block `evaluate`", EvaluateRecipe)]
+    for title, model in (("An entry of `stages`", LegRecipe), *blocks):
         yield from (f"## {title}", "", paragraph(inspect.getdoc(model) or ""), "", *table_of(model))
 
 

@@ -51,8 +51,8 @@ def evaluate(
         nearest_in_all              the same among all images
         held_out_nearest_in_count   held out of training: as the first, among those held out (null if there are none)
         psnr, held_out_psnr         decibels, mean over the pictures, each against its own image
-        metrics                     `kid-lite` with value and error, of both kinds of pictures against real images; empty
-                                    without the package of EfficientNet, or of fewer than 20
+        metrics                     `kid-lite` with value and error, of both kinds of pictures against real images;
+                                    empty without the package of EfficientNet, or of fewer than 20
         untrained                   the same figures of the network before its first step
 
     Raises:

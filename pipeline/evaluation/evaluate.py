@@ -28,6 +28,7 @@ from microdit.pipeline.evaluation.prompt_files import judge_detections, read_jso
 from microdit.pipeline.evaluation.statistics import FeatureStatistics
 
 GENEVAL = "geneval"
+REFERENCE = "reference"  # as prompts: the captions of the reference's pictures
 COCO_30K = "coco-30k"  # as a reference: of the corpus of configs/coco-val.yaml
 
 
@@ -160,6 +161,17 @@ class Evaluator:
             if cache is not None:
                 keep_features(cache, features, *depends_on)
         return FeatureSet(features, extractor.identity)
+
+    def reference_captions(self) -> list[str]:
+        """Read the captions of the reference's pictures, to draw from.
+
+        Raises:
+            RequestError: there are none.
+        """
+        other = self._other or (None if self.reference is None else self._open_reference())
+        if not isinstance(other, PictureSet):
+            raise RequestError(f"--prompts {REFERENCE}: give --reference with pictures that have captions")
+        return other.captions()
 
     def _extractor(self, name: str) -> Extractor:
         if name not in self._extractors:

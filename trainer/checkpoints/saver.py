@@ -71,7 +71,7 @@ class Saver:
     """Writes checkpoints in a thread, one after the other, while the run goes on.
 
     One that cannot be written (a full disk, a bucket that fails) is told to `say`, and the run goes on: the last good
-    one stays. At the end there is nobody to go on: `finish` raises. keep, keep_hours: as in `superfluous`. `best` is the
+    one stays. At the end there is nobody to go on: `finish` raises. keep, keep_hours: as in `superfluous`. best: the
     name of one that stays in any case.
     """
 

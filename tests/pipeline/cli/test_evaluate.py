@@ -10,11 +10,22 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from microdit.pipeline.cli.app import app
+from microdit.pipeline.config.yaml import load_yaml
+from microdit.pipeline.evaluation.clip_scores import CONVENTIONS
+from microdit.pipeline.evaluation.metrics import METRICS
+from microdit.pipeline.evaluation.request import EvaluationRequest
+from tests.model.pretrained.vision_models import clip_model
 from tests.model.tiny import write_run
 from tests.pipeline.evaluation.references import DATA
 from tests.pipeline.evaluation.test_evaluate import folder
 
 pytest.importorskip("efficientnet_lite_pytorch")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +126,91 @@ def test_wrong_requests_end_with_one_message(
     result = evaluate(*what, *(each.format(**files) for each in arguments), "--out", tmp_path / "out")
     assert result.exit_code == 2 and message in result.stderr, result.output
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_several_sets_and_seeds_give_one_table_and_a_page(run: Path, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("".join(f"picture {i}\n" for i in range(6)))
+    reference = folder(tmp_path / "photos", range(20), tint=60)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"metrics: [fid-lite]\nreference: {reference}\nprompts: {prompts}\nlimit: 4\nguidance: [1, 3]\nsize: 32\n"
+        "steps: 2\nsampler: unipc\ndevice: cpu\n"
+    )
+    settings = (run, reference, "--config", config, "--guidance", "2", "--seeds", 3, "--out", out)
+    result = evaluate(*settings)
+    assert result.exit_code == 0, result.output
+    model, photos = json.loads((out / "evaluation.json").read_text())["rows"]
+    assert model["drawn"]["guidance_scale"] == 2.0 and model["drawn"]["count"] == 4  # options go before the file
+    found, same = model["metrics"]["fid-lite"], photos["metrics"]["fid-lite"]
+    assert len(set(found["seeds"]["values"])) == 3 and found["seeds"]["deviation"] > 0
+    assert found["value"] == pytest.approx(np.mean(found["seeds"]["values"]))
+    assert same["value"] == pytest.approx(0, abs=1e-6)
+    seeds = []
+    for name in ("guidance-2", "guidance-2-2", "guidance-2-3"):
+        for path in sorted((out / "pictures" / "run" / name).iterdir()):
+            with Image.open(path) as image:
+                seeds.append(json.loads(image.info["parameters"])["seed"])
+    assert seeds == list(range(12))
+    page = (out / "evaluation.html").read_text()
+    assert page.count("data:image/jpeg") == 4 + 12 and "picture 3" in page and "(best)" in page
+    assert "http" not in page.replace("http://www.w3.org", "") and "<script" not in page
+    assert "photos" in result.stdout and "* the best of the line" in result.stdout
+
+
+def test_a_sweep_is_plotted(run: Path, tmp_path: Path) -> None:
+    reference = folder(tmp_path / "photos", range(20))
+    clip = clip_model(tmp_path / "clip")
+    settings = (run, "--reference", reference, "--prompts", "reference", "--limit", 3, "--size", 32, "--steps", 1)
+    settings += ("--metrics", "fid-lite,clip-score-mlperf", "--model", f"clip-score-mlperf={clip}", "--device", "cpu")
+    result = evaluate(*settings, "--guidance", "1,2,4", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "out" / "evaluation.html").read_text()
+    assert page.count("<svg") == 2 and "fid-lite against clip-score-mlperf" in page
+    assert "fid-lite against guidance" in page and page.count('class="best" cx') == 2
+    with Image.open(tmp_path / "out" / "pictures" / "guidance-4" / "000002.png") as image:
+        assert image.info["prompt"] == "picture 2"
+
+
+def test_a_run_that_was_stopped_and_one_of_actors_give_the_same_figures(run: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"picture {i}\n" for i in range(70)))
+    reference = folder(tmp_path / "photos", range(20))
+    settings = (run, "--reference", reference, "--prompts", prompts, "--size", 32, "--steps", 1, "--device", "cpu")
+    settings += ("--sampler", "unipc", "--metrics", "fid-lite")
+    figures, drawn = [], []
+    for name, more in (("one", ()), ("two", ("--actors", 2))):
+        out = tmp_path / name
+        if more:  # it was stopped in the middle of both batches
+            pictures = out / "pictures" / "guidance-2"
+            pictures.mkdir(parents=True)
+            for number in (*range(30), 66):
+                path = tmp_path / "one" / "pictures" / "guidance-2" / f"{number:06}.png"
+                (pictures / path.name).write_bytes(path.read_bytes())
+        result = evaluate(*settings, *more, "--out", out)
+        assert result.exit_code == 0, result.output
+        row = json.loads((out / "evaluation.json").read_text())
+        figures.append(row["metrics"])
+        drawn.append([path.read_bytes() for path in sorted((out / "pictures" / "guidance-2").iterdir())])
+    assert figures[0] == figures[1] and drawn[0] == drawn[1] and len(drawn[0]) == 70
+
+
+@pytest.mark.parametrize("name", ["paper", "quick", "demo"])
+def test_shipped_settings_are_read(name: str) -> None:
+    request = load_yaml(f"configs/evaluate/{name}.yaml", EvaluationRequest)
+    assert set(request.metrics) <= {*METRICS, *CONVENTIONS} and request.reference and request.prompts == "reference"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "there is nothing to evaluate"),
+        (("a", "--protocol", "mine"), "--protocol mine: Input should be 'clean-fid'"),
+        (("a", "--guidance", "1,x"), "--guidance 1,x: expected numbers"),
+        (("/nowhere", "--reference", "/nowhere"), "reference /nowhere: there is no such folder"),
+        (("a", "--prompts", "reference", "--metrics", "clip-score-hessel"), "--prompts reference: give --reference"),
+    ],
+)
+def test_wrong_requests(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    result = evaluate(*arguments, "--out", tmp_path)
+    assert result.exit_code == 2 and message in result.stderr, result.output
