@@ -47,7 +47,7 @@ def evaluate(
         typer.Option(
             metavar="NAMES",
             help="With commas between: fid, kid, prdc, clip-fid, fd-dinov2, cmmd; fid-lite and kid-lite (the default) "
-            "need no hub; clip-score-torchmetrics, clip-score-hessel, clip-score-mlperf; geneval.",
+            "need no hub; clip-score-torchmetrics, clip-score-hessel, clip-score-mlperf; geneval, dpg.",
         ),
     ] = None,
     prompts: Annotated[
@@ -97,7 +97,9 @@ def evaluate(
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="Weights of features, e.g. inception=pt_inception-2015-12-05.pth."),
+        typer.Option(
+            metavar="NAME=PATH", help="Weights, e.g. inception=pt_inception-2015-12-05.pth; for dpg judge=NAME."
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="Default: a GPU if there is one.")] = None,
     save_statistics: Annotated[

@@ -25,9 +25,10 @@ from microdit.pipeline.evaluation.metrics import METRICS, check_counts
 from microdit.pipeline.evaluation.named_files import STATISTICS, named_file
 from microdit.pipeline.evaluation.picture_sets import PictureSet, open_pictures
 from microdit.pipeline.evaluation.prompt_files import judge_detections, read_json_lines
+from microdit.pipeline.evaluation.questions import JUDGE, judge_pictures, read_questions
 from microdit.pipeline.evaluation.statistics import FeatureStatistics
 
-GENEVAL = "geneval"
+GENEVAL, DPG = "geneval", "dpg"
 REFERENCE = "reference"  # as prompts: the captions of the reference's pictures
 COCO_30K = "coco-30k"  # as a reference: of the corpus of configs/coco-val.yaml
 
@@ -63,12 +64,17 @@ class EvaluationOptions:
         Raises:
             RequestError: there is one.
         """
-        names = [*METRICS, *CONVENTIONS, GENEVAL]
+        names = [*METRICS, *CONVENTIONS, GENEVAL, DPG]
         if unknown := [name for name in self.metrics if name not in names]:
             raise RequestError(f"metric {unknown[0]!r} is not known; there are {', '.join(names)}")
         if GENEVAL in self.metrics and self.prompts is None:
             raise RequestError(f"metric {GENEVAL!r}: give --prompts geneval, or its evaluation_metadata.jsonl")
-        models = {metric.features for metric in METRICS.values()} | CONVENTIONS.keys() | {DETECTOR, COLOR_MODEL}
+        if DPG in self.metrics and (self.prompts is None or JUDGE not in self.models):
+            raise RequestError(
+                f"metric {DPG!r}: give --prompts dpg-bench, and --model {JUDGE}=NAME: a captioner such as qwen2.5-vl-7b, "
+                "or http://host:8000/v1#MODEL"
+            )
+        models = {metric.features for metric in METRICS.values()} | CONVENTIONS.keys() | {DETECTOR, COLOR_MODEL, JUDGE}
         if unknown := sorted(self.models.keys() - models):
             raise RequestError(f"model {unknown[0]!r} is not known; there are {', '.join(sorted(models))}")
 
@@ -137,6 +143,10 @@ class Evaluator:
                 figures[name] = clip_score(name, pictures.pixels(), captions, model, options.torch_device)
             if name == GENEVAL:
                 figures[name] = self._geneval(pictures, out or options.out)
+            if name == DPG:
+                assert options.prompts is not None
+                asked, judge = read_questions(options.prompts), options.models[JUDGE]
+                figures[name] = judge_pictures(pictures, asked, out or options.out, judge, options.torch_device)
         return {
             "metrics": {name: figures[name] for name in options.metrics},
             "pictures": _about(pictures, pictures.where),
