@@ -97,9 +97,7 @@ def evaluate(
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=PATH", help="Weights, e.g. inception=pt_inception-2015-12-05.pth; for dpg judge=NAME."
-        ),
+        typer.Option(metavar="NAME=PATH", help="Weights, e.g. inception=inception.pth; for dpg judge=NAME."),
     ] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="Default: a GPU if there is one.")] = None,
     save_statistics: Annotated[

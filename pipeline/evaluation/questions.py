@@ -1,8 +1,8 @@
 """Judge pictures by questions that a vision-language model answers with yes or no, as DPG-Bench does (Hu et al., ELLA).
 
-A question counts 1 if the answer is yes, and 0 if it is no, or if one that it depends on counts 0. A picture has the mean
-of its questions, and the benchmark 100 times the mean of the pictures. Answers are kept in a file of JSON lines, one a
-picture, so that a run that was stopped goes on. The published figures are mPLUG-large's: others compare with themselves.
+A question counts 1 if the answer is yes, and 0 if it is no, or if one that it depends on counts 0. A picture has the
+mean of its questions, and the benchmark 100 times the mean of the pictures. Answers are kept in a file of JSON lines, one
+a picture, so that a run that was stopped goes on. Published figures are mPLUG-large's: others compare with themselves.
 """
 
 import asyncio
@@ -74,7 +74,8 @@ def read_questions(path: Path) -> dict[str, AskedPrompt]:
         for own, parents in asked.depends_on.items():
             if missing := [each for each in parents if each not in asked.questions]:
                 raise RequestError(
-                    f"--prompts {path}: question {own} of {asked.text[:60]!r} depends on {missing[0]}, which is not there"
+                    f"--prompts {path}: question {own} of {asked.text[:60]!r} depends on {missing[0]}, which is not "
+                    "there"
                 )
     if not found:
         raise RequestError(f"--prompts {path}: there is no question in it")

@@ -94,7 +94,7 @@ def net_state(net: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def whole(folder: Path) -> dict[str, float]:
-    """FID and KID of two folders of pictures by each tool's features and its own formula, to compare with end to end."""
+    """FID and KID of two folders of pictures by each tool's features and its own formula."""
     first, second = (pictures(folder / name) for name in ("first", "second"))
     found = {}
     for name in ("clean-fid", "pytorch-fid", "torch-fidelity"):
