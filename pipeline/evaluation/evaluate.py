@@ -71,8 +71,8 @@ class EvaluationOptions:
             raise RequestError(f"metric {GENEVAL!r}: give --prompts geneval, or its evaluation_metadata.jsonl")
         if DPG in self.metrics and (self.prompts is None or JUDGE not in self.models):
             raise RequestError(
-                f"metric {DPG!r}: give --prompts dpg-bench, and --model {JUDGE}=NAME: a captioner such as qwen2.5-vl-7b, or "
-                "http://host:8000/v1#MODEL"
+                f"metric {DPG!r}: give --prompts dpg-bench, and --model {JUDGE}=NAME: a captioner, e.g. qwen2.5-vl-7b, "
+                "or http://host:8000/v1#MODEL"
             )
         models = {metric.features for metric in METRICS.values()} | CONVENTIONS.keys() | {DETECTOR, COLOR_MODEL, JUDGE}
         if unknown := sorted(self.models.keys() - models):

@@ -1,8 +1,9 @@
 """Judge pictures by questions that a vision-language model answers with yes or no, as DPG-Bench does (Hu et al., ELLA).
 
 A question counts 1 if the answer is yes, and 0 if it is no, or if one that it depends on counts 0. A picture has the
-mean of its questions, and the benchmark 100 times the mean of the pictures. Answers are kept in a file of JSON lines, one
-a picture, so that a run that was stopped goes on. Published figures are mPLUG-large's: others compare with themselves.
+mean of its questions, and the benchmark 100 times the mean of the pictures. Answers are kept in a file of JSON lines,
+one a picture, so that a run that was stopped goes on. Published figures are mPLUG-large's: others compare with
+themselves.
 """
 
 import asyncio

@@ -46,7 +46,10 @@ def evaluate_all(request: EvaluationRequest, load: Load) -> list[Row]:
     options = request.options()
     if all(Path(what).is_file() and Path(what).suffix == ".jsonl" for what in request.what):
         return [_judged(what, request, options) for what in request.what]
+    prompts = _prompts(request, options)
     evaluator = Evaluator(request.reference, options)
+    prompts = evaluator.reference_captions() if prompts is None else prompts
+    texts = [text for text in prompts[: request.limit] for _ in range(request.images_per_prompt)]
     rows: list[Row] = []
     for what, label in zip(request.what, _labels(request.what), strict=True):
         if is_pictures(what):
@@ -55,7 +58,7 @@ def evaluate_all(request: EvaluationRequest, load: Load) -> list[Row]:
                 {"what": what, **evaluator.measure(open_set(what, "pictures", options.size, options.subset), out)}
             )
         else:
-            rows += _of_model(what, label, request, options, evaluator, load)
+            rows += _of_model(what, label, texts, request, evaluator, load)
     return rows
 
 
@@ -86,6 +89,20 @@ def _judged(what: str, request: EvaluationRequest, options: EvaluationOptions) -
     return {"what": what, "metrics": {GENEVAL: judge_detections(Path(what), options.prompts)}}
 
 
+def _prompts(request: EvaluationRequest, options: EvaluationOptions) -> list[str] | None:
+    """Read what models draw; None if it is the captions of the reference.
+
+    Raises:
+        RequestError: there are models and no prompts.
+    """
+    models = [what for what in request.what if not is_pictures(what)]
+    if models and request.prompts is None:
+        raise RequestError(f"{models[0]}: there is no such folder of pictures; a model needs --prompts FILE")
+    if not models:
+        return []
+    return None if options.prompts is None else read_prompts(options.prompts)
+
+
 def _labels(names: Sequence[str]) -> list[str]:
     """Name the folders of several models: the last part of each that tells them apart."""
     parts = [[part for part in name.rstrip("/").split("/") if part] or ["set"] for name in names]
@@ -96,14 +113,10 @@ def _labels(names: Sequence[str]) -> list[str]:
 
 
 def _of_model(
-    what: str, label: str, request: EvaluationRequest, options: EvaluationOptions, evaluator: Evaluator, load: Load
+    what: str, label: str, texts: list[str], request: EvaluationRequest, evaluator: Evaluator, load: Load
 ) -> Iterator[Row]:
     """Draw the prompts with each guidance scale, and measure the pictures."""
-    if request.prompts is None:
-        raise RequestError(f"{what}: there is no such folder of pictures; a model needs --prompts FILE")
-    texts = evaluator.reference_captions() if options.prompts is None else read_prompts(options.prompts)
-    texts = [text for text in texts[: request.limit] for _ in range(request.images_per_prompt)]
-    pipe = load(what, options.device)
+    pipe = load(what, request.device)
     for scale in request.guidance or [pipe.guidance_scale]:
         asked = {"num_inference_steps": request.steps, "sampler": request.sampler, "guidance_scale": float(scale)}
         drawn = {
@@ -123,9 +136,9 @@ def _of_model(
             name = f"{label}/{name}" if len(request.what) > 1 else name
             folder, seed = request.out / "pictures" / name, request.seed + number * len(texts)
             if request.actors:
-                draw_on_actors(request.actors, load, what, options.device, texts, folder, seed=seed, options=asked)
+                draw_on_actors(request.actors, load, what, request.device, texts, folder, seed=seed, options=asked)
             draw_missing(pipe, texts, folder, seed=seed, options=asked)
-            rows.append(evaluator.measure(open_pictures(folder, "pictures", options.size), request.out / name))
+            rows.append(evaluator.measure(open_pictures(folder, "pictures", request.size), request.out / name))
         yield {"what": what, "drawn": drawn, **over_seeds(rows)}
 
 

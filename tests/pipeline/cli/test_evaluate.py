@@ -1,6 +1,9 @@
 """`microdit evaluate`, from the command to the figures."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from microdit.model.text_to_image import MicroDiTPipeline
 from microdit.pipeline.cli.app import app
 from microdit.pipeline.config.yaml import load_yaml
 from microdit.pipeline.evaluation.clip_scores import CONVENTIONS
+from microdit.pipeline.evaluation.drawing import draw_missing
 from microdit.pipeline.evaluation.metrics import METRICS
 from microdit.pipeline.evaluation.request import EvaluationRequest
 from tests.model.pretrained.vision_models import clip_model
@@ -103,12 +108,15 @@ def test_detections_are_judged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--metrics", "geneval"), "give --prompts with its evaluation_metadata.jsonl"),
+        (("--metrics", "geneval"), "give --prompts geneval, or its evaluation_metadata.jsonl"),
         (("--metrics", "fld", "--reference", "."), "metric 'fld' is not known"),
         (("--model", "inception"), "expected NAME=PATH"),
         (("--guidance", "1;2", "--prompts", "{prompts}", "{run}"), "expected numbers with commas between"),
-        (("--prompts", "{nowhere}", "{run}"), "it cannot be read as text"),
-        (("--prompts", "{nameless}", "{run}"), "line 1: it has words; expected a column prompt or caption or text"),
+        (("--prompts", "{nowhere}", "{run}"), "there is no such file; expected one, or one of geneval"),
+        (
+            ("--prompts", "{nameless}", "{run}"),
+            "line 1: it has words; expected a column prompt or prompts",
+        ),
         (("{run}",), "a model needs --prompts FILE"),
         (("--save-statistics", "file.txt"), "expected a file .npz"),
     ],
@@ -172,27 +180,55 @@ def test_a_sweep_is_plotted(run: Path, tmp_path: Path) -> None:
         assert image.info["prompt"] == "picture 2"
 
 
-def test_a_run_that_was_stopped_and_one_of_actors_give_the_same_figures(run: Path, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
+SETTINGS = ("--size", 32, "--steps", 1, "--device", "cpu", "--sampler", "unipc", "--metrics", "fid-lite")
+
+
+def drawn_and_figures(run: Path, out: Path, photos: Path, *more: Any) -> tuple[list[bytes], Any]:
+    """Draw 70 pictures, which are two batches, and measure them."""
+    prompts = out.parent / "prompts.txt"
     prompts.write_text("".join(f"picture {i}\n" for i in range(70)))
-    reference = folder(tmp_path / "photos", range(20))
-    settings = (run, "--reference", reference, "--prompts", prompts, "--size", 32, "--steps", 1, "--device", "cpu")
-    settings += ("--sampler", "unipc", "--metrics", "fid-lite")
-    figures, drawn = [], []
-    for name, more in (("one", ()), ("two", ("--actors", 2))):
-        out = tmp_path / name
-        if more:  # it was stopped in the middle of both batches
-            pictures = out / "pictures" / "guidance-2"
-            pictures.mkdir(parents=True)
-            for number in (*range(30), 66):
-                path = tmp_path / "one" / "pictures" / "guidance-2" / f"{number:06}.png"
-                (pictures / path.name).write_bytes(path.read_bytes())
-        result = evaluate(*settings, *more, "--out", out)
-        assert result.exit_code == 0, result.output
-        row = json.loads((out / "evaluation.json").read_text())
-        figures.append(row["metrics"])
-        drawn.append([path.read_bytes() for path in sorted((out / "pictures" / "guidance-2").iterdir())])
-    assert figures[0] == figures[1] and drawn[0] == drawn[1] and len(drawn[0]) == 70
+    result = evaluate(run, "--reference", photos, "--prompts", prompts, *SETTINGS, *more, "--out", out)
+    assert result.exit_code == 0, result.output
+    paths = sorted((out / "pictures" / "guidance-2").iterdir())
+    return [path.read_bytes() for path in paths], json.loads((out / "evaluation.json").read_text())["metrics"]
+
+
+def test_a_run_that_was_stopped_gives_the_same_figures(run: Path, tmp_path: Path) -> None:
+    photos = folder(tmp_path / "photos", range(20))
+    whole = drawn_and_figures(run, tmp_path / "out", photos)
+    assert len(whole[0]) == 70
+    for number in (*range(30), 66):  # it was stopped in the middle of both batches
+        (tmp_path / "out" / "pictures" / "guidance-2" / f"{number:06}.png").unlink()
+    assert drawn_and_figures(run, tmp_path / "out", photos) == whole
+
+
+def test_each_of_several_processes_draws_its_batches(run: Path, tmp_path: Path) -> None:
+    pipe = MicroDiTPipeline.from_pretrained(run)
+    pipe.set_progress_bar_config(disable=True)
+    prompts, options = [f"picture {i}" for i in range(70)], {"num_inference_steps": 1, "sampler": "unipc"}
+    draw_missing(pipe, prompts, tmp_path / "one", options=options)
+    draw_missing(pipe, prompts, tmp_path / "two", options=options, part=(1, 2))
+    assert [path.name for path in sorted((tmp_path / "two").iterdir())] == [f"{i:06}.png" for i in range(64, 70)]
+    draw_missing(pipe, prompts, tmp_path / "two", options=options, part=(0, 2))
+    one, two = ([path.read_bytes() for path in sorted((tmp_path / name).iterdir())] for name in ("one", "two"))
+    assert one == two and len(one) == 70
+
+
+@pytest.mark.slow
+def test_ray_actors_and_a_killed_process_give_the_same_figures(run: Path, tmp_path: Path) -> None:
+    photos = folder(tmp_path / "photos", range(20))
+    whole = drawn_and_figures(run, tmp_path / "one", photos)
+    assert drawn_and_figures(run, tmp_path / "two", photos, "--actors", 2) == whole
+    arguments = [run, "--reference", photos, "--prompts", tmp_path / "prompts.txt", *SETTINGS]
+    command = [sys.executable, "-c", "from microdit.pipeline.cli.app import main; main()", "evaluate"]
+    process = subprocess.Popen([*command, *map(str, [*arguments, "--out", tmp_path / "killed"])])
+    while not any((tmp_path / "killed").rglob("*.png")):
+        assert process.poll() is None, "it was over before it was killed"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed" / "evaluation.json").exists()
+    assert drawn_and_figures(run, tmp_path / "killed", photos) == whole
 
 
 @pytest.mark.parametrize("name", ["paper", "quick", "demo"])
