@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from microdit.pipeline.config.evaluation import EvaluateRecipe
 from microdit.pipeline.config.yaml import load_yaml
-from microdit.pipeline.evaluation.in_training import EvaluateRecipe
 
 AUTO = 0  # as a micro-batch
 

@@ -10,7 +10,6 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.folder_lock import folder_lock
 from microdit.pipeline.base.json_lines import plain
 from microdit.pipeline.base.noted_signals import NotedSignals
-from microdit.pipeline.evaluation.in_training import RunEvaluation
 from microdit.trainer import start
 from microdit.trainer.checkpoints.contents import folder_name, snapshot
 from microdit.trainer.checkpoints.saver import Saver, load_latest, open_checkpoints
@@ -96,6 +95,8 @@ class Run:
             data.leg = start.with_micro_batch(self.learner, data)
         self.sheets = self.budget = self.evaluation = None
         if recipe.evaluate is not None and progress.seen < self.total:
+            from microdit.pipeline.evaluation.in_training import RunEvaluation  # it brings duckdb
+
             self.evaluation = RunEvaluation(recipe, self.samples, self.config, team)
         if recipe.sample_every is not None and progress.seen < self.total:
             self.sheets = SampleSheets(recipe, self.samples, self.config, team, self.log)

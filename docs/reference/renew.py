@@ -23,11 +23,11 @@ from microdit.pipeline.cli.app import app
 from microdit.pipeline.config.build import BuildConfig, Resources
 from microdit.pipeline.config.captions import CaptionsColumn
 from microdit.pipeline.config.encoders import LatentsColumn, TextColumn
+from microdit.pipeline.config.evaluation import EvaluateRecipe
 from microdit.pipeline.config.files import JoinOptions
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.config.scores import SCORERS
 from microdit.pipeline.config.sources import FetchOptions, SourceOptions
-from microdit.pipeline.evaluation.in_training import EvaluateRecipe
 from microdit.trainer.recipe import LegRecipe, OptimizerRecipe, Recipe
 
 FOLDER = Path(__file__).parent

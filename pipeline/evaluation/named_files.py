@@ -79,10 +79,10 @@ def named_file(name: str, known: NamedFile) -> Path:
     data = _fetch(name, known.url)
     sha256, blob = hashlib.sha256(data).hexdigest(), _blob(data)
     before = noted.read_text().strip() if noted.exists() else None
-    for expected, found in ((known.sha256, sha256), (known.blob, blob), (before, sha256)):
-        if expected is not None and found != expected:
+    for wanted, found in ((known.sha256, sha256), (known.blob, blob), (before, sha256)):
+        if wanted is not None and found != wanted:
             raise RequestError(
-                f"{name}: {known.url} is another file than it was: its hash is {found}, expected {expected}; give the "
+                f"{name}: {known.url} is another file than it was: its hash is {found}, expected {wanted}; give the "
                 "right one by its path"
             )
     path.parent.mkdir(parents=True, exist_ok=True)

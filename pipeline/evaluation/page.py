@@ -13,12 +13,12 @@ from markupsafe import Markup
 from PIL import Image
 
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.evaluation.metrics import METRICS
 from microdit.pipeline.evaluation.picture_sets import first_pictures, open_pictures
 from microdit.pipeline.evaluation.table import best_rows, higher_is_better, row_label
 
 PICTURES, SIDE = 12, 256  # of each row that are shown, and their longest side
 WIDTH, HEIGHT, EDGE = 640, 360, 56  # of the plot
-DISTANCES = ("fid", "clip-fid", "fd-dinov2", "kid", "cmmd", "fid-lite", "kid-lite")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _shown(data: bytes, caption: str) -> Shown:
 def _trade_off(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], best: Mapping[str, int]) -> Markup | None:
     """Plot a distance against a CLIP score, where both were measured more than once."""
     names = list(rows[0]["metrics"])
-    distance = next((name for name in DISTANCES if name in names), None)
+    distance = next((name for name in names if name in METRICS and name != "prdc"), None)
     score = next((name for name in names if name.startswith("clip-score")), None)
     if distance is None or score is None or len(rows) < 2:
         return None

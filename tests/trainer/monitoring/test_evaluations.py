@@ -13,10 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from microdit.model.text_to_image import MicroDiTPipeline
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.config.evaluation import DISTANCES
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.evaluation import in_training
 from microdit.pipeline.evaluation.corpus_pictures import read_images
 from microdit.pipeline.evaluation.measured_arrays import ArrayMeter
+from microdit.pipeline.evaluation.metrics import METRICS
 from microdit.pipeline.selection.sample_index import read_captions
 from microdit.trainer.data.samples import open_samples
 from microdit.trainer.recipe import Recipe
@@ -86,6 +88,10 @@ def test_two_processes_and_a_stopped_run_give_the_same_figures(
     assert figures(tmp_path / "stopped") == one
     for step, found in one.items():
         assert two[step]["value"] == pytest.approx(found["value"], rel=0.02), step
+
+
+def test_names_of_metrics() -> None:
+    assert tuple(METRICS) == DISTANCES
 
 
 def test_wrong_requests(coloured: Corpus, tmp_path: Path) -> None:
