@@ -89,7 +89,7 @@ class RunEvaluation:
         if progress.best is not None and sign * value >= sign * progress.best:
             return False
         progress.best, progress.best_step = value, progress.step
-        return self.options.keep_best
+        return self.options.keep_best and progress.step > 0  # before the first step there is nothing to keep
 
     def _features(
         self, weights: Mapping[str, Tensor], dtype: torch.dtype, latent_shape: Sequence[int]

@@ -98,6 +98,11 @@ def _prompts(request: EvaluationRequest, options: EvaluationOptions) -> list[str
     models = [what for what in request.what if not is_pictures(what)]
     if models and request.prompts is None:
         raise RequestError(f"{models[0]}: there is no such folder of pictures; a model needs --prompts FILE")
+    if models and options.subset:
+        raise RequestError(
+            f"{models[0]}: it is a model; --source and --selection are of corpora, those of REF's begin "
+            "with --reference-"
+        )
     if not models:
         return []
     return None if options.prompts is None else read_prompts(options.prompts)

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.evaluation import corpus_pictures, evaluate, named_files
+from microdit.pipeline.evaluation import corpus_pictures, evaluate, feature_cache, named_files
 from microdit.pipeline.evaluation.corpus_pictures import Subset
 from microdit.pipeline.evaluation.evaluate import EvaluationOptions, evaluate_pictures, open_set
 from microdit.pipeline.evaluation.named_files import NamedFile, named_file
@@ -130,6 +131,19 @@ def test_kept_features_give_the_same_figures_and_are_of_the_very_pictures(
         path.write_bytes(path.read_bytes()[:100])  # of a full disk
     evaluate_pictures(first, other, options)
     assert extracted == [str(first), str(first), str(other)]
+
+
+def test_features_that_were_used_longest_ago_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_cache, "MOST_BYTES", 2_000)
+    for number in range(3):
+        feature_cache.keep_features(tmp_path, np.full((20, 10), number, np.float32), number)  # 928 bytes
+        for path in tmp_path.iterdir():  # all are older by now
+            os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 10))
+        if number == 1:
+            assert feature_cache.cached_features(tmp_path, 0) is not None  # it is used
+    kept = [feature_cache.cached_features(tmp_path, number) for number in range(3)]
+    assert kept[1] is None and kept[0] is not None and kept[2] is not None
+    assert (kept[0] == 0).all() and (kept[2] == 2).all()
 
 
 # -- named files -----------------------------------------------------------------------------------------------------
