@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.table import Table
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.progress import shown
 from microdit.pipeline.base.terminal import printable
+from microdit.pipeline.cli.command import torchrun
 from microdit.pipeline.config.build import BuildConfig, load_config
 from microdit.pipeline.config.yaml import HOME
 from microdit.pipeline.corpus.corpus import Corpus
@@ -137,15 +137,14 @@ def _train(corpus: Corpus, selection: Selection, run: Path, budget: float, overr
     Every core is used unless OMP_NUM_THREADS says less.
     """
     processes, threads = _processes()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "microdit.trainer", str(HOME / "configs/recipes/demo.yaml")]
+    command = [*torchrun(processes), "-m", "microdit.trainer", str(HOME / "configs/recipes/demo.yaml")]
     command += [f"corpus={corpus.url}", f"selection={selection.name}@{selection.hash}", f"out={run}"]
     command += [f"time_budget={budget:.0f}", *overrides]
     environment = KEEP_MEMORY | os.environ | {"OMP_NUM_THREADS": str(threads)}
     with subprocess.Popen(command, env=environment) as process:
         try:
             return process.wait()
-        except KeyboardInterrupt:  # the terminal told the trainer too: it saves a checkpoint and ends
+        except KeyboardInterrupt:  # the terminal sends the signal to the trainer too: it saves a checkpoint and ends
             process.send_signal(signal.SIGINT)
             return process.wait()
 
@@ -186,7 +185,7 @@ def _evaluate(run: Path) -> dict[str, Any]:
 
 
 def _figure_rows(figures: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, str, str]]]:
-    """The names of the columns, and rows of what is measured, the trained network's figure and the untrained one's."""
+    """Return the column names, and rows: what is measured, the trained network's figure, the untrained one's."""
     count, held_out = figures["count"], figures["held_out_count"]
 
     def row(text: str, name: str, form: str) -> tuple[str, str, str]:

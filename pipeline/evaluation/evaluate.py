@@ -51,7 +51,7 @@ class EvaluationOptions:
     size: int | None = None
     device: str | None = None
     out: Path = Path("evaluation")
-    """Where detections go."""
+    """Path to which detections are written."""
     prompts: Path | None = None
     """GenEval's prompts, for that metric."""
     subset: Subset = field(default_factory=Subset)

@@ -146,7 +146,7 @@ class Saver:
 def superfluous(hours: Sequence[float | None], keep: int, keep_hours: float | None) -> list[int]:
     """Choose the checkpoints to remove: all but the newest `keep`, and the last one of every `keep_hours` of training.
 
-    hours: of training before each of them, the newest first; None where it cannot be told.
+    hours: of training before each of them, the newest first; None where it is not known.
     """
     parts = [None if keep_hours is None or h is None else int(h // keep_hours) for h in hours]
     return [i for i in range(keep, len(parts)) if parts[i] is None or parts[i] in parts[:i]]
