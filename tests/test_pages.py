@@ -13,6 +13,8 @@ import typer.main
 
 from microdit.pipeline.cli.app import app
 from microdit.pipeline.config.build import load_config
+from microdit.pipeline.config.yaml import load_yaml
+from microdit.pipeline.evaluation.request import EvaluationRequest
 from microdit.trainer.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -107,7 +109,10 @@ def test_commands_can_be_parsed(path: Path) -> None:
             continue
         given = group.commands[words[1]].make_context(words[1], words[2:]).params  # exits if an option is unknown
         if str(given.get("config", "")).startswith("configs/"):
-            load_config(ROOT / given["config"], given["overrides"] or ())
+            if words[1] == "evaluate":
+                load_yaml(ROOT / given["config"], EvaluationRequest)
+            else:
+                load_config(ROOT / given["config"], given["overrides"] or ())
         if str(given.get("recipe", "")).startswith("configs/"):
             load_recipe(ROOT / given["recipe"], given["overrides"] or ())
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from microdit.pipeline.config.evaluation import EvaluateRecipe
 from microdit.pipeline.config.yaml import load_yaml
 
 AUTO = 0  # as a micro-batch
@@ -154,7 +155,9 @@ class Recipe(RecipePart):
     """Steps between sheets of pictures, OUT/samples/step-*.png; also before the first step and at the end. Text encoder
     and autoencoder of the columns must be at hand, which is seen at the start."""
     sample_prompts: list[str] = []
-    """Captions to draw on them; without any, captions that are held out."""
+    """What is drawn on them; without any, captions that are held out."""
+    evaluate: EvaluateRecipe | None = None
+    """Measure pictures of the moving average on the way; the figures go where those of the log go."""
     wandb: str | None = None
     """A project of W&B that gets what the log gets (pip install "microdit[wandb]")."""
     guidance_scale: float = Field(5.0, ge=0)
@@ -183,7 +186,7 @@ class Recipe(RecipePart):
 # A run may go on with other values of these.
 OPERATION = {"corpus", "out", "cache_mb", "time_budget", "checkpoint_every", "checkpoint_keep", "log_every"} | {
     "guidance_scale", "compile", "checkpoint_minutes", "wandb", "cache_folder", "cache_gb", "max_broken",
-    "validate_every", "sample_every", "sample_prompts",
+    "validate_every", "sample_every", "sample_prompts", "evaluate",
     "checkpoints", "checkpoint_keep_hours", "parallel", "name", "text_lengths",
 }  # fmt: skip
 # And with other values of these in a leg that is not over, and with another optimizer; a checkpoint tells what changed.

@@ -93,7 +93,11 @@ class Run:
         recipe, progress, team = self.recipe, self.progress, self.team
         for data in self.legs:
             data.leg = start.with_micro_batch(self.learner, data)
-        self.sheets = self.budget = None
+        self.sheets = self.budget = self.evaluation = None
+        if recipe.evaluate is not None and progress.seen < self.total:
+            from microdit.pipeline.evaluation.in_training import RunEvaluation  # it brings duckdb
+
+            self.evaluation = RunEvaluation(recipe, self.samples, self.config, team)
         if recipe.sample_every is not None and progress.seen < self.total:
             self.sheets = SampleSheets(recipe, self.samples, self.config, team, self.log)
         if recipe.time_budget is not None and progress.seen < self.total:
@@ -154,11 +158,12 @@ class Run:
         return self.stopped
 
     def look(self, last: bool = False) -> None:
-        """Measure the validation loss and draw pictures where they are due, but not twice after the same step."""
+        """Measure the validation loss, draw and evaluate pictures where they are due, but not twice after a step."""
         progress = self.progress
         measure = last or progress.step % self.recipe.validate_every == 0
         draw = self.sheets is not None and (last or progress.step % self.sheets.every == 0)
-        if not (last or self.goes_on()) or progress.looked == progress.step or not (measure or draw):
+        evaluate = self.evaluation is not None and (last or progress.step % self.evaluation.every == 0)
+        if not (last or self.goes_on()) or progress.looked == progress.step or not (measure or draw or evaluate):
             return
         began, progress.looked = time.monotonic(), progress.step
         number = max(progress.stage - (progress.stage_step == 0), 0)  # of the leg that the step was of
@@ -169,7 +174,12 @@ class Run:
                 self.log.line(progress.step, images=progress.seen, stage=number + 1, validation=figures)
         if self.sheets is not None and draw:
             self.sheets.draw(progress.step, self.learner, self.legs[number].latent_shape)
+        best = False
+        if self.evaluation is not None and evaluate:
+            best = self.evaluation.measure(progress, self.learner, self.legs[number].latent_shape, self.log)
         self.meter.pause(time.monotonic() - began)
+        if best and self.goes_on():
+            self.save()
 
     def save_if_due(self) -> None:
         """Save if there is more to come and it is time for a checkpoint."""
@@ -201,6 +211,7 @@ class Run:
         self.saved_step = progress.step
         for listed in self.team.gathered(self.cache.broken.listed()):
             self.cache.broken.restore(listed)
+        self.saver.best = folder_name(progress.best_step) if progress.best_step >= 0 else ""
         tensors = snapshot(learner.net, learner.averages, learner.optimizer, keep=first)
         if first:
             state = {"recipe": recipe.model_dump(mode="json"), "data": self.trained_on, "progress": asdict(progress)}

@@ -23,6 +23,7 @@ from microdit.pipeline.cli.app import app
 from microdit.pipeline.config.build import BuildConfig, Resources
 from microdit.pipeline.config.captions import CaptionsColumn
 from microdit.pipeline.config.encoders import LatentsColumn, TextColumn
+from microdit.pipeline.config.evaluation import EvaluateRecipe
 from microdit.pipeline.config.files import JoinOptions
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.config.prompts import PromptsConfig
@@ -160,7 +161,8 @@ def recipe_page() -> Iterable[str]:
         "`stages.0.images=1000`, `optimizer.eps=1e-6`. Unknown keys are refused."
     )
     yield from ("", *table_of(Recipe))
-    for title, model in (("An entry of `stages`", LegRecipe), ("The block `optimizer`", OptimizerRecipe)):
+    blocks = [("The block `optimizer`", OptimizerRecipe), ("The block `evaluate`", EvaluateRecipe)]
+    for title, model in (("An entry of `stages`", LegRecipe), *blocks):
         yield from (f"## {title}", "", paragraph(inspect.getdoc(model) or ""), "", *table_of(model))
 
 

@@ -1,8 +1,7 @@
-"""Evaluate the demo's run: draw pictures from captions alone, and compare them with the real ones as pixels."""
+"""Measure what the demo's run learned: pictures are made from captions alone, and compared with the real ones."""
 
 import json
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,18 @@ from microdit.model.picture_files import grid
 from microdit.model.text_to_image import MicroDiTPipeline
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.cli.bucket_checkpoint import on_this_machine
-from microdit.pipeline.config.images import PILLOW_MAX_PIXELS
-from microdit.pipeline.content.crop import square
-from microdit.pipeline.content.images import BadImage, decode
-from microdit.pipeline.corpus.corpus import Corpus
-from microdit.pipeline.corpus.rows import read_rows
-from microdit.pipeline.corpus.shard_cache import ShardId
-from microdit.pipeline.selection.lineage import newest_commits
+from microdit.pipeline.evaluation.corpus_pictures import read_images
+from microdit.pipeline.evaluation.measured_arrays import ArrayMeter
+from microdit.pipeline.evaluation.metrics import METRICS
 from microdit.pipeline.selection.run_samples import RunSamples
-from microdit.pipeline.selection.sample_index import SampleIndex, read_captions
-from microdit.pipeline.stages.rows import image_bytes
+from microdit.pipeline.selection.sample_index import read_captions
 from microdit.trainer.data.randomness import weights_seed
 from microdit.trainer.data.samples import open_samples
 from microdit.trainer.recipe import Recipe
 
 SEED = 1  # of the noise, and with the recipe's seed of the captions drawn
+KID_LEAST = METRICS["kid-lite"].least
+KID_PICTURES, KID_REAL = 48, 96  # at most, evenly spread: EfficientNet takes a tenth of a second of a core for each
 
 
 def evaluate(
@@ -55,6 +51,8 @@ def evaluate(
         nearest_in_all              the same among all images
         held_out_nearest_in_count   held out of training: as the first, among those held out (null if there are none)
         psnr, held_out_psnr         decibels, mean over the pictures, each against its own image
+        metrics                     `kid-lite` with value and error, of both kinds of pictures against real images;
+                                    empty without the package of EfficientNet, or of fewer than 20
         untrained                   the same figures of the network before its first step
 
     Raises:
@@ -76,10 +74,13 @@ def evaluate(
     untrained = MicroDiT(**pipe.transformer.config).eval().to(pipe.device)
     options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     results: list[dict[str, Any]] = []
+    meter = _kid_meter(list(everything.values()), str(pipe.device))
     for net in (untrained, pipe.transformer):
         pipe.transformer = net
         pictures = {kind: _generate(pipe, texts, options) for kind, texts in captions.items()}
-        results.append(compare(pictures, real, everything))
+        both = spread(np.concatenate(list(pictures.values())), KID_PICTURES)
+        metrics = {} if meter is None or len(both) < KID_LEAST else meter.measure(list(both))
+        results.append(compare(pictures, real, everything) | {"metrics": metrics})
     figures = {
         "checkpoint": folder.name,
         "count": len(drawn["trained"]),
@@ -94,6 +95,19 @@ def evaluate(
     run = folder.parent.parent if folder.parent.name == "checkpoints" else recipe.out
     _write(run if out is None else Path(out), figures, real["trained"], pictures["trained"], captions["trained"])
     return figures
+
+
+def _kid_meter(real: Sequence[np.ndarray], device: str) -> ArrayMeter | None:
+    """Prepare KID on EfficientNet-Lite0; None where its package is not installed, or there are too few images."""
+    try:
+        return ArrayMeter(["kid-lite"], spread(real, KID_REAL), device=device) if len(real) >= KID_LEAST else None
+    except RequestError:
+        return None
+
+
+def spread(items: Any, most: int) -> Any:
+    """Take up to `most` items, evenly spaced."""
+    return items if len(items) <= most else [items[i * len(items) // most] for i in range(most)]
 
 
 def _open_run(checkpoint: str | Path, corpus: str | None) -> tuple[Path, Recipe, RunSamples]:
@@ -167,27 +181,3 @@ def mean_psnr(errors: np.ndarray) -> float:
     """Average over the diagonal 10 log10(255^2 / error); an error counts as a hundredth at least."""
     own = np.maximum(np.diagonal(errors), 0.01)
     return round(float(np.mean(10 * np.log10(255**2 / own))), 2)
-
-
-def read_images(corpus: Corpus, index: SampleIndex, side: int) -> dict[str, np.ndarray]:
-    """Read the images of samples, uint8 (side, side, 3), by sample name in the index' order.
-
-    Raises:
-        RequestError: a sample has no picture.
-    """
-
-    def read(shard: ShardId, rows: list[int]) -> Iterator[tuple[str, np.ndarray]]:
-        wanted = set(rows)
-        for line in read_rows(corpus, commits[shard]):
-            if line.row in wanted:
-                name = f"{shard[0]}/{shard[1]}/{line.row}"
-                try:
-                    data = image_bytes(line.members)
-                except BadImage as error:
-                    raise RequestError(f"sample {name} cannot be compared with: {error}") from error
-                yield name, square(decode(data, PILLOW_MAX_PIXELS, shrink_to=side).pixels, side)
-
-    commits = newest_commits(corpus, ["images"])["images"]
-    rows = index.by_shard()
-    with ThreadPoolExecutor(2) as pool:
-        return dict(pair for pairs in pool.map(lambda item: list(read(*item)), rows.items()) for pair in pairs)

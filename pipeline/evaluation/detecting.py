@@ -15,7 +15,6 @@ from PIL import Image
 from microdit.model.pretrained.feature_towers import FeatureTower, load_feature_tower
 from microdit.model.pretrained.hub import ModelFilesError
 from microdit.model.pretrained.mask2former import DetectedObject, ObjectDetector, load_detector
-from microdit.pipeline.base.digest import sha256_file
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.evaluation.features import CLIP_MEAN, CLIP_STD, cropped, normalised
 from microdit.pipeline.evaluation.geneval import COLORS, THRESHOLD, Prompt
@@ -85,36 +84,32 @@ def detect_pictures(
         RequestError: the weights cannot be had, or a picture's caption is no prompt.
     """
     known = {prompt.prompt: prompt for prompt in prompts}
-    captions = dict(zip(pictures.paths, pictures.captions(), strict=True))
-    if strange := next((path for path, caption in captions.items() if caption not in known), None):
-        raise RequestError(f"picture {strange}: its caption {captions[strange]!r} is none of the {len(known)} prompts")
+    for each in pictures.captioned():
+        if each.caption not in known:
+            raise RequestError(f"picture {each.name}: its caption {each.caption!r} is none of the {len(known)} prompts")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "detections.jsonl"
-    done = _kept(path)
-    waiting = [each for each in pictures.paths if sha256_file(each) not in done]
-    if waiting:
-        detector, judge = _models(models, device)
-        with path.open("a") as file:
-            for each in waiting:
-                found = _found(pictures.read(each), known[captions[each]], detector, judge)
-                line = {
-                    "picture": each.name,
-                    "sha256": sha256_file(each),
-                    "prompt": captions[each],
-                    "detections": found,
-                }
-                file.write(json.dumps(line) + "\n")
-                file.flush()
+    done, loaded = _kept(path), None
+    with path.open("a") as file:
+        for each in pictures.stream():
+            if (each.name, each.sha256) in done:
+                continue
+            detector, judge = loaded = loaded or _models(models, device)
+            found = _found(pictures.decoded(each), known[each.caption], detector, judge)
+            line = {"picture": each.name, "sha256": each.sha256, "prompt": each.caption, "detections": found}
+            file.write(json.dumps(line) + "\n")
+            file.flush()
     return path
 
 
-def _kept(path: Path) -> set[str]:
-    """Read the hashes of the pictures that are done; a last line that was cut off is removed."""
-    done: set[str] = set()
+def _kept(path: Path) -> set[tuple[str, str]]:
+    """Read names and hashes of the pictures that are done; a last line that was cut off is removed."""
+    done: set[tuple[str, str]] = set()
     whole = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         try:
-            done.add(json.loads(line)["sha256"])
+            known = json.loads(line)
+            done.add((known["picture"], known["sha256"]))
         except (ValueError, KeyError, TypeError):
             break
         whole.append(line)

@@ -1,6 +1,7 @@
 """Draw the pictures that are measured: those of a folder that are not there yet."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,25 @@ from microdit.model.picture_files import png_bytes
 from microdit.model.text_to_image import MicroDiTPipeline
 from microdit.pipeline.base.errors import RequestError
 
-AT_ONCE = 256  # pictures whose prompts are handed to the pipeline together
+AT_ONCE = 64  # pictures that go through the pipeline together, always the same ones: others would round otherwise
 
 
 def draw_missing(
-    pipe: MicroDiTPipeline, prompts: Sequence[str], folder: Path, *, seed: int = 0, options: Mapping[str, Any]
+    pipe: MicroDiTPipeline,
+    prompts: Sequence[str],
+    folder: Path,
+    *,
+    seed: int = 0,
+    options: Mapping[str, Any],
+    part: tuple[int, int] = (0, 1),
 ) -> None:
     """Draw a picture of each prompt into a folder, as `000000.png` and so on; those that are there stay.
 
-    Picture i has seed + i, whatever is drawn with it, so that a run that was stopped goes on.
+    Picture i has seed + i. Of 64 pictures that are drawn together all are drawn again if one is missing, so that a run
+    that was stopped, and one of several processes, draws the very same ones.
+
+    Args:
+        part: number of this process, and of how many: each draws every n-th batch.
 
     Raises:
         RequestError: the folder holds pictures of other prompts or settings.
@@ -30,24 +41,24 @@ def draw_missing(
     paths = [folder / f"{i:06d}.png" for i in range(len(prompts))]
     if len(there := {path.name for path in folder.glob("*.png")} - {path.name for path in paths}):
         raise RequestError(f"{folder}: it holds other pictures ({min(there)}); give another --out")
-    missing = []
     for i, path in enumerate(paths):
-        if not path.exists():
-            missing.append(i)
-        elif (made := _made_by(path)) != texts[i]:
+        if path.exists() and (made := _made_by(path)) != texts[i]:
             changed = next((key for key in texts[i] if made.get(key) != texts[i][key]), "parameters")
             raise RequestError(
                 f"{path}: it was drawn with {changed} = {made.get(changed)!r}, not {texts[i][changed]!r}; give another "
                 "--out, or remove the folder"
             )
-    for start in range(0, len(missing), AT_ONCE):
-        some = missing[start : start + AT_ONCE]
+    for start in range(part[0] * AT_ONCE, len(prompts), part[1] * AT_ONCE):
+        some = range(start, min(start + AT_ONCE, len(prompts)))
+        if all(paths[i].exists() for i in some):
+            continue
 
         def write(number: int, picture: Image.Image, some: Sequence[int] = some) -> None:
             path = paths[some[number]]
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(png_bytes(picture, texts[some[number]]))
-            partial.replace(path)
+            if not path.exists():
+                partial = path.with_suffix(f".{os.getpid()}.partial")
+                partial.write_bytes(png_bytes(picture, texts[some[number]]))
+                partial.replace(path)
 
         pipe([prompts[i] for i in some], seed=[seed + i for i in some], on_image=write, **options)
 

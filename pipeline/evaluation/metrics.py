@@ -36,6 +36,7 @@ class Metric:
     """Pictures of each set that it needs."""
     of_statistics: bool = False
     """A reference's mean and covariance are enough."""
+    higher_is_better: bool = False
 
 
 def frechet(pictures: FeatureSet, reference: FeatureSet) -> Figures:
@@ -97,7 +98,7 @@ def _of_tenths(distance: Callable[[np.ndarray, np.ndarray], float], a: np.ndarra
 METRICS = {
     "fid": Metric(INCEPTION, frechet, 2, of_statistics=True),
     "kid": Metric(INCEPTION, kid, 2 * TENTHS),
-    "prdc": Metric(INCEPTION, prdc, NEAREST + 1),
+    "prdc": Metric(INCEPTION, prdc, NEAREST + 1, higher_is_better=True),
     "clip-fid": Metric(CLIP_B32, frechet, 2, of_statistics=True),
     "fd-dinov2": Metric(DINOV2, frechet, 2, of_statistics=True),
     "cmmd": Metric(CLIP_L14, cmmd, 2 * TENTHS),

@@ -1,8 +1,9 @@
-"""Read prompts and detections from files: plain text, tables with a header, JSON lines."""
+"""Read prompts and detections from files, named lists or corpora: plain text, tables with a header, JSON lines."""
 
 import csv
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ from pydantic import Field
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.evaluation.geneval import Detection, Prompt, Strict, failure, parse_prompts, summary
+from microdit.pipeline.evaluation.named_files import PROMPTS, named_file
 
-NAMES = ("prompt", "caption", "text")  # of the column with the prompts, whatever its case
+NAMES = ("prompt", "prompts", "caption", "text")  # of the column with the prompts, whatever its case
+IDS = ("id", "item_id", "image_id")  # of the column that tells prompts apart, the first that is there
+QUESTION = "proposition_id"  # a column of DPG-Bench: each line is a question, and a prompt has several
 LONGEST_LINE = 1_000_000  # characters
 
 
@@ -22,21 +26,59 @@ class DetectedPicture(Strict):
     detections: tuple[Detection, ...] = Field(strict=False)
 
 
+def find_prompts(name: str) -> Path:
+    """Return the path of a list of prompts: a file, or a named list, which is fetched once.
+
+    Raises:
+        RequestError: there is neither.
+    """
+    if name in PROMPTS and not Path(name).exists():
+        return named_file(name, PROMPTS[name])
+    if not Path(name).is_file():
+        raise RequestError(f"--prompts {name}: there is no such file; expected one, or one of {', '.join(PROMPTS)}")
+    return Path(name)
+
+
 def read_prompts(path: Path) -> list[str]:
     """Read prompts: one a line, or the column `prompt`, `caption` or `text` of a .tsv, .csv or .jsonl file.
 
     Raises:
-        RequestError: the file cannot be read, has no such column, or no prompts.
+        RequestError: the file cannot be read, has no such column or no prompts, or an id is there twice.
     """
     if path.suffix.lower() == ".jsonl":
-        prompts = [_named(line, path, number) for number, line in read_json_lines(path)]
+        prompts = _distinct(path, read_json_lines(path))
     elif path.suffix.lower() in (".tsv", ".csv"):
-        rows = csv.DictReader(_text(path).splitlines(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        prompts = [_named(row, path, number) for number, row in enumerate(rows, 2)]
+        lines = io.StringIO(_text(path), newline="")
+        rows = csv.DictReader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        try:
+            prompts = _distinct(path, enumerate(rows, 2))
+        except csv.Error as error:
+            raise RequestError(f"--prompts {path}: it is no table ({error})") from None
     else:
         prompts = [line.strip() for line in _text(path).splitlines() if line.strip()]
     if not prompts:
         raise RequestError(f"--prompts {path}: there is no prompt in it")
+    return prompts
+
+
+def _distinct(path: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> list[str]:
+    """Take the prompt of each row; of DPG-Bench, whose rows are questions, of each id once."""
+    prompts: list[str] = []
+    known: dict[Any, str] = {}
+    for number, row in rows:
+        prompt = _named(row, path, number)
+        columns = {str(name).lower(): name for name in row}
+        name = next((columns[each] for each in IDS if each in columns), None)
+        if name is not None:
+            same = known.setdefault(str(row[name]), prompt)
+            if len(known) == len(prompts):  # it was known
+                if QUESTION in columns and same == prompt:
+                    continue
+                raise RequestError(
+                    f"--prompts {path}, line {number}: {name} {str(row[name])[:80]!r} is there twice; give each prompt "
+                    "an id of its own, or none"
+                )
+        prompts.append(prompt)
     return prompts
 
 

@@ -18,6 +18,7 @@ from microdit.pipeline.report.pictures import data_uri
 MAX_LOG = 256 << 20  # bytes of a log that are read
 MAX_GRID = 64 << 20  # bytes of a picture that is opened
 GRID_SIDE = 1600  # a larger grid is scaled down to this many pixels
+METRIC_LABELS = {"kid-lite": "KID of EfficientNet-Lite0 to real images (0 is best)"}
 SHEETS, SHEET_SIDE = 3, 800  # sheets of pictures that are shown, and their most pixels
 
 
@@ -233,7 +234,24 @@ def _figures(evaluation: Mapping[str, Any]) -> list[Figure]:
         Figure(label, form.format(evaluation[name]), form.format(before[name]))
         for name, label, form in rows
         if _number(evaluation.get(name)) and _number(before.get(name))
-    ]
+    ] + _metrics(evaluation, before)
+
+
+def _metrics(evaluation: Mapping[str, Any], before: Mapping[str, Any]) -> list[Figure]:
+    """Take the figures of `microdit evaluate`'s metrics, each with its standard error."""
+    figures = []
+    both = [each.get("metrics") for each in (evaluation, before)]
+    trained, untrained = (each if isinstance(each, dict) else {} for each in both)
+    for name, found in trained.items():
+        pair = [each for each in (found, untrained.get(name)) if isinstance(each, dict) and _number(each.get("value"))]
+        if len(pair) == 2:
+            label = METRIC_LABELS.get(name, name)
+            figures.append(Figure(label, *(_with_error(each["value"], each.get("error")) for each in pair)))
+    return figures
+
+
+def _with_error(value: float, error: Any) -> str:
+    return f"{value:.3g} ± {error:.1g}" if _number(error) else f"{value:.3g}"
 
 
 def _grid_caption(evaluation: Mapping[str, Any]) -> str:

@@ -70,8 +70,9 @@ def load_latest(
 class Saver:
     """Writes checkpoints in a thread, one after the other, while the run goes on.
 
-    One that cannot be written (a full disk, a bucket that fails) is reported by `say`, and the run goes on: the last
-    good one stays. At the end there is nobody to go on: `finish` raises. keep, keep_hours: as in `superfluous`.
+    One that cannot be written (a full disk, a bucket that fails) is told to `say`, and the run goes on: the last good
+    one stays. At the end there is nobody to go on: `finish` raises. keep, keep_hours: as in `superfluous`. best: the
+    name of one that stays in any case.
     """
 
     def __init__(self, checkpoints: Checkpoints, keep: int, keep_hours: float | None, say: Callable[[str], None]):
@@ -80,6 +81,7 @@ class Saver:
         self._writing: Future[None] | None = None
         self._step, self._failing = 0, False
         self.saved = -1  # the last step that was written
+        self.best = ""
 
     def settle(self) -> None:
         """Wait for the one before: the memory holds one copy at a time."""
@@ -107,7 +109,8 @@ class Saver:
             names = self.checkpoints.names()
             hours = [self._hours(name) if self.keep_hours else None for name in names]
             for i in superfluous(hours, self.keep, self.keep_hours):
-                self.checkpoints.remove(names[i])
+                if names[i] != self.best:
+                    self.checkpoints.remove(names[i])
             self.checkpoints.sweep()
         except (OSError, ValueError, KeyError) as error:
             self.say(f"step {step}: not all that is left of older checkpoints could be removed: {error}")

@@ -32,6 +32,8 @@ class Progress:
     loss: float | None = None  # of the last line
     validation: float | None = None  # the last one: of the first average, or of the weights if there is none
     wandb_run: str | None = None  # which run of W&B goes on
+    best: float | None = None  # the best value of the first metric of `evaluate`, and the step after which it was
+    best_step: int = -1
     looked: int = -1  # the step after which the last validation, or the last sheet of pictures, was due
     even_lanes: bool = True  # as in `Lanes`; checkpoints of earlier versions, which do not say, have other ones
 
@@ -41,7 +43,8 @@ class Progress:
 
     def position(self) -> dict[str, Any]:
         """Return what a step, and a look after it, change of this."""
-        return {name: getattr(self, name) for name in ("stage", "stage_step", "step", "seen", "validation", "looked")}
+        names = ("stage", "stage_step", "step", "seen", "validation", "best", "best_step", "looked")
+        return {name: getattr(self, name) for name in names}
 
     def advance(self, images: int) -> None:
         """Count a step."""

@@ -1,27 +1,19 @@
 """Sheets of pictures on the way: the same prompts and the same noise every time, drawn by the code of `generate`.
 
-The first process draws, with a network of its own that gets the averaged weights: no matter how the training's is
-compiled or shared out. The others wait. The text encoder is needed once, at the start; the autoencoder stays.
+The first process draws, with a network of its own that gets the averaged weights. The others wait.
 """
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from microdit.model.checkpoint import CheckpointError
-from microdit.model.edm import EDM
-from microdit.model.encoded_prompts import EncodedPrompts
-from microdit.model.loading import trained_part
-from microdit.model.network import MicroDiT
 from microdit.model.picture_files import grid
-from microdit.model.pretrained.hub import ModelFilesError
-from microdit.model.pretrained.text import TextEncoder
-from microdit.model.text_to_image import MicroDiTPipeline, load_encoders
 from microdit.pipeline.base.errors import RequestError, first_line
+from microdit.pipeline.evaluation.training_pictures import UNLOADABLE, TrainingPictures
 from microdit.pipeline.selection.run_samples import RunSamples
 from microdit.pipeline.selection.sample_index import read_captions
 from microdit.trainer.checkpoints.contents import folder_name
@@ -65,45 +57,23 @@ class SampleSheets:
     def _load(self) -> None:
         recipe, samples = self.recipe, self.samples
         try:
-            self.prompts = list(recipe.sample_prompts) or read_captions(
+            prompts = list(recipe.sample_prompts) or read_captions(
                 samples.corpus, recipe.main_text, samples.held.take(samples.held.lowest(CAPTIONS, recipe.seed + 1))
             )
-            encoder, self.autoencoder = load_encoders(
-                trained_part(samples.corpus.column(recipe.main_text).made_by, "encoder"),
-                trained_part(samples.corpus.column(recipe.stages[-1].latents).made_by, "autoencoder"),
-                self.team.device,
-            )
-            self.texts = EncodedPrompts(encoder, self.prompts)
-            self.autoencoder.to("cpu")
-            with torch.device("meta"):
-                self._pipeline(MicroDiT(**self.config))  # which sees whether it all fits together
-        except (ModelFilesError, CheckpointError, ValueError, KeyError, OSError, RequestError) as error:
+            made_by = [samples.corpus.column(name).made_by for name in (recipe.main_text, recipe.stages[-1].latents)]
+            numbers = recipe.sigma_data, recipe.guidance_scale
+            self.pictures = TrainingPictures(self.config, prompts, *made_by, self.team.device, *numbers)
+        except UNLOADABLE as error:
             raise RequestError(
                 f"sample_every = {recipe.sample_every}: what draws pictures cannot be had: {error}; "
                 "leave sample_every out to train without them"
             ) from error
 
-    def _pipeline(self, net: MicroDiT, **options: Any) -> MicroDiTPipeline:
-        edm, texts = EDM(sigma_data=self.recipe.sigma_data), cast(TextEncoder, self.texts)
-        return MicroDiTPipeline(
-            net, self.autoencoder, texts, edm=edm, guidance_scale=self.recipe.guidance_scale, **options
-        )
-
     def _draw(self, step: int, learner: Learner, weights: Mapping[str, Tensor], latent_shape: Sequence[int]) -> None:
-        with torch.device("meta"):
-            net = MicroDiT(**self.config)
-        net = net.to(torch.bfloat16 if learner.bf16 else torch.float32).to_empty(device=learner.device)
-        net.reset_positions()
-        with torch.no_grad():
-            for name, parameter in net.named_parameters():
-                parameter.copy_(weights[name])
-        pipe = self._pipeline(net.eval(), sample_size=(latent_shape[1], latent_shape[2])).to(learner.device)
-        pipe.set_progress_bar_config(disable=True)
-        try:
-            pictures = pipe(self.prompts, num_inference_steps=STEPS, sampler=SAMPLER, seed=SEED).images
-        finally:
-            self.autoencoder.to("cpu")
-        sheet = grid([[picture] for picture in pictures], self.prompts)
+        prompts, dtype = self.pictures.prompts, torch.bfloat16 if learner.bf16 else torch.float32
+        numbers, options = range(len(prompts)), {"num_inference_steps": STEPS, "sampler": SAMPLER}
+        pictures = self.pictures.draw(weights, dtype, latent_shape, numbers, SEED, **options)
+        sheet = grid([[picture] for picture in pictures], prompts)
         path = self.recipe.out / "samples" / f"{folder_name(step)}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")

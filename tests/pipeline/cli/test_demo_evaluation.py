@@ -22,6 +22,8 @@ def test_what_was_learned_shows(coloured: Corpus, tmp_path: Path) -> None:
     assert (found["count"], found["held_out_count"], found["images"]) == (16, 6, 36)
     untrained = found["untrained"]
     assert found["psnr"] > untrained["psnr"] + 3
+    kid, before = found["metrics"]["kid-lite"], untrained["metrics"]["kid-lite"]
+    assert kid["value"] + 3 * kid["error"] < before["value"] and kid["error"] > 0
     assert found["nearest_in_count"] >= 6 > 3 >= untrained["nearest_in_count"]
     assert 0 <= found["nearest_in_all"] <= found["nearest_in_count"]
     assert 0 <= found["held_out_nearest_in_count"] <= 6

@@ -1,6 +1,9 @@
 """`microdit evaluate`, from the command to the figures."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +12,25 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from microdit.model.text_to_image import MicroDiTPipeline
 from microdit.pipeline.cli.app import app
+from microdit.pipeline.config.yaml import load_yaml
+from microdit.pipeline.evaluation.clip_scores import CONVENTIONS
+from microdit.pipeline.evaluation.drawing import draw_missing
+from microdit.pipeline.evaluation.metrics import METRICS
+from microdit.pipeline.evaluation.request import EvaluationRequest
+from tests.model.pretrained.vision_models import clip_model
 from tests.model.tiny import write_run
 from tests.pipeline.evaluation.references import DATA
 from tests.pipeline.evaluation.test_evaluate import folder
 
 pytest.importorskip("efficientnet_lite_pytorch")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +108,15 @@ def test_detections_are_judged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--metrics", "geneval"), "give --prompts with its evaluation_metadata.jsonl"),
+        (("--metrics", "geneval"), "give --prompts geneval, or its evaluation_metadata.jsonl"),
         (("--metrics", "fld", "--reference", "."), "metric 'fld' is not known"),
         (("--model", "inception"), "expected NAME=PATH"),
         (("--guidance", "1;2", "--prompts", "{prompts}", "{run}"), "expected numbers with commas between"),
-        (("--prompts", "{nowhere}", "{run}"), "it cannot be read as text"),
-        (("--prompts", "{nameless}", "{run}"), "line 1: it has words; expected a column prompt or caption or text"),
+        (("--prompts", "{nowhere}", "{run}"), "there is no such file; expected one, or one of geneval"),
+        (
+            ("--prompts", "{nameless}", "{run}"),
+            "line 1: it has words; expected a column prompt or prompts",
+        ),
         (("{run}",), "a model needs --prompts FILE"),
         (("--save-statistics", "file.txt"), "expected a file .npz"),
     ],
@@ -115,3 +134,120 @@ def test_wrong_requests_end_with_one_message(
     result = evaluate(*what, *(each.format(**files) for each in arguments), "--out", tmp_path / "out")
     assert result.exit_code == 2 and message in result.stderr, result.output
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_several_sets_and_seeds_give_one_table_and_a_page(run: Path, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("".join(f"picture {i}\n" for i in range(6)))
+    reference = folder(tmp_path / "photos", range(20), tint=60)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"metrics: [fid-lite]\nreference: {reference}\nprompts: {prompts}\nlimit: 4\nguidance: [1, 3]\nsize: 32\n"
+        "steps: 2\nsampler: unipc\ndevice: cpu\n"
+    )
+    settings = (run, reference, "--config", config, "--guidance", "2", "--seeds", 3, "--out", out)
+    result = evaluate(*settings)
+    assert result.exit_code == 0, result.output
+    model, photos = json.loads((out / "evaluation.json").read_text())["rows"]
+    assert model["drawn"]["guidance_scale"] == 2.0 and model["drawn"]["count"] == 4  # options go before the file
+    found, same = model["metrics"]["fid-lite"], photos["metrics"]["fid-lite"]
+    assert len(set(found["seeds"]["values"])) == 3 and found["seeds"]["deviation"] > 0
+    assert found["value"] == pytest.approx(np.mean(found["seeds"]["values"]))
+    assert same["value"] == pytest.approx(0, abs=1e-6)
+    seeds = []
+    for name in ("guidance-2", "guidance-2-2", "guidance-2-3"):
+        for path in sorted((out / "pictures" / "run" / name).iterdir()):
+            with Image.open(path) as image:
+                seeds.append(json.loads(image.info["parameters"])["seed"])
+    assert seeds == list(range(12))
+    page = (out / "evaluation.html").read_text()
+    assert page.count("data:image/jpeg") == 4 + 12 and "picture 3" in page and "(best)" in page
+    assert "http" not in page.replace("http://www.w3.org", "") and "<script" not in page
+    assert "photos" in result.stdout and "* the best of the line" in result.stdout
+
+
+def test_a_sweep_is_plotted(run: Path, tmp_path: Path) -> None:
+    reference = folder(tmp_path / "photos", range(20))
+    clip = clip_model(tmp_path / "clip")
+    settings = (run, "--reference", reference, "--prompts", "reference", "--limit", 3, "--size", 32, "--steps", 1)
+    settings += ("--metrics", "fid-lite,clip-score-mlperf", "--model", f"clip-score-mlperf={clip}", "--device", "cpu")
+    result = evaluate(*settings, "--guidance", "1,2,4", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "out" / "evaluation.html").read_text()
+    assert page.count("<svg") == 2 and "fid-lite against clip-score-mlperf" in page
+    assert "fid-lite against guidance" in page and page.count('class="best" cx') == 2
+    with Image.open(tmp_path / "out" / "pictures" / "guidance-4" / "000002.png") as image:
+        assert image.info["prompt"] == "picture 2"
+
+
+SETTINGS = ("--size", 32, "--steps", 1, "--device", "cpu", "--sampler", "unipc", "--metrics", "fid-lite")
+
+
+def drawn_and_figures(run: Path, out: Path, photos: Path, *more: Any) -> tuple[list[bytes], Any]:
+    """Draw 70 pictures, which are two batches, and measure them."""
+    prompts = out.parent / "prompts.txt"
+    prompts.write_text("".join(f"picture {i}\n" for i in range(70)))
+    result = evaluate(run, "--reference", photos, "--prompts", prompts, *SETTINGS, *more, "--out", out)
+    assert result.exit_code == 0, result.output
+    paths = sorted((out / "pictures" / "guidance-2").iterdir())
+    return [path.read_bytes() for path in paths], json.loads((out / "evaluation.json").read_text())["metrics"]
+
+
+def test_a_run_that_was_stopped_gives_the_same_figures(run: Path, tmp_path: Path) -> None:
+    photos = folder(tmp_path / "photos", range(20))
+    whole = drawn_and_figures(run, tmp_path / "out", photos)
+    assert len(whole[0]) == 70
+    for number in (*range(30), 66):  # it was stopped in the middle of both batches
+        (tmp_path / "out" / "pictures" / "guidance-2" / f"{number:06}.png").unlink()
+    assert drawn_and_figures(run, tmp_path / "out", photos) == whole
+
+
+def test_each_of_several_processes_draws_its_batches(run: Path, tmp_path: Path) -> None:
+    pipe = MicroDiTPipeline.from_pretrained(run)
+    pipe.set_progress_bar_config(disable=True)
+    prompts, options = [f"picture {i}" for i in range(70)], {"num_inference_steps": 1, "sampler": "unipc"}
+    draw_missing(pipe, prompts, tmp_path / "one", options=options)
+    draw_missing(pipe, prompts, tmp_path / "two", options=options, part=(1, 2))
+    assert [path.name for path in sorted((tmp_path / "two").iterdir())] == [f"{i:06}.png" for i in range(64, 70)]
+    draw_missing(pipe, prompts, tmp_path / "two", options=options, part=(0, 2))
+    one, two = ([path.read_bytes() for path in sorted((tmp_path / name).iterdir())] for name in ("one", "two"))
+    assert one == two and len(one) == 70
+
+
+@pytest.mark.slow
+def test_ray_actors_and_a_killed_process_give_the_same_figures(run: Path, tmp_path: Path) -> None:
+    photos = folder(tmp_path / "photos", range(20))
+    whole = drawn_and_figures(run, tmp_path / "one", photos)
+    assert drawn_and_figures(run, tmp_path / "two", photos, "--actors", 2) == whole
+    arguments = [run, "--reference", photos, "--prompts", tmp_path / "prompts.txt", *SETTINGS]
+    command = [sys.executable, "-c", "from microdit.pipeline.cli.app import main; main()", "evaluate"]
+    process = subprocess.Popen([*command, *map(str, [*arguments, "--out", tmp_path / "killed"])])
+    while not any((tmp_path / "killed").rglob("*.png")):
+        assert process.poll() is None, "it was over before it was killed"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed" / "evaluation.json").exists()
+    assert drawn_and_figures(run, tmp_path / "killed", photos) == whole
+
+
+@pytest.mark.parametrize("name", ["paper", "quick", "demo"])
+def test_shipped_settings_are_read(name: str) -> None:
+    request = load_yaml(f"configs/evaluate/{name}.yaml", EvaluationRequest)
+    assert set(request.metrics) <= {*METRICS, *CONVENTIONS} and request.reference and request.prompts == "reference"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "there is nothing to evaluate"),
+        (("a", "--protocol", "mine"), "--protocol mine: Input should be 'clean-fid'"),
+        (("a", "--guidance", "1,x"), "--guidance 1,x: expected numbers"),
+        (("a", "--prompts", "reference", "--source", "b"), "a: it is a model; --source and --selection are of corpora"),
+        (("/nowhere", "--reference", "/nowhere"), "reference /nowhere: there is no such folder"),
+        (("a", "--prompts", "reference", "--metrics", "clip-score-hessel"), "--prompts reference: give --reference"),
+    ],
+)
+def test_wrong_requests(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    result = evaluate(*arguments, "--out", tmp_path)
+    assert result.exit_code == 2 and message in result.stderr, result.output

@@ -165,6 +165,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "samples/step-00000120.png").write_bytes(b"half a pic")
     untrained = {"nearest_in_count": 1, "nearest_in_all": 0, "held_out_nearest_in_count": 2, "psnr": 6.31}
     figures = {"nearest_in_count": 58, "nearest_in_all": 41, "held_out_nearest_in_count": None, "psnr": 15.04}
+    untrained["metrics"] = {"kid-lite": {"value": 3.512, "error": 0.21}}
+    figures["metrics"] = {"kid-lite": {"value": 0.2049, "error": 0.0312}, "fid": {"value": None}}
     about = {"count": 64, "held_out_count": 0, "images": 1462, "num_inference_steps": 18, "guidance_scale": 2.0}
     (folder / "evaluation.json").write_text(json.dumps(about | figures | {"untrained": untrained}))
     return folder
