@@ -157,6 +157,9 @@ class Recipe(RecipePart):
     """What is drawn on them; without any, captions that are held out."""
     wandb: str | None = None
     """A project of W&B that gets what the log gets (pip install "microdit[wandb]")."""
+    sigma_min: float = Field(0.002, gt=0, lt=80)
+    """The lowest noise that pictures are drawn from; from there one step leads to the picture. Where `p_mean` and
+    `p_std` leave low noise untrained, steps below the trained range only spoil the picture: exp(p_mean - 2 p_std)."""
     guidance_scale: float = Field(5.0, ge=0)
     """What `generate` takes when it is not told."""
 
@@ -182,7 +185,7 @@ class Recipe(RecipePart):
 
 # A run may go on with other values of these.
 OPERATION = {"corpus", "out", "cache_mb", "time_budget", "checkpoint_every", "checkpoint_keep", "log_every"} | {
-    "guidance_scale", "compile", "checkpoint_minutes", "wandb", "cache_folder", "cache_gb", "max_broken",
+    "guidance_scale", "sigma_min", "compile", "checkpoint_minutes", "wandb", "cache_folder", "cache_gb", "max_broken",
     "validate_every", "sample_every", "sample_prompts",
     "checkpoints", "checkpoint_keep_hours", "parallel", "name", "text_lengths",
 }  # fmt: skip

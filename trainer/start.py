@@ -128,6 +128,7 @@ def generate_info(recipe: Recipe, samples: RunSamples, data: LegData, selection:
         "name": recipe.name,
         "latent_shape": data.latent_shape,
         "sigma_data": recipe.sigma_data,
+        "sigma_min": recipe.sigma_min,
         "guidance_scale": recipe.guidance_scale,
         "latents": samples.corpus.column(data.leg.latents).made_by,
         "text": samples.corpus.column(data.text[0]).made_by,

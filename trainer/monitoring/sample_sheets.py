@@ -84,10 +84,9 @@ class SampleSheets:
             ) from error
 
     def _pipeline(self, net: MicroDiT, **options: Any) -> MicroDiTPipeline:
-        edm, texts = EDM(sigma_data=self.recipe.sigma_data), cast(TextEncoder, self.texts)
-        return MicroDiTPipeline(
-            net, self.autoencoder, texts, edm=edm, guidance_scale=self.recipe.guidance_scale, **options
-        )
+        recipe, texts = self.recipe, cast(TextEncoder, self.texts)
+        edm = EDM(sigma_data=recipe.sigma_data, sigma_min=recipe.sigma_min)
+        return MicroDiTPipeline(net, self.autoencoder, texts, edm=edm, guidance_scale=recipe.guidance_scale, **options)
 
     def _draw(self, step: int, learner: Learner, weights: Mapping[str, Tensor], latent_shape: Sequence[int]) -> None:
         with torch.device("meta"):
