@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -75,7 +76,8 @@ def test_demo_killed_twice_and_run_again(tmp_path: Path) -> None:
     assert not (out / "run").exists(), "the first kill came in the middle of the build"
     kill_when(start(out, cache), out / "run", "state.json", pauses.uniform(0, 0.5))
     assert not (out / "report.html").exists(), "the second kill came in the middle of the training"
-    finish(start(out, cache))
+    said = finish(start(out, cache))
+    assert "this machine trains on about" in said
 
     corpus = Corpus.open(out / "corpus")
     checked = verify(corpus)
@@ -96,6 +98,13 @@ def test_demo_killed_twice_and_run_again(tmp_path: Path) -> None:
     assert figures["psnr"] > figures["untrained"]["psnr"]  # even so short a training learns something
     assert Image.open(out / "run/grid.png").width > 500
     assert "data:image/" in (out / "report.html").read_text()
+
+    (asked,) = [line for line in said.splitlines() if "your turn" in line]
+    command = shlex.split(asked.partition("microdit ")[2])
+    assert command[-1] == "a red apple"  # no caption of the selection's form, but one that it was trained on too
+    program = "from microdit.pipeline.cli.app import main; main()"
+    subprocess.run([sys.executable, "-c", program, *command, "--out", str(tmp_path / "apple")], check=True)
+    assert Image.open(next((tmp_path / "apple").glob("*.png"))).size == (64, 64)
 
     before = {path: path.stat().st_mtime_ns for path in (out / "corpus").rglob("*.tar")}
     output = finish(start(out, cache))
