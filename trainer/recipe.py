@@ -69,8 +69,10 @@ class LegRecipe(RecipePart):
 
 
 class OptimizerRecipe(RecipePart):
-    """AdamW."""
+    """AdamW, or Muon beside it."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: the matrices of the blocks take orthogonal steps of the same size, all else is AdamW's. Not with fsdp."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay of the means of the gradient and of its square."""
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
@@ -171,6 +173,8 @@ class Recipe(RecipePart):
                     f"stages.{number}.batch: {leg.batch} is no multiple of lanes={self.lanes}; "
                     f"give such a batch, or set lanes to a divisor of {leg.batch}"
                 )
+        if self.optimizer.name == "muon" and self.parallel == "fsdp":
+            raise ValueError("optimizer.name: muon needs whole matrices; with parallel = fsdp take adamw")
         if sorted(set(self.text_lengths)) != self.text_lengths:
             raise ValueError(f"text_lengths: {self.text_lengths} must rise")
         if self.sample_every and not self.sample_prompts and not self.hold_out:

@@ -94,7 +94,7 @@ def find_changes(saved: Checkpoint, recipe: Recipe, data: Sequence[Mapping[str, 
     changes = []
     for name in now:
         if before.get(name) != now[name]:
-            if name not in open_fields and not name.startswith("optimizer."):
+            if name not in open_fields and not (name.startswith("optimizer.") and name != "optimizer.name"):
                 raise RequestError(
                     f"{saved.name} was made with {name} = {before.get(name)}, the recipe says {now[name]}; {advice}"
                 )
