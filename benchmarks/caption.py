@@ -1,4 +1,4 @@
-"""What the captions stage costs beside the model: committed tar to committed captions, against bare `generate`.
+"""Measure the captions stage beside the model: committed tar to committed captions, against bare `generate`.
 
     python -m benchmarks.caption [--model qwen3-vl-4b] [--images 64] [--batch 16] [--rounds 3] [--json]
 
@@ -74,7 +74,7 @@ def write_4b(folder: Path, device: str) -> str:
 
 
 def make_corpus(root: Path, images: int, side: int) -> tuple[Corpus, ShardRef]:
-    """One shard of drawn JPEGs as ingest stores them: a short side of `side` pixels at most."""
+    """Make one shard of drawn JPEGs as ingest stores them: a short side of `side` pixels at most."""
     rng = random.Random(0)
     corpus = Corpus.create(root, "caption", images)
     corpus.declare_column(IMAGES, {"stage": "ingest", "version": 1}, SCALARS)
@@ -139,7 +139,7 @@ def measure(
 
 
 def ready(model: Any, corpus: Corpus, prompt: str, batch: int, side: int) -> list[dict[str, Any]]:
-    """The inputs of all batches, on the device."""
+    """Put the inputs of all batches on the device."""
     (images,) = corpus.commits(IMAGES)
     pictures = (
         model.prepare(decode_within(image_bytes(row.members), 10**8, side)) for row in read_rows(corpus, images)
@@ -149,19 +149,19 @@ def ready(model: Any, corpus: Corpus, prompt: str, batch: int, side: int) -> lis
 
 @torch.inference_mode()
 def bare(model: Any, inputs: list[dict[str, Any]], max_tokens: int) -> list[Any]:
-    """The tokens of all batches."""
+    """Return the tokens of all batches."""
     return [model.module.generate(**one, max_new_tokens=max_tokens, do_sample=False).cpu() for one in inputs]
 
 
 def compare(corpus: Corpus, commit: Commit, model: Any, found: list[Any], inputs: list[dict[str, Any]]) -> None:
-    """Raises AssertionError if the stage's captions are not what the bare loop's tokens say."""
+    """Raise AssertionError if the stage's captions are not what the bare loop's tokens say."""
     said = [answer.text for one, tokens in zip(inputs, found, strict=True) for answer in model.answers(tokens, one)]
     stored = corpus.sidecar(commit)["caption"].to_pylist()
     assert [" ".join(clean_answer(text).split()) for text in said] == stored
 
 
 def let_through(*answer: Any) -> None:
-    """The checks of an answer, whose word is not heard."""
+    """Run the checks of an answer, and let every answer through."""
     fault(*answer)
 
 

@@ -138,7 +138,7 @@ def begun(log: Path, rows: int) -> None:
 
 
 def made_corpus(url: str, units: int, log: Path) -> tuple[Corpus, Made, list[Counted], BuildConfig]:
-    """The corpus with everything declared, its source and its stages."""
+    """Make the corpus with everything declared, its source and its stages."""
     config = BuildConfig.model_validate(CONFIG)
     source, stages = Made(units, log), [Counted(stage, log) for stage in stages_of(config)]
     corpus = Corpus.create(url, config.name, config.shard_samples)
@@ -152,7 +152,7 @@ def made_corpus(url: str, units: int, log: Path) -> tuple[Corpus, Made, list[Cou
 
 # -- the build that is disturbed, and the one that is not --------------------------------------------------------------
 def drive(url: str, units: int, log: Path) -> int:
-    """One driver's life: go on with the build; the exit status is 0 if all is there."""
+    """Run one driver's life: go on with the build; the exit status is 0 if all is there."""
     corpus, source, stages, config = made_corpus(url, units, log)
 
     def ingest(corpus: Corpus, source: Source, task: UnitTask, report: Callable[[Commit], None]) -> UnitCommit:
@@ -163,7 +163,7 @@ def drive(url: str, units: int, log: Path) -> int:
 
 
 def undisturbed(url: Path, units: int) -> Corpus:
-    """The same build by plain functions, one after the other."""
+    """Build the same by plain functions, one after the other."""
     corpus, source, stages, config = made_corpus(str(url), units, Path(os.devnull))
     for unit in source.units():
         for shard in ingest_unit(corpus, source, UnitTask(unit), config).shards:
@@ -175,7 +175,7 @@ def undisturbed(url: Path, units: int) -> Corpus:
 
 # -- what kills --------------------------------------------------------------------------------------------------------
 def descendants(pid: int) -> dict[int, str]:
-    """The processes that a process started, directly or not, and their command lines."""
+    """Return the processes that a process started, directly or not, and their command lines."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -196,7 +196,7 @@ def descendants(pid: int) -> dict[int, str]:
 
 @contextmanager
 def cluster() -> Iterator[None]:
-    """A Ray cluster in this process, which drivers join and outlives them; the environment names it."""
+    """Start a Ray cluster in this process, which drivers join and outlives them; the environment names it."""
     slow = {"health_check_timeout_ms": 60_000, "health_check_failure_threshold": 20}  # a busy machine is no dead one
     ray.init(
         address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, _system_config=slow
@@ -210,7 +210,7 @@ def cluster() -> Iterator[None]:
 
 
 def victims(driver: int) -> dict[str, list[int]]:
-    """The driver and the processes of the cluster that are at work for it, by kind; Ray's own are none."""
+    """Find the driver and the processes of the cluster that work for it, by kind; Ray's own are none."""
     found: dict[str, list[int]] = {"driver": [driver], "worker": [], "actor": []}
     for pid, command in descendants(os.getpid()).items():
         if command.startswith(("ray::ingest", "ray::captions", "ray::scores")):
@@ -275,7 +275,7 @@ class Disturbed:
 # -- what is there afterwards ------------------------------------------------------------------------------------------
 @dataclass
 class Contents:
-    """What a corpus has: how often each sample is ok in a column, and the data object of each shard by its hash."""
+    """Contents of a corpus: how often each sample is ok in a column, and the data object of each shard by its hash."""
 
     samples: Counter[tuple[str, str]]
     objects: dict[tuple[str, str], str]
@@ -300,7 +300,7 @@ def contents(corpus: Corpus) -> Contents:
 
 
 def run(minutes: float, units: int, seed: int) -> dict[str, Any]:
-    """Builds until the minutes are over; the figures."""
+    """Build until the minutes are over; return the figures."""
     chance, kills, totals = random.Random(seed), Counter(dict.fromkeys(KILLS, 0)), Counter[str]()
     began = time.monotonic()
     stalls, kill_every = (STALLS, KILL_EVERY / 3) if minutes < SHORT else ((*STALLS, DEAD), KILL_EVERY)

@@ -64,7 +64,7 @@ WORK: dict[str, Callable[[Path], Iterator[None]]] = {"bare": bare, "record": rec
 
 
 def count(name: str, folder: Path, seconds: float) -> float:
-    """How many of one kind a process does in a second."""
+    """Count the operations of one kind that a process does in a second."""
     work, done = WORK[name](folder), 0
     next(work)
     began = time.perf_counter()

@@ -41,7 +41,7 @@ MEMBER_REASONS = {"too_large", "not_a_file", "encrypted", "unsupported", "damage
 
 # -- in the child ----------------------------------------------------------------------------------------------------
 def examine_image(sent: bytes) -> dict[str, Any]:
-    """The outcome of one image: `outcome` is `ok`, a reason, or `escaped` if something else than a reason comes.
+    """Examine one image: `outcome` is `ok`, a reason, or `escaped` if something else than a reason comes.
 
     `wrong`: the share of its pixels that are not those of the whole file, which is `sent` with it (`packed`).
     """
@@ -61,12 +61,12 @@ def _stored(data: bytes) -> np.ndarray:
 
 
 def packed(item: Item) -> bytes:
-    """An image as it is sent to the child."""
+    """Make an image as it is sent to the child."""
     return len(item.whole).to_bytes(4, "big") + item.whole + item.data
 
 
 def examine_archive(data: bytes) -> dict[str, Any]:
-    """The same for an archive, with the outcomes of its members."""
+    """Examine an archive in the same way, with the outcomes of its members."""
     warnings.simplefilter("ignore")
     began = time.perf_counter()
     found: Counter[str] = Counter()
@@ -108,14 +108,14 @@ def _prepared(data: bytes) -> tuple[str, str]:
 
 
 def _memory() -> int:
-    """The most memory that this process has had, in MB."""
+    """Return the most memory that this process has had, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 # -- the whole run ---------------------------------------------------------------------------------------------------
 @dataclass
 class Totals:
-    """What came of one sort of item."""
+    """Outcomes of one sort of item."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     by_kind: dict[str, Counter[str]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What benchmarks/damage.py tries: pictures and archives of every kind, and the damage, by seed and number."""
+"""Make what benchmarks/damage.py tries: pictures and archives of every kind, and the damage, by seed and number."""
 
 import gzip
 import io
@@ -27,7 +27,7 @@ LARGE = (0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
 
 # -- whole pictures --------------------------------------------------------------------------------------------------
 def drawn(rng: random.Random) -> Image.Image:
-    """An RGB picture: a colour run, noise of some grain, and a rectangle."""
+    """Make an RGB picture: a colour run, noise of some grain, and a rectangle."""
     size = rng.choice([(48, 40), (120, 90), (90, 160), (333, 251), (24, 200), (260, 300)])
     noise = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     grain = rng.choice([1, 2, 8])
@@ -100,7 +100,7 @@ KINDS: dict[str, Kind] = {
 
 @cache
 def whole_image(seed: int, kind: str, variant: int) -> tuple[bytes, str]:
-    """An image as a tool writes it, and what must come of it: `ok`, `too_small` or `animated`."""
+    """Make an image as a tool writes it, and what must come of it: `ok`, `too_small` or `animated`."""
     image = drawn(random.Random(f"{seed}/{kind}/{variant}"))
     format, change, given = KINDS[kind]
     options = {name: value for name, value in given.items() if name != "frames"}
@@ -139,14 +139,14 @@ def noise(data: bytearray, rng: random.Random) -> None:
 
 
 def again(data: bytearray, rng: random.Random) -> None:
-    """A piece is there several times."""
+    """Repeat a piece several times."""
     start = rng.randrange(len(data))
     piece = bytes(data[start : start + rng.choice([2, 50, 1000])])
     data[start:start] = piece * rng.choice([1, 5, 60])
 
 
 def lie(data: bytearray, rng: random.Random) -> None:
-    """A length, a size or a type in a header says something else, with the right checksum where there is one."""
+    """Falsify a length, a size or a type in a header, with the right checksum where there is one."""
     if data.startswith(b"\xff\xd8"):
         places = [
             at for at in range(2, min(len(data) - 12, 100_000)) if data[at] == 0xFF and 0xC0 <= data[at + 1] < 0xFF
@@ -225,7 +225,7 @@ DAMAGES: dict[str, Callable[[bytearray, random.Random], None]] = {
 
 
 def damaged(data: bytes, rng: random.Random, other: Callable[[], bytes]) -> tuple[bytes, str]:
-    """The data damaged in one way, sometimes two, and how; `whole` if it was left alone."""
+    """Damage the data in one way, sometimes two; return how, `whole` if it was left alone."""
     if rng.random() < 0.06:
         return data, "whole"
     made, how = bytearray(data), []
@@ -250,7 +250,7 @@ class Item:
     damage: str
     data: bytes
     expected: str
-    """What must come of it if it is whole."""
+    """Expected result if it is undamaged."""
     inside: int = 0
     """Of an archive: the members that are asked for."""
     whole: bytes = b""
@@ -270,7 +270,7 @@ def damaged_image(seed: int, number: int) -> Item:
 
 
 def damaged_archive(seed: int, number: int, size: int = PER_ARCHIVE) -> Item:
-    """An archive of the images `number * size` and the following ones, whole or as damaged as they are."""
+    """Make an archive of the images `number * size` and the following ones, whole or as damaged as they are."""
     rng = random.Random(f"{seed}/archive/{number}")
     kind = rng.choice(["tar", "tgz", "zip"])
     data, inside = _archive(seed, number, size, kind, rng)

@@ -62,7 +62,7 @@ LENGTHS = (1, 2, 16, 64, 200, 512, 4096, 8192)
 
 @cache
 def photographs(packages: str | None) -> list[Image.Image]:
-    """All photographs of `FILES` that are found, each once."""
+    """Read all photographs of `FILES` that are found, each once."""
     folders = [*([packages] if packages else []), *sys.path]
     paths = [Path(folder) / name for folder, names in FILES.items() for name in names]
     found = (next((Path(root, path) for root in folders if Path(root, path).is_file()), None) for path in paths)
@@ -70,7 +70,7 @@ def photographs(packages: str | None) -> list[Image.Image]:
 
 
 def part(rng: random.Random, packages: str | None) -> Image.Image:
-    """A part of a photograph, some of them resized, turned or mirrored."""
+    """Make a part of a photograph, some of them resized, turned or mirrored."""
     image = rng.choice(photographs(packages))
     across, down = (min(rng.randrange(224, 900), side) for side in image.size)
     x, y = rng.randrange(image.width - across + 1), rng.randrange(image.height - down + 1)
@@ -90,7 +90,7 @@ def encoded(image: Image.Image, rng: random.Random, kinds: list[tuple[str, dict[
 
 
 def damaged_photograph(seed: int, number: int, packages: str | None) -> tuple[str, bytes, bytes]:
-    """One damaged scan: the kind of damage, the damaged file and the whole one."""
+    """Damage one scan: return the kind of damage, the damaged file and the whole one."""
     rng = random.Random(f"{seed}/photograph/{number}")
     whole = encoded(part(rng, packages), rng, KINDS)
     begin = read_segments(whole).begin
@@ -101,7 +101,7 @@ def damaged_photograph(seed: int, number: int, packages: str | None) -> tuple[st
 
 
 def sound_picture(seed: int, number: int, packages: str | None) -> tuple[str, bytes]:
-    """One sound JPEG, and the name of its sort."""
+    """Make one sound JPEG, and return the name of its sort too."""
     rng = random.Random(f"{seed}/sound/{number}")
     sort = SORTS[number % len(SORTS)]
     data = encoded(sort(rng, lambda rng: part(rng, packages)), rng, SOUND_KINDS)

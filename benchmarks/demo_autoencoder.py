@@ -45,7 +45,7 @@ MAX_FOLDER_BYTES = 4_000_000
 
 
 def build(channels: tuple[int, ...]) -> AutoencoderKL:
-    """The untrained autoencoder: one residual block per level, no attention, group norms of eight groups."""
+    """Return the untrained autoencoder: one residual block per level, no attention, group norms of eight groups."""
     levels = len(channels)
     vae = AutoencoderKL(
         block_out_channels=channels,
@@ -64,7 +64,7 @@ def build(channels: tuple[int, ...]) -> AutoencoderKL:
 
 
 def split() -> tuple[list[str], list[str]]:
-    """(codes to train on, codes held out). Variants of the held out, in skin tone or spelling, are in neither list."""
+    """Return (codes to train on, codes held out). Variants of the held out, in skin tone or spelling, are in none."""
     named = [item.code for item in openmoji.catalogue()]
     held_out = sorted(random.Random(SPLIT_SEED).sample(named, round(HELD_OUT * len(named))))
     hidden = {openmoji.base_character(code) for code in held_out}
@@ -86,7 +86,7 @@ def _transform(rng: random.Random) -> str:
 
 
 def rasters(codes: list[str], size: int, variants: int, seed: int = 0) -> Tensor:
-    """uint8 (len(codes) * variants, 3, size, size); the first len(codes) are the drawings as they are."""
+    """Draw uint8 (len(codes) * variants, 3, size, size); the first len(codes) are the drawings as they are."""
     files = openmoji.svg_files()
     svgs = [files[code].read_text() for code in codes]
     rng = random.Random(f"{seed}-{size}")
@@ -98,12 +98,12 @@ def rasters(codes: list[str], size: int, variants: int, seed: int = 0) -> Tensor
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 -1..1."""
+    """Scale uint8 0..255 to float32 -1..1."""
     return images.float() / 127.5 - 1
 
 
 def batches(images: Tensor, count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless training batches, float32 (size, 3, H, W): whole flips and turns, and colours swapped half the time.
+    """Yield training batches without end, float32 (size, 3, H, W): flips, turns, colours swapped half the time.
 
     The first `count` images (the drawings as they are) come as often as all the others together.
     """
@@ -182,13 +182,13 @@ def log_mse(back: Tensor, images: Tensor) -> Tensor:
 
 
 def roughness(latents: Tensor) -> Tensor:
-    """One minus the correlation of neighbours, mean over channels; latents: (B, C, H, W)."""
+    """Compute one minus the correlation of neighbours, mean over channels; latents: (B, C, H, W)."""
     steps = [latents.diff(dim=dim).square().mean((0, 2, 3)) for dim in (2, 3)]
     return ((steps[0] + steps[1]) / 4 / latents.var((0, 2, 3))).mean()
 
 
 def orthogonalised(update: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix to `update` (rows, columns), by five Newton-Schulz steps.
+    """Return the nearest semi-orthogonal matrix to `update` (rows, columns), by five Newton-Schulz steps.
 
     Muon's step (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), its coefficients.
     """
@@ -219,7 +219,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def save(vae: AutoencoderKL, out: Path, scaling: float) -> int:
-    """Writes the diffusers folder in fp16 and returns its size in bytes."""
+    """Write the diffusers folder in fp16 and return its size in bytes."""
     copy = AutoencoderKL.from_config(vae.config)
     copy.load_state_dict(vae.state_dict())
     copy.register_to_config(scaling_factor=scaling)
@@ -283,7 +283,7 @@ def split_parameters(vae: AutoencoderKL) -> tuple[list[torch.nn.Parameter], list
 def train(
     vae: AutoencoderKL, codes: list[str], held_out: dict[int, Tensor], args: argparse.Namespace
 ) -> dict[str, float]:
-    """Trains for args.minutes of wall time, and leaves the averaged weights in `vae`."""
+    """Train for args.minutes of wall time, and leave the averaged weights in `vae`."""
     data = {size: rasters(codes, size, VARIANTS[size], args.seed) for size in SIZES}
     print(f"{len(codes)} drawings, {sum(map(len, data.values()))} rasters", file=sys.stderr, flush=True)
     average = AutoencoderKL.from_config(vae.config)

@@ -61,7 +61,7 @@ DEFAULT = {"cuda": ["sdxl", "t5-xxl", "dfn-clip-h"], "cpu": ["demo", "minilm", "
 # -- timing ------------------------------------------------------------------------------------------------------------
 @dataclass
 class Setting:
-    """What is measured on what."""
+    """One measurement: a model, a resolution and a device."""
 
     corpus: Corpus
     folder: Path
@@ -118,14 +118,14 @@ class Found:
 
 
 def in_turns(found: Found, rounds: int, **ways: Callable[[], Took]) -> None:
-    """Each way once a round, forth and back."""
+    """Run each way once a round, forth and back."""
     for number in range(rounds):
         for way in list(ways) if number % 2 else reversed(ways):
             found.add(way, ways[way]())
 
 
 def run_stage(setting: Setting, stage: Any) -> tuple[list[Commit], Took]:
-    """All shards, as an actor does, two in hand where the stage allows it: the commits, and how long it took."""
+    """Encode all shards as an actor does, two at a time where the stage allows it: the commits, and the time taken."""
     for name, spec in stage.columns.items():
         setting.corpus.declare_column(name, spec.stage, spec.scalars)
     setting.tries += 1
@@ -148,7 +148,7 @@ def warm(setting: Setting, stage: Any) -> None:
 
 
 def best_batch(setting: Setting, work: Callable[[int], None], sizes: Sequence[int]) -> int:
-    """The size with which `work`, which takes that many samples, is fastest by sample."""
+    """Return the size with which `work`, which takes that many samples, is fastest by sample."""
     rates = {}
     for size in sizes:
         try:
@@ -161,7 +161,7 @@ def best_batch(setting: Setting, work: Callable[[int], None], sizes: Sequence[in
 
 # -- images ------------------------------------------------------------------------------------------------------------
 def measure_feed(setting: Setting, name: str, rounds: int) -> Found:
-    """`feed` and `bare feed` alone, at the model's real sizes, which need no GPU."""
+    """Measure `feed` and `bare feed` alone, at the model's real sizes, which need no GPU."""
     where, sides = MODELS[name](setting.folder / name, setting.device), SIZES[name]
     columns = {f"latents/{name}-{side}": LatentsColumn(autoencoder=where, resolution=side) for side in sides}
     resources = Resources(latents_batch=setting.batch, decode_threads=setting.threads)
@@ -306,7 +306,7 @@ def measure_text(setting: Setting, name: str, rounds: int) -> Found:
 
 
 def void(_: object) -> None:
-    """For what is called for its time alone."""
+    """Discard the result of what is called for its time alone."""
 
 
 # -- all ---------------------------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ def row_of(name: str, found: Found, samples: int) -> dict[str, Any]:
 
 
 def ratios_of(found: Sequence[Found]) -> dict[str, Any]:
-    """Of the seconds of all models together; the feed's, of those that have one."""
+    """Compute ratios of the seconds of all models together; the feed's, of those that have one."""
     ratios: dict[str, Any] = {}
     for kind, ending in (("clock", ""), ("cpu", "_cpu")):
         total = {way: sum(one.median(way, kind) for one in found) for way in WAYS}

@@ -1,4 +1,4 @@
-"""What `benchmarks/encode.py` encodes, and with what: a corpus, and models of the real sizes with random weights."""
+"""Make the inputs of `benchmarks/encode.py`: a corpus, and models of the real sizes with random weights."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ WORDS = [a + b + c for a, b, c in itertools.product("bcdfglmnprst", ("a", "ee", 
 
 
 def stored_image(seed: int) -> tuple[bytes, int, int]:
-    """A JPEG as ingest stores it, its width and height."""
+    """Make a JPEG as ingest stores it, its width and height."""
     rng = random.Random(seed)
     while True:
         try:
@@ -38,7 +38,7 @@ def stored_image(seed: int) -> tuple[bytes, int, int]:
 
 
 def captions(count: int) -> list[str]:
-    """Half as short as alt-texts, half as long as a model's descriptions."""
+    """Make captions: half as short as alt-texts, half as long as a model's descriptions."""
     rng = random.Random(0)
     return [
         " ".join(rng.choices(WORDS, k=rng.choice([rng.randint(4, 20), rng.randint(50, 110)]))) for _ in range(count)
@@ -46,7 +46,7 @@ def captions(count: int) -> list[str]:
 
 
 def make_corpus(root: Path, shards: int, samples: int, unique: int) -> Corpus:
-    """Images and captions; of more images than `unique` some are the same."""
+    """Make images and captions; of more images than `unique` some are the same."""
     with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
         images = list(pool.map(stored_image, range(min(unique, shards * samples)), chunksize=4))
     texts = captions(shards * samples)
@@ -88,7 +88,7 @@ def sdxl(folder: Path, device: str) -> str:
 
 
 def t5(folder: Path, device: str, **sizes: Any) -> str:
-    """A T5 v1.1 of which a word is a token."""
+    """Make a T5 v1.1 of which a word is a token."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import T5Config, T5EncoderModel
 
@@ -108,7 +108,7 @@ def t5(folder: Path, device: str, **sizes: Any) -> str:
 
 
 def clip_h(folder: Path, device: str) -> str:
-    """The text tower of a CLIP ViT-H."""
+    """Make the text tower of a CLIP ViT-H."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from microdit.model.pretrained.clip import _byte_letters

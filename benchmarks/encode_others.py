@@ -1,4 +1,4 @@
-"""What `benchmarks/encode.py` compares our stages with: the loop that most people write, and a feed without a model."""
+"""References of `benchmarks/encode.py`: the loop that most people write, and a feed without a model."""
 
 import io
 import tarfile
@@ -64,7 +64,7 @@ def common_images(
     workers: int,
     sampled: bool,
 ) -> list[list[np.ndarray]]:
-    """Latents by side, also written into `tar`."""
+    """Encode latents by side, also written into `tar`."""
     made: list[list[np.ndarray]] = [[] for _ in sides]
     cuda, half = device == "cuda", model.half
     loader = DataLoader(Pictures(images, sides), batch, num_workers=workers, pin_memory=cuda)
@@ -88,7 +88,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def common_text(tar: Path, device: str, encoder: Any, texts: list[str], batch: int) -> list[np.ndarray]:
-    """Embeddings (most tokens, width) with padding, in order, also written into `tar`; by the network of `encoder`."""
+    """Encode captions (most tokens, width) with padding, in order, also into `tar`; by the network of `encoder`."""
     made: list[np.ndarray] = []
     half = encoder.fingerprint["dtype"] != "float32"
     with tarfile.open(tar, "w") as out, torch.inference_mode():
@@ -115,14 +115,14 @@ def arrays(corpus: Corpus, commits: Sequence[Commit]) -> Iterator[np.ndarray]:
 
 
 def difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-    """The largest of all samples' mean differences, each by its mean magnitude."""
+    """Compute the largest of all samples' mean differences, each by its mean magnitude."""
     pairs = [(a.astype(np.float32), b.astype(np.float32)) for a, b in zip(ours, theirs, strict=True)]
     return max(float(np.abs(a - b).mean() / max(np.abs(a).mean(), 1e-6)) for a, b in pairs)
 
 
 # -- the feed ----------------------------------------------------------------------------------------------------------
 class NoModel:
-    """What the feed is measured with: takes the pixels to the device, and gives zeros."""
+    """Stand-in for a model: takes the pixels to the device, and gives zeros."""
 
     deterministic = False
 
@@ -136,7 +136,7 @@ class NoModel:
 
 
 def without_model(stage: Latents) -> Latents:
-    """The stage with models that do nothing."""
+    """Return the stage with models that do nothing."""
     stage.load()
     stage.models = {column: NoModel(model) for column, model in stage.models.items()}
     return stage

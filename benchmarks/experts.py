@@ -103,7 +103,7 @@ def peak_bytes(step: Callable[[], None], device: str) -> int:
 def measure(
     forms: dict[str, Callable[[Tensor], Tensor]], layer: Experts, x: Tensor, repeat: int, device: str
 ) -> dict[str, dict[str, float]]:
-    """Seconds and MiB of each form."""
+    """Measure seconds and MiB of each form."""
 
     def step(form: Callable[[Tensor], Tensor]) -> None:
         layer.zero_grad(set_to_none=True)

@@ -135,7 +135,7 @@ def silent(both: Comparison, base: str) -> dict[str, Any]:
 
 
 def faults(both: Comparison, picture: bytes) -> dict[str, Any]:
-    """The share of what can be had, where one URL of ten fails at first."""
+    """Measure the share of what can be had, where one URL of ten fails at first."""
     number = both.urls // 5
     names = ["ok" if i % 10 else FAULTS[i // 10 % len(FAULTS)] for i in range(number)]
     shares = {}

@@ -64,7 +64,7 @@ def img2dataset_python() -> Path:
 
 
 def environment(certificate: Path) -> dict[str, str]:
-    """The environment of both: one thread for each library, and a certificate that is trusted."""
+    """Return the environment of both: one thread for each library, and a certificate that is trusted."""
     one = dict.fromkeys(("OMP_NUM_THREADS", "NO_ALBUMENTATIONS_UPDATE"), "1")
     root = str(Path(__file__).parents[1])
     return {**os.environ, **one, "SSL_CERT_FILE": str(certificate), "PYTHONPATH": root}

@@ -130,7 +130,7 @@ def run(command: list[str], place: Place, timeout: float) -> dict[str, Any]:
 
 
 def _look(process: int) -> tuple[int, int]:
-    """Bytes of memory that a process and its descendants hold, and bytes that they read."""
+    """Read the bytes of memory that a process and its descendants hold, and the bytes that they have read."""
     memory = read = 0
     for one in _tree(process):
         with suppress(OSError, ValueError):  # it ends meanwhile
@@ -246,7 +246,7 @@ def _upload(place: Place, names: list[str]) -> None:
 
 # -- at the full size --------------------------------------------------------------------------------------------------
 def extrapolated(small: tuple[int, dict[str, Any]], large: tuple[int, dict[str, Any]]) -> dict[str, Any]:
-    """Figures of a command at the full size, by the slope between two sizes; each beside its goal."""
+    """Extrapolate a command's figures to the full size, by the slope between two sizes; each beside its goal."""
     (fewer, less), (more, much) = small, large
     found: dict[str, Any] = {}
     for figure in ("seconds", "memory_gib", "requests", "read_mb"):

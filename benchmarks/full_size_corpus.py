@@ -281,7 +281,7 @@ def words(rng: np.random.Generator, rows: int, parts: int) -> pa.Array:
 
 @lru_cache(maxsize=1)
 def fragments() -> pa.Array:
-    """20,000 runs of 8 to 20 made words, the same in every process."""
+    """Make 20,000 runs of 8 to 20 made words, the same in every process."""
     rng = np.random.default_rng(0)
     letters = np.array(list("etaoinshrdlucmfwypvbgk"))
     vocabulary = np.array(["".join(rng.choice(letters, size)) for size in rng.integers(2, 10, 4000)])
@@ -309,7 +309,7 @@ def picture() -> bytes:
 
 @lru_cache(maxsize=1)
 def picture_tar() -> bytes:
-    """A tar with one picture, whose data begins at `TAR_HEAD`."""
+    """Make a tar with one picture, whose data begins at `TAR_HEAD`."""
     path = Path(f"/proc/self/fd/{os.memfd_create('tar')}")
     writer = TarWriter(path)
     assert writer.add("picture", {"jpg": picture()})[0] == TAR_HEAD

@@ -81,7 +81,7 @@ def plain_sample(net: MicroDiT, noise: Tensor, y: Tensor, steps: int, autocast: 
 
 
 def timed(device: str, work: Callable[[], object]) -> float:
-    """Seconds that `work` takes; processor seconds on a CPU, which other programs disturb little."""
+    """Measure the seconds that `work` takes; processor seconds on a CPU, which other programs disturb little."""
     if device == "cpu":
         began = time.process_time()
         work()

@@ -1,4 +1,4 @@
-"""What ingest costs beside the decoding: `ingest_unit` on CC12M's tars against the bare loop over the same tars.
+"""Measure ingest beside the decoding: `ingest_unit` on CC12M's tars against the bare loop over the same tars.
 
     python benchmarks/ingest.py [--tars 2] [--samples 200] [--rounds 5] [--threads 2] [--json]
 
@@ -59,7 +59,7 @@ def write_tars(folder: Path, tars: int, samples: int, seed: int = 0) -> None:
 
 
 def bare_image(data: bytes) -> bytes:
-    """A JPEG with a short side of `OPTIONS.max_side` pixels at most, as short as it can be written."""
+    """Make a JPEG with a short side of `OPTIONS.max_side` pixels at most, as short as it can be written."""
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     side = OPTIONS.max_side or 0
     if min(width, height) < OPTIONS.min_side:
@@ -80,7 +80,7 @@ def bare_image(data: bytes) -> bytes:
 
 
 def bare(tars: Path, made: Path, threads: int) -> float:
-    """Seconds for all tars."""
+    """Measure the seconds for all tars."""
     made.mkdir()
     began = time.perf_counter()
     for path in sorted(tars.iterdir()):
@@ -98,7 +98,7 @@ def bare(tars: Path, made: Path, threads: int) -> float:
 
 
 def built(tars: Path, root: Path, threads: int) -> float:
-    """Seconds for all tars, with ingest."""
+    """Measure the seconds for all tars, with ingest."""
     options = Cc12mSource(adapter="cc12m", files=str(tars / "cc12m-train-*.tar"))
     config = BuildConfig(
         name="ingest",
@@ -117,7 +117,7 @@ def built(tars: Path, root: Path, threads: int) -> float:
 
 
 def compare(made: Path, root: Path) -> int:
-    """How many JPEGs the two gave, which must be the same ones.
+    """Count the JPEGs that the two gave, which must be the same ones.
 
     Raises:
         AssertionError: they are not.

@@ -39,7 +39,7 @@ KNOWN = ("prompt", "width", "height", "image_nsfw", "prompt_nsfw")
 
 
 def metadata(path: Path, rows: int) -> None:
-    """DiffusionDB's metadata parquet; the names of part p are uuid5 of `p/number`."""
+    """Make DiffusionDB's metadata parquet; the names of part p are uuid5 of `p/number`."""
     random_rows, writer = np.random.default_rng(0), None
     parts = np.random.default_rng(1).permutation(rows // PART)
     for start in range(0, len(parts), CHUNK // PART):
@@ -73,7 +73,7 @@ def name_of(part: int, number: int) -> str:
 
 
 def captions(path: Path, entries: int) -> None:
-    """SA-1B's captions; sa_<n>.txt begins with its number."""
+    """Make SA-1B's captions; sa_<n>.txt begins with its number."""
     order = np.random.default_rng(2).permutation(entries)
     text = " ".join(WORDS[np.random.default_rng(3).integers(0, len(WORDS), 110)])
     with gzip.open(path, "wb", compresslevel=1) as file:
@@ -87,7 +87,7 @@ def captions(path: Path, entries: int) -> None:
 
 
 def header(name: str, size: int) -> bytes:
-    """Of a tar's member; tarfile's own takes ten times as long."""
+    """Make a tar member's header; tarfile's own takes ten times as long."""
     fields = (f"{name}".encode().ljust(100, b"\0"), b"0000644\0", b"0000000\0", b"0000000\0", f"{size:011o}\0".encode())
     rest = b"00000000000\0" + b" " * 8 + b"0" + bytes(100) + b"ustar\x0000" + bytes(247)
     block = b"".join(fields) + rest

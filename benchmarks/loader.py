@@ -57,7 +57,7 @@ HERE = Path(__file__).parent
 
 
 def write(root: Path, tars: Path, samples: int, width: int) -> None:
-    """The corpus, with ragged and padded text, and the ragged one as tars of whole samples."""
+    """Write the corpus, with ragged and padded text, and the ragged one as tars of whole samples."""
     corpus = Corpus.create(root, "loader", SHARD)
     corpus.declare_source("made", {"adapter": "made-up"})
     corpus.declare_column("images", {"stage": "images"})
@@ -160,7 +160,7 @@ def streaming(python: str, url: str, server: str, check: bool = False) -> dict[s
 
 
 def server_rate(server: str, folder: Path) -> float:
-    """MB/s that the server gives four readers who do nothing with it."""
+    """Measure the MB/s that the server gives four readers who do nothing with it."""
     urls = [f"{server}/bucket/tars/{path.name}" for path in sorted(folder.iterdir())]
 
     def size(url: str) -> int:
@@ -174,7 +174,7 @@ def server_rate(server: str, folder: Path) -> float:
 
 
 def shuffle() -> dict[str, float]:
-    """Of 5,120 shards of 64 rows, a third of them of another source, in the recipe's 128 lanes and window of 4."""
+    """Shuffle 5,120 shards of 64 rows, a third of them of another source, in 128 lanes and a window of 4."""
     shards = sorted(("b" if n % 3 == 0 else "a", f"s{n:04d}") for n in range(5120))
     rows = np.tile(np.arange(64, dtype=np.int32), len(shards))
     index = SampleIndex(shards, np.repeat(np.arange(len(shards), dtype=np.int32), 64), rows)
@@ -269,7 +269,7 @@ def measure(samples: int, width: int, rounds: int, python: str | None) -> dict[s
 def compare(
     ways: dict[str, dict[str, Any]], samples: int, rounds: int, server: int
 ) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """Samples a second, and a processor second, of each way in each place; and the server's processor seconds a second.
+    """Measure samples a second, and a processor second, of each way on each store; and the server's processor time.
 
     Raises:
         AssertionError: two of them do not give the same samples.
@@ -294,7 +294,7 @@ def compare(
 
 
 def processor_seconds(process: int) -> float:
-    """What a process has worked so far, by Linux' book."""
+    """Read a process' processor time so far from /proc."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

@@ -23,7 +23,7 @@ Sample = tuple[str, np.ndarray, np.ndarray, str]  # key, latents, text, caption
 
 
 def collate(samples: Sequence[Sample], lengths: Sequence[int]) -> tuple[list[str], Any, Any, Any, list[str]]:
-    """Keys, latents, padded text and its mask as tensors, captions: the plain way."""
+    """Collate keys, latents, padded text and its mask as tensors, captions: the plain way."""
     keys, latents, texts, captions = zip(*samples, strict=True)
     longest = max(len(text) for text in texts)
     length = next(size for size in lengths if size >= longest)
@@ -37,14 +37,14 @@ def collate(samples: Sequence[Sample], lengths: Sequence[int]) -> tuple[list[str
 
 
 def digests(batch: tuple[list[str], Any, Any, Any, list[str]]) -> Iterator[str]:
-    """A hash of everything about each sample."""
+    """Make a hash of everything about each sample."""
     for key, latents, text, mask, caption in zip(*batch, strict=True):
         parts = (key.encode(), latents.numpy().tobytes(), text[mask].numpy().tobytes(), caption.encode())
         yield hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def drain(batches: Any, check: bool) -> dict[str, Any]:
-    """Seconds, processor seconds and samples of all batches; with `check` one hash over the samples in any order."""
+    """Read all batches: seconds, processor seconds, samples; with `check` one hash over the samples in any order."""
     found: list[str] = []
     began, worked, count = time.perf_counter(), sum(os.times()[:4]), 0  # curl's, too
     for batch in batches:

@@ -1,4 +1,4 @@
-"""What the engine adds to a shard that takes a second: its time with Ray against that of the bare stage function.
+"""Measure the engine's overhead on a shard that takes a second: with Ray against the bare stage function.
 
     python benchmarks/overhead.py [--shards 30] [--seconds 1.0] [--rounds 2] [--json]
 
@@ -35,7 +35,7 @@ def stage(device: str | None, seconds: float) -> Words:
 
 
 def corpus_of(folder: Path, shards: int, made: Words) -> tuple[Corpus, Any]:
-    """A corpus whose images are there."""
+    """Make a corpus whose images are there."""
     source = Pictures(count=shards, shards=1)
     corpus = open_corpus(folder, [source], [made])
     for unit in source.units():
@@ -44,7 +44,7 @@ def corpus_of(folder: Path, shards: int, made: Words) -> tuple[Corpus, Any]:
 
 
 def bare(folder: Path, shards: int, made: Words) -> float:
-    """Seconds a shard by the plain function."""
+    """Measure the seconds a shard by the plain function."""
     corpus, source = corpus_of(folder, shards, made)
     began = time.perf_counter()
     for unit in source.units():
@@ -53,7 +53,7 @@ def bare(folder: Path, shards: int, made: Words) -> float:
 
 
 def engine(folder: Path, shards: int, made: Words) -> float:
-    """Seconds a shard by the engine, as if there were one worker."""
+    """Measure the seconds a shard by the engine, as if there were one worker."""
     corpus, source = corpus_of(folder, shards, made)
     carry_out(corpus, [source], [made], cast(Any, ingest))
     layout = Layout.for_cluster(CPUS, 0, 1)

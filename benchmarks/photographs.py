@@ -10,7 +10,7 @@ GRAINS = (2, 4, 8, 16, 32, 64, 128)  # pixels
 
 
 def photograph(rng: random.Random) -> bytes:
-    """A JPEG with about the statistics of one: as strong in every octave, edges, and a little noise."""
+    """Make a JPEG with about the statistics of one: as strong in every octave, edges, and a little noise."""
     width, height = (rng.randrange(300, 1501) for _ in range(2))
     numbers = np.random.default_rng(rng.getrandbits(32))
     pixels = np.full((height, width, 3), 128.0, np.float32)

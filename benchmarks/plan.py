@@ -1,4 +1,4 @@
-"""What `microdit plan` says beforehand, against a real build ten times as large as the one that it learned from.
+"""Compare `microdit plan` with a real build ten times as large as the one that it learned from.
 
     python benchmarks/plan.py [--inputs 1974] [--times 10] [--folder DIR] [--json]
 
@@ -32,7 +32,7 @@ UNIT_INPUTS = 512
 
 
 def write_lists(source: DemoSource, base: str, folder: Path, inputs: int, times: int) -> tuple[Path, Path, Path]:
-    """The small list, the large one, and the table of captions, all with whole URLs."""
+    """Write the small list, the large one, and the table of captions, all with whole URLs."""
     lines = [base + line for line in spread(source.list.read_text().splitlines(keepends=True), inputs)]
     small, large, captions = folder / "small.tsv", folder / "large.tsv", folder / "captions.jsonl"
     small.write_text("".join(lines))
@@ -45,7 +45,7 @@ def write_lists(source: DemoSource, base: str, folder: Path, inputs: int, times:
 
 
 def write_config(folder: Path, name: str, urls: Path, captions: Path) -> Path:
-    """The demo's config with another source and another table of captions."""
+    """Write the demo's config with another source and another table of captions."""
     config = yaml.safe_load(find_file("configs/demo.yaml").read_text())
     fetch = OpenmojiSource(adapter="openmoji").fetch.model_dump() | {"allow_networks": ["127.0.0.0/8"]}
     config |= {"name": name, "corpus": str(folder / name)}
@@ -59,7 +59,7 @@ def write_config(folder: Path, name: str, urls: Path, captions: Path) -> Path:
 
 
 def microdit(*words: str) -> tuple[dict[str, Any], float]:
-    """A command's answer, and how long it took in all."""
+    """Run a command: its answer, and how long it took in all."""
     command = [sys.executable, "-c", "from microdit.pipeline.cli.app import main; main()", *words, "--json"]
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True)
@@ -71,7 +71,7 @@ def microdit(*words: str) -> tuple[dict[str, Any], float]:
 
 
 def built(config: Path, corpus: Path) -> tuple[float, dict[str, int]]:
-    """Seconds of a build, and the bytes of its columns."""
+    """Measure the seconds of a build, and the bytes of its columns."""
     _, seconds = microdit("build", str(config))
     found, _ = microdit("status", str(corpus))
     return seconds, {

@@ -1,4 +1,4 @@
-"""What a text column costs, and loses, in float16, int8 and int4: against float16 padded to the encoder's length.
+"""Measure size and error of a text column in float16, int8 and int4: against float16 padded to the encoder's length.
 
     python benchmarks/quantise.py [--captions 500] [--json]
 

@@ -31,7 +31,7 @@ CAPTIONS = 8
 
 
 def shapes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Latents (count, 4, 16, 16) of one disc or square on a soft slope, and the colour (count,) of each."""
+    """Draw latents (count, 4, 16, 16) of one disc or square on a soft slope, and the colour (count,) of each."""
     grid = torch.linspace(-1, 1, 16)
     rows, columns = grid.view(1, 16, 1), grid.view(1, 1, 16)
     place = torch.rand(count, 4, generator=generator)
@@ -47,7 +47,7 @@ def shapes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def train(steps: int) -> tuple[MicroDiT, Tensor]:
-    """A small network that knows the shapes, and the eight captions' embeddings (8, 2, 16)."""
+    """Train a small network that knows the shapes, and return the eight captions' embeddings (8, 2, 16) too."""
     torch.manual_seed(0)
     text = torch.randn(CAPTIONS, 2, 16)
     net = MicroDiT(

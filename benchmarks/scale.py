@@ -104,7 +104,7 @@ def refs(shards: int) -> list[ShardRef]:
 
 
 def commit_bytes(corpus: Corpus, column: str) -> Callable[[ShardRef], bytes]:
-    """What a column's commit of any shard looks like: one that was made once, with other names."""
+    """Write a column's commit of any shard: one that was made once, with other names."""
     ref, attempt = ShardRef(source=SOURCE, unit="@unit", shard="0shard0"), "20261101T000000-00000000"
     base, table = f"{column}/{SOURCE}/{ref.shard}.{attempt}", column != IMAGES
     data = ObjectRef(name=f"{base}.parquet" if table else f"{base}.tar", size=1000, sha256="0" * 64)
@@ -144,12 +144,12 @@ def fill_units(corpus: Corpus, shards: Sequence[ShardRef], write: Callable[[str,
 
 # -- what is measured, each in a process of its own --------------------------------------------------------------------
 def memory() -> int:
-    """The most memory that this process ever had, in MB."""
+    """Return the most memory that this process ever had, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 // 10**6
 
 
 def planned(url: str, shards: int) -> dict[str, Any]:
-    """The plan, and all that a driver would ask and tell it."""
+    """Make the plan, and ask and report all that a driver would."""
     began = time.perf_counter()
     plan = Plan(Corpus.open(url), {SOURCE: Made(shards).units()}, [Nothing()])
     seconds, left = time.perf_counter() - began, 0
@@ -161,7 +161,7 @@ def planned(url: str, shards: int) -> dict[str, Any]:
 
 
 def built(url: str, shards: int, commits: int) -> dict[str, Any]:
-    """A real driver on the plan of all shards, until so many are made; the first tenth is for warming up."""
+    """Run a real driver on the plan of all shards, until so many are made; the first tenth is for warming up."""
     seen: list[tuple[float, int]] = []
 
     def look(snapshot: Snapshot) -> None:
@@ -183,7 +183,7 @@ def no_ingest(*given: Any) -> Any:
 
 
 def asked(url: str) -> dict[str, Any]:
-    """`status`, as the command line gives it, with the start of Python."""
+    """Run `status` as the command line gives it, with the start of Python."""
     began = time.perf_counter()
     command = [sys.executable, "-c", "from microdit.pipeline.cli.app import main; main()", "status", url, "--json"]
     said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -196,7 +196,7 @@ def asked(url: str) -> dict[str, Any]:
 
 
 def apart(task: str, *given: Any) -> dict[str, Any]:
-    """One of the functions above in a fresh process, so that its memory is its own."""
+    """Run one of the functions above in a fresh process, so that its memory is its own."""
     command = [sys.executable, __file__, "--task", task, *map(str, given)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -244,7 +244,7 @@ def measure(folder: Path, shards: int, commits: int) -> dict[str, Any]:
 
 
 def requests_on_s3(shards: int) -> float:
-    """Listing requests of a driver that resumes, for each thousand commits (a last page that is not full is one)."""
+    """Count the listing requests of a driver that resumes, for each thousand commits (a last page counts as one)."""
     with serve() as server, FaultyS3(server, seed=0, rates={}) as proxy:
         os.environ.update(environment(proxy.url))
         boto3.client("s3").create_bucket(Bucket=BUCKET)

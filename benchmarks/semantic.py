@@ -47,7 +47,7 @@ def write(path: Path, count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def held() -> int:
-    """Bytes that this process holds for itself."""
+    """Measure the bytes that this process holds for itself."""
     status = Path("/proc/self/status").read_text()
     return 1024 * sum(int(size) for size in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", status))
 

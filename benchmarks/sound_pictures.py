@@ -110,7 +110,7 @@ def letterbox(rng: random.Random, photo: Photographs) -> Image.Image:
 
 
 def collage(rng: random.Random, photo: Photographs) -> Image.Image:
-    """Photographs and flat colours beside each other, on the grid of the blocks or not."""
+    """Put photographs and flat colours beside each other, on the grid of the blocks or not."""
     grid = rng.choice([1, 8, 16, 64])
     image = blank(rng, grid)
     for _ in range(rng.randrange(2, 9)):
@@ -123,7 +123,7 @@ def collage(rng: random.Random, photo: Photographs) -> Image.Image:
 
 
 def banner(rng: random.Random, photo: Photographs) -> Image.Image:
-    """A photograph with see-through rectangles."""
+    """Make a photograph with see-through rectangles."""
     image, grid = photo(rng).convert("RGBA"), rng.choice(GRIDS)
     for _ in range(rng.randrange(1, 4)):
         over = Image.new("RGBA", image.size)
@@ -136,7 +136,7 @@ def banner(rng: random.Random, photo: Photographs) -> Image.Image:
 
 
 def screen(rng: random.Random, photo: Photographs) -> Image.Image:
-    """Windows with titles and lines of text."""
+    """Draw windows with titles and lines of text."""
     image, font = blank(rng, 8), ImageFont.load_default(12)
     draw = ImageDraw.Draw(image)
     for _ in range(rng.randrange(4, 20)):
@@ -150,14 +150,14 @@ def screen(rng: random.Random, photo: Photographs) -> Image.Image:
 
 
 def pixels(rng: random.Random, photo: Photographs) -> Image.Image:
-    """A photograph as large squares of one colour each."""
+    """Draw a photograph as large squares of one colour each."""
     grid, image = rng.choice([4, 8, 16]), photo(rng)
     small = image.resize((max(20, image.width // grid), max(20, image.height // grid)), Image.Resampling.BOX)
     return small.resize((small.width * grid, small.height * grid), Image.Resampling.NEAREST)
 
 
 def changed(rng: random.Random, photo: Photographs) -> Image.Image:
-    """A dark, light, blurred or quantised photograph."""
+    """Make a dark, light, blurred or quantised photograph."""
     image = photo(rng)
     way = rng.randrange(4)
     if way == 0:

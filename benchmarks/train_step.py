@@ -87,7 +87,7 @@ class Reference:
 
 
 class _Through:
-    """What `EDM.loss` asks of a network: to be called, and its patch size."""
+    """The part of a network that `EDM.loss` needs: to be called, and its patch size."""
 
     def __init__(self, run: Callable[..., Any], patch_size: int):
         self.run, self.patch_size = run, patch_size
@@ -97,7 +97,7 @@ class _Through:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, eps: float, key_mask: Tensor | None = None) -> Tensor:
-    """`microdit.model.layers.attention` with scaled_dot_product_attention whatever the length; it has no text mask."""
+    """Compute attention by scaled_dot_product_attention whatever the length; it has no text mask."""
     batch, queries, hidden = q.shape
     q, k = (F.layer_norm(z, (hidden,), eps=eps).to(v.dtype) for z in (q, k))
     q, k, v = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (q, k, v))
@@ -169,7 +169,7 @@ def clock(device: str) -> float:
 
 
 def product_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product here."""
+    """Measure the FLOP/s of a large matrix product here."""
     a = torch.randn(1024, 1024, device=device, dtype=dtype)
     seconds = []
     for _ in range(5):

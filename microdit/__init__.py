@@ -65,8 +65,9 @@ def build(
 
     config: a YAML file, of ours too (`configs/demo.yaml`), or a `BuildConfig`. overrides: `key=value` as on the command
         line, of a file alone. corpus: in place of the config's. columns: make these alone.
-    retry_failed: take again what was set aside, and URLs that failed in passing. retry_rows: make rows again that
-        failed for these reasons, in all columns. repair: read all that is there, and make again what is damaged.
+    retry_failed: take again what was set aside, and URLs that failed for a transient reason. retry_rows: make rows
+        again that failed for these reasons, in all columns. repair: read all that is there, and make again what is
+        damaged.
 
     With `RAY_ADDRESS` in the environment it works on that cluster, otherwise on this machine alone. Progress goes to
     standard error. The summary's `exit_status` is that of the command, and `text()` what it prints.

@@ -205,7 +205,7 @@ def load_model(
 ) -> MicroDiT:
     """Load the network of a checkpoint file, in eval mode.
 
-    Its arguments are those stored in the file, or told from the shapes; `config` overrides them
+    Its arguments are those stored in the file, or inferred from the shapes; `config` overrides them
     (`input_size=64, pos_interp_scale=2.0` loads a 256 px checkpoint for 512 px).
     """
     state = read_state_dict(path)
@@ -263,7 +263,7 @@ def config_from_state_dict(state: Mapping[str, Tensor], **known: Any) -> dict[st
     for arguments in (seen_only | preset | known, preset | config | known):
         if "head_dim" not in arguments:
             raise CheckpointError(
-                f"head_dim cannot be told from the shapes of a model of dim {config['dim']} and depth "
+                f"head_dim cannot be inferred from the shapes of a model of dim {config['dim']} and depth "
                 f"{config['depth']}: give it (head_dim=...)"
             )
         try:

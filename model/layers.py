@@ -202,7 +202,7 @@ class Block(nn.Module):
         expert_capacity: float,
         out_std: float,
     ) -> None:
-        """num_experts 0: dense feed-forward. out_std: initial deviation of the layers that write to the residual."""
+        """Build a block. num_experts 0: dense feed-forward; out_std: deviation of layers that write to the residual."""
         super().__init__()
         hidden = dim if qkv_ratio == 1 else _round_up(int(dim * qkv_ratio), 2 * head_dim)
         self.out_std = out_std
@@ -222,7 +222,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor, c: Tensor, text_mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """x (B, T, D), y (B, L, D) or packed (`padded`), c (B, cond_dim), text_mask bool (B, L) | None -> (B, T, D)."""
+        """Map x (B, T, D), y (B, L, D) or packed (`padded`), c (B, cond_dim), mask bool (B, L) | None to (B, T, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = torch.addcmul(x, gate1.unsqueeze(1), self.attn(modulate(self.norm1(x), shift1, scale1)))
         x = x + self.cross_attn(self.norm2(x), y, text_mask, positions)

@@ -1,4 +1,4 @@
-"""Whether columns of a corpus were made by the models that a checkpoint was trained with."""
+"""Compare the models of a corpus' columns with those that a checkpoint was trained with."""
 
 from collections.abc import Mapping
 from typing import Any

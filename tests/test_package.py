@@ -151,7 +151,8 @@ def test_build_and_train_in_somebodys_folder(installed: Installed) -> None:
     assert row["n"] >= 10
     recipe = ("configs/recipes/demo.yaml", "corpus=corpus", *TRAIN)
     installed.run("microdit", "train", *recipe, "out=run")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "microdit.trainer")
+    here = ("--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=1")
+    torchrun = ("-m", "torch.distributed.run", *here, "-m", "microdit.trainer")
     installed.run("python", *torchrun, *recipe, "out=torchrun")
     for out in ("run", "torchrun"):
         assert (installed.folder / out / "checkpoints/step-00000003/model.safetensors").is_file()

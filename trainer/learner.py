@@ -121,7 +121,7 @@ class Learner:
                 own_part(value).lerp_(weight, share)
 
     def finite(self) -> bool:
-        """Whether all weights are finite; all have to ask together."""
+        """Tell if all weights are finite; all processes have to ask together."""
         norms = torch.stack(torch._foreach_norm([own_part(p.detach()) for p in self.parameters.values()]))
         return self.team.largest(float(not norms.isfinite().all())) == 0
 

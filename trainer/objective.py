@@ -16,7 +16,7 @@ NOISE_BINS = len(NOISE_EDGES) + 1
 
 
 class Step(NamedTuple):
-    """What a step gave, on the device: its loss, the norm of its gradient, and 1 if that is not finite, else 0.
+    """Results of a step, on the device: its loss, the norm of its gradient, and 1 if that is not finite, else 0.
 
     noise: (2, NOISE_BINS), sums of the losses and numbers of the samples by noise. flops: of this process.
     """

@@ -82,7 +82,7 @@ class Moments:
         self._asked: tuple[int, float] | None = None
 
     def now(self, step: int) -> bool:
-        """Say whether the processes ask each other after this step; one alone always does."""
+        """Tell if the processes synchronise after this step; one alone always does."""
         if self.team.world == 1 or (self._asked is not None and step == self._asked[0]):
             return True
         if step < self._next:

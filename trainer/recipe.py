@@ -21,9 +21,9 @@ class LegRecipe(RecipePart):
     latents: str
     """The latents column to train on; it gives resolution and channels."""
     selection: str | None = None
-    """In place of the recipe's."""
+    """Replaces the recipe's."""
     images: int | None = Field(None, gt=0)
-    """How many images to see, rounded up to whole batches. Give this or `steps`."""
+    """Number of images to see, rounded up to whole batches. Give this or `steps`."""
     steps: int | None = Field(None, gt=0, description="Optimizer steps of the leg. Give this or `images`.")
     batch: int = Field(2048, gt=0)
     """Images a step, over all processes: a multiple of the recipe's `lanes`."""
@@ -36,7 +36,7 @@ class LegRecipe(RecipePart):
     warmup: int = Field(0, ge=0)
     """Images over which the rate rises from 0."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """How the rate goes, after the warm-up, from `learning_rate` to `final_learning_rate` at the leg's end."""
+    """Shape of the decay, after the warm-up, from `learning_rate` to `final_learning_rate` at the leg's end."""
     final_learning_rate: float = Field(0.0, ge=0, description="The rate at the leg's end, unless it is constant.")
     p_mean: float = -0.6
     """Training noise: ln(sigma) has this mean and the deviation `p_std`."""
@@ -144,7 +144,7 @@ class Recipe(RecipePart):
     checkpoint_minutes: float | None = Field(None, gt=0)
     """And whenever so much time has passed since the last one."""
     checkpoint_keep: int = Field(2, gt=0)
-    """How many checkpoints stay, the newest ones."""
+    """Number of checkpoints to keep, the newest ones."""
     checkpoint_keep_hours: float | None = Field(None, gt=0)
     """And of every so many hours of training the last one, for good: to go back to, or to compare with."""
     log_every: int = Field(20, gt=0)
@@ -156,14 +156,14 @@ class Recipe(RecipePart):
     """Steps between sheets of pictures, OUT/samples/step-*.png; also before the first step and at the end. Text encoder
     and autoencoder of the columns must be at hand, which is seen at the start."""
     sample_prompts: list[str] = []
-    """What is drawn on them; without any, captions that are held out."""
+    """Captions to draw on them; without any, captions that are held out."""
     wandb: str | None = None
     """A project of W&B that gets what the log gets (pip install "microdit[wandb]")."""
     sigma_min: float = Field(0.002, gt=0, lt=80)
     """The lowest noise that pictures are drawn from; from there one step leads to the picture. Where `p_mean` and
     `p_std` leave low noise untrained, steps below the trained range only spoil the picture: exp(p_mean - 2 p_std)."""
     guidance_scale: float = Field(5.0, ge=0)
-    """What `generate` takes when it is not told."""
+    """Default of `generate`."""
 
     @model_validator(mode="after")
     def _whole_lanes(self) -> "Recipe":

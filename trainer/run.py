@@ -240,7 +240,7 @@ class Run:
 
     @property
     def newest(self) -> str:
-        """Where the newest checkpoint is."""
+        """Return the path of the newest checkpoint."""
         return f"{self.checkpoints}/{folder_name(self.saved_step)}"
 
     @property

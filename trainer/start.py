@@ -45,7 +45,7 @@ def begin_message(recipe: Recipe, samples: RunSamples, legs: Sequence[LegData], 
         if name is not None and (changed := changed_since(samples.corpus, name)):
             lines.append(
                 f"{name} was chosen before {', '.join(changed)} changed: its rows are taken as they are now; to choose "
-                "anew, `microdit select` again"
+                "again, repeat `microdit select`"
             )
     if (lanes := legs[-1].lanes.count) < recipe.lanes:
         lines.append(f"{recipe.lanes} lanes are more than there are samples: {lanes} lanes")
@@ -220,7 +220,7 @@ class Init:
                     f"{parts.autoencoder.name}, text encoder {parts.text_encoder.name}, neither trim nor storage"
                 )
             self._file, arguments = parts.weights, read_config(parts.weights)
-            if arguments is None:  # told from the shapes; the file is mapped, so that little of it is read
+            if arguments is None:  # inferred from the shapes; the file is mapped, so that little of it is read
                 arguments = config_from_state_dict(read_state_dict(self._file), **parts.config)
         except (CheckpointError, ModelFilesError) as error:
             raise RequestError(f"init = {self.name}: {error}") from error

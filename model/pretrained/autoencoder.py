@@ -160,7 +160,7 @@ class Autoencoder:
             do not depend on the batch; `mode` takes the most likely ones; `moments` gives mean and standard deviation,
             (B, 2C, h, w), so that mean + std * noise is a sample. A deterministic autoencoder gives the same for the
             first two, and has no moments.
-        noise: in the place of seeds, `self.noise(seeds, H, W)` that was drawn before.
+        noise: in place of seeds, `self.noise(seeds, H, W)` that was drawn before.
 
         Raises:
             ValueError: not uint8 (B, H, W, 3), sides that are no multiple of `downsample`, `sample` without a seed, or

@@ -2,8 +2,9 @@
 
     captions --tokenizer--> ids (B, L) --encoder, mask--> embeddings (B, L, width), lengths (B,)
 
-Three families, told apart by the model's config: encoders (T5, BERT) give their last layer; CLIP text towers all their
-positions, as open_clip does (`model.pretrained.clip`); decoder LLMs a chosen layer for a prompt made from the caption.
+Three families, distinguished by the model's config: encoders (T5, BERT) give their last layer; CLIP text towers all
+their positions, as open_clip does (`model.pretrained.clip`); decoder LLMs a chosen layer for a prompt made from the
+caption.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class TextEncoder:
         return sum(len(tokens) > skip + self.max_tokens for tokens in ids)
 
     def _encode_clip(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`encode` of (B, 77) token ids."""
+        """Encode (B, 77) token ids as `encode` does."""
         lengths = torch.full((len(ids),), ids.shape[1])
         if self._trim:
             lengths = ids.shape[1] - ids.flip(1).argmax(1)  # the end token has the largest id

@@ -64,7 +64,7 @@ class JoinedRow:
     row: int
     key: str
     weight: float
-    """How often it comes beside the other rows of the selection; 1 without one."""
+    """Weight in the selection, relative to its other rows; 1 without one."""
     lines: Mapping[str, Mapping[str, Any]]
     """By column its line of the sidecar: the scalars of the images, for example `width` and `license`."""
     members: Mapping[str, Mapping[str, bytes]]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ColumnCounts:
-    """What is committed of a column: `rows = ok + failed` over its `shards`; `bytes` of them all.
+    """Committed rows of a column: `rows = ok + failed` over its `shards`; `bytes` of them all.
 
     stale: shards that were made from something that has been made again since; they must be repaired to be read.
     """

@@ -1,1 +1,1 @@
-"""What every folder may use: errors, threads, liveness, signals, progress, fail points."""
+"""Basics for every folder: errors, threads, liveness, signals, progress, fail points."""

@@ -25,7 +25,7 @@ class Line:
 
     name: str
     what: str
-    """What is counted: `shards`, or `units` for ingest."""
+    """The unit of the counts: `shards`, or `units` for ingest."""
     done: int = 0
     total: int = 0
     more: bool = False

@@ -32,7 +32,7 @@ def build(
     retry_failed: Annotated[
         bool,
         typer.Option(
-            "--retry-failed", help="Take again what was set aside, and URLs that failed in passing (429, 5xx, timeout)."
+            "--retry-failed", help="Take again what was set aside, and URLs that failed for now (429, 5xx, timeout)."
         ),
     ] = False,
     retry_rows: Annotated[
@@ -96,7 +96,7 @@ def plan(
     storage_price: Annotated[float, typer.Option(help="$ for a TB and month.", min=0)] = 23.0,
     as_json: Json = False,
 ) -> None:
-    """What a build would come to before you spend it: shards, bytes by column, time by stage, money.
+    """Estimate what a build would come to before you spend it: shards, bytes by column, time by stage, money.
 
     Learned from an earlier build's commits: the config's own corpus, if something of it is there, or `--from`. What
     none tells comes from shapes, from what is written about a dataset, from measurements or from arithmetic: each

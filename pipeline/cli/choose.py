@@ -165,7 +165,7 @@ def _contaminated(answer: Mapping[str, Any]) -> str:
 
 
 def _turned(answer: Mapping[str, Any]) -> str:
-    """Say whether mirrored, rotated and letterboxed pictures were compared."""
+    """Describe if mirrored, rotated and letterboxed pictures were compared."""
     if not answer["turned"]:
         return "mirrored, rotated and letterboxed pictures are not found without the column scores/turned"
     return f"{answer['turned']:,} were compared mirrored, rotated and without borders too"

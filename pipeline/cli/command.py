@@ -101,6 +101,16 @@ def sql_limits(timeout: float | None, memory: float | None, disk: float | None) 
     return SqlLimits(seconds=timeout, **{name: int(gib * GIB) for name, gib in given.items() if gib is not None})
 
 
+def torchrun(processes: int) -> list[str]:
+    """Build the command that starts so many processes of one machine; what they run follows.
+
+    They meet on loopback: without `--local-addr` torch looks up the machine's own name, and where no name server knows
+    that (a laptop elsewhere, a container) they wait for minutes and fail.
+    """
+    address = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
+    return [sys.executable, "-m", "torch.distributed.run", *address]
+
+
 def open_corpus(url: str) -> "Corpus":
     """Open a corpus; imports nothing heavy before that."""
     from microdit.pipeline.corpus.corpus import Corpus

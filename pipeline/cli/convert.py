@@ -103,7 +103,7 @@ def convert(
     """Take over what the official micro_diffusion code has encoded, or give it what is in a corpus.
 
     FROM says which way it goes. Nothing is encoded again, no model is loaded, and no network is needed. Stopped or
-    killed, the same command goes on; what came of every sample is told at the end, and adds up.
+    killed, the same command goes on; the outcomes of all samples are counted at the end, and add up.
 
     **MDS to corpus.** FROM is what `precompute.py` wrote (columns `caption`, `caption_latents`, `latents_256`,
     `latents_512`, and `jpg` if you kept it), plain or packed with zstd, with one folder for each worker or one index

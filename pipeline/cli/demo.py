@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -148,7 +147,7 @@ def _train(corpus: Corpus, selection: Selection, run: Path, budget: float, overr
     with subprocess.Popen(command, env=environment) as process:
         try:
             return process.wait()
-        except KeyboardInterrupt:  # the terminal told the trainer too: it saves a checkpoint and ends
+        except KeyboardInterrupt:  # the terminal sends the signal to the trainer too: it saves a checkpoint and ends
             process.send_signal(signal.SIGINT)
             return process.wait()
 
@@ -189,7 +188,7 @@ def _evaluate(run: Path) -> dict[str, Any]:
 
 
 def _figure_rows(figures: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, str, str]]]:
-    """The names of the columns, and rows of what is measured, the trained network's figure and the untrained one's."""
+    """Return the column names, and rows: what is measured, the trained network's figure, the untrained one's."""
     count, held_out = figures["count"], figures["held_out_count"]
 
     def row(text: str, name: str, form: str) -> tuple[str, str, str]:

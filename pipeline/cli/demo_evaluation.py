@@ -1,4 +1,4 @@
-"""What the demo's run learned: pictures are made from captions alone, and compared with the real ones as pixels."""
+"""Evaluate the demo's run: draw pictures from captions alone, and compare them with the real ones as pixels."""
 
 import json
 from collections.abc import Iterator, Mapping

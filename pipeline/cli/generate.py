@@ -205,7 +205,7 @@ def _read_prompts(path: Path) -> list[str]:
 
 
 def _choose_device(name: str | None) -> str:
-    """The device that was asked for, or a GPU if there is one; raises RequestError if torch cannot use it."""
+    """Choose the device that was asked for, or a GPU if there is one; raises RequestError if torch cannot use it."""
     import torch
 
     device = name or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -24,7 +24,7 @@ from microdit.pipeline.cli.shown import print_garbage, print_rows, print_status
 
 
 def status(corpus: CorpusUrl, as_json: Json = False) -> None:
-    """How far a corpus is: by source and column what is done, failed and left, bytes, and rates.
+    """Print how far a corpus is: by source and column what is done, failed and left, bytes, and rates.
 
     `aside` are shards that failed as a whole, with the message below: `microdit build CONFIG --retry-failed` takes them
     again. `stale` are shards of which an input was made again since: `microdit build CONFIG --repair` mends them.
@@ -45,7 +45,7 @@ def report(
     out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Default: report.html here.")] = None,
     run: Annotated[Path | None, typer.Option(metavar="DIR", help="A training run to show with it.")] = None,
 ) -> None:
-    """One self-contained page: what came in, what was dropped and why, pictures, sizes, rates."""
+    """Write one self-contained page: what came in, what was dropped and why, pictures, sizes, rates."""
     from microdit.pipeline.report.page import write_report
 
     print(printable(str(write_report(open_corpus(corpus), out, run))))
@@ -123,7 +123,7 @@ def ls(
     corpus: CorpusUrl,
     column: Annotated[str, typer.Argument(help="A column, e.g. latents/demo-64.", show_default=False)],
 ) -> None:
-    """The committed objects of a column, one name a line: what webdataset or datasets can read."""
+    """Print the committed objects of a column, one name a line: what webdataset or datasets can read."""
     from microdit.pipeline.upkeep.ls import ls as names_of
 
     for name in names_of(open_corpus(corpus), column):

@@ -49,7 +49,7 @@ def show(estimate: Estimate, console: Console, size: Callable[[float], str]) -> 
     write()
     least = "at least " if time.not_measured else ""
     write(f"bytes   {size(estimate.bytes)} in {estimate.shards:,} shards of {len(estimate.columns)} columns")
-    write(f"time    {least}{duration(time.seconds)}; the narrowest place: {time.narrowest}")
+    write(f"time    {least}{duration(time.seconds)}; the bottleneck: {time.narrowest}")
     if time.not_measured:
         write(f"        not measured, and not in it: {', '.join(time.not_measured)}")
     if guessed := [name for name, one in estimate.stages.items() if "by arithmetic" in one.origin]:

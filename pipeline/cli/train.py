@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from microdit.pipeline.cli.command import Overrides
+from microdit.pipeline.cli.command import Overrides, torchrun
 
 
 def train(
@@ -31,7 +31,7 @@ def train(
     import torch
 
     gpus = torch.cuda.device_count()
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
-    command = [sys.executable, *launch, "-m", "microdit.trainer", recipe, *(overrides or ()), "--resume", resume]
+    launch = torchrun(gpus) if gpus > 1 else [sys.executable]
+    command = [*launch, "-m", "microdit.trainer", recipe, *(overrides or ()), "--resume", resume]
     sys.stdout.flush()
     os.execv(sys.executable, command)  # signals and the exit status are the trainer's own

@@ -69,18 +69,18 @@ class BuildConfig(Options):
     """The share of a column's inputs that may fail before the build ends with exit status 1; a source that exceeds it
     is told of while it is read."""
     sources: dict[str, SourceOptions] = Field(min_length=1)
-    """Where images come from, by name: each block has an `adapter`."""
+    """Sources of images, by name: each block has an `adapter`."""
     images: ImageOptions = ImageOptions()
-    """Which images are accepted, and how they are stored."""
+    """Limits of accepted images, and the format in which they are stored."""
     columns: dict[str, ColumnOptions] = Field(default={})
-    """What is computed, by the column's name: `captions/...`, `scores/...`, `latents/...` or `text/...`."""
+    """Columns to compute, by name: `captions/...`, `scores/...`, `latents/...` or `text/...`."""
     resources: Resources = Resources()
-    """How the work is laid out on the machines; it changes no result."""
+    """Layout of the work on the machines; it changes no result."""
 
     @field_validator("sources", mode="before")
     @classmethod
     def _apply_presets(cls, sources: Any) -> Any:
-        """Put the options of published data sets in the place of their presets' names."""
+        """Replace the names of presets by the options of the published data sets."""
         if not isinstance(sources, dict):
             return sources
         return {name: with_preset(str(name), given) for name, given in sources.items()}

@@ -144,5 +144,5 @@ class CaptionsColumn(Options):
 
 
 def pass_key(options: CaptionsColumn) -> PassKey:
-    """The options that the columns of one captioning pass share."""
+    """Return the options that the columns of one captioning pass share."""
     return str(options.vlm), options.revision, options.engine, options.image_side

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from microdit.pipeline.config.block import FieldError, Options
 
 TEXT_MEMBER = re.compile(r"(?P<json>(?:[^.]+\.)*?json)(?P<field>(?:\.[^.]+)+)|(?P<text>[^.]+(?:\.[^.]+)*)")
-"""Where a text of a webdataset comes from: a member by its extension, or a field of a json."""
+"""Origin of a webdataset's text: a member by its extension, or a field of a json."""
 JOINED = "joined."
 """Before the name of a joined table's field, where a caption comes from there."""
 
@@ -37,7 +37,7 @@ class FileOptions(Options):
     terms: str = ""
     """The licence in a line for people: who may use it, and where it is accepted; by default `license`."""
     expected: ExpectedSize | None = None
-    """What the whole is said to have, for `microdit plan` where files cannot be listed."""
+    """Stated size of the whole, for `microdit plan` where files cannot be listed."""
 
     @model_validator(mode="after")
     def _check_units(self) -> "FileOptions":

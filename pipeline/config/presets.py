@@ -41,7 +41,7 @@ def with_preset(source: str, given: Any) -> Any:
 
 
 def _filled(value: Any, options: dict[str, Any]) -> Any:
-    """Copy a block, with the options put in the place of their `${names}`."""
+    """Copy a block, with the options in place of their `${names}`."""
     if isinstance(value, dict):
         return {key: _filled(each, options) for key, each in value.items()}
     if isinstance(value, list):

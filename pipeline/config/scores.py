@@ -108,12 +108,12 @@ AnyScores = (
 
 
 def scorer_of(column: str) -> str:
-    """The scorer of a column, known or not: `clip` for `scores/clip` and `scores/clip-long`."""
+    """Return the scorer of a column, known or not: `clip` for `scores/clip` and `scores/clip-long`."""
     return column.partition("/")[2].partition("-")[0]
 
 
 def device_of(options: object) -> str | None:
-    """The `device` of a scorer's stage."""
+    """Return the `device` of a scorer's stage."""
     hub_nsfw = isinstance(options, NsfwScores) and options.model != YAHOO
     if hub_nsfw or isinstance(options, AestheticScores | ClipScores | EmbeddingScores):
         return "gpu"

@@ -17,7 +17,7 @@ COCO_CAPTIONS = "http://images.cocodataset.org/annotations/annotations_trainval2
 
 
 class FetchOptions(Options):
-    """How URLs are fetched; `max_bytes` alone is part of a source's fingerprint."""
+    """Options of fetching URLs; `max_bytes` alone is part of a source's fingerprint."""
 
     concurrency: int = Field(default=64, ge=1, le=4096)
     """Requests in flight per worker, apart from those that have waited for an answer for half a second."""
@@ -78,7 +78,7 @@ class UrlsSource(Options):
     limit: int | None = Field(default=None, ge=1)
     """Take the first lines only, to try things."""
     fetch: FetchOptions = FetchOptions()
-    """How the URLs are fetched."""
+    """Options of fetching the URLs."""
 
 
 class OpenmojiSource(Options):
@@ -86,13 +86,13 @@ class OpenmojiSource(Options):
 
     adapter: Literal["openmoji"]
     cache: str | None = None
-    """Where the prepared images are kept (default: `microdit` in `$XDG_CACHE_HOME` or `~/.cache`)."""
+    """Folder of the prepared images (default: `microdit` in `$XDG_CACHE_HOME` or `~/.cache`)."""
     unit_inputs: int = Field(default=512, ge=1, le=1_000_000)
     """Drawings of a unit."""
     limit: int | None = Field(default=None, ge=1)
     """Take that many drawings only."""
     fetch: FetchOptions = FetchOptions(timeout=12.0, idle_timeout=6.0, max_bytes=4 << 20)
-    """How the drawings are fetched."""
+    """Options of fetching the drawings."""
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ class CocoSource(FileOptions):
     captions: str = COCO_CAPTIONS
     """The zip with `captions_val2014.json` in it, or that file."""
     choose: int | None = Field(default=30_000, ge=1)
-    """How many of the 40,504 images to take, chosen by `seed`; null takes all."""
+    """Number of the 40,504 images to take, chosen by `seed`; null takes all."""
     seed: int = 2014
     """The images with the smallest sha256 of `<seed>:<image id>` are chosen, so that everyone has the same."""
 

@@ -147,7 +147,7 @@ def other_language(text: str, wanted: str) -> str | None:
 
 @lru_cache(maxsize=1)
 def known_languages() -> frozenset[str]:
-    """The ISO 639 codes of the languages that are detected."""
+    """Return the ISO 639 codes of the languages that are detected."""
     from py3langid import rank
 
     return frozenset(str(language) for language, _ in rank("a"))

@@ -42,7 +42,7 @@ def square(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def _centre(image: Decoded, side: int) -> np.ndarray:
-    """`square` of an image, which may have been decoded at a fraction of its size."""
+    """Cut the `square` of an image, which may have been decoded at a fraction of its size."""
     size = short_side_size(image.width, image.height, side)
     left, top = ((length - side) // 2 for length in size)
     if image.scale == 1 and size == (image.width, image.height):

@@ -89,7 +89,7 @@ BUDGET = PixelBudget(PIXELS_AT_ONCE)
 
 
 class Limits:
-    """What one decode may take: `max_pixels` of a picture, and its share of what the process decodes at once."""
+    """Limits of one decode: `max_pixels` of a picture, and its share of what the process decodes at once."""
 
     def __init__(self, max_pixels: int, stack: ExitStack):
         self.max_pixels, self._stack = max_pixels, stack

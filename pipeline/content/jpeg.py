@@ -25,7 +25,7 @@ XMP = b"http://ns.adobe.com/xap/1.0/\0"
 
 @dataclass
 class Segments:
-    """What the segments before a JPEG's picture hold."""
+    """Contents of the segments before a JPEG's picture."""
 
     exif: bytes
     xmp: bytes
@@ -45,7 +45,7 @@ def decode_jpeg(data: bytes, limits: Limits, shrink_to: int | None, thorough: bo
     Args:
         shrink_to: it may be decoded at a fraction of its size, as long as the short side stays this many pixels and a
             quarter more.
-        thorough: look too for a scan that lost its place and found it again, at which decoders do not complain.
+        thorough: look too for a scan that lost synchronisation and resynchronised, at which decoders do not complain.
 
     Raises:
         BadImage: with the reason `bomb`, `truncated` or `damaged`; decoders raise others.

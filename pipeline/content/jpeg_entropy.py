@@ -1,8 +1,8 @@
 """Read the scan of a baseline JPEG symbol by symbol, for what no encoder writes and decoders pass over in silence.
 
 Decoders ignore a block of more than 64 coefficients, clip a mean that is brighter than white or darker than black, and
-complete a picture whatever bytes are left behind it. Two of three scans that lost
-their place and found it again have such blocks: the means are stored as differences, and are off from there on.
+complete a picture whatever bytes are left behind it. Two of three scans that lost synchronisation and resynchronised
+have such blocks: the means are stored as differences, and are off from there on.
 """
 
 import re
@@ -39,7 +39,7 @@ class Coder:
 
 
 def check_place(data: bytes, pixels: np.ndarray, scale: float) -> None:
-    """Refuse a baseline JPEG whose scan lost its place and found it again, at which decoders do not complain.
+    """Refuse a baseline JPEG whose scan lost synchronisation for a while, at which decoders do not complain.
 
     Pixels whose colours jump at the corner of a MCU are the sign, what the scan's symbols say is the proof. Without a
     sign symbols are not read: that takes seven times as long as all else that is done with a JPEG.
@@ -57,7 +57,7 @@ def check_place(data: bytes, pixels: np.ndarray, scale: float) -> None:
     seen = len(header.components) == 4 or has_seam(colours, round(down * scale), round(across * scale))  # inks hide it
     end = end_of_scans(data)[0] if seen else None
     if end is not None and (fault := scan_fault(data, header, end)):
-        raise BadImage("damaged", f"the scan lost its place: {fault}")
+        raise BadImage("damaged", f"the scan lost synchronisation: {fault}")
 
 
 def scan_fault(data: bytes, header: Header, end: int) -> str | None:

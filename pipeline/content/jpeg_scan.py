@@ -19,9 +19,9 @@ STRAY = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 def decode_whole(data: bytes, **options: Any) -> np.ndarray:
     """Decode a JPEG by simplejpeg, with its options, if nothing is wrong with its scans.
 
-    A scan that was damaged loses its place: the decoder is done with all blocks before the bytes are at an end, and
-    says so as it says that a camera wrote stray bytes behind a complete picture. Such bytes are forgiven if they are
-    few or all equal, and if the last byte before them ends as a scan does: what is left of it is filled with ones.
+    A scan that was damaged loses synchronisation: the decoder is done with all blocks before the bytes are at an end,
+    and says so as it says that a camera wrote stray bytes behind a complete picture. Such bytes are forgiven if they
+    are few or all equal, and if the last byte before them ends as a scan does: what is left of it is filled with ones.
 
     Raises:
         ValueError: the JPEG is damaged; the message is libjpeg's.

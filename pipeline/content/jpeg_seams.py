@@ -1,4 +1,4 @@
-"""Find where the colours of a JPEG jump from one MCU on to all that follow, as they do once its scan lost its place.
+"""Find where the colours of a JPEG jump from one MCU on to all that follow, as they do after a damage of its scan.
 
 Means of blocks are stored as differences. A wrong one shifts its block and all after it, so that in reading order as
 many MCUs as a row has differ from those above them by the same: from a column to the right edge, and in the next row

@@ -23,7 +23,7 @@ PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), 
 
 @dataclass
 class Chunks:
-    """What a PNG's chunks hold."""
+    """Contents of a PNG's chunks."""
 
     picture: bytes = b""
     """The file with nothing but the chunks that make the picture."""

@@ -21,7 +21,7 @@ def decode_text(data: bytes) -> str:
     """Decode a text.
 
     Raises:
-        NotTextError: it is in no encoding that can be told, or is no text.
+        NotTextError: its encoding cannot be determined, or it is no text.
     """
     mark, encoding = next(((mark, name) for mark, name in MARKS if data.startswith(mark)), (b"", "utf-8"))
     try:

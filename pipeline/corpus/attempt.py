@@ -213,7 +213,7 @@ class Attempt:
         return data, sidecar
 
     def _check_age(self) -> float:
-        """Seconds since the attempt began; raises ValueError if it is too old to be committed."""
+        """Return the seconds since the attempt began; raises ValueError if it is too old to be committed."""
         # a machine that slept has a monotonic clock that stood still
         age = max(time.monotonic() - self._began[0], time.time() - self._began[1])
         if age > MAX_ATTEMPT_HOURS * 3600:
@@ -224,7 +224,7 @@ class Attempt:
         return age
 
     def _record(self, data: ObjectRef, sidecar: ObjectRef, seconds: float, timings: Mapping[str, float]) -> Commit:
-        """The commit of what was published."""
+        """Build the commit of what was published."""
         reasons = Counter(row["reason"] for row in self.rows if row["status"] == "failed")
         failed = sum(reasons.values())
         device, gpu = _device()

@@ -12,7 +12,7 @@ from microdit.pipeline.base.errors import RequestError
 
 @dataclass(frozen=True)
 class CacheRoom:
-    """What a run's order reads at a time, and where copies of a bucket's shards are kept.
+    """Memory and disk that a run's order needs at a time, and the folder for copies of a bucket's shards.
 
     lanes: of one process. window: shards of a lane that are read at a time. processes: of the machine.
     memory: bytes of a process. disk: bytes of the machine, None without a folder for them.

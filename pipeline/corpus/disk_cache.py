@@ -25,7 +25,7 @@ class DiskCache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, ref: ObjectRef) -> FileIO | None:
-        """The copy of an object, open for reading, if there is one of its size; who finds it damaged calls `drop`.
+        """Open the copy of an object, if there is one of its size; who finds it damaged calls `drop`.
 
         It can be read on when it has made room for others meanwhile.
         """

@@ -1,8 +1,8 @@
 """Committed shards opened for reading row by row; each object is checked against its commit.
 
-What cannot be read for good is told apart from a storage that fails: an object that is missing, cut, or has other bytes
-than the commit says, and a row that is no array, are a `BrokenError`. A transient failure of a bucket is no damage: the
-store tries again, and when it gives up that is a `RequestError`.
+Damage is distinguished from a storage that fails: an object that is missing, cut, or has other bytes than the commit
+says, and a row that is no array, raise `BrokenError`. A transient failure of a bucket is no damage: the store tries
+again, and when it gives up that is a `RequestError`.
 """
 
 import hashlib

@@ -39,7 +39,7 @@ TINY = 2.0**-24  # the smallest float16 above 0
 
 
 def groups_of(width: int, storage: Storage) -> int:
-    """Number of scales of a token."""
+    """Count the scales of a token."""
     return -(-width // FORMS[storage].group)
 
 
@@ -156,7 +156,7 @@ class Loss:
         return float(np.linalg.norm(x - y) / max(np.linalg.norm(x), np.finfo(np.float32).tiny))
 
     def figures(self) -> dict[str, float]:
-        """For a commit: how many samples, and of their tokens the mean and the worst cosine and relative error."""
+        """Count the samples for a commit, and of their tokens the mean and the worst cosine and relative error."""
         if not sum(map(len, self.cosines)):
             return {}
         cosines, errors = np.concatenate(self.cosines), np.concatenate(self.errors)
@@ -170,7 +170,7 @@ class Loss:
 
 
 def compared(hashes: Sequence[int]) -> set[int]:
-    """Indices of the one in a hundred (rounded up) with the smallest hashes."""
+    """Return the indices of the one in a hundred (rounded up) with the smallest hashes."""
     order = sorted(range(len(hashes)), key=hashes.__getitem__)
     return set(order[: -(-len(hashes) // 100)])
 

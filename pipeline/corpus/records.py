@@ -52,7 +52,7 @@ class Declaration(Record):
     kind: str
     """`tar` or `table`, or `source`."""
     made_by: dict[str, Any] = Field(alias="stage")
-    """What makes the numbers: name and version of a stage or adapter, options, models with revisions or hashes."""
+    """Determines the numbers: name and version of a stage or adapter, options, models with revisions or hashes."""
     scalars: dict[str, str] = {}
     """The sidecar's own columns, by type name."""
 
@@ -97,9 +97,9 @@ class Commit(Record):
     timings: dict[str, Timing]
     host: str
     device: str = ""
-    """What the process worked with: `cpu`, or its GPU's name; empty where it is not said."""
+    """Device of the process: `cpu`, or its GPU's name; empty if not recorded."""
     gpu: str = ""
-    """What tells that GPU from all others; empty on a CPU, and where it is not said."""
+    """Unique id of that GPU; empty on a CPU, or if not recorded."""
     software: dict[str, str] = {}
     """Versions of the packages that made the numbers, and of this one's code; empty where it is not said."""
     _stored: str | None = PrivateAttr(None)

@@ -21,7 +21,7 @@ HASHED = re.compile(
     r"^((?:tables\.\d+\.|captions\.(?:\d+\.)?)?(?:files|list))(?:\.(?:files|sha256))?: the corpus has ['\[].*"
 )
 NO_CAPTION = ("no_caption", "not_text")
-"""What pictures fail for where their source asks for a caption."""
+"""Reasons for which pictures fail if their source requires a caption."""
 DECLARATION = "declaration"
 """The number, in the timings of a commit, of the correction whose texts it has; absent for the declaration itself."""
 
@@ -159,7 +159,7 @@ def _in_words(old: Mapping[str, Any], new: Mapping[str, Any], keys: Collection[s
 
 
 def _unfold(value: Any) -> Any:
-    """Number the parts of a list of options, so that they are compared one by one."""
+    """Key the parts of a list of options by their number, so that they are compared one by one."""
     if isinstance(value, list) and any(isinstance(part, dict) for part in value):
         return {str(number): part for number, part in enumerate(value)}
     return value

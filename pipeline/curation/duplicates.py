@@ -271,7 +271,7 @@ def _check_distance(distance: int) -> None:
 
 
 def _scored(corpus: Corpus) -> SampleTable:
-    """The sample table of a corpus that has hashes."""
+    """Return the sample table of a corpus that has hashes."""
     declared = corpus.columns()
     if BASIC not in declared or not {"phash", "pixels_sha256"} <= declared[BASIC].scalars.keys():
         raise RequestError(
@@ -311,7 +311,7 @@ def _evaluation(url: str) -> pa.Table:
 
 
 def default_evaluation() -> str:
-    """The root of the corpus of `configs/coco-val.yaml`.
+    """Return the root of the corpus of `configs/coco-val.yaml`.
 
     Raises:
         RequestError: it is not built.

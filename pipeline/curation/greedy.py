@@ -35,7 +35,7 @@ class KeptGroups:
 
     @property
     def count(self) -> int:
-        """How many groups have two or more samples."""
+        """Count the groups of two or more samples."""
         return int((self.kept == self.members).sum())
 
     @property

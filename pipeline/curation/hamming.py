@@ -128,7 +128,7 @@ class Forest:
             np.minimum.at(self._parent, np.maximum(ones, others), np.minimum(ones, others))
 
     def labels(self) -> np.ndarray:
-        """The root of every member."""
+        """Return the root of every member."""
         return self._roots(np.arange(len(self._parent)))
 
     def _roots(self, members: np.ndarray) -> np.ndarray:
@@ -262,7 +262,7 @@ def _changes(values: np.ndarray) -> np.ndarray:
 
 
 def _ends(changes: np.ndarray) -> np.ndarray:
-    """For each value the end of its run."""
+    """Return for each value the end of its run."""
     ends = np.flatnonzero(changes) + 1
     return np.repeat(ends, np.diff(ends, prepend=0))
 

@@ -45,7 +45,7 @@ class Hashed:
 
     @cached_property
     def flat(self) -> np.ndarray:
-        """Which pictures are flat, as they are or without borders: their hash says next to nothing."""
+        """Mask of flat pictures, as they are or without borders: their hash carries almost no information."""
         flat: np.ndarray = np.bitwise_count(self.phash & AC_BITS) <= FLAT_BITS
         if self.turned is not None:
             flat |= np.bitwise_count(self.turned[:, 0] & AC_BITS) <= FLAT_BITS

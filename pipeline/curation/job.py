@@ -1,4 +1,4 @@
-"""What table jobs share: records, names, and access to the sample table (docs/reference/corpus.md, section 6).
+"""Common parts of table jobs: records, names, and access to the sample table (docs/reference/corpus.md, section 6).
 
 A table job reads the newest commits of some columns and writes one small table about some of the samples;
 `pipeline.selection.view` shows it as columns of every sample.
@@ -51,7 +51,7 @@ class TableJob(Table):
         raise NotImplementedError
 
     def asked(self) -> dict[str, Any]:
-        """The parameters: what the result depends on, beside the commits that were read."""
+        """Return the parameters: what the result depends on, beside the commits that were read."""
         raise NotImplementedError
 
 
@@ -69,7 +69,7 @@ class GroupsTable(TableJob):
 
     @property
     def counts(self) -> dict[str, Any]:
-        """What the results of all such jobs have: `samples` = `kept` + `dropped`."""
+        """Counts that the results of all such jobs have: `samples` = `kept` + `dropped`."""
         dropped = self.rows - self.groups
         return {
             "path": self.object.name,
@@ -123,12 +123,12 @@ def job_base(folder: str, table: SampleTable) -> str:
 
 
 def job_since(folder: str, table: SampleTable) -> datetime | None:
-    """When the newest of the commits that a table job reads was written: an older result is of other commits."""
+    """Return when the newest of the commits that a table job reads was written: an older result is of other commits."""
     return table.newest(lambda column: reads(folder, column))
 
 
 def cached_job(corpus: Corpus, table: SampleTable, base: str, kind: type[J], same: Callable[[J], bool]) -> J | None:
-    """The cached result if it was built with the same parameters. One built with others is deleted."""
+    """Return the cached result if it was built with the same parameters. One built with others is deleted."""
     job = cached(corpus, base, kind, job_since(base.rpartition("/")[0], table))
     if job is not None and not same(job):
         corpus.store.delete([f"{base}.json", job.object.name])

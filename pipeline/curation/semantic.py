@@ -334,7 +334,7 @@ def similar(vectors: np.ndarray, similarity: float, ones: np.ndarray, others: np
 
 
 def _cosines(vectors: np.ndarray, ones: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Cosines of pairs of vectors, (p,) float32; `ones` may be one index."""
+    """Return cosines of pairs of vectors, (p,) float32; `ones` may be one index."""
     cosines = np.empty(len(others), np.float32)
     one = None if np.ndim(ones) else _unit(vectors[[ones]])
     for start in range(0, len(others), PART):

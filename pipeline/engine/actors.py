@@ -24,7 +24,7 @@ class Actor:
     handle: Any
     stage: int
     asked: float
-    """When Ray was asked for it."""
+    """Time at which Ray was asked for it."""
     node: str | None = None
     """The node on which Ray has started it."""
     ready: bool = False

@@ -32,7 +32,7 @@ Failed = Callable[[str, str], bool]
 
 @dataclass(frozen=True)
 class Begun:
-    """How many inputs of a source its new retry units take again, and how many units wait for an earlier one."""
+    """Inputs of a source that its new retry units take again, and units that wait for an earlier one."""
 
     source: str
     units: int

@@ -58,7 +58,7 @@ def build(
 
     Args:
         columns: make these alone (`images` stands for ingest), or all.
-        retry_failed: try again what earlier builds set aside, and URLs that failed in passing.
+        retry_failed: try again what earlier builds set aside, and URLs that failed for a transient reason.
         retry_rows: make rows of any column again that failed for these reasons (`http_4xx`: all that begin so).
         repair: read all that is committed (`verify`), and make again what is damaged, lost or stale, and what follows.
         grow: take files that have been added to a source as new units.

@@ -19,7 +19,7 @@ from microdit.pipeline.tables.corpus_totals import corpus_totals
 
 
 def fetches_rows(source: Source) -> bool:
-    """Return True if an input of a source that failed in passing may come another time."""
+    """Return True if an input of a source that failed for a transient reason may be fetched later."""
     return getattr(source, "fetches_rows", False)
 
 
@@ -36,7 +36,7 @@ def make_again(
 
     Args:
         columns: those that the build makes.
-        passing: take again what a URL failed for in passing.
+        passing: take again URLs that failed for a transient reason.
         reasons: take again all rows that failed for these, in all columns.
         redo: shards that are made again, by column: their rows are left alone until then, in images if those are.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from microdit.pipeline.corpus.reasons import OF_SERVERS, in_words
 from microdit.pipeline.engine.messages import ShardWork
 
-LEAST = 100  # inputs that a rate of failures is told from
+LEAST = 100  # inputs that a rate of failures is computed from
 WHOLESALE = 0.9  # the share of them that servers are at fault for if the source itself is gone
 PAUSE = 60.0  # seconds before one unit is tried again; twice as long before each further one
 TRIES = 3  # units that are tried so, one after the other, before the source is left
@@ -26,7 +26,7 @@ class _State:
     tries: int = 0
     """Pauses since the source was sound."""
     until: float | None = None
-    """When it may be tried again, by the monotonic clock; None if it is sound."""
+    """Time of the next try, by the monotonic clock; None if it is sound."""
     left: bool = False
 
 
@@ -94,7 +94,7 @@ class FailingSources:
             state.left = True
             return (
                 f"{what}, and the pauses did not help: its other units are left unread. Run the same command again "
-                "when it answers, with --retry-failed for what has failed in passing"
+                "when it answers, with --retry-failed for what failed for a transient reason"
             )
         pause = PAUSE * 2**state.tries
         state.until, state.tries = time.monotonic() + pause, state.tries + 1

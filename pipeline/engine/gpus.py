@@ -43,7 +43,7 @@ class GpuNodes:
     def leave_out(self, node: str, reason: str) -> bool:
         """Hold all GPUs of a node until the build ends; False if that was done before.
 
-        Ray itself then places models on other nodes, and asks an autoscaler for more.
+        Ray itself then starts models on other nodes, and asks an autoscaler for more.
         """
         if node in self._left_out:
             return False

@@ -134,7 +134,7 @@ class ActorLoaded:
 
     node: str
     gpus: tuple[str, ...] = ()
-    """What Ray calls the GPUs of the node that it was given."""
+    """Ray's ids of the node's GPUs that it was given."""
 
 
 @dataclass(frozen=True)

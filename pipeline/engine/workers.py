@@ -55,7 +55,7 @@ _seen_probes: set[str] = set()
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What every call of a build needs."""
+    """Context that every call of a build needs."""
 
     corpus: Corpus
     probe: str

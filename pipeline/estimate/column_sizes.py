@@ -62,7 +62,7 @@ class ColumnSizes:
     def _size(
         self, column: str, name: str, source: SourceSize, good: Mapping[tuple[str, str], float]
     ) -> tuple[ShardSize, str]:
-        """The size of a column's shards of one source, and its origin.
+        """Return the size of a column's shards of one source, and its origin.
 
         good: the share of samples that are good, by column and source, of the columns before.
         """
@@ -93,7 +93,7 @@ class ColumnSizes:
         return ShardSize(0, out, 0.0, TABLE_ROW, SHARD), "assumed"
 
     def _image(self, name: str, source: SourceSize) -> tuple[float, str]:
-        """Bytes of an image as it is stored, and their origin."""
+        """Return bytes of an image as it is stored, and their origin."""
         side = self.config.images.max_side
         each = source.fetched / source.inputs if source.fetched is not None else None
         if side is None:
@@ -147,7 +147,7 @@ def by_origin(origins: Mapping[str, str]) -> str:
 
 
 def _text_bytes(tokens: float, width: int, options: TextColumn) -> float:
-    """Bytes of a caption's embedding: float16, or the arrays of a quantised one and the zip around them."""
+    """Return bytes of a caption's embedding: float16, or the arrays of a quantised one and the zip around them."""
     if options.storage == "float16":
         return tokens * width * 2 + NPY_HEADER
     bits = {"int8": 8, "int4": 4}[options.storage]
@@ -155,5 +155,5 @@ def _text_bytes(tokens: float, width: int, options: TextColumn) -> float:
 
 
 def _blocks(size: float) -> float:
-    """Bytes of a tar's member: its header, and its data in whole blocks."""
+    """Return bytes of a tar's member: its header, and its data in whole blocks."""
     return 512 + math.ceil(size / 512) * 512

@@ -28,7 +28,7 @@ CPUS_A_GPU = 16
 
 @dataclass(frozen=True)
 class Machines:
-    """What the build would run on, and prices in dollars: of an hour, and of a TB kept for a month."""
+    """Machines of the build, and prices in dollars: of an hour, and of a TB kept for a month."""
 
     cpus: float | None = None
     gpus: int = 0
@@ -41,7 +41,7 @@ class Machines:
 
 
 class Assumptions:
-    """What an estimate takes for granted: lines for people, each once."""
+    """Assumptions of an estimate: lines for people, each once."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -118,7 +118,7 @@ def _past_build(config: BuildConfig, learn_from: str | None, assumptions: Assump
 
 
 def _gpu_kind(machines: Machines) -> str | None:
-    """The kind of the GPUs; None without any."""
+    """Return the kind of the GPUs; None without any."""
     if machines.gpus and machines.gpu is None:
         raise RequestError(f"--gpus {machines.gpus}: of which kind? Give --gpu, one of {', '.join(rates.GPUS)}")
     if machines.gpu is not None and not machines.gpus:
@@ -127,7 +127,7 @@ def _gpu_kind(machines: Machines) -> str | None:
 
 
 def _cpus(config: BuildConfig, machines: Machines, assumptions: Assumptions) -> float:
-    """CPUs: as given, by the GPUs, as the config says, or those of this machine."""
+    """Return the number of CPUs: as given, by the GPUs, as the config says, or those of this machine."""
     if machines.cpus is not None:
         return machines.cpus
     if machines.gpus:
@@ -149,7 +149,7 @@ def _money(
         price = known.price
         assumptions.add(f"${price} for an hour of one {gpu}: {known.why} (--gpu-price)")
     elif machines.gpus and price is not None:
-        assumptions.add(f"${price} for an hour of one {gpu}, as it was told")
+        assumptions.add(f"${price} for an hour of one {gpu}, as given")
     elif machines.gpus:
         assumptions.add(f"the price of an hour of one {gpu} is not known: give --gpu-price")
     assumptions.add(f"${machines.cpu_price} for an hour of one CPU (--cpu-price): assumed, no quote")

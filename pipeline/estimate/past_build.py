@@ -36,7 +36,7 @@ class ShardSize:
     """Bytes of a column's shards: so many for each good sample, each row and each shard."""
 
     shards: int
-    """How many were read to learn it."""
+    """Number of samples that it was measured on."""
     out: float
     """The share of the inputs that were good."""
     sample: float
@@ -47,16 +47,16 @@ class ShardSize:
     """Bytes for each shard besides: ends and footers of its two files."""
 
     def bytes(self, inputs: float, shards: float) -> float:
-        """Bytes of all shards of a source together."""
+        """Return bytes of all shards of a source together."""
         return inputs * (self.out * self.sample + self.row) + shards * self.shard
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What an input costs a stage, in seconds of one worker."""
+    """Cost of one input of a stage, in seconds of one worker."""
 
     shards: int
-    """How many were read to learn it."""
+    """Number of samples that it was measured on."""
     seconds: float
     """By the clock. Of ingest the mean, with all waits for servers; of others the median of the shards, because the
     first ones of a short build compete with models that are being loaded."""
@@ -67,7 +67,7 @@ class Pace:
     model_share: float
     """The part of the time that was the model's."""
     devices: frozenset[str]
-    """What the stage worked with: `cpu`, or GPUs' names; empty where the commits do not say it."""
+    """Devices of the stage: `cpu`, or GPUs' names; empty if the commits do not record it."""
     has_cpu: bool
     """The commits say the CPU seconds."""
 
@@ -217,7 +217,7 @@ def spread(items: Sequence[T], most: int = MOST) -> list[T]:
 
 
 def _written(table: pa.Table) -> int:
-    """Bytes of the table as a parquet file."""
+    """Return bytes of the table as a parquet file."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.tell()

@@ -38,7 +38,7 @@ class Rate(Options):
 
     @property
     def origin(self) -> str:
-        """Where the figure comes from, in words."""
+        """Describe the figure's origin in words."""
         note = f", {self.note}" if self.note else ""
         return f"measured table: `{self.command}`, {self.machine}{note}, {self.date}"
 

@@ -1,4 +1,4 @@
-"""What `estimate` returns: sources, columns, stages, totals and money, each figure with its origin.
+"""Result of `estimate`: sources, columns, stages, totals and money, each figure with its origin.
 
 Times are in seconds, sizes in bytes, prices in dollars; None stands where nobody knows.
 """
@@ -116,7 +116,7 @@ class EstimatedMoney:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a build of the whole config comes to, whatever of it is built already."""
+    """Estimate of a build of the whole config, whatever of it is built already."""
 
     name: str
     corpus: str
@@ -145,7 +145,7 @@ class Estimate:
         return sum(column.bytes for column in self.columns.values())
 
     def to_json(self) -> dict[str, Any]:
-        """The estimate as `microdit plan --json` prints it."""
+        """Return the estimate as `microdit plan --json` prints it."""
         return {
             "name": self.name,
             "corpus": self.corpus,

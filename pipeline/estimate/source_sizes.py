@@ -23,7 +23,7 @@ class SourceSize:
     units: int
     inputs: int
     origin: str
-    """Where the numbers come from."""
+    """Origin of the numbers."""
     fetched: float | None = None
     """Bytes that are downloaded; None if unknown."""
     failed: float = 0.0
@@ -32,7 +32,7 @@ class SourceSize:
     """Inputs of each unit but the last; None if all have about the same."""
 
     def shards(self, shard_samples: int) -> int:
-        """Number of shards that the units are cut into."""
+        """Count the shards that the units are cut into."""
         each = self.unit_inputs or math.ceil(self.inputs / self.units)
         whole, rest = divmod(self.inputs, each)
         return whole * math.ceil(each / shard_samples) + math.ceil(rest / shard_samples)
@@ -125,7 +125,7 @@ def _as_given(samples: int, name: str, options: sources.SourceOptions, past: Pas
     cut = options.unit_inputs if isinstance(options, sources.UrlsSource | sources.OpenmojiSource) else None
     each = cut or (past.inputs_of_a_unit(name) if past is not None else None)
     units = max(1, math.ceil(samples / each)) if each else 1
-    return SourceSize(units, samples, "as it was told (--samples)", unit_inputs=cut)
+    return SourceSize(units, samples, "as given (--samples)", unit_inputs=cut)
 
 
 def _known(name: str, options: sources.SourceOptions, config: BuildConfig, past: PastBuild | None) -> SourceSize | None:
@@ -165,7 +165,7 @@ def _is_default(options: sources.FileOptions, field: str) -> bool:
 
 
 def _chosen(sets: list[Dataset], options: sources.FileOptions, failed: float = 0.0) -> SourceSize:
-    """The part of a dataset that `units` and `limit` take."""
+    """Return the part of a dataset that `units` and `limit` take."""
     files, inputs = sum(each.files for each in sets), sum(each.inputs for each in sets)
     wanted = len(options.units) if isinstance(options.units, list) else options.units or files
     units = min(wanted, files, options.limit or files)

@@ -1,4 +1,4 @@
-"""How long each stage works, and the whole build.
+"""Estimate the time of each stage, and of the whole build.
 
 Time is that of the narrowest resource. Stages stream side by side, so a build lasts as long as the busiest of
 
@@ -54,13 +54,13 @@ class PerInput:
 
 @dataclass
 class Cost:
-    """What a stage costs, in seconds; None: nobody measured it."""
+    """Cost of a stage, in seconds; None: nobody measured it."""
 
     device: str
-    """What it works on: `cpu` or `gpu`."""
+    """Device: `cpu` or `gpu`."""
     model: bool
     workers: float
-    """How many work at once."""
+    """Number of workers at a time."""
     inputs: int = 0
     cpu: float | None = 0.0
     gpu: float | None = 0.0
@@ -117,7 +117,7 @@ class StageTimes:
         )
 
     def costs(self) -> dict[str, Cost]:
-        """The cost of each stage, as the engine calls it, over all sources."""
+        """Return the cost of each stage, as the engine calls it, over all sources."""
         units = sum(source.units for source in self.sources.values())
         costs = {INGEST: Cost("cpu", False, min(self.layout.ingests, units))}
         columns: dict[str, list[str]] = {INGEST: [IMAGES]}
@@ -136,7 +136,7 @@ class StageTimes:
         return costs
 
     def stage(self, cost: Cost) -> EstimatedStage:
-        """The figures of one stage."""
+        """Return the figures of one stage."""
         alone = None
         if cost.known:
             on_gpus = (cost.gpu or 0.0) / max(self.hardware.gpus, 1)
@@ -152,7 +152,7 @@ class StageTimes:
         )
 
     def total(self, costs: Mapping[str, Cost]) -> EstimatedTime:
-        """The time of all stages side by side, by the narrowest resource."""
+        """Return the time of all stages side by side, by the narrowest resource."""
         hardware, known = self.hardware, {name: cost for name, cost in costs.items() if cost.known}
         cpu = sum(cost.cpu or 0.0 for cost in known.values())
         gpu = sum(cost.gpu or 0.0 for cost in known.values())
@@ -183,7 +183,7 @@ class StageTimes:
     def _per_input(
         self, stage: str, cost: Cost, columns: list[str], name: str, source: SourceSize
     ) -> tuple[PerInput | None, str]:
-        """The seconds of one input of a source, as the past build took, or by the table; and the origin."""
+        """Return the seconds of one input of a source, as the past build took, or by the table; and the origin."""
         pace = self._past_pace(columns, name)
         learned = f"earlier build, {pace.shards:,} shards" if pace is not None else ""
         on_cpus = pace is not None and (not cost.model or pace.devices <= {rates.CPU})
@@ -206,14 +206,14 @@ class StageTimes:
         return PerInput(beside_model, seconds, seconds), origin
 
     def _past_pace(self, columns: list[str], name: str) -> Pace | None:
-        """The pace of the past build; None if it made the columns, or the images that they read, otherwise."""
+        """Return the pace of the past build; None if it made the columns, or the images that they read, otherwise."""
         reads_images = _sees_images(columns[0], self.config.columns.get(columns[0]))
         if self.past is None or self.otherwise.keys() & {*columns, *[IMAGES] * reads_images}:
             return None
         return self.past.pace(columns, name)
 
     def _by_table(self, columns: list[str], device: str) -> tuple[float | None, str]:
-        """Seconds of one input of a stage by the measured table, or by arithmetic; and the origin."""
+        """Return seconds of one input of a stage by the measured table, or by arithmetic; and the origin."""
         by_model: dict[str, list[str]] = {}
         for column in columns:
             options = self.config.columns.get(column)
@@ -224,7 +224,7 @@ class StageTimes:
         return sum(seconds) if len(seconds) == len(parts) else None, "; ".join(origins)
 
     def _by_table_of_model(self, columns: list[str], device: str) -> tuple[float | None, str]:
-        """`_by_table` of columns of one model."""
+        """Estimate as `_by_table` does, for columns of one model."""
         kind = str(self.hardware.gpu) if device == "gpu" else rates.CPU
         options = [self.config.columns.get(column) for column in columns]
         resolutions = [one.resolution for one in options if isinstance(one, LatentsColumn)]
@@ -273,7 +273,7 @@ def stage_name(config: BuildConfig, column: str) -> str:
 
 
 def _device(options: ColumnOptions) -> str | None:
-    """The `device` of the stage that makes such a column."""
+    """Return the `device` of the stage that makes such a column."""
     if isinstance(options, CaptionsColumn):
         return "gpu" if options.origin in ("vlm", "tags") else None
     return "gpu" if isinstance(options, LatentsColumn | TextColumn) else device_of(options)
@@ -287,14 +287,14 @@ def _sees_images(column: str, options: ColumnOptions | None) -> bool:
 
 
 def _table_stage(columns: Sequence[str], options: ColumnOptions | None) -> str:
-    """The `stage` of a column's entries in the measured table."""
+    """Return the `stage` of a column's entries in the measured table."""
     if isinstance(options, CaptionsColumn) and options.origin in CAPTIONERS:
         return options.origin  # the table's `captions` are those that came with the samples
     return columns[0].partition("/")[0] if list(columns) != [IMAGES] else INGEST
 
 
 def _table_model(column: str, options: ColumnOptions | None) -> str:
-    """The `model` of a column's entries in the measured table."""
+    """Return the `model` of a column's entries in the measured table."""
     if isinstance(options, LatentsColumn):
         return options.autoencoder
     if isinstance(options, TextColumn):

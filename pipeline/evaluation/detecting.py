@@ -60,7 +60,7 @@ class ColorJudge:
         return normalised(cropped(image.crop(each.box), self._tower.side), CLIP_MEAN, CLIP_STD)
 
     def _colors(self, name: str) -> np.ndarray:
-        """The unit features of the ten colours of a class, (10, width)."""
+        """Return the unit features of the ten colours of a class, (10, width)."""
         if name not in self._texts:
             texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
             features = _unit(self._tower.read(texts)).reshape(len(COLORS), len(TEMPLATES), -1)

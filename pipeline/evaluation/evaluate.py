@@ -42,7 +42,7 @@ class EvaluationOptions:
     size: int | None = None
     device: str | None = None
     out: Path = Path("evaluation")
-    """Where detections go."""
+    """Path to which detections are written."""
     prompts: Path | None = None
     """GenEval's prompts, for that metric."""
 
@@ -137,7 +137,7 @@ def _reference(extractor: Extractor, other: PictureSet | FeatureStatistics | Non
     if other.features and other.features != extractor.identity:
         raise RequestError(
             f"the reference's statistics are of the features {other.features!r}, and the metric takes "
-            f"{extractor.identity!r}; make them anew with `microdit evaluate --save-statistics`"
+            f"{extractor.identity!r}; make them again with `microdit evaluate --save-statistics`"
         )
     if width != WIDTHS[extractor.name]:
         fitting = [name for name in shapes if WIDTHS[name] == width]

@@ -36,7 +36,7 @@ class Wanted(Strict):
     count: int = Field(ge=1)
     color: str | None = None
     position: tuple[Relation, int] | None = Field(default=None, strict=False)
-    """How each of these objects lies to each of the objects of the entry with that number."""
+    """Spatial relation of these objects to those of the entry with that number."""
 
 
 class Prompt(Strict):
@@ -146,7 +146,7 @@ def summary(prompts: Sequence[Prompt], correct: Sequence[Sequence[bool]]) -> dic
     """Add up what is correct by prompt and picture, to GenEval's figures.
 
     Returns `value`, the mean over the tasks of the share of correct pictures in each; `error`, its standard error over
-    the prompts, by drawing those of each task anew; `tasks` by name; and the shares `images` and `prompts`, of which a
+    the prompts, by resampling those of each task; `tasks` by name; and the shares `images` and `prompts`, of which a
     picture is correct.
 
     Raises:
@@ -173,7 +173,7 @@ def summary(prompts: Sequence[Prompt], correct: Sequence[Sequence[bool]]) -> dic
 
 
 def _share(some: Sequence[Sequence[bool]]) -> float:
-    """The share of correct pictures among those of several prompts."""
+    """Return the share of correct pictures among those of several prompts."""
     return sum(map(sum, some)) / sum(map(len, some))
 
 

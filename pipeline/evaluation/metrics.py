@@ -39,7 +39,7 @@ class Metric:
 
 
 def frechet(pictures: FeatureSet, reference: FeatureSet) -> Figures:
-    """Compute the Fréchet distance, and its standard error by drawing both sets anew, with replacement."""
+    """Compute the Fréchet distance, and its standard error by resampling both sets, with replacement."""
     random = np.random.default_rng(0)
     drawn = [frechet_of_sets(pictures.drawn(random), reference.drawn(random)) for _ in range(RESAMPLES)]
     return {"value": frechet_of_sets(pictures, reference), "error": float(np.std(drawn, ddof=1))}

@@ -13,7 +13,7 @@ from microdit.pipeline.files.zips import is_zip, zip_members
 
 
 def members(path: Path, wanted: Callable[[str], bool], max_bytes: int) -> Iterator[Member]:
-    """Read the members of a tar, compressed or not, or of a zip, as told apart by their first bytes.
+    """Read the members of a tar, compressed or not, or of a zip, recognised by their first bytes.
 
     Args:
         wanted: predicate on names; other members are skipped.

@@ -56,7 +56,7 @@ def _check_order(name: str, numbers: list[str], what: str) -> None:
 
 
 def _of_letters(letters: str) -> int:
-    """Number the endings of `split`: aa, ab, ..."""
+    """Compute the number of the endings of `split`: aa, ab, ..."""
     first, second = (ord(letter) - ord("a") for letter in letters.lower())
     return 26 * first + second
 

@@ -1,4 +1,4 @@
-"""Recognise what often lies in the place of an archive: pointers of git-lfs, web pages, answers of a server."""
+"""Recognise what often lies where an archive should be: pointers of git-lfs, web pages, answers of a server."""
 
 from pathlib import Path
 

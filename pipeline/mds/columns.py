@@ -80,7 +80,7 @@ class Conversion:
 
     @property
     def specs(self) -> dict[str, ColumnSpec]:
-        """How the columns but `images` are declared."""
+        """Declare the columns other than `images`."""
         return self.captions.columns | {column: array.spec for column, array in self.arrays.items()}
 
 
@@ -151,7 +151,7 @@ def _check_columns(folder: Path, shards: Sequence[ShardInfo], taken: Sequence[st
 
 
 def _sizes(folder: Path, shards: Sequence[ShardInfo], names: Sequence[str]) -> dict[str, int]:
-    """The commonest size in bytes of each column in the first shard that can be read."""
+    """Find the commonest size in bytes of each column in the first shard that can be read."""
     if not names:
         return {}
     fault = ""

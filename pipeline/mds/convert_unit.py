@@ -67,7 +67,7 @@ def convert_unit(corpus: Corpus, conversion: Conversion, number: int, redo: Redo
 
 
 def _generation(corpus: Corpus, column: str, source: str, shard: str, redo: Redo) -> int | None:
-    """The generation to write of a shard (or unit); None if nothing is to be written."""
+    """Return the generation to write of a shard (or unit); None if nothing is to be written."""
     generation = 0
     while corpus.store.exists(commit_name(column, source, shard, generation)):
         generation += 1
@@ -119,7 +119,7 @@ class ShardConversion:
             return attempt.commit()
 
     def _picture(self, key: str, origin: str, i: int) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """Members and scalars of a sample of the images column; what describes a picture is null without one."""
+        """Collect members and scalars of a sample of the images column; those of a picture are null without one."""
         pictures = self.conversion.pictures
         caption, *data = self.file.read(i, [CAPTION, *([PICTURE] if pictures else [])])
         texts = {"caption": caption.decode(), "origin": origin, "license": "", "fields": ""}
@@ -147,7 +147,7 @@ class ShardConversion:
             return attempt.commit()
 
     def _array(self, row: Row, column: Arrays) -> tuple[bytes, dict[str, Any], str, str]:
-        """A sample's member and scalars; or the reason and detail of its failure."""
+        """Return a sample's member and scalars; or the reason and detail of its failure."""
         try:
             array = float16_array(self.file.read(self.first + row.row, [column.field])[0], column.shape)
         except DamagedSample as error:

@@ -88,7 +88,7 @@ class ShardInfo(BaseModel):
         return dict(zip(self.column_names, self.column_encodings, strict=True))
 
     def below(self, folder: str) -> "ShardInfo":
-        """The same entry in the index of a folder that has this one's as its sub-folder `folder`."""
+        """Return the same entry as it is in the index of a folder that has this one's as its sub-folder `folder`."""
         moved = {
             name: info.model_copy(update={"basename": f"{folder}/{info.basename}"})
             for name in ("raw_data", "zip_data")
@@ -269,7 +269,7 @@ def _check_hashes(file: BinaryIO, info: FileInfo) -> None:
 
 
 def hasher(name: str) -> Callable[[], Any] | None:
-    """A constructor of the hash of that name; None if it is not available (xxhash comes with `datasets`)."""
+    """Return a constructor of the hash of that name; None if it is not available (xxhash comes with `datasets`)."""
     if name in hashlib.algorithms_guaranteed and not name.startswith("shake_"):
         return lambda: hashlib.new(name)
     try:
@@ -341,7 +341,7 @@ class MdsWriter:
         _write_durably(self.folder / INDEX, [index])
 
     def _size(self) -> int:
-        """Bytes of the shard that the samples so far would make."""
+        """Return bytes of the shard that the samples so far would make."""
         return 8 + 4 * len(self._samples) + len(self._head) + self._bytes
 
     def _flush(self) -> None:

@@ -128,7 +128,7 @@ def plan_export(
         corpus.column(column)
         if stale := sum(counts.stale for (name, _), counts in counted.items() if name == column):
             raise RequestError(
-                f"column {column}: {stale} shards were made from what was made anew since; `microdit build --repair` "
+                f"column {column}: {stale} shards were made from what was made again since; `microdit build --repair` "
                 "makes them again"
             )
     commits = {column: {(c.source, c.shard): c for c in corpus.commits(column)} for column in used}
@@ -185,7 +185,7 @@ def _unweighted(corpus: Corpus, selection: str) -> dict[ShardId, np.ndarray]:
     """Read the rows of a selection by shard, and refuse weights."""
     selected = selected_rows(corpus, selection)
     if any((weights != 1).any() for _, weights in selected.values()):
-        raise RequestError(f"selection {selection} has weights, which MDS has no place for; select without weights")
+        raise RequestError(f"selection {selection} has weights, which MDS cannot hold; select without weights")
     return {shard_id: rows for shard_id, (rows, _) in selected.items()}
 
 

@@ -76,7 +76,7 @@ class ImportSummary:
         return 1 if self.set_aside or failed else 0
 
     def to_json(self) -> dict[str, Any]:
-        """The summary as `--json` prints it."""
+        """Return the summary as `--json` prints it."""
         return {
             "corpus": self.corpus,
             "source": self.source,
@@ -93,7 +93,7 @@ class ImportSummary:
         }
 
     def lines(self) -> Iterator[str]:
-        """The summary as lines for people."""
+        """Yield the summary as lines for people."""
         if not self.written and not self.set_aside:
             yield "nothing to do: all of it is there"
         yield (
@@ -145,7 +145,7 @@ class ExportSummary:
         return 0 if self.out else 1
 
     def to_json(self) -> dict[str, Any]:
-        """The summary as `--json` prints it."""
+        """Return the summary as `--json` prints it."""
         return {
             "corpus": self.corpus,
             "folder": self.folder,
@@ -161,7 +161,7 @@ class ExportSummary:
         }
 
     def lines(self) -> Iterator[str]:
-        """The summary as lines for people."""
+        """Yield the summary as lines for people."""
         if not self.written and self.out:
             yield "nothing to do: all of it is there"
         yield (

@@ -116,7 +116,7 @@ def _damaged(corpus: Corpus, conversion: Conversion) -> tuple[Redo, list[str]]:
 
 
 def _incomplete(corpus: Corpus, conversion: Conversion, redo: Redo) -> list[int]:
-    """Numbers of the MDS shards of which something is not committed, or is made again."""
+    """List the MDS shards of which something is not committed, or is made again."""
     source = conversion.naming.source
     committed = {
         column: {shard for _, shard in corpus.committed(column, source)} - redo.get(column, set())

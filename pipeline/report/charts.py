@@ -266,7 +266,7 @@ def _frame(
 
 
 def _axes(frame: _Frame, wide: bool) -> Iterator[Markup]:
-    """The grid, the ticks of both axes, and what the horizontal one counts."""
+    """Draw the grid, the ticks of both axes, and what the horizontal one counts."""
     for tick in log_ticks(frame.low, frame.high):
         yield Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
             frame.left, frame.end, frame.y(tick), frame.y(tick)
@@ -286,7 +286,7 @@ def _axes(frame: _Frame, wide: bool) -> Iterator[Markup]:
 
 
 def _phase_marks(frame: _Frame, begins: Sequence[Point]) -> Iterator[Markup]:
-    """A line where each phase of the recipe begins, but for the first, and its name, short where there is no room."""
+    """Draw a line where each phase of the recipe but the first begins, and its name, short where room is scarce."""
     for begin, after in zip(begins, [*begins[1:], None], strict=True):
         at, end = frame.x(begin.images), frame.x(after.images) if after else frame.end
         if begin is not begins[0]:

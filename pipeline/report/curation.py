@@ -26,7 +26,7 @@ LINKS = {  # kinds of groups: the number that says how near, and its words
 
 @dataclass(frozen=True)
 class Curation:
-    """What the page shows to choose by."""
+    """Data of the page's section on choosing."""
 
     scores: list["ScoreEnds"]
     filters: "Filters"

@@ -42,7 +42,7 @@ class Drop:
 
 @dataclass(frozen=True)
 class FunnelStep:
-    """How many samples are left after a step, and what was lost at it."""
+    """Samples left after a step, and those lost at it."""
 
     label: str
     what: str
@@ -95,7 +95,7 @@ def _examples(view: SampleView) -> dict[str, tuple[str, str | None]]:
 
 
 def _column_drops(corpus: Corpus, commits: Sequence[Commit], notes: list[str]) -> list[Drop]:
-    """Count what failed in one column itself; what it inherited (`upstream`) is told where it began."""
+    """Count what failed in one column itself; what it inherited (`upstream`) is counted where it began."""
     total: Counter[str] = Counter()
     first: dict[str, Commit] = {}
     for commit in commits:
@@ -191,7 +191,7 @@ def bytes_by_column(commits: Mapping[str, Sequence[Commit]]) -> list[ColumnBytes
 
 @dataclass(frozen=True)
 class ColumnWork:
-    """When and how fast one column was made."""
+    """Time and rate at which one column was made."""
 
     column: str
     shards: int
@@ -211,7 +211,7 @@ class ColumnWork:
 
 @dataclass(frozen=True)
 class CorpusWork:
-    """When and how fast a corpus was made, without the time in which nothing ran."""
+    """Time and rate at which a corpus was made, without the time in which nothing ran."""
 
     rows: list[ColumnWork]
     seconds: float

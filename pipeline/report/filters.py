@@ -30,7 +30,7 @@ class Filter:
     label: str
     condition: str
     absent: str | None = None
-    """What makes the columns that it asks for, if they are not there."""
+    """Commands that make the columns it asks for, if they are missing."""
     drops: int = 0
     alone: int = 0
     """Dropped by no other condition."""
@@ -41,7 +41,7 @@ class Filter:
 
 @dataclass(frozen=True)
 class Filters:
-    """What each condition of the query `clean` would drop of the kept images, and all of them together."""
+    """Kept images that each condition of the query `clean` would drop, and all of them together."""
 
     rows: list[Filter]
     total: int
@@ -92,7 +92,7 @@ class _Criterion:
 
     @property
     def unknown(self) -> str:
-        """SQL that is true of rows of which it cannot be told."""
+        """Write the SQL of rows whose value is not known."""
         return f"({self.condition}) IS NULL" if self.group is None else f"NOT ({self.condition})"
 
 
@@ -117,7 +117,7 @@ def _left(view: SampleView, criteria: Sequence[_Criterion]) -> int:
 
 
 def _dropped(one: _Criterion) -> str:
-    """SQL of some pictures that a criterion would drop."""
+    """Write the SQL of some pictures that a criterion would drop."""
     kept = f"{one.condition} QUALIFY NOT {one.group}" if one.group is not None else f"NOT ({one.condition})"
     return f"SELECT {PICTURE} AS picture FROM samples WHERE {OK} AND {kept} ORDER BY md5(id) LIMIT {DROPPED}"
 

@@ -56,7 +56,7 @@ class Bins:
 
 @dataclass(frozen=True)
 class SpreadStats:
-    """What the kept images say of one spread: how many there are, range, quantiles, and if all are whole numbers."""
+    """Statistics of one value over the kept images: count, range, quantiles, and if all are whole numbers."""
 
     i: int
     n: int

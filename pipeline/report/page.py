@@ -58,7 +58,7 @@ class LicenceCount:
 
 @dataclass(frozen=True)
 class LineageRow:
-    """What made one column or source."""
+    """Stage or adapter that made one column or source."""
 
     name: str
     stage: str
@@ -85,7 +85,7 @@ class PageFacts:
     set_aside: list[ColumnSetAside]
     shared_pictures: SharedPictures | None
     notes: list[str]
-    """What could not be read."""
+    """Objects that could not be read."""
     selections: list[Selection]
     pictures: Pictures
     histograms: list[HistogramGroup]

@@ -26,7 +26,7 @@ STOPPED = (
 
 @dataclass(frozen=True)
 class SelectionStep:
-    """How many samples are left after a condition of a selection's query; `code` writes the label as code."""
+    """Samples left after a condition of a selection's query; `code` writes the label as code."""
 
     label: str
     count: int

@@ -23,7 +23,7 @@ SHEETS, SHEET_SIDE = 3, 800  # sheets of pictures that are shown, and their most
 
 @dataclass(frozen=True)
 class Figure:
-    """What was measured of the trained network, and the same of the untrained one, in words."""
+    """Measurement of the trained network, and the same of the untrained one, in words."""
 
     label: str
     trained: str
@@ -42,7 +42,7 @@ class RunPicture:
 
 @dataclass(frozen=True)
 class Training:
-    """What a run's folder tells."""
+    """Contents of a run's folder."""
 
     steps: int
     images: float
@@ -65,7 +65,7 @@ class Training:
     grid_caption: str
     sheets: list[RunPicture]
     problems: list[str]
-    """What is missing or damaged."""
+    """Files that are missing or damaged."""
 
 
 def training(run: Path) -> Training:

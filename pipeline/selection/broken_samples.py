@@ -19,7 +19,7 @@ WHOLE = -1  # in place of a row
 
 
 class BrokenSamples:
-    """What of which column is broken: (column, source, shard, row or `WHOLE`) -> why."""
+    """Broken samples by column: (column, source, shard, row or `WHOLE`) -> reason."""
 
     def __init__(self) -> None:
         self._reasons: dict[tuple[str, str, str, int], str] = {}

@@ -56,7 +56,7 @@ class ChosenRows:
 
     @property
     def double(self) -> bool:
-        """Whether a row is there twice."""
+        """Tell if a row is there twice."""
         return bool((self.key[1:] == self.key[:-1]).any())
 
     def all_in(self, samples: Iterable[pa.RecordBatch]) -> bool:
@@ -139,5 +139,5 @@ class SelectionHash:
                 self._digest.update(memoryview(data)[bounds[0] : bounds[1]])
 
     def value(self) -> str:
-        """The first 16 hex digits of the SHA-256."""
+        """Return the first 16 hex digits of the SHA-256."""
         return self._digest.hexdigest()[:16]

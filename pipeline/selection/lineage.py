@@ -15,7 +15,7 @@ Names = dict[str, str]  # of commits, with the SHA-256 of their stored bytes
 
 
 class CommitOf(NamedTuple):
-    """What the commit table says of a commit; `size` in bytes of its objects."""
+    """Entry of the commit table; `size` in bytes of its objects."""
 
     name: str
     generation: int
@@ -97,5 +97,5 @@ def _refuse_stale(commits: Mapping[str, Mapping[ShardId, Commit | CommitOf]]) ->
                 raise RequestError(
                     f"column {column}, shard {where[1]}: it was made from generation {ref.generation} of {ref.column}, "
                     f"the corpus now has {'none' if now is None else f'generation {now.generation}'}; "
-                    "run `microdit build --repair`, which makes it anew"
+                    "run `microdit build --repair`, which makes it again"
                 )

@@ -127,7 +127,7 @@ class Conditions:
     """The conditions that a WHERE and a QUALIFY join by AND, as DuckDB writes them."""
 
     table: str
-    """What follows FROM."""
+    """The text after FROM."""
     each: list[str]
     """Of WHERE: each is about one row."""
     qualify: list[str]
@@ -168,7 +168,7 @@ def _sql(conditions: list[Node]) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _parser() -> duckdb.DuckDBPyConnection:
-    """The one connection for parsing: it takes longer to start than to parse."""
+    """Return the one connection for parsing: it takes longer to start than to parse."""
     return connect()
 
 

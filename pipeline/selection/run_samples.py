@@ -30,7 +30,7 @@ FitCheck = Callable[[Mapping[str, Sequence[int]]], None]
 
 @dataclass(frozen=True)
 class AskedSamples:
-    """What a run asks of a corpus: latents column and selection of each leg, text columns, and what is held out."""
+    """Request of a run to a corpus: latents column and selection of each leg, text columns, and the held-out share."""
 
     legs: list[tuple[str, str | None]]
     text: list[str]

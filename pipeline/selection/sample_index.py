@@ -24,7 +24,7 @@ class SampleIndex:
     shard: np.ndarray
     row: np.ndarray
     weight: np.ndarray | None = None
-    """How often each comes, by the mean (float32, N); None if all come alike."""
+    """Weights relative to their mean (float32, N); None if all are equal."""
 
     def __len__(self) -> int:
         return len(self.row)

@@ -1,4 +1,4 @@
-"""What the samples of columns look like to a network: shapes, and whether latents are means and deviations."""
+"""Shapes of the samples of columns as a network sees them, and if latents are means and deviations."""
 
 from collections.abc import Sequence
 
@@ -36,5 +36,5 @@ def sample_shape(
 
 
 def holds_moments(cache: NotingShardCache, latents: str) -> bool:
-    """Whether a latents column holds means and standard deviations (2C, H, W), of which each step draws a sample."""
+    """Tell if a latents column holds means and standard deviations (2C, H, W), of which each step draws a sample."""
     return bool(cache.corpus.column(latents).made_by.get("posterior") == "moments")

@@ -256,7 +256,7 @@ def list_selections(corpus: Corpus) -> list[Selection]:
 
 
 def _names(corpus: Corpus) -> list[str]:
-    """`name@hash` of all selections, sorted."""
+    """List `name@hash` of all selections, sorted."""
     names = (item.name for item in corpus.store.list("selections"))
     return sorted(name.removeprefix("selections/").removesuffix(".parquet") for name in names)
 
@@ -273,7 +273,7 @@ def _read_about(corpus: Corpus, name: str, digest: str = "") -> Selection:
 
 
 class _About(Record):
-    """What a selection's metadata says."""
+    """Metadata of a selection."""
 
     rows: Size
     query: str

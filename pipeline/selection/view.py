@@ -57,7 +57,7 @@ SCORES = re.compile(
 
 @dataclass(frozen=True)
 class JobView:
-    """How the view shows a table job's table."""
+    """View of a table job's table."""
 
     record: type[TableJob]
     command: str
@@ -217,7 +217,7 @@ class OpenView:
 
 
 def _needs_all(sql: str, job: str = "") -> bool:
-    """Whether a query may read columns that it does not name; with a job's folder also if it names that job's."""
+    """Tell if a query may read columns that it does not name; with a job's folder also if it names that job's."""
     if job and job in asked_jobs(sql):
         return True
     try:
@@ -227,7 +227,7 @@ def _needs_all(sql: str, job: str = "") -> bool:
 
 
 def _column_sql(column: ViewColumn, numbers: Mapping[str, int]) -> str:
-    """SQL of a column of the view; constant where its column has no commits."""
+    """Write the SQL of a column of the view; constant where its column has no commits."""
     if column.column not in numbers:
         return "false" if column.sql == "ok" else f"NULL::{SQL_TYPES[column.type]}"
     part = f"p{numbers[column.column]}"
@@ -239,7 +239,7 @@ def _quoted(name: str) -> str:
 
 
 def _texts(values: Sequence[str]) -> str:
-    """A SQL list of strings."""
+    """Write a SQL list of strings."""
     return "[" + ", ".join("'" + value.replace("'", "''") + "'" for value in values) + "]"
 
 
@@ -275,7 +275,7 @@ def _view(corpus: Corpus, table: Table, spill: Path, schema: pa.Schema) -> ds.Fi
 
 
 def job_schema(folder: str) -> pa.Schema:
-    """The schema of the table of a job."""
+    """Return the schema of the table of a job."""
     prefix = folder.removeprefix("tables/").removesuffix("s")
     return pa.schema([*ROW_ID, *(field for field in JOB_COLUMNS if field.name.startswith(prefix))])
 

@@ -24,7 +24,7 @@ EXPECTED = "expected url<TAB>caption lines, or a first line that names the colum
 
 @dataclass(frozen=True)
 class ListFormat:
-    """How the lines of a list are read. The default is url<TAB>caption, where further tabs belong to the caption."""
+    """Format of a list's lines. The default is url<TAB>caption, where further tabs belong to the caption."""
 
     encoding: str = "utf-8"
     delimiter: str = "\t"

@@ -35,7 +35,7 @@ from microdit.pipeline.sources.source import Source
 
 
 def sources_of(config: BuildConfig) -> list[Source]:
-    """The sources of a config.
+    """Make the sources of a config.
 
     Raises:
         RequestError: a list that is not there, or cannot be read.
@@ -44,7 +44,7 @@ def sources_of(config: BuildConfig) -> list[Source]:
 
 
 def source_of(config: BuildConfig, name: str) -> Source:
-    """One source of a config. Raises as `sources_of`."""
+    """Make one source of a config. Raises as `sources_of`."""
     return _source(name, config.sources[name], scratch_folder(config.resources.scratch), config)
 
 

@@ -32,8 +32,8 @@ class Input:
 class Source(Protocol):
     """A dataset adapter. Picklable: workers get copies.
 
-    A source with an attribute `fetches_rows = True` asks for each input by itself: one that failed in passing may come
-    another time. In other sources an input is part of a file, and fails again.
+    A source with an attribute `fetches_rows = True` asks for each input by itself: one that failed for a transient
+    reason may be fetched later. In other sources an input is part of a file, and fails again.
     """
 
     name: str

@@ -44,7 +44,7 @@ class Fetched:
     reason: str | None = None
     detail: str = ""
     url: str = ""
-    """Where the bytes came from, after redirects."""
+    """Final URL of the bytes, after redirects."""
     spooled: tuple[int, int] | None = None
 
 

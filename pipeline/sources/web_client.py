@@ -1,4 +1,4 @@
-"""What URLs are asked for with: sessions, a resolver that keeps to public addresses, and the environment's proxies."""
+"""HTTP sessions, a resolver that refuses addresses that are not public, and the environment's proxies."""
 
 import asyncio
 import socket

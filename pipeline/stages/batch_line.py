@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 
 def decode_threads(asked: int, device: Any) -> int:
-    """Threads that prepare samples for a torch.device: the number asked for, beside a GPU at least `GPU_THREADS`."""
+    """Return how many threads prepare samples for a device: as asked for, beside a GPU at least `GPU_THREADS`."""
     return max(asked, GPU_THREADS) if device.type == "cuda" else asked
 
 
@@ -50,11 +50,11 @@ class BatchLine:
         self._stack.__exit__(*error)
 
     def read(self, items: Iterable[T], ahead: int) -> Generator[T]:
-        """The items, taken by a thread of its own, at most `ahead` of them before they are asked for."""
+        """Yield the items, read by a thread of its own, at most `ahead` of them before they are asked for."""
         return self._stack.enter_context(closing(read_ahead(items, ahead)))
 
     def prepare(self, items: Iterable[T], function: Callable[[T], R], ahead: int) -> Generator[R]:
-        """`function` of every item, in order, on the threads, at most `ahead` of them before they are asked for."""
+        """Apply `function` to every item in order, on the threads, at most `ahead` items before they are asked for."""
         return self._stack.enter_context(closing(threaded(function, items, self.threads, ahead)))
 
     def encode(self, batches: Iterable[T], encode: Callable[[T], R], write: Callable[[T, R], None]) -> None:
@@ -73,7 +73,7 @@ class BatchLine:
             self._writing.popleft().result()
 
     def run(self, batches: Iterable[T], encode: Callable[[T], R], write: Callable[[T, R], None]) -> None:
-        """`encode`, then `finish`."""
+        """Run `encode`, then `finish`."""
         self.encode(batches, encode, write)
         self.finish()
 

@@ -31,7 +31,7 @@ class DeviceEvent:
             self._event.synchronize()
 
     def seconds_since(self, earlier: "DeviceEvent") -> float:
-        """Seconds between two moments, both of which are over."""
+        """Return the seconds between two moments, both of which are over."""
         if self._event is None or earlier._event is None:
             return self._time - earlier._time
         return float(earlier._event.elapsed_time(self._event)) / 1000
@@ -46,7 +46,7 @@ class Batches:
         """Seconds in the model since it was loaded."""
 
     def run(self, encode: Callable[[Sequence[T], int], Sequence[R]], samples: Sequence[T]) -> list[R | Exception]:
-        """For each sample what `encode(batch, batch size)` returns, or the error that the sample causes alone.
+        """Encode each sample: what `encode(batch, batch size)` returns, or the error that the sample causes alone.
 
         Raises:
             Exception: one sample alone needs too much memory, the GPU is broken, or every sample of a batch fails.

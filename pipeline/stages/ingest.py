@@ -57,7 +57,7 @@ DecodedInput = tuple[Input, Prepared | BadImage | None]
 
 
 def ingest_stage(options: ImageOptions) -> dict[str, Any]:
-    """The part of a source's declaration that says how its images are stored."""
+    """Return the part of a source's declaration that says how its images are stored."""
     return {"version": 1, **options.model_dump()}
 
 
@@ -207,7 +207,7 @@ def ingest_unit(
 def _decoded(
     stack: ExitStack, source: Source, task: UnitTask, shards: UnitShards, config: BuildConfig
 ) -> Iterator[DecodedInput]:
-    """The inputs of a unit in order, decoded in threads; in another process if the unit killed one."""
+    """Yield the inputs of a unit in order, decoded in threads; in another process if the unit killed one."""
     decode: Decode = partial(prepare, options=config.images)
     threads = config.resources.decode_threads
     if task.isolated:
@@ -344,7 +344,7 @@ def _is_same(item: Input, line: Mapping[str, Any]) -> bool:
 
 
 def _about(item: Input) -> dict[str, str]:
-    """What the source says of an input, as UTF-8 can write it."""
+    """Return what the source says of an input, as UTF-8 can write it."""
     fields = json.dumps(dict(item.fields), ensure_ascii=False, sort_keys=True) if item.fields else ""
     about = {"caption": item.caption, "origin": item.origin, "license": item.license, "fields": fields}
     return {name: value.encode("utf-8", "replace").decode() for name, value in about.items()}

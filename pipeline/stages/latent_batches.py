@@ -44,7 +44,7 @@ class StagedImage:
 
 
 class ConcurrentShards:
-    """What the shards share that a process works on at the same time; a pickle leaves it behind.
+    """State shared by the shards that a process works on at the same time; a pickle leaves it behind.
 
     `feeding` is held by the shard that reads and decodes, until the last of its rows are on their way; `encoding` by
     the one that uses the models.
@@ -58,7 +58,7 @@ class ConcurrentShards:
         return ConcurrentShards, ()
 
     def free_buffers(self, columns: Iterable[str]) -> deque[StagingBuffer]:
-        """The buffers to use again for batches of some columns. Asking for other columns drops those of before."""
+        """Return the buffers to use again for batches of some columns. Other columns drop those of before."""
         if (asked := frozenset(columns)) not in self._free:
             self._free = {asked: deque()}
         return self._free[asked]
@@ -67,7 +67,7 @@ class ConcurrentShards:
 def staged_batches(
     prepared: Iterable[tuple[StagingBuffer, list[StagedImage]]], groups: int, free: deque[StagingBuffer]
 ) -> Iterator[list[StagedImage]]:
-    """The samples of one buffer after the other, as soon as all of its groups are ready; an empty buffer is freed."""
+    """Yield the samples of one buffer after the other, once all of its groups are ready; free an empty one."""
     for batch in chunks(prepared, groups):
         buffer, staged = batch[0][0], [image for _, group in batch for image in group]
         buffer.compact([image.index for image in staged])
@@ -78,7 +78,7 @@ def staged_batches(
 
 
 def rows_of_batch(tensor: Any, batch: Sequence[StagedImage], size: int, pinned: bool) -> Any:
-    """The rows of a buffer's tensor that a batch takes, zero-padded to `size`; a view where they lie so already."""
+    """Return the rows of a buffer's tensor that a batch takes, zero-padded to `size`; a view where it can be one."""
     import torch
 
     first, count = batch[0].index, len(batch)

@@ -226,7 +226,7 @@ class Latents:
         return encoded
 
     def _encode(self, column: str, batch: Sequence[StagedImage], size: int) -> list[np.ndarray]:
-        """Latents (C, h, w) float16 of consecutive samples of a buffer, filled up with black images to `size`.
+        """Encode consecutive samples of a buffer, filled up with black images to `size`: latents (C, h, w) float16.
 
         On a GPU they may be read after the next `DeviceEvent`, and only then may their buffer be used again.
         """
@@ -242,7 +242,7 @@ class Latents:
 
 
 def _now() -> np.ndarray:
-    """Seconds of the clock, and of this process' work."""
+    """Read the clock and this process' processor time, in seconds."""
     return np.array([time.monotonic(), time.process_time()])
 
 

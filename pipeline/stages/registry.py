@@ -28,10 +28,11 @@ from microdit.pipeline.tables.joins.build import build
 
 
 def stages_of(config: BuildConfig, corpus: Corpus | None = None) -> list[Stage]:
-    """The stages that make the columns of a config; one for all latents, which share the images' decode.
+    """Make the stages of a config's columns; one for all latents, which share the images' decode.
 
     Args:
-        corpus: where a captions table is taken from if its file is gone.
+        corpus: where a captions table is taken from if its file is gone, and the version of a stage that began a
+            column.
 
     Raises:
         RequestError: a join table or a model that is not there.
@@ -42,7 +43,7 @@ def stages_of(config: BuildConfig, corpus: Corpus | None = None) -> list[Stage]:
             stages += _caption_stages(name, options, config, corpus)
         elif isinstance(options, TextColumn):
             stages.append(Text(name, options, config.resources.text_batch))
-    stages += score_stages(config)
+    stages += score_stages(config, corpus)
     latents = {name: options for name, options in config.columns.items() if isinstance(options, LatentsColumn)}
     if latents:
         stages.append(Latents(latents, config.images.max_pixels, config.resources))
@@ -50,7 +51,7 @@ def stages_of(config: BuildConfig, corpus: Corpus | None = None) -> list[Stage]:
 
 
 def _caption_stages(name: str, options: CaptionsColumn, config: BuildConfig, corpus: Corpus | None) -> Iterator[Stage]:
-    """The stage of a captions column; columns of one vision-language model share one, which comes with the first."""
+    """Make the stage of a captions column; the columns of one vision-language model share the first one's."""
     max_pixels, resources = config.images.max_pixels, config.resources
     if options.vlm is not None:
         columns = {n: o for n, o in config.columns.items() if isinstance(o, CaptionsColumn) and o.vlm is not None}

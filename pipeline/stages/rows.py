@@ -28,7 +28,7 @@ class RowFailure(Exception):
 
 @dataclass(frozen=True)
 class Output:
-    """What a column stores of a sample: scalars in the sidecar, and members in the tar, `{extension: bytes}`."""
+    """Stored output of a sample in a column: scalars in the sidecar, and members in the tar, `{extension: bytes}`."""
 
     scalars: Scalars = field(default_factory=dict)
     members: Mapping[str, bytes] = field(default_factory=dict)
@@ -50,7 +50,7 @@ def model_failure(error: Exception) -> RowFailure:
 
 
 def image_bytes(members: dict[str, bytes]) -> bytes:
-    """The image among the members of an images sample, whatever its format.
+    """Return the image among the members of an images sample, whatever its format.
 
     Raises:
         BadImage: the sample came without one (docs/reference/corpus.md, section 3.1).
@@ -62,7 +62,7 @@ def image_bytes(members: dict[str, bytes]) -> bytes:
 
 
 def usable_rows(rows: Iterable[Row], attempts: Attempts, task: Task, column: str) -> Iterator[Row]:
-    """The rows of the input `column` to work on. Those that failed there, or are set aside, fail in `attempts`."""
+    """List the rows of the input `column` to work on. Those that failed there, or are set aside, fail in `attempts`."""
     for row in rows:
         if task.rows is not None and row.row not in task.rows:
             continue
@@ -102,7 +102,7 @@ class ShardRun:
     attempts: Attempts
 
     def rows(self, rows: Iterable[Row] | None = None) -> Iterator[Row]:
-        """The rows of the input to work on, from `rows` if they were read already; the others fail."""
+        """List the rows of the input to work on, from `rows` if they were read already; the others fail."""
         if rows is None:
             rows = read_rows(self.corpus, self.source)
         return usable_rows(rows, self.attempts, self.task, self.source.column)

@@ -49,7 +49,7 @@ class SavedRow:
 
 
 class Salvage:
-    """What can still be read of one shard: in the generations below the one to write, and in attempts without a commit.
+    """Readable rests of one shard: in the generations below the one to write, and in attempts without a commit.
 
     A stored picture is exact if it has the hash of the bytes that came. One that was converted when it came has no hash
     of its own: it is used if it decodes to its size, and only where its source cannot be had again. What a sidecar says

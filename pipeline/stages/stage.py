@@ -13,17 +13,17 @@ from microdit.pipeline.corpus.records import Commit, ShardRef
 
 
 def seed_of(column: str, source: str, key: str) -> int:
-    """The seed of a sample in a column: 63 bits of the SHA-256 of `<column> LF <source>/<key>`."""
+    """Compute the seed of a sample in a column: 63 bits of the SHA-256 of `<column> LF <source>/<key>`."""
     digest = hashlib.sha256(f"{column}\n{source}/{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 @dataclass(frozen=True)
 class ColumnSpec:
-    """How a column is made, and from which columns."""
+    """Specification of a column: the stage that makes it, its scalars, and the columns that it reads."""
 
     stage: dict[str, Any]
-    """What makes the numbers: name, version, options, model hashes (docs/reference/corpus.md, section 5)."""
+    """Determines the numbers: name, version, options, model hashes (docs/reference/corpus.md, section 5)."""
     scalars: dict[str, str] = field(default_factory=dict)
     """The sidecar's own columns, by type name."""
     inputs: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ class Stage(Protocol):
 
     @property
     def device(self) -> str | None:
-        """Where its model runs: `gpu`, on a GPU if there is one; `cpu`, always on the CPU. None: it holds no model."""
+        """Device of its model: `gpu`, on a GPU if there is one; `cpu`, always on the CPU. None: it holds no model."""
 
     def load(self) -> None:
         """Load the models, once per process."""

@@ -34,7 +34,7 @@ class BucketLock:
 
     Args:
         what: who holds it, for the message to others, such as "run".
-        say: is told that it waits.
+        say: called with a message while it waits.
     """
 
     def __init__(self, store: Store, what: str, say: Callable[[str], None] = print):

@@ -17,7 +17,7 @@ LOOK_EVERY = 2.0  # seconds between two looks at the chain
 
 
 class Credentials(NamedTuple):
-    """What identifies credentials, and how boto3 found them: `env`, `shared-credentials-file`, `sso`, ..."""
+    """Identity of credentials, and the way boto3 found them: `env`, `shared-credentials-file`, `sso`, ..."""
 
     key: str = ""
     token: str = ""

@@ -56,7 +56,7 @@ LINE = pa.schema(
 
 
 class CommitId(NamedTuple):
-    """What names a commit; of a unit's commit the column is `units`, and the unit stands for the shard."""
+    """Identity of a commit; of a unit's commit the column is `units`, and the unit stands for the shard."""
 
     column: str
     source: str

@@ -14,18 +14,18 @@ MOST_DEPTH = 250
 
 
 def _memory() -> int:
-    """8 GiB, or half of the machine's memory if that is less."""
+    """Return 8 GiB, or half of the machine's memory if that is less."""
     return min(8 * GIB, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
 
 
 def _disk() -> int:
-    """32 GiB, or half of what is free in the temporary folder if that is less."""
+    """Return 32 GiB, or half of what is free in the temporary folder if that is less."""
     return min(32 * GIB, shutil.disk_usage(tempfile.gettempdir()).free // 2)
 
 
 @dataclass(frozen=True)
 class SqlLimits:
-    """What one query may take: bytes of memory (its result as much again), bytes of temporary files, and seconds."""
+    """Limits of one query: bytes of memory (its result as much again), bytes of temporary files, and seconds."""
 
     memory: int = field(default_factory=_memory)
     disk: int = field(default_factory=_disk)

@@ -46,7 +46,7 @@ class PartFiles:
         return [*root, str(self.spill), str(private_folder())]
 
     def paths(self, column: str) -> list[str]:
-        """The files of a column, in the order of the rows.
+        """Return the files of a column, in the order of the rows.
 
         Raises:
             RequestError: one is damaged, or has other rows than the images' one beside it.

@@ -70,7 +70,7 @@ class ShardCommits:
 
 @dataclass(frozen=True)
 class PartSpec:
-    """What one part is made of."""
+    """Inputs of one part."""
 
     column: str
     source: str
@@ -96,7 +96,7 @@ class PartSpec:
 
 
 def part_schema(column: str, declaration: Declaration) -> pa.Schema:
-    """The fields of a column's parts: `ok` and its scalars; of the images `IMAGE_FIELDS` and theirs."""
+    """Return the fields of a column's parts: `ok` and its scalars; of the images `IMAGE_FIELDS` and theirs."""
     scalars = [pa.field(name, SCALAR_TYPES[kind]) for name, kind in declaration.scalars.items()]
     return pa.schema([*(IMAGE_FIELDS if column == IMAGES else [pa.field("ok", pa.bool_())]), *scalars])
 
@@ -188,7 +188,7 @@ def _make(corpus: Corpus, spec: PartSpec, damage: list[str] | None) -> PartMade:
 
 @cache
 def private_folder() -> Path:
-    """A folder for parts of this process alone; it goes with the process."""
+    """Make a folder for parts of this process alone; it goes with the process."""
     folder = Path(tempfile.mkdtemp(prefix="microdit-table-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -70,7 +70,7 @@ class SampleTable:
     """By column when its newest commit was written."""
 
     def newest(self, reads: Callable[[str], bool]) -> datetime | None:
-        """When the newest commit of some columns was written, as far as there are any."""
+        """Return when the newest commit of some columns was written, as far as there are any."""
         return max((moment for column, moment in self.written.items() if reads(column)), default=None)
 
 
@@ -198,7 +198,7 @@ def table_fields(declared: dict[str, Declaration]) -> list[TableField]:
 
 
 def table_schema(declared: dict[str, Declaration]) -> pa.Schema:
-    """The schema of the sample table of these columns."""
+    """Return the schema of the sample table of these columns."""
     return pa.schema([*BASE, *(pa.field(field.name, field.type) for field in table_fields(declared))])
 
 

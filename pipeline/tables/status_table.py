@@ -41,7 +41,7 @@ LINE = pa.schema(
 
 @dataclass(frozen=True)
 class ShardStatus:
-    """What a commit and its sidecar say of a shard.
+    """Status of a shard by its commit and sidecar.
 
     commit: the stored record. packed: a bit for each of `rows`, set where the row is ok. longest: the most `tokens` of
     a row that is ok, None where the column has no such number.
@@ -54,7 +54,7 @@ class ShardStatus:
 
     @property
     def ok(self) -> np.ndarray:
-        """Whether each row is ok (bool)."""
+        """Mask of the rows that are ok (bool)."""
         return np.unpackbits(np.frombuffer(self.packed, np.uint8), count=self.rows).astype(bool)
 
 

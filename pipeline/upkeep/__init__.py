@@ -1,1 +1,1 @@
-"""Whether a corpus is sound, and what killed writers left in it."""
+"""Check that a corpus is sound, and find what killed writers left in it."""

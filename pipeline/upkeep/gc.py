@@ -27,7 +27,7 @@ from microdit.pipeline.tables.sample_table import JOINS, named_parts
 
 @dataclass(frozen=True)
 class Garbage:
-    """What `gc` deleted, or with `dry_run` would delete: counts by sort, their bytes, and all names, sorted."""
+    """Objects that `gc` deleted, or with `dry_run` would delete: counts by sort, their bytes, and all names, sorted."""
 
     dry_run: bool
     attempts: int
@@ -167,7 +167,7 @@ def _unfinished(corpus: Corpus, own: Ownership, limit: datetime) -> dict[Path, i
 
 
 def _size_if_old(path: Path, limit: datetime) -> int | None:
-    """The size of a file that was not written to since `limit`; None if it was, or if it is gone."""
+    """Return the size of a file that was not written to since `limit`; None if it was, or if it is gone."""
     try:
         info = path.lstat()
     except FileNotFoundError:  # its writer ended well

@@ -55,7 +55,7 @@ class ColumnStatus:
 
 @dataclass(frozen=True)
 class CorpusStatus:
-    """How far a corpus is."""
+    """Progress of a corpus."""
 
     corpus: str
     name: str

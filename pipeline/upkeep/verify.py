@@ -44,7 +44,7 @@ class VerifiedSamples:
 
 @dataclass(frozen=True)
 class VerifiedTotals:
-    """What was read; `open_units` were begun and are not complete, which is no problem."""
+    """Totals of what was read; `open_units` were begun and are not complete, which is no problem."""
 
     shards: int
     commits: int
@@ -57,7 +57,7 @@ class VerifiedTotals:
 
 @dataclass(frozen=True)
 class VerifiedPart:
-    """What of a corpus is checked: objects of these columns (none: all), one source, a share of its shards by a seed.
+    """Part of a corpus to check: objects of these columns (none: all), one source, a share of its shards by a seed.
 
     Another seed draws other shards, so that runs with one after the other come to see all.
     """
@@ -68,7 +68,7 @@ class VerifiedPart:
     seed: int = 0
 
     def refuse_unknown(self, columns: Collection[str], sources: Collection[str]) -> None:
-        """Raises RequestError if a column or the source is not declared, or the share is none."""
+        """Raise RequestError if a column or the source is not declared, or the share is none."""
         for what, names, known in (
             ("columns", self.columns, columns),
             ("source", [] if self.source is None else [self.source], sources),

@@ -25,7 +25,7 @@ BLOCK = 1 << 20
 
 @dataclass
 class Findings:
-    """What the check of one shard gave."""
+    """Findings of the check of one shard."""
 
     problems: list[Problem] = field(default_factory=list)
     samples: dict[str, Counter[str]] = field(default_factory=dict)

@@ -1,1 +1,1 @@
-"""What a checkpoint holds, and where it is kept."""
+"""Contents of a checkpoint, and the folder or bucket that keeps it."""

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run consists of; `folder.py` and `bucket.py` keep it. Nothing in it is pickled.
+"""Contents of a run's checkpoint; `folder.py` and `bucket.py` keep it. Nothing in it is pickled.
 
 model.safetensors      the weights, with the network's arguments in the header
 ema.safetensors        their moving average, of the same form; only if the leg keeps one
@@ -64,7 +64,7 @@ def snapshot(
 
 
 def file_names(tensors: TensorSnapshot) -> list[str]:
-    """All files of a checkpoint but state.json, which is written last."""
+    """List the files of a checkpoint but state.json, which is written last."""
     return [*tensors.files, INFO]
 
 
@@ -156,7 +156,7 @@ def read(folder: Path, state: dict[str, Any], name: str) -> Checkpoint:
 
 
 def _averages_due(state: Mapping[str, Any]) -> int:
-    """Count the averages that a checkpoint must have which does not list its files, as far as that can be told."""
+    """Count the averages that a checkpoint must have which does not list its files, as far as that is known."""
     if "recipe" not in state or not state["progress"]["stage_step"]:
         return 0
     leg = state["recipe"]["stages"][state["progress"]["stage"]]

@@ -70,8 +70,8 @@ def load_latest(
 class Saver:
     """Writes checkpoints in a thread, one after the other, while the run goes on.
 
-    One that cannot be written (a full disk, a bucket that fails) is told to `say`, and the run goes on: the last good
-    one stays. At the end there is nobody to go on: `finish` raises. keep, keep_hours: as in `superfluous`.
+    One that cannot be written (a full disk, a bucket that fails) is reported by `say`, and the run goes on: the last
+    good one stays. At the end there is nobody to go on: `finish` raises. keep, keep_hours: as in `superfluous`.
     """
 
     def __init__(self, checkpoints: Checkpoints, keep: int, keep_hours: float | None, say: Callable[[str], None]):
@@ -143,7 +143,7 @@ class Saver:
 def superfluous(hours: Sequence[float | None], keep: int, keep_hours: float | None) -> list[int]:
     """Choose the checkpoints to remove: all but the newest `keep`, and the last one of every `keep_hours` of training.
 
-    hours: of training before each of them, the newest first; None where it cannot be told.
+    hours: of training before each of them, the newest first; None where it is not known.
     """
     parts = [None if keep_hours is None or h is None else int(h // keep_hours) for h in hours]
     return [i for i in range(keep, len(parts)) if parts[i] is None or parts[i] in parts[:i]]

@@ -1,1 +1,1 @@
-"""Which sample comes when, from which shard, in which batch."""
+"""Order of the samples, their shards, and the batches made of them."""

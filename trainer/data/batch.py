@@ -14,7 +14,7 @@ from microdit.pipeline.corpus.quantised import Field, Quantised
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes, b samples: see `EDM.loss`."""
+    """Inputs of one forward pass, b samples: see `EDM.loss`."""
 
     rows: Tensor  # int64 (b,), of the global batch
     latents: Tensor  # (b, C, H, W)

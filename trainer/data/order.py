@@ -1,4 +1,4 @@
-"""Which sample is when in a batch: a pure function of (seed, samples, batch size), for any number of processes.
+"""Order of the samples: a pure function of (seed, samples, batch size), for any number of processes.
 
 Shards in a seeded order, their rows concatenated and cut into C lanes of equal size. Row i of a global batch belongs to
 lane i mod C, and the n-th sample of a lane is a function of (seed, lane, n) alone. A process owns whole lanes.

@@ -64,7 +64,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class HeldOutDraw:
-    """What is random about a held-out sample but its noise level; `column` counts in `LegData.text`."""
+    """Random draws of a held-out sample other than its noise level; `column` counts in `LegData.text`."""
 
     column: int
     noise: Tensor

@@ -1,1 +1,1 @@
-"""What a run reports: log, speed, validation loss, pictures, gradients that are not finite."""
+"""Reports of a run: log, speed, validation loss, pictures, gradients that are not finite."""

@@ -1,4 +1,4 @@
-"""What the steps give: speed and losses between two lines of the log, and which gradients were not finite."""
+"""Meter of the steps: speed and losses between two lines of the log, and gradients that were not finite."""
 
 import time
 from collections import deque

@@ -1,4 +1,4 @@
-"""Where a run is, and how long its legs may be on this machine, which a time budget decides again and again."""
+"""Progress of a run, and the lengths of its legs on this machine, which a time budget keeps adjusting."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ LEAST_CHANGE = 0.03  # of the steps left: smaller changes are not worth a new pl
 
 @dataclass
 class Progress:
-    """What a checkpoint holds beside tensors; `stage` is what a leg is called there."""
+    """State of a checkpoint beside its tensors; a leg is called `stage` there."""
 
     lengths: list[int]  # steps of each leg
     scale: float = 1.0  # what the time budget left of the recipe's lengths

@@ -51,7 +51,7 @@ class SampleSheets:
         team.from_first(self._load, self._group)
 
     def draw(self, step: int, learner: Learner, latent_shape: Sequence[int]) -> None:
-        """Draw OUT/samples/step-*.png. What goes wrong is told, and the run goes on."""
+        """Draw OUT/samples/step-*.png. Errors are reported, and the run goes on."""
         weights = learner.drawing_weights(keep=self.team.rank == 0)
 
         def drawn() -> None:

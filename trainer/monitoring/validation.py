@@ -77,7 +77,7 @@ class Validation:
         leg, device = data.leg, learner.device
         edm, edges = EDM(sigma_data=data.recipe.sigma_data), torch.tensor(NOISE_EDGES, device=device)
         sums = torch.zeros(2, NOISE_BINS, dtype=torch.float64, device=device)
-        # eager, because the blocks would be compiled anew for these shapes and without gradients
+        # eager, because the blocks would be compiled again for these shapes and without gradients
         with torch.compiler.set_stance("force_eager"):
             size = leg.micro_batch or leg.batch // self.team.world
             for part in torch.arange(len(rows.weight)).split(size) if len(rows.weight) else ():

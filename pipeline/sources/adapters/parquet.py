@@ -182,7 +182,7 @@ class Parquet(MappedSource):
         """Find the columns that the options name, and the image's.
 
         Raises:
-            RequestError: a column is absent or of a wrong type, or the image's cannot be told.
+            RequestError: a column is absent or of a wrong type, or the image's is not known.
         """
         options = self._options
         named = options.paths()

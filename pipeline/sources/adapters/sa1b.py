@@ -146,6 +146,6 @@ def check_expiry(files: Sequence[RemoteFile], what: str, now: float) -> str:
     if over := sum(end <= now for end in ends):
         raise RequestError(
             f"{what}: {over} of its {len(files)} links have expired, the first on {first}; "
-            f"get a new list at {PAGE}, put it in the old one's place and run the same command: it goes on"
+            f"get a new list at {PAGE}, replace the old one by it and run the same command: it goes on"
         )
     return f"its links expire from {first} on, in {(min(ends) - now) / 3600:.0f} hours; then get a new list and go on"

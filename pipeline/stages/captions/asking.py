@@ -24,19 +24,19 @@ def judge(text: str, finished: bool, options: CaptionsColumn) -> Outcome:
 
 
 def caption_output(caption: str) -> Output:
-    """What a captions column stores: the caption, and its number of words."""
+    """Return what a captions column stores: the caption, and its number of words."""
     return Output({"caption": caption, "tokens": len(caption.split())})
 
 
 def asked_of(options: CaptionsColumn, prompt: str) -> dict[str, Any]:
-    """The part of a declaration that says how captions are asked for."""
+    """Return the part of a declaration that says how captions are asked for."""
     names = ("temperature", "image_side", "language")
     asked = {name: getattr(options, name) for name in names}
     return {**asked, "prompt": prompt, "kind": options.asked_kind, "max_tokens": options.most_tokens}
 
 
 def check_language(column: str, options: CaptionsColumn) -> None:
-    """Check that captions in the asked language can be told from others.
+    """Check that captions in the asked language can be recognised.
 
     Raises:
         RequestError: they cannot.
@@ -47,7 +47,7 @@ def check_language(column: str, options: CaptionsColumn) -> None:
 
 
 def prompt_of(column: str, options: CaptionsColumn, family: str) -> str:
-    """The prompt that is given, or the default one of a family of captioners.
+    """Return the prompt that is given, or the default one of a family of captioners.
 
     Raises:
         RequestError: the family gives no such captions.

@@ -24,7 +24,7 @@ PASSING = (408, 409, 425, 429, *range(500, 600))  # these statuses may be others
 
 
 class BadAnswer(ValueError):
-    """What came for this image is no answer: `reason` is a code to group by."""
+    """Unusable answer for this image: `reason` is a code to group by."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
@@ -37,7 +37,7 @@ class Unanswered(BadAnswer):
 
 @dataclass(frozen=True)
 class Reply:
-    """What the server said, and the tokens that it read and wrote (None: it did not say)."""
+    """Reply of the server, and the tokens that it read and wrote (None: not reported)."""
 
     text: str
     ended: str | None
@@ -52,7 +52,7 @@ class Reply:
 
 
 def request(model: str, prompt: str, jpeg: bytes, max_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
-    """The body of a request. A server that knows no seeds leaves them out of account."""
+    """Build the body of a request. A server that knows no seeds leaves them out of account."""
     image = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
     content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": prompt}]
     return {
@@ -122,7 +122,7 @@ def without_key(data: bytes, key: str | None) -> bytes:
 
 
 def parse(data: bytes) -> Reply:
-    """A chat completion.
+    """Parse a chat completion.
 
     Raises:
         BadAnswer: it is none.

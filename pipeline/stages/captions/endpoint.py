@@ -50,7 +50,7 @@ class Bill:
     rejected: int = 0
     """Samples that the server rejected, or gave no answer to."""
     last: str = ""
-    """What it said to the last request of both."""
+    """Reply to the last request of both."""
     again: int = 0
 
 
@@ -81,7 +81,7 @@ class Endpoint:
         self._key = self._find_key()
 
     def _find_key(self) -> str | None:
-        """The server's key as this machine has it.
+        """Find the server's key as this machine has it.
 
         Raises:
             RequestError: the variable is not set, or empty.
@@ -108,7 +108,7 @@ class Endpoint:
             return shard.commit(lambda column: costs)
 
     def _prepare(self, row: Row) -> bytes:
-        """The image as a JPEG, which the server is sent."""
+        """Encode the image as a JPEG, which the server is sent."""
         pixels = decode_within(image_bytes(row.members), self._max_pixels, self._options.image_side)
         return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=QUALITY, colorsubsampling="444")
 
@@ -189,7 +189,7 @@ class Endpoint:
     # -- the cost ------------------------------------------------------------------------------------------------------
 
     def _spent(self, corpus: Corpus) -> float:
-        """The cost of the column's committed shards. A process reads each commit once."""
+        """Sum up the cost of the column's committed shards. A process reads each commit once."""
         if self._options.max_spend is None:
             return 0.0
         for (source, shard), generation in corpus.listed(self.name):

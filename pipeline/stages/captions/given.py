@@ -121,7 +121,7 @@ class GivenCaptions:
         return caption_output(caption).scalars
 
     def _why_none(self, row: Row) -> RowFailure | None:
-        """The failure that the source noted, of a text that it could not take; None if it noted none."""
+        """Return the failure that the source noted, of a text that it could not take; None if it noted none."""
         if self.table is not None:
             return None
         if row.scalars.get("ambiguous"):
@@ -134,7 +134,7 @@ class GivenCaptions:
         return RowFailure("not_side_by_side", apart) if apart else None
 
     def _caption(self, row: Row, table: TableRows) -> tuple[str, str]:
-        """The caption of a sample, empty if there is none, and the detail of the failure in that case."""
+        """Return the caption of a sample, empty if there is none, and the detail of the failure in that case."""
         options, source = self._options, row.scalars["caption"] or ""
         if options.field is not None:
             fallback = source if options.fallback else ""
@@ -149,12 +149,12 @@ class GivenCaptions:
 
 
 def _own_name(key: str) -> str:
-    """A key without the file's number that a source puts before names that begin again in each file."""
+    """Strip the file's number that a source puts before names that begin again in each file."""
     return FILE_NUMBER.sub("", key)
 
 
 def field_text(fields: str | None, name: str) -> str:
-    """A field of a sample's `fields` (a JSON object, or empty) if it is a text, else ""."""
+    """Return a field of a sample's `fields` (a JSON object, or empty) if it is a text, else ""."""
     value = json.loads(fields).get(name) if fields else None
     return value if isinstance(value, str) else ""
 
@@ -162,7 +162,7 @@ def field_text(fields: str | None, name: str) -> str:
 def join_spec(
     column: str, options: CaptionsColumn, pattern: str, revisions: Mapping[str, str] | None = None
 ) -> JoinSpec:
-    """The table behind `pattern`, and how the captions of a column are found in it.
+    """Describe the table behind `pattern`, and how the captions of a column are looked up in it.
 
     Args:
         revisions: as `list_files` has it.
@@ -175,7 +175,7 @@ def join_spec(
 
 
 def known_join_spec(corpus: Corpus, column: str, options: CaptionsColumn, pattern: str) -> JoinSpec | None:
-    """The table that a declared column has in the corpus, sorted, though its file may be gone; None if it has none."""
+    """Describe the table that a declared column has in the corpus, though its file may be gone; None if it has none."""
     identity = corpus.column(column).made_by.get("table") if column in corpus.columns() else None
     if not isinstance(identity, dict) or "sha256" not in identity:
         return None

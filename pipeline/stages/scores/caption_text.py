@@ -28,7 +28,7 @@ N = 3
 
 
 def caption_score_stage(name: str, options: CaptionScores) -> RowStage:
-    """The stage of `scores/caption`: `caption_scores` of one captions column."""
+    """Make the stage of `scores/caption`: `caption_scores` of one captions column."""
     stage = {"stage": "scores/caption", "version": 1, "captions": options.captions}
     stage |= {"model": carried_identity(name, "py3langid")}
     return RowStage(name, ColumnSpec(stage, SCALARS, (f"captions/{options.captions}",)), "cpu", _load)
@@ -63,11 +63,11 @@ def caption_scores(caption: str, language: Callable[[str], tuple[str, float]]) -
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, casefolded."""
+    """Split a text into words, casefolded."""
     return WORDS.findall(text.casefold())
 
 
 def repetition(words: Sequence[str]) -> float:
-    """The share of runs of three words that occurred before, 0 to 1; 0 without such a run."""
+    """Compute the share of runs of three words that occurred before, 0 to 1; 0 without such a run."""
     runs = [tuple(words[i : i + N]) for i in range(len(words) - N + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0

@@ -36,7 +36,7 @@ PixelFunction = Callable[[np.ndarray], Scalars]
 
 
 def basic_score_stage(name: str, max_pixels: int) -> RowStage:
-    """The stage of `scores/basic`: `basic_scores` of the stored image."""
+    """Make the stage of `scores/basic`: `basic_scores` of the stored image."""
     spec = ColumnSpec({"stage": "scores/basic", "version": 1}, SCALARS, (IMAGES,))
     return pixel_score_stage(name, spec, None, max_pixels, _load_basic)
 
@@ -44,7 +44,7 @@ def basic_score_stage(name: str, max_pixels: int) -> RowStage:
 def pixel_score_stage(
     name: str, spec: ColumnSpec, device: str | None, max_pixels: int, load: Callable[[], PixelFunction]
 ) -> RowStage:
-    """A stage that scores one image after the other.
+    """Make a stage that scores one image after the other.
 
     Args:
         device: `cpu` for a model, None for a plain function.
@@ -109,7 +109,7 @@ def basic_scores(pixels: np.ndarray) -> Scalars:
 
 
 def perceptual_hash(luma: Image.Image) -> str:
-    """The DCT hash: which of the 8x8 lowest frequencies of the 32x32 picture lie above their median.
+    """Compute the DCT hash: which of the 8x8 lowest frequencies of the 32x32 picture lie above their median.
 
     The zero frequency stays out of the median. Frequencies within 2 gray levels of the median count as below it: in a
     symmetric drawing half of them are zero, and JPEG noise would decide the bit of each.
@@ -135,7 +135,7 @@ def hash_bits(frequencies: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _dct8() -> np.ndarray:
-    """The first 8 rows of the orthonormal DCT-II matrix of size 32."""
+    """Compute the first 8 rows of the orthonormal DCT-II matrix of size 32."""
     k, n = np.arange(8)[:, None], np.arange(32)[None, :]
     matrix = np.cos(np.pi * (2 * n + 1) * k / 64) * np.sqrt(2 / 32)
     matrix[0] /= np.sqrt(2)
@@ -143,7 +143,7 @@ def _dct8() -> np.ndarray:
 
 
 def _laplacian_variance(luma: np.ndarray) -> float:
-    """The variance of the Laplacian (4 neighbours) of (H, W) uint8 luma; 0 without an inner pixel."""
+    """Compute the variance of the Laplacian (4 neighbours) of (H, W) uint8 luma; 0 without an inner pixel."""
     if min(luma.shape) < 3:
         return 0.0
     values = luma.astype(np.float32)

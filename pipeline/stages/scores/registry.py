@@ -14,12 +14,13 @@ from microdit.pipeline.config.scores import (
     TextScores,
     TurnedScores,
 )
+from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES
 from microdit.pipeline.stages.identity import carried_identity
 from microdit.pipeline.stages.row_stage import RowStage
 from microdit.pipeline.stages.scores.caption_text import caption_score_stage
 from microdit.pipeline.stages.scores.pixels import PixelFunction, basic_score_stage, pixel_score_stage
-from microdit.pipeline.stages.scores.turned import turned_score_stage
+from microdit.pipeline.stages.scores.turned import NESTED, VERSION, turned_score_stage
 from microdit.pipeline.stages.scores.vision import VisionScores
 from microdit.pipeline.stages.stage import ColumnSpec, Stage
 
@@ -27,8 +28,11 @@ NSFW_SCALARS = {"nsfw": "float32"}
 TEXT_SCALARS = {"area": "float32", "boxes": "int32", "characters": "int32"}
 
 
-def score_stages(config: BuildConfig) -> Iterator[Stage]:
-    """A stage for each column; one for all columns `clip` of a model.
+def score_stages(config: BuildConfig, corpus: Corpus | None = None) -> Iterator[Stage]:
+    """Make a stage for each column; one for all columns `clip` of a model.
+
+    Args:
+        corpus: where a column is that an earlier version of a stage began; that version goes on with it.
 
     Raises:
         RequestError: a model that is not to be had.
@@ -40,7 +44,7 @@ def score_stages(config: BuildConfig) -> Iterator[Stage]:
             case BasicScores():
                 yield basic_score_stage(name, max_pixels)
             case TurnedScores():
-                yield turned_score_stage(name, max_pixels)
+                yield turned_score_stage(name, max_pixels, _turned_version(corpus, name))
             case NsfwScores(model=model) if model == YAHOO:
                 yield _nsfw_stage(name, max_pixels)
             case TextScores():
@@ -53,6 +57,13 @@ def score_stages(config: BuildConfig) -> Iterator[Stage]:
                 yield VisionScores(name, {name: options}, max_pixels, resources)
     for columns in by_clip.values():
         yield VisionScores(next(iter(columns)), columns, max_pixels, resources)
+
+
+def _turned_version(corpus: Corpus | None, name: str) -> int:
+    if corpus is None or name not in corpus.columns():
+        return VERSION
+    version = corpus.column(name).made_by.get("version")
+    return version if version in NESTED else VERSION
 
 
 def _nsfw_stage(name: str, max_pixels: int) -> RowStage:

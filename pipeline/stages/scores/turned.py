@@ -1,5 +1,7 @@
 """`scores/turned`: hashes of the picture without its borders, as it is and turned in every way."""
 
+from functools import partial
+
 import numpy as np
 from PIL import Image
 
@@ -15,26 +17,32 @@ SAME_COLOUR = 16  # of 255, how far a border's pixels may be from its colour: JP
 OTHERS = 0.01  # the share of a border's pixels, line by line, that may be of another colour
 BLOCK = 16  # lines at a time
 LEAST = 1 / 3  # of a side that is left; where more would be cut, nothing is
+VERSION = 2
+NESTED = {1: 1, 2: 8}  # by the stage's version: how many borders, one within the other, are cut
 
 
-def turned_score_stage(name: str, max_pixels: int) -> RowStage:
-    """The stage of `scores/turned`: `turned_scores` of the stored image."""
-    spec = ColumnSpec({"stage": "scores/turned", "version": 1}, SCALARS, (IMAGES,))
-    return pixel_score_stage(name, spec, None, max_pixels, _load)
+def turned_score_stage(name: str, max_pixels: int, version: int = VERSION) -> RowStage:
+    """Make the stage of `scores/turned`: `turned_scores` of the stored image.
+
+    Args:
+        version: 1 cuts one border of each side, 2 also a drawing's own margin within the bars.
+    """
+    spec = ColumnSpec({"stage": "scores/turned", "version": version}, SCALARS, (IMAGES,))
+    return pixel_score_stage(name, spec, None, max_pixels, partial(_load, NESTED[version]))
 
 
-def _load() -> PixelFunction:
-    return turned_scores
+def _load(nested: int) -> PixelFunction:
+    return partial(turned_scores, nested=nested)
 
 
-def turned_scores(pixels: np.ndarray) -> Scalars:
-    """Hash (H, W, 3) uint8 RGB pixels.
+def turned_scores(pixels: np.ndarray, nested: int = NESTED[VERSION]) -> Scalars:
+    """Hash (H, W, 3) uint8 RGB pixels, without at most `nested` borders that lie one within the other.
 
     - `phashes`: 8 hashes as `phash` of `scores/basic`, 128 hex digits, of the picture without its borders: as it is,
       mirrored left to right, top to bottom, turned by 180 degrees; then the same of the transposed picture
     - `border`: the share of the picture that borders of one colour take
     """
-    inner = cut_borders(pixels)
+    inner = cut_borders(pixels, nested)
     low = low_frequencies(Image.fromarray(inner).convert("L"))
     return {
         "phashes": "".join(hash_bits(each).tobytes().hex() for each in turned(low)),
@@ -48,13 +56,21 @@ def turned(low: np.ndarray) -> list[np.ndarray]:
     return [f * down[:, None] * across for f in (low, low.T) for down in (sign**2, sign) for across in (sign**2, sign)]
 
 
-def cut_borders(pixels: np.ndarray) -> np.ndarray:
-    """Cut lines of one colour from all four sides: bars above and below, a frame."""
-    for _ in range(2):  # rows, then columns
-        lines = _border(pixels), _border(pixels[::-1])
-        if len(pixels) - sum(lines) >= max(1, LEAST * len(pixels)):
-            pixels = pixels[lines[0] : len(pixels) - lines[1]]
-        pixels = pixels.swapaxes(0, 1)
+def cut_borders(pixels: np.ndarray, nested: int = NESTED[VERSION]) -> np.ndarray:
+    """Cut lines of one colour from all four sides: bars above and below, a frame, a margin within them.
+
+    To cut until nothing is left to cut makes a picture with bars and the picture without them equal: a drawing loses
+    its margin in both.
+    """
+    for _ in range(nested):
+        before = pixels.shape
+        for _ in range(2):  # rows, then columns
+            lines = _border(pixels), _border(pixels[::-1])
+            if len(pixels) - sum(lines) >= max(1, LEAST * len(pixels)):
+                pixels = pixels[lines[0] : len(pixels) - lines[1]]
+            pixels = pixels.swapaxes(0, 1)
+        if pixels.shape == before:
+            break
     return np.ascontiguousarray(pixels)
 
 

@@ -57,7 +57,7 @@ class ShardScores:
     captions: Mapping[str, Mapping[int, str]]
 
     def columns_of(self, row: Row) -> Attempts:
-        """The columns that take a row: all but those in which its caption has failed."""
+        """Return the columns that take a row: all but those in which its caption has failed."""
         return {
             column: attempt
             for column, attempt in self.shard.attempts.items()
@@ -65,7 +65,7 @@ class ShardScores:
         }
 
     def rows(self) -> Iterator[Row]:
-        """The rows of the images to work on, which some column takes; the others fail, or have failed."""
+        """Yield the rows of the images to work on, which some column takes; the others fail, or have failed."""
         for row in read_rows(self.shard.corpus, self.shard.source):
             if columns := self.columns_of(row):
                 yield from usable_rows([row], columns, self.shard.task, IMAGES)
@@ -140,7 +140,7 @@ class VisionScores:
             return shard.commit(lambda column: figures | ({"cut": cut[column]} if column in cut else {}))
 
     def _prepare(self, row: Row) -> np.ndarray:
-        """An image as the model takes it."""
+        """Prepare an image as the model takes it."""
         image: np.ndarray = self._model.prepare(decode(image_bytes(row.members), self._max_pixels).pixels)
         return image
 
@@ -166,7 +166,7 @@ def _label(options: VisionOptions) -> str | None:
 
 
 def _captions(shard: ShardRun, column: str, commit: Commit) -> dict[int, str]:
-    """The captions of a shard by row; rows without one fail in `column`."""
+    """Return the captions of a shard by row; rows without one fail in `column`."""
     attempts = {column: shard.attempts[column]}
     rows = usable_rows(read_lines(shard.corpus, commit), attempts, shard.task, commit.column)
     return {row.row: row.scalars["caption"] for row in rows}

@@ -13,9 +13,12 @@ from microdit.pipeline.curation.duplicates import decontaminate, dedup, hash_tab
 from microdit.pipeline.curation.greedy import nearest_kept
 from microdit.pipeline.curation.hashes import SOME_WAYS, WAYS, Hashed, bits_between, linked, near
 from microdit.pipeline.selection.view import query
+from microdit.pipeline.stages.registry import stages_of
 from microdit.pipeline.stages.scores.pixels import basic_scores
-from microdit.pipeline.stages.scores.turned import cut_borders, turned_scores
+from microdit.pipeline.stages.scores.turned import SCALARS, cut_borders, turned_scores
+from microdit.pipeline.stages.stage import Task
 from tests.pipeline.helpers.picture_corpus import add_turned, corpus_of, microdit, photo
+from tests.pipeline.helpers.stage_outputs import config as build_config
 
 TURN = Image.Transpose
 WAYS_TO_TURN = [
@@ -55,6 +58,43 @@ def test_borders_are_cut_from_every_side(left: int, top: int, right: int, bottom
     whole = np.full((64 + top + bottom, 80 + left + right, 3), gray, np.uint8)
     whole[top : top + 64, left : left + 80] = inner
     assert np.array_equal(cut_borders(whole), inner)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.sampled_from([0, 90, 255]), st.booleans()), min_size=1, max_size=4),
+    st.booleans(),
+)
+def test_bars_around_a_drawing_with_a_margin_of_its_own(bars: list[tuple[int, int, bool]], frame: bool) -> None:
+    """However often bars are put around a picture, what is left is what is left of the picture."""
+    inner = np.random.default_rng(1).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    drawing = np.pad(inner, ((5, 5), (7, 7), (0, 0)), constant_values=255) if frame else inner
+    whole = drawing
+    for width, gray, across in bars:
+        whole = np.pad(whole, ((width, width), (0, 0), (0, 0)) if across else ((0, 0), (width, width), (0, 0)),
+                       constant_values=gray)  # fmt: skip
+    assert np.array_equal(cut_borders(whole), cut_borders(drawing)) and np.array_equal(cut_borders(whole), inner)
+    once = cut_borders(np.pad(drawing, ((9, 9), (0, 0), (0, 0))), 1)  # the stage's first version
+    assert np.array_equal(once, inner) != frame
+
+
+def test_a_column_of_the_first_version_goes_on_with_it(tmp_path: Path) -> None:
+    pictures = [np.pad(np.asarray(photo(1, 96)), ((8, 8), (8, 8), (0, 0)), constant_values=255)]
+    pictures.append(np.pad(pictures[0], ((20, 20), (0, 0), (0, 0))))
+    bits = {}
+    for version in (1, 2):
+        corpus = corpus_of(tmp_path / str(version), [Image.fromarray(pixels) for pixels in pictures])
+        columns = {"scores/turned": {}}
+        if version == 1:
+            corpus.declare_column("scores/turned", {"stage": "scores/turned", "version": 1}, SCALARS)
+        [stage] = stages_of(build_config(Path(corpus.url), columns), corpus)
+        spec = stage.columns["scores/turned"]
+        assert spec.stage == {"stage": "scores/turned", "version": version}
+        corpus.declare_column("scores/turned", spec.stage, spec.scalars)
+        for commit in corpus.commits("images"):
+            stage.run(corpus, Task(commit.ref, {"scores/turned": 0}))
+        hashes = [int(row["turned_phashes"][:16], 16) for row in query(corpus, "FROM samples").to_pylist()]
+        bits[version] = (hashes[0] ^ hashes[1]).bit_count()
+    assert bits[2] == 0 < bits[1]
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 64])

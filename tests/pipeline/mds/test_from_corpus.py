@@ -70,7 +70,7 @@ def test_a_selection_goes_back(tmp_path: Path, small: Corpus) -> None:
     assert read_mds(tmp_path / "mds") == wanted
     assert all(info.zip_data is not None for info in read_index(tmp_path / "mds"))
     select(corpus, "heavy", "SELECT source, shard, row, 2.0 AS weight FROM samples")
-    with pytest.raises(RequestError, match="has weights, which MDS has no place for"):
+    with pytest.raises(RequestError, match="has weights, which MDS cannot hold"):
         plan_export(corpus, selection="heavy", text_shape=(77, 8))
 
 

@@ -1,5 +1,4 @@
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from microdit.model.picture_files import grid
 from microdit.model.text_to_image import MicroDiTPipeline
 from microdit.pipeline.base.errors import RequestError
+from microdit.pipeline.cli.command import torchrun
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.trainer.monitoring.sample_sheets import SAMPLER, SEED, STEPS
 from microdit.trainer.recipe import Recipe
@@ -43,16 +43,8 @@ def test_what_is_held_out_is_drawn_by_two_processes_too(coloured: Corpus, tmp_pa
     )
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "microdit.trainer",
-        str(path),
-    ]
-    done = subprocess.run([sys.executable, *torchrun], capture_output=True, text=True)
+    command = [*torchrun(2), "-m", "microdit.trainer", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     train(recipe.model_copy(update={"out": tmp_path / "one"}))
     one, two = validations(tmp_path / "one"), validations(tmp_path / "two")

@@ -1,4 +1,4 @@
-"""JPEGs whose scan lost its place and found it again are refused by ingest; sound ones of every sort are not."""
+"""JPEGs whose scan lost synchronisation for a while are refused by ingest; sound ones of every sort are not."""
 
 import io
 import random
