@@ -51,6 +51,8 @@ def write_config(folder: Path, name: str, urls: Path, captions: Path) -> Path:
     config |= {"name": name, "corpus": str(folder / name)}
     config["sources"] = {"openmoji": {"adapter": "urls", "list": str(urls), "unit_inputs": UNIT_INPUTS, "fetch": fetch}}
     config["columns"]["captions/long"] = {"join": str(captions), "by": "origin"}
+    for column in ("captions/plain", "text/minilm@plain"):  # from a table that only the demo's source has
+        del config["columns"][column]
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

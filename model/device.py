@@ -15,10 +15,16 @@ def best_device() -> str:
 
 
 def has_fast_bf16(device: "torch.device") -> bool:
-    """Tell if bf16 is faster than float32: on every GPU, and on CPUs that multiply it (AMX, AVX-512 BF16: twice)."""
+    """Tell if bf16 is faster than float32: on every GPU, and on CPUs that multiply it (AMX, AVX-512 BF16: twice).
+
+    Not where torch is held to AVX2 (`ATEN_CPU_CAPABILITY`), whatever the CPU could do: it is eight times slower then.
+    """
     import torch
 
-    return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        return True
+    multiplied = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return multiplied and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def peak_memory_mb(device: "torch.device") -> int:

@@ -21,12 +21,22 @@ from microdit.model.samplers import SAMPLERS
 
 @dataclass(frozen=True)
 class EDM:
-    """The constants. sigma_data: deviation of the latents. sigma_min, sigma_max, rho: the noise levels of sampling."""
+    """The constants. sigma_data: deviation of the latents. sigma_min, sigma_max, rho: the noise levels of sampling.
+
+    Below the noise that a network was trained on its output is worth nothing: sigma_min is then raised, and the last
+    step leads from there to the clean latents.
+    """
 
     sigma_data: float = 0.9
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(
+                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: expected 0 < sigma_min < sigma_max"
+            )
 
     @staticmethod
     def sigma_from_normal(rnd: Tensor, p_mean: float, p_std: float) -> Tensor:

@@ -221,7 +221,10 @@ def _parts_of_run(path: Path, origin: dict[str, str], autoencoder: Part | None, 
             autoencoder or trained_part(info["latents"], "autoencoder"),
             text_encoder or trained_part(info["text"], "encoder"),
             sample_size=_sides(sample_size),
-            edm=EDM(sigma_data=float(info.get("sigma_data", EDM.sigma_data))),
+            edm=EDM(
+                sigma_data=float(info.get("sigma_data", EDM.sigma_data)),
+                sigma_min=float(info.get("sigma_min", EDM.sigma_min)),
+            ),
             guidance_scale=float(info.get("guidance_scale", Parts.guidance_scale)),
             origin=origin,
         )

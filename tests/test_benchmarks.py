@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.fast import summarize
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -188,3 +190,26 @@ def test_fetch_soak() -> None:
     found = run("fetch_soak", "--urls", "4000", "--hosts", "100")
     assert (found["urls"], found["unexpected"], found["unexpected_kinds"], found["files_left"]) == (4000, 0, {}, 0)
     assert len(found["reasons"]) == 11 and found["memory_peak_mb"] < 500
+
+
+@pytest.mark.slow
+def test_fast() -> None:
+    small = ["hold_out=32", "model.dim=64", "model.patch_mixer_dim=64", "model.depth=1"]
+    found = run("fast", "--switches", "muon", "--seeds", "0,1", "--images", "256", *small)
+    runs = [(row["switch"], row["seed"]) for row in found["rows"]]
+    assert runs == [("off", 0), ("muon", 0), ("off", 1), ("muon", 1)]
+    assert {row["images"] for row in found["rows"]} == {320}  # whole batches of both legs
+    assert found["switches"]["off"]["psnr"]["moved"] is None and found["switches"]["muon"]["psnr"]["error"] is not None
+
+
+def test_switches_are_held_against_their_error() -> None:
+    values = {"off": [10.0, 11.0, 12.0], "muon": [14.0, 15.0, 16.0]}
+    rows = [
+        {"switch": name, "seed": seed, "psnr": value, "nearest": 3, "nearest_all": 1, "validation": None}
+        for name, some in values.items()
+        for seed, value in enumerate(some)
+    ]
+    found = summarize(rows)
+    assert found["off"]["psnr"] == {"mean": 11.0, "error": pytest.approx(3**-0.5), "moved": None}
+    assert found["muon"]["psnr"]["moved"] == pytest.approx(4 / (2 / 3) ** 0.5)
+    assert found["muon"]["nearest"]["moved"] is None and "validation" not in found["muon"]

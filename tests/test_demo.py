@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from microdit.pipeline.cli.demo import COLUMNS
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.sources.openmoji.server import prepare
 from microdit.pipeline.upkeep.status import status
@@ -19,6 +21,7 @@ from microdit.pipeline.upkeep.verify import verify
 
 pytestmark = pytest.mark.timeout(600)
 DRAWINGS = 150
+LEFT_OUT = {"captions/long", "text/minilm@long", "latents/demo-128"}  # of configs/demo.yaml: nothing is trained on them
 
 TRAIN = [
     "stages.0.batch=64",
@@ -73,26 +76,35 @@ def test_demo_killed_twice_and_run_again(tmp_path: Path) -> None:
     assert not (out / "run").exists(), "the first kill came in the middle of the build"
     kill_when(start(out, cache), out / "run", "state.json", pauses.uniform(0, 0.5))
     assert not (out / "report.html").exists(), "the second kill came in the middle of the training"
-    finish(start(out, cache))
+    said = finish(start(out, cache))
+    assert "this machine trains on about" in said
 
     corpus = Corpus.open(out / "corpus")
     checked = verify(corpus)
     assert checked.ok, checked.problems
     listed = prepare(cache / f"openmoji-{DRAWINGS}", DRAWINGS)
     counts = checked.totals.samples
-    assert all(column.inputs == listed.inputs == column.out + column.failed for column in counts.values())
+    built = {name: column for name, column in counts.items() if name not in LEFT_OUT}
+    assert all(column.inputs == listed.inputs == column.out + column.failed for column in built.values())
     dropped = sum(len(urls) for kind, urls in listed.bad.items() if kind != "duplicate")
-    assert {column.failed for column in counts.values()} == {dropped}
-    assert set(counts) == {
-        "images", "captions/source", "captions/long", "scores/basic",
-        "latents/demo-64", "latents/demo-128", "text/minilm@source", "text/minilm@long",
-    }  # fmt: skip
-    assert {entry.left for column in status(corpus).columns.values() for entry in column.values()} == {0}
+    assert {column.failed for column in built.values()} == {dropped}
+    assert set(built) == set(COLUMNS)
+    left = {name: {entry.left for entry in column.values()} for name, column in status(corpus).columns.items()}
+    assert {name for name, shards in left.items() if shards != {0}} == LEFT_OUT
+    plan = json.loads((out / "run/plan.json").read_text())
+    assert plan["every"] and plan["drawings"] > 100  # so few are all taken
 
     figures = json.loads((out / "run/evaluation.json").read_text())
     assert figures["psnr"] > figures["untrained"]["psnr"]  # even so short a training learns something
     assert Image.open(out / "run/grid.png").width > 500
     assert "data:image/" in (out / "report.html").read_text()
+
+    (asked,) = [line for line in said.splitlines() if "your turn" in line]
+    command = shlex.split(asked.partition("microdit ")[2])
+    assert command[-1] == "a red apple"  # no caption of the selection's form, but one that it was trained on too
+    program = "from microdit.pipeline.cli.app import main; main()"
+    subprocess.run([sys.executable, "-c", program, *command, "--out", str(tmp_path / "apple")], check=True)
+    assert Image.open(next((tmp_path / "apple").glob("*.png"))).size == (64, 64)
 
     before = {path: path.stat().st_mtime_ns for path in (out / "corpus").rglob("*.tar")}
     output = finish(start(out, cache))

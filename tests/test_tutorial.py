@@ -39,6 +39,7 @@ def test_the_tutorial_from_a_folder_to_pictures(tmp_path: Path) -> None:
     said = {}
     commands = "".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)).splitlines()
     assert commands.pop(0) == "microdit demo"  # tests/test_demo.py
+    assert "--checkpoint runs/demo/run" in commands.pop(0)  # the same
     for command in commands:
         words = shlex.split(command)
         words = [*program, *words[1:], *SMALLER.get(words[1], [])] if words[0] == "microdit" else words

@@ -16,6 +16,7 @@ from microdit.model.checkpoint import load_weights
 from microdit.model.device import has_fast_bf16
 from microdit.model.edm import EDM
 from microdit.model.flops import training_flops
+from microdit.model.muon import Muon, has_matrices
 from microdit.model.network import MicroDiT
 from microdit.model.sharding import own_part, shard_blocks, shared_as, whole, whole_tensors
 from microdit.trainer.checkpoints import contents as checkpoint
@@ -58,14 +59,19 @@ class Learner:
     def _optimizer(self) -> torch.optim.AdamW:
         options = self.recipe.optimizer
         experts = {name for name in self.parameters if name.endswith(("mlp.w1", "mlp.w2"))}
+        muon = options.name == "muon"
+        kinds = {name: (name in experts, muon and has_matrices(name, p)) for name, p in self.parameters.items()}
         groups = [
-            {"params": [p for name, p in self.parameters.items() if (name in experts) == own], "scale": scale}
-            for own, scale in ((False, 1.0), (True, options.expert_rate))
+            {
+                "params": [p for name, p in self.parameters.items() if kinds[name] == kind],
+                "scale": options.expert_rate if kind[0] else 1.0,
+                **({"muon": kind[1]} if muon else {}),
+            }
+            for kind in sorted(set(kinds.values()))
         ]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=1.0, betas=options.betas, eps=options.eps,
-            weight_decay=options.weight_decay, fused=True,
-        )  # fmt: skip
+        return (Muon if muon else torch.optim.AdamW)(
+            groups, lr=1.0, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay, fused=True
+        )
 
     def step(self, batch: Batch, leg: LegRecipe, rate: float, scale: float = 1.0, leg_seen: float = math.inf) -> Step:
         """Take one step on this process's part of a batch.

@@ -70,8 +70,10 @@ class LegRecipe(RecipePart):
 
 
 class OptimizerRecipe(RecipePart):
-    """AdamW."""
+    """AdamW, or Muon beside it."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: the matrices of the blocks take orthogonal steps of the same size, all else is AdamW's. Not with fsdp."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay of the means of the gradient and of its square."""
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
@@ -155,11 +157,14 @@ class Recipe(RecipePart):
     """Steps between sheets of pictures, OUT/samples/step-*.png; also before the first step and at the end. Text encoder
     and autoencoder of the columns must be at hand, which is seen at the start."""
     sample_prompts: list[str] = []
-    """What is drawn on them; without any, captions that are held out."""
+    """Captions to draw on them; without any, captions that are held out."""
     evaluate: EvaluateRecipe | None = None
     """Measure pictures of the moving average on the way; the figures go where those of the log go."""
     wandb: str | None = None
     """A project of W&B that gets what the log gets (pip install "microdit[wandb]")."""
+    sigma_min: float = Field(0.002, gt=0, lt=80)
+    """The lowest noise that pictures are drawn from; from there one step leads to the picture. Where `p_mean` and
+    `p_std` leave low noise untrained, steps below the trained range only spoil the picture: exp(p_mean - 2 p_std)."""
     guidance_scale: float = Field(5.0, ge=0)
     """Default of `generate`."""
 
@@ -171,6 +176,8 @@ class Recipe(RecipePart):
                     f"stages.{number}.batch: {leg.batch} is no multiple of lanes={self.lanes}; "
                     f"give such a batch, or set lanes to a divisor of {leg.batch}"
                 )
+        if self.optimizer.name == "muon" and self.parallel == "fsdp":
+            raise ValueError("optimizer.name: muon needs whole matrices; with parallel = fsdp take adamw")
         if sorted(set(self.text_lengths)) != self.text_lengths:
             raise ValueError(f"text_lengths: {self.text_lengths} must rise")
         if self.sample_every and not self.sample_prompts and not self.hold_out:
@@ -185,7 +192,7 @@ class Recipe(RecipePart):
 
 # A run may go on with other values of these.
 OPERATION = {"corpus", "out", "cache_mb", "time_budget", "checkpoint_every", "checkpoint_keep", "log_every"} | {
-    "guidance_scale", "compile", "checkpoint_minutes", "wandb", "cache_folder", "cache_gb", "max_broken",
+    "guidance_scale", "sigma_min", "compile", "checkpoint_minutes", "wandb", "cache_folder", "cache_gb", "max_broken",
     "validate_every", "sample_every", "sample_prompts", "evaluate",
     "checkpoints", "checkpoint_keep_hours", "parallel", "name", "text_lengths",
 }  # fmt: skip

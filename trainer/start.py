@@ -94,7 +94,7 @@ def find_changes(saved: Checkpoint, recipe: Recipe, data: Sequence[Mapping[str, 
     changes = []
     for name in now:
         if before.get(name) != now[name]:
-            if name not in open_fields and not name.startswith("optimizer."):
+            if name not in open_fields and not (name.startswith("optimizer.") and name != "optimizer.name"):
                 raise RequestError(
                     f"{saved.name} was made with {name} = {before.get(name)}, the recipe says {now[name]}; {advice}"
                 )
@@ -128,6 +128,7 @@ def generate_info(recipe: Recipe, samples: RunSamples, data: LegData, selection:
         "name": recipe.name,
         "latent_shape": data.latent_shape,
         "sigma_data": recipe.sigma_data,
+        "sigma_min": recipe.sigma_min,
         "guidance_scale": recipe.guidance_scale,
         "latents": samples.corpus.column(data.leg.latents).made_by,
         "text": samples.corpus.column(data.text[0]).made_by,

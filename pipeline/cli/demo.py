@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from rich.table import Table
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.progress import shown
 from microdit.pipeline.base.terminal import printable
-from microdit.pipeline.cli.command import torchrun
+from microdit.pipeline.cli.demo_plan import RECIPE, plan_training
 from microdit.pipeline.config.build import BuildConfig, load_config
-from microdit.pipeline.config.yaml import HOME
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.engine.build import build
 from microdit.pipeline.report.page import write_report
@@ -30,31 +30,25 @@ from microdit.pipeline.selection.view import query
 from microdit.pipeline.upkeep.verify import verify
 
 TIME_LIMIT = 8 * 60  # seconds for everything on 2 cores; the training gets what the build left of it, but for
-AFTER_TRAINING = 60  # the pictures and the page
+AFTER_TRAINING = 40  # the pictures and the page
+STARTING = 15  # of the training's time pass until the first step
 LEAST_TRAINING = 60
+SAMPLING_STEPS = 4  # seven calls of the network for a picture: with 30 steps it is the same
 
+# What it trains on; configs/demo.yaml has more, for which `microdit build` may be run on the same corpus afterwards.
+COLUMNS = [
+    "images", "captions/source", "captions/plain", "scores/basic",
+    "latents/demo-64", "text/minilm@source", "text/minilm@plain",
+]  # fmt: skip
 
 # glibc keeps what a step has freed: a page fault for each 4 KB of every step is a twelfth of the processor's time. The
 # values are the caller's, if there are some.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
-# Of drawings that look alike only the first is kept: at most 1 of the 64 bits of the perceptual hash differs, and so
-# does hardly the mean colour (flat drawings that differ in colour alone have one hash). Too small ones are left out.
-SELECTION = """
-SELECT source, shard, row FROM samples AS s
-WHERE status = 'ok' AND least(width, height) >= 64
-  AND has_latents_demo_64 AND has_text_minilm_source AND has_text_minilm_long
-  AND NOT EXISTS (
-    SELECT 1 FROM samples AS t
-    WHERE t.status = 'ok' AND least(t.width, t.height) >= 64 AND (t.shard, t.row) < (s.shard, s.row)
-      AND bit_count(xor(('0x' || t.basic_phash)::UBIGINT, ('0x' || s.basic_phash)::UBIGINT)) <= 1
-      AND abs(t.basic_red - s.basic_red) + abs(t.basic_green - s.basic_green) + abs(t.basic_blue - s.basic_blue) < 6)
-"""
-
 OUTCOMES = """
 SELECT CASE WHEN status = 'ok' THEN 'ok' ELSE reason END AS outcome, count(*) AS images,
-       round(avg(caption_source_tokens), 1) AS words, round(avg(caption_long_tokens), 1) AS words_long,
+       round(avg(caption_source_tokens), 1) AS words, round(avg(caption_plain_tokens), 1) AS words_plain,
        round(avg(basic_entropy), 2) AS entropy
 FROM samples GROUP BY 1 ORDER BY 2 DESC
 """
@@ -73,18 +67,19 @@ def run_demo(out: Path, build_overrides: Sequence[str] = (), train_overrides: Se
     out.mkdir(parents=True, exist_ok=True)
     steps = _Steps(console)
 
-    steps.begin("building a corpus from a list of URLs", "microdit build configs/demo.yaml")
+    command = f"microdit build configs/demo.yaml --columns {','.join(COLUMNS)}"
+    steps.begin("building a corpus from a list of URLs", command)
     config = load_config("configs/demo.yaml", build_overrides, corpus=str(out / "corpus"))
     if status := _build(config, console):
         return status
     corpus = Corpus.open(config.corpus)
 
     steps.begin("looking at it, and choosing by SQL", "microdit query ..., microdit select ...")
-    selection = _select(corpus, console)
+    left = partial(_training_time, began)
+    selection = _select(corpus, run, left(), console)
 
     steps.begin("training a small MicroDiT on it", "torchrun -m microdit.trainer configs/recipes/demo.yaml")
-    budget = max(TIME_LIMIT - AFTER_TRAINING - (time.monotonic() - began), LEAST_TRAINING)
-    if status := _train(corpus, selection, run, budget, train_overrides):
+    if status := _train(corpus, selection, run, left(), train_overrides):
         return status
 
     steps.begin("drawing what it learned, from captions alone", "")
@@ -97,7 +92,7 @@ def run_demo(out: Path, build_overrides: Sequence[str] = (), train_overrides: Se
 
     steps.begin(f"done in {(time.monotonic() - began) / 60:.1f} minutes", "")
     _say(console, f"  pictures   {run / 'grid.png'}\n  report     {report}")
-    prompt = "red apple, food fruit"  # of the kind that it was trained on
+    prompt = "a red apple"
     _say(console, f"  your turn  microdit generate --checkpoint {run} --prompt '{prompt}'")
     return 0
 
@@ -117,16 +112,23 @@ class _Steps:
 def _build(config: BuildConfig, console: Console) -> int:
     """Build the corpus, or go on with it; returns the build's exit status."""
     with shown(console) as progress:
-        built = build(config, progress=progress)
+        built = build(config, COLUMNS, progress=progress)
     _say(console, built.text())
     return built.exit_status
 
 
-def _select(corpus: Corpus, console: Console) -> Selection:
-    """Print what came in, and save the selection to train on."""
+def _training_time(began: float) -> float:
+    """Compute the seconds that are left for the training of a demo that began then."""
+    return max(TIME_LIMIT - AFTER_TRAINING - (time.monotonic() - began), LEAST_TRAINING)
+
+
+def _select(corpus: Corpus, run: Path, seconds: float, console: Console) -> Selection:
+    """Print what came in, and save the selection to train on: as many drawings as can be learned in so many seconds."""
     outcomes = query(corpus, OUTCOMES)
     console.print(_as_table(outcomes.column_names, zip(*outcomes.to_pydict().values(), strict=True)), markup=False)
-    selection = select(corpus, "demo", SELECTION)
+    plan = plan_training(corpus, run, seconds - STARTING, *_processes())
+    _say(console, plan.text())
+    selection = select(corpus, "demo", plan.sql)
     _say(console, f"selection {selection.name}@{selection.hash}: {selection.rows:,} images, duplicates left out")
     return selection
 
@@ -137,7 +139,8 @@ def _train(corpus: Corpus, selection: Selection, run: Path, budget: float, overr
     Every core is used unless OMP_NUM_THREADS says less.
     """
     processes, threads = _processes()
-    command = [*torchrun(processes), "-m", "microdit.trainer", str(HOME / "configs/recipes/demo.yaml")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["-m", "microdit.trainer", str(RECIPE)]
     command += [f"corpus={corpus.url}", f"selection={selection.name}@{selection.hash}", f"out={run}"]
     command += [f"time_budget={budget:.0f}", *overrides]
     environment = KEEP_MEMORY | os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -179,7 +182,7 @@ def _evaluate(run: Path) -> dict[str, Any]:
     try:
         if path.is_file() and (figures := json.loads(path.read_text()))["checkpoint"] == find_checkpoint(run).name:
             return figures
-        return evaluate(run)
+        return evaluate(run, num_inference_steps=SAMPLING_STEPS)
     except CheckpointError as error:
         raise RequestError(str(error)) from error
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from microdit.model.edm import EDM
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.config.evaluation import EvaluateRecipe
 from microdit.pipeline.evaluation.corpus_pictures import read_images
@@ -31,6 +32,7 @@ class EvaluatedRecipe(Protocol):
     stages: list[Any]
     seed: int
     sigma_data: float
+    sigma_min: float
     guidance_scale: float
 
     @property
@@ -61,7 +63,8 @@ class RunEvaluation:
             prompts = read_captions(corpus, recipe.main_text, held.take(held.lowest(options.images, seed)))
             text = corpus.column(recipe.main_text).made_by
             scale = recipe.guidance_scale if options.guidance_scale is None else options.guidance_scale
-            self.pictures = TrainingPictures(config, prompts, text, latents, team.device, recipe.sigma_data, scale)
+            edm = EDM(sigma_data=recipe.sigma_data, sigma_min=recipe.sigma_min)
+            self.pictures = TrainingPictures(config, prompts, text, latents, team.device, edm, scale)
             real = read_images(corpus, index.take(index.lowest(options.reference, seed)), latents["resolution"])
             self.meter = ArrayMeter(options.metrics, list(real.values()), options.models, team.device)
         except UNLOADABLE as error:

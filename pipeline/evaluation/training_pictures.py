@@ -28,7 +28,7 @@ class TrainingPictures:
 
     def __init__(
         self, config: Mapping[str, Any], prompts: Sequence[str], text: Mapping[str, Any], latents: Mapping[str, Any],
-        device: torch.device, sigma_data: float, guidance_scale: float,
+        device: torch.device, edm: EDM, guidance_scale: float,
     ):  # fmt: skip
         """Load the models of a text and a latents column.
 
@@ -40,7 +40,7 @@ class TrainingPictures:
             UNLOADABLE: one of them cannot be had, or they do not fit together.
         """
         self.config, self.prompts, self.device = config, list(prompts), device
-        self.edm, self.guidance_scale = EDM(sigma_data=sigma_data), guidance_scale
+        self.edm, self.guidance_scale = edm, guidance_scale
         parts = trained_part(dict(text), "encoder"), trained_part(dict(latents), "autoencoder")
         encoder, self.autoencoder = load_encoders(*parts, device)
         self.texts = EncodedPrompts(encoder, self.prompts)

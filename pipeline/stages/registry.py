@@ -63,7 +63,7 @@ def _caption_stages(name: str, options: CaptionsColumn, config: BuildConfig, cor
     elif options.tags is not None:
         yield Tags(name, options, max_pixels, resources.decode_threads)
     elif options.join is not None:
-        pattern = _openmoji_table(name, config) if options.join == "openmoji" else str(options.join)
+        pattern = _openmoji_table(name, options.column, config) if options.join == "openmoji" else str(options.join)
         try:
             spec = join_spec(name, options, pattern)
         except RequestError:
@@ -76,11 +76,11 @@ def _caption_stages(name: str, options: CaptionsColumn, config: BuildConfig, cor
         yield GivenCaptions(name, options)
 
 
-def _openmoji_table(column: str, config: BuildConfig) -> str:
-    """Return the captions table of the demo's source, for which `join: openmoji` stands."""
+def _openmoji_table(column: str, field: str, config: BuildConfig) -> str:
+    """Find the captions table of the demo's source that has this field; `join: openmoji` stands for it."""
     for name, options in config.sources.items():
         if isinstance(options, OpenmojiSource):
-            return str(Openmoji(name, options).captions_table())
+            return str(Openmoji(name, options).captions_table(field))
     raise RequestError(
         f"columns.{column}.join = 'openmoji': there is no source with the adapter openmoji; give the path of a table"
     )

@@ -73,6 +73,24 @@ def test_fewer_calls_reach_the_same_picture() -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_lower_noise_than_told_is_asked_for(sampler: str) -> None:
+    net, edm = GaussianNet(), EDM(sigma_min=1.5)
+    asked: list[float] = []
+
+    def watched(x: Tensor, t: Tensor, y: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        asked.append(math.exp(4 * float(t[0])))
+        return net(x, t, y, mask)
+
+    latents = torch.randn(2, 4, 8, 8)
+    edm.sample(watched, latents, torch.zeros(2, 1, 1), num_inference_steps=6, guidance_scale=1.0, sampler=sampler)  # type: ignore[arg-type]
+    assert min(asked) == pytest.approx(1.5, rel=1e-5) and max(asked) == pytest.approx(80, rel=1e-5)
+    assert edm.sigmas(6)[-2:].tolist() == pytest.approx([1.5, 0])
+    for wrong in (0, -1, 80, math.nan):
+        with pytest.raises(ValueError, match="sigma_min"):
+            EDM(sigma_min=wrong)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_one_step_is_the_denoised_noise(sampler: str) -> None:
     latents = torch.randn(1, 4, 8, 8)
     edm, net, y = EDM(), GaussianNet(), torch.zeros(1, 1, 1)

@@ -148,7 +148,7 @@ def test_pickles_within_files_of_torch(tmp_path: Path) -> None:
         {"latent_shape": 5}, {"latent_shape": [4, float("inf"), 8]}, {"latents": 3},
         {"latents": {"autoencoder": "x", "model": "y"}},
         {"text": {"encoder": "x", "model": {"max_tokens": 10**12}}}, {"text": {"encoder": "x", "model": {"dtype": []}}},
-        {"sigma_data": "much"},
+        {"sigma_data": "much"}, {"sigma_min": 0}, {"sigma_min": float("nan")}, {"sigma_min": 1e9},
     ],
     ids=str,
 )  # fmt: skip

@@ -10,6 +10,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from microdit.model.checkpoint import load_model
+from microdit.model.edm import EDM
+from microdit.model.loading import find_parts
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.trainer.run import Run
@@ -33,7 +35,15 @@ def test_a_run_learns_logs_and_leaves_what_generation_needs(recipe, tmp_path) ->
     assert info["latent_shape"] == [4, 4, 4]
     assert info["latents"] == {"stage": "latents", "autoencoder": "demo", "resolution": 32}
     assert info["text"] == {"stage": "text", "encoder": "tiny"}
+    assert info["sigma_min"] == EDM.sigma_min and find_parts(folder).edm == EDM(sigma_data=info["sigma_data"])
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
+def test_the_lowest_noise_to_draw_from_comes_with_the_checkpoint_and_may_change(recipe, tmp_path) -> None:
+    stage = STAGE | {"steps": 2}
+    folder = Path(train(recipe(stages=[stage]))["checkpoint"])
+    changed = Path(train(recipe(stages=[stage | {"steps": 4}], sigma_min=1.5))["checkpoint"])  # the run goes on
+    assert (find_parts(folder).edm.sigma_min, find_parts(changed).edm.sigma_min) == (0.002, 1.5)
 
 
 def test_micro_batches_change_nothing_but_rounding(recipe, tmp_path) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from microdit.model.edm import EDM
 from microdit.model.picture_files import grid
 from microdit.pipeline.base.errors import RequestError, first_line
 from microdit.pipeline.evaluation.training_pictures import UNLOADABLE, TrainingPictures
@@ -61,8 +62,9 @@ class SampleSheets:
                 samples.corpus, recipe.main_text, samples.held.take(samples.held.lowest(CAPTIONS, recipe.seed + 1))
             )
             made_by = [samples.corpus.column(name).made_by for name in (recipe.main_text, recipe.stages[-1].latents)]
-            numbers = recipe.sigma_data, recipe.guidance_scale
-            self.pictures = TrainingPictures(self.config, prompts, *made_by, self.team.device, *numbers)
+            edm = EDM(sigma_data=recipe.sigma_data, sigma_min=recipe.sigma_min)
+            options = self.team.device, edm, recipe.guidance_scale
+            self.pictures = TrainingPictures(self.config, prompts, *made_by, *options)
         except UNLOADABLE as error:
             raise RequestError(
                 f"sample_every = {recipe.sample_every}: what draws pictures cannot be had: {error}; "

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import re
 import struct
 import threading
 import zlib
@@ -24,14 +25,14 @@ from aiohttp import web
 from microdit.pipeline.sources.openmoji import drawings as openmoji
 from microdit.pipeline.sources.openmoji.drawings import Emoji
 
-FORMAT = 4  # of the prepared folder: raise it when the same packages give another list or other files
+FORMAT = 5  # of the prepared folder: raise it when the same packages give another list or other files
 SEED = 12
 SIZE = 256  # pixels of both sides
 TINY = 10
 BOMB_SIDE = 30_000
 BAD_SHARE = 0.03
 KINDS = ("not_found", "hang", "html", "truncated", "tiny", "bomb", "duplicate")
-LIST, CAPTIONS, MANIFEST = "urls.tsv", "captions.jsonl", "source.json"
+LIST, CAPTIONS, PLAIN, MANIFEST = "urls.tsv", "captions.jsonl", "plain.jsonl", "source.json"
 HTML = b"<!doctype html><html><head><title>Moved</title></head><body><p>This picture has moved.</p></body></html>\n"
 
 
@@ -55,6 +56,8 @@ class DemoSource:
     """`url<TAB>caption` lines without a header; the URLs are relative to what `serve` gives."""
     captions: Path
     """One JSON object a line: `url` (as in the list), `caption` (a longer one), `license`."""
+    plain: Path
+    """The same with `plain`, a caption as a user would ask for it, in place of `caption`."""
     inputs: int
     """Lines of the list."""
     bad: dict[str, tuple[str, ...]]
@@ -104,10 +107,11 @@ def prepare(out: Path, limit: int | None = None) -> DemoSource:
     for url in bad["bomb"]:
         _write(out / url, bomb)
     _write(out / LIST, "".join(f"{url}\t{caption(drawing)}\n" for url, drawing in lines).encode())
-    table = ({"url": url, "caption": long_caption(drawing), "license": openmoji.LICENSE} for url, drawing in lines)
-    _write(out / CAPTIONS, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in table).encode())
+    for table, name, form in ((CAPTIONS, "caption", long_caption), (PLAIN, "plain", plain_caption)):
+        rows = ({"url": url, name: form(drawing), "license": openmoji.LICENSE} for url, drawing in lines)
+        _write(out / table, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     absent = set(bad["not_found"]) | set(bad["hang"])
-    files = [LIST, CAPTIONS, *(url for url, _ in lines if url not in absent)]
+    files = [LIST, CAPTIONS, PLAIN, *(url for url, _ in lines if url not in absent)]
     sizes = {name: (out / name).stat().st_size for name in files}
     manifest = _Manifest(made_by, openmoji.ATTRIBUTION, len(lines), bad, sizes)
     _write(out / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
@@ -126,6 +130,16 @@ def long_caption(drawing: Emoji) -> str:
         aliases = drawing.aliases[0]
     also = f", also known as {aliases}" if aliases else ""
     return f"{drawing.name}{also}, from {drawing.group}"
+
+
+def plain_caption(drawing: Emoji) -> str:
+    """Write the name as a user would ask for it: "a red apple", "an octopus", "the flag of Chad", "grapes"."""
+    name = drawing.name
+    if name.startswith("flag of "):
+        return f"the {name}"
+    if re.search(r"[^su]s$", name):  # more than one
+        return name
+    return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
 
 
 @contextmanager
@@ -274,4 +288,4 @@ def _load(out: Path, made_by: dict[str, str]) -> DemoSource | None:
 
 def _source(out: Path, manifest: _Manifest) -> DemoSource:
     bad = {kind: tuple(urls) for kind, urls in manifest.bad.items()}
-    return DemoSource(out, out / LIST, out / CAPTIONS, manifest.inputs, bad)
+    return DemoSource(out, out / LIST, out / CAPTIONS, out / PLAIN, manifest.inputs, bad)

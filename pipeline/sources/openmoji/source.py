@@ -40,9 +40,9 @@ class Openmoji:
                 f"name another folder: sources.{self.name}.cache=DIR"
             ) from error
 
-    def captions_table(self) -> Path:
-        """Return the table of longer captions, joined by origin."""
-        return self.prepared.captions
+    def captions_table(self, field: str = "caption") -> Path:
+        """Return the table with this field, joined by origin: longer captions, or `plain` ones."""
+        return self.prepared.plain if field == "plain" else self.prepared.captions
 
     def stage(self) -> dict[str, Any]:
         return {**self._urls().stage(), "adapter": "openmoji", "attribution": ATTRIBUTION}

@@ -21,6 +21,7 @@ from microdit.pipeline.sources.openmoji.server import (
     DemoSource,
     caption,
     long_caption,
+    plain_caption,
     prepare,
     serve,
 )
@@ -83,6 +84,28 @@ def test_captions_are_made_of_name_aliases_and_group():
     apple = next(drawing for drawing in openmoji.catalogue() if drawing.code == "1F34E")
     assert caption(apple) == "red apple, food fruit"
     assert long_caption(apple) == "red apple, also known as apple, from food fruit"
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("1F34E", "a red apple"),
+        ("1F419", "an octopus"),
+        ("1F1EB-1F1EF", "the flag of Fiji"),
+        ("1F347", "grapes"),
+        ("1F68C", "a bus"),
+        ("1F52D", "a telescope"),
+    ],
+)
+def test_plain_captions_are_what_a_user_asks_for(code: str, expected: str) -> None:
+    assert plain_caption(next(drawing for drawing in openmoji.catalogue() if drawing.code == code)) == expected
+
+
+def test_the_plain_captions_are_joined_by_url(source: DemoSource) -> None:
+    table = [json.loads(line) for line in source.plain.read_text().splitlines()]
+    assert [entry["url"] for entry in table] == [url for url, _ in lines(source)]
+    for entry, (_, told) in zip(table, lines(source), strict=True):
+        assert entry["plain"].endswith(told.rsplit(", ", 1)[0])
 
 
 def test_preparing_again_gives_the_same_bytes(source, tmp_path):
