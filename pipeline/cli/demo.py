@@ -139,8 +139,7 @@ def _train(corpus: Corpus, selection: Selection, run: Path, budget: float, overr
     Every core is used unless OMP_NUM_THREADS says less.
     """
     processes, threads = _processes()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "microdit.trainer", str(RECIPE)]
+    command = [*torchrun(processes), "-m", "microdit.trainer", str(RECIPE)]
     command += [f"corpus={corpus.url}", f"selection={selection.name}@{selection.hash}", f"out={run}"]
     command += [f"time_budget={budget:.0f}", *overrides]
     environment = KEEP_MEMORY | os.environ | {"OMP_NUM_THREADS": str(threads)}

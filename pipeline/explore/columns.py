@@ -73,4 +73,4 @@ def caption_column(declared: dict[str, Declaration]) -> str:
     if not names:
         return "caption" if "caption" in declared[IMAGES].scalars else "key"
     best = "captions/source" if "captions/source" in names else names[0]
-    return next(one.name for one in view_columns(declared) if one.column == best and one.sql == "caption")
+    return next(one.name for one in view_columns(declared) if one.column == best and one.field == "caption")

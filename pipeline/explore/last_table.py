@@ -56,7 +56,9 @@ def last_table(corpus: Corpus, folder: Path) -> SampleTable | None:
         whole = all(PART.fullmatch(ref.name) and ref.name in there for refs in parts.values() for ref in refs)
         declared = corpus.columns()
         columns = {group.column for group in parts}
-        schemas = {g: schema for column in sorted(columns) for g, schema in part_schemas(column, declared[column]).items()}
+        schemas = {
+            g: schema for column in sorted(columns) for g, schema in part_schemas(column, declared[column]).items()
+        }
         if not whole or parts.keys() != schemas.keys():
             return None
         return SampleTable(names, parts, written, schemas, runs={}, present={})

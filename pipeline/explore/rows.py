@@ -10,7 +10,7 @@ from microdit.pipeline.corpus.names import COMMIT, IMAGES, SHARD, SOURCE, ShardI
 from microdit.pipeline.explore.columns import caption_column
 from microdit.pipeline.explore.condition import Condition, both, checked
 from microdit.pipeline.explore.worker import WorkerView
-from microdit.pipeline.tables.sample_parts import runs_of
+from microdit.pipeline.tables.part_specs import runs_of
 
 Row = dict[str, Any]
 Place = tuple[str, str, int]  # source, shard, row

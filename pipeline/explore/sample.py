@@ -41,11 +41,13 @@ def sample(view: WorkerView, at: Place) -> dict[str, Any]:
     if not row:
         raise RequestError(f"row {at[2]} of shard {at[1]}, source {at[0]}: the corpus has none")
     declared, columns = view.corpus.columns(), view_columns(view.corpus.columns())
-    captions = [one for one in columns if one.column.startswith("captions/") and one.sql == "caption"]
+    captions = [one for one in columns if one.column.startswith("captions/") and one.field == "caption"]
     numbers = [
         one for one in columns if one.column.startswith("scores/") and isinstance(row.get(one.name), int | float)
     ]
-    latents = [one.column for one in columns if one.column.startswith("latents/") and one.sql == "ok" and row[one.name]]
+    latents = [
+        one.column for one in columns if one.column.startswith("latents/") and one.field == "ok" and row[one.name]
+    ]
     shown = {one.name for one in [*captions, *numbers]} | {"id", "source", "key", "status", "reason", "detail"}
     about = {
         one.name: row[one.name]

@@ -61,10 +61,11 @@ class SampleSheets:
             prompts = list(recipe.sample_prompts) or read_captions(
                 samples.corpus, recipe.main_text, samples.held.take(samples.held.lowest(CAPTIONS, recipe.seed + 1))
             )
-            made_by = [samples.corpus.column(name).made_by for name in (recipe.main_text, recipe.stages[-1].latents)]
-            edm = EDM(sigma_data=recipe.sigma_data, sigma_min=recipe.sigma_min)
-            options = self.team.device, edm, recipe.guidance_scale
-            self.pictures = TrainingPictures(self.config, prompts, *made_by, *options)
+            text, latents = (
+                samples.corpus.column(name).made_by for name in (recipe.main_text, recipe.stages[-1].latents)
+            )
+            edm, scale = EDM(sigma_data=recipe.sigma_data, sigma_min=recipe.sigma_min), recipe.guidance_scale
+            self.pictures = TrainingPictures(self.config, prompts, text, latents, self.team.device, edm, scale)
         except UNLOADABLE as error:
             raise RequestError(
                 f"sample_every = {recipe.sample_every}: what draws pictures cannot be had: {error}; "

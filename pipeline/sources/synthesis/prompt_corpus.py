@@ -32,7 +32,7 @@ class CorpusPrompts:
             known = ", ".join(name for name in declared if name.startswith("captions/")) or "none"
             raise RequestError(f"{what}.captions = {column!r}: corpus {self._corpus.url} has no such column ({known})")
         self._table: SampleTable = sample_table(self._corpus)
-        name = next(c.name for c in view_columns(declared) if c.column == column and c.sql == "caption")
+        name = next(c.name for c in view_columns(declared) if c.column == column and c.field == "caption")
         chosen = f"(\n{config.where}\n) AND " if config.where else ""
         self._sql = f"SELECT id, {name} AS caption FROM samples WHERE {chosen}{name} <> '' ORDER BY source, shard, row"
         where, self._what = f"{what}.where = {config.where!r}", what
