@@ -20,6 +20,7 @@ from rich.table import Table
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.base.progress import shown
 from microdit.pipeline.base.terminal import printable
+from microdit.pipeline.cli.command import torchrun
 from microdit.pipeline.cli.demo_plan import RECIPE, plan_training
 from microdit.pipeline.config.build import BuildConfig, load_config
 from microdit.pipeline.corpus.corpus import Corpus

@@ -41,7 +41,7 @@ def shown_columns(declared: dict[str, Declaration], jobs: Iterable[str]) -> list
     """
     columns = []
     for column in view_columns(declared):
-        scalar = column.name if column.column == IMAGES else column.sql
+        scalar = column.name if column.column == IMAGES else column.field
         columns.append(_shown(column.name, column.type, scalar, column.column))
     for folder in jobs:
         prefix = folder.removeprefix("tables/").removesuffix("s")
