@@ -44,9 +44,9 @@ def needed(sql: str, columns: Sequence[ViewColumn], jobs: Mapping[str, str], row
     return Needed([c for c in columns if whole or c.groups == (ROWS,) or c in named], folders)
 
 
-def named_columns(corpus: Corpus, sql: str) -> list[str]:
-    """List the columns of the view that stand in SQL."""
-    return [column.name for column in _named(sql, view_columns(corpus.columns()))]
+def named_groups(corpus: Corpus, sql: str) -> list[FieldGroup]:
+    """List the groups of fields that stand in SQL."""
+    return [group for column in _named(sql, view_columns(corpus.columns())) for group in column.groups]
 
 
 def _named(sql: str, columns: Sequence[ViewColumn]) -> list[ViewColumn]:
