@@ -187,7 +187,7 @@ def numbers(texts: pa.ChunkedArray, words: int) -> np.ndarray:
         try:
             if between.any() or not pc.all(sizes, min_count=0).as_py():
                 raise ValueError
-            parts.append(binascii.unhexlify(digits))
+            parts.append(binascii.unhexlify(digits.data))
         except ValueError:
             good = pc.fill_null(pc.match_substring_regex(chunk, f"^[0-9a-f]{{{16 * words}}}$"), False)
             bad = pc.filter(chunk, pc.invert(good))
