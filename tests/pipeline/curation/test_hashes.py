@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microdit.pipeline.base.errors import RequestError
@@ -12,6 +12,7 @@ from microdit.pipeline.curation.hashes import numbers
 VALUE = st.integers(0, 2**64 - 1)
 
 
+@settings(deadline=None)
 @given(values=st.lists(st.tuples(VALUE, VALUE), max_size=20), cut=st.integers(0, 20))
 def test_texts_of_hex_digits_are_read_wherever_they_lie(values: list[tuple[int, int]], cut: int) -> None:
     texts = pa.array([f"{one:016x}{other:016x}" for one, other in values], pa.string())

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microdit.pipeline.base.errors import RequestError
@@ -145,6 +145,7 @@ def test_digest_names_the_samples() -> None:
     assert len({base.digest, *(o.digest for o in others)}) == 5
 
 
+@settings(deadline=None)
 @given(
     hashes=st.lists(st.integers(0, 6), max_size=30).map(lambda values: np.array(values, np.uint64)),
     count=st.integers(0, 32),
