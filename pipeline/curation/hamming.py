@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class Groups:
     """Result of `groups`."""
 
     labels: np.ndarray
-    """(n,) int64: the smallest index that a hash is linked to."""
+    """(n,) integers: the smallest index that a hash is linked to."""
     cut: int
     """How many hashes had more others in their bucket, not yet linked to them, than were compared; over all tables."""
     tables: int
@@ -52,21 +53,30 @@ def groups(hashes: np.ndarray, distance: int, threads: int = 2) -> Groups:
     """
     _check(hashes, distance)
     dealt, blocks = _plan(hashes, len(hashes) / 2, distance)
+    small = index_type(len(hashes))
     values, first, inverse = np.unique(dealt, return_index=True, return_inverse=True)
     del dealt
+    first, inverse = first.astype(small), inverse.astype(small)
     forest, cut = Forest(len(values)), 0
     tables = _tables(len(blocks), distance) if distance and len(values) > 1 else []
     for some, window in _rounds(tables):
         labels = forest.labels()
-        order = np.argsort(labels, kind="stable")
+        order = np.argsort(labels, kind="stable").astype(small)
         search = partial(_pairs_of_table, values[order], labels[order], blocks, distance, window)
         for pairs, more in threaded(search, some, threads, ahead=threads):
             forest.join(*order[pairs])
             cut += more if window == WINDOW else 0
-    smallest = np.full(len(values), len(hashes), np.int64)
+    smallest = np.full(len(values), len(hashes), small)
     roots = forest.labels()
+    del forest
     np.minimum.at(smallest, roots, first)
-    return Groups(smallest[roots][inverse], cut, len(tables))
+    del first
+    return Groups(smallest[roots][inverse].astype(np.int64), cut, len(tables))
+
+
+def index_type(count: int) -> type[np.signedinteger[Any]]:
+    """Choose the integers for indices of so many: half the memory where that is enough."""
+    return np.int32 if count < 1 << 31 else np.int64
 
 
 def nearest(hashes: np.ndarray, others: np.ndarray, distance: int, threads: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +127,7 @@ class Forest:
     """Union-find over 0 to n - 1, many links at a time; the root of a tree is its smallest member."""
 
     def __init__(self, count: int):
-        self._parent = np.arange(count)
+        self._parent = np.arange(count, dtype=index_type(count))
 
     def join(self, ones: np.ndarray, others: np.ndarray) -> None:
         """Link the members of each pair."""
@@ -128,8 +138,8 @@ class Forest:
             np.minimum.at(self._parent, np.maximum(ones, others), np.minimum(ones, others))
 
     def labels(self) -> np.ndarray:
-        """Return the root of every member."""
-        return self._roots(np.arange(len(self._parent)))
+        """The root of every member."""
+        return self._roots(np.arange(len(self._parent), dtype=self._parent.dtype))
 
     def _roots(self, members: np.ndarray) -> np.ndarray:
         roots = self._parent[members]
@@ -262,7 +272,7 @@ def _changes(values: np.ndarray) -> np.ndarray:
 
 
 def _ends(changes: np.ndarray) -> np.ndarray:
-    """Return for each value the end of its run."""
+    """For each value the end of its run."""
     ends = np.flatnonzero(changes) + 1
     return np.repeat(ends, np.diff(ends, prepend=0))
 

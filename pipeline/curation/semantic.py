@@ -252,7 +252,7 @@ def groups(vectors: np.ndarray, similarity: float) -> tuple[np.ndarray, int, int
     """Group (n, width) vectors of unit length that are linked; the same vectors give the same groups.
 
     Returns:
-        (n,) int64, the smallest index that a vector is linked to; the number of clusters; how many were in
+        (n,) integers, the smallest index that a vector is linked to; the number of clusters; how many were in
         clusters too large to be compared as one.
     """
     forest, cut = Forest(len(vectors)), 0

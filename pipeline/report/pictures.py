@@ -90,7 +90,7 @@ def pictures(
         complete: SQL conditions of a sample that has every column; such samples are drawn first.
     """
     reader = view.reader
-    captions = {f.column: f.name for f in fields if f.scalar == "caption" and commits[f.column] and f.column != IMAGES}
+    captions = [f.column for f in fields if f.scalar == "caption" and commits[f.column] and f.column != IMAGES]
     samples = _draw_samples(view, captions, complete)
     psnrs: dict[str, float] = {}
     problems = []
@@ -103,16 +103,15 @@ def pictures(
     return Pictures(samples, beside, {c: value for c, value in psnrs.items() if math.isfinite(value)}, problems)
 
 
-def _draw_samples(view: SampleView, captions: Mapping[str, str], complete: Iterable[str]) -> list[SampleCard]:
+def _draw_samples(view: SampleView, captions: Iterable[str], complete: Iterable[str]) -> list[SampleCard]:
     """Read `PICTURES` samples, always the same ones, those that have every column first.
 
     Args:
-        captions: by captions column, its name in the sample table.
+        captions: columns of them, which are read of these samples alone.
     """
-    wanted = ", ".join(["id", "source", "shard", "row", *(f'"{name}"' for name in captions.values())])
     whole = " AND ".join(["status = 'ok'", *complete])
     drawn = view.rows(
-        f"SELECT {wanted} FROM samples WHERE status = 'ok' AND format IS NOT NULL "
+        f"SELECT id, source, shard, row FROM samples WHERE status = 'ok' AND format IS NOT NULL "
         f"ORDER BY ({whole}) DESC, md5(id || '{SEED}') LIMIT {PICTURES}"
     )
     cards = []
@@ -120,7 +119,7 @@ def _draw_samples(view: SampleView, captions: Mapping[str, str], complete: Itera
         ref = SampleRef(row["id"], row["source"], row["shard"], row["row"])
         image = view.reader.image(ref)
         if image is not None:
-            cards.append(_card(ref, image, {column: str(row[name] or "") for column, name in captions.items()}))
+            cards.append(_card(ref, image, {column: view.reader.caption(column, ref) for column in captions}))
     return cards
 
 

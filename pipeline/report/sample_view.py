@@ -10,7 +10,7 @@ from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.report.stored import Reader, SampleRef, Thumbnail, thumbnail
 from microdit.pipeline.selection.view import OpenView, connected, run
 from microdit.pipeline.tables.database import SqlLimits
-from microdit.pipeline.tables.sample_table import SampleTable, sample_table
+from microdit.pipeline.tables.sample_table import SampleTable, sample_table, view_columns
 
 OK = "status = 'ok'"
 PICTURE = "{'id': id, 'source': source, 'shard': shard, 'row': \"row\"}"
@@ -48,6 +48,8 @@ def open_samples(corpus: Corpus, commits: Mapping[str, Sequence[Commit]], notes:
         commits: by column the newest ones.
         notes: get what cannot be read, and is left out.
     """
-    table, limits = sample_table(corpus, notes), SqlLimits()
+    # numbers, names and details at once; what else is asked for is made when it is
+    reads = [column.name for column in view_columns(corpus.columns()) if not any(group.text for group in column.groups)]
+    table, limits = sample_table(corpus, notes, [*reads, "id", "detail"]), SqlLimits()
     with connected(corpus, table, limits) as connection:
         yield SampleView(corpus, connection, Reader(corpus, commits, notes), limits, table)

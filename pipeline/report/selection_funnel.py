@@ -8,6 +8,7 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.report.filters import bare
 from microdit.pipeline.report.sample_view import OK
+from microdit.pipeline.selection.needed_columns import named_groups
 from microdit.pipeline.selection.queries import Conditions, parse
 from microdit.pipeline.selection.running import LimitError
 from microdit.pipeline.selection.selections import Selection, changed_since, load_selection
@@ -58,6 +59,7 @@ def selection_funnel(
     limits = SqlLimits(seconds=MOST_SECONDS)
     limits = replace(limits, memory=min(limits.memory, MEMORY))
     steps: list[SelectionStep] = []
+    table.make(corpus, named_groups(corpus, " ".join([selection.query, *complete])))  # its making is not the query's
     try:
         steps, problem = run_apart(limits, _funnel_steps, corpus, table, selection, complete, limits)
     except LimitError:

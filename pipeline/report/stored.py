@@ -68,9 +68,26 @@ class Reader:
                 return None
             return self.corpus.store.get_range(commit.object.name, line["offset"], line["size"])
         except (OSError, ValueError, LookupError, BaseError) as error:
-            self._lost.add(commit.name)
-            self.notes.append(f"{commit.column}, shard {commit.shard}: its object cannot be read: {first_line(error)}")
+            self._give_up(commit, error)
             return None
+
+    def caption(self, column: str, ref: SampleRef) -> str:
+        """Read the caption of a sample; empty if the column does not have it, or it cannot be read."""
+        commit = self.commits.get((column, ref.source, ref.shard))
+        if commit is None or commit.name in self._lost:
+            return ""
+        try:
+            if commit.name not in self.sidecars:
+                self.sidecars[commit.name] = self.corpus.sidecar(commit, ["caption"])
+            return str(self.sidecars[commit.name]["caption"][ref.row].as_py() or "")
+        except (OSError, ValueError, LookupError, BaseError) as error:
+            self._give_up(commit, error)
+            return ""
+
+    def _give_up(self, commit: Commit, error: Exception) -> None:
+        """Note an object that cannot be read, once."""
+        self._lost.add(commit.name)
+        self.notes.append(f"{commit.column}, shard {commit.shard}: its object cannot be read: {first_line(error)}")
 
     def image(self, ref: SampleRef) -> Image.Image | None:
         """Read the picture of a sample; None if it cannot be read (`verify` says why)."""

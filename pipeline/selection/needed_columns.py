@@ -12,6 +12,8 @@ from microdit.pipeline.selection.running import EXPLAINED
 from microdit.pipeline.tables.part_specs import ROWS, FieldGroup
 from microdit.pipeline.tables.sample_table import ViewColumn, view_columns
 
+DESCRIBES = re.compile(r"\s*(?:describe|desc|show)\b", re.I)  # what a view has, but none of its rows
+
 
 class Needed(NamedTuple):
     """What a query needs of the view: columns, and folders of table jobs."""
@@ -39,16 +41,17 @@ def needed(sql: str, columns: Sequence[ViewColumn], jobs: Mapping[str, str], row
     try:
         whole = parse(explained[2] if explained else sql).reads_unnamed(rows_only)
     except RequestError as error:
-        whole = str(error).endswith(EXPECTED)  # DESCRIBE and PIVOT; what is wrong needs nothing
+        whole = str(error).endswith(EXPECTED)  # PIVOT and SUMMARIZE; what is wrong needs nothing
+    whole = whole and not DESCRIBES.match(sql)
     folders = list(jobs) if whole else [folder for folder in asked_jobs(sql) if folder in jobs]
     text = " ".join([sql, *(jobs[folder] for folder in folders)])
     named = {*_named(text, columns)}
     return Needed([c for c in columns if whole or c.groups == (ROWS,) or c in named], folders, whole)
 
 
-def named_columns(corpus: Corpus, sql: str) -> list[str]:
-    """List the columns of the view that stand in SQL."""
-    return [column.name for column in _named(sql, view_columns(corpus.columns()))]
+def named_groups(corpus: Corpus, sql: str) -> list[FieldGroup]:
+    """List the groups of fields that stand in SQL."""
+    return [group for column in _named(sql, view_columns(corpus.columns())) for group in column.groups]
 
 
 def _named(sql: str, columns: Sequence[ViewColumn]) -> list[ViewColumn]:

@@ -85,7 +85,10 @@ class Parsed:
                 stands for the samples as they are says no more than these.
         """
         node = self.tree["statements"][0]["node"]
-        left_out = _stars(node) if rows_only and self._plain and not _orders_by_place(node) else []
+        if rows_only and self._plain and _stars(node):
+            left_out = [] if _orders_by_place(node) else _stars(node)
+        else:
+            left_out = _orders(node)  # ORDER BY ALL is by what the list names
         parts = [part for part in _parts(self.tree) if not any(part is star for star in left_out)]
         tables = {str(part.get(name, "")).lower() for part in parts if "table_name" in part or "ref_type" in part
                   for name in ("alias", "table_name")}  # fmt: skip
@@ -209,8 +212,12 @@ def _stars(node: Node) -> list[Node]:
 
 def _orders_by_place(node: Node) -> bool:
     """Tell whether a SELECT may order its rows by the place of a column: `ORDER BY 2`."""
-    orders = (order for modifier in node["modifiers"] for order in modifier.get("orders", ()))
-    return any(order["expression"].get("class") == "CONSTANT" for order in orders)
+    return any(order.get("class") == "CONSTANT" for order in _orders(node))
+
+
+def _orders(node: Node) -> list[Node]:
+    """List what a SELECT orders its rows by."""
+    return [order["expression"] for modifier in node.get("modifiers", ()) for order in modifier.get("orders", ())]
 
 
 def _parts(tree: object) -> Iterator[Node]:

@@ -20,7 +20,7 @@ from microdit.pipeline.corpus.names import ShardId
 from microdit.pipeline.corpus.records import Commit, canonical
 from microdit.pipeline.selection.lineage import CommitOf, newest_commit_lines
 from microdit.pipeline.selection.mapped_arrays import Arrays, Made, open_or_make
-from microdit.pipeline.selection.sample_index import SampleIndex, join_samples, selected_rows, shared_shards
+from microdit.pipeline.selection.sample_index import SampleIndex, join_samples, lowest, selected_rows, shared_shards
 from microdit.pipeline.tables.status_table import ShardStatus, read_statuses
 
 LAYOUT = 1
@@ -95,12 +95,13 @@ def split(indexes: Sequence[SampleIndex], hold_out: int, seed: int) -> tuple[lis
         RequestError: nothing would be left to train on.
     """
     last = indexes[-1]
-    hashes = last.hashes(seed)[last.lowest(hold_out, seed)]
+    of_last = last.hashes(seed)
+    hashes = of_last[lowest(of_last, hold_out)]
     done: dict[int, tuple[SampleIndex, SampleIndex]] = {}  # legs that share an index share what is made of it
     for index in indexes:
         if id(index) in done:
             continue
-        own = index.hashes(seed)
+        own = of_last if index is last else index.hashes(seed)
         apart = own <= hashes.max() if hold_out else np.zeros(len(index), dtype=bool)
         left = index.take(~apart) if hold_out else index
         apart[apart] = np.isin(own[apart], hashes)

@@ -75,7 +75,7 @@ class SampleIndex:
 
     def lowest(self, count: int, seed: int) -> np.ndarray:
         """Draw `count` samples by a seed, those of the lowest hashes: their positions, ascending."""
-        return np.sort(np.argsort(self.hashes(seed), kind="stable")[:count])
+        return lowest(self.hashes(seed), count)
 
     @cached_property
     def digest(self) -> str:
@@ -88,6 +88,15 @@ class SampleIndex:
         if self.weight is not None:
             digest.update(self.weight.astype("<f4").tobytes())
         return digest.hexdigest()[:16]
+
+
+def lowest(hashes: np.ndarray, count: int) -> np.ndarray:
+    """Find the positions of the `count` lowest hashes, ascending; of equal ones the first."""
+    if not 0 < count < len(hashes):
+        return np.arange(min(count, len(hashes)))
+    last = np.partition(hashes, count - 1)[count - 1]
+    below = np.flatnonzero(hashes < last)
+    return np.sort(np.concatenate([below, np.flatnonzero(hashes == last)[: count - len(below)]]))
 
 
 def splitmix(number: np.ndarray, start: np.ndarray | np.uint64) -> np.ndarray:

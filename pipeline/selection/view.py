@@ -25,7 +25,7 @@ from microdit.pipeline.corpus.shard_files import check_footer
 from microdit.pipeline.curation.duplicates import ContaminatedTable, DuplicatesTable
 from microdit.pipeline.curation.job import CONTAMINATED, DUPLICATES, ROW_ID, SEMANTIC, TableJob, job_base, job_since
 from microdit.pipeline.curation.semantic import SemanticTable
-from microdit.pipeline.selection.needed_columns import asked_jobs, needed
+from microdit.pipeline.selection.needed_columns import DESCRIBES, asked_jobs, needed
 from microdit.pipeline.selection.queries import parse
 from microdit.pipeline.selection.running import TOO_LARGE, TOO_LONG, LimitError, Shape, run_select
 from microdit.pipeline.tables.database import GIB, SqlLimits, connect
@@ -218,6 +218,8 @@ class OpenView:
         Raises:
             RequestError: a part is damaged.
         """
+        if sql is not None and DESCRIBES.match(sql):
+            sql = None
         present = {folder: job.present for folder, job in self.jobs.items()}
         wanted = needed("FROM samples" if sql is None else sql, self.columns, present, rows_only)
         groups = [group for group in wanted.groups if group in self.table.schemas]

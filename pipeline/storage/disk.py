@@ -146,9 +146,9 @@ class Disk:
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """List all objects below the folder `prefix`, in no order; unfinished files of writers are not objects."""
-        for name in self.names(prefix):
+        for name, entry in self._entries(prefix):
             with suppress(FileNotFoundError):  # deleted meanwhile
-                about = (self.root / name).stat()
+                about = entry.stat()
                 yield ObjectInfo(name, about.st_size, datetime.fromtimestamp(about.st_mtime, UTC))
 
     def names(self, prefix: str = "") -> Iterator[str]:
@@ -157,6 +157,10 @@ class Disk:
         Raises:
             RequestError: a link leads to a folder that it lies in.
         """
+        return (name for name, _ in self._entries(prefix))
+
+    def _entries(self, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """List the files below a folder. Raises as `names`."""
         folders = [prefix]
         while folders:
             folder = folders.pop()
@@ -168,7 +172,7 @@ class Disk:
                     if entry.is_dir():
                         folders.append(name)
                     elif not UNFINISHED.search(name):
-                        yield name
+                        yield name, entry
 
     def _refuse_loop(self, name: str) -> None:
         """Raise RequestError if a link leads to a folder on its own path, or to one that the corpus lies in."""

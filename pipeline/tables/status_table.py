@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from microdit.pipeline.base.errors import RequestError, first_line
-from microdit.pipeline.base.threads import threaded
+from microdit.pipeline.base.threads import chunks, threaded
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import COMMIT, TABLE
 from microdit.pipeline.corpus.records import Commit
@@ -26,6 +26,8 @@ from microdit.pipeline.tables.published import Table, if_allowed, publish
 
 FOLDER = "tables/statuses"
 LEAST = 1000  # commits that were read one by one before a table is worth its writing; later a tenth of all
+
+AT_ONCE = 16  # commits that a thread reads in one go
 
 LINE = pa.schema(
     [
@@ -72,7 +74,8 @@ def read_statuses(corpus: Corpus, wanted: Mapping[str, str], listed: Mapping[str
     known = [line for line in _newest(corpus).to_pylist() if listed.get(line["name"]) == line["sha256"]]
     lines: dict[str, dict[str, Any]] = {line["name"]: line for line in known}
     missing = [name for name in wanted if name not in lines]
-    lines |= {line["name"]: line for line in threaded(lambda name: _read(corpus, name), missing)}
+    read = threaded(lambda names: [_read(corpus, name) for name in names], chunks(missing, AT_ONCE))
+    lines |= {line["name"]: line for some in read for line in some}
     if len(missing) >= max(LEAST, len(known) // 10):
         _publish(corpus, list(lines.values()))
     return {
@@ -89,7 +92,7 @@ def read_ok_rows(corpus: Corpus, commit: Commit) -> tuple[np.ndarray, int | None
         RequestError: it cannot be read.
     """
     try:
-        sidecar = corpus.sidecar(commit)
+        sidecar = corpus.sidecar(commit, ["status", "tokens"])
     except (FileNotFoundError, pa.ArrowException) as error:
         raise RequestError(
             f"column {commit.column}, shard {commit.shard}: {commit.sidecar.name} is missing or damaged "

@@ -4,12 +4,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.records import ShardRef
 from microdit.pipeline.selection.lineage import newest_commits
-from microdit.pipeline.selection.sample_index import SampleIndex, index_samples
+from microdit.pipeline.selection.sample_index import SampleIndex, index_samples, lowest
 from tests.trainer.conftest import build_corpus, write_shard
 
 COLUMNS = ["latents/demo-32", "text/tiny@source", "text/tiny@long"]
@@ -141,3 +143,12 @@ def test_digest_names_the_samples() -> None:
     others = [index(["a", "b"], [0, 1, 1], [1, 2, 1]), index(["a", "b"], [0, 0, 1], [1, 3, 1])]
     others += [index(["a", "x"], [0, 0, 1], [1, 2, 1]), index(["a", "b"], [0, 0], [1, 2])]
     assert len({base.digest, *(o.digest for o in others)}) == 5
+
+
+@settings(deadline=None)
+@given(
+    hashes=st.lists(st.integers(0, 6), max_size=30).map(lambda values: np.array(values, np.uint64)),
+    count=st.integers(0, 32),
+)
+def test_the_lowest_hashes_are_those_of_a_stable_sort(hashes: np.ndarray, count: int) -> None:
+    assert lowest(hashes, count).tolist() == sorted(np.argsort(hashes, kind="stable")[:count].tolist())

@@ -27,6 +27,7 @@ from microdit.pipeline.tables.sample_table import sample_table
 from microdit.pipeline.upkeep.gc import gc
 from microdit.pipeline.upkeep.status import status
 from microdit.pipeline.upkeep.verify import verify
+from tests.pipeline.helpers.old_sample_table import old_sample_table
 from tests.pipeline.helpers.small_corpus import (
     COLUMNS,
     SHARD_SAMPLES,
@@ -286,3 +287,21 @@ def test_gc_and_verify_know_both_kinds_of_tables(tmp_path: Path) -> None:
     assert [(problem.kind, problem.what.rpartition("/")[0]) for problem in verify(corpus).problems] == [
         ("table", TABLES)
     ]
+
+
+def test_a_table_of_an_earlier_version_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[str]
+) -> None:
+    """It does not say where sidecars are: the commits of the columns that a query names are read for that."""
+    corpus = make_corpus(tmp_path)
+    fill(corpus)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "LINE", module.OLD_LINE)
+        assert commit_table(corpus).schema.names == module.OLD_LINE.names
+    reads.clear()
+    table = commit_table(corpus)
+    assert reads == [] and table.schema.equals(LINE) and table["attempt"].null_count == len(table)
+    rows = query(corpus, "SELECT source, unit, shard, row, width, basic_sharpness FROM samples ORDER BY ALL")
+    assert sorted({name.split("/")[1] for name in reads}) == ["images", "scores"] and len(reads) == 4
+    expected = old_sample_table(corpus).select(rows.column_names)
+    assert rows.to_pylist() == expected.to_pylist()

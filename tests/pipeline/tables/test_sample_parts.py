@@ -206,8 +206,9 @@ def test_only_what_a_query_names_is_made_and_in_one_pass(tmp_path: Path, read: l
         query(made.corpus, "SELECT captoin FROM samples")
     with pytest.raises(RequestError, match="syntax"):
         query(made.corpus, "SELECT * FROM samples WHERE")
+    named = query(made.corpus, "DESCRIBE samples")["column_name"].to_pylist()
     assert read == []
-    query(made.corpus, "SELECT * FROM samples")
+    assert named == query(made.corpus, "SELECT * FROM samples").column_names
     assert columns() == {"images", "scores/basic", "text/minilm@source"}
     assert len(read) == len(set(read)) == 3 * len(refs)  # in one pass, whatever the fields
 
