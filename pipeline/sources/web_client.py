@@ -15,6 +15,8 @@ from microdit.pipeline.sources.lenient_http import MAX_HEADERS
 from microdit.pipeline.sources.opt_outs import RobotsRules
 from microdit.pipeline.sources.public_addresses import PublicResolver, is_public, literal
 
+READ_AHEAD = 256 << 10  # bytes of an answer that aiohttp reads before it pauses the connection
+
 
 class Client:
     """The sessions of a fetcher, inside of its event loop.
@@ -98,4 +100,5 @@ def _session(headers: dict[str, str], resolver: PublicResolver | None) -> aiohtt
         max_line_size=MAX_HEADERS,
         max_field_size=MAX_HEADERS,
         max_headers=1000,
+        read_bufsize=READ_AHEAD,
     )
