@@ -217,7 +217,7 @@ class Urls:
         if declared.get("adapter") != "urls" or declared.get("unit_inputs") != self._unit_inputs:
             return  # `declare` says what differs
         inputs, what = int(declared["inputs"]), self._where
-        index = index_list(self._text.path(), self._unit_inputs, inputs, self._format)
+        index = index_list(self._text.at_least(inputs, what).path(), self._unit_inputs, inputs, self._format)
         if index.sha256 != declared["list"]:
             raise RequestError(
                 f"{what}: it is another list than that of {inputs:,} inputs which the corpus was made from; put that "
