@@ -188,3 +188,8 @@ def test_fetch_soak() -> None:
     found = run("fetch_soak", "--urls", "4000", "--hosts", "100")
     assert (found["urls"], found["unexpected"], found["unexpected_kinds"], found["files_left"]) == (4000, 0, {}, 0)
     assert len(found["reasons"]) == 11 and found["memory_peak_mb"] < 500
+
+
+def test_fetch_list() -> None:
+    found = run("fetch_list", "--rows", "3000")
+    assert found["rows"] == 3000 and found["memory_mb"] < 200
