@@ -12,7 +12,7 @@ import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from microdit.pipeline.config.build import BuildConfig
 from microdit.pipeline.config.images import ImageOptions
@@ -173,7 +173,7 @@ def _config(root: Path, listed: Path, mode: str, concurrency: int, shard: int) -
     fetch = FetchOptions(concurrency=concurrency, allow_networks=["127.0.0.0/8"], contact="me@example.org")
     options = UrlsSource(adapter="urls", list=str(listed), unit_inputs=shard, fetch=fetch)
     side = SIDE if mode.startswith("resize") else None
-    reduce = "fast" if mode == "resize_fast" else "sharp"
+    reduce: Literal["fast", "sharp"] = "fast" if mode == "resize_fast" else "sharp"
     images = ImageOptions(min_side=1, max_side=side, quality=QUALITY, reduce=reduce)
     return BuildConfig(name="fetch", corpus=str(root), sources={"urls": options}, images=images)
 
