@@ -1,6 +1,6 @@
 """Fetch lists of URLs with microdit and with img2dataset: images/s, processor time, silent hosts, passing faults.
 
-    python benchmarks/fetch.py [--urls 10000] [--parts fetch,keep,resize,close,silent,faults,units] [--json]
+    python benchmarks/fetch.py [--urls 10000] [--parts fetch,keep,resize,resize_fast,...] [--json]
 
 img2dataset runs in an environment of its own, which is made with pip for the first run. Both have two processes, the
 same list, and nginx on this machine; start-up is not counted, and each has the best number of requests at once of those
@@ -8,10 +8,11 @@ tried with a part of the list. In turns; medians.
 
 `fetch` writes the bytes that come into tars and decodes nothing, as img2dataset does where it keeps them; `keep` is
 ingest, which decodes and checks each picture (img2dataset: as in `fetch`); `resize` reduces the short side to 256
-pixels; each by HTTP and HTTPS, `close` is `fetch` with a connection for each URL. `ratio_fetch`, `ratio_keep` and
-`ratio_resize` are microdit's images/s by img2dataset's, of the slower of the two protocols (goals: 2 where the bytes
-are kept, 1.5 for `resize`). `ratio_cpu_*` is img2dataset's processor time an image by microdit's (goal: 1.5). `psnr`
-compares what both made of the pictures in `resize` with a Lanczos filter in floating point.
+pixels, `resize_fast` with `images.reduce: fast`; each by HTTP and HTTPS, `close` is `fetch` with a connection for each
+URL. `ratio_fetch`, `ratio_keep` and `ratio_resize` are microdit's images/s by img2dataset's, of the slower of the two
+protocols (goals: 2 where the bytes are kept, 1.5 for `resize`). `ratio_cpu_*` is img2dataset's processor time an image
+by microdit's (goal: 1.5). `psnr` compares what both made of the pictures in `resize` with a Lanczos filter in floating
+point.
 
 `silent`: 1% and 5% of the URLs on servers that never answer, as `fetch`. `faults`: a tenth of the URLs fails at first
 (reset, stall, 429, 503, cut); img2dataset with `retries=2`; goal: 0.999 of what can be had.
@@ -37,7 +38,7 @@ from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.sources.url_fetcher import fetch_all
 from tests.servers.sloppy import SloppyServer
 
-PARTS = ("fetch", "keep", "resize", "close", "silent", "faults", "units")
+PARTS = ("fetch", "keep", "resize", "resize_fast", "close", "silent", "faults", "units")
 CONCURRENCIES = (16, 64)
 UNIT = 4096
 OPTIONS = FetchOptions(allow_networks=["127.0.0.0/8"])
@@ -98,13 +99,13 @@ def compare(parts: set[str], urls: int, rounds: int, folder: Path) -> dict[str, 
         both.theirs.measure_start(servers["http"])
         both.theirs.clear()
         figures["concurrency"] = both.tune(servers["http"])
-        for mode in ("fetch", "keep", "resize"):
+        for mode in ("fetch", "keep", "resize", "resize_fast"):
             if mode in parts:
                 for protocol in ("http", "https"):
                     listed = [f"{servers[protocol]}/{i}.jpg" for i in range(urls)]
                     figures[f"{mode}_{protocol}"] = both.run(listed, mode)
-                    if mode == "resize" and protocol == "http":
-                        figures["psnr"] = psnr(folder)
+                    if mode.startswith("resize") and protocol == "http":
+                        figures[mode.replace("resize", "psnr")] = psnr(folder)
                 found = [figures[f"{mode}_{protocol}"] for protocol in ("http", "https")]
                 figures[f"ratio_{mode}"] = min(one["ratio"] for one in found)
                 for protocol, one in zip(("http", "https"), found, strict=True):

@@ -12,7 +12,7 @@ import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from microdit.pipeline.config.build import BuildConfig
 from microdit.pipeline.config.images import ImageOptions
@@ -103,11 +103,11 @@ class Img2dataset:
             "output_format": "webdataset",
             "number_sample_per_shard": shard,
             "retries": retries,
-            "resize_mode": "keep_ratio" if mode == "resize" else "no",
+            "resize_mode": "keep_ratio" if mode.startswith("resize") else "no",
             "image_size": SIDE,
             "encode_quality": QUALITY,
             "resize_only_if_bigger": True,
-            "disable_all_reencoding": mode != "resize",
+            "disable_all_reencoding": not mode.startswith("resize"),
         }
         before = _children()
         subprocess.run(
@@ -172,7 +172,9 @@ class Microdit:
 def _config(root: Path, listed: Path, mode: str, concurrency: int, shard: int) -> BuildConfig:
     fetch = FetchOptions(concurrency=concurrency, allow_networks=["127.0.0.0/8"], contact="me@example.org")
     options = UrlsSource(adapter="urls", list=str(listed), unit_inputs=shard, fetch=fetch)
-    images = ImageOptions(min_side=1, max_side=SIDE if mode == "resize" else None, quality=QUALITY)
+    side = SIDE if mode.startswith("resize") else None
+    reduce: Literal["fast", "sharp"] = "fast" if mode == "resize_fast" else "sharp"
+    images = ImageOptions(min_side=1, max_side=side, quality=QUALITY, reduce=reduce)
     return BuildConfig(name="fetch", corpus=str(root), sources={"urls": options}, images=images)
 
 

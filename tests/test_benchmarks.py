@@ -213,3 +213,8 @@ def test_switches_are_held_against_their_error() -> None:
     assert found["off"]["psnr"] == {"mean": 11.0, "error": pytest.approx(3**-0.5), "moved": None}
     assert found["muon"]["psnr"]["moved"] == pytest.approx(4 / (2 / 3) ** 0.5)
     assert found["muon"]["nearest"]["moved"] is None and "validation" not in found["muon"]
+
+
+def test_fetch_list() -> None:
+    found = run("fetch_list", "--rows", "3000")
+    assert found["rows"] == 3000 and found["memory_mb"] < 200

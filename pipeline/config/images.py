@@ -23,6 +23,10 @@ class ImageOptions(Options):
     quality: int = Field(default=95, ge=1, le=100)
     """Quality of JPEG (4:4:4) and WebP, where an image is encoded again."""
 
+    reduce: Literal["sharp", "fast"] = "sharp"
+    """How JPEGs are reduced to `max_side`: from at least twice that size, or from a quarter more, which takes less time
+    and blurs fine text."""
+
     @model_validator(mode="after")
     def _check_sides(self) -> "ImageOptions":
         if self.max_side is not None and self.max_side < self.min_side:

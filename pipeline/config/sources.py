@@ -129,7 +129,7 @@ class UrlsSource(Options):
 
     @model_validator(mode="after")
     def _check_columns(self) -> "UrlsSource":
-        given = {(name,): getattr(self, name) for name in ("url", "caption", "md5", "sha256")}
+        given: dict[tuple[str, ...], Any] = {(n,): getattr(self, n) for n in ("url", "caption", "md5", "sha256")}
         given |= {("fields", name): column for name, column in self.fields.items()}
         for where, column in given.items():
             if (column == "" and where != ("caption",)) or (isinstance(column, int) and column < 1):

@@ -51,7 +51,8 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
         BadImage: as `decode` does, and with `too_small` or `too_long`.
     """
     with ExitStack() as stack:
-        shrink_to = None if options.max_side is None else STORED_MARGIN * options.max_side
+        margin = STORED_MARGIN if options.reduce == "sharp" else 1
+        shrink_to = None if options.max_side is None else margin * options.max_side
         image = _decode(data, Limits(options.max_pixels, stack), shrink_to, thorough=True)
         short = min(image.width, image.height)
         if short < options.min_side:

@@ -3,10 +3,10 @@
 import http.client
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import obstore
@@ -27,6 +27,7 @@ CHUNK = 1 << 20  # bytes that are taken from a connection at once, at most
 BLOCK = 16 << 20  # bytes of one request to a bucket
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 REFUSED = {401, 403, 410}
+T = TypeVar("T")
 
 
 class TransientError(Exception):
@@ -127,37 +128,46 @@ def _request(file: RemoteFile, start: int, known: Version) -> tuple[str, dict[st
 
 
 def _from_bucket(file: RemoteFile, start: int) -> Transfer:
-    if file.size is None:
-        raise ValueError(f"{file.url}: the size must be known")
+    if file.size is None:  # a picture that a line of a table names was not listed
+        about = _of_bucket(file, lambda bucket, key: obstore.head(bucket, key))
+        file = replace(file, size=about["size"], etag=about["e_tag"] or "")
+    assert file.size is not None
     return Transfer(start, Version(file.size, file.etag), _blocks(file, start, file.size))
 
 
 def _blocks(file: RemoteFile, start: int, size: int) -> Iterator[bytes]:
-    parts = urlsplit(file.url)
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    address = f"{parts.scheme}://{parts.netloc}"
-    bucket = open_bucket(address, endpoint)
-    key = file.url.split("/", 3)[3]
     for offset in range(start, size, BLOCK):
         options: dict[str, Any] = {"range": (offset, min(offset + BLOCK, size))}
         if file.etag:
             options["if_match"] = file.etag
-        try:
-            block = bytes(obstore.get(bucket, key, options=options).bytes())  # type: ignore[arg-type]
-        except exceptions.PreconditionError as error:
-            raise OSError(f"{file.name}: {file.url} is another file than when it was listed; start again") from error
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{file.name}: {file.url} is not there any more") from None
-        except exceptions.BaseError as error:
-            if parts.scheme == "s3" and is_expired(error):
-                wait_for_others(address, bucket, error)
-                open_bucket.cache_clear()
-            elif isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
-                raise RequestError(
-                    f"{file.name}: {file.url} is refused: {first_line(error)}; check the credentials (as for boto3)"
-                ) from error
-            raise TransientError(first_line(error)) from error
-        yield block
+
+        def get(bucket: Any, key: str, options: Any = options) -> bytes:
+            return bytes(obstore.get(bucket, key, options=options).bytes())
+
+        yield _of_bucket(file, get)
+
+
+def _of_bucket(file: RemoteFile, request: Callable[[Any, str], T]) -> T:
+    """Ask the bucket of a file; its errors become those of `transfer`."""
+    parts = urlsplit(file.url)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    address = f"{parts.scheme}://{parts.netloc}"
+    bucket = open_bucket(address, endpoint)
+    try:
+        return request(bucket, file.url.split("/", 3)[3])
+    except exceptions.PreconditionError as error:
+        raise OSError(f"{file.name}: {file.url} is another file than when it was listed; start again") from error
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file.name}: {file.url} is not there any more") from None
+    except exceptions.BaseError as error:
+        if parts.scheme == "s3" and is_expired(error):
+            wait_for_others(address, bucket, error)
+            open_bucket.cache_clear()
+        elif isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+            raise RequestError(
+                f"{file.name}: {file.url} is refused: {first_line(error)}; check the credentials (as for boto3)"
+            ) from error
+        raise TransientError(first_line(error)) from error
 
 
 class _Token(requests.auth.AuthBase):

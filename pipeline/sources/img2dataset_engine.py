@@ -140,7 +140,6 @@ def _run(folder: Path, urls: Sequence[str], fetch: FetchOptions, options: Img2da
         "resize_mode": "no",
         "extract_exif": False,
         "compute_hash": None,
-        "incremental_mode": "overwrite",
     }
     tries = int(given.get("retries", 0)) + 1
     rounds = -(-len(urls) // int(given["thread_count"]))

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from microdit.pipeline.base.errors import RequestError, UnreadableError
 from microdit.pipeline.base.liveness import alive
+from microdit.pipeline.base.secrets import without_secrets
 from microdit.pipeline.files.download import local_copy
 from microdit.pipeline.files.find import list_files
 from microdit.pipeline.files.patterns import WILD
@@ -86,10 +87,17 @@ class ListText:
             return path
         if self._make("the list") != self.sha256:
             raise UnreadableError(
-                f"the list {self.files[0].url} is another one than at the beginning of the build; put that one back, "
-                "then --retry-failed"
+                f"the list {without_secrets(self.files[0].url)} is another one than at the beginning of the build; "
+                "put that one back, then --retry-failed"
             )
         return path
+
+    def at_least(self, rows: int, what: str) -> "ListText":
+        """Return the list with so many rows, where the copy was cut to fewer."""
+        if not self.sha256 or self.limit is None or self.limit >= rows:
+            return self
+        longer = replace(self, limit=rows)
+        return replace(longer, sha256=longer._make(what))
 
     def _make(self, what: str) -> str:
         """Make the copy unless there is one; return its hash."""

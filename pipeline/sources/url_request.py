@@ -21,7 +21,6 @@ from microdit.pipeline.sources.web_url import as_written, redirected
 
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504, *range(520, 525), 529}
 REDIRECTS = {301, 302, 303, 307, 308}
-CHUNK = 64 << 10
 WHOLE = re.compile(r"bytes 0-(\d+)/(\d+|\*)")
 
 
@@ -188,15 +187,17 @@ async def _ask(
                 raise RequestFailed(
                     "too_large", f"{response.content_length} bytes, at most {options.max_bytes} are read"
                 )
-            data = bytearray()
-            async for chunk in response.content.iter_chunked(CHUNK):
-                data += chunk
-                if len(data) > options.max_bytes:
+            blocks, size = list[bytes](), 0
+            while block := await response.content.readany():
+                blocks.append(block)
+                size += len(block)
+                if size > options.max_bytes:
                     raise RequestFailed("too_large", f"more than {options.max_bytes} bytes")
+            data = b"".join(blocks)
             if data.startswith(GZIP):  # aiohttp knows neither x-gzip nor gzip that is named twice
                 encodings = response.headers.get("Content-Encoding", "")
-                return Answer(unpacked(bytes(data), encodings, options.max_bytes))
-            return Answer(bytes(data))
+                return Answer(unpacked(data, encodings, options.max_bytes))
+            return Answer(data)
     except UnreadableAnswer as error:
         raise RequestFailed(error.reason, str(error)) from None
     except (aiohttp.ClientError, OSError) as error:

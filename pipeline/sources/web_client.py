@@ -14,6 +14,9 @@ from microdit.pipeline.config.sources import FetchOptions
 from microdit.pipeline.sources.lenient_http import MAX_HEADERS
 from microdit.pipeline.sources.opt_outs import RobotsRules
 from microdit.pipeline.sources.public_addresses import PublicResolver, is_public, literal
+from microdit.pipeline.sources.tls_sessions import resuming_context
+
+READ_AHEAD = 256 << 10  # bytes of an answer that aiohttp reads before it pauses the connection
 
 
 class Client:
@@ -92,10 +95,11 @@ def _proxies() -> dict[str, str]:
 def _session(headers: dict[str, str], resolver: PublicResolver | None) -> aiohttp.ClientSession:
     """Make a session; the caller bounds the number of its connections."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=300, resolver=resolver),
+        connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=300, resolver=resolver, ssl=resuming_context()),
         headers=headers,
         cookie_jar=aiohttp.DummyCookieJar(),
         max_line_size=MAX_HEADERS,
         max_field_size=MAX_HEADERS,
         max_headers=1000,
+        read_bufsize=READ_AHEAD,
     )

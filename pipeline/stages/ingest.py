@@ -58,7 +58,10 @@ DecodedInput = tuple[Input, Prepared | BadImage | None]
 
 def ingest_stage(options: ImageOptions) -> dict[str, Any]:
     """Return the part of a source's declaration that says how its images are stored."""
-    return {"version": 1, **options.model_dump()}
+    made_by = options.model_dump()
+    if options.reduce == "sharp":  # declarations of earlier versions do not have it
+        del made_by["reduce"]
+    return {"version": 1, **made_by}
 
 
 class UnitShards:

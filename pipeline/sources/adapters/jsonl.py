@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from microdit.pipeline.base.liveness import alive
+from microdit.pipeline.base.secrets import without_secrets
 from microdit.pipeline.config.layouts import JsonlSource
 from microdit.pipeline.files.download import local_copy
 from microdit.pipeline.files.remote_file import RemoteFile
@@ -68,7 +69,9 @@ class Jsonl(MappedSource):
         try:
             data = self._beside(image, root) if _is_path(image) else _inside(image)
         except FileNotFoundError:
-            return FileSample(key, None, caption, origin, fields, "missing", f"{root}/{image} is not there")
+            return FileSample(
+                key, None, caption, origin, fields, "missing", f"{without_secrets(root)}/{image} is not there"
+            )
         except ValueError as error:
             return FileSample(key, None, caption, origin, fields, "bad_value", f"{options.image!r}: {error}")
         if len(data) > MAX_BYTES:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import TextIOWrapper
@@ -21,6 +21,7 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import unit_name
 from microdit.pipeline.corpus.redeclare import is_unused_source
 from microdit.pipeline.files.scratch import scratch_folder
+from microdit.pipeline.sources.failing_hosts import committed_shards, failing_hosts
 from microdit.pipeline.sources.img2dataset_engine import check_img2dataset, fetch_by_img2dataset
 from microdit.pipeline.sources.joined_fields import as_text, fields_of
 from microdit.pipeline.sources.list_columns import ListColumns
@@ -216,7 +217,7 @@ class Urls:
         if declared.get("adapter") != "urls" or declared.get("unit_inputs") != self._unit_inputs:
             return  # `declare` says what differs
         inputs, what = int(declared["inputs"]), self._where
-        index = index_list(self._text.path(), self._unit_inputs, inputs, self._format)
+        index = index_list(self._text.at_least(inputs, what).path(), self._unit_inputs, inputs, self._format)
         if index.sha256 != declared["list"]:
             raise RequestError(
                 f"{what}: it is another list than that of {inputs:,} inputs which the corpus was made from; put that "
@@ -232,7 +233,8 @@ class Urls:
             report(f"source {self.name}: {added:,} lines were added to its list, and are left out")
             self._index = index
 
-    def running(self, corpus: Corpus, report: Callable[[str], None]) -> AbstractContextManager[None]:
+    @contextmanager
+    def running(self, corpus: Corpus, report: Callable[[str], None]) -> Iterator[None]:
         if self._img2dataset is not None:
             check_img2dataset(f"sources.{self.name}.fetcher", self._img2dataset)
         if self.base is None and not re.search(r"@|://", self._fetch.agent):
@@ -245,7 +247,13 @@ class Urls:
                 f"source {self.name}: URLs of its list have passwords or signatures, which are sent, and left out of "
                 "all that is kept"
             )
-        return nullcontext()
+        if self.base is not None:
+            yield
+            return
+        before = committed_shards(corpus, self.name).items()
+        yield
+        if text := failing_hosts(corpus, self.name, before):
+            report(text)
 
     def read(self, unit: str, wanted: Callable[[int], bool]) -> Generator[Input]:
         for (item, checksums), fetched in self._fetched(self._requests(unit, wanted)):

@@ -23,7 +23,7 @@ def field_score_stage(name: str, options: FieldScores) -> RowStage:
 def _score_row(names: list[str], row: Row) -> Scalars:
     text = row.scalars.get("fields")
     fields = json.loads(text) if text else {}
-    return {name: as_number(fields.get(name)) for name in names}
+    return {name: number for name in names if (number := as_number(fields.get(name))) is not None}
 
 
 def as_number(value: object) -> float | None:

@@ -191,6 +191,18 @@ def test_fine_text_is_as_good_as_from_a_whole_decode(size: tuple[int, int]):
     assert np.mean((found.astype(float) - wanted) ** 2) < 255**2 / 10**3.7  # 37 dB
 
 
+@pytest.mark.parametrize("size", [(1000, 800), (801, 2000), (640, 640)])
+def test_a_fast_reduction_is_near_the_sharp_one(size: tuple[int, int]):
+    noise = np.random.default_rng(0).integers(0, 255, (9, 11, 3), dtype=np.uint8)
+    data = saved(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC), "JPEG", quality=95)
+    sharp = prepare(data, ImageOptions(max_side=256))
+    fast = prepare(data, ImageOptions(max_side=256, reduce="fast"))
+    assert (fast.width, fast.height) == (sharp.width, sharp.height)
+    assert fast.data != sharp.data
+    a, b = (np.asarray(Image.open(io.BytesIO(made.data)), np.float64) for made in (sharp, fast))
+    assert 10 * np.log10(255**2 / np.mean((a - b) ** 2)) > 40
+
+
 def test_the_short_side_decides_what_is_too_small():
     for size in ((7, 100), (100, 7)):
         with pytest.raises(BadImage, match="8 pixels") as error:

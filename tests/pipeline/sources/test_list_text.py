@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from microdit.pipeline.base.errors import RequestError, UnreadableError
 from microdit.pipeline.config.sources import FetchOptions, UrlsSource
+from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.sources.adapters.urls import Urls
 from microdit.pipeline.sources.list_columns import ListColumns
 from microdit.pipeline.sources.source import Input
@@ -149,6 +150,18 @@ def test_a_list_of_several_files(tmp_path: Path) -> None:
     (tmp_path / "part-10.parquet").write_bytes(as_parquet(ROWS[3:]))
     assert told(inputs(made(tmp_path, tmp_path / "part-*.parquet", **OPTIONS))) == EXPECTED
     assert told(inputs(made(tmp_path, tmp_path / "part-*.parquet", limit=4, **OPTIONS))) == EXPECTED[:4]
+
+
+def test_a_smaller_limit_is_still_the_same_list(tmp_path: Path) -> None:
+    (tmp_path / "list.parquet").write_bytes(as_parquet(ROWS))
+    corpus = Corpus.create(tmp_path / "corpus", "x")
+    whole = made(tmp_path, tmp_path / "list.parquet")
+    corpus.declare_source("web", whole.stage())
+    corpus.store.create("commits/units/web/web-000000.0.json", b"{}")
+    made(tmp_path, tmp_path / "list.parquet", limit=2).keep_to_known_files(corpus, False, print)
+    (tmp_path / "list.parquet").write_bytes(as_parquet(ROWS[1:]))
+    with pytest.raises(RequestError, match="it is another list than that of 7 inputs"):
+        made(tmp_path, tmp_path / "list.parquet", limit=2).keep_to_known_files(corpus, False, print)
 
 
 def test_a_list_that_is_another_one_is_no_longer_read(tmp_path: Path, files_server: FilesServer) -> None:

@@ -4,6 +4,7 @@ import base64
 from pathlib import Path
 
 from microdit.pipeline.config.sources import FetchOptions
+from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.sources.adapters.urls import Urls
 from tests.servers.sloppy import SloppyServer, picture
 
@@ -30,7 +31,7 @@ def test_they_are_sent_and_not_kept(tmp_path: Path):
         (tmp_path / "list.tsv").write_text("".join(f"{url}\tcaption\n" for url in urls) + "x\t" * 9 + f"{mine}\n")
         source = Urls("web", tmp_path / "list.tsv", 100, QUICK)
         said: list[str] = []
-        with source.running(None, said.append):  # type: ignore[arg-type]
+        with source.running(Corpus.create(tmp_path / "corpus", "x"), said.append):
             found = list(source.read("web-000000", lambda ordinal: True))
         assert len(said) == 1 and "passwords or signatures" in said[0] and "s3cret" not in said[0]
         sent = dict(zip(server.asked, server.logins, strict=True))
@@ -51,5 +52,5 @@ def test_they_are_sent_and_not_kept(tmp_path: Path):
 def test_a_list_without_any_says_nothing(tmp_path: Path):
     (tmp_path / "list.tsv").write_text("http://h/a?b=c\tsig=nature\n")
     said: list[str] = []
-    with Urls("web", tmp_path / "list.tsv", 100, QUICK).running(None, said.append):  # type: ignore[arg-type]
+    with Urls("web", tmp_path / "list.tsv", 100, QUICK).running(Corpus.create(tmp_path / "corpus", "x"), said.append):
         assert said == []

@@ -369,3 +369,8 @@ def test_colour_profiles_are_counted_in_the_commit(tmp_path: Path, corpus: Corpu
     first, second = corpus.commits("images")
     assert (first.timings["profiles_converted"], first.timings["profiles_ignored"]) == (2, 1)
     assert not any(name.startswith("profiles") for name in second.timings)
+
+
+def test_the_declaration_names_the_reduction_only_if_it_is_another() -> None:
+    assert "reduce" not in ingest_stage(ImageOptions())
+    assert ingest_stage(ImageOptions(reduce="fast"))["reduce"] == "fast"
