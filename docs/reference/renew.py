@@ -25,8 +25,10 @@ from microdit.pipeline.config.captions import CaptionsColumn
 from microdit.pipeline.config.encoders import LatentsColumn, TextColumn
 from microdit.pipeline.config.files import JoinOptions
 from microdit.pipeline.config.images import ImageOptions
+from microdit.pipeline.config.prompts import PromptsConfig
 from microdit.pipeline.config.scores import SCORERS
 from microdit.pipeline.config.sources import FetchOptions, SourceOptions
+from microdit.pipeline.config.synthesis import LoraOptions, MakerOptions
 from microdit.trainer.recipe import LegRecipe, OptimizerRecipe, Recipe
 
 FOLDER = Path(__file__).parent
@@ -36,7 +38,7 @@ WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", ty
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 SOURCES = get_args(get_args(SourceOptions)[0])
 CONFIG = [
-    ("sources", [*SOURCES, FetchOptions, JoinOptions]),
+    ("sources", [*SOURCES, FetchOptions, JoinOptions, PromptsConfig, MakerOptions, LoraOptions]),
     ("images", [ImageOptions]),
     ("columns", [CaptionsColumn, *SCORERS.values(), LatentsColumn, TextColumn]),
     ("resources", [Resources]),
@@ -129,6 +131,8 @@ def block_name(model: type[BaseModel]) -> str:
         return f"`scores/{scorer}`"
     names = {CaptionsColumn: "`captions/<name>`", LatentsColumn: "`latents/<name>`", JoinOptions: "an entry of `joins`"}
     names |= {TextColumn: "`text/<name>@<captions>`", FetchOptions: "the block `fetch`"}
+    names |= {PromptsConfig: "the block `prompts`", MakerOptions: "an entry of `makers`"}
+    names |= {LoraOptions: "an entry of a maker's `lora`"}
     return names[model]
 
 

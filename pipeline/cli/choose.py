@@ -39,8 +39,9 @@ def select(
     """Save a selection: the rows (`source`, `shard`, `row`, and `weight` if you like) that a query gives.
 
     Without SQL it is the query of that name in configs/queries: `clean` (once, safe, sharp, in no test set, little
-    text), `paper` and `paper-512` (the paper's data), `synthetic-only`. With `--weights` a source comes as often as
-    its share says, however many samples it has; a `weight` of the query then counts within its source.
+    text), `drawn` (what models drew of prompts, each picture once), `paper` and `paper-512` (the paper's data),
+    `synthetic-only`. With `--weights` a source comes as often as its share says, however many samples it has; a
+    `weight` of the query then counts within its source.
 
     **Examples**
 

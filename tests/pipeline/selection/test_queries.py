@@ -16,13 +16,13 @@ from tests.pipeline.helpers.scored_corpus import chosen, make
 
 def test_named_queries_are_told_where_they_are_looked_for(tmp_path: Path) -> None:
     known = named_queries()
-    assert [query.name for query in known] == ["clean", "paper", "paper-512", "synthetic-only"]
+    assert [query.name for query in known] == ["clean", "drawn", "paper", "paper-512", "synthetic-only"]
     for named in known:
         assert named.about.endswith(".") and "--" not in named.about and named.sql.startswith("SELECT")
         assert parse(named.sql).unsteady() is None and parse(named.sql).conditions() is not None
         assert f"`{named.name}`" in str(command.__doc__)
     corpus = make(tmp_path, [("a", 2)])
-    with pytest.raises(RequestError, match=r"no query named 'cleen'; give SQL .*(\n  [\w-]+: .+){4}$"):
+    with pytest.raises(RequestError, match=r"no query named 'cleen'; give SQL .*(\n  [\w-]+: .+){5}$"):
         select(corpus, "cleen")
 
 
