@@ -64,7 +64,9 @@ def test_evaluate() -> None:
 
 @pytest.mark.slow
 def test_synthesize() -> None:
-    found = run("synthesize", "--prompts", "8", "--rounds", "1", "--steps", "2", "--pixels", "32")  # checks the pictures
+    found = run(
+        "synthesize", "--prompts", "8", "--rounds", "1", "--steps", "2", "--pixels", "32"
+    )  # checks the pictures
     assert (found["kind"], found["pictures"]) == ("sd", 8)
     assert found["ratio_bare"] == pytest.approx(found["bare_seconds"] / found["stage_seconds"], rel=0.05)
 

@@ -109,6 +109,8 @@ class Synthesize:
         return [unit_name(self.name, number) for number in range(sum(self._unit_counts))]
 
     def running(self, corpus: Corpus, report: Callable[[str], None]) -> AbstractContextManager[None]:
+        for maker in self.makers:
+            report(f"source {self.name}: {maker.describe()}")
         return nullcontext()
 
     # -- the models ----------------------------------------------------------------------------------------------------
