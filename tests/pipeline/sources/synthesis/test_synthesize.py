@@ -162,3 +162,17 @@ def test_killed_at_every_step_or_built_twice_at_once_the_bytes_are_the_same(tiny
         thread.join()
     assert hash_of(twice) == expected
     assert verify(Corpus.open(twice.corpus)).problems == []
+
+
+def test_a_unit_in_which_a_maker_has_nothing_to_draw_is_complete(tiny_sd: Path, tmp_path: Path) -> None:
+    makers = [{"model": str(tiny_sd), "name": name} for name in ("one", "two")]
+    for seed in range(50):
+        config = config_of(tmp_path / "corpus", makers, prompts_per_unit=2, seed=seed)
+        source = source_of(config)
+        empty = [unit for unit in source.units() if not source._pictures(*source._run(unit))]
+        if empty:
+            break
+    corpus = build_here(config, source)
+    assert corpus.unit("drawn", empty[0], 0).shards == []
+    assert sum(commit.counts["out"] for commit in corpus.commits(IMAGES)) == COUNT
+    assert verify(corpus).problems == []
