@@ -196,8 +196,8 @@ class Synthesize:
         for batch in batches:
             made: list[tuple[Picture, Future[bytes] | Fault | None]] = []
             for picture, one in batch:
-                nothing = one is None or isinstance(one, Fault)
-                made.append((picture, one if nothing else pool.submit(encode_picture, one, self._images)))
+                is_drawn = one is not None and not isinstance(one, Fault)
+                made.append((picture, pool.submit(encode_picture, one, self._images) if is_drawn else one))
             waiting.append(made)
             if len(waiting) > 1:
                 yield waiting.popleft()

@@ -26,6 +26,16 @@ class LoraFiles:
     file: str
     scale: float
 
+    def fetch(self) -> Path:
+        """Return the folder with the file on this machine.
+
+        Raises:
+            ModelFilesError: it cannot be had.
+        """
+        if self.files.revision is None:
+            return self.files.folder
+        return fetch(self.files.name, [self.file], revision=self.files.revision).folder
+
     def declaration(self) -> dict[str, Any]:
         """Return what the numbers depend on."""
         return {**self.files.origin(self.file), "file": self.file, "scale": self.scale}
@@ -144,7 +154,7 @@ class Maker:
             local_files_only=True,
         )
         for number, lora in enumerate(self.loras):
-            pipeline.load_lora_weights(lora.files.folder, weight_name=lora.file, adapter_name=f"lora{number}")
+            pipeline.load_lora_weights(lora.fetch(), weight_name=lora.file, adapter_name=f"lora{number}")
         if self.loras:
             names = [f"lora{number}" for number in range(len(self.loras))]
             pipeline.set_adapters(names, [lora.scale for lora in self.loras])
@@ -203,22 +213,24 @@ def _own_maker(where: str, options: MakerOptions) -> Maker:
         autoencoder=options.autoencoder,
         text_encoder=options.text_encoder,
     )
-    revision = parts.origin.get("revision")
+    revision, path = parts.origin.get("revision"), Path(options.model).expanduser()
+    is_pipeline = (path / INDEX).is_file()
     identity: dict[str, Any] = {
-        "file": parts.weights.name,
-        "sha256": file_sha256(parts.weights, "weights"),
         "autoencoder": parts.autoencoder.trained_with or parts.autoencoder.name,
         "text_encoder": parts.text_encoder.trained_with or parts.text_encoder.name,
     }
     if revision is not None:
         identity |= {"repo": parts.origin["checkpoint"], "revision": revision}
+    elif is_pipeline:
+        identity |= ModelFiles(path, path.resolve().name, None).origin("*")
+    else:
+        identity |= {"file": parts.weights.name, "sha256": file_sha256(parts.weights, "weights")}
     # the very checkpoint, even if the run has a newer one by then
-    is_pipeline = (Path(options.model).expanduser() / INDEX).is_file()
-    checkpoint = options.model if revision is not None or is_pipeline else str(parts.weights.absolute())
+    checkpoint = options.model if revision is not None else str((path if is_pipeline else parts.weights).absolute())
     arguments = call_arguments(MicroDiTPipeline.__call__, OWN_CLASS, options, None, None)
     licence = licence_of(options.license, options.model, None)
     dtype = options.dtype or "float32"
-    model = OwnModel(str(Path(checkpoint).absolute()) if is_pipeline else checkpoint, revision, identity)
+    model = OwnModel(checkpoint, revision, identity)
     return Maker(where, options, model, OWN_CLASS, arguments, dtype, licence, ())
 
 

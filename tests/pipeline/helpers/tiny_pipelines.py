@@ -169,7 +169,8 @@ def sana() -> Any:
         ),
         vae=AutoencoderDC(
             in_channels=3, latent_channels=4, attention_head_dim=2,
-            encoder_block_types=("ResBlock", "EfficientViTBlock"), decoder_block_types=("ResBlock", "EfficientViTBlock"),
+            encoder_block_types=("ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "EfficientViTBlock"),
             encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), (5,)),
             decoder_qkv_multiscales=((), (5,)), encoder_layers_per_block=(1, 1), decoder_layers_per_block=[1, 1],
             downsample_block_type="conv", upsample_block_type="interpolate", decoder_norm_types="rms_norm",
