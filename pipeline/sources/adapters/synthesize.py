@@ -148,7 +148,8 @@ class Synthesize:
                 for batch in encoded:
                     for picture, made in batch:
                         result = made.result() if isinstance(made, Future) else made
-                        yield self._input(picture, result, about)
+                        # also drawn, but not wanted: in a repair the bytes that are there stay
+                        yield self._input(picture, result if wanted(picture.ordinal) else None, about)
 
     def _batches(
         self, maker: int, start: int, stop: int, wanted: Callable[[int], bool]
