@@ -67,8 +67,7 @@ def test_pictures_say_how_they_were_made_and_can_be_made_again_alone(tiny_sd: Pa
         assert all(item.data is None and item.reason is None for item in inputs)
         wanted = {item.ordinal for item in inputs if item.key in chosen}
         for item in again.read(unit, wanted.__contains__):
-            if item.ordinal in wanted:
-                assert item == drawn[item.key]
+            assert item == (drawn[item.key] if item.ordinal in wanted else inputs[item.ordinal])
 
 
 def test_what_ingest_stores_is_what_was_encoded_and_a_corpus_cannot_change_its_makers(
