@@ -1,19 +1,21 @@
 """Pictures of the source `synthesize`, beside the bare loop over the same pipeline, in turns.
 
-    python -m benchmarks.synthesize [--kind sd] [--real] [--pixels 64] [--steps 8] [--batch 8] [--prompts 64]
-                                    [--rounds 3] [--json]
+    python -m benchmarks.synthesize [--kind sd] [--real] [--pixels 64] [--steps 8] [--batch 8] [--prompts 32]
+                                    [--rounds 5] [--json]
 
 stage      ingest of a unit: drawn, checked, encoded, checked again as any input, written and committed
 bare       the pipeline's own call in a loop, with the same prompts, seeds and batches, to PIL pictures
 
 Models are loaded before, and their weights are random: tiny ones, or with `--real` a Stable Diffusion 1.5 of the real
-size, for a GPU. The pictures of both are first checked equal. `ratio_bare` = bare / stage, in seconds; medians.
+size, for a GPU. The pictures of both are first checked equal. `ratio_bare` = bare / stage, in seconds; medians. Beside
+them `cpu_seconds`, the process's own work, which other processes of the machine change less.
 """
 
 import logging
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +114,21 @@ def load_bare(model: Path, real: bool) -> Any:
     return pipeline
 
 
-def stage_round(folder: Path, source: Synthesize, model: Path, args: Any) -> float:
+def timed(work: Callable[[], Any]) -> tuple[float, float]:
+    """Return the seconds of some work, and those of this process's CPUs."""
+    began, worked = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - began, time.process_time() - worked
+
+
+def stage_round(folder: Path, source: Synthesize, model: Path, args: Any) -> tuple[float, float]:
     """Ingest the unit into a new corpus; return the seconds."""
     config = make_config(folder, model, args)
     corpus = Corpus.create(config.corpus, config.name, config.shard_samples)
     declare(corpus, config, [source], [])
-    began = time.perf_counter()
-    record = ingest_unit(corpus, source, UnitTask(source.units()[0]), config)
-    seconds = time.perf_counter() - began
-    [shard] = record.shards
+    unit = source.units()[0]
+    seconds = timed(lambda: ingest_unit(corpus, source, UnitTask(unit), config))
+    [shard] = corpus.unit("drawn", unit, 0).shards
     counts = corpus.commit("images", "drawn", shard, 0).counts
     if counts["out"] != args.prompts:
         raise SystemExit(f"{counts['failed']} of {args.prompts} pictures failed")
@@ -142,13 +150,12 @@ def measure(args: Any, folder: Path) -> dict[str, Any]:
     )
     if difference > 1:
         raise SystemExit(f"the pictures differ by {difference:.2f} of 255")
-    seconds: dict[str, list[float]] = {"stage": [], "bare": []}
+    seconds: dict[str, list[tuple[float, float]]] = {"stage": [], "bare": []}
     for number in range(args.rounds):
         seconds["stage"].append(stage_round(folder / f"corpus-{number}", source, model, args))
-        began = time.perf_counter()
-        bare_loop(pipeline, source, args)
-        seconds["bare"].append(time.perf_counter() - began)
-    stage, bare = (statistics.median(seconds[way]) for way in ("stage", "bare"))
+        seconds["bare"].append(timed(lambda: bare_loop(pipeline, source, args)))
+    stage, bare = (statistics.median(wall for wall, _ in seconds[way]) for way in ("stage", "bare"))
+    stage_cpu, bare_cpu = (statistics.median(cpu for _, cpu in seconds[way]) for way in ("stage", "bare"))
     return {
         "device": best_device(),
         "kind": "sd-1.5" if args.real else args.kind,
@@ -160,6 +167,8 @@ def measure(args: Any, folder: Path) -> dict[str, Any]:
         "difference": round(difference, 4),
         "stage_seconds": round(stage, 3),
         "bare_seconds": round(bare, 3),
+        "stage_cpu_seconds": round(stage_cpu, 3),
+        "bare_cpu_seconds": round(bare_cpu, 3),
         "stage_rate": round(args.prompts / stage, 2),
         "bare_rate": round(args.prompts / bare, 2),
         "ratio_bare": round(bare / stage, 3),
@@ -174,8 +183,8 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=64)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--format", choices=["jpg", "png", "webp"], default="webp")
     args = parser.parse_args()
     logging.disable(logging.WARNING)

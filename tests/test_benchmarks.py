@@ -64,6 +64,15 @@ def test_evaluate() -> None:
     assert found["ratio_bare"] > 0.5 and found["fid_seconds"] > 0 and found["kid_seconds"] > 0
 
 
+@pytest.mark.slow
+def test_synthesize() -> None:
+    found = run(
+        "synthesize", "--prompts", "8", "--rounds", "1", "--steps", "2", "--pixels", "32"
+    )  # checks the pictures
+    assert (found["kind"], found["pictures"]) == ("sd", 8)
+    assert found["ratio_bare"] == pytest.approx(found["bare_seconds"] / found["stage_seconds"], rel=0.05)
+
+
 def test_dedup() -> None:
     """Few pictures, but real ones; the hashes as skewed as millions of them."""
     found = run("dedup", "--images", "12", "--hashes", "30000", "--turned")

@@ -11,6 +11,11 @@ ORIGINS = ("path", "corpus", "templates")
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 """Doubled braces stand for one; a single one opens or closes a placeholder."""
+TAKEN = {
+    "maker", "model", "revision", "seed", "variant", "steps", "guidance", "size", "prompt_source", "prompt_row",
+    "license", "license_terms", "commercial_use",
+}  # fmt: skip
+"""Fields that a picture has of its maker."""
 OF_PATH = ("column", "fields")
 OF_CORPUS = ("captions", "where")
 OF_TEMPLATES = ("lists",)
@@ -69,6 +74,8 @@ class PromptsConfig(Options):
         for name in named:
             if not NAME.fullmatch(name):
                 raise FieldError((name,), "a name is lower-case letters, digits and _, and begins with a letter", name)
+            if name in TAKEN:
+                raise FieldError((name,), "each picture has a field of this name already; take another", name)
         return named
 
     @model_validator(mode="after")

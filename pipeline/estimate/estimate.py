@@ -108,7 +108,7 @@ def estimate(
 
 
 def _maker(work: MakerWork, cost: Cost, machines: Machines, gpu: str | None) -> EstimatedMaker:
-    """The pictures of one maker, and the price of the GPUs' time for them."""
+    """Count the pictures of one maker, and price the GPUs' time for them."""
     hours = None if gpu is None or cost.gpu is None else cost.gpu / 3600
     price = machines.gpu_price if machines.gpu_price is not None or gpu is None else rates.GPUS[gpu].price
     money = None if hours is None or price is None else hours * price

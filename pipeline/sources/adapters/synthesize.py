@@ -17,7 +17,7 @@ from microdit.pipeline.config.synthesis import SynthesizeSource
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import unit_name
 from microdit.pipeline.sources.source import Fields, Input
-from microdit.pipeline.sources.synthesis.drawing import Drawer, Drawn, Fault, Order
+from microdit.pipeline.sources.synthesis.drawing import Drawer, Drawn, NoPicture, Order
 from microdit.pipeline.sources.synthesis.makers import Maker, resolve_maker
 from microdit.pipeline.sources.synthesis.pictures import Repeats, check, encode_picture
 from microdit.pipeline.sources.synthesis.prompts import Prompt, Prompts, open_prompts
@@ -27,7 +27,7 @@ AHEAD = 2  # batches that are drawn before they are asked for
 
 
 @dataclass(frozen=True)
-class Picture:
+class PlannedPicture:
     """A picture of a unit."""
 
     ordinal: int
@@ -109,6 +109,8 @@ class Synthesize:
         return [unit_name(self.name, number) for number in range(sum(self._unit_counts))]
 
     def running(self, corpus: Corpus, report: Callable[[str], None]) -> AbstractContextManager[None]:
+        for maker in self.makers:
+            report(f"source {self.name}: {maker.describe()}")
         return nullcontext()
 
     # -- the models ----------------------------------------------------------------------------------------------------
@@ -146,11 +148,12 @@ class Synthesize:
                 for batch in encoded:
                     for picture, made in batch:
                         result = made.result() if isinstance(made, Future) else made
-                        yield self._input(picture, result, about)
+                        # also drawn, but not wanted: in a repair the bytes that are there stay
+                        yield self._input(picture, result if wanted(picture.ordinal) else None, about)
 
     def _batches(
         self, maker: int, start: int, stop: int, wanted: Callable[[int], bool]
-    ) -> Generator[list[tuple[Picture, Drawn | None]]]:
+    ) -> Generator[list[tuple[PlannedPicture, Drawn | None]]]:
         """Draw the pictures of a unit, batch by batch; None for those of a batch that nobody wants.
 
         The batches of a unit are always the same, and drawn whole or not at all: so a picture does not depend on which
@@ -181,7 +184,7 @@ class Synthesize:
                 self._shared.drawing.release()
 
     @staticmethod
-    def _ordinals_of(batch: Sequence[Picture], pictures: Sequence[Picture]) -> range:
+    def _ordinals_of(batch: Sequence[PlannedPicture], pictures: Sequence[PlannedPicture]) -> range:
         """Return the ordinals of a batch, and of the pictures behind it that its last prompt has."""
         stop = batch[-1].ordinal + 1
         while stop < len(pictures) and pictures[stop].prompt.row == batch[-1].prompt.row:
@@ -189,21 +192,21 @@ class Synthesize:
         return range(batch[0].ordinal, stop)
 
     def _encoded(
-        self, pool: ThreadPoolExecutor, batches: Iterator[list[tuple[Picture, Drawn | None]]]
-    ) -> Iterator[list[tuple[Picture, "Future[bytes] | Fault | None"]]]:
+        self, pool: ThreadPoolExecutor, batches: Iterator[list[tuple[PlannedPicture, Drawn | None]]]
+    ) -> Iterator[list[tuple[PlannedPicture, "Future[bytes] | NoPicture | None"]]]:
         """Encode drawn pictures in threads, while the next batch is drawn."""
-        waiting: deque[list[tuple[Picture, Future[bytes] | Fault | None]]] = deque()
+        waiting: deque[list[tuple[PlannedPicture, Future[bytes] | NoPicture | None]]] = deque()
         for batch in batches:
-            made: list[tuple[Picture, Future[bytes] | Fault | None]] = []
+            made: list[tuple[PlannedPicture, Future[bytes] | NoPicture | None]] = []
             for picture, one in batch:
-                nothing = one is None or isinstance(one, Fault)
-                made.append((picture, one if nothing else pool.submit(encode_picture, one, self._images)))
+                is_drawn = one is not None and not isinstance(one, NoPicture)
+                made.append((picture, pool.submit(encode_picture, one, self._images) if is_drawn else one))
             waiting.append(made)
             if len(waiting) > 1:
                 yield waiting.popleft()
         yield from waiting
 
-    def _input(self, picture: Picture, made: bytes | Fault | None, about: Fields) -> Input:
+    def _input(self, picture: PlannedPicture, made: bytes | NoPicture | None, about: Fields) -> Input:
         prompt = picture.prompt
         fields = {
             **prompt.fields,
@@ -215,7 +218,7 @@ class Synthesize:
         }
         origin = f"{self.name}/{about['maker']}/{prompt.row}/{picture.variant}"
         key = f"{prompt.row:09d}-{picture.variant:03d}"
-        fault = made if isinstance(made, Fault) else None
+        fault = made if isinstance(made, NoPicture) else None
         return Input(
             picture.ordinal,
             key,
@@ -253,7 +256,7 @@ class Synthesize:
         length = self._run_lengths[maker]
         return maker, number * length, min((number + 1) * length, len(self.prompts))
 
-    def _pictures(self, maker: int, start: int, stop: int) -> list[Picture]:
+    def _pictures(self, maker: int, start: int, stop: int) -> list[PlannedPicture]:
         """List the pictures of a run of prompts that a maker makes."""
         with self._shared.loading:
             prompts = self._here().read(start, stop)
@@ -265,7 +268,9 @@ class Synthesize:
         ]
         name = self._options.makers[maker].label
         return [
-            Picture(ordinal, prompt, variant, picture_seed(self._options.seed, self.name, prompt.row, variant, name))
+            PlannedPicture(
+                ordinal, prompt, variant, picture_seed(self._options.seed, self.name, prompt.row, variant, name)
+            )
             for ordinal, (prompt, variant) in enumerate(chosen)
         ]
 

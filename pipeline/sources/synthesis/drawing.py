@@ -22,14 +22,14 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Fault:
+class NoPicture:
     """Why there is no picture."""
 
     reason: str
     detail: str
 
 
-Drawn = np.ndarray | Fault
+Drawn = np.ndarray | NoPicture
 """Pixels (H, W, 3) uint8, or why there are none."""
 Call = Callable[[Sequence[Order]], list[Drawn]]
 
@@ -98,7 +98,7 @@ class Drawer:
         if isinstance(error, torch.AcceleratorError | RequestError):
             raise error
         if len(batch) == 1 and self._sound:
-            return [Fault("drawing_failed", f"{type(error).__name__}: {first_line(error)}")]
+            return [NoPicture("drawing_failed", f"{type(error).__name__}: {first_line(error)}")]
         drawn: list[Drawn] = []
         for order in batch if len(batch) > 1 else ():
             alive()
@@ -110,7 +110,7 @@ class Drawer:
                     raise
                 if is_out_of_memory(alone):
                     self._halve(1, alone)
-                drawn.append(Fault("drawing_failed", f"{type(alone).__name__}: {first_line(alone)}"))
+                drawn.append(NoPicture("drawing_failed", f"{type(alone).__name__}: {first_line(alone)}"))
         if not self._sound:
             raise RequestError(
                 f"{self._what}: it cannot draw with these settings: {type(error).__name__}: {first_line(error)}"
@@ -147,7 +147,7 @@ def diffusers_call(pipeline: Any, arguments: dict[str, Any]) -> Call:
         flags = getattr(output, "nsfw_content_detected", None) or [False] * len(batch)
         pictures = to_pixels(output.images)
         return [
-            Fault("nsfw", "the model's safety checker flags it") if flag else picture
+            NoPicture("nsfw", "the model's safety checker flags it") if flag else picture
             for flag, picture in zip(flags, pictures, strict=True)
         ]
 
@@ -166,7 +166,7 @@ def microdit_call(pipeline: Any, arguments: dict[str, Any]) -> Call:
         pictures: list[Drawn] = []
         for latent in latents:  # one by one, so that what shares their batch does not matter
             if not bool(torch.isfinite(latent).all()):
-                pictures.append(Fault("not_finite", "the network gives NaN or infinity"))
+                pictures.append(NoPicture("not_finite", "the network gives NaN or infinity"))
             else:
                 pictures.append(pipeline.vae.decode(latent[None].to(pipeline.device))[0].cpu().numpy())
         return pictures
@@ -191,6 +191,6 @@ def to_pixels(images: Any) -> list[Drawn]:
     bytes_ = (values.nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8)
     pixels = bytes_.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return [
-        picture if sound else Fault("not_finite", "the model gives NaN or infinity")
+        picture if sound else NoPicture("not_finite", "the model gives NaN or infinity")
         for picture, sound in zip(pixels, finite, strict=True)
     ]

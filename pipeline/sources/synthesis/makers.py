@@ -1,5 +1,6 @@
 """Resolve the makers of a source: their models and revisions, the arguments of their calls, their licences."""
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -90,6 +91,15 @@ class Maker:
             "license": self.licence.name,
         }
 
+    def describe(self) -> str:
+        """Say in one line what draws, and how."""
+        about, revision = self.fields(), str(self.identity.get("revision") or self.identity.get("sha256"))[:12]
+        checked = isinstance(self.model, PipelineFiles) and self.model.safety_checker
+        parts = [f"{about.get('steps')} steps", f"guidance {about.get('guidance', 'as trained')}", self.dtype]
+        parts += [str(about["size"])] if "size" in about else []
+        parts += [] if checked else ["no safety checker"]
+        return f"{self.name}: {self.class_name} {about['model']} at {revision}, {', '.join(parts)}"
+
     def fields(self) -> dict[str, str | int | float | bool]:
         """Return what its pictures say of it."""
         width, height = self.options.sides or (0, 0)
@@ -146,13 +156,16 @@ class Maker:
 
         diffusers.utils.logging.set_verbosity_error()
         diffusers.utils.logging.disable_progress_bar()
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            model.fetch_all().folder,
-            torch_dtype=getattr(torch, self.dtype),
-            variant=model.variant,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        folder = model.fetch_all().folder
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # later versions call it `dtype`
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                folder,
+                torch_dtype=getattr(torch, self.dtype),
+                variant=model.variant,
+                use_safetensors=True,
+                local_files_only=True,
+            )
         for number, lora in enumerate(self.loras):
             pipeline.load_lora_weights(lora.fetch(), weight_name=lora.file, adapter_name=f"lora{number}")
         if self.loras:

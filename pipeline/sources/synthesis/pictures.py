@@ -6,7 +6,7 @@ import numpy as np
 
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.content.images import encode, resize, short_side_size
-from microdit.pipeline.sources.synthesis.drawing import Drawn, Fault
+from microdit.pipeline.sources.synthesis.drawing import Drawn, NoPicture
 
 FLAT = 3  # steps of 255 by which the pixels of one colour may differ
 
@@ -18,7 +18,7 @@ class Repeats:
         self._row = -1
         self._seeds: dict[bytes, int] = {}
 
-    def fault(self, row: int, seed: int, pixels: np.ndarray) -> Fault | None:
+    def fault(self, row: int, seed: int, pixels: np.ndarray) -> NoPicture | None:
         """Return the fault of a picture that repeats one; all pictures of a prompt come one after the other."""
         if row != self._row:
             self._row, self._seeds = row, {}
@@ -26,15 +26,15 @@ class Repeats:
         first = self._seeds.setdefault(digest, seed)
         if first == seed:
             return None
-        return Fault("repeated", f"it is the same picture as with the seed {first}")
+        return NoPicture("repeated", f"it is the same picture as with the seed {first}")
 
 
 def check(drawn: Drawn, row: int, seed: int, repeats: Repeats) -> Drawn:
     """Return a drawn picture, or what is wrong with it."""
-    if isinstance(drawn, Fault):
+    if isinstance(drawn, NoPicture):
         return drawn
     if (np.ptp(drawn, axis=(0, 1)) <= FLAT).all():
-        return Fault("one_colour", f"all of its pixels are about {tuple(drawn[0, 0].tolist())}")
+        return NoPicture("one_colour", f"all of its pixels are about {tuple(drawn[0, 0].tolist())}")
     return repeats.fault(row, seed, drawn) or drawn
 
 

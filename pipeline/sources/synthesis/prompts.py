@@ -29,8 +29,8 @@ from microdit.pipeline.sources.synthesis.prompt_templates import Templates
 
 VERSION = 1
 """Of what is made of the same options."""
-PREFIX, OLD = "microdit-prompts-", 30 * 86_400.0
-"""Names in the scratch folder, and the seconds without use after which they are removed."""
+PREFIX = "microdit-prompts-"  # of names in the scratch folder
+OLD_FILE, OLD_FOLDER = 30 * 86_400.0, 2 * 86_400.0  # seconds without use after which they are removed
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,11 @@ def _sweep(scratch: Path) -> None:
     """Remove prepared prompts that nobody has opened for long, and what killed builds left."""
     for path in scratch.glob(f"{PREFIX}*"):
         with suppress(OSError):  # another process was faster
-            if time.time() - path.stat().st_mtime > OLD:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            age = time.time() - path.stat().st_mtime
+            if path.is_dir() and age > OLD_FOLDER:
+                shutil.rmtree(path)
+            elif age > OLD_FILE:
+                path.unlink()
 
 
 def _raw_prompts(config: PromptsConfig, scratch: Path, what: str, left: LeftOut) -> tuple[str, RawPrompts]:

@@ -89,8 +89,9 @@ def test_units_are_read_by_actors_that_load_their_model_once(cluster: None, tmp_
 
 def test_a_process_that_dies_of_a_unit_is_replaced(cluster: None, tmp_path: Path) -> None:
     drawn = Drawn(count=3, logs=tmp_path, deadly="pictures-000002")
-    corpus = open_corpus(tmp_path / "corpus", [drawn], [source_words()])
-    summary = carry_out(corpus, [drawn], [source_words()], ingest)  # type: ignore[arg-type]
+    stages = [source_words(), upper_words()]
+    corpus = open_corpus(tmp_path / "corpus", [drawn], stages)
+    summary = carry_out(corpus, [drawn], stages, ingest)  # type: ignore[arg-type]
     assert (tmp_path / "died-pictures-000002").exists()
     assert summary.units.read == 3 and not summary.set_aside
     check_whole(corpus, shards=6)

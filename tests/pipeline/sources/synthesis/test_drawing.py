@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.images import ImageOptions
 from microdit.pipeline.content.images import prepare
-from microdit.pipeline.sources.synthesis.drawing import Drawer, Drawn, Fault, Order, to_pixels
+from microdit.pipeline.sources.synthesis.drawing import Drawer, Drawn, NoPicture, Order, to_pixels
 from microdit.pipeline.sources.synthesis.pictures import Repeats, check, encode_picture
 from tests.pipeline.helpers.drawn_corpus import config_of, draw_all, source_of
 
@@ -51,7 +51,7 @@ def test_only_the_picture_at_fault_fails_and_a_model_that_cannot_draw_ends_the_b
 
     drawer = Drawer("sources.x.makers.0 (m)", call, 4)
     drawn = drawer.draw([Order("good", 1), Order("bad", 2), Order("good", 3), Order("bad", 4), Order("bad", 5)])
-    faults = [one.detail if isinstance(one, Fault) else "" for one in drawn]
+    faults = [one.detail if isinstance(one, NoPicture) else "" for one in drawn]
     why = "ValueError: this prompt is too much"
     assert faults == ["", why, "", why, why]
     with pytest.raises(RequestError, match=r"sources\.x\.makers\.0 \(m\): it cannot draw .*too much"):
@@ -67,7 +67,7 @@ def test_pictures_of_all_kinds_become_pixels_as_diffusers_makes_them() -> None:
     for images in (values, arrays, list(values), VaeImageProcessor.numpy_to_pil(arrays)):
         assert [one.tolist() for one in to_pixels(images) if isinstance(one, np.ndarray)] == wanted
     values[1, 0, 2, 2] = float("nan")
-    assert [isinstance(one, Fault) and one.reason for one in to_pixels(values)] == [False, "not_finite", False]
+    assert [isinstance(one, NoPicture) and one.reason for one in to_pixels(values)] == [False, "not_finite", False]
     with pytest.raises(RequestError, match=r"\(2, 4, 4, 4\), which are no pictures"):
         to_pixels(torch.zeros(2, 4, 4, 4))
 
@@ -80,12 +80,12 @@ def test_one_colour_and_repeats_fail() -> None:
         check(pixels, row, seed, repeats)
         for pixels, row, seed in [
             (picture(1), 0, 11), (picture(1), 0, 12), (picture(2), 0, 13), (picture(1), 1, 14), (black, 1, 15),
-            (almost, 1, 16), (Fault("nsfw", ""), 1, 17),
+            (almost, 1, 16), (NoPicture("nsfw", ""), 1, 17),
         ]
     ]  # fmt: skip
-    reasons = [one.reason if isinstance(one, Fault) else "" for one in made]
+    reasons = [one.reason if isinstance(one, NoPicture) else "" for one in made]
     assert reasons == ["", "repeated", "", "", "one_colour", "one_colour", "nsfw"]
-    assert isinstance(made[1], Fault) and "seed 11" in made[1].detail
+    assert isinstance(made[1], NoPicture) and "seed 11" in made[1].detail
 
 
 @pytest.mark.parametrize("format_", ["jpg", "png", "webp"])

@@ -38,6 +38,13 @@ def test_pictures_say_how_they_were_made_and_can_be_made_again_alone(tiny_sd: Pa
     config = config_of(tmp_path / "corpus", makers, images_per_prompt=2, seed=3)
     source = pickle.loads(pickle.dumps(source_of(config)))
     assert holds_models(source)
+    told: list[str] = []
+    with source.running(Corpus.create(config.corpus, "drawn", 3), told.append):
+        pass
+    revision = source.makers[0].identity["sha256"][:12]
+    how = "2 steps, guidance 7.5, float32, 32x32, no safety checker"
+    assert told[0] == f"source drawn: tiny-sd: StableDiffusionPipeline tiny-sd at {revision}, {how}"
+    assert source.terms.endswith("second: CC-BY-NC-4.0 (non-commercial use only)")
     drawn = draw_all(source)
     assert len(drawn) == 2 * COUNT
     assert all(item.reason is None for item in drawn.values())
@@ -51,7 +58,7 @@ def test_pictures_say_how_they_were_made_and_can_be_made_again_alone(tiny_sd: Pa
         "license": "CC-BY-NC-4.0", "commercial_use": False, "prompt_source": "templates",
         "colour": drawn[f"{row:09d}-{variant:03d}"].caption.split()[1],
         "thing": drawn[f"{row:09d}-{variant:03d}"].caption.split()[2],
-    } or {"colour", "thing"}.isdisjoint(fields)  # fmt: skip
+    }  # fmt: skip
 
     chosen = random.Random(0).sample(sorted(drawn), 3)
     again = source_of(config)
@@ -60,8 +67,7 @@ def test_pictures_say_how_they_were_made_and_can_be_made_again_alone(tiny_sd: Pa
         assert all(item.data is None and item.reason is None for item in inputs)
         wanted = {item.ordinal for item in inputs if item.key in chosen}
         for item in again.read(unit, wanted.__contains__):
-            if item.ordinal in wanted:
-                assert item == drawn[item.key]
+            assert item == (drawn[item.key] if item.ordinal in wanted else inputs[item.ordinal])
 
 
 def test_what_ingest_stores_is_what_was_encoded_and_a_corpus_cannot_change_its_makers(
@@ -155,3 +161,17 @@ def test_killed_at_every_step_or_built_twice_at_once_the_bytes_are_the_same(tiny
         thread.join()
     assert hash_of(twice) == expected
     assert verify(Corpus.open(twice.corpus)).problems == []
+
+
+def test_a_unit_in_which_a_maker_has_nothing_to_draw_is_complete(tiny_sd: Path, tmp_path: Path) -> None:
+    makers = [{"model": str(tiny_sd), "name": name} for name in ("one", "two")]
+    for seed in range(50):
+        config = config_of(tmp_path / "corpus", makers, prompts_per_unit=2, seed=seed)
+        source = source_of(config)
+        empty = [unit for unit in source.units() if not source._pictures(*source._run(unit))]
+        if empty:
+            break
+    corpus = build_here(config, source)
+    assert corpus.unit("drawn", empty[0], 0).shards == []
+    assert sum(commit.counts["out"] for commit in corpus.commits(IMAGES)) == COUNT
+    assert verify(corpus).problems == []
