@@ -79,7 +79,8 @@ async def place_of(request: web.Request, explorer: Explorer) -> rows.Place:
     if at is None:
         raise NoPicture(f"sample {source}/{key}: the corpus has none")
     explorer.state.places.add([{"source": source, "key": key, "shard": at[1], "row": at[2]}])
-    return at  # type: ignore[no-any-return]
+    place: rows.Place = at
+    return place
 
 
 def answer(explorer: Explorer, value: dict[str, Any]) -> web.Response:
@@ -126,7 +127,7 @@ async def corpus(request: web.Request) -> web.Response:
     sources = await state.remembered("sources", lambda: explorer.pool.ask(asker, rows.count_sources))
     selections = await explorer.in_thread(list_selections, explorer.corpus)
     declared = await explorer.in_thread(explorer.corpus.columns)
-    words = [mark.mark for mark in state.newest_marks.values()]
+    words = [str(mark.mark) for mark in state.newest_marks.values()]
     return web.json_response(
         {
             "name": explorer.corpus.name,

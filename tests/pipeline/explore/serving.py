@@ -78,10 +78,10 @@ class Served:
         assert list(answer.json) == ["error"]
         return str(answer.json["error"])
 
-    def post(self, name: str, **body: Any) -> Answer:
+    def post(self, path: str, /, **body: Any) -> Answer:
         """Post JSON as a page does that has asked for `/api/corpus`."""
         self.csrf = self.csrf or self.get("corpus")["token"]
-        return self.ask(f"/api/{name}", "POST", body, X_Microdit_Token=self.csrf)
+        return self.ask(f"/api/{path}", "POST", body, X_Microdit_Token=self.csrf)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -17,13 +18,18 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.marks import Mark, Marks
 from microdit.pipeline.corpus.presence import presence
+from microdit.pipeline.corpus.records import ShardRef
+from microdit.pipeline.explore import histograms, rows
 from microdit.pipeline.explore.condition import checked
 from microdit.pipeline.explore.guard import check_host
 from microdit.pipeline.explore.histograms import edges_of
 from microdit.pipeline.explore.server import bind
 from microdit.pipeline.explore.thumbnails import ThumbnailFolder
+from microdit.pipeline.explore.worker import WorkerView
+from microdit.pipeline.tables.database import SqlLimits
+from microdit.pipeline.tables.sample_table import sample_table
 from tests.pipeline.explore.serving import Served, served
-from tests.pipeline.helpers.small_corpus import SOURCE, fill, make_corpus
+from tests.pipeline.helpers.small_corpus import SOURCE, fill, make_corpus, write_column, write_images
 
 TOKEN = "a-secret-of-24-characters"
 
@@ -148,6 +154,18 @@ def test_the_command_refuses_another_host_and_a_missing_corpus(tmp_path: Path) -
         assert len(ended.stderr.splitlines()) == 1
 
 
+def test_the_command_ends_by_a_signal_and_its_workers_with_it(made: Corpus) -> None:
+    command = [sys.executable, "-c", "from microdit.pipeline.cli.app import main; main()", "explore", made.url]
+    with subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[1]
+        assert Served(url).get("count") == {"rows": 12, "of": 12}
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert workers and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
+
 def test_a_broken_tar_and_a_broken_sidecar_break_one_picture(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus")
     fill(corpus)
@@ -192,6 +210,35 @@ def test_shards_that_a_build_adds_are_seen(tmp_path: Path, monkeypatch: pytest.M
         assert server.get("corpus")["growing"]
         after = f"{cursor['source']}/{cursor['shard']}/{cursor['row']}"
         assert len(server.get("rows", after=after)["rows"]) == 12
+
+
+def test_histograms_of_a_large_table_are_estimates_unless_few_are_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = make_corpus(tmp_path / "corpus")
+    for number in range(0, 7 * 128, 128):  # each in a part of its own
+        unit = f"{SOURCE}-{number:06d}"
+        images = write_images(corpus, ShardRef(source=SOURCE, unit=unit, shard=f"{unit}-00"))
+        write_column(corpus, "scores/basic", {"images": images})
+    view = WorkerView(corpus, SqlLimits(), 1)
+    view.open(sample_table(corpus))
+    edges = [0.0, 0.25, 0.5]
+    exact = histograms.bins(view, "basic_sharpness", checked(""), edges)
+    assert (exact["counts"], exact["nulls"], exact["estimated"]) == ([14, 21], 7, False)
+    monkeypatch.setattr(histograms, "EXACT_ROWS", 20)
+    monkeypatch.setattr(histograms, "SAMPLED_ROWS", 20)
+    monkeypatch.setattr(histograms, "FEW", 12)
+    assert histograms.sampled_runs(view, checked(""))[0] == [1, 3, 5]
+    assert histograms.bins(view, "basic_sharpness", checked(""), edges) == {**exact, "estimated": True}
+    assert not histograms.bins(view, "basic_sharpness", checked("row < 2"), edges)["estimated"]
+    assert histograms.values(view, "status", checked(""))["values"] == [
+        {"value": "ok", "rows": 35},
+        {"value": "failed", "rows": 7},
+    ]
+    monkeypatch.setattr(rows, "DRAWN_ROWS", 7)
+    drawn = rows.drawn(view, checked("status = 'ok'"), 8, "s")
+    assert len({row["shard"] for row in drawn}) == 2 and drawn == rows.drawn(view, checked("status = 'ok'"), 8, "s")
+    assert len(rows.drawn(view, checked("row = 1"), 8, "s")) == 7
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
