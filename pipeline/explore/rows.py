@@ -1,6 +1,6 @@
 """Pages of samples in the order of the table, counts, and samples drawn at random; called in workers."""
 
-import json
+import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -203,5 +203,11 @@ def find(view: WorkerView, source: str, key: str) -> Place | None:
 
 
 def plain(value: Any) -> Any:
-    """Make a value of a row one that JSON has: whole texts of what it has not."""
-    return json.loads(json.dumps(value, default=str))
+    """Make a value one that JSON has: NaN and infinity become null, and what it has no kind for a text."""
+    if isinstance(value, dict):
+        return {str(name): plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)

@@ -52,7 +52,10 @@ class Served:
                 given["Cookie"] = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
             connection.request(method, path, data, given | {k.replace("_", "-"): v for k, v in headers.items()})
             response: HTTPResponse = connection.getresponse()
-            return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+            found: dict[str, str] = {}
+            for name, value in response.getheaders():
+                found[name.lower()] = f"{found[name.lower()]}, {value}" if name.lower() in found else value
+            return Answer(response.status, found, response.read())
         finally:
             connection.close()
 

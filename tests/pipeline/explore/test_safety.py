@@ -102,8 +102,9 @@ def test_a_change_needs_the_pages_own_token(server: Served) -> None:
     assert len(server.get("marks")["marks"]) == 1
 
 
-def test_a_token_is_asked_for_once_and_then_in_a_cookie(made: Corpus) -> None:
-    with served(made, token=TOKEN) as server:
+def test_a_token_is_asked_for_once_and_a_page_that_may_only_read_changes_nothing(made: Corpus) -> None:
+    before = sorted(name for name in made.store.names() if not name.startswith("tables/"))
+    with served(made, token=TOKEN, read_only=True) as server:
         assert server.url.endswith(f"/?token={TOKEN}")
         assert server.ask("/api/corpus").status == 401
         assert server.ask("/?token=another-of-as-many-chars").status == 401
@@ -111,21 +112,19 @@ def test_a_token_is_asked_for_once_and_then_in_a_cookie(made: Corpus) -> None:
         assert (first.status, first.headers["location"]) == (302, "/")
         cookie = first.headers["set-cookie"]
         assert TOKEN in cookie and "HttpOnly" in cookie and "SameSite=Strict" in cookie
-        server.cookies["microdit-token"] = TOKEN
-        assert server.ask("/api/corpus").status == 200
         server.cookies["microdit-token"] = TOKEN[:-1]
         assert server.ask("/api/corpus").status == 401
-
-
-def test_a_page_that_may_only_read_changes_nothing(made: Corpus) -> None:
-    before = sorted(made.store.names())
-    with served(made, read_only=True) as server:
+        server.cookies["microdit-token"] = TOKEN
         assert server.get("corpus")["read_only"]
         assert server.post("marks", source=SOURCE, key="demo-000000-00-0", mark="keep").status == 403
         assert server.post("selections", name="x", where="status = 'ok'").status == 403
-    assert [name for name in sorted(made.store.names()) if not name.startswith("tables/")] == [
-        name for name in before if not name.startswith("tables/")
-    ]
+    assert sorted(name for name in made.store.names() if not name.startswith("tables/")) == before
+
+
+def test_a_corpus_without_embeddings_says_how_to_have_some(server: Served) -> None:
+    assert server.get("corpus")["embeddings"] == []
+    for name, asked in (("similar", {"source": SOURCE, "key": "demo-000000-00-0"}), ("search", {"text": "x"})):
+        assert "add `scores/embedding` to the config" in server.refused(name, **asked)
 
 
 @pytest.mark.parametrize(
@@ -166,33 +165,24 @@ def test_the_command_ends_by_a_signal_and_its_workers_with_it(made: Corpus) -> N
     assert workers and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
 
-def test_a_broken_tar_and_a_broken_sidecar_break_one_picture(tmp_path: Path) -> None:
+def test_broken_tars_and_bytes_that_are_no_picture_break_one_picture(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus")
-    fill(corpus)
-    one, other = corpus.commits("images")
-    os.truncate(tmp_path / "corpus" / one.object.name, 700)
-    with served(corpus) as server:
-        key = f"{one.shard}-4"
-        assert "is cut" in server.refused("image", source=SOURCE, key=key)
-        assert server.ask(f"/api/image?source={SOURCE}&key={other.shard}-4").status == 200
-        (tmp_path / "corpus" / other.object.name).unlink()
-        assert "not there" in server.refused("image", source=SOURCE, key=f"{other.shard}-4", size="full")
-        assert server.get("count") == {"rows": 12, "of": 12}
-
-
-def test_bytes_that_are_no_picture_are_not_served(tmp_path: Path) -> None:
-    corpus = make_corpus(tmp_path / "corpus")
-    fill(corpus, shards=1)
-    (commit,) = corpus.commits("images")
-    line = corpus.sidecar(commit).to_pylist()[0]
-    page = b"<script>alert(1)</script>"
-    path = tmp_path / "corpus" / commit.object.name
+    fill(corpus, units=2)
+    cut, gone, other, whole = corpus.commits("images")
+    os.truncate(tmp_path / "corpus" / cut.object.name, 700)
+    (tmp_path / "corpus" / gone.object.name).unlink()
+    line = corpus.sidecar(other).to_pylist()[0]
+    path = tmp_path / "corpus" / other.object.name
     data = bytearray(path.read_bytes())
-    data[line["offset"] : line["offset"] + line["size"]] = page.ljust(line["size"])
+    data[line["offset"] : line["offset"] + line["size"]] = b"<script>alert(1)</script>".ljust(line["size"])
     path.write_bytes(data)
     with served(corpus) as server:
         for size in ("160", "full"):
+            assert "is cut" in server.refused("image", source=SOURCE, key=f"{cut.shard}-4", size=size)
+            assert "not there" in server.refused("image", source=SOURCE, key=f"{gone.shard}-4", size=size)
             assert "no picture" in server.refused("image", source=SOURCE, key=line["key"], size=size)
+            assert server.ask(f"/api/image?source={SOURCE}&key={whole.shard}-4&size={size}").status == 200
+        assert server.get("count") == {"rows": 24, "of": 24}
 
 
 def test_shards_that_a_build_adds_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
