@@ -8,8 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlencode, urlsplit
+
+import pytest
 
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.explore.server import bind, serve
@@ -91,7 +94,15 @@ class Served:
 def served(
     corpus: Corpus, token: str | None = None, read_only: bool = False, runs: Path | None = None
 ) -> Iterator[Served]:
-    """Serve a corpus in a thread while the block runs."""
+    """Serve a corpus in a thread while the block runs; what it keeps on this machine goes with it."""
+    with TemporaryDirectory() as cache, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", cache)
+        with _served(corpus, token, read_only, runs) as found:
+            yield found
+
+
+@contextmanager
+def _served(corpus: Corpus, token: str | None, read_only: bool, runs: Path | None) -> Iterator[Served]:
     ready, begun = threading.Event(), list[str]()
     loop = asyncio.new_event_loop()
 

@@ -23,6 +23,7 @@ from microdit.pipeline.explore import histograms, rows
 from microdit.pipeline.explore.condition import checked
 from microdit.pipeline.explore.guard import check_host
 from microdit.pipeline.explore.histograms import edges_of
+from microdit.pipeline.explore.last_table import keep_table, last_table
 from microdit.pipeline.explore.server import bind
 from microdit.pipeline.explore.thumbnails import ThumbnailFolder
 from microdit.pipeline.explore.worker import WorkerView
@@ -43,11 +44,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 @pytest.fixture(scope="module")
-def server(made: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        with served(made) as found:
-            yield found
+def server(made: Corpus) -> Iterator[Served]:
+    with served(made) as found:
+        yield found
 
 
 @pytest.mark.parametrize(
@@ -231,6 +230,17 @@ def test_histograms_of_a_large_table_are_estimates_unless_few_are_chosen(
     assert len(rows.drawn(view, checked("row = 1"), 8, "s")) == 7
 
 
+def test_a_corpus_on_a_bucket(s3_url: str) -> None:
+    corpus = make_corpus(s3_url)
+    fill(corpus)
+    with served(corpus) as server:
+        found = server.get("rows", where="status = 'ok'", limit=3)["rows"]
+        assert server.ask(f"/api/image?source={SOURCE}&key={found[2]['key']}").status == 200
+        assert server.get("count", where="basic_sharpness > 0.2") == {"rows": 6, "of": 12}
+        assert server.post("marks", source=SOURCE, key=found[0]["key"], mark="keep").status == 200
+        assert server.get("rows", where="mark = 'keep'")["rows"][0]["key"] == found[0]["key"]
+
+
 # -- parts -------------------------------------------------------------------------------------------------------------
 def test_of_two_who_mark_at_once_both_marks_are_kept(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus")
@@ -241,6 +251,23 @@ def test_of_two_who_mark_at_once_both_marks_are_kept(tmp_path: Path) -> None:
     found.read()
     assert [mark.mark for _, mark in sorted(found.by_number.items())] == ["keep", "drop", None]
     assert found.newest()[SOURCE, "demo-000000-00", 1].mark is None and found.next == 3
+
+
+def test_the_last_table_is_known_as_long_as_its_parts_are_there(tmp_path: Path) -> None:
+    corpus, folder = make_corpus(tmp_path / "corpus"), tmp_path / "noted"
+    fill(corpus)
+    table = sample_table(corpus)
+    assert last_table(corpus, folder) is None
+    keep_table(corpus, table, folder)
+    assert last_table(corpus, folder) == table
+    (noted,) = folder.iterdir()
+    for damaged in (b"", b"{}", b"[1]", noted.read_bytes()[:-9]):
+        whole = noted.read_bytes()
+        noted.write_bytes(damaged)
+        assert last_table(corpus, folder) is None
+        noted.write_bytes(whole)
+    (tmp_path / "corpus" / table.parts["images"][0].name).unlink()
+    assert last_table(corpus, folder) is None
 
 
 def test_small_pictures_stay_within_their_bound(tmp_path: Path) -> None:
