@@ -21,7 +21,7 @@ from microdit.pipeline.tables.database import SqlLimits
 from microdit.pipeline.tables.sample_table import SampleTable
 
 END = 1.0  # seconds that a query may take to end after it was interrupted
-HEAVY = 3.0  # seconds after which a question gives way to all others on this machine
+HEAVY = 5.0  # seconds after which a question gives way to all others on this machine
 WAY = 15  # of niceness
 MOST_WAITING = 64  # questions of one reader that may wait
 PIPE = 1 << 20
