@@ -122,6 +122,8 @@ class Pool:
         self.version = -1
         self.marks: tuple[pa.Table, int] = (MARKS.empty_table(), 0)
         """The marks that count, and how many there are with those that do not."""
+        self._missing = size - 1
+        """Workers that are to be started yet."""
         self._idle: list[_Worker] = []
         self._workers: set[_Worker] = set()
         self._waiting: OrderedDict[str, deque[_Asked]] = OrderedDict()
@@ -129,8 +131,8 @@ class Pool:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Start all workers; they open the table when it is shown."""
-        await asyncio.gather(*(self._add() for _ in range(self.size)))
+        """Start the first worker; the others follow when it has answered, so that a page opens sooner."""
+        await self._add()
 
     async def _add(self) -> None:
         worker = await _Worker.start(self.corpus, self.limits, self.threads)
@@ -205,6 +207,9 @@ class Pool:
         if alive and not worker.heavy:
             self._idle.append(worker)
             self._hand_out()
+            if self._missing:
+                self._missing -= 1
+                await self._add()
         else:
             self._workers.discard(worker)
             await worker.end()
