@@ -23,6 +23,7 @@ from microdit.pipeline.tables.sample_table import SampleTable
 END = 1.0  # seconds that a query may take to end after it was interrupted
 HEAVY = 5.0  # seconds after which a question gives way to all others on this machine
 WAY = 15  # of niceness
+LATER = 1.0  # seconds between the first worker's start and that of the others
 MOST_WAITING = 64  # questions of one reader that may wait
 PIPE = 1 << 20
 Question = Callable[..., Any]
@@ -122,8 +123,6 @@ class Pool:
         self.version = -1
         self.marks: tuple[pa.Table, int] = (MARKS.empty_table(), 0)
         """The marks that count, and how many there are with those that do not."""
-        self._missing = size - 1
-        """Workers that are to be started yet."""
         self._idle: list[_Worker] = []
         self._workers: set[_Worker] = set()
         self._waiting: OrderedDict[str, deque[_Asked]] = OrderedDict()
@@ -131,8 +130,19 @@ class Pool:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Start the first worker; the others follow when it has answered, so that a page opens sooner."""
+        """Start the first worker; the others follow a little later, so that a page opens sooner."""
         await self._add()
+        self._keep(asyncio.create_task(self._add_others()))
+
+    async def _add_others(self) -> None:
+        await asyncio.sleep(LATER)
+        for _ in range(self.size - 1):
+            await self._add()
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        """Keep a task until it has ended, or the pool is closed."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _add(self) -> None:
         worker = await _Worker.start(self.corpus, self.limits, self.threads)
@@ -181,9 +191,7 @@ class Pool:
                 continue
             self._waiting.move_to_end(reader)
             self._running[reader] = self._running.get(reader, 0) + 1
-            task = asyncio.create_task(self._answer(self._take(), waiting.popleft()))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._keep(asyncio.create_task(self._answer(self._take(), waiting.popleft())))
 
     def _take(self) -> _Worker:
         """Take an idle worker, one that has the table open if there is any."""
@@ -207,9 +215,6 @@ class Pool:
         if alive and not worker.heavy:
             self._idle.append(worker)
             self._hand_out()
-            if self._missing:
-                self._missing -= 1
-                await self._add()
         else:
             self._workers.discard(worker)
             await worker.end()
