@@ -36,7 +36,8 @@ async def one_sample(request: web.Request) -> web.Response:
     names = [one["name"] for one in found["scores"]]
     known = await explorer.state.quantiles(asker, names) if names else {}
     for score in found["scores"]:
-        score["percentile"] = sample.percentile(float(score["value"]), known[score["name"]])
+        value = score["value"]
+        score["percentile"] = None if value is None else sample.percentile(float(value), known[score["name"]])
     found["selections"] = await explorer.in_thread(chosen_by, explorer.selected, at)
     found["failures"] = await explorer.in_thread(_failures, explorer, at)
     found["mark"] = marked(explorer, at)

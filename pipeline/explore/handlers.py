@@ -79,7 +79,8 @@ async def place_of(request: web.Request, explorer: Explorer) -> rows.Place:
     if at is None:
         raise NoPicture(f"sample {source}/{key}: the corpus has none")
     explorer.state.places.add([{"source": source, "key": key, "shard": at[1], "row": at[2]}])
-    return at  # type: ignore[no-any-return]
+    place: rows.Place = at
+    return place
 
 
 def answer(explorer: Explorer, value: dict[str, Any]) -> web.Response:
@@ -124,9 +125,10 @@ async def corpus(request: web.Request) -> web.Response:
     explorer = request.app[EXPLORER]
     state, asker = explorer.state, reader(request)
     sources = await state.remembered("sources", lambda: explorer.pool.ask(asker, rows.count_sources))
+    pictures = await state.remembered("pictures", lambda: explorer.pool.ask(asker, rows.has_pictures))
     selections = await explorer.in_thread(list_selections, explorer.corpus)
     declared = await explorer.in_thread(explorer.corpus.columns)
-    words = [mark.mark for mark in state.newest_marks.values()]
+    words = [str(mark.mark) for mark in state.newest_marks.values()]
     return web.json_response(
         {
             "name": explorer.corpus.name,
@@ -135,7 +137,7 @@ async def corpus(request: web.Request) -> web.Response:
             "sources": sources,
             "captions": [name for name in sorted(declared) if name.startswith("captions/")],
             "latents": [name for name in sorted(declared) if name.startswith("latents/")],
-            "images": True,
+            "images": pictures,
             "embeddings": [name for name in sorted(declared) if is_embedding(name)],
             "text_search": any(is_embedding(name) and may_have_text(one) for name, one in declared.items()),
             "read_only": explorer.read_only,

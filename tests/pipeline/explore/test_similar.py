@@ -83,12 +83,3 @@ def test_more_vectors_than_may_be_held_are_sampled_and_that_is_said(corpus: Corp
     assert whole.note is None and len(whole.shards) == 6 and len(whole.row) == 30
     part = build_index(corpus, names, COLUMN, most=3 * 5 * 2 * whole.index.d)
     assert len(part.shards) == 3 and part.note == f"of a sample: 15 embeddings, 3 of 6 shards of {COLUMN}"
-
-
-def test_a_corpus_without_embeddings_says_how_to_have_some(tmp_path: Path) -> None:
-    made = make_corpus(tmp_path / "corpus")
-    fill(made)
-    with served(made) as server:
-        assert server.get("corpus")["embeddings"] == []
-        for name, asked in (("similar", {"source": SOURCE, "key": "demo-000000-00-0"}), ("search", {"text": "x"})):
-            assert "add `scores/embedding` to the config" in server.refused(name, **asked)
