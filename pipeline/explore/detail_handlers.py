@@ -20,6 +20,7 @@ from microdit.pipeline.explore.guard import reader
 from microdit.pipeline.explore.handlers import MOST_ROWS, answer, marked, number, place_of, text
 from microdit.pipeline.explore.pictures import NoPicture
 from microdit.pipeline.explore.similar import VectorIndex, build_index, vector_of
+from microdit.pipeline.explore.text_search import may_have_text, text_vector
 
 ROUTES = web.RouteTableDef()
 COMPARED = 32
@@ -35,7 +36,8 @@ async def one_sample(request: web.Request) -> web.Response:
     names = [one["name"] for one in found["scores"]]
     known = await explorer.state.quantiles(asker, names) if names else {}
     for score in found["scores"]:
-        score["percentile"] = sample.percentile(float(score["value"]), known[score["name"]])
+        value = score["value"]
+        score["percentile"] = None if value is None else sample.percentile(float(value), known[score["name"]])
     found["selections"] = await explorer.in_thread(chosen_by, explorer.selected, at)
     found["failures"] = await explorer.in_thread(_failures, explorer, at)
     found["mark"] = marked(explorer, at)
@@ -144,29 +146,57 @@ async def compare(request: web.Request) -> web.Response:
     return web.json_response({"a": await side(a), "b": await side(b), "both": both})
 
 
+def _embeddings(explorer: Explorer, named: str, with_text: bool = False) -> str:
+    """Choose a column of embeddings, the first one if none is named; raises RequestError."""
+    declared = explorer.corpus.columns()
+    columns = sorted(name for name in declared if is_embedding(name))
+    if with_text:
+        columns = [name for name in columns if may_have_text(declared[name])]
+    column = named or (columns[0] if columns else "")
+    if column not in columns:
+        what = "embeddings by a CLIP or SigLIP" if with_text else "embeddings"
+        advice = f"there are {', '.join(columns)}" if columns else "add `scores/embedding` to the config, and build"
+        raise RequestError(f"column {column[:80]!r}: expected one of {what}; {advice}")
+    return column
+
+
 @ROUTES.get("/api/similar")
 async def similar(request: web.Request) -> web.Response:
     explorer, query = request.app[EXPLORER], request.query
     limit = number(query, "limit", 60, MOST_ROWS)
-    columns = sorted(name for name in explorer.corpus.columns() if is_embedding(name))
-    column = query.get("column") or (columns[0] if columns else "")
-    if column not in columns:
-        advice = f"there are {', '.join(columns)}" if columns else "add `scores/embedding` to the config, and build"
-        raise RequestError(f"column {column[:80]!r}: expected one of embeddings; {advice}")
+    column = await explorer.in_thread(_embeddings, explorer, query.get("column", ""))
     at = await place_of(request, explorer)
     vector = await explorer.in_thread(vector_of, explorer.state.members, column, at)
+    return await _nearest(request, column, vector, limit, at)
+
+
+@ROUTES.get("/api/search")
+async def search(request: web.Request) -> web.Response:
+    explorer, query = request.app[EXPLORER], request.query
+    wanted, limit = text(query, "text"), number(query, "limit", 60, MOST_ROWS)
+    column = await explorer.in_thread(_embeddings, explorer, query.get("column", ""), True)
+    async with explorer.decoding:
+        vector = await explorer.in_thread(text_vector, explorer.corpus.column(column), wanted)
+    return await _nearest(request, column, vector, limit)
+
+
+async def _nearest(
+    request: web.Request, column: str, vector: np.ndarray, limit: int, but: rows.Place | None = None
+) -> web.Response:
+    """Answer with the samples whose embeddings are nearest to a vector; `but` is left out."""
+    explorer = request.app[EXPLORER]
     index = await _index(explorer, column)
     if index.index.d != len(vector):
-        raise NoPicture(f"{column}, shard {at[1]}: its embedding has {len(vector)} numbers, others {index.index.d}")
-    nearest = [(p, score) for p, score in await explorer.in_thread(index.nearest, vector, limit + 1) if p != at][:limit]
-    scores = dict(nearest)
-    found = await explorer.pool.ask(reader(request), rows.rows_at, [place for place, _ in nearest])
+        raise RequestError(f"{column}: this embedding has {len(vector)} numbers, the others have {index.index.d}")
+    nearest = await explorer.in_thread(index.nearest, vector, limit + 1)
+    scores = dict([one for one in nearest if one[0] != but][:limit])
+    found = await explorer.pool.ask(reader(request), rows.rows_at, list(scores))
     shown = [row | {"score": round(scores[row["source"], row["shard"], row["row"]], 4)} for row in found]
     return answer(explorer, {"rows": shown, "note": index.note})
 
 
 async def _index(explorer: Explorer, column: str) -> VectorIndex:
-    """Give the index of a column of embeddings, built anew when there are other commits of it."""
+    """Give the index of a column of embeddings, built again when there are other commits of it."""
     prefix = f"commits/{column}/"
     names = [name for name in explorer.state.members.names if name.startswith(prefix)]
     async with explorer.indexing:
@@ -174,8 +204,3 @@ async def _index(explorer: Explorer, column: str) -> VectorIndex:
             explorer.index = None  # two do not fit
             explorer.index = names, await explorer.in_thread(build_index, explorer.corpus, names, column)
         return explorer.index[1]
-
-
-@ROUTES.get("/api/search")
-async def search(request: web.Request) -> web.Response:
-    raise RequestError("no embedding of this corpus can be asked by text; look for words in the captions")

@@ -17,6 +17,7 @@ from microdit.pipeline.explore.explorer import EXPLORER, Explorer
 from microdit.pipeline.explore.guard import Handler, error, reader
 from microdit.pipeline.explore.pictures import SIDES, NoPicture
 from microdit.pipeline.explore.pool import BusyError
+from microdit.pipeline.explore.text_search import may_have_text
 from microdit.pipeline.selection.selections import list_selections
 
 ROUTES = web.RouteTableDef()
@@ -78,7 +79,8 @@ async def place_of(request: web.Request, explorer: Explorer) -> rows.Place:
     if at is None:
         raise NoPicture(f"sample {source}/{key}: the corpus has none")
     explorer.state.places.add([{"source": source, "key": key, "shard": at[1], "row": at[2]}])
-    return at  # type: ignore[no-any-return]
+    place: rows.Place = at
+    return place
 
 
 def answer(explorer: Explorer, value: dict[str, Any]) -> web.Response:
@@ -125,7 +127,7 @@ async def corpus(request: web.Request) -> web.Response:
     sources = await state.remembered("sources", lambda: explorer.pool.ask(asker, rows.count_sources))
     selections = await explorer.in_thread(list_selections, explorer.corpus)
     declared = await explorer.in_thread(explorer.corpus.columns)
-    words = [mark.mark for mark in state.newest_marks.values()]
+    words = [str(mark.mark) for mark in state.newest_marks.values()]
     return web.json_response(
         {
             "name": explorer.corpus.name,
@@ -136,7 +138,7 @@ async def corpus(request: web.Request) -> web.Response:
             "latents": [name for name in sorted(declared) if name.startswith("latents/")],
             "images": True,
             "embeddings": [name for name in sorted(declared) if is_embedding(name)],
-            "text_search": False,
+            "text_search": any(is_embedding(name) and may_have_text(one) for name, one in declared.items()),
             "read_only": explorer.read_only,
             "token": explorer.guard.csrf,
             "columns": [column.to_json() for column in state.columns],

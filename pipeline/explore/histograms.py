@@ -9,6 +9,10 @@ from microdit.pipeline.explore.rows import quoted
 from microdit.pipeline.explore.worker import WorkerView
 
 VALUES = 30  # of a category that are named; the others are counted together
+MOST_VALUES = 100_000  # that are counted at all
+EXACT_ROWS = 4_000_000  # of a table that is read whole for a histogram
+SAMPLED_ROWS = 1_500_000  # of a larger one that are read, in evenly spread parts
+FEW = 20_000  # chosen rows of a sample, below which the whole table is read after all
 SAMPLED_RUNS = 16  # parts of the table from which the quantiles of a column are estimated
 SHARES = [0.0, 0.005, *(n / 100 for n in range(1, 100)), 0.995, 1.0]
 
@@ -56,42 +60,67 @@ def edges_of(values: Sequence[float], bins: int) -> list[float]:
     return [low + (high - low) * n / bins for n in range(bins + 1)]
 
 
+def sampled_runs(view: WorkerView, condition: Condition) -> tuple[list[int] | None, float]:
+    """Choose parts of a large table that stand for all of it, and how many times their rows it has; None is all."""
+    rows = view.view.files.rows()
+    if not condition.by_row or sum(rows) <= EXACT_ROWS:
+        return None, 1.0
+    step = max(2, round(sum(rows) / SAMPLED_ROWS))
+    runs = list(range(step // 2, len(rows), step))
+    read = sum(rows[number] for number in runs)
+    return (runs, sum(rows) / read) if read else (None, 1.0)
+
+
 def bins(view: WorkerView, column: str, condition: Condition, edges: Sequence[float]) -> dict[str, Any]:
-    """Count numbers in bins; those beyond the edges count in the outermost ones."""
+    """Count numbers in bins; those beyond the edges count in the outermost ones.
+
+    Of a large table the counts are estimates from some of its parts (`estimated`), unless few rows are chosen.
+    """
     most = len(edges) - 2
-    bin_of = "NULL"
+    bin_of = "NULL::INTEGER"
     if edges:
         low, step = edges[0], (edges[-1] - edges[0]) / (len(edges) - 1)
         bin_of = (
             f"CASE WHEN isfinite(x) THEN greatest(least(floor((x - ({low!r})) / {step!r} + 1e-9), {most}), 0)::INTEGER "
             "END"
         )
-    rows = view.rows(
-        f"SELECT {bin_of} AS bin, count(*) AS n "
+    sql = (
+        f"SELECT {bin_of} AS value, count(*) AS n "
         f"FROM (\n{condition.choose(f'{quoted(column)}::DOUBLE AS x')}) AS numbers GROUP BY 1"
     )
+    rows, estimated = _counted(view, condition, sql)
     counts, nulls = [0] * max(len(edges) - 1, 0), 0
-    for row in rows:
-        if row["bin"] is None:
-            nulls += int(row["n"])
+    for value, n in rows:
+        if value is None:
+            nulls += n
         else:
-            counts[row["bin"]] += int(row["n"])
-    return {"kind": "bins", "edges": list(edges), "counts": counts, "nulls": nulls}
+            counts[value] += n
+    return {"kind": "bins", "edges": list(edges), "counts": counts, "nulls": nulls, "estimated": estimated}
+
+
+def _counted(view: WorkerView, condition: Condition, sql: str) -> tuple[list[tuple[Any, int]], bool]:
+    """Run a query that counts (`value`, `n`), on a sample of a large table; also tells whether these are estimates."""
+    runs, factor = sampled_runs(view, condition)
+    rows = view.rows(sql, runs)
+    if runs is not None and sum(int(row["n"]) for row in rows) < FEW:
+        runs, factor, rows = None, 1.0, view.rows(sql)
+    return [(row["value"], round(int(row["n"]) * factor)) for row in rows], runs is not None
 
 
 def values(view: WorkerView, column: str, condition: Condition) -> dict[str, Any]:
-    """Count the commonest values of a category or a flag."""
-    rows = view.rows(
-        f"SELECT value, n, sum(n) OVER () AS total FROM (SELECT value, count(*) AS n FROM ("
-        f"\n{condition.choose(f'{quoted(column)} AS value')}) AS chosen GROUP BY 1) AS counted "
-        f"ORDER BY value IS NULL DESC, n DESC, value LIMIT {VALUES + 1}"
+    """Count the commonest values of a category or a flag; estimates as `bins` has them."""
+    chosen = condition.choose(f"{quoted(column)} AS value")
+    sql = (
+        f"SELECT value, n FROM (SELECT value, count(*) AS n FROM (\n{chosen}) AS chosen GROUP BY 1) AS counted "
+        f"ORDER BY value IS NULL DESC, n DESC LIMIT {MOST_VALUES}"
     )
-    nulls = sum(int(row["n"]) for row in rows if row["value"] is None)
-    named = [{"value": row["value"], "rows": int(row["n"])} for row in rows if row["value"] is not None][:VALUES]
-    total = int(rows[0]["total"]) if rows else 0
+    rows, estimated = _counted(view, condition, sql)
+    nulls = sum(n for value, n in rows if value is None)
+    named = sorted(((value, n) for value, n in rows if value is not None), key=lambda one: (-one[1], str(one[0])))
     return {
         "kind": "values",
-        "values": named,
-        "others": total - nulls - sum(one["rows"] for one in named),
+        "values": [{"value": value, "rows": n} for value, n in named[:VALUES]],
+        "others": sum(n for _, n in named[VALUES:]),
         "nulls": nulls,
+        "estimated": estimated,
     }

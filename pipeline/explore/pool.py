@@ -97,9 +97,15 @@ class _Worker:
                 with suppress(ProcessLookupError):
                     os.setpriority(os.PRIO_PROCESS, thread, WAY)
 
-    def kill(self) -> None:
+    async def end(self) -> None:
+        """Kill the process, and close its pipes."""
+        assert self.process.stdin is not None
         with suppress(ProcessLookupError):
             self.process.kill()
+        self.process.stdin.close()
+        with suppress(ConnectionError):
+            await self.process.stdin.wait_closed()
+        await self.process.wait()
 
 
 class Pool:
@@ -186,8 +192,12 @@ class Pool:
     async def _answer(self, worker: _Worker, asked: _Asked) -> None:
         """Have a worker answer, and put it back; or another one in its place."""
         call = asyncio.create_task(self._called(worker, asked))
+        call.add_done_callback(lambda done: done.cancelled() or done.exception())  # the asker may have left
         try:
             alive = await self._watched(worker, call, asked)
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
         finally:
             self._running[asked.reader] -= 1
             if not self._running[asked.reader]:
@@ -196,9 +206,8 @@ class Pool:
             self._idle.append(worker)
             self._hand_out()
         else:
-            worker.kill()
             self._workers.discard(worker)
-            await worker.process.wait()
+            await worker.end()
             await self._add()
 
     async def _called(self, worker: _Worker, asked: _Asked) -> Any:
@@ -244,5 +253,4 @@ class Pool:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for worker in self._workers:
-            worker.kill()
-            await worker.process.wait()
+            await worker.end()

@@ -1,6 +1,7 @@
 """Pages of samples in the order of the table, counts, and samples drawn at random; called in workers."""
 
-import json
+import math
+import random
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ CURSOR = re.compile(rf"({SOURCE.pattern})/({SHARD.pattern})/(0|[1-9][0-9]{{0,9}}
 CAPTION = 600  # characters of a caption in a row
 FIRST_RUNS = 1  # parts that are asked first; twice as many each time that they do not fill the page
 MOST_RUNS = 64
+DRAWN_ROWS = 1_000_000  # of the parts from which rows are drawn
 
 
 def cursor(row: Row) -> str:
@@ -128,13 +130,34 @@ def _page_sql(condition: Condition, start: Place | None, backwards: bool, limit:
 
 
 def drawn(view: WorkerView, condition: Condition, limit: int, seed: str) -> list[Row]:
-    """Draw rows at random; the same seed draws the same ones."""
-    order = f"hash(source, shard, row, {literal(seed)})"
-    best = view.rows(
+    """Draw rows at random; the same seed draws the same ones.
+
+    Of a large table they are drawn from some of its parts, which are drawn first, if these have as many.
+    """
+    sql = (
         f"SELECT source, shard, row FROM (\n{condition.choose('source, shard, row')}) AS chosen "
-        f"ORDER BY {order} LIMIT {limit}"
+        f"ORDER BY hash(source, shard, row, {literal(seed)}) LIMIT {limit}"
     )
+    best: list[Row] = []
+    if condition.by_row:
+        best = view.rows(sql, _drawn_runs(view, seed))
+    if len(best) < limit:
+        best = view.rows(sql)
     return rows_at(view, [(row["source"], row["shard"], row["row"]) for row in best])
+
+
+def _drawn_runs(view: WorkerView, seed: str) -> list[int]:
+    """Draw parts of the table that have `DRAWN_ROWS` rows together."""
+    rows = view.view.files.rows()
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    taken, count = [], 0
+    for number in order:
+        if count >= DRAWN_ROWS:
+            break
+        taken.append(number)
+        count += rows[number]
+    return sorted(taken)
 
 
 def rows_at(view: WorkerView, places: Sequence[Place]) -> list[Row]:
@@ -180,5 +203,11 @@ def find(view: WorkerView, source: str, key: str) -> Place | None:
 
 
 def plain(value: Any) -> Any:
-    """Make a value of a row one that JSON has: whole texts of what it has not."""
-    return json.loads(json.dumps(value, default=str))
+    """Make a value one that JSON has: NaN and infinity become null, and what it has no kind for a text."""
+    if isinstance(value, dict):
+        return {str(name): plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)

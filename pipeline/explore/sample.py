@@ -58,7 +58,7 @@ def sample(view: WorkerView, at: Place) -> dict[str, Any]:
         if name not in shown and name not in about and value is not None and not name.startswith("has_")
     }
     fields["fields"] = _parsed(row.get("fields"))
-    return plain(
+    described: dict[str, Any] = plain(
         {
             **{name: row.get(name) for name in ("source", "key", "shard", "row", "width", "height", "status")},
             "captions": [
@@ -80,6 +80,7 @@ def sample(view: WorkerView, at: Place) -> dict[str, Any]:
             "groups": _groups_of(view, row),
         }
     )
+    return described
 
 
 def _parsed(text: object) -> Any:

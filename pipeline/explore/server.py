@@ -15,6 +15,7 @@ from microdit.pipeline.explore.explorer import EXPLORER, Explorer
 from microdit.pipeline.explore.guard import Guard
 
 LARGEST_REQUEST = 256 << 10  # bytes
+LONGEST_LINE = 64 << 10  # of an address, which has a whole condition in it
 
 
 def make_app(explorer: Explorer) -> web.Application:
@@ -81,7 +82,9 @@ async def serve(
     """
     host, port = address.getsockname()[:2]
     app = make_app(Explorer(corpus, Guard(host, port, token), read_only, runs))
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=2.0)
+    runner = web.AppRunner(
+        app, handler_cancellation=True, access_log=None, shutdown_timeout=2.0, max_line_size=LONGEST_LINE
+    )
     try:
         await runner.setup()
         await web.SockSite(runner, address).start()

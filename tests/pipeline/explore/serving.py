@@ -8,8 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlencode, urlsplit
+
+import pytest
 
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.explore.server import bind, serve
@@ -52,7 +55,10 @@ class Served:
                 given["Cookie"] = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
             connection.request(method, path, data, given | {k.replace("_", "-"): v for k, v in headers.items()})
             response: HTTPResponse = connection.getresponse()
-            return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+            found: dict[str, str] = {}
+            for name, value in response.getheaders():
+                found[name.lower()] = f"{found[name.lower()]}, {value}" if name.lower() in found else value
+            return Answer(response.status, found, response.read())
         finally:
             connection.close()
 
@@ -78,17 +84,25 @@ class Served:
         assert list(answer.json) == ["error"]
         return str(answer.json["error"])
 
-    def post(self, name: str, **body: Any) -> Answer:
+    def post(self, path: str, /, **body: Any) -> Answer:
         """Post JSON as a page does that has asked for `/api/corpus`."""
         self.csrf = self.csrf or self.get("corpus")["token"]
-        return self.ask(f"/api/{name}", "POST", body, X_Microdit_Token=self.csrf)
+        return self.ask(f"/api/{path}", "POST", body, X_Microdit_Token=self.csrf)
 
 
 @contextmanager
 def served(
     corpus: Corpus, token: str | None = None, read_only: bool = False, runs: Path | None = None
 ) -> Iterator[Served]:
-    """Serve a corpus in a thread while the block runs."""
+    """Serve a corpus in a thread while the block runs; what it keeps on this machine goes with it."""
+    with TemporaryDirectory() as cache, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", cache)
+        with _served(corpus, token, read_only, runs) as found:
+            yield found
+
+
+@contextmanager
+def _served(corpus: Corpus, token: str | None, read_only: bool, runs: Path | None) -> Iterator[Served]:
     ready, begun = threading.Event(), list[str]()
     loop = asyncio.new_event_loop()
 

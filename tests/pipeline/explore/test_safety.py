@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -17,13 +18,19 @@ from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.marks import Mark, Marks
 from microdit.pipeline.corpus.presence import presence
+from microdit.pipeline.corpus.records import ShardRef
+from microdit.pipeline.explore import histograms, rows
 from microdit.pipeline.explore.condition import checked
 from microdit.pipeline.explore.guard import check_host
 from microdit.pipeline.explore.histograms import edges_of
+from microdit.pipeline.explore.last_table import keep_table, last_table
 from microdit.pipeline.explore.server import bind
 from microdit.pipeline.explore.thumbnails import ThumbnailFolder
+from microdit.pipeline.explore.worker import WorkerView
+from microdit.pipeline.tables.database import SqlLimits
+from microdit.pipeline.tables.sample_table import sample_table
 from tests.pipeline.explore.serving import Served, served
-from tests.pipeline.helpers.small_corpus import SOURCE, fill, make_corpus
+from tests.pipeline.helpers.small_corpus import SOURCE, fill, make_corpus, write_column, write_images
 
 TOKEN = "a-secret-of-24-characters"
 
@@ -37,11 +44,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 @pytest.fixture(scope="module")
-def server(made: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        with served(made) as found:
-            yield found
+def server(made: Corpus) -> Iterator[Served]:
+    with served(made) as found:
+        yield found
 
 
 @pytest.mark.parametrize(
@@ -96,8 +101,9 @@ def test_a_change_needs_the_pages_own_token(server: Served) -> None:
     assert len(server.get("marks")["marks"]) == 1
 
 
-def test_a_token_is_asked_for_once_and_then_in_a_cookie(made: Corpus) -> None:
-    with served(made, token=TOKEN) as server:
+def test_a_token_is_asked_for_once_and_a_page_that_may_only_read_changes_nothing(made: Corpus) -> None:
+    before = sorted(name for name in made.store.names() if not name.startswith("tables/"))
+    with served(made, token=TOKEN, read_only=True) as server:
         assert server.url.endswith(f"/?token={TOKEN}")
         assert server.ask("/api/corpus").status == 401
         assert server.ask("/?token=another-of-as-many-chars").status == 401
@@ -105,21 +111,19 @@ def test_a_token_is_asked_for_once_and_then_in_a_cookie(made: Corpus) -> None:
         assert (first.status, first.headers["location"]) == (302, "/")
         cookie = first.headers["set-cookie"]
         assert TOKEN in cookie and "HttpOnly" in cookie and "SameSite=Strict" in cookie
-        server.cookies["microdit-token"] = TOKEN
-        assert server.ask("/api/corpus").status == 200
         server.cookies["microdit-token"] = TOKEN[:-1]
         assert server.ask("/api/corpus").status == 401
-
-
-def test_a_page_that_may_only_read_changes_nothing(made: Corpus) -> None:
-    before = sorted(made.store.names())
-    with served(made, read_only=True) as server:
+        server.cookies["microdit-token"] = TOKEN
         assert server.get("corpus")["read_only"]
         assert server.post("marks", source=SOURCE, key="demo-000000-00-0", mark="keep").status == 403
         assert server.post("selections", name="x", where="status = 'ok'").status == 403
-    assert [name for name in sorted(made.store.names()) if not name.startswith("tables/")] == [
-        name for name in before if not name.startswith("tables/")
-    ]
+    assert sorted(name for name in made.store.names() if not name.startswith("tables/")) == before
+
+
+def test_a_corpus_without_embeddings_says_how_to_have_some(server: Served) -> None:
+    assert server.get("corpus")["embeddings"] == []
+    for name, asked in (("similar", {"source": SOURCE, "key": "demo-000000-00-0"}), ("search", {"text": "x"})):
+        assert "add `scores/embedding` to the config" in server.refused(name, **asked)
 
 
 @pytest.mark.parametrize(
@@ -148,33 +152,36 @@ def test_the_command_refuses_another_host_and_a_missing_corpus(tmp_path: Path) -
         assert len(ended.stderr.splitlines()) == 1
 
 
-def test_a_broken_tar_and_a_broken_sidecar_break_one_picture(tmp_path: Path) -> None:
-    corpus = make_corpus(tmp_path / "corpus")
-    fill(corpus)
-    one, other = corpus.commits("images")
-    os.truncate(tmp_path / "corpus" / one.object.name, 700)
-    with served(corpus) as server:
-        key = f"{one.shard}-4"
-        assert "is cut" in server.refused("image", source=SOURCE, key=key)
-        assert server.ask(f"/api/image?source={SOURCE}&key={other.shard}-4").status == 200
-        (tmp_path / "corpus" / other.object.name).unlink()
-        assert "not there" in server.refused("image", source=SOURCE, key=f"{other.shard}-4", size="full")
-        assert server.get("count") == {"rows": 12, "of": 12}
+def test_the_command_ends_by_a_signal_and_its_workers_with_it(made: Corpus) -> None:
+    command = [sys.executable, "-c", "from microdit.pipeline.cli.app import main; main()", "explore", made.url]
+    with subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[1]
+        assert Served(url).get("count") == {"rows": 12, "of": 12}
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert workers and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
 
-def test_bytes_that_are_no_picture_are_not_served(tmp_path: Path) -> None:
+def test_broken_tars_and_bytes_that_are_no_picture_break_one_picture(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus")
-    fill(corpus, shards=1)
-    (commit,) = corpus.commits("images")
-    line = corpus.sidecar(commit).to_pylist()[0]
-    page = b"<script>alert(1)</script>"
-    path = tmp_path / "corpus" / commit.object.name
+    fill(corpus, units=2)
+    cut, gone, other, whole = corpus.commits("images")
+    os.truncate(tmp_path / "corpus" / cut.object.name, 700)
+    (tmp_path / "corpus" / gone.object.name).unlink()
+    line = corpus.sidecar(other).to_pylist()[0]
+    path = tmp_path / "corpus" / other.object.name
     data = bytearray(path.read_bytes())
-    data[line["offset"] : line["offset"] + line["size"]] = page.ljust(line["size"])
+    data[line["offset"] : line["offset"] + line["size"]] = b"<script>alert(1)</script>".ljust(line["size"])
     path.write_bytes(data)
     with served(corpus) as server:
         for size in ("160", "full"):
+            assert "is cut" in server.refused("image", source=SOURCE, key=f"{cut.shard}-4", size=size)
+            assert "not there" in server.refused("image", source=SOURCE, key=f"{gone.shard}-4", size=size)
             assert "no picture" in server.refused("image", source=SOURCE, key=line["key"], size=size)
+            assert server.ask(f"/api/image?source={SOURCE}&key={whole.shard}-4&size={size}").status == 200
+        assert server.get("count") == {"rows": 24, "of": 24}
 
 
 def test_shards_that_a_build_adds_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +201,46 @@ def test_shards_that_a_build_adds_are_seen(tmp_path: Path, monkeypatch: pytest.M
         assert len(server.get("rows", after=after)["rows"]) == 12
 
 
+def test_histograms_of_a_large_table_are_estimates_unless_few_are_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = make_corpus(tmp_path / "corpus")
+    for number in range(0, 7 * 128, 128):  # each in a part of its own
+        unit = f"{SOURCE}-{number:06d}"
+        images = write_images(corpus, ShardRef(source=SOURCE, unit=unit, shard=f"{unit}-00"))
+        write_column(corpus, "scores/basic", {"images": images})
+    view = WorkerView(corpus, SqlLimits(), 1)
+    view.open(sample_table(corpus))
+    edges = [0.0, 0.25, 0.5]
+    exact = histograms.bins(view, "basic_sharpness", checked(""), edges)
+    assert (exact["counts"], exact["nulls"], exact["estimated"]) == ([14, 21], 7, False)
+    monkeypatch.setattr(histograms, "EXACT_ROWS", 20)
+    monkeypatch.setattr(histograms, "SAMPLED_ROWS", 20)
+    monkeypatch.setattr(histograms, "FEW", 12)
+    assert histograms.sampled_runs(view, checked(""))[0] == [1, 3, 5]
+    assert histograms.bins(view, "basic_sharpness", checked(""), edges) == {**exact, "estimated": True}
+    assert not histograms.bins(view, "basic_sharpness", checked("row < 2"), edges)["estimated"]
+    assert histograms.values(view, "status", checked(""))["values"] == [
+        {"value": "ok", "rows": 35},
+        {"value": "failed", "rows": 7},
+    ]
+    monkeypatch.setattr(rows, "DRAWN_ROWS", 7)
+    drawn = rows.drawn(view, checked("status = 'ok'"), 8, "s")
+    assert len({row["shard"] for row in drawn}) == 2 and drawn == rows.drawn(view, checked("status = 'ok'"), 8, "s")
+    assert len(rows.drawn(view, checked("row = 1"), 8, "s")) == 7
+
+
+def test_a_corpus_on_a_bucket(s3_url: str) -> None:
+    corpus = make_corpus(s3_url)
+    fill(corpus)
+    with served(corpus) as server:
+        found = server.get("rows", where="status = 'ok'", limit=3)["rows"]
+        assert server.ask(f"/api/image?source={SOURCE}&key={found[2]['key']}").status == 200
+        assert server.get("count", where="basic_sharpness > 0.2") == {"rows": 6, "of": 12}
+        assert server.post("marks", source=SOURCE, key=found[0]["key"], mark="keep").status == 200
+        assert server.get("rows", where="mark = 'keep'")["rows"][0]["key"] == found[0]["key"]
+
+
 # -- parts -------------------------------------------------------------------------------------------------------------
 def test_of_two_who_mark_at_once_both_marks_are_kept(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus")
@@ -204,6 +251,23 @@ def test_of_two_who_mark_at_once_both_marks_are_kept(tmp_path: Path) -> None:
     found.read()
     assert [mark.mark for _, mark in sorted(found.by_number.items())] == ["keep", "drop", None]
     assert found.newest()[SOURCE, "demo-000000-00", 1].mark is None and found.next == 3
+
+
+def test_the_last_table_is_known_as_long_as_its_parts_are_there(tmp_path: Path) -> None:
+    corpus, folder = make_corpus(tmp_path / "corpus"), tmp_path / "noted"
+    fill(corpus)
+    table = sample_table(corpus)
+    assert last_table(corpus, folder) is None
+    keep_table(corpus, table, folder)
+    assert last_table(corpus, folder) == table
+    (noted,) = folder.iterdir()
+    for damaged in (b"", b"{}", b"[1]", noted.read_bytes()[:-9]):
+        whole = noted.read_bytes()
+        noted.write_bytes(damaged)
+        assert last_table(corpus, folder) is None
+        noted.write_bytes(whole)
+    (tmp_path / "corpus" / table.parts["images"][0].name).unlink()
+    assert last_table(corpus, folder) is None
 
 
 def test_small_pictures_stay_within_their_bound(tmp_path: Path) -> None:

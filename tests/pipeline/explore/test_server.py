@@ -33,13 +33,11 @@ PAGES = [("", 7), ("status = 'ok'", 3), ("nsfw > 0.3 OR nsfw IS NULL", 100), ("o
 
 
 @pytest.fixture(scope="module")
-def server(corpus: Corpus, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def server(corpus: Corpus, run: Path) -> Iterator[Served]:
     """A server on the report's corpus after `dedup`, with a run beside it."""
     dedup(corpus, 6)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        with served(corpus, runs=run.parent) as found:
-            yield found
+    with served(corpus, runs=run.parent) as found:
+        yield found
 
 
 def place(row: dict[str, object]) -> tuple[object, ...]:
