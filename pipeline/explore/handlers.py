@@ -125,6 +125,7 @@ async def corpus(request: web.Request) -> web.Response:
     explorer = request.app[EXPLORER]
     state, asker = explorer.state, reader(request)
     sources = await state.remembered("sources", lambda: explorer.pool.ask(asker, rows.count_sources))
+    pictures = await state.remembered("pictures", lambda: explorer.pool.ask(asker, rows.has_pictures))
     selections = await explorer.in_thread(list_selections, explorer.corpus)
     declared = await explorer.in_thread(explorer.corpus.columns)
     words = [str(mark.mark) for mark in state.newest_marks.values()]
@@ -136,7 +137,7 @@ async def corpus(request: web.Request) -> web.Response:
             "sources": sources,
             "captions": [name for name in sorted(declared) if name.startswith("captions/")],
             "latents": [name for name in sorted(declared) if name.startswith("latents/")],
-            "images": True,
+            "images": pictures,
             "embeddings": [name for name in sorted(declared) if is_embedding(name)],
             "text_search": any(is_embedding(name) and may_have_text(one) for name, one in declared.items()),
             "read_only": explorer.read_only,

@@ -21,8 +21,9 @@ from microdit.pipeline.tables.database import SqlLimits
 from microdit.pipeline.tables.sample_table import SampleTable
 
 END = 1.0  # seconds that a query may take to end after it was interrupted
-HEAVY = 3.0  # seconds after which a question gives way to all others on this machine
+HEAVY = 5.0  # seconds after which a question gives way to all others on this machine
 WAY = 15  # of niceness
+LATER = 1.0  # seconds between the first worker's start and that of the others
 MOST_WAITING = 64  # questions of one reader that may wait
 PIPE = 1 << 20
 Question = Callable[..., Any]
@@ -129,8 +130,19 @@ class Pool:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Start all workers; they open the table when it is shown."""
-        await asyncio.gather(*(self._add() for _ in range(self.size)))
+        """Start the first worker; the others follow a little later, so that a page opens sooner."""
+        await self._add()
+        self._keep(asyncio.create_task(self._add_others()))
+
+    async def _add_others(self) -> None:
+        await asyncio.sleep(LATER)
+        for _ in range(self.size - 1):
+            await self._add()
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        """Keep a task until it has ended, or the pool is closed."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _add(self) -> None:
         worker = await _Worker.start(self.corpus, self.limits, self.threads)
@@ -179,9 +191,7 @@ class Pool:
                 continue
             self._waiting.move_to_end(reader)
             self._running[reader] = self._running.get(reader, 0) + 1
-            task = asyncio.create_task(self._answer(self._take(), waiting.popleft()))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._keep(asyncio.create_task(self._answer(self._take(), waiting.popleft())))
 
     def _take(self) -> _Worker:
         """Take an idle worker, one that has the table open if there is any."""

@@ -189,6 +189,14 @@ def count_both(view: WorkerView, a: Condition, b: Condition) -> int:
     return int(row["n"])
 
 
+def has_pictures(view: WorkerView) -> bool:
+    """Tell whether any sample has a picture: `microdit convert` makes some that have latents alone."""
+    if "width" not in view.corpus.columns()[IMAGES].scalars:
+        return True
+    (row,) = view.rows("SELECT count(width) AS n FROM samples")
+    return int(row["n"]) > 0
+
+
 def count_sources(view: WorkerView) -> list[dict[str, Any]]:
     """Count the rows of each source."""
     rows = view.rows("SELECT source AS name, count(*) AS rows FROM samples GROUP BY 1 ORDER BY 1")
