@@ -239,6 +239,23 @@ def test_a_saved_selection_is_the_command_lines(reader: Reader, corpus: Corpus) 
     assert reader.see("#dialog").is_hidden()
 
 
+def test_failed_rows_are_left_out_of_a_selection_by_one_button(browser: Browser, url: str, corpus: Corpus) -> None:
+    with reading(browser, url, 1280) as reader:
+        reader.open(where="source = 'birds'").counted(f"{ROWS // 2} of {ROWS} rows")
+        reader.see("#save").click()
+        reader.see("#selection-name").fill("birds")
+        reader.press("Enter")
+        reader.see("#dialog button", "Add status").click()
+        good = sum(number < ROWS / 2 for number in GOOD)
+        expect(reader.see("#dialog form > p").first).to_contain_text(f"{good} of {ROWS} rows")
+        reader.see("#selection-name").fill("birds")
+        reader.press("Enter")
+        expect(reader.see("#dialog [role=status]")).to_contain_text("Saved as birds@")
+        assert load_selection(corpus, "birds").num_rows == good
+        assert all("400 (Bad Request)" in message for message in reader.messages), reader.messages
+        reader.messages.clear()
+
+
 def chosen() -> int:
     return sum(sharpness(n) > 60 and 72 + 8 * (n % 7) >= 80 for n in GOOD)
 
