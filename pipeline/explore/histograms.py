@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from microdit.pipeline.explore.condition import Condition
@@ -46,18 +47,26 @@ def edges_of(values: Sequence[float], bins: int) -> list[float]:
     if not high > low:
         low, high = values[0], values[-1]
     whole = all(value == math.floor(value) for value in values)
+    width = (high + whole - low) / bins
     if not high > low:
-        return [low, low + 1.0] if whole else [low, low + (abs(low) / 1000 or 1.0)]
-    rough = (high + whole - low) / bins
-    power = 10.0 ** math.floor(math.log10(rough))
-    steps = [shape * scale for scale in (power, 10 * power) for shape in (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5)]
-    for step in steps:
+        return [low, low + (1.0 if whole else abs(low) / 1000 or 1.0)]
+    for step in _round_widths(width):
         if whole and (step < 1 or step != math.floor(step)):
             continue
         first, last = math.floor(low / step), math.ceil((high + whole) / step)
-        if last - first <= bins:
-            return [float(f"{n * step:.10g}") for n in range(first, last + 1)]
-    return [low + (high - low) * n / bins for n in range(bins + 1)]
+        edges = [float(f"{n * step:.10g}") for n in range(first, last + 1)] if last - first <= bins else []
+        if edges and all(a < b for a, b in pairwise(edges)) and edges[0] <= low and edges[-1] >= high:
+            return edges
+    edges = [*(low + (high - low) * n / bins for n in range(bins)), high]
+    return edges if all(a < b for a, b in pairwise(edges)) else [low, high]
+
+
+def _round_widths(least: float) -> list[float]:
+    """List round widths of bins of about this one and more; none if it is too small for a logarithm's power."""
+    if least < 1e-290:
+        return []
+    power = 10.0 ** math.floor(math.log10(least))
+    return [shape * scale for scale in (power, 10 * power) for shape in (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5)]
 
 
 def sampled_runs(view: WorkerView, condition: Condition) -> tuple[list[int] | None, float]:
