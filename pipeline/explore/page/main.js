@@ -60,7 +60,7 @@ function list() {
   }
   if (text) return { name: `text ${text}`, load: () => once("search", { text, limit: 60 }), says: `The pictures nearest to “${text}”` };
   const chance = order === "random" ? { order, seed: seed ?? "1" } : {};
-  return { name: JSON.stringify([where, chance]), load: (cursor) => get("rows", { where, ...chance, ...cursor, limit: 100 }, listAbort.signal), says: "" };
+  return { name: JSON.stringify([where, chance]), load: (cursor) => get("rows", { where, ...chance, ...cursor, limit: 100 }, listAbort.signal), says: order === "random" ? "100 at most, drawn at random" : "" };
 }
 
 async function once(path, parameters) {
@@ -76,7 +76,7 @@ async function showList() {
   listAbort.abort();
   listAbort = new AbortController();
   byId("grid-note").hidden = !wanted.says;
-  byId("grid-note").replaceChildren(wanted.says ? el("a", { href: link({ like: null, text: null }) }, "× back to all") : "", ` ${wanted.says}`);
+  byId("grid-note").replaceChildren(wanted.says ? el("a", { href: link({ like: null, text: null, order: null, seed: null }) }, "× back to all") : "", ` ${wanted.says}`);
   byId("order").textContent = state.order === "random" ? "Random, again" : "In random order";
   await grid.show(wanted.load, state.at ?? null);
 }

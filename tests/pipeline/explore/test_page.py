@@ -169,6 +169,18 @@ def test_a_view_is_an_url(reader: Reader) -> None:
     assert reader.see("#page-view").is_hidden()
 
 
+def test_pictures_are_drawn_at_random(reader: Reader) -> None:
+    reader.open(where="source = 'cities'").counted(f"{ROWS // 2} of {ROWS} rows")
+    reader.see("#order").click()
+    expect(reader.see("#grid-note")).to_contain_text("drawn at random")
+    expect(reader.see("#grid a").first).to_be_visible()
+    drawn = reader.see("#grid a").first.get_attribute("aria-label")
+    reader.tab.reload()
+    expect(reader.see("#grid a").first).to_have_attribute("aria-label", drawn or "")
+    reader.see("#grid-note a").click()
+    expect(reader.see("#grid a").first).to_have_attribute("aria-label", f"{caption(ROWS // 2)} (cities/k{ROWS // 2})")
+
+
 @pytest.mark.slow
 def test_five_thousand_pictures_do_not_make_it_slow(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> None:
     many = make_browsed(tmp_path_factory.mktemp("many"), 5000)
