@@ -27,6 +27,7 @@ from microdit.pipeline.explore.last_table import keep_table, last_table
 from microdit.pipeline.explore.server import bind
 from microdit.pipeline.explore.thumbnails import ThumbnailFolder
 from microdit.pipeline.explore.worker import WorkerView
+from microdit.pipeline.selection.view import query
 from microdit.pipeline.tables.database import SqlLimits
 from microdit.pipeline.tables.sample_table import sample_table
 from tests.pipeline.explore.serving import Served, served
@@ -251,6 +252,15 @@ def test_of_two_who_mark_at_once_both_marks_are_kept(tmp_path: Path) -> None:
     found.read()
     assert [mark.mark for _, mark in sorted(found.by_number.items())] == ["keep", "drop", None]
     assert found.newest()[SOURCE, "demo-000000-00", 1].mark is None and found.next == 3
+
+
+def test_a_column_that_is_called_mark_stays_what_it_was(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus")
+    corpus.declare_column("scores/mark", {"stage": "scores/mark"}, {"mark": "float32"})
+    fill(corpus)
+    Marks(corpus).add(Mark(source=SOURCE, shard="demo-000000-00", row=1, key="k", mark="keep"))
+    assert query(corpus, "SELECT count(*) AS n, count(mark) AS m FROM samples").to_pylist() == [{"n": 12, "m": 0}]
+    assert "mark_note" not in query(corpus, "SELECT * FROM samples").column_names
 
 
 def test_the_last_table_is_known_as_long_as_its_parts_are_there(tmp_path: Path) -> None:
