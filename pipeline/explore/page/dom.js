@@ -59,7 +59,7 @@ export function dialog(title, ...content) {
   const box = byId("dialog");
   const close = el("button.quiet.close", { "aria-label": "Close", onclick: () => box.close() }, "×");
   box.replaceChildren(el("div.dialog-head", {}, el("h2", { id: "dialog-title" }, title), close), ...content);
-  box.showModal();
+  if (!box.open) box.showModal();
   return box;
 }
 

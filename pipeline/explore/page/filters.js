@@ -54,6 +54,7 @@ class Facet {
     this.reset.hidden = !filter;
     this.root.classList.toggle("active", Boolean(filter));
     if (!this.left) return;
+    this.about = this.left.estimated ? "≈ " : "";
     if (this.left.kind === "bins") this.drawBins(filter);
     else this.drawValues(filter);
   }
@@ -61,6 +62,7 @@ class Facet {
   drawBins(filter) {
     const { edges } = this.whole;
     if (edges.length < 2) return this.chart.replaceChildren(el("p.soft", {}, "no values"));
+    if (edges.length === 2 && !filter) return this.chart.replaceChildren(el("p.soft.small", {}, `${number(edges[0])} everywhere`));
     this.low = edges[0];
     this.high = edges[edges.length - 1];
     const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", class: "histogram", "aria-hidden": "true" });
@@ -105,7 +107,7 @@ class Facet {
       const part = (event.clientX - box.left) / box.width;
       return Math.min(Math.max(Math.floor(part * (edges.length - 1)), 0), edges.length - 2);
     };
-    const spoken = (a, b) => `${number(edges[a])} – ${number(edges[b + 1])}: ${count(counts.slice(a, b + 1).reduce((sum, rows) => sum + rows, 0))}`;
+    const spoken = (a, b) => `${number(edges[a])} – ${number(edges[b + 1])}: ${this.about}${count(counts.slice(a, b + 1).reduce((sum, rows) => sum + rows, 0))}`;
     let begun = null;
     const stop = () => {
       begun = null;
@@ -169,7 +171,7 @@ class Facet {
       const empty = value === null ? !pressed : Boolean(filter?.empty);
       this.set(values.length || empty ? { values, ...(empty && { empty }) } : null);
     };
-    const parts = [el(value === null ? "span.value.soft" : "span.value", {}, text), el("span.rows", {}, shortCount(rows)), bar];
+    const parts = [el(value === null ? "span.value.soft" : "span.value", {}, text), el("span.rows", {}, this.about, shortCount(rows)), bar];
     return el("li", {}, el("button", { "aria-pressed": String(pressed), "data-value": String(value), onclick: toggle }, ...parts));
   }
 }

@@ -161,6 +161,7 @@ export class Grid {
     }
     for (const [i, tile] of this.tiles) {
       if (wanted.has(i) || tile.contains(document.activeElement)) continue;
+      tile.querySelector("img")?.removeAttribute("src"); // what has not come yet need not come
       tile.remove();
       this.tiles.delete(i);
     }

@@ -60,7 +60,7 @@ function list() {
   }
   if (text) return { name: `text ${text}`, load: () => once("search", { text, limit: 60 }), says: `The pictures nearest to “${text}”` };
   const chance = order === "random" ? { order, seed: seed ?? "1" } : {};
-  return { name: JSON.stringify([where, chance]), load: (cursor) => get("rows", { where, ...chance, ...cursor, limit: 100 }, listAbort.signal), says: "" };
+  return { name: JSON.stringify([where, chance]), load: (cursor) => get("rows", { where, ...chance, ...cursor, limit: 100 }, listAbort.signal), says: order === "random" ? "100 at most, drawn at random" : "" };
 }
 
 async function once(path, parameters) {
@@ -76,7 +76,7 @@ async function showList() {
   listAbort.abort();
   listAbort = new AbortController();
   byId("grid-note").hidden = !wanted.says;
-  byId("grid-note").replaceChildren(wanted.says ? el("a", { href: link({ like: null, text: null }) }, "× back to all") : "", ` ${wanted.says}`);
+  byId("grid-note").replaceChildren(wanted.says ? el("a", { href: link({ like: null, text: null, order: null, seed: null }) }, "× back to all") : "", ` ${wanted.says}`);
   byId("order").textContent = state.order === "random" ? "Random, again" : "In random order";
   await grid.show(wanted.load, state.at ?? null);
 }
@@ -176,6 +176,13 @@ const query = () => `SELECT source, shard, row FROM samples${state.where ? ` WHE
 const quoted = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
 const command = (name) => `microdit select ${quoted(corpus.url ?? corpus.name)} ${name} ${quoted(query())}`;
 
+/** Leave the failed rows out, and ask again for the name. */
+async function onlyGood() {
+  go({ where: new Where(state.where, corpus.columns).with("status", { values: ["ok"] }) });
+  await showCount();
+  saveDialog();
+}
+
 function saveDialog() {
   const name = el("input", { id: "selection-name", type: "text", required: true, pattern: "[a-z0-9][a-z0-9_\\-]*", autocomplete: "off", placeholder: "clean" });
   const said = el("p", { role: "status" });
@@ -195,6 +202,7 @@ function saveDialog() {
     } catch (error) {
       said.className = "error";
       said.textContent = error.message;
+      if (error.message.includes("status = 'ok'")) said.append(el("button", { onclick: () => onlyGood() }, "Add status = 'ok'"));
     }
   });
   const saved = corpus.selections.length ? el("p.soft.small", {}, `Saved already: ${corpus.selections.map((one) => `${one.name} (${shortCount(one.rows)})`).join(", ")}`) : "";
@@ -253,13 +261,20 @@ function search(event) {
   go({ view: "grid", where: new Where(state.where, corpus.columns).withWord(text) });
 }
 
+/** Listen to what a build says while the page can be seen: a browser has only six connections to a server. */
 function watchBuild() {
-  const events = new EventSource("/api/events");
-  events.addEventListener("message", (event) => {
-    const status = JSON.parse(event.data);
-    if (status.type === "status") liveStatus(byId("live"), status);
-  });
-  addEventListener("pagehide", () => events.close());
+  let events = null;
+  const listen = () => {
+    events?.close();
+    events = document.hidden ? null : new EventSource("/api/events");
+    events?.addEventListener("message", (event) => {
+      const status = JSON.parse(event.data);
+      if (status.type === "status") liveStatus(byId("live"), status);
+    });
+  };
+  listen();
+  document.addEventListener("visibilitychange", listen);
+  addEventListener("pagehide", () => events?.close());
 }
 
 function listen() {
@@ -288,6 +303,7 @@ async function begin() {
   byId("size").textContent = `${shortCount(corpus.rows)} rows from ${many(corpus.sources.length, "source")}`;
   byId("by").parentElement.hidden = !corpus.text_search;
   byId("views").append(...Object.entries(VIEWS).map(([view, text]) => el("a", { "data-view": view, href: "#" }, text)));
+  if (corpus.notes?.length) byId("query").append(el("p.note.warn", {}, `Not all can be read: ${corpus.notes.slice(0, 3).join("; ")}`));
   filters = new Filters(corpus.columns, (where) => go({ where, view: state.view === "sample" ? "grid" : state.view }));
   const placed = later((at) => state.view === "grid" && (state.at ?? null) !== at && note({ at }), 400);
   grid = new Grid(byId("main"), byId("grid"), { onPlace: placed });

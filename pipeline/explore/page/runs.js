@@ -77,6 +77,7 @@ function sheets(run, steps) {
     slider.setAttribute("aria-valuetext", `step ${step}`);
     said.textContent = `step ${count(step)}`;
   };
+  picture.addEventListener("error", () => (said.textContent = `step ${count(steps[slider.value].step)}: its sheet cannot be shown`));
   slider.addEventListener("input", show);
   slider.addEventListener("change", () => note({ step: String(steps[slider.value].step) }));
   show();

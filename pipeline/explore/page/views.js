@@ -119,18 +119,19 @@ export async function showCompare(root, { corpus, signal }) {
   body.replaceChildren(
     el("div.figures", {}, tile(letter("a"), found.a.rows, "rows"), tile(letter("b"), found.b.rows, "rows"), tile(el("b.letter", {}, "A∩B"), found.both, "in both")),
     el("div.sides", {}, side("a", a), side("b", b)),
-    el("p", {}, el("a", { href: link({ seed: String(Number(state.seed ?? 1) + 1) }) }, "Other pictures")),
+    el("p.below", {}, el("a", { href: link({ seed: String(Number(state.seed ?? 1) + 1) }) }, "Other pictures")),
     el("h3", {}, "By column"), charts,
   );
-  for (const column of corpus.columns.filter(({ kind }) => kind !== "text")) {
+  for (const column of corpus.columns.filter(({ kind, name }) => kind !== "text" && name !== "row")) {
     const [whole, left, right] = await Promise.all(["", a, b].map((where) => get("histogram", { column: column.name, where }, signal)));
-    if (whole.kind === "bins" && whole.edges.length < 2) continue;
+    if (whole.kind === "bins" && whole.counts.length < 2) continue;
     charts.append(el("figure.card", {}, el("figcaption", {}, column.label), ...chart(column, whole, left, right)));
   }
 }
 
 /** The live status of a build: stages, rates, failures and the newest pictures. */
 export function liveStatus(box, status) {
+  if (box.hidden && !status.building) return;
   box.hidden = false;
   const rate = status.rate ? ` ${number(Math.round(status.rate))}/s` : "";
   box.classList.toggle("going", Boolean(status.building));

@@ -127,8 +127,9 @@ export class Where {
     const texts = this.columns.filter(({ kind, name }) => kind === "text" && /^caption/.test(name));
     const written = texts.filter(({ group }) => /^captions/.test(group));
     const names = (written.length ? written : texts).map(({ name }) => name);
-    const searched = (text) => names.length > 0 && text.replace(/^\(|\)$/g, "").split(" OR ").every((part) => names.some((name) => /^ILIKE '%.*%'$/.test(after(part, name) ?? "")));
-    const rest = this.clauses.filter(({ text }) => !searched(text));
+    const one = `(?:${names.map((name) => name.replace(/\W/g, "\\$&")).join("|")}) ILIKE '%(?:[^']|'')*%'`;
+    const search = new RegExp(`^\\(?${one}(?: OR ${one})*\\)?$`);
+    const rest = this.clauses.filter(({ text }) => !names.length || !search.test(text));
     const text = names.map((name) => `${name} ILIKE ${literal(`%${word}%`)}`).join(" OR ");
     if (word && names.length) rest.push({ text: names.length > 1 ? `(${text})` : text });
     return this.join(rest);

@@ -169,6 +169,18 @@ def test_a_view_is_an_url(reader: Reader) -> None:
     assert reader.see("#page-view").is_hidden()
 
 
+def test_pictures_are_drawn_at_random(reader: Reader) -> None:
+    reader.open(where="source = 'cities'").counted(f"{ROWS // 2} of {ROWS} rows")
+    reader.see("#order").click()
+    expect(reader.see("#grid-note")).to_contain_text("drawn at random")
+    expect(reader.see("#grid a").first).to_be_visible()
+    drawn = reader.see("#grid a").first.get_attribute("aria-label")
+    reader.tab.reload()
+    expect(reader.see("#grid a").first).to_have_attribute("aria-label", drawn or "")
+    reader.see("#grid-note a").click()
+    expect(reader.see("#grid a").first).to_have_attribute("aria-label", f"{caption(ROWS // 2)} (cities/k{ROWS // 2})")
+
+
 @pytest.mark.slow
 def test_five_thousand_pictures_do_not_make_it_slow(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> None:
     many = make_browsed(tmp_path_factory.mktemp("many"), 5000)
@@ -237,6 +249,23 @@ def test_a_saved_selection_is_the_command_lines(reader: Reader, corpus: Corpus) 
     assert ours.num_rows == chosen() and ours.equals(theirs)
     reader.press("Escape")
     assert reader.see("#dialog").is_hidden()
+
+
+def test_failed_rows_are_left_out_of_a_selection_by_one_button(browser: Browser, url: str, corpus: Corpus) -> None:
+    with reading(browser, url, 1280) as reader:
+        reader.open(where="source = 'birds'").counted(f"{ROWS // 2} of {ROWS} rows")
+        reader.see("#save").click()
+        reader.see("#selection-name").fill("birds")
+        reader.press("Enter")
+        reader.see("#dialog button", "Add status").click()
+        good = sum(number < ROWS / 2 for number in GOOD)
+        expect(reader.see("#dialog form > p").first).to_contain_text(f"{good} of {ROWS} rows")
+        reader.see("#selection-name").fill("birds")
+        reader.press("Enter")
+        expect(reader.see("#dialog [role=status]")).to_contain_text("Saved as birds@")
+        assert load_selection(corpus, "birds").num_rows == good
+        assert all("400 (Bad Request)" in message for message in reader.messages), reader.messages
+        reader.messages.clear()
 
 
 def chosen() -> int:
