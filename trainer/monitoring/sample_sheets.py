@@ -60,9 +60,11 @@ class SampleSheets:
             prompts = list(recipe.sample_prompts) or read_captions(
                 samples.corpus, recipe.main_text, samples.held.take(samples.held.lowest(CAPTIONS, recipe.seed + 1))
             )
-            made_by = [samples.corpus.column(name).made_by for name in (recipe.main_text, recipe.stages[-1].latents)]
-            numbers = recipe.sigma_data, recipe.guidance_scale
-            self.pictures = TrainingPictures(self.config, prompts, *made_by, self.team.device, *numbers)
+            text, latents = (
+                samples.corpus.column(one).made_by for one in (recipe.main_text, recipe.stages[-1].latents)
+            )
+            scale, device = recipe.guidance_scale, self.team.device
+            self.pictures = TrainingPictures(self.config, prompts, text, latents, device, recipe.sigma_data, scale)
         except UNLOADABLE as error:
             raise RequestError(
                 f"sample_every = {recipe.sample_every}: what draws pictures cannot be had: {error}; "
