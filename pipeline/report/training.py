@@ -245,8 +245,8 @@ def _metrics(evaluation: Mapping[str, Any], before: Mapping[str, Any]) -> list[F
     for name, found in trained.items():
         pair = [each for each in (found, untrained.get(name)) if isinstance(each, dict) and _number(each.get("value"))]
         if len(pair) == 2:
-            label = METRIC_LABELS.get(name, name)
-            figures.append(Figure(label, *(_with_error(each["value"], each.get("error")) for each in pair)))
+            texts = [_with_error(each["value"], each.get("error")) for each in pair]
+            figures.append(Figure(METRIC_LABELS.get(str(name), str(name)), texts[0], texts[1]))
     return figures
 
 

@@ -244,7 +244,7 @@ def test_shipped_settings_are_read(name: str) -> None:
         (("a", "--protocol", "mine"), "--protocol mine: Input should be 'clean-fid'"),
         (("a", "--guidance", "1,x"), "--guidance 1,x: expected numbers"),
         (("a", "--prompts", "reference", "--source", "b"), "a: it is a model; --source and --selection are of corpora"),
-        (("/nowhere", "--reference", "/nowhere"), "reference /nowhere: there is no such folder"),
+        (("/nowhere", "--reference", "/nowhere"), "/nowhere: there is no such folder of pictures; a model needs"),
         (("a", "--prompts", "reference", "--metrics", "clip-score-hessel"), "--prompts reference: give --reference"),
     ],
 )

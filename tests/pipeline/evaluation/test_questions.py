@@ -105,7 +105,7 @@ def test_pictures_are_asked_about_once(server: tuple[str, list[str]], tmp_path: 
 
 
 def test_a_captioner_answers(tmp_path: Path) -> None:
-    judge = load_judge(str(vision_folder(tmp_path / "vlm", "qwen2_vl")), "cpu")
+    judge = load_judge(str(vision_folder(tmp_path / "vlm", "qwen3_vl")), "cpu")
     answers = judge(np.zeros((40, 40, 3), np.uint8), ["Is it red?", "Is it blue?"])
     assert len(answers) == 2 and all(isinstance(each, str) for each in answers)
 
