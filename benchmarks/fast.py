@@ -35,7 +35,7 @@ from microdit.pipeline.cli.demo_plan import RECIPE
 from microdit.trainer.recipe import load_recipe
 from microdit.trainer.train import train
 
-SWITCHES = {"off": [], "muon": ["optimizer.name=muon"]}
+SWITCHES: dict[str, list[str]] = {"off": [], "muon": ["optimizer.name=muon"]}
 FIGURES = ("validation", "nearest", "nearest_all", "psnr")
 STEPS = 4  # of sampling
 
@@ -54,7 +54,7 @@ def main() -> int:
     names = list(dict.fromkeys(["off", *given.switches.split(",")]))
     if unknown := sorted(set(names) - set(SWITCHES)):
         parser.error(f"--switches: {', '.join(unknown)}; expected some of {', '.join(SWITCHES)}")
-    length = [f"time_budget={60 * given.minutes}"] if given.minutes else shortened(given.images)
+    lengths = [f"time_budget={60 * given.minutes}"] if given.minutes else shortened(given.images)
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(sys.stderr):
         try:
             corpus = given.corpus or build_columns(Path(scratch) / "corpus", COLUMNS)
@@ -62,17 +62,17 @@ def main() -> int:
             for seed in map(int, given.seeds.split(",")):  # seed by seed, so that a part of a night is worth something
                 for name in names:
                     out = Path(scratch) / f"{name}-{seed}"
-                    changes = [f"corpus={corpus}", f"out={out}", f"seed={seed}", "selection=null", *length]
+                    changes = [f"corpus={corpus}", f"out={out}", f"seed={seed}", "selection=null", *lengths]
                     rows.append({"switch": name, "seed": seed} | measure([*changes, *given.overrides, *SWITCHES[name]]))
                     print(json.dumps(rows[-1]), flush=True)
         except RequestError as error:
             print(error, file=sys.stderr)
             return 2
-    found = {"rows": rows, "switches": summarize(rows)}
+    switches = summarize(rows)
     if given.json:
-        print(json.dumps(found))
+        print(json.dumps({"rows": rows, "switches": switches}))
     else:
-        for name, figures in found["switches"].items():
+        for name, figures in switches.items():
             print(name, json.dumps(figures))
     return 0
 

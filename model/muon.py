@@ -9,7 +9,7 @@ are E matrices, made orthogonal together.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -51,31 +51,32 @@ class Muon(torch.optim.AdamW):
     """
 
     found_inf: Tensor
+    param_groups: list[dict[str, Any]]
 
     def __init__(self, groups: Iterable[Mapping[str, Any]], **options: Any) -> None:
         super().__init__([{"muon": False, **group} for group in groups], **options)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        groups = self.param_groups
+    def step(self, closure: Any = None) -> Any:
+        groups: list[dict[str, Any]] = self.param_groups
         for group in groups:
             if group["muon"]:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
-                        self._step(parameter, group)
+                        self._step(parameter, parameter.grad, group)
         self.param_groups = [group for group in groups if not group["muon"]]
         try:
-            super().step(closure)
+            return super().step(closure)
         finally:
             self.param_groups = groups
 
-    def _step(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+    def _step(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)  # AdamW wants it of all that it loads
             state["momentum_buffer"] = torch.zeros_like(parameter)
         good = 1 - getattr(self, "found_inf", torch.zeros((), device=parameter.device))
-        gradient = parameter.grad.where(good.bool(), 0.0)  # type: ignore[union-attr]
+        gradient = gradient.where(good.bool(), torch.zeros_like(gradient))
         momentum: Tensor = state["momentum_buffer"]
         state["step"] += good
         momentum.lerp_(gradient, (1 - MOMENTUM) * good)

@@ -174,7 +174,9 @@ def _draw(run: Path, console: Console) -> None:
 
 def _evaluate(run: Path) -> dict[str, Any]:
     """Read the figures of the newest checkpoint, made if they are not there yet."""
-    from microdit.model.checkpoint import CheckpointError  # these import torch
+    import torch
+
+    from microdit.model.checkpoint import CheckpointError
     from microdit.model.loading import find_checkpoint
     from microdit.pipeline.cli.demo_evaluation import evaluate
 
@@ -182,6 +184,8 @@ def _evaluate(run: Path) -> dict[str, Any]:
     try:
         if path.is_file() and (figures := json.loads(path.read_text()))["checkpoint"] == find_checkpoint(run).name:
             return figures
+        # as few as train: so small a network gains little, and on a busy machine each operation waits for all threads
+        torch.set_num_threads(_processes()[1])
         return evaluate(run, num_inference_steps=SAMPLING_STEPS)
     except CheckpointError as error:
         raise RequestError(str(error)) from error

@@ -22,7 +22,7 @@ RECIPE = HOME / "configs/recipes/demo.yaml"
 PLAN = "plan.json"  # in the run's folder: a demo that goes on keeps its drawings
 LEAST = 400  # drawings
 VIEWS = 110  # times that a drawing is to be seen
-ENOUGH = 75  # as many do where all drawings are taken: more drawings are more steps, too
+ENOUGH = 60  # as many do where all drawings are taken: more drawings are more steps, too
 KEPT = 0.8  # of the speed measured: AdamW, the exchange of gradients, checkpoints and validation take the rest
 MEASURED = 2.0  # seconds
 
