@@ -138,7 +138,7 @@ class Forest:
             np.minimum.at(self._parent, np.maximum(ones, others), np.minimum(ones, others))
 
     def labels(self) -> np.ndarray:
-        """The root of every member."""
+        """Return the root of every member."""
         return self._roots(np.arange(len(self._parent), dtype=self._parent.dtype))
 
     def _roots(self, members: np.ndarray) -> np.ndarray:

@@ -120,7 +120,7 @@ class StageTimes:
         )
 
     def costs(self) -> dict[str, Cost]:
-        """The cost of each stage, as the engine calls it, over all sources."""
+        """Return the cost of each stage, as the engine calls it, over all sources."""
         drawn = {maker.source for maker in self.makers}
         units = sum(source.units for name, source in self.sources.items() if name not in drawn)
         costs = {INGEST: Cost("cpu", False, min(self.layout.ingests, units))} if units else {}
@@ -142,7 +142,7 @@ class StageTimes:
         return costs
 
     def _drawing_cost(self, maker: MakerWork) -> Cost:
-        """The cost of a maker's pictures: drawing them, and the CPUs' part as ingest's."""
+        """Estimate the cost of a maker's pictures: drawing them, and the CPUs' part as ingest's."""
         gpu = self.hardware.gpu if self.hardware.gpus else None
         workers = self.hardware.gpus if gpu else self.layout.models("gpu").per_stage
         cost = Cost("gpu" if gpu else "cpu", True, workers)

@@ -17,7 +17,7 @@ from microdit.model.pretrained.hub import ModelFilesError
 from microdit.model.pretrained.mask2former import DetectedObject, ObjectDetector, load_detector
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.evaluation.features import CLIP_MEAN, CLIP_STD, cropped, normalised
-from microdit.pipeline.evaluation.geneval import COLORS, THRESHOLD, Prompt
+from microdit.pipeline.evaluation.geneval import COLORS, THRESHOLD, GenEvalPrompt
 from microdit.pipeline.evaluation.picture_sets import PictureSet
 
 DETECTOR, COLOR_MODEL = "mask2former", "clip-l14-colors"  # names of their weights in `--model`
@@ -73,7 +73,11 @@ def _unit(features: np.ndarray) -> np.ndarray:
 
 
 def detect_pictures(
-    pictures: PictureSet, prompts: Sequence[Prompt], out: Path, models: Mapping[str, str], device: str | torch.device
+    pictures: PictureSet,
+    prompts: Sequence[GenEvalPrompt],
+    out: Path,
+    models: Mapping[str, str],
+    device: str | torch.device,
 ) -> Path:
     """Write `detections.jsonl` into a folder: the objects of each picture whose score exceeds 0.3.
 
@@ -132,7 +136,9 @@ def _models(models: Mapping[str, str], device: str | torch.device) -> tuple[Obje
         raise RequestError(f"metric 'geneval': {error}") from error
 
 
-def _found(pixels: np.ndarray, prompt: Prompt, detector: ObjectDetector, judge: ColorJudge) -> list[dict[str, Any]]:
+def _found(
+    pixels: np.ndarray, prompt: GenEvalPrompt, detector: ObjectDetector, judge: ColorJudge
+) -> list[dict[str, Any]]:
     """Detect the objects of a picture, and judge the colours of those of which the prompt asks for one."""
     objects = [each for each in detector.detect(pixels) if np.float32(each.score) > np.float32(THRESHOLD)]
     colored = {wanted.name for wanted in prompt.include if wanted.color is not None}

@@ -39,7 +39,7 @@ class Wanted(Strict):
     """Spatial relation of these objects to those of the entry with that number."""
 
 
-class Prompt(Strict):
+class GenEvalPrompt(Strict):
     """A line of GenEval's `evaluation_metadata.jsonl`."""
 
     tag: Tag
@@ -57,7 +57,7 @@ class Detection(Strict):
     color: str | None = None
 
 
-def failure(prompt: Prompt, detections: Iterable[Detection]) -> str | None:
+def failure(prompt: GenEvalPrompt, detections: Iterable[Detection]) -> str | None:
     """Say why a picture does not show what its prompt asks for; None if it does.
 
     Raises:
@@ -142,7 +142,7 @@ def relative_position(box: Sequence[float], target: Sequence[float]) -> set[Rela
     return {relation for relation, holds in found.items() if holds}
 
 
-def summary(prompts: Sequence[Prompt], correct: Sequence[Sequence[bool]]) -> dict[str, Any]:
+def summary(prompts: Sequence[GenEvalPrompt], correct: Sequence[Sequence[bool]]) -> dict[str, Any]:
     """Add up what is correct by prompt and picture, to GenEval's figures.
 
     Returns `value`, the mean over the tasks of the share of correct pictures in each; `error`, its standard error over
@@ -177,17 +177,17 @@ def _share(some: Sequence[Sequence[bool]]) -> float:
     return sum(map(sum, some)) / sum(map(len, some))
 
 
-def parse_prompts(lines: Iterable[Mapping[str, Any]]) -> list[Prompt]:
+def parse_prompts(lines: Iterable[Mapping[str, Any]]) -> list[GenEvalPrompt]:
     """Check GenEval's prompts.
 
     Raises:
         RequestError: a line is none, a prompt is there twice, or a position names an entry that is not before it.
     """
-    prompts: list[Prompt] = []
+    prompts: list[GenEvalPrompt] = []
     known: set[str] = set()
     for number, line in enumerate(lines, 1):
         try:
-            prompt = Prompt.model_validate(line)
+            prompt = GenEvalPrompt.model_validate(line)
         except ValueError as error:
             raise RequestError(f"GenEval's prompts, line {number}: {' '.join(str(error).split())[:300]}") from None
         if prompt.prompt in known:

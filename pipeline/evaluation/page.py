@@ -30,7 +30,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownPicture:
     """A picture of a row, as a data URI, and its caption."""
 
     uri: str
@@ -73,7 +73,7 @@ def _settings(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "metrics"}
 
 
-def _pictures(row: Mapping[str, Any]) -> list[Shown]:
+def _pictures(row: Mapping[str, Any]) -> list[ShownPicture]:
     """Read the first pictures of a row that lie in a folder or in tars of this machine."""
     about = row.get("pictures") or {}
     about = about[0] if isinstance(about, list) else about
@@ -84,13 +84,13 @@ def _pictures(row: Mapping[str, Any]) -> list[Shown]:
         return []  # of a corpus, or detections alone
 
 
-def _shown(data: bytes, caption: str) -> Shown:
+def _shown(data: bytes, caption: str) -> ShownPicture:
     with Image.open(io.BytesIO(data)) as image:
         picture = image.convert("RGB")
     picture.thumbnail((SIDE, SIDE))
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=85)
-    return Shown(f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}", caption[:300])
+    return ShownPicture(f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}", caption[:300])
 
 
 # -- plots -----------------------------------------------------------------------------------------------------------

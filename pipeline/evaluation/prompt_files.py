@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from microdit.pipeline.base.errors import RequestError
-from microdit.pipeline.evaluation.geneval import Detection, Prompt, Strict, failure, parse_prompts, summary
+from microdit.pipeline.evaluation.geneval import Detection, GenEvalPrompt, Strict, failure, parse_prompts, summary
 from microdit.pipeline.evaluation.named_files import PROMPTS, named_file
 
 NAMES = ("prompt", "prompts", "caption", "text")  # of the column with the prompts, whatever its case
@@ -126,7 +126,7 @@ def judge_detections(detections: Path, prompts: Path) -> dict[str, Any]:
     """
     wanted = parse_prompts(line for _, line in read_json_lines(prompts))
     by_text: dict[str, list[bool]] = {prompt.prompt: [] for prompt in wanted}
-    known: dict[str, Prompt] = {prompt.prompt: prompt for prompt in wanted}
+    known: dict[str, GenEvalPrompt] = {prompt.prompt: prompt for prompt in wanted}
     for number, line in read_json_lines(detections):
         try:
             picture = DetectedPicture.model_validate(line)

@@ -19,7 +19,7 @@ class Condition:
     by_row: bool
 
     def choose(self, columns: str) -> str:
-        """SQL of the chosen samples, with these columns."""
+        """Write the SQL of the chosen samples, with these columns."""
         return f"SELECT {columns} FROM samples{self.behind}"
 
     @property

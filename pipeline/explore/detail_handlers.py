@@ -18,7 +18,7 @@ from microdit.pipeline.explore.condition import Condition, checked
 from microdit.pipeline.explore.explorer import EXPLORER, Explorer
 from microdit.pipeline.explore.guard import reader
 from microdit.pipeline.explore.handlers import MOST_ROWS, answer, marked, number, place_of, text
-from microdit.pipeline.explore.pictures import NoPicture
+from microdit.pipeline.explore.pictures import MissingPicture
 from microdit.pipeline.explore.similar import VectorIndex, build_index, vector_of
 from microdit.pipeline.explore.text_search import may_have_text, text_vector
 
@@ -77,7 +77,7 @@ def _decoded(explorer: Explorer, column: str, at: rows.Place) -> bytes:
     """Decode a sample's latents to a PNG.
 
     Raises:
-        NoPicture: there are none, or they cannot be decoded here.
+        MissingPicture: there are none, or they cannot be decoded here.
     """
     from microdit.pipeline.stages.decoding import decode_latents  # it brings torch
 
@@ -86,7 +86,7 @@ def _decoded(explorer: Explorer, column: str, at: rows.Place) -> bytes:
     try:
         (pixels,) = decode_latents(declaration, [array_from_bytes(data)])
     except Exception as error:  # a model may fail to load in a hundred ways
-        raise NoPicture(f"{column} cannot be decoded here: {first_line(error)}") from None
+        raise MissingPicture(f"{column} cannot be decoded here: {first_line(error)}") from None
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
     return buffer.getvalue()

@@ -12,7 +12,7 @@ from aiohttp import web
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.explore.chosen import SelectedRows
 from microdit.pipeline.explore.guard import Guard
-from microdit.pipeline.explore.pictures import Pictures
+from microdit.pipeline.explore.pictures import PictureReader
 from microdit.pipeline.explore.pool import Pool
 from microdit.pipeline.explore.similar import VectorIndex
 from microdit.pipeline.explore.state import CorpusState
@@ -35,7 +35,7 @@ class Explorer:
         limits = SqlLimits(memory=min(QUERY_MEMORY, SqlLimits().memory), disk=disk, seconds=QUERY_SECONDS)
         self.pool = Pool(corpus, limits, WORKERS, min(os.cpu_count() or 1, MOST_THREADS))
         self.state = CorpusState(corpus, self.pool, cache_folder() / "tables")
-        self.pictures = Pictures(self.state.members, ThumbnailFolder(cache_folder() / "thumbnails"))
+        self.pictures = PictureReader(self.state.members, ThumbnailFolder(cache_folder() / "thumbnails"))
         self.selected = SelectedRows(corpus)
         self.decoding, self.saving, self.marking = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         self.indexing = asyncio.Lock()

@@ -15,7 +15,7 @@ from microdit.pipeline.explore import histograms, rows
 from microdit.pipeline.explore.condition import checked
 from microdit.pipeline.explore.explorer import EXPLORER, Explorer
 from microdit.pipeline.explore.guard import Handler, error, reader
-from microdit.pipeline.explore.pictures import SIDES, NoPicture
+from microdit.pipeline.explore.pictures import SIDES, MissingPicture
 from microdit.pipeline.explore.pool import BusyError
 from microdit.pipeline.explore.text_search import may_have_text
 from microdit.pipeline.selection.selections import list_selections
@@ -33,7 +33,7 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn what is wrong into one message."""
     try:
         return await handler(request)
-    except NoPicture as wrong:
+    except MissingPicture as wrong:
         return error(404, str(wrong))
     except RequestError as wrong:
         return error(400, str(wrong))
@@ -77,7 +77,7 @@ async def place_of(request: web.Request, explorer: Explorer) -> rows.Place:
     asked = ("find", source, key)
     at = await explorer.state.remembered(asked, lambda: explorer.pool.ask(reader(request), rows.find, source, key))
     if at is None:
-        raise NoPicture(f"sample {source}/{key}: the corpus has none")
+        raise MissingPicture(f"sample {source}/{key}: the corpus has none")
     explorer.state.places.add([{"source": source, "key": key, "shard": at[1], "row": at[2]}])
     place: rows.Place = at
     return place

@@ -29,7 +29,7 @@ KEPT_SHARDS = 1024  # whose offsets stay in memory: 16 bytes for each row
 QUALITY = 82
 
 
-class NoPicture(RequestError):
+class MissingPicture(RequestError):
     """There is nothing to show of a sample in a column; the message says why."""
 
 
@@ -54,29 +54,31 @@ class Members:
         """Read the first member of a sample, and the commit that names its tar.
 
         Raises:
-            NoPicture: the column does not have it, or it cannot be read.
+            MissingPicture: the column does not have it, or it cannot be read.
         """
         name = self.commit_name(column, *at[:2])
         if name is None:
-            raise NoPicture(f"{column} is not made for shard {at[1]}")
+            raise MissingPicture(f"{column} is not made for shard {at[1]}")
         try:
             commit, offsets, sizes = self._shard(name)
             if not 0 <= at[2] < len(sizes) or sizes[at[2]] < 0:
-                raise NoPicture(f"{column}: row {at[2]} of shard {at[1]} failed; its reason stands beside it")
+                raise MissingPicture(f"{column}: row {at[2]} of shard {at[1]} failed; its reason stands beside it")
             size = int(sizes[at[2]])
             if size > MOST_BYTES:
-                raise NoPicture(f"{column}: row {at[2]} of shard {at[1]} says that it has {size:,} bytes")
+                raise MissingPicture(f"{column}: row {at[2]} of shard {at[1]} says that it has {size:,} bytes")
             data = self.corpus.store.get_range(commit.object.name, int(offsets[at[2]]), size)
-        except NoPicture:
+        except MissingPicture:
             raise
         except FileNotFoundError as error:
-            raise NoPicture(f"{column}, shard {at[1]}: its object is not there; `microdit verify` says more") from error
+            raise MissingPicture(
+                f"{column}, shard {at[1]}: its object is not there; `microdit verify` says more"
+            ) from error
         except (OSError, ValueError, LookupError, BaseError, pa.ArrowException) as error:
-            raise NoPicture(
+            raise MissingPicture(
                 f"{column}, shard {at[1]}: its object cannot be read ({first_line(error)}); `microdit verify` says more"
             ) from error
         if len(data) != size:
-            raise NoPicture(f"{column}, shard {at[1]}: its object is cut; `microdit verify` says more")
+            raise MissingPicture(f"{column}, shard {at[1]}: its object is cut; `microdit verify` says more")
         return data, commit
 
     def status(self, column: str, at: Place) -> dict[str, Any] | None:
@@ -112,7 +114,7 @@ class Members:
         return found
 
 
-class Pictures:
+class PictureReader:
     """The pictures of samples in several sizes."""
 
     def __init__(self, members: Members, folder: ThumbnailFolder):
@@ -122,7 +124,7 @@ class Pictures:
         """Read the picture of a sample, and its content type; `full` is as it is stored.
 
         Raises:
-            NoPicture: there is none, or it cannot be read.
+            MissingPicture: there is none, or it cannot be read.
         """
         name = self.members.commit_name(IMAGES, *at[:2])
         key = self.folder.key(self.members.corpus.url, name, at[2], size)
@@ -137,19 +139,19 @@ class Pictures:
 
 
 def checked_type(data: bytes) -> str:
-    """Tell the content type of a stored picture by decoding it; raises NoPicture if it is none."""
+    """Tell the content type of a stored picture by decoding it; raises MissingPicture if it is none."""
     try:
         return TYPES[decode(data, PILLOW_MAX_PIXELS).format]
     except (BadImage, KeyError) as error:
-        raise NoPicture(f"the bytes in its tar are no picture that can be shown ({error})") from None
+        raise MissingPicture(f"the bytes in its tar are no picture that can be shown ({error})") from None
 
 
 def thumbnail(data: bytes, side: int) -> bytes:
-    """Scale a picture down to at most so many pixels a side, as JPEG; raises NoPicture if it is none."""
+    """Scale a picture down to at most so many pixels a side, as JPEG; raises MissingPicture if it is none."""
     try:
         image = decode(data, PILLOW_MAX_PIXELS, side)
     except BadImage as error:
-        raise NoPicture(f"the bytes in its tar are no picture that can be shown ({error})") from None
+        raise MissingPicture(f"the bytes in its tar are no picture that can be shown ({error})") from None
     share = min(1.0, side / max(image.width, image.height))
     size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
     buffer = io.BytesIO()

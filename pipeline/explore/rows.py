@@ -41,7 +41,7 @@ def literal(value: str) -> str:
 
 
 def shown(view: WorkerView) -> str:
-    """SQL of the columns of a row on the page."""
+    """Write the SQL of the columns of a row on the page."""
     declared = view.corpus.columns()
     size = [name if name in declared[IMAGES].scalars else f"NULL AS {name}" for name in ("width", "height")]
     caption = f"left({quoted(caption_column(declared))}, {CAPTION}) AS caption"

@@ -12,7 +12,7 @@ from microdit.pipeline.corpus.arrays import array_from_bytes
 from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import COMMIT
 from microdit.pipeline.curation.semantic import read_vectors
-from microdit.pipeline.explore.pictures import Members, NoPicture
+from microdit.pipeline.explore.pictures import Members, MissingPicture
 from microdit.pipeline.explore.rows import Place
 
 MOST_BYTES = 512 << 20  # of vectors in memory: 350,000 of 768 numbers
@@ -98,7 +98,7 @@ def _spread(count: int) -> list[int]:
 
 
 def vector_of(members: Members, column: str, at: Place) -> np.ndarray:
-    """Read the embedding of a sample; raises NoPicture if it has none."""
+    """Read the embedding of a sample; raises MissingPicture if it has none."""
     data, _ = members.read(column, at)
     try:
         vector = array_from_bytes(data)
@@ -106,4 +106,4 @@ def vector_of(members: Members, column: str, at: Place) -> np.ndarray:
             raise ValueError(f"it has the shape {vector.shape}")
         return vector
     except ValueError as error:
-        raise NoPicture(f"{column}, shard {at[1]}, row {at[2]}: its embedding cannot be read ({error})") from None
+        raise MissingPicture(f"{column}, shard {at[1]}, row {at[2]}: its embedding cannot be read ({error})") from None

@@ -267,7 +267,7 @@ class OpenView:
 
 
 def _column_sql(column: ViewColumn, numbers: Mapping[FieldGroup, int]) -> str:
-    """SQL of a column of the view; constant where its column has no commits."""
+    """Write the SQL of a column of the view; constant where its column has no commits."""
     if not {*column.groups} <= numbers.keys():
         return "false" if column.field == "ok" else f"NULL::{SQL_TYPES[column.type]}"
     first, *others = (f"p{numbers[group]}" for group in column.groups)

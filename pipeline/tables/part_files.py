@@ -75,7 +75,7 @@ class PartFiles:
 
     def rows(self) -> list[int]:
         """Count the rows of each part. Raises as `paths`."""
-        return [self._rows[number] for number, _ in enumerate(self.paths(IMAGES))]
+        return [self._rows[number] for number, _ in enumerate(self.paths(ROWS))]
 
     def _checked(self, ref: ObjectRef, wanted: int | None, schema: pa.Schema) -> tuple[str, int]:
         """Return the file of a part and its number of rows, which is `wanted` if that is given."""

@@ -74,7 +74,7 @@ class ShardCommits:
 
 
 @dataclass(frozen=True)
-class ColumnRun:
+class RunOfShards:
     """The shards of a run in one column."""
 
     column: str
@@ -89,7 +89,7 @@ class ColumnRun:
         shards = [[one.shard, one.images.sha256, one.own and one.own.sha256, list(one.again)] for one in self.shards]
         return hashlib.sha256(canonical(shards)).hexdigest()
 
-    def without(self, lost: Collection[ShardId]) -> "ColumnRun":
+    def without(self, lost: Collection[ShardId]) -> "RunOfShards":
         """Leave out shards."""
         kept = tuple(one for one in self.shards if (self.source, one.shard) not in lost)
         return replace(self, shards=kept)
@@ -99,7 +99,7 @@ class ColumnRun:
 class PartSpec:
     """What one part is made of: the shards, and the fields of a group."""
 
-    run: ColumnRun
+    run: RunOfShards
     schema: pa.Schema
 
     @property
@@ -161,7 +161,7 @@ def column_runs(
     newest: Mapping[str, Mapping[ShardId, CommitRef]],
     rows: Mapping[ShardId, int],
     again: Mapping[ShardId, Sequence[int]],
-) -> list[ColumnRun]:
+) -> list[RunOfShards]:
     """List the runs of a column, in the order of the table's rows.
 
     Args:
@@ -171,7 +171,7 @@ def column_runs(
     """
     images, own = newest[IMAGES], newest[column]
     return [
-        ColumnRun(
+        RunOfShards(
             column,
             run[0][0],
             tuple(ShardCommits(id[1], rows[id], images[id], own.get(id), again.get(id, ())) for id in run),

@@ -31,7 +31,7 @@ from microdit.pipeline.corpus.corpus import Corpus
 from microdit.pipeline.corpus.names import IMAGES, OBJECT, PART, ShardId, column_kind, commit_name
 from microdit.pipeline.corpus.records import ObjectRef
 from microdit.pipeline.corpus.shard_files import check_types, open_table
-from microdit.pipeline.tables.part_specs import IMAGE_FIELDS, ROWS, ColumnRun, CommitRef, PartSpec, ShardCommits
+from microdit.pipeline.tables.part_specs import IMAGE_FIELDS, ROWS, CommitRef, PartSpec, RunOfShards, ShardCommits
 from microdit.pipeline.tables.published import if_allowed
 
 FOLDER = "tables/samples"
@@ -194,14 +194,14 @@ def _part_bytes(corpus: Corpus, specs: Sequence[PartSpec], lost: dict[ShardId, s
     return [buffer.getvalue() for buffer in buffers]
 
 
-def _without(corpus: Corpus, run: ColumnRun, schema: pa.Schema, one: ShardCommits) -> pa.Table:
+def _without(corpus: Corpus, run: RunOfShards, schema: pa.Schema, one: ShardCommits) -> pa.Table:
     """Return what a part has of a shard that cannot be read: nothing of the images' rows, of all others nulls."""
     if run.column == IMAGES and "source" in schema.names:
         return schema.empty_table()
     return _shard_rows(corpus, run, schema, replace(one, own=None))
 
 
-def _shard_rows(corpus: Corpus, run: ColumnRun, schema: pa.Schema, one: ShardCommits) -> pa.Table:
+def _shard_rows(corpus: Corpus, run: RunOfShards, schema: pa.Schema, one: ShardCommits) -> pa.Table:
     """Read the rows of parts in one shard; nulls where the column is not committed.
 
     Raises:
@@ -238,7 +238,7 @@ def _shard_rows(corpus: Corpus, run: ColumnRun, schema: pa.Schema, one: ShardCom
 
 
 def _sidecar(
-    corpus: Corpus, run: ColumnRun, one: ShardCommits, ref: CommitRef, fields: Sequence[str]
+    corpus: Corpus, run: RunOfShards, one: ShardCommits, ref: CommitRef, fields: Sequence[str]
 ) -> tuple[str, pa.Table]:
     """Read some fields of a commit's sidecar; returns its unit, too.
 

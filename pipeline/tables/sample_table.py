@@ -18,10 +18,10 @@ from microdit.pipeline.tables.commit_table import CommitsRead, read_commits
 from microdit.pipeline.tables.part_specs import (
     IMAGE_FIELDS,
     ROWS,
-    ColumnRun,
     CommitRef,
     FieldGroup,
     PartSpec,
+    RunOfShards,
     column_runs,
     group_of,
     part_schemas,
@@ -86,7 +86,7 @@ class SampleTable:
     """By column when its newest commit was written."""
     schemas: dict[FieldGroup, pa.Schema]
     """All groups of the columns that have commits."""
-    runs: dict[str, list[ColumnRun]] = field(repr=False, compare=False)
+    runs: dict[str, list[RunOfShards]] = field(repr=False, compare=False)
     """By column that has commits."""
     present: dict[str, ObjectRef] = field(repr=False, compare=False)
     """Parts that were there, by key."""
@@ -257,7 +257,7 @@ def table_fields(declared: Mapping[str, Declaration]) -> list[TableField]:
 
 
 def table_schema(declared: Mapping[str, Declaration]) -> pa.Schema:
-    """The schema of the sample table of these columns."""
+    """Return the schema of the sample table of these columns."""
     return pa.schema([*BASE, *(pa.field(field.name, field.type) for field in table_fields(declared))])
 
 
