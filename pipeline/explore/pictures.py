@@ -70,9 +70,7 @@ class Members:
         except MissingPicture:
             raise
         except FileNotFoundError as error:
-            raise MissingPicture(
-                f"{column}, shard {at[1]}: its object is not there; `microdit verify` says more"
-            ) from error
+            raise MissingPicture(f"{column}, shard {at[1]}: its object is missing; see `microdit verify`") from error
         except (OSError, ValueError, LookupError, BaseError, pa.ArrowException) as error:
             raise MissingPicture(
                 f"{column}, shard {at[1]}: its object cannot be read ({first_line(error)}); `microdit verify` says more"
