@@ -7,7 +7,6 @@ Run by hand, in an environment of its own:
     tools/bin/python tests/data/evaluation/make_references.py [FOLDER OF PICTURES, default: pictures]
 """
 
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -93,31 +92,8 @@ def net_state(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     return dict(shapes.state_dict())
 
 
-def whole(folder: Path) -> dict[str, float]:
-    """FID and KID of two folders of pictures by each tool's features and its own formula."""
-    first, second = (pictures(folder / name) for name in ("first", "second"))
-    found = {}
-    for name in ("clean-fid", "pytorch-fid", "torch-fidelity"):
-        a, b = (each[f"features_{name}"].astype(np.float64) for each in (first, second))
-        moments = [a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False)]
-        if name == "torch-fidelity":
-            tensors = [torch.from_numpy(each.astype(np.float32)) for each in (a, b)]
-            tensors = [metric_fid.fid_features_to_statistics(each) for each in tensors]
-            found[f"fid {name}"] = float(
-                metric_fid.fid_statistics_to_metric(*tensors, False)[metric_fid.KEY_METRIC_FID]
-            )
-        else:
-            distance = clean.frechet_distance if name == "clean-fid" else calculate_frechet_distance
-            found[f"fid {name}"] = float(distance(*moments))
-        found[f"kid {name}"] = float(clean.kernel_distance(a, b, num_subsets=1, max_subset_size=1000))
-    return found
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--whole"]:
-        text = json.dumps(whole(Path(sys.argv[2])), indent=1)
-        (HERE / "whole.json").write_text(f"{text}\n")
-    elif len(sys.argv) > 1:  # many pictures: all features, to be compared by hand
+    if len(sys.argv) > 1:  # many pictures: all features, to be compared by hand
         np.savez(sys.argv[2], **pictures(Path(sys.argv[1])))
     else:
         kept = {name: values[:, ::EVERY] for name, values in pictures(HERE / "pictures").items()}
