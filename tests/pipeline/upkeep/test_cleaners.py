@@ -120,6 +120,8 @@ def test_cleaners_remove_only_what_is_this_corpus_own(
     below = {name for name in mine if any(name.startswith(f"{folder}/") for folder in done.foreign)}
     parts = {name for name in mine if name.startswith("tables/samples/")}
     kept = {OWN[1], *parts} if damaged else set()  # the damaged commit may name them
+    if "columns" in nested:  # its corpus.json stands where a declaration of the outer one would, which is then damaged
+        kept |= parts
     assert mine - below - kept <= set(before) - set(after)
     assert {folder for folder, state in nested.items() if state in ("nothing", "empty")} <= {
         folder for folder in nested for root in done.foreign if folder == root or folder.startswith(f"{root}/")
