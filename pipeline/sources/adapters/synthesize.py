@@ -199,8 +199,10 @@ class Synthesize:
         for batch in batches:
             made: list[tuple[PlannedPicture, Future[bytes] | NoPicture | None]] = []
             for picture, one in batch:
-                is_drawn = one is not None and not isinstance(one, NoPicture)
-                made.append((picture, pool.submit(encode_picture, one, self._images) if is_drawn else one))
+                if one is None or isinstance(one, NoPicture):
+                    made.append((picture, one))
+                else:
+                    made.append((picture, pool.submit(encode_picture, one, self._images)))
             waiting.append(made)
             if len(waiting) > 1:
                 yield waiting.popleft()
