@@ -44,6 +44,7 @@ def check(parts: dict[str, Any]) -> None:
     assert 0 <= figures["feed"]["data_wait"] <= 1 and figures["feed"]["alone"]["loader"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_rehearsal_of_every_part(tmp_path: Path) -> None:
     some = ("tests", "train_step_256", "encode", "generate", "caption", "feed")  # the other two differ in options alone

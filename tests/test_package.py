@@ -48,7 +48,7 @@ BUILD = [
 TRAIN = [
     "selection=null", "hold_out=2", "lanes=4", "model.dim=64", "model.patch_mixer_dim=64", "stages.0.batch=8",
     "stages.0.images=16", "stages.1.batch=8", "stages.1.images=8",
-    "sample_every=1000", "validate_every=1000",
+    "sample_every=1000", "validate_every=1000", "text={text/minilm@source: 1}",
 ]  # fmt: skip
 
 

@@ -218,13 +218,13 @@ class OpenView:
         Raises:
             RequestError: a part is damaged.
         """
-        if sql is not None and DESCRIBES.match(sql):
-            sql = None
+        described = sql is not None and bool(DESCRIBES.match(sql))
         present = {folder: job.present for folder, job in self.jobs.items()}
-        wanted = needed("FROM samples" if sql is None else sql, self.columns, present, rows_only)
+        wanted = needed("FROM samples" if sql is None or described else sql, self.columns, present, rows_only)
         groups = [group for group in wanted.groups if group in self.table.schemas]
         runs = None if self.runs is None else tuple(self.runs)
         marked = self._may_mark and self._shows_marks(sql, wanted.whole)
+        sql = None if described else sql
         shown = (tuple(wanted.columns), tuple(wanted.jobs), runs, marked)
         if shown == self._shown and sql is not None:
             return

@@ -87,6 +87,7 @@ def test_units_are_read_by_actors_that_load_their_model_once(cluster: None, tmp_
     assert verify(corpus).problems == []
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_of_a_unit_is_replaced(cluster: None, tmp_path: Path) -> None:
     drawn = Drawn(count=3, logs=tmp_path, deadly="pictures-000002")
     stages = [source_words(), upper_words()]

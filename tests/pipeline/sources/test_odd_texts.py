@@ -71,7 +71,7 @@ def of_list(folder: Path, text: str) -> list[Input]:
     options = {"own": {"adapter": "urls", "list": str(folder / "00000.tsv")}}
     source = source_of(BuildConfig.model_validate({**given, "sources": options}), "own")
     assert isinstance(source, Urls)
-    return [item for item, _ in source._requests("own-000000", lambda ordinal: False)]
+    return [item for (item, _), _ in source._requests("own-000000", lambda ordinal: False)]
 
 
 BYTES = {

@@ -38,11 +38,11 @@ def _begin(rank: int, environment: dict[str, str], recipe: dict, log: Path, kill
         with log.open("a") as file:
             file.write(f"{rank} {text}\n")
 
-    def read(self, commit):
+    def read(self, commit, *columns):
         write("sidecar")
         if killed and rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return sidecar(self, commit)
+        return sidecar(self, commit, *columns)
 
     Corpus.sidecar = read  # type: ignore[method-assign]
     with joined_team() as team:
@@ -130,7 +130,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the sidecars that this process reads."""
     read: list[str] = []
     sidecar = Corpus.sidecar
-    monkeypatch.setattr(Corpus, "sidecar", lambda self, commit: (read.append(commit.name), sidecar(self, commit))[1])
+    monkeypatch.setattr(
+        Corpus, "sidecar", lambda self, commit, *columns: (read.append(commit.name), sidecar(self, commit, *columns))[1]
+    )
     return read
 
 

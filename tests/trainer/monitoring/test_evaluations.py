@@ -75,6 +75,7 @@ def test_the_best_checkpoint_stays_and_training_is_as_without(
         assert torch.equal(value, tensors(run, 6)[name]), name
 
 
+@pytest.mark.slow
 def test_two_processes_and_a_stopped_run_give_the_same_figures(
     coloured: Corpus, tmp_path: Path, team: Callable[..., list[int]]
 ) -> None:
