@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from microdit.pipeline.base.errors import RequestError
 from microdit.pipeline.config.build import load_config
 from microdit.pipeline.corpus.cache_room import CacheRoom
 from microdit.pipeline.corpus.corpus import Corpus
+from microdit.pipeline.corpus.records import Commit
 from microdit.pipeline.selection import run_samples
 from microdit.pipeline.selection.lineage import newest_commits
 from microdit.pipeline.selection.run_samples import RunSamples, split
@@ -130,9 +132,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the sidecars that this process reads."""
     read: list[str] = []
     sidecar = Corpus.sidecar
-    monkeypatch.setattr(
-        Corpus, "sidecar", lambda self, commit, *columns: (read.append(commit.name), sidecar(self, commit, *columns))[1]
-    )
+
+    def noted(self: Corpus, commit: Commit, *columns: list[str]) -> pa.Table:
+        read.append(commit.name)
+        return sidecar(self, commit, *columns)
+
+    monkeypatch.setattr(Corpus, "sidecar", noted)
     return read
 
 
