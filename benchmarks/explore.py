@@ -1,4 +1,4 @@
-"""How quickly `microdit explore` answers on a large corpus.
+"""Measure how quickly `microdit explore` answers on a large corpus.
 
     python -m benchmarks.explore CORPUS [--rounds 5] [--json]
 

@@ -54,7 +54,7 @@ PLAIN_FIRST = (
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """What the demo trains on, and why."""
+    """The drawings that the demo trains on, and the reason for the choice."""
 
     images_per_second: float
     """Expected of the training."""

@@ -7,7 +7,7 @@ DISTANCES = ("fid", "kid", "prdc", "clip-fid", "fd-dinov2", "cmmd", "fid-lite", 
 
 
 class EvaluateRecipe(BaseModel):
-    """What is measured on the way."""
+    """Metrics to measure during training."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

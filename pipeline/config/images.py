@@ -24,7 +24,7 @@ class ImageOptions(Options):
     """Quality of JPEG (4:4:4) and WebP, where an image is encoded again."""
 
     reduce: Literal["sharp", "fast"] = "sharp"
-    """How JPEGs are reduced to `max_side`: from at least twice that size, or from a quarter more, which takes less time
+    """Reduction of JPEGs to `max_side`: from at least twice that size, or from a quarter more, which takes less time
     and blurs fine text."""
 
     @model_validator(mode="after")

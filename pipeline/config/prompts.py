@@ -55,9 +55,9 @@ class PromptsConfig(Options):
     """Words or phrases, or a text file with one a line: a prompt with one of them is left out (`blocked`), whatever its
     case."""
     duplicates: Literal["keep", "exact", "near"] = "exact"
-    """Of prompts that are equal but for case and spaces only the first is taken (`duplicate`), with `near` also of
-    those that have most of their runs of three words in common (`near_duplicate`: a share of 0.8 of all that either
-    has); `keep` takes all."""
+    """Duplicates to drop: prompts equal to an earlier one but for case and spaces (`duplicate`), with `near` also
+    those that share most runs of three words with one (`near_duplicate`: 0.8 of all that either has); `keep` drops
+    none."""
     shuffle: int | None = None
     """A seed for the order of the prompts, and so for those that `limit` takes."""
     limit: int | None = Field(default=None, ge=1)

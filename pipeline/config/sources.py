@@ -77,7 +77,7 @@ OWN_OPTIONS = {
 
 
 class Img2datasetOptions(Options):
-    """How `fetcher: img2dataset` runs it."""
+    """Options of `fetcher: img2dataset`."""
 
     python: str | None = None
     """The interpreter of an environment with img2dataset; by default microdit's own, with its extra `img2dataset`."""
@@ -120,12 +120,12 @@ class UrlsSource(Options):
     limit: int | None = Field(default=None, ge=1)
     """Take the first lines only, to try things."""
     fetch: FetchOptions = FetchOptions()
-    """How the URLs are fetched."""
+    """Options of fetching the URLs."""
     fetcher: Literal["microdit", "img2dataset"] = "microdit"
-    """Who fetches. img2dataset heeds no robots.txt, bounds no sizes, and follows redirects to any address; what it
-    failed to fetch in passing is fetched again by microdit."""
+    """Fetching program. img2dataset heeds no robots.txt, bounds no sizes, and follows redirects to any address; what it
+    failed to fetch for a transient reason is fetched again by microdit."""
     img2dataset: Img2datasetOptions = Img2datasetOptions()
-    """How `fetcher: img2dataset` runs it."""
+    """Options of `fetcher: img2dataset`."""
 
     @model_validator(mode="after")
     def _check_columns(self) -> "UrlsSource":

@@ -34,7 +34,7 @@ class MakerOptions(Options):
     revision: str | None = None
     """Commit, tag or branch of a model on the hub. The corpus remembers the commit."""
     name: str = ""
-    """What pictures name as their maker, and what their seeds depend on. Default: the end of `model`."""
+    """Name of the maker in its pictures' fields; their seeds depend on it. Default: the end of `model`."""
     weight: float = Field(default=1.0, gt=0)
     """Its share of the pictures, among the weights of all makers."""
     steps: int | None = Field(default=None, ge=1, le=1000)
@@ -44,11 +44,11 @@ class MakerOptions(Options):
     size: int | tuple[int, int] | None = None
     """Pixels of a side, or [width, height]. Default: the model's."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the weights. Default: bfloat16, and float32 for our own network."""
+    """Precision of the weights. Default: bfloat16, and float32 for our own network."""
     variant: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_]+$")
     """Take the files of weights with this in their names (`fp16`), where there are such."""
     negative_prompt: str | None = None
-    """What to steer away from."""
+    """Negative prompt: a description to steer away from."""
     lora: list[LoraOptions] = Field(default=[])
     """LoRAs, which are added to each other."""
     arguments: dict[str, Any] = Field(default={})

@@ -34,7 +34,7 @@ MARKS = pa.schema(
 
 
 class Mark(Record):
-    """What somebody says of a sample. Without `mark` and `note` it takes back the one before."""
+    """A person's judgement of a sample. Without `mark` and `note` it takes back the one before."""
 
     version: Literal[1] = VERSION
     source: Annotated[str, Field(pattern=f"^(?:{SOURCE.pattern})$")]

@@ -44,7 +44,7 @@ class PublishedSpeed(Options):
 
 
 class Drawing(NamedTuple):
-    """What one picture takes of the worker that draws it: seconds, None if nobody knows; and where that comes from."""
+    """Seconds of a worker that one picture takes, None if nobody knows; and the figure's origin."""
 
     seconds: float | None
     origin: str

@@ -45,7 +45,7 @@ class Extractor:
 
     name: str
     identity: str
-    """What its numbers depend on: network, weights and resizing. Features of two identities never compare."""
+    """Everything its numbers depend on: network, weights and resizing. Features of two identities never compare."""
     prepare: Callable[[np.ndarray], np.ndarray]
     network: torch.nn.Module
     unit: bool = False

@@ -26,7 +26,7 @@ SEED = 1  # of the first picture's noise
 
 
 class EvaluatedRecipe(Protocol):
-    """What an evaluation takes of a recipe."""
+    """The fields of a recipe that an evaluation reads."""
 
     evaluate: EvaluateRecipe | None
     stages: list[Any]

@@ -8,7 +8,7 @@ from microdit.pipeline.selection.queries import EXPECTED, TOO_DEEP, Node, parse
 
 LONGEST = 20_000  # characters
 CHOICE = "SELECT source, shard, row FROM samples"
-"""What a condition is put behind, for a selection as for `microdit select`."""
+"""The SQL before a condition, for a selection as for `microdit select`."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Condition:
 
     @property
     def behind(self) -> str:
-        """What follows `FROM samples`."""
+        """Return the SQL after `FROM samples`."""
         return f" WHERE {self.text}\n" if self.text else ""
 
 

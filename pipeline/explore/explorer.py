@@ -1,4 +1,4 @@
-"""What the handlers of one server share."""
+"""State shared by the handlers of one server."""
 
 import asyncio
 import os
@@ -27,7 +27,7 @@ MOST_THREADS = 4  # of a query
 
 
 class Explorer:
-    """What the handlers of one server share."""
+    """State shared by the handlers of one server."""
 
     def __init__(self, corpus: Corpus, guard: Guard, read_only: bool, runs: Path | None):
         self.guard, self.read_only, self.runs = guard, read_only, runs

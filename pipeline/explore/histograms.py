@@ -1,4 +1,4 @@
-"""How a column is spread among chosen samples: bins of numbers, or the commonest values; called in workers."""
+"""Compute a column's distribution among chosen samples: bins of numbers, or the commonest values; called in workers."""
 
 import math
 from collections.abc import Sequence

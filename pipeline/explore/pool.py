@@ -52,7 +52,7 @@ class _Worker:
         self.version = -1
         """Of the sample table that it has open."""
         self.marks = -1
-        """How many marks it shows."""
+        """Number of marks it shows."""
         self.heavy = False
 
     @classmethod

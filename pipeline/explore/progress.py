@@ -1,4 +1,4 @@
-"""How far the build is that writes a corpus, for the page."""
+"""Report the progress of the build that writes a corpus, for the page."""
 
 import time
 from collections.abc import Mapping

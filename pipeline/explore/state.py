@@ -1,4 +1,4 @@
-"""What the server knows of a corpus: its newest sample table, looked for again while a build writes."""
+"""Hold the newest sample table of a corpus for the server, and refresh it while a build writes."""
 
 import asyncio
 import math
@@ -65,12 +65,12 @@ class CorpusState:
         self.places = Places()
         self.columns: list[ShownColumn] = []
         self.notes: list[str] = []
-        """What of the corpus cannot be read, and is left out."""
+        """Objects of the corpus that cannot be read, and are left out."""
         self.growing = False
         self.error: str | None = None
         """Why the newest table cannot be read, while an older one is shown."""
         self.live: dict[str, Any] = {}
-        """How far the build is: rows, failures and rate of the images, and done of total of each column."""
+        """Progress of the build: rows, failures and rate of the images, and done of total of each column."""
         self.look = LOOK
         self.folder = folder
         self._stale = False

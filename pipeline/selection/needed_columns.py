@@ -16,7 +16,7 @@ DESCRIBES = re.compile(r"\s*(?:describe|desc|show)\b", re.I)  # what a view has,
 
 
 class Needed(NamedTuple):
-    """What a query needs of the view: columns, and folders of table jobs."""
+    """Columns and folders of table jobs that a query needs."""
 
     columns: list[ViewColumn]
     jobs: list[str]

@@ -197,7 +197,7 @@ class OpenView:
         self.runs: Sequence[int] | None = None
         """The parts whose rows the next query sees, in order; None for all."""
         self.marks: int | None = None
-        """How many marks the view shows; None as long as no query has asked for them."""
+        """Number of marks the view shows; None as long as no query has asked for them."""
         self._may_mark = not {"mark", "mark_note"} & {column.name for column in self.columns}
         self._shown: tuple[object, ...] | None = None
         connection.register("sample_marks", MARKS.empty_table())

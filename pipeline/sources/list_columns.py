@@ -35,7 +35,7 @@ class ListColumns:
 
 @dataclass(frozen=True)
 class ListRow:
-    """What a line of a list says."""
+    """Values of a line of a list."""
 
     url: str
     caption: object

@@ -46,7 +46,7 @@ class Fetched:
     url: str = ""
     """Where the bytes came from, after redirects."""
     unverified: str = ""
-    """What was wrong with the certificate of a host that was asked all the same."""
+    """Fault of the certificate of a host that was asked all the same."""
     spooled: tuple[int, int] | None = None
 
 

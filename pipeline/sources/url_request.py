@@ -56,7 +56,7 @@ class Received:
     url: str
     """Where they came from, after redirects."""
     unverified: str = ""
-    """What was wrong with the certificate of a host that was asked all the same."""
+    """Fault of the certificate of a host that was asked all the same."""
 
 
 @dataclass(frozen=True)

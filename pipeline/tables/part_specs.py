@@ -1,4 +1,4 @@
-"""What the parts of the sample table are made of, and the keys that name them (docs/reference/corpus.md, section 6).
+"""Specify the parts of the sample table, and the keys that name them (docs/reference/corpus.md, section 6).
 
 A text field of a column has parts of its own, all its other fields are in one: a query over numbers reads no captions.
 """
@@ -46,11 +46,11 @@ class FieldGroup(NamedTuple):
 
 
 ROWS = FieldGroup(IMAGES, "")
-"""What says which rows there are."""
+"""The group that defines the table's rows."""
 
 
 class CommitRef(NamedTuple):
-    """What the commit table says of a shard's commit; the last three are None in tables of older versions."""
+    """Entry of the commit table for a shard; the last three are None in tables of older versions."""
 
     generation: int
     sha256: str
@@ -97,7 +97,7 @@ class RunOfShards:
 
 @dataclass(frozen=True)
 class PartSpec:
-    """What one part is made of: the shards, and the fields of a group."""
+    """Inputs of one part: the shards, and the fields of a group."""
 
     run: RunOfShards
     schema: pa.Schema

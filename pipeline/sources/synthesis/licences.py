@@ -36,7 +36,7 @@ class Licence:
 
 @dataclass(frozen=True)
 class KnownModel:
-    """What the table says of a model: its licence, and the steps and guidance that it is made for."""
+    """Entry of the table of known models: the licence, and the steps and guidance that it is made for."""
 
     licence: Licence
     steps: int | None = None

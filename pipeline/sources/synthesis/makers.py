@@ -74,7 +74,7 @@ class Maker:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What identifies the numbers of its model."""
+        """Return what determines the numbers of its model."""
         return self.model.identity if isinstance(self.model, OwnModel) else self.model.identity()
 
     def declaration(self) -> dict[str, Any]:
